@@ -1,0 +1,309 @@
+"""What travels between the rooms: stream specs, token grids, views, batches, predictions, losses.
+
+Axis legend, used in every shape of the package:
+    batch     samples of a batch          variable  fields of a stream, in the spec's order
+    level     token levels of a stream    time lat lon  points of a window
+    nt nlat nlon  tokens of a window      patch     values of one token, (variable level time lat
+    token     tokens of a grid, flat          lon) of the token, flattened in this order
+    member    ensemble members            feature   latent width
+    query     hidden tokens to be predicted, padded to the batch's largest number
+"""
+
+import math
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import IntEnum
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Role = Literal["predict", "input"]
+
+
+class Corruption(IntEnum):
+    """How a token looks to the encoder. `VISIBLE` tokens are not predicted, all others are."""
+
+    VISIBLE = 0
+    DROP = 1  # not given to the encoder at all (MAE)
+    MASK = 2  # a learned vector instead of its values
+    NOISE = 3  # its values plus noise, not told
+    COARSEN = 4  # its values averaged over coarse cells
+    KEEP = 5  # its true values, not told
+
+
+@dataclass(frozen=True)
+class TokenSize:
+    """Points of one token along each axis."""
+
+    time: int
+    lat: int
+    lon: int
+    level: int = 1
+
+    @property
+    def points(self) -> int:
+        return self.level * self.time * self.lat * self.lon
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One or more fields that share token size, levels and encoder.
+
+    `levels` are pressure levels in hPa; empty for surface fields, which have one level of 0.
+    `role`: `predict` streams are hidden and reconstructed, `input` streams are context only.
+    Raises ValueError if the token does not divide the levels.
+    """
+
+    name: str
+    variables: tuple[str, ...]
+    levels: tuple[int, ...]
+    token_size: TokenSize
+    role: Role = "predict"
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.variables:
+            raise ValueError(f"stream.{self.name}.variables is empty; name at least one variable")
+        if self.num_levels % self.token_size.level:
+            raise ValueError(
+                f"stream.{self.name}.token_size.level={self.token_size.level} does not divide the "
+                f"{self.num_levels} levels {list(self.levels)}"
+            )
+
+    @property
+    def num_levels(self) -> int:
+        return max(1, len(self.levels))
+
+    @property
+    def level_values(self) -> tuple[int, ...]:
+        return self.levels or (0,)
+
+    @property
+    def patch(self) -> int:
+        """Values of one token."""
+        return len(self.variables) * self.token_size.points
+
+    def token_shape(self, time: int, lat: int, lon: int) -> tuple[int, int, int, int]:
+        """Tokens (level, nt, nlat, nlon) of a window of that many points.
+
+        Raises:
+            ValueError: the token size does not divide the window.
+        """
+        size = self.token_size
+        for axis, points, step in (
+            ("time", time, size.time),
+            ("lat", lat, size.lat),
+            ("lon", lon, size.lon),
+        ):
+            if points % step:
+                divisors = [n for n in range(1, points + 1) if points % n == 0]
+                raise ValueError(
+                    f"stream.{self.name}.token_size.{axis}={step} does not divide "
+                    f"data.window.{axis}={points}; valid: {divisors}"
+                )
+        return self.num_levels // size.level, time // size.time, lat // size.lat, lon // size.lon
+
+
+class Movable:
+    """Moves every tensor of a frozen dataclass, nested ones included."""
+
+    def _map(self, function) -> Self:
+        def go(value):
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, tuple):
+                return tuple(go(item) for item in value)
+            return value._map(function) if isinstance(value, Movable) else value
+
+        assert is_dataclass(self)
+        return replace(self, **{f.name: go(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class TokenGrid(Movable):
+    """Physical coordinates of the tokens of one stream in one window.
+
+    time_hours: token centres in hours since 1970-01-01T00; `time_extent` hours that a token spans.
+    lat, lon: token centres in degrees; `*_extent` degrees that a token spans.
+    level_hpa: mean level of a token.
+    """
+
+    time_hours: Float[Tensor, "*batch nt"]
+    level_hpa: Float[Tensor, "*batch level"]
+    lat: Float[Tensor, "*batch nlat"]
+    lon: Float[Tensor, "*batch nlon"]
+    time_extent: Float[Tensor, "*batch"]
+    lat_extent: Float[Tensor, "*batch"]
+    lon_extent: Float[Tensor, "*batch"]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Tokens (level, nt, nlat, nlon)."""
+        return (
+            self.level_hpa.shape[-1],
+            self.time_hours.shape[-1],
+            self.lat.shape[-1],
+            self.lon.shape[-1],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StreamWindow(Movable):
+    """Normalised fields of one stream in one window, with the coordinates of its points.
+
+    time_hours: hours since 1970-01-01T00. lat, lon: degrees. level_hpa: pressure, 0 at the surface.
+    """
+
+    spec: StreamSpec
+    fields: Float[Tensor, "*batch variable level time lat lon"]
+    time_hours: Float[Tensor, "*batch time"]
+    level_hpa: Float[Tensor, "*batch level"]
+    lat: Float[Tensor, "*batch lat"]
+    lon: Float[Tensor, "*batch lon"]
+    weight: Float[Tensor, "*batch lat"]  # relative cell area, mean 1 over the whole grid
+
+
+@dataclass(frozen=True)
+class StreamMask(Movable):
+    """What one stream hides: `corruption` is `Corruption.VISIBLE` where nothing is hidden.
+
+    `coarsen_factor`: cells of the fine grid that one coarse cell averages, along lat and lon.
+    `noise_std`: of the noise on `NOISE` tokens, in units of the normalised field.
+    """
+
+    corruption: Int[Tensor, "*batch level nt nlat nlon"]
+    coarsen_factor: int = 1
+    noise_std: float = 1.0
+
+    @property
+    def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:
+        return self.corruption != Corruption.VISIBLE
+
+
+@dataclass(frozen=True)
+class TokenIndex(Movable):
+    """Chosen tokens of the flat token grid, padded to the batch's largest number.
+
+    `complete` is True if every sample chose all its tokens, in order: nothing to gather then.
+    """
+
+    index: Int[Tensor, "batch token"]
+    valid: Bool[Tensor, "batch token"]
+    complete: bool
+
+    @classmethod
+    def of(cls, chosen: Bool[Tensor, "batch token"]) -> Self:
+        counts = chosen.sum(dim=1)
+        largest = max(1, int(counts.max()))
+        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        valid = torch.arange(largest)[None] < counts[:, None]
+        return cls(order[:, :largest].contiguous(), valid, bool(chosen.all()))
+
+
+@dataclass(frozen=True)
+class StreamTokens(Movable):
+    """Tokens of one stream as the encoder sees them (`source`) and as they are (`target`).
+
+    guess: first guess of every token, made from the visible source alone (`masking.base`).
+    given, queries: tokens for the encoder and tokens to predict, set by `collate_views`.
+    """
+
+    spec: StreamSpec
+    source: Float[Tensor, "*batch level nt nlat nlon patch"]
+    guess: Float[Tensor, "*batch level nt nlat nlon patch"]
+    target: Float[Tensor, "*batch level nt nlat nlon patch"]
+    corruption: Int[Tensor, "*batch level nt nlat nlon"]
+    grid: TokenGrid
+    weight: Float[Tensor, "*batch lat"]
+    given: TokenIndex | None = None
+    queries: TokenIndex | None = None
+
+    @property
+    def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:
+        return self.corruption != Corruption.VISIBLE
+
+    def indexed(self) -> Self:
+        """With the indices of the given and the hidden tokens; needs a batch axis."""
+        given = (self.corruption != Corruption.DROP).flatten(1)
+        return replace(
+            self, given=TokenIndex.of(given), queries=TokenIndex.of(self.hidden.flatten(1))
+        )
+
+
+@dataclass(frozen=True)
+class View(Movable):
+    """One window as tokens of all streams."""
+
+    streams: tuple[StreamTokens, ...]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(stream.spec.name for stream in self.streams)
+
+
+@dataclass(frozen=True)
+class Batch(Movable):
+    """Views of the same samples: one for masked objectives, crops or pairs for others."""
+
+    views: tuple[View, ...]
+    sample_id: Int[Tensor, "*batch"]
+
+
+@dataclass(frozen=True)
+class StreamPrediction(Movable):
+    """Ensemble of the hidden tokens of one stream, in normalised units.
+
+    """
+
+    members: Float[Tensor, "batch query member patch"]
+    queries: TokenIndex
+
+
+@dataclass(frozen=True)
+class Prediction(Movable):
+    streams: tuple[StreamPrediction, ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The total to be minimised and its parts by name, all scalars."""
+
+    total: Float[Tensor, ""]
+    parts: tuple[tuple[str, Float[Tensor, ""]], ...]
+
+
+def collate_views(samples: list[tuple[View, ...]], sample_ids: list[int]) -> Batch:
+    """Batch of samples, each a tuple of views, with the token indices of every stream.
+
+    Counts are taken here, on the host, so that no step waits for the device.
+    """
+    views = collate(samples)
+    indexed = tuple(View(tuple(stream.indexed() for stream in view.streams)) for view in views)
+    return Batch(indexed, torch.tensor(sample_ids))
+
+
+def collate(samples: list):
+    """Stack a list of equal frozen dataclasses (`Movable`) along a new first axis.
+
+    Non-tensor members (specs, factors) must be equal and are taken from the first.
+    """
+    first = samples[0]
+    if isinstance(first, Tensor):
+        return torch.stack(samples)
+    if isinstance(first, tuple):
+        return tuple(collate(list(items)) for items in zip(*samples, strict=True))
+    if isinstance(first, Movable):
+        assert is_dataclass(first)
+        parts = {f.name: collate([getattr(s, f.name) for s in samples]) for f in fields(first)}
+        return replace(first, **parts)
+    return first

@@ -1,0 +1,1 @@
+"""Stores and their catalog, statistics and normalisation, windows, the datamodule."""

@@ -1,0 +1,100 @@
+"""The catalog: named stores with their segments, splits, variable names, licence and citation."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Split = Literal["train", "validation", "test"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SegmentEntry(_Strict):
+    """One continuous record. `location`: a path or URL; `package://` is inside the package."""
+
+    location: str
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Period(_Strict):
+    """Part of a segment, ends included; the whole of it by default."""
+
+    segment: str
+    start: str | None = None
+    end: str | None = None
+
+
+class CatalogEntry(_Strict):
+    """A named collection of segments on one grid with one time step.
+
+    variables: canonical name -> name in the store. levels: pressure levels in hPa.
+    coordinates: canonical coordinate (time, level, latitude, longitude) -> name in the store.
+    """
+
+    description: str
+    segments: dict[str, SegmentEntry]
+    splits: dict[Split, tuple[Period, ...]]
+    variables: dict[str, str]
+    levels: tuple[int, ...] = ()
+    coordinates: dict[str, str] = Field(default_factory=dict)
+    licence: str
+    citation: str
+
+    @model_validator(mode="after")
+    def _periods_name_segments(self) -> "CatalogEntry":
+        for split, periods in self.splits.items():
+            for period in periods:
+                if period.segment not in self.segments:
+                    raise ValueError(
+                        f"splits.{split} names segment {period.segment!r}; "
+                        f"valid: {sorted(self.segments)}"
+                    )
+        return self
+
+
+def find_file(name: str) -> Path:
+    """A file or folder that lies at the top of a checkout, and inside an installed package."""
+    package = Path(str(resources.files("atmossl")))
+    for candidate in (package.parent / name, package / name):
+        if candidate.exists():
+            return candidate
+    raise ValueError(f"{name} is missing: looked in {package.parent} and {package}")
+
+
+def resolve_location(location: str) -> str:
+    if location.startswith("package://"):
+        return str(Path(str(resources.files("atmossl"))) / location.removeprefix("package://"))
+    return location
+
+
+def load_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
+    """All entries of a catalog file, by default the one that ships with the package.
+
+    Raises:
+        ValueError: the file is missing, no YAML, or an entry does not fit; names file and key.
+    """
+    path = path or find_file("data_catalog.yaml")
+    if not path.exists():
+        raise ValueError(f"data.catalog={path}: no such file")
+    try:
+        raw = yaml.safe_load(path.read_text())
+        return {name: CatalogEntry(**entry) for name, entry in raw.items()}
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a catalog ({error})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: {key}: {first['msg']}") from error
+
+
+def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
+    """One entry by name; ValueError with the valid names if there is none."""
+    entries = load_catalog(path)
+    if name not in entries:
+        raise ValueError(f"data.name={name!r} is not in the catalog; valid: {sorted(entries)}")
+    return entries[name]

@@ -1,0 +1,6 @@
+"""Scores, baselines and reports: reads datasets, never a model.
+
+Way of a number: `alignment` puts truth beside a prediction by labels, `scores` reduces each time
+to a few means over a region, `bootstrap` recombines times, `verify` writes one tidy table, and
+`report` shows it.
+"""

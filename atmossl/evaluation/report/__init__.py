@@ -1,0 +1,1 @@
+"""Tables, maps and curves of a verification."""

@@ -1,0 +1,126 @@
+"""The verification table in brief: on the console, as CSV and as Markdown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from atmossl.evaluation.report.files import write_atomically
+from atmossl.evaluation.verify import RATIO_PREFIX
+
+_KEYS = ["task", "region", "variable", "units", "level", "lead_hours"]
+_MODEL_SCORES = ("rmse", "crps", "acc", "spread_skill")
+
+
+def summarise(
+    table: pd.DataFrame, *, model_name: str = "model", region: str = "global"
+) -> pd.DataFrame:
+    """One row per task, variable, level and lead time.
+
+    Columns: the model's RMSE, each baseline's, their ratios with the interval's ends, CRPS, ACC
+    and spread-skill ratio. What a source does not have is NaN.
+
+    Raises:
+        ValueError: no row for that region or model.
+    """
+    rows = table[table["region"] == region]
+    for column, wanted, among in (("region", region, table), ("source", model_name, rows)):
+        present = sorted(among[column].unique())
+        if wanted not in present:
+            raise ValueError(f"{column} {wanted!r} is not in the table; choices are {present}")
+    columns = [_column(rows, model_name, "rmse", f"rmse {model_name}")]
+    for name in _baselines(rows, model_name):
+        columns.append(_column(rows, name, "rmse", f"rmse {name}"))
+    for name in _baselines(rows, model_name):
+        ratio = RATIO_PREFIX + name
+        columns.append(_column(rows, model_name, ratio, f"ratio {name}"))
+        columns.append(_column(rows, model_name, ratio, f"ratio {name} low", "low"))
+        columns.append(_column(rows, model_name, ratio, f"ratio {name} high", "high"))
+    for score in _MODEL_SCORES[1:]:
+        columns.append(_column(rows, model_name, score, score))
+    return pd.concat(columns, axis="columns").reset_index()
+
+
+def _baselines(rows: pd.DataFrame, model_name: str) -> list[str]:
+    return [str(source) for source in rows["source"].unique() if source != model_name]
+
+
+def _column(
+    rows: pd.DataFrame, source: str, score: str, title: str, of: str = "value"
+) -> pd.Series:
+    chosen = rows[(rows["source"] == source) & (rows["score"] == score)]
+    # Missing levels and leads would not match as index labels in a join: NaN keys are kept here.
+    return chosen.set_index(_KEYS)[of].rename(title)
+
+
+def display_cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary as text: three digits, an interval beside its ratio, no column without values."""
+    cells: dict[str, list[str]] = {}
+    for name in summary.columns:
+        values = summary[name]
+        if values.isna().all() or name.endswith((" low", " high")):
+            continue
+        low, high = f"{name} low", f"{name} high"
+        if low in summary and high in summary:
+            triples = zip(values, summary[low], summary[high], strict=True)
+            cells[name] = [_with_interval(*triple) for triple in triples]
+        else:
+            cells[name] = [_text(value) for value in values]
+    return pd.DataFrame(cells)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float | np.floating):
+        return "-" if np.isnan(value) else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    if np.isnan(low) or np.isnan(high):
+        return _text(value)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def print_summary(summary: pd.DataFrame, console: Console, *, title: str = "") -> None:
+    """Print the summary as a table."""
+    cells = display_cells(summary)
+    table = Table(title=title or None)
+    for name in cells.columns:
+        is_number = pd.api.types.is_numeric_dtype(summary[name])
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in cells.itertuples(index=False):
+        table.add_row(*row)
+    console.print(table)
+
+
+def to_markdown(summary: pd.DataFrame) -> str:
+    """The summary as a Markdown table."""
+    cells = display_cells(summary)
+    rule = ["---:" if pd.api.types.is_numeric_dtype(summary[name]) else "---" for name in cells]
+    rows = [list(cells.columns), rule, *cells.to_numpy().tolist()]
+    return "\n".join(_markdown_row(row) for row in rows) + "\n"
+
+
+def _markdown_row(row: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
+
+
+def write_csv(table: pd.DataFrame, path: Path, *, overwrite: bool = False) -> Path:
+    """Write all rows and digits.
+
+    Raises:
+        FileExistsError: the path exists and `overwrite` is False.
+    """
+    return write_atomically(table.to_csv(index=False).encode(), path, overwrite=overwrite)
+
+
+def write_markdown(summary: pd.DataFrame, path: Path, *, overwrite: bool = False) -> Path:
+    """Write the summary as a Markdown table.
+
+    Raises:
+        FileExistsError: the path exists and `overwrite` is False.
+    """
+    return write_atomically(to_markdown(summary).encode(), path, overwrite=overwrite)

@@ -1,0 +1,13 @@
+"""Ridge regression on neighbourhoods of all fields: the linear baseline a network must beat."""
+
+from atmossl.evaluation.ridge.model import RidgeModel, fit_ridge
+from atmossl.evaluation.ridge.tasks import Downscaling, Forecast, RidgeTask, TemporalInterpolation
+
+__all__ = [
+    "Downscaling",
+    "Forecast",
+    "RidgeModel",
+    "RidgeTask",
+    "TemporalInterpolation",
+    "fit_ridge",
+]

@@ -1,0 +1,288 @@
+"""Fit and use one ridge regression per latitude row, on the neighbourhood of all fields.
+
+Hoerl and Kennard (1970), Technometrics 12: slopes minimise mean squared error + strength * sum of
+squared slopes of standardised inputs. The strength of each output is the one with the least error
+on the held-out end of every training run; slopes are then fitted again to all of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from einops import rearrange
+from jaxtyping import Float
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.linalg import cho_factor, cho_solve
+
+from atmossl.evaluation.alignment import grid_of, require_labels
+from atmossl.evaluation.ridge.channels import Channels
+from atmossl.evaluation.ridge.moments import Moments, RowMoments
+from atmossl.evaluation.ridge.tasks import Block, RidgeTask
+from atmossl.evaluation.spatial import Coarsening
+from atmossl.evaluation.sphere import Halo
+from atmossl.geometry import Grid
+
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_BLOCK_TIMES = 8
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """How one task looks on one grid: shapes, halos and the residual in cell layout."""
+
+    task: RidgeTask
+    grid: Grid
+    channels: Channels
+    radius: int
+
+    @property
+    def input_grid(self) -> Grid:
+        return Coarsening(self.grid, self.task.factor).coarse
+
+    def anchors(self, num_times: int, *, with_targets: bool) -> np.ndarray:
+        offsets = self.task.input_offsets
+        offsets = (*offsets, *self.task.target_offsets) if with_targets else offsets
+        return np.arange(max(0, -min(offsets)), num_times - max(0, *offsets))
+
+    def inputs(self, block: Block) -> Float[np.ndarray, "anchor channel halo_row halo_col"]:
+        """All input steps as channels, with a halo; wide enough for lags of 2 * radius."""
+        coarsening = Coarsening(self.grid, self.task.factor)
+        halo = Halo(self.input_grid, self.radius, 2 * self.radius)
+        signs = self.channels.signs[:, None, None]
+        steps = [block.at(offset) for offset in self.task.input_offsets]
+        return np.concatenate(
+            [halo.extend(coarsening.block_mean(step), signs) for step in steps], axis=1
+        )
+
+    def to_cells(self, values: np.ndarray) -> Float[np.ndarray, "anchor output row col"]:
+        return rearrange(
+            values,
+            "anchor target channel (row y) (col x) -> anchor (target channel y x) row col",
+            y=self.task.factor,
+            x=self.task.factor,
+        )
+
+    def from_cells(self, outputs: np.ndarray) -> np.ndarray:
+        return rearrange(
+            outputs,
+            "anchor (target channel y x) row col -> anchor target channel (row y) (col x)",
+            target=len(self.task.target_offsets),
+            y=self.task.factor,
+            x=self.task.factor,
+        )
+
+    def residual(self, block: Block) -> Float[np.ndarray, "anchor output row col"]:
+        targets = np.stack([block.at(offset) for offset in self.task.target_offsets], axis=1)
+        return self.to_cells(targets - self.task.trivial(block))
+
+    def blocks(
+        self, segment: xr.Dataset, anchors: np.ndarray, *, with_targets: bool
+    ) -> Iterator[Block]:
+        """The run in blocks of a few anchors, so that memory stays bounded."""
+        offsets = (*self.task.input_offsets, *(self.task.target_offsets if with_targets else ()))
+        for start in range(0, len(anchors), _BLOCK_TIMES):
+            chosen = anchors[start : start + _BLOCK_TIMES]
+            first = int(chosen[0]) + min(0, *offsets)
+            times = slice(first, int(chosen[-1]) + max(0, *offsets) + 1)
+            fields = self.channels.stack(segment.isel(time=times))
+            yield Block(fields, chosen - first, self.grid, self.channels.signs)
+
+
+@dataclass(frozen=True)
+class RidgeModel:
+    """A fitted regression.
+
+    Attributes:
+        centre: taken off the inputs, for every halo row and input channel.
+        slope, intercept: in the inputs' and outputs' units, one set per latitude row.
+        strength: chosen penalty of every output.
+        held_out_error: mean squared error on the held-out part by strength and output.
+    """
+
+    frame: _Frame
+    centre: Float[np.ndarray, "channel halo_row"]
+    slope: Float[np.ndarray, "row feature output"]
+    intercept: Float[np.ndarray, "row output"]
+    strength: Float[np.ndarray, " output"]
+    held_out_error: Float[np.ndarray, "strength output"]
+
+    def predict(
+        self, dataset: xr.Dataset, times: np.ndarray | xr.DataArray | None = None
+    ) -> xr.Dataset:
+        """Predictions from one run at full resolution, without `member`.
+
+        `times` are init times of a forecast, else hidden times; all possible ones by default.
+        Only the task's inputs are read from the dataset, never its targets.
+
+        Raises:
+            ValueError: another grid, uneven time steps, or times without all their inputs.
+        """
+        frame = self.frame
+        _require_run(dataset, frame.grid)
+        anchors = frame.anchors(dataset.sizes["time"], with_targets=False)
+        if times is not None:
+            wanted, present = np.atleast_1d(np.asarray(times)), dataset["time"].to_numpy()
+            require_labels(wanted, present[anchors], "time", "the run (with its input steps)")
+            anchors = np.searchsorted(present, wanted)
+        if len(anchors) == 0:
+            raise ValueError(
+                f"time: {dataset.sizes['time']} steps are too few for inputs at steps "
+                f"{frame.task.input_offsets} around each prediction"
+            )
+        blocks = frame.blocks(dataset, anchors, with_targets=False)
+        values = np.concatenate([self._predict_block(block) for block in blocks])
+        return _to_dataset(frame, values, dataset, anchors)
+
+    def _predict_block(self, block: Block) -> np.ndarray:
+        frame = self.frame
+        inputs = frame.inputs(block) - self.centre[:, :, None]
+        width = 2 * frame.radius + 1
+        num_rows, num_cols = frame.input_grid.shape
+        inner = inputs[..., frame.radius : frame.radius + num_cols + width - 1]
+        shifted = sliding_window_view(inner, num_cols, axis=-1)
+        outputs = []
+        for row in range(num_rows):
+            x = rearrange(shifted[:, :, row : row + width], "a c dy dx col -> a col (dy dx c)")
+            outputs.append(x @ self.slope[row] + self.intercept[row])
+        cells = rearrange(outputs, "row anchor col output -> anchor output row col")
+        return frame.task.trivial(block) + frame.from_cells(cells)
+
+
+def fit_ridge(
+    segments: Sequence[xr.Dataset],
+    task: RidgeTask,
+    *,
+    radius: int = 2,
+    strengths: Sequence[float] = STRENGTHS,
+    held_out: float = 0.2,
+) -> RidgeModel:
+    """Fit on training runs only; `held_out` is the share at each run's end that picks strengths.
+
+    Raises:
+        ValueError: no segments, different or non-global grids, or runs that are too short.
+    """
+    if not segments:
+        raise ValueError("segments: ridge regression needs one training run or more, got none")
+    frame = _Frame(task, grid_of(segments[0]), Channels.of(segments[0]), radius)
+    if not frame.grid.periodic:
+        raise ValueError("longitude: ridge regression needs a grid that closes the circle")
+    for segment in segments:
+        _require_run(segment, frame.grid)
+    centre = _first_block_mean(frame, segments[0])
+    fit, held = _accumulate(frame, segments, centre, held_out)
+    num_rows = frame.input_grid.shape[0]
+    error = np.zeros((len(strengths), fit.sum_y.shape[-1]))
+    for row in range(num_rows):
+        error += _held_out_error(fit.of_row(row), held.of_row(row), strengths) / num_rows
+    strength = np.asarray(strengths)[error.argmin(axis=0)]
+    whole = fit + held
+    lines = [_solve_row(whole.of_row(row), strength) for row in range(num_rows)]
+    slope, intercept = (np.stack(part) for part in zip(*lines, strict=True))
+    return RidgeModel(frame, centre, slope, intercept, strength, error)
+
+
+def _require_run(segment: xr.Dataset, grid: Grid) -> None:
+    if not grid_of(segment).matches(grid):
+        raise ValueError(
+            f"latitude, longitude: a run has {grid_of(segment).shape} cells unlike the first "
+            f"training run's {grid.shape}"
+        )
+    steps = np.unique(np.diff(segment["time"].to_numpy()))
+    if len(steps) > 1:
+        raise ValueError(
+            f"time: one run needs even steps, found steps from {steps[0]} to {steps[-1]}; "
+            "pass independent runs apart"
+        )
+
+
+def _first_block_mean(frame: _Frame, segment: xr.Dataset) -> np.ndarray:
+    """Rough centre of the inputs [channel, halo_row], so that sums of squares lose no digits."""
+    anchors = frame.anchors(segment.sizes["time"], with_targets=True)
+    if len(anchors) == 0:
+        raise ValueError(
+            f"time: a run of {segment.sizes['time']} steps is too short for inputs at steps "
+            f"{frame.task.input_offsets} and targets at {frame.task.target_offsets}"
+        )
+    block = next(frame.blocks(segment, anchors, with_targets=True))
+    return frame.inputs(block).mean(axis=(0, -1))
+
+
+def _accumulate(
+    frame: _Frame, segments: Sequence[xr.Dataset], centre: np.ndarray, held_out: float
+) -> tuple[Moments, Moments]:
+    """Moments of the fitted and of the held-out part."""
+    task = frame.task
+    num_targets = len(task.target_offsets) * len(frame.channels)
+    parts = [
+        Moments.zeros(
+            radius=frame.radius,
+            num_rows=frame.input_grid.shape[0],
+            num_channels=len(task.input_offsets) * len(frame.channels),
+            num_outputs=num_targets * task.factor**2,
+        )
+        for _ in range(2)
+    ]
+    for segment in segments:
+        anchors = frame.anchors(segment.sizes["time"], with_targets=True)
+        num_fit = round(len(anchors) * (1.0 - held_out))
+        for moments, chosen in zip(parts, np.split(anchors, [num_fit]), strict=True):
+            for block in frame.blocks(segment, chosen, with_targets=True):
+                moments.add(frame.inputs(block) - centre[:, :, None], frame.residual(block))
+    if min(moments.num_samples for moments in parts) == 0:
+        raise ValueError(
+            f"held_out={held_out} leaves nothing to fit or nothing to choose the strength on"
+        )
+    return parts[0], parts[1]
+
+
+class _Standardised:
+    """Centred and scaled normal equations of one row, solved for any strength."""
+
+    def __init__(self, row: RowMoments) -> None:
+        self.row = row
+        gram = row.gram - np.outer(row.mean_x, row.mean_x)
+        variance = np.diag(gram)
+        constant = variance <= 1e-12 * np.diag(row.gram)  # left of rounding; takes no slope
+        self.scale = np.where(constant, np.inf, np.sqrt(np.where(constant, 1.0, variance)))
+        self.gram = gram / self.scale[:, None] / self.scale
+        self.cross = (row.cross - np.outer(row.mean_x, row.mean_y)) / self.scale[:, None]
+
+    def solve(self, strength: float, outputs: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slope [feature, output] and intercept [output] in the inputs' units."""
+        penalised = self.gram + strength * np.eye(len(self.gram))
+        solution = cho_solve(cho_factor(penalised, lower=True), self.cross[:, outputs])
+        slope = solution / self.scale[:, None]
+        return slope, self.row.mean_y[outputs] - self.row.mean_x @ slope
+
+
+def _held_out_error(
+    fit: RowMoments, held: RowMoments, strengths: Sequence[float]
+) -> Float[np.ndarray, "strength output"]:
+    equations = _Standardised(fit)
+    lines = [equations.solve(strength, slice(None)) for strength in strengths]
+    return np.stack([held.squared_error(*line) for line in lines])
+
+
+def _solve_row(row: RowMoments, strength: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    equations = _Standardised(row)
+    slope, intercept = np.empty(row.cross.shape), np.empty(len(strength))
+    for value in np.unique(strength):
+        chosen = np.flatnonzero(strength == value)
+        slope[:, chosen], intercept[chosen] = equations.solve(float(value), chosen)
+    return slope, intercept
+
+
+def _to_dataset(
+    frame: _Frame, values: np.ndarray, dataset: xr.Dataset, anchors: np.ndarray
+) -> xr.Dataset:
+    time = dataset["time"].to_numpy()
+    cells = {
+        "latitude": dataset["latitude"].to_numpy(),
+        "longitude": dataset["longitude"].to_numpy(),
+    }
+    if not frame.task.is_forecast:
+        hidden_step = 0
+        return frame.channels.unstack(values[:, hidden_step], {"time": time[anchors], **cells})
+    lead = np.asarray(frame.task.target_offsets) * (time[1] - time[0])
+    return frame.channels.unstack(values, {"init_time": time[anchors], "lead_time": lead, **cells})

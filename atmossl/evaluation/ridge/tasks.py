@@ -1,0 +1,145 @@
+"""What a ridge regression sees and what it corrects, for each task.
+
+A sample is anchored at one time index of a run. Inputs lie at `input_offsets` steps from it and
+targets at `target_offsets`; the regression learns target minus `trivial`, so that a strong penalty
+falls back to the trivial answer. Targets are never read by `trivial`, nor by `inputs`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from atmossl.evaluation.spatial import Coarsening
+from atmossl.geometry import Grid
+
+Targets = Float[np.ndarray, "anchor target channel lat lon"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A few consecutive times of one run, and the anchors among them.
+
+    Attributes:
+        signs: each channel's sign across a pole.
+    """
+
+    fields: Float[np.ndarray, "time channel lat lon"]
+    anchors: Int[np.ndarray, " anchor"]
+    grid: Grid
+    signs: Float[np.ndarray, " channel"]
+
+    def at(self, offset: int) -> Float[np.ndarray, "anchor channel lat lon"]:
+        """Fields `offset` steps from every anchor."""
+        return self.fields[self.anchors + offset]
+
+
+class RidgeTask(Protocol):
+    """A task as inputs, targets and a trivial answer around an anchor time."""
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]: ...
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]: ...
+
+    @property
+    def factor(self) -> int:
+        """Fine cells per input cell along each axis."""
+        ...
+
+    @property
+    def is_forecast(self) -> bool:
+        """True if the output has init and lead times, False if it has plain times."""
+        ...
+
+    def trivial(self, block: Block) -> Targets:
+        """The answer without a regression, on the fine grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """States `leads` steps ahead from `history` steps that end now; trivially, persistence."""
+
+    history: int = 3
+    leads: tuple[int, ...] = (1, 2)
+    factor: int = field(default=1, init=False)
+    is_forecast: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if self.history < 1 or not self.leads or min(self.leads) < 1:
+            raise ValueError(
+                f"history and leads must be 1 or more steps, got history={self.history}, "
+                f"leads={self.leads}"
+            )
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        return tuple(range(1 - self.history, 1))
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]:
+        return self.leads
+
+    def trivial(self, block: Block) -> Targets:
+        return np.stack([block.at(0)] * len(self.leads), axis=1)
+
+
+@dataclass(frozen=True)
+class TemporalInterpolation:
+    """One hidden step from `neighbours` steps on each side; trivially, the mean of the nearest."""
+
+    neighbours: int = 2
+    factor: int = field(default=1, init=False)
+    is_forecast: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise ValueError(f"neighbours must be 1 or more steps, got {self.neighbours}")
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        steps = range(1, self.neighbours + 1)
+        return (*(-step for step in reversed(steps)), *steps)
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]:
+        return (0,)
+
+    def trivial(self, block: Block) -> Targets:
+        return (0.5 * (block.at(-1) + block.at(1)))[:, None]
+
+
+@dataclass(frozen=True)
+class Downscaling:
+    """All fine values of a block from block means, `neighbours` steps on each side and now.
+
+    Trivially, bicubic interpolation of the block means. Every dataset handed in is at full
+    resolution: the block means are taken here and nothing else of it is an input.
+    """
+
+    factor: int = 4
+    neighbours: int = 1
+    is_forecast: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.factor < 2 or self.neighbours < 0:
+            raise ValueError(
+                f"factor must be 2 or more and neighbours 0 or more, got factor={self.factor}, "
+                f"neighbours={self.neighbours}"
+            )
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        return tuple(range(-self.neighbours, self.neighbours + 1))
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]:
+        return (0,)
+
+    def trivial(self, block: Block) -> Targets:
+        coarsening = Coarsening(block.grid, self.factor)
+        means = coarsening.block_mean(block.at(0))
+        return coarsening.bicubic(means, block.signs[:, None, None])[:, None]

@@ -1,0 +1,192 @@
+"""Grids on the sphere: periodic longitude, area weights, windows and the plan of tiles.
+
+Floor 0: numpy only. Float coordinates become integer cells here, once.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+_TOLERANCE_DEG = 1e-3
+
+
+def latitude_edges(latitude_deg: np.ndarray) -> np.ndarray:
+    """Edges [lat + 1] of the latitude cells in degrees: midpoints, closed at a pole when the
+    outermost cell reaches at least half way to it."""
+    spacing = np.diff(latitude_deg)
+    inner = latitude_deg[:-1] + spacing / 2
+    first = latitude_deg[0] - spacing[0] / 2
+    last = latitude_deg[-1] + spacing[-1] / 2
+    first = -90.0 if first - spacing[0] / 2 < -90.0 else first
+    last = 90.0 if last + spacing[-1] / 2 > 90.0 else last
+    return np.concatenate([[first], inner, [last]])
+
+
+def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
+    """Exact relative area [lat] of each latitude band, with mean 1.
+
+    The area of a band is proportional to the difference of sin(latitude) at its edges.
+    """
+    if len(latitude_deg) == 1:
+        return np.ones(1)
+    weights = np.abs(np.diff(np.sin(np.deg2rad(latitude_edges(latitude_deg)))))
+    return weights / weights.mean()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A latitude-longitude grid, latitudes ascending, longitudes ascending within one turn; those
+    of a region across Greenwich go on past 360.
+
+    Raises:
+        ValueError: coordinates not ascending or longitudes not evenly spaced.
+    """
+
+    latitude: np.ndarray
+    longitude: np.ndarray
+
+    def __post_init__(self) -> None:
+        if np.any(np.diff(self.latitude) <= 0):
+            raise ValueError("latitude must ascend strictly; sort the store's latitude first")
+        spacing = np.diff(self.longitude)
+        if np.any(spacing <= 0) or np.ptp(spacing) > _TOLERANCE_DEG:
+            raise ValueError(
+                f"longitude must ascend with even spacing, found steps of {spacing.min():g} to "
+                f"{spacing.max():g} degrees"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.latitude), len(self.longitude)
+
+    @cached_property
+    def longitude_spacing(self) -> float:
+        return float(self.longitude[1] - self.longitude[0])
+
+    @cached_property
+    def latitude_spacing(self) -> float:
+        return float(np.diff(self.latitude).mean())
+
+    @cached_property
+    def periodic(self) -> bool:
+        """True if the longitudes close the circle."""
+        return abs(len(self.longitude) * self.longitude_spacing - 360.0) < _TOLERANCE_DEG
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        return area_weights(self.latitude)
+
+    def matches(self, other: "Grid") -> bool:
+        """True if both grids have the same cells within a thousandth of a degree."""
+        return self.shape == other.shape and bool(
+            np.allclose(self.latitude, other.latitude, atol=_TOLERANCE_DEG)
+            and np.allclose(self.longitude, other.longitude, atol=_TOLERANCE_DEG)
+        )
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of grid cells: `origin` (lat, lon) and `size` (lat, lon), in cells.
+
+    Longitude cells run past the end of a periodic grid and wrap around.
+    """
+
+    lat_start: int
+    lon_start: int
+    lat_size: int
+    lon_size: int
+
+    def lat_index(self) -> np.ndarray:
+        return np.arange(self.lat_start, self.lat_start + self.lat_size)
+
+    def lon_index(self, num_lon: int) -> np.ndarray:
+        return np.arange(self.lon_start, self.lon_start + self.lon_size) % num_lon
+
+
+def check_window_fits(grid: Grid, lat_size: int, lon_size: int) -> None:
+    """Raise ValueError if a window of that many cells is larger than the grid."""
+    num_lat, num_lon = grid.shape
+    if lat_size > num_lat or lon_size > num_lon:
+        raise ValueError(
+            f"data.window of {lat_size} x {lon_size} cells (latitude x longitude) is larger than "
+            f"the store's grid of {num_lat} x {num_lon}"
+        )
+
+
+def random_box(grid: Grid, lat_size: int, lon_size: int, rng: np.random.Generator) -> Box:
+    """Draw a window; any longitude if the grid is periodic, latitudes inside the grid."""
+    num_lat, num_lon = grid.shape
+    lat_start = int(rng.integers(0, num_lat - lat_size + 1))
+    lon_choices = num_lon if grid.periodic else num_lon - lon_size + 1
+    return Box(lat_start, int(rng.integers(0, lon_choices)), lat_size, lon_size)
+
+
+def _starts(num_cells: int, size: int, stride: int, periodic: bool) -> list[int]:
+    """Starts of tiles that cover every cell; even gaps so that the overlap is shared out."""
+    if size >= num_cells:
+        return [0]
+    if periodic:
+        count = -(-num_cells // stride)
+        return [round(i * num_cells / count) for i in range(count)]
+    count = -(-(num_cells - size) // stride) + 1
+    return [round(i * (num_cells - size) / (count - 1)) for i in range(count)]
+
+
+def _ramp(size: int, overlap: int) -> np.ndarray:
+    """Positive weights [cell] that rise linearly over `overlap` cells from both ends."""
+    distance = np.minimum(np.arange(size), np.arange(size)[::-1]) + 0.5
+    return np.minimum(distance / max(overlap, 0.5), 1.0)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Overlapping tiles that cover a grid, with blending weights that sum to one everywhere.
+
+    A partition of unity (Melenk and Babuska 1996): each tile's ramp is divided by the sum of all
+    ramps at the cell. `overlap` is the share of a tile that its neighbour covers as well.
+    """
+
+    grid: Grid
+    lat_size: int
+    lon_size: int
+    overlap: float = 0.5
+    lon_shift: int = 0
+    tiles: tuple[Box, ...] = field(init=False)
+    weights: tuple[np.ndarray, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_window_fits(self.grid, self.lat_size, self.lon_size)
+        if not 0.0 <= self.overlap < 1.0:
+            raise ValueError(f"overlap must be in [0, 1), got {self.overlap}")
+        num_lat, num_lon = self.grid.shape
+        lat_stride = max(1, round(self.lat_size * (1 - self.overlap)))
+        lon_stride = max(1, round(self.lon_size * (1 - self.overlap)))
+        whole_circle = self.grid.periodic and self.lon_size == num_lon
+        lon_periodic = self.grid.periodic and not whole_circle
+        shift = self.lon_shift if self.grid.periodic else 0
+        tiles = tuple(
+            Box(lat, (lon + shift) % num_lon, self.lat_size, self.lon_size)
+            for lat in _starts(num_lat, self.lat_size, lat_stride, periodic=False)
+            for lon in _starts(num_lon, self.lon_size, lon_stride, lon_periodic)
+        )
+        object.__setattr__(self, "tiles", tiles)
+        object.__setattr__(self, "weights", self._blending_weights(tiles, lat_stride, lon_stride))
+
+    def _blending_weights(
+        self, tiles: tuple[Box, ...], lat_stride: int, lon_stride: int
+    ) -> tuple[np.ndarray, ...]:
+        num_lat, num_lon = self.grid.shape
+        ramp = np.outer(
+            _ramp(self.lat_size, self.lat_size - lat_stride),
+            _ramp(self.lon_size, self.lon_size - lon_stride),
+        )
+        total = np.zeros((num_lat, num_lon))
+        for tile in tiles:
+            total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] += ramp
+        assert total.min() > 0, f"a hole in the tiling: smallest total weight {total.min()}"
+        return tuple(
+            ramp / total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] for tile in tiles
+        )
+
+

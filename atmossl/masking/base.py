@@ -1,0 +1,176 @@
+"""The sampler protocol, and what an encoder sees under a mask.
+
+A sampler is a pure function: stream specs and token grids of one window, and a generator, to one
+mask per stream. Streams of role `input` are never hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from atmossl.batch import (
+    Corruption,
+    StreamMask,
+    StreamSpec,
+    StreamTokens,
+    StreamWindow,
+    TokenGrid,
+    View,
+)
+from atmossl.tokens import token_grid, tokenise
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of one stream of a window, before anything is hidden."""
+
+    spec: StreamSpec
+    grid: TokenGrid
+
+    @property
+    def step_hours(self) -> float:
+        """Hours between the points of the window."""
+        return float(self.grid.time_extent) / self.spec.token_size.time
+
+    def point_times(self) -> Float[Tensor, "nt point"]:
+        """Times of the points of every token, in hours since 1970-01-01T00."""
+        count = self.spec.token_size.time
+        offset = (torch.arange(count) - (count - 1) / 2) * self.step_hours
+        return self.grid.time_hours[:, None] + offset
+
+    def nothing_hidden(self) -> StreamMask:
+        return StreamMask(torch.zeros(self.grid.shape, dtype=torch.int64))
+
+
+class MaskingSampler(Protocol):
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        """Draw one mask per stream of one window."""
+        ...
+
+
+def make_view(
+    windows: tuple[StreamWindow, ...],
+    sampler: MaskingSampler,
+    rng: np.random.Generator,
+    *,
+    first_guess: bool = True,
+) -> View:
+    """Tokens of all streams of one window under one draw of the sampler."""
+    layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
+    masks = sampler(layouts, rng)
+    streams = tuple(
+        corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
+        for window, layout, mask in zip(windows, layouts, masks, strict=True)
+    )
+    return View(streams)
+
+
+def corrupt(
+    window: StreamWindow,
+    grid: TokenGrid,
+    mask: StreamMask,
+    rng: np.random.Generator,
+    *,
+    first_guess: bool = True,
+) -> StreamTokens:
+    """What the encoder sees of a window (`source`), its first guess, and the truth (`target`).
+
+    A token that is masked or dropped shows its first guess, never its values. Without
+    `first_guess` the guess is 0, the climatological mean.
+    """
+    size = window.spec.token_size
+    corruption = _at_points(mask.corruption, window)
+    source = window.fields.clone()
+    coarsened = corruption == Corruption.COARSEN
+    guess_coarse = None
+    if bool(coarsened.any()):
+        coarse = coarsen(source, window.weight, mask.coarsen_factor)
+        guess_coarse = interpolate_coarse(coarse, mask.coarsen_factor)
+        source = torch.where(coarsened, repeat_coarse(coarse, mask.coarsen_factor), source)
+    noisy = corruption == Corruption.NOISE
+    if bool(noisy.any()):
+        noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
+        source = torch.where(noisy, source + torch.from_numpy(noise), source)
+    shown = (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
+    guess = interpolate_in_time(source, shown) if first_guess else torch.zeros_like(source)
+    if first_guess and guess_coarse is not None:
+        whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        guess = torch.where(whole & coarsened, guess_coarse, guess)
+    source = torch.where(shown, source, guess)
+    return StreamTokens(
+        spec=window.spec,
+        source=tokenise(source, size),
+        guess=tokenise(guess, size),
+        target=tokenise(window.fields, size),
+        corruption=mask.corruption,
+        grid=grid,
+        weight=window.weight,
+    )
+
+
+def _at_points(tokens: Tensor, window: StreamWindow) -> Tensor:
+    """Repeat one value per token over its points: [level time lat lon]."""
+    size = window.spec.token_size
+    for axis, count in enumerate((size.level, size.time, size.lat, size.lon)):
+        tokens = tokens.repeat_interleave(count, dim=axis)
+    return tokens
+
+
+def interpolate_in_time(
+    source: Float[Tensor, "variable level time lat lon"], shown: Bool[Tensor, "level time lat lon"]
+) -> Float[Tensor, "variable level time lat lon"]:
+    """Shown values as they are; others linear in time between shown ones of the same place, the
+    nearest one beyond the first or last, and 0 where a place is never shown."""
+    num_times = shown.shape[1]
+    step = torch.arange(num_times)[None, :, None, None].expand(shown.shape)
+    never = num_times  # later and earlier than every step
+    before = torch.where(shown, step, -1).cummax(dim=1).values
+    after = torch.where(shown, step, never).flip(1).cummin(dim=1).values.flip(1)
+    has_before, has_after = before >= 0, after < never
+    before_or_after = torch.where(has_before, before, after).clamp(0, num_times - 1)
+    after_or_before = torch.where(has_after, after, before).clamp(0, num_times - 1)
+
+    def at(index: Tensor) -> Tensor:
+        return source.gather(2, index[None].expand_as(source))
+
+    span = (after_or_before - before_or_after).clamp_min(1)
+    share = ((step - before_or_after) / span).clamp(0.0, 1.0)
+    blended = torch.lerp(at(before_or_after), at(after_or_before), share.expand_as(source))
+    return torch.where(has_before | has_after, blended, torch.zeros_like(blended))
+
+
+def coarsen(
+    fields: Float[Tensor, "*axes lat lon"], weight: Float[Tensor, "lat"], factor: int
+) -> Float[Tensor, "*axes coarse_lat coarse_lon"]:
+    """Area-weighted mean over blocks of factor x factor cells (conservative coarsening).
+
+    Raises:
+        ValueError: the factor does not divide the window.
+    """
+    num_lat, num_lon = fields.shape[-2:]
+    if num_lat % factor or num_lon % factor:
+        raise ValueError(
+            f"coarsen factor {factor} does not divide the window of {num_lat} x {num_lon} cells"
+        )
+    weighted = fields * weight[:, None]
+    sums = weighted.unflatten(-1, (-1, factor)).sum(-1).unflatten(-2, (-1, factor)).sum(-2)
+    return sums / (weight.unflatten(-1, (-1, factor)).sum(-1)[:, None] * factor)
+
+
+def repeat_coarse(coarse: Tensor, factor: int) -> Tensor:
+    """Every fine cell takes the value of its coarse cell."""
+    return coarse.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
+def interpolate_coarse(coarse: Tensor, factor: int) -> Tensor:
+    """Bicubic interpolation from coarse to fine cell centres, edges repeated."""
+    flat = coarse.flatten(0, -3)[:, None]
+    fine = functional.interpolate(flat, scale_factor=factor, mode="bicubic", align_corners=False)
+    return fine[:, 0].unflatten(0, coarse.shape[:-2])

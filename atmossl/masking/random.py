@@ -1,0 +1,219 @@
+"""Masking samplers of pretraining: random tokens, tubes, blocks, time blocks, and mixtures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from atmossl.batch import Corruption, StreamMask
+from atmossl.masking.base import Layout, MaskingSampler
+from atmossl.masking.tasks import hide_times
+
+_KINDS = {
+    "drop": Corruption.DROP,
+    "mask": Corruption.MASK,
+    "noise": Corruption.NOISE,
+    "coarsen": Corruption.COARSEN,
+    "keep": Corruption.KEEP,
+}
+
+
+def _check_range(key: str, bounds: Sequence[float]) -> None:
+    if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1] <= 1.0:
+        raise ValueError(f"{key}={list(bounds)} must be two rates, 0 <= low <= high <= 1")
+
+
+def _check_probability(key: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{key}={value} must be a probability in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RandomMasking:
+    """BERT-style masking of tokens (AtmoRep, Lessig et al. 2023; Devlin et al. 2019).
+
+    rate: range of the share of hidden tokens, drawn per sample (and per stream if not `synced`).
+    fractions: how hidden tokens are split over `drop`, `mask`, `noise`, `coarsen`, `keep`.
+    synced: hide the same places and times in all streams.
+    tube: hide a place at all times or not at all (VideoMAE, Tong et al. 2022).
+    hide_level, hide_stream: probability that one whole level of a stream, or one whole stream,
+        is masked on top.
+    """
+
+    rate: tuple[float, float] = (0.5, 0.9)
+    fractions: Mapping[str, float] = field(default_factory=lambda: {"mask": 1.0})
+    synced: bool = False
+    tube: bool = False
+    hide_level: float = 0.0
+    hide_stream: float = 0.0
+    coarsen_factor: int = 2
+    noise_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range("masking.rate", self.rate)
+        _check_probability("masking.hide_level", self.hide_level)
+        _check_probability("masking.hide_stream", self.hide_stream)
+        unknown = sorted(set(self.fractions) - set(_KINDS))
+        if unknown:
+            raise ValueError(f"masking.fractions has unknown {unknown}; valid: {sorted(_KINDS)}")
+        total = sum(self.fractions.values())
+        if abs(total - 1.0) > 1e-6 or min(self.fractions.values()) < 0:
+            raise ValueError(f"masking.fractions must be positive and sum to 1, got {total:g}")
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        shared = _SharedDraw(layouts, rng) if self.synced else None
+        shared_rate = rng.uniform(*self.rate)
+        corruptions = []
+        for layout in layouts:
+            score = shared.at(layout) if shared else rng.random(layout.grid.shape)
+            if self.tube:
+                score = np.broadcast_to(score[:, :1], score.shape)
+            rate = shared_rate if self.synced else rng.uniform(*self.rate)
+            corruptions.append(self._split(_lowest(score, rate), rng))
+        self._hide_levels(corruptions, rng)
+        self._hide_one_stream(corruptions, layouts, rng)
+        return tuple(
+            StreamMask(torch.from_numpy(values), self.coarsen_factor, self.noise_std)
+            if layout.spec.role == "predict"
+            else layout.nothing_hidden()
+            for layout, values in zip(layouts, corruptions, strict=True)
+        )
+
+    def _split(self, hidden: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        kinds = np.array([int(_KINDS[name]) for name in self.fractions])
+        drawn = rng.choice(kinds, size=hidden.shape, p=list(self.fractions.values()))
+        return np.where(hidden, drawn, int(Corruption.VISIBLE)).astype(np.int64)
+
+    def _hide_levels(self, corruptions: list[np.ndarray], rng: np.random.Generator) -> None:
+        for values in corruptions:
+            hide, level = rng.random() < self.hide_level, rng.integers(values.shape[0])
+            if hide and values.shape[0] > 1:
+                values[level] = int(Corruption.MASK)
+
+    def _hide_one_stream(
+        self, corruptions: list[np.ndarray], layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> None:
+        hide, choice = rng.random() < self.hide_stream, rng.random()
+        predicted = [i for i, layout in enumerate(layouts) if layout.spec.role == "predict"]
+        if hide and len(layouts) > 1:
+            corruptions[predicted[int(choice * len(predicted))]][:] = int(Corruption.MASK)
+
+
+def _lowest(score: np.ndarray, rate: float) -> np.ndarray:
+    """True for the round(rate * n) lowest scores, or all that tie with them (tubes)."""
+    count = round(rate * score.size)
+    if count == 0:
+        return np.zeros(score.shape, bool)
+    return score <= np.partition(score, count - 1, axis=None)[count - 1]
+
+
+class _SharedDraw:
+    """Scores on the finest tokens of all streams, looked up by every stream at its own tokens."""
+
+    def __init__(self, layouts: tuple[Layout, ...], rng: np.random.Generator) -> None:
+        self.shape = tuple(max(axis) for axis in zip(*(x.grid.shape for x in layouts), strict=True))
+        self.score = rng.random(self.shape)
+
+    def at(self, layout: Layout) -> np.ndarray:
+        index = [
+            (np.arange(count) + 0.5) * finest // count
+            for count, finest in zip(layout.grid.shape, self.shape, strict=True)
+        ]
+        return self.score[np.ix_(*(values.astype(int) for values in index))]
+
+
+@dataclass(frozen=True)
+class BlockMasking:
+    """Hide boxes of neighbouring tokens at all times and levels (context encoder, Pathak et al.
+    2016; block masking of BEiT and I-JEPA), the same box of air in every stream.
+
+    num_blocks: boxes per sample. share: range of a box's share of the window, per axis.
+    """
+
+    num_blocks: int = 2
+    share: tuple[float, float] = (0.25, 0.5)
+    corruption: str = "mask"
+
+    def __post_init__(self) -> None:
+        _check_range("masking.share", self.share)
+        if self.corruption not in ("mask", "drop"):
+            raise ValueError(f"masking.corruption={self.corruption!r}; valid: mask, drop")
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        boxes = []
+        for _ in range(self.num_blocks):
+            size = rng.uniform(*self.share, size=2)
+            boxes.append((size, rng.random(2) * (1 - size)))
+        return tuple(self._mask(layout, boxes) for layout in layouts)
+
+    def _mask(self, layout: Layout, boxes: list) -> StreamMask:
+        if layout.spec.role != "predict":
+            return layout.nothing_hidden()
+        values = layout.nothing_hidden().corruption
+        for size, start in boxes:
+            lat, lon = (
+                slice(int(first * count), max(int(first * count) + 1, round((first + s) * count)))
+                for first, s, count in zip(start, size, layout.grid.shape[2:], strict=True)
+            )
+            values[:, :, lat, lon] = int(_KINDS[self.corruption])
+        return StreamMask(values)
+
+
+@dataclass(frozen=True)
+class TimeBlockMasking:
+    """Hide a random run of consecutive time steps whole, in all streams.
+
+    Its draws contain the masks of prediction (the run at the end), hindcast (at the start) and
+    temporal interpolation (in the middle). `hidden_steps`: range of the number of token steps of
+    the stream with the longest tokens; at least one step stays visible.
+    """
+
+    hidden_steps: tuple[int, int] = (1, 2)
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.hidden_steps
+        if not 1 <= low <= high:
+            raise ValueError(f"masking.hidden_steps={[low, high]} must be 1 <= low <= high")
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        coarsest = max(layouts, key=lambda layout: layout.spec.token_size.time)
+        num_steps = coarsest.grid.shape[1]
+        low, high = (min(bound, num_steps - 1) for bound in self.hidden_steps)
+        count = int(rng.integers(low, high + 1))
+        last_start = num_steps - count
+        start = last_start if self.causal else int(rng.integers(0, last_start + 1))
+        times = coarsest.point_times()[start : start + count].flatten()
+        return hide_times(layouts, float(times[0]), float(times[-1]))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One of several samplers per sample, by probability."""
+
+    samplers: Sequence[MaskingSampler]
+    probabilities: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if len(self.samplers) != len(self.probabilities) or not self.samplers:
+            raise ValueError(
+                f"masking.probabilities has {len(self.probabilities)} values for "
+                f"{len(self.samplers)} samplers; give one each"
+            )
+        if abs(sum(self.probabilities) - 1.0) > 1e-6 or min(self.probabilities) < 0:
+            raise ValueError(
+                f"masking.probabilities={list(self.probabilities)} must be positive and sum to 1"
+            )
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        choice = rng.choice(len(self.samplers), p=list(self.probabilities))
+        return self.samplers[int(choice)](layouts, rng)

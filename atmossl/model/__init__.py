@@ -1,0 +1,1 @@
+"""Networks behind the contract encode(view) and decode(latents, view)."""

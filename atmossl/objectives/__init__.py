@@ -1,0 +1,1 @@
+"""What training optimises: objectives map (model, batch) to losses."""

@@ -1,0 +1,87 @@
+"""Masked token modelling: predict the hidden tokens of every stream (BERT, AtmoRep; MAE when the
+hidden tokens are dropped instead of masked)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
+from atmossl.losses import LOSSES, weighted_mean
+from atmossl.tokens import patch_weights
+
+Weighting = Literal["departure", "uniform"]
+
+
+class MaskedModelling:
+    """Weighted sum of losses over the hidden tokens of all predicted streams.
+
+    losses: weight by name of a loss in `atmossl.losses.LOSSES`.
+    weighting: `departure` measures every variable and level in units of its typical departure
+        from the first guess (as GraphCast weighs by the inverse variance of time differences,
+        Lam et al. 2023), `uniform` in units of its standard deviation.
+    latitude_weighted: weigh every value by the area of its cell.
+    scales: per predicted stream [level, patch], what `departure` divides by.
+    """
+
+    def __init__(
+        self,
+        *,
+        losses: Mapping[str, float],
+        weighting: Weighting = "departure",
+        latitude_weighted: bool = True,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        unknown = sorted(set(losses) - set(LOSSES))
+        if unknown or not losses:
+            raise ValueError(f"objective.losses has unknown {unknown}; valid: {sorted(LOSSES)}")
+        self.losses = dict(losses)
+        self.latitude_weighted = latitude_weighted
+        self.scales = dict(scales or {}) if weighting == "departure" else {}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+        (view,) = batch.views
+        prediction = model(view)
+        parts, total, weights = [], 0.0, 0.0
+        for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True):
+            loss = self.stream_loss(stream, predicted)
+            parts.append((stream.spec.name, loss))
+            total = total + stream.spec.loss_weight * loss
+            weights += stream.spec.loss_weight
+        assert isinstance(total, Tensor), "no stream with role predict"
+        return Losses(total / weights, tuple(parts))
+
+    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
+        """Mean loss over the valid hidden values of one stream, weighted by cell area."""
+        target, weight, level = hidden_values(stream)
+        members = predicted.members
+        if stream.spec.name in self.scales:
+            scale = self.scales[stream.spec.name].to(target)[level]
+            members, target = members / scale[:, :, None], target / scale
+        if not self.latitude_weighted:
+            weight = torch.ones_like(weight)
+        weight = weight * predicted.queries.valid[..., None].to(weight)
+        values = sum(share * LOSSES[name](members, target) for name, share in self.losses.items())
+        assert isinstance(values, Tensor)
+        return weighted_mean(values, weight)
+
+
+def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
+    return tuple(stream for stream in view.streams if stream.spec.role == "predict")
+
+
+def hidden_values(stream: StreamTokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Truth [batch query patch], area weights [batch query patch] and token level [batch query]
+    of the stream's queries."""
+    assert stream.queries is not None, "collate the view first: token indices are missing"
+    index = stream.queries.index
+    num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
+    flat = rearrange(stream.target, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch")
+    target = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
+    rows = patch_weights(stream.weight, stream.spec)
+    row = index // num_lon % num_lat
+    weight = rows.gather(1, row[..., None].expand(-1, -1, rows.shape[-1]))
+    level = index // (stream.grid.num_tokens // stream.grid.shape[0])
+    return target, weight, level

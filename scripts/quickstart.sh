@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# From nothing to zero-shot weather maps: installs, trains the demo experiment on the embedded
+# sample, runs three tasks on held-out dates and scores them. Some minutes on two cores.
+#
+#   bash scripts/quickstart.sh [OVERRIDE ...]     overrides go to `atmossl train`
+#   QUICKSTART_SMOKE=1 bash scripts/quickstart.sh     a few steps into a temporary folder, for CI
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+atmossl=.venv/bin/atmossl
+tasks=(forecast temporal_interpolation downscaling)
+init_time=1959-02-01T00 # within every run of the sample; predict takes the test runs
+
+train_settings=("$@")
+evaluate_settings=()
+if [[ ${QUICKSTART_SMOKE:-0} == 1 ]]; then
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "$scratch"' EXIT
+    run="$scratch/quickstart"
+    train_settings=(model=tiny trainer.max_steps=4 trainer.val_check_interval=4 "$@")
+    evaluate_settings=(max_init_times=2)
+else
+    # Never write over an earlier run: quickstart, quickstart-2, quickstart-3, ...
+    run=runs/quickstart
+    for ((number = 2; ; number++)); do
+        [[ -e $run ]] || break
+        run="runs/quickstart-$number"
+    done
+fi
+
+step() {
+    printf '\n== %s\n' "$*"
+}
+
+step "1/3 train -> $run"
+"$atmossl" train experiment=quickstart paths.output="$run" "${train_settings[@]}"
+checkpoint="$run/checkpoints/last.ckpt"
+
+step "2/3 predict ${tasks[*]}"
+for task in "${tasks[@]}"; do
+    "$atmossl" predict task="$task" checkpoint="$checkpoint" data=sample init_time="$init_time" \
+        output="$run/predictions/$task.zarr"
+done
+
+step "3/3 evaluate, ends in the score table"
+"$atmossl" evaluate checkpoint="$checkpoint" tasks="[$(IFS=,; echo "${tasks[*]}")]" \
+    output="$run/report" "${evaluate_settings[@]}"
+
+step "done; look at"
+cat <<END
+score table           $run/report/
+maps                  $run/report/*.png   (truth, prediction, error, spread)
+training curves       $run/*.png
+predictions           $run/predictions/*.zarr
+checkpoint            $checkpoint
+END

@@ -1,0 +1,99 @@
+"""Policies of the project: sizes, layers, what the wheel holds, shell scripts that parse."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted((ROOT / "atmossl").rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+SHELL_SCRIPTS = [
+    ROOT / ".ci" / "run",
+    *sorted((ROOT / "scripts").rglob("*.sh")),
+    *sorted((ROOT / "scripts").rglob("*.sbatch")),
+]
+MODULE_LINES = 400
+FUNCTION_LINES = 60
+FUNCTION_LINES_P90 = 40
+EXPERIMENT_LINES = 30
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def function_lengths() -> dict[str, int]:
+    """Lines of every function and method, docstring and signature included."""
+    return {
+        f"{name(path)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno)
+        - node.lineno
+        + 1
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_no_module_outgrows_its_limit():
+    lines = {name(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert lines, "no modules found"
+    assert {path: count for path, count in lines.items() if count > MODULE_LINES} == {}
+
+
+def test_no_function_outgrows_its_limit():
+    lengths = function_lengths()
+    assert {where: count for where, count in lengths.items() if count > FUNCTION_LINES} == {}
+
+
+def test_nine_functions_of_ten_fit_a_screen():
+    p90 = float(np.percentile(list(function_lengths().values()), 90))
+    assert p90 <= FUNCTION_LINES_P90
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+def test_experiment_is_a_short_diff(path):
+    assert len(path.read_text().splitlines()) <= EXPERIMENT_LINES
+
+
+def test_imports_go_downwards_only():
+    # A process of its own, for the linter switches off every logger that exists.
+    linter = "from importlinter.cli import lint_imports as lint; "
+    linter += "raise SystemExit(lint(no_cache=True, no_logo=True))"
+    done = subprocess.run([sys.executable, "-c", linter], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_wheel_holds_config_and_catalog():
+    wheel = pyproject()["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["atmossl"]
+    assert wheel["force-include"] == {
+        "conf": "atmossl/conf",
+        "data_catalog.yaml": "atmossl/data_catalog.yaml",
+    }
+    for source in wheel["force-include"]:
+        assert (ROOT / source).exists(), source
+
+
+def test_constraints_meet_the_requirements():
+    pins = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    required = {entry.split(">=")[0] for entry in pyproject()["project"]["dependencies"]}
+    assert {pin.split("==")[0] for pin in pins} <= required
+
+
+@pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=name)
+def test_shell_script_parses(path):
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
