@@ -276,10 +276,12 @@ class Prediction(Movable):
 
 @dataclass(frozen=True)
 class Losses:
-    """The total to be minimised and its parts by name, all scalars."""
+    """The total to be minimised and its parts by name, all scalars; and what was predicted, for
+    objectives that reconstruct the field."""
 
     total: Float[Tensor, ""]
     parts: tuple[tuple[str, Float[Tensor, ""]], ...]
+    prediction: Prediction | None = None
 
 
 def collate_views(samples: list[tuple[View, ...]], sample_ids: list[int]) -> Batch:

@@ -122,15 +122,15 @@ def random_box(grid: Grid, lat_size: int, lon_size: int, rng: np.random.Generato
     return Box(lat_start, int(rng.integers(0, lon_choices)), lat_size, lon_size)
 
 
-def _starts(num_cells: int, size: int, stride: int, periodic: bool) -> list[int]:
-    """Starts of tiles that cover every cell; even gaps so that the overlap is shared out."""
+def _starts(num_cells: int, size: int, stride: int, periodic: bool, align: int) -> list[int]:
+    """Starts of tiles that cover every cell, multiples of `align`; even gaps otherwise, so that
+    the overlap is shared out."""
     if size >= num_cells:
         return [0]
-    if periodic:
-        count = -(-num_cells // stride)
-        return [round(i * num_cells / count) for i in range(count)]
-    count = -(-(num_cells - size) // stride) + 1
-    return [round(i * (num_cells - size) / (count - 1)) for i in range(count)]
+    span = num_cells if periodic else num_cells - size
+    count = -(-span // stride)
+    starts = [i * span / count for i in range(count + (not periodic))]
+    return sorted({int(start) // align * align for start in starts})
 
 
 def _ramp(size: int, overlap: int) -> np.ndarray:
@@ -144,7 +144,8 @@ class TilePlan:
     """Overlapping tiles that cover a grid, with blending weights that sum to one everywhere.
 
     A partition of unity (Melenk and Babuska 1996): each tile's ramp is divided by the sum of all
-    ramps at the cell. `overlap` is the share of a tile that its neighbour covers as well.
+    ramps at the cell. `overlap` is the share of a tile that its neighbour covers as well. Tiles
+    start at multiples of `align` cells; sizes must be multiples of it, too, unless it is 1.
     """
 
     grid: Grid
@@ -152,6 +153,7 @@ class TilePlan:
     lon_size: int
     overlap: float = 0.5
     lon_shift: int = 0
+    align: int = 1
     tiles: tuple[Box, ...] = field(init=False)
     weights: tuple[np.ndarray, ...] = field(init=False)
 
@@ -160,6 +162,9 @@ class TilePlan:
         if not 0.0 <= self.overlap < 1.0:
             raise ValueError(f"overlap must be in [0, 1), got {self.overlap}")
         num_lat, num_lon = self.grid.shape
+        for key, size in (("lat", self.lat_size), ("lon", self.lon_size), ("grid", num_lat)):
+            if size % self.align:
+                raise ValueError(f"coarsening by {self.align} does not divide {key} size {size}")
         lat_stride = max(1, round(self.lat_size * (1 - self.overlap)))
         lon_stride = max(1, round(self.lon_size * (1 - self.overlap)))
         whole_circle = self.grid.periodic and self.lon_size == num_lon
@@ -167,8 +172,8 @@ class TilePlan:
         shift = self.lon_shift if self.grid.periodic else 0
         tiles = tuple(
             Box(lat, (lon + shift) % num_lon, self.lat_size, self.lon_size)
-            for lat in _starts(num_lat, self.lat_size, lat_stride, periodic=False)
-            for lon in _starts(num_lon, self.lon_size, lon_stride, lon_periodic)
+            for lat in _starts(num_lat, self.lat_size, lat_stride, False, self.align)
+            for lon in _starts(num_lon, self.lon_size, lon_stride, lon_periodic, self.align)
         )
         object.__setattr__(self, "tiles", tiles)
         object.__setattr__(self, "weights", self._blending_weights(tiles, lat_stride, lon_stride))

@@ -30,6 +30,14 @@ NUM_RUNS = 6
 STEP_HOURS = 6
 BLOCK_DAYS = 2
 START = np.datetime64("1959-01-02T00", "ns")
+# units, standard name, and the scale and offset of the packed 16-bit integers
+PACKING = {
+    "temperature": ("K", "air_temperature", 0.01, 250.0),
+    "u_component_of_wind": ("m s-1", "eastward_wind", 0.01, 0.0),
+    "v_component_of_wind": ("m s-1", "northward_wind", 0.01, 0.0),
+    "geopotential": ("m2 s-2", "geopotential", 2.0, 50000.0),
+    "specific_humidity": ("kg kg-1", "specific_humidity", 1e-6, 0.02),
+}
 
 
 def load_model():
@@ -136,6 +144,112 @@ def simulate(work: Path, runs: list[int], days: int) -> None:
             sys.stderr.write(f"run {run}: day {(block + 1) * BLOCK_DAYS} of {days}\n")
 
 
+def read_run(work: Path, run: int, num_blocks: int, spin_up_days: int):
+    """One run after its spin-up as a dataset on the model's own grid, float32."""
+    import xarray as xr
+
+    steps_per_block = BLOCK_DAYS * 24 // STEP_HOURS
+    first = spin_up_days // BLOCK_DAYS
+    blocks = [np.load(block_path(work, run, number)) for number in range(first, num_blocks)]
+    dims = ("time", "level", "longitude", "latitude")
+    step = np.timedelta64(STEP_HOURS, "h")
+    start = START + (first * steps_per_block + 1) * step
+    fields = {name: (dims, np.concatenate([block[name] for block in blocks])) for name in VARIABLES}
+    times = start + np.arange(len(fields[VARIABLES[0]][1])) * step
+    return xr.Dataset(fields, {"time": times, "level": np.array(LEVELS_HPA, np.int32)})
+
+
+def regridder():
+    """Conservative, from the TL63 Gaussian grid to 64 x 32 cells of 5.625 degrees."""
+    from dinosaur import horizontal_interpolation, spherical_harmonic
+
+    target = spherical_harmonic.Grid(
+        longitude_nodes=64, latitude_nodes=32, latitude_spacing="equiangular"
+    )
+    return horizontal_interpolation.ConservativeRegridder(spherical_harmonic.Grid.TL63(), target)
+
+
+def regrid(dataset, regrid_field):
+    """A run on the sample's grid, dims (time, level, latitude, longitude)."""
+    import xarray as xr
+
+    fields = {}
+    for name in VARIABLES:
+        values = np.asarray(regrid_field(dataset[name].values))  # [time level longitude latitude]
+        dims = ("time", "level", "longitude", "latitude")
+        fields[name] = xr.DataArray(values.astype(np.float32), dims=dims)
+    grid = regrid_field.target_grid
+    coords = {
+        "time": dataset["time"],
+        "level": dataset["level"],
+        "latitude": np.round(np.rad2deg(grid.latitudes), 4),
+        "longitude": np.round(np.rad2deg(grid.longitudes), 4),
+    }
+    return xr.Dataset(fields).assign_coords(coords).transpose("time", "level", "latitude", ...)
+
+
+def with_attributes(dataset, run: int, spin_up_days: int):
+    """CF attributes of variables and coordinates, provenance and licence of the whole."""
+    for name, (units, standard_name, scale, offset) in PACKING.items():
+        dataset[name].attrs = {
+            "units": units,
+            "standard_name": standard_name,
+            "long_name": name.replace("_", " "),
+        }
+        dataset[name].encoding = {"dtype": "int16", "scale_factor": scale, "add_offset": offset}
+    dataset["level"].attrs = {"units": "hPa", "standard_name": "air_pressure", "positive": "down"}
+    dataset["latitude"].attrs = {"units": "degrees_north", "standard_name": "latitude"}
+    dataset["longitude"].attrs = {"units": "degrees_east", "standard_name": "longitude"}
+    dataset["time"].encoding = {"units": "hours since 1959-01-01", "dtype": "int64"}
+    role = "train" if run < 4 else ("validation", "test")[run - 4]
+    dataset.attrs = {
+        "Conventions": "CF-1.11",
+        "title": "atmossl sample: stochastic NeuralGCM started from ERA5",
+        "comment": "Model output started from one ERA5 state. This is not reanalysis.",
+        "source": "NeuralGCM 1.2.2, TL63 stochastic demo checkpoint, ERA5 state 1959-01-02T00",
+        "references": "Kochkov et al. (2024), doi:10.1038/s41586-024-07744-y; "
+        "Hersbach et al. (2020), doi:10.1002/qj.3803",
+        "license": "CC BY-SA 4.0 (derived from NeuralGCM weights, CC BY-SA 4.0). Contains modified "
+        "Copernicus Climate Change Service information (ERA5).",
+        "history": f"scripts/make_sample.py: run {run}",
+        "noise_seed": run,
+        "start_rotation_degrees": 360.0 * run / NUM_RUNS,
+        "spin_up_days_dropped": spin_up_days,
+        "split": role,
+    }
+    return dataset
+
+
+def write_zip(dataset, path: Path) -> None:
+    """One zarr v3 store in a zip file, which appears under its name when complete."""
+    import zarr
+    from zarr.codecs import BloscCodec
+
+    for name in VARIABLES:
+        dataset[name].encoding |= {
+            "chunks": (16, 1, 32, 64),
+            "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle"),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    with zarr.storage.ZipStore(partial, mode="w") as store:
+        dataset.to_zarr(store, consolidated=False, zarr_format=3)
+    partial.rename(path)
+
+
+def pack(work: Path, output: Path, spin_up_days: int) -> None:
+    """Regrid, quantise and pack what every run has so far, all runs to the same length."""
+    counts = [
+        next(n for n in range(10_000) if not block_path(work, run, n).exists())
+        for run in range(NUM_RUNS)
+    ]
+    regrid_field = regridder()
+    for run in range(NUM_RUNS):
+        dataset = regrid(read_run(work, run, min(counts), spin_up_days), regrid_field)
+        write_zip(with_attributes(dataset, run, spin_up_days), output / f"run_{run}.zarr.zip")
+        sys.stderr.write(f"run {run}: {dataset.sizes['time']} steps packed\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -143,8 +257,15 @@ def main() -> None:
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--runs", type=int, nargs="+", default=list(range(NUM_RUNS)))
     command.add_argument("--days", type=int, default=46)
+    command = commands.add_parser("pack")
+    command.add_argument("--work", type=Path, required=True)
+    command.add_argument("--output", type=Path, default=Path("atmossl/assets/sample"))
+    command.add_argument("--spin-up-days", type=int, default=6)
     arguments = parser.parse_args()
-    simulate(arguments.work, arguments.runs, arguments.days)
+    if arguments.command == "simulate":
+        simulate(arguments.work, arguments.runs, arguments.days)
+    else:
+        pack(arguments.work, arguments.output, arguments.spin_up_days)
 
 
 if __name__ == "__main__":

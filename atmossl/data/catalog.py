@@ -2,12 +2,13 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Split = Literal["train", "validation", "test"]
+_Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
 
 
 class _Strict(BaseModel):
@@ -25,8 +26,8 @@ class Period(_Strict):
     """Part of a segment, ends included; the whole of it by default."""
 
     segment: str
-    start: str | None = None
-    end: str | None = None
+    start: _Date = ""
+    end: _Date = ""
 
 
 class CatalogEntry(_Strict):

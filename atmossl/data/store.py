@@ -130,8 +130,8 @@ class Segment:
     def _levels_of(self, variable: str) -> tuple[int, ...]:
         return self.levels if "level" in self.dataset[variable].dims else (0,)
 
-    def between(self, start: str | None, end: str | None) -> Self:
-        """The part of the segment in a period, both ends included.
+    def between(self, start: str, end: str) -> Self:
+        """The part of the segment in a period, both ends included; an empty end is open.
 
         Raises:
             ValueError: fewer than two steps lie in the period.

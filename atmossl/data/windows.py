@@ -124,6 +124,12 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         view = make_view(windows, self.sampler, rng, first_guess=self.first_guess)
         return (view,), key.sample_id
 
+    def identity(self, sample_id: int) -> str:
+        """Segment and start time of a sample."""
+        index, start = self._starts[sample_id // self.windows_per_time]
+        segment = self.segments[index]
+        return f"{segment.name} {np.datetime_as_string(segment.times[start], 'h')}"
+
 
 class SampleOrder(Sampler[list[SampleKey]]):
     """Batches of one rank, from any point of the run on.

@@ -78,9 +78,11 @@ def truth_for(prediction: xr.Dataset, truth: xr.Dataset, where: str = "the truth
         ValueError: variables, times or levels are missing, or the grids differ.
     """
     require_same_grid(prediction, truth, where)
-    missing = sorted(set(prediction.data_vars) - set(truth.data_vars))
+    missing = sorted({*map(str, prediction.data_vars)} - {*map(str, truth.data_vars)})
     if missing:
-        raise ValueError(f"variables: {where} lacks {missing}; it has {sorted(truth.data_vars)}")
+        raise ValueError(
+            f"variables: {where} lacks {missing}; it has {sorted(map(str, truth.data_vars))}"
+        )
     chosen = select_times(truth[list(prediction.data_vars)], case_times(prediction), where)
     return _on_labels(chosen, prediction, ("level",), where)
 
@@ -93,9 +95,11 @@ def match_baseline(baseline: xr.Dataset, prediction: xr.Dataset, name: str) -> x
     """
     where = f"baseline {name}"
     require_same_grid(prediction, baseline, where)
-    missing = sorted(set(prediction.data_vars) - set(baseline.data_vars))
+    missing = sorted({*map(str, prediction.data_vars)} - {*map(str, baseline.data_vars)})
     if missing:
-        raise ValueError(f"variables: {where} lacks {missing}; it has {sorted(baseline.data_vars)}")
+        raise ValueError(
+            f"variables: {where} lacks {missing}; it has {sorted(map(str, baseline.data_vars))}"
+        )
     dims = [dim for dim in ("init_time", "lead_time", "time", "level") if dim in prediction.dims]
     return _on_labels(baseline[list(prediction.data_vars)], prediction, dims, where)
 

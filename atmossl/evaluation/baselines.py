@@ -47,11 +47,11 @@ def climatology(segments: Sequence[xr.Dataset], *, monthly: bool = True) -> xr.D
     """
     if not segments:
         raise ValueError("segments: a climatology needs one training segment or more, got none")
-    total, count = None, None
-    for segment in segments:
+    total, count = _sums_by_month(segments[0], monthly)
+    for segment in segments[1:]:
         one_total, one_count = _sums_by_month(segment, monthly)
-        total = one_total if total is None else total + one_total
-        count = one_count if count is None else count + one_count
+        total = total + one_total
+        count = count + one_count
     mean = (total / count.where(count > 0)).astype(np.float32)
     for name in mean.data_vars:
         mean[name].attrs = segments[0][name].attrs

@@ -21,6 +21,12 @@ from atmossl.evaluation.regions import Region, area_mean, area_weights_like
 _CELL = ["latitude", "longitude"]
 
 
+def _as_array(score: object) -> xr.DataArray:
+    """The library's answer, which is an array if its inputs are."""
+    assert isinstance(score, xr.DataArray), type(score)
+    return score
+
+
 @dataclass(frozen=True)
 class Case:
     """One variable's prediction beside its truth; pointwise errors are worked out once.
@@ -47,15 +53,15 @@ class Case:
 
     @cached_property
     def squared_error(self) -> xr.DataArray:
-        return mse(self.ensemble_mean, self.truth, preserve_dims="all")
+        return _as_array(mse(self.ensemble_mean, self.truth, preserve_dims="all"))
 
     @cached_property
     def absolute_error(self) -> xr.DataArray:
-        return mae(self.ensemble_mean, self.truth, preserve_dims="all")
+        return _as_array(mae(self.ensemble_mean, self.truth, preserve_dims="all"))
 
     @cached_property
     def error(self) -> xr.DataArray:
-        return mean_error(self.ensemble_mean, self.truth, preserve_dims="all")
+        return _as_array(mean_error(self.ensemble_mean, self.truth, preserve_dims="all"))
 
     @cached_property
     def ensemble_variance(self) -> xr.DataArray:
@@ -68,7 +74,9 @@ class Case:
         if self.num_members == 1:
             return self.absolute_error
         members = self.prediction.astype(np.float64)
-        return crps_for_ensemble(members, self.truth, "member", method="fair", preserve_dims="all")
+        return _as_array(
+            crps_for_ensemble(members, self.truth, "member", method="fair", preserve_dims="all")
+        )
 
 
 class Score(Protocol):
@@ -108,7 +116,7 @@ class Rmse(_Deterministic):
         return xr.Dataset({"squared_error": area_mean(case.squared_error, region)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
-        return np.sqrt(means["squared_error"])
+        return means["squared_error"] ** 0.5
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ class SpreadSkill:
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         error = means["squared_error"].where(means["squared_error"] > 0)
-        return np.sqrt(means["squared_spread"] / error)
+        return (means["squared_spread"] / error) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ class AnomalyCorrelation:
         predicted = case.ensemble_mean - case.climatology
         observed = case.truth.astype(np.float64) - case.climatology
         # Rounding leaves a prediction equal to the climatology with anomalies of about 1e-5.
-        noise = 1e-6 * np.abs(case.climatology).mean(_CELL)
+        noise = 1e-6 * abs(case.climatology).mean(_CELL)
         flat = predicted.std(_CELL) <= noise
         weights = area_weights_like(predicted, region)
         weights, predicted = xr.broadcast(weights, predicted)

@@ -33,7 +33,8 @@ class Halo:
 
     def __post_init__(self) -> None:
         num_lat, num_lon = self.grid.shape
-        if self.rows >= num_lat or self.columns > num_lon:
+        on_pole = max(self._on_pole(0), self._on_pole(-1))
+        if self.rows > num_lat - on_pole or self.columns > num_lon:
             raise ValueError(
                 f"a halo of {self.rows} x {self.columns} cells does not fit a grid of "
                 f"{num_lat} x {num_lon}"
@@ -75,14 +76,16 @@ class Halo:
         num_lon = self.grid.shape[1]
         return abs(abs(edge) - 90.0) < _TOLERANCE_DEG and self.grid.periodic and num_lon % 2 == 0
 
+    def _on_pole(self, end: int) -> int:
+        return int(abs(abs(self.grid.latitude[end]) - 90.0) < _TOLERANCE_DEG)
+
     def _beyond(self, end: int) -> np.ndarray:
         """Indices of the rows that lie beyond an end, nearest first."""
         num_lat = self.grid.shape[0]
         if not self._crosses(end):
             return np.full(self.rows, end % num_lat)
         # A row on the pole itself is its own mirror image: start one further in.
-        on_pole = int(abs(abs(self.grid.latitude[end]) - 90.0) < _TOLERANCE_DEG)
-        steps = np.arange(on_pole, on_pole + self.rows)
+        steps = self._on_pole(end) + np.arange(self.rows)
         return steps if end == 0 else num_lat - 1 - steps
 
     def _across(self, fields: np.ndarray, end: int, sign: float | np.ndarray) -> np.ndarray:

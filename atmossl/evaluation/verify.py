@@ -86,7 +86,7 @@ def verify(
         }
         labels = {"variable": variable, "units": beside[name].attrs.get("units", "")}
         frames += [frame.assign(**labels) for frame in _variable_frames(plan, cases, model_name)]
-    return pd.concat(frames, ignore_index=True)[list(COLUMNS)]
+    return pd.concat(frames, ignore_index=True).loc[:, list(COLUMNS)]
 
 
 def _climatology_for(predictions: xr.Dataset, climatology: xr.Dataset | None) -> xr.Dataset | None:
@@ -147,9 +147,6 @@ def _frame(
     table = table.expand_dims([d for d in ("level", "lead_time") if d not in table.dims])
     frame = table.to_dataframe().reset_index()
     level = frame["level"].astype(float) if "level" in value.dims else np.nan
-    lead = _hours(frame["lead_time"]) if "lead_time" in value.dims else np.nan
+    hours = pd.to_timedelta(frame["lead_time"].to_numpy()) / pd.Timedelta(hours=1)
+    lead = hours if "lead_time" in value.dims else np.nan
     return frame.assign(task=plan.task, num_times=num_times, level=level, lead_hours=lead)
-
-
-def _hours(lead_time: pd.Series) -> pd.Series:
-    return lead_time / pd.Timedelta(hours=1)

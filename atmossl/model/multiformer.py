@@ -178,6 +178,12 @@ class Multiformer(nn.Module):
             }
         )
 
+    def compile_blocks(self) -> None:
+        """Compile every block on its own: one graph serves all blocks of equal shape."""
+        for module in self.modules():
+            if isinstance(module, EncoderBlock | DecoderBlock):
+                module.compile(dynamic=True)
+
     def forward(self, view: View) -> Prediction:
         return self.decode(self.encode(view), view)
 

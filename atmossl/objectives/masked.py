@@ -51,7 +51,7 @@ class MaskedModelling:
             total = total + stream.spec.loss_weight * loss
             weights += stream.spec.loss_weight
         assert isinstance(total, Tensor), "no stream with role predict"
-        return Losses(total / weights, tuple(parts))
+        return Losses(total / weights, tuple(parts), prediction)
 
     def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
         """Mean loss over the valid hidden values of one stream, weighted by cell area."""
@@ -78,7 +78,9 @@ def hidden_values(stream: StreamTokens) -> tuple[Tensor, Tensor, Tensor]:
     assert stream.queries is not None, "collate the view first: token indices are missing"
     index = stream.queries.index
     num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
-    flat = rearrange(stream.target, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch")
+    flat = rearrange(
+        stream.target, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch"
+    )
     target = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
     rows = patch_weights(stream.weight, stream.spec)
     row = index // num_lon % num_lat

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The training loop: a LightningModule that only delegates, callbacks, schedules, curves."""

@@ -55,6 +55,6 @@ def make_dataset(
     return xr.Dataset(fields)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dataset() -> Callable[..., xr.Dataset]:
     return make_dataset

@@ -3,9 +3,9 @@ import properscoring
 import pytest
 import xarray as xr
 import xskillscore
+from scipy.stats import norm
 from scores.continuous import rmse
 from scores.probability import crps_for_ensemble
-from scipy.stats import norm
 
 from atmossl.evaluation.regions import REGIONS, area_weights_like
 from atmossl.evaluation.scores import (
@@ -54,16 +54,16 @@ def test_rmse_of_sine_of_latitude_has_its_closed_form(dataset):
 def test_rmse_takes_the_root_after_the_mean_over_times(dataset):
     truth = dataset(num_times=2)["temperature"] * 0.0
     error = xr.DataArray([3.0, 4.0], {"time": truth["time"]}, ("time",))
-    np.testing.assert_allclose(
-        _value(Rmse(), Case(truth + error, truth)), np.sqrt(12.5), rtol=1e-6
-    )
+    np.testing.assert_allclose(_value(Rmse(), Case(truth + error, truth)), np.sqrt(12.5), rtol=1e-6)
 
 
 def test_rmse_of_regions_adds_up_to_the_global_one(dataset):
     case = _random_case(dataset)
     latitude = case.truth["latitude"].to_numpy()
     weights = area_weights(latitude)
-    share = {name: weights[REGIONS[name].contains(case.truth["latitude"])].sum() for name in REGIONS}
+    share = {
+        name: weights[REGIONS[name].contains(case.truth["latitude"])].sum() for name in REGIONS
+    }
     parts = ("tropics", "northern_extratropics", "southern_extratropics")
     squared = sum(_value(Rmse(), case, REGIONS[name]) ** 2 * share[name] for name in parts)
     np.testing.assert_allclose(squared / share["global"], _value(Rmse(), case) ** 2, rtol=1e-6)
@@ -72,12 +72,12 @@ def test_rmse_of_regions_adds_up_to_the_global_one(dataset):
 def test_mae_and_bias_match_numpy(dataset):
     case = _random_case(dataset)
     error = (case.prediction.mean("member") - case.truth).to_numpy().astype(np.float64)
-    weights = np.broadcast_to(
-        area_weights(case.truth["latitude"].to_numpy())[:, None], error.shape
-    )
+    weights = np.broadcast_to(area_weights(case.truth["latitude"].to_numpy())[:, None], error.shape)
     by_level = [
-        (np.average(np.abs(error[:, k]), weights=weights[:, k]),
-         np.average(error[:, k], weights=weights[:, k]))
+        (
+            np.average(np.abs(error[:, k]), weights=weights[:, k]),
+            np.average(error[:, k], weights=weights[:, k]),
+        )
         for k in range(2)
     ]
     np.testing.assert_allclose(_value(Mae(), case), [pair[0] for pair in by_level], rtol=1e-5)
@@ -116,8 +116,12 @@ def test_fair_crps_matches_three_libraries(dataset):
     ours = FairCrps().per_time(case, GLOBAL)["crps"]
     weights = area_weights_like(case.truth, GLOBAL)
     theirs = crps_for_ensemble(
-        case.prediction, case.truth, "member", method="fair",
-        preserve_dims=["time", "level"], weights=weights,
+        case.prediction,
+        case.truth,
+        "member",
+        method="fair",
+        preserve_dims=["time", "level"],
+        weights=weights,
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     other = xskillscore.crps_ensemble(

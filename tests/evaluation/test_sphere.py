@@ -48,5 +48,5 @@ def test_halo_off_the_poles_repeats_the_last_row_and_column():
 
 
 def test_halo_larger_than_the_grid_is_an_error():
-    with pytest.raises(ValueError, match="halo of 8 x 0"):
-        Halo(_grid(), 8, 0)
+    with pytest.raises(ValueError, match="halo of 9 x 0"):
+        Halo(_grid(), 9, 0)

@@ -59,12 +59,12 @@ def select_rows(
     """
     rows = table
     for column, wanted in (("variable", variable), ("region", region), ("score", score)):
-        chosen = rows[rows[column] == wanted]
+        chosen = rows.loc[rows[column] == wanted]
         if chosen.empty:
             choices = sorted(rows[column].unique())
             raise ValueError(f"{column} {wanted!r} is not in the table; choices are {choices}")
         rows = chosen
-    chosen = rows[rows["level"].isna() if level is None else rows["level"] == level]
+    chosen = rows.loc[rows["level"].isna() if level is None else rows["level"] == level]
     if chosen.empty:
         choices = sorted(rows["level"].unique())
         raise ValueError(f"level {level} of {variable} is not in the table; choices are {choices}")
@@ -72,9 +72,9 @@ def select_rows(
 
 
 def _draw_source(axes: Axes, rows: pd.DataFrame, source: str) -> None:
-    if rows["value"].isna().all():
+    if np.isnan(rows["value"].to_numpy()).all():
         return  # such as the anomaly correlation of the climatology itself
-    if rows["lead_hours"].isna().all():
+    if np.isnan(rows["lead_hours"].to_numpy()).all():
         value = rows["value"].to_numpy()
         ends = np.abs(rows[["low", "high"]].to_numpy().T - value)
         axes.errorbar([source] * len(rows), value, yerr=ends, fmt="o", capsize=4, label=source)
@@ -95,7 +95,8 @@ def _draw_source(axes: Axes, rows: pd.DataFrame, source: str) -> None:
 def _label(axes: Axes, rows: pd.DataFrame, score: str) -> None:
     axes.set_ylabel(score_label(score, str(rows["units"].iloc[0])))
     axes.grid(alpha=0.3)
-    hours = np.sort(rows["lead_hours"].dropna().unique())
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    hours = np.unique(rows["lead_hours"].dropna().to_numpy())
     if hours.size:
         axes.set_xlabel("lead time (h)")
         axes.set_xticks(hours[:: max(1, hours.size // 8)])

@@ -1,6 +1,6 @@
 """Truth, prediction, error and spread of one case side by side on the globe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cartopy.crs as ccrs
@@ -9,6 +9,7 @@ import xarray as xr
 from cartopy.io.shapereader import Reader
 from cartopy.mpl.geoaxes import GeoAxes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from atmossl.evaluation.report.figures import readable, units_text
 from atmossl.geometry import latitude_edges
@@ -24,6 +25,7 @@ class Scale:
     colours: str
     low: float
     high: float
+    extend: str = "both"
 
 
 def case_map(
@@ -55,13 +57,14 @@ def case_map(
     panels = {
         "truth": (truth, shared),
         "prediction (ensemble mean)" if has_members else "prediction": (mean, shared),
-        "error": (error, symmetric_scale(error)),
+        "error (prediction minus truth)": (error, symmetric_scale(error)),
     }
     if spread is not None:
         panels["ensemble spread"] = (spread, spread_scale(spread))
     figure = Figure(figsize=(11.0, 6.6), layout="constrained")
     for position, (title, (field, scale)) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(2, 2, position, projection=projection or ccrs.Robinson())
+        assert isinstance(axes, GeoAxes), type(axes)
         _draw(figure, axes, field, scale, units=str(truth.attrs.get("units", "")))
         axes.set_title(title)
         _draw_reference_lines(axes, coastlines)
@@ -87,7 +90,8 @@ def symmetric_scale(field: xr.DataArray) -> Scale:
 
 def spread_scale(spread: xr.DataArray) -> Scale:
     """A scale from zero up."""
-    return _widened(_SPREAD, 0.0, float(np.nanpercentile(spread.to_numpy(), _PERCENTILES[1])))
+    high = float(np.nanpercentile(spread.to_numpy(), _PERCENTILES[1]))
+    return replace(_widened(_SPREAD, 0.0, high), extend="max")
 
 
 def _widened(colours: str, low: float, high: float) -> Scale:
@@ -139,8 +143,12 @@ def _draw(figure: Figure, axes: GeoAxes, field: xr.DataArray, scale: Scale, *, u
         vmax=scale.high,
     )
     bar = figure.colorbar(
-        cells, ax=axes, orientation="horizontal", shrink=0.8, aspect=35, extend="both"
+        cells, ax=axes, orientation="horizontal", shrink=0.8, aspect=35, extend=scale.extend
     )
+    digits = ScalarFormatter()
+    digits.set_powerlimits((-2, 4))  # humidity's many zeros would overlap
+    bar.locator, bar.formatter = MaxNLocator(6), digits
+    bar.update_ticks()
     bar.set_label(units_text(units))
 
 

@@ -26,7 +26,7 @@ def summarise(
     Raises:
         ValueError: no row for that region or model.
     """
-    rows = table[table["region"] == region]
+    rows = table.loc[table["region"] == region]
     for column, wanted, among in (("region", region, table), ("source", model_name, rows)):
         present = sorted(among[column].unique())
         if wanted not in present:
@@ -51,7 +51,7 @@ def _baselines(rows: pd.DataFrame, model_name: str) -> list[str]:
 def _column(
     rows: pd.DataFrame, source: str, score: str, title: str, of: str = "value"
 ) -> pd.Series:
-    chosen = rows[(rows["source"] == source) & (rows["score"] == score)]
+    chosen = rows.loc[(rows["source"] == source) & (rows["score"] == score)]
     # Missing levels and leads would not match as index labels in a join: NaN keys are kept here.
     return chosen.set_index(_KEYS)[of].rename(title)
 
@@ -61,7 +61,7 @@ def display_cells(summary: pd.DataFrame) -> pd.DataFrame:
     cells: dict[str, list[str]] = {}
     for name in summary.columns:
         values = summary[name]
-        if values.isna().all() or name.endswith((" low", " high")):
+        if bool(values.isna().all()) or name.endswith((" low", " high")):
             continue
         low, high = f"{name} low", f"{name} high"
         if low in summary and high in summary:

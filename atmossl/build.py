@@ -1,0 +1,163 @@
+"""From a validated configuration to the objects that train: the wiring between the rooms."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from atmossl import __version__
+from atmossl.data.catalog import catalog_entry
+from atmossl.data.datamodule import LoaderSettings, WindowDataModule
+from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
+from atmossl.data.store import open_split
+from atmossl.data.windows import WindowSize
+from atmossl.inference.checkpoint import spec_to_dict
+from atmossl.model.multiformer import Multiformer
+from atmossl.objectives.masked import MaskedModelling
+from atmossl.schema import TrainConfig
+from atmossl.training.callbacks import CurvesAtEnd, LearningRate, StopOnNonFinite, Throughput
+from atmossl.training.module import OptimizerSettings, TrainingModule
+
+
+def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
+    """The datamodule and the statistics of the training split alone."""
+    entry = catalog_entry(config.data.name, config.data.catalog)
+    variables = sorted({v for spec in config.specs for v in spec.variables})
+    levels = sorted({level for spec in config.specs for level in spec.levels})
+    train, validation = (
+        open_split(
+            entry, split, variables=variables, levels=levels, in_memory=config.data.in_memory
+        )
+        for split in ("train", "validation")
+    )
+    statistics = load_or_compute(train)
+    settings = LoaderSettings(
+        batch_size=config.data.batch_size,
+        num_workers=config.data.num_workers,
+        windows_per_time=config.data.windows_per_time,
+        first_guess=config.data.first_guess,
+        seed=config.seed,
+    )
+    datamodule = WindowDataModule(
+        train=train,
+        validation=validation,
+        specs=config.specs,
+        normaliser=Normaliser(statistics),
+        window=WindowSize(**config.data.window.model_dump()),
+        sampler=config.masking,
+        tasks={task.name: task.sampler() for task in config.tasks},
+        settings=settings,
+        num_batches=config.trainer.max_steps * config.trainer.accumulate,
+        validation_batches=config.trainer.validation_batches,
+    )
+    return datamodule, statistics
+
+
+def build_module(
+    config: TrainConfig, statistics: Statistics, resolved: dict[str, Any]
+) -> TrainingModule:
+    """Model, objective and optimiser settings in one LightningModule.
+
+    resolved: the configuration as plain values, kept in every checkpoint.
+    """
+    torch.manual_seed(config.seed)
+    predicted = [spec for spec in config.specs if spec.role == "predict"]
+    scales = {spec.name: statistics.departure_scale(spec) for spec in predicted}
+    arguments = config.model.model_dump()
+    model = Multiformer(streams=config.specs, scales=scales, **arguments)
+    if config.trainer.compile:
+        model.compile_blocks()
+    objective = MaskedModelling(scales=scales, **config.objective.model_dump())
+    values = config.optimizer.model_dump(exclude={"gradient_clip"})
+    optimizer = OptimizerSettings(max_steps=config.trainer.max_steps, **values)
+    window = WindowSize(**config.data.window.model_dump())
+    record = {
+        "atmossl": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),
+        "streams": [spec_to_dict(spec) for spec in config.specs],
+        "model": arguments,
+        "statistics": statistics.to_dict(),
+        "window": {"time": window.time, "lat": window.lat, "lon": window.lon},
+        "first_guess": config.data.first_guess,
+        "data": config.data.name,
+        "config": resolved,
+    }
+    names = tuple(task.name for task in config.tasks)
+    return TrainingModule(
+        model=model, objective=objective, optimizer=optimizer, record=record, task_names=names
+    )
+
+
+def build_trainer(config: TrainConfig) -> L.Trainer:
+    """The Lightning trainer with callbacks and loggers; epochs are unknown to it."""
+    settings, folder = config.trainer, config.paths.output
+    checkpoints = folder / "checkpoints"
+    csv = CSVLogger(folder, name="", version="")
+    callbacks: list[L.Callback] = [
+        Throughput(settings.log_interval * settings.accumulate),
+        LearningRate(settings.log_interval),
+        StopOnNonFinite(settings.nonfinite_limit),
+        ModelCheckpoint(
+            checkpoints,
+            filename="step-{step}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=settings.checkpoint_interval,
+            save_last=True,
+            save_top_k=1,
+            monitor="step",
+            mode="max",
+        ),
+        ModelCheckpoint(
+            checkpoints, filename="best", monitor="ratio/mean", mode="min", save_top_k=1,
+            enable_version_counter=False,
+        ),
+        CurvesAtEnd(Path(csv.log_dir) / "metrics.csv", folder / "curves"),
+        RichProgressBar(refresh_rate=1),
+    ]
+    return L.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=config.optimizer.gradient_clip,
+        val_check_interval=settings.validation_interval * settings.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=settings.log_interval,
+        use_distributed_sampler=False,
+        logger=[csv, *_loggers(config)],
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_model_summary=False,
+    )
+
+
+def _loggers(config: TrainConfig) -> list[Logger]:
+    folder = config.paths.output
+    loggers: list[Logger] = []
+    if config.logger.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    if config.logger.wandb:
+        loggers.append(
+            WandbLogger(
+                project=config.logger.wandb_project, save_dir=folder, offline=_wandb_is_offline()
+            )
+        )
+    return loggers
+
+
+def _wandb_is_offline() -> bool:
+    """True unless a key for wandb is at hand."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"] != "online"
+    return "WANDB_API_KEY" not in os.environ

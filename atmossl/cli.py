@@ -1,0 +1,154 @@
+"""The command line: train, predict, evaluate, data, config, info."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from atmossl.data.catalog import find_file
+
+_USAGE = """atmossl COMMAND [key=value ...]
+
+  train     atmossl train experiment=quickstart trainer.max_steps=500 model.dim=128 logger=wandb
+            atmossl train -m model.dim=64,128        one run for each value
+            atmossl train paths.output=runs/mine resume=auto
+  predict   atmossl predict task=forecast checkpoint=PATH init_time=1959-02-01T00 output=out.zarr
+            task: forecast | temporal_interpolation | downscaling
+  evaluate  atmossl evaluate checkpoint=PATH output=report every=4
+  export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
+  data      atmossl data list | atmossl data stats [key=value ...]
+  config    atmossl config show | validate [key=value ...]      of a training run
+  info      atmossl info checkpoint=PATH
+
+The keys are those of conf/; `atmossl config show` prints them all with their values.
+"""
+
+
+def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration `conf/NAME.yaml` as plain values, interpolations resolved.
+
+    Raises:
+        ValueError: an override that does not fit, in one line.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(find_file("conf")), version_base="1.3"):
+            config = compose(name, list(overrides))
+            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        raise ValueError(" ".join(f"{error} {cause if cause is not error else ''}".split())) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from atmossl.commands import train
+
+    if "-m" in arguments or "--multirun" in arguments:
+        import hydra
+
+        sys.argv = ["atmossl train", *arguments]
+        hydra.main(version_base="1.3", config_path=str(find_file("conf")), config_name="train")(
+            lambda config: train(OmegaConf.to_container(config, resolve=True))
+        )()
+        return
+    train(compose_config("train", arguments))
+
+
+def _predict(arguments: Sequence[str]) -> None:
+    from atmossl.commands import predict
+
+    predict(compose_config("predict", arguments))
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from atmossl.commands import evaluate
+
+    evaluate(compose_config("evaluate", arguments))
+
+
+def _data(arguments: Sequence[str]) -> None:
+    from atmossl.commands import list_catalog, show_statistics
+
+    action, *overrides = arguments or [""]
+    if action == "list":
+        list_catalog()
+    elif action == "stats":
+        show_statistics(compose_config("train", overrides))
+    else:
+        raise ValueError(f"data {action!r} is no action; valid: list, stats")
+
+
+def _config(arguments: Sequence[str]) -> None:
+    from atmossl.schema import TrainConfig, parse
+
+    action, *overrides = arguments or [""]
+    if action not in ("show", "validate"):
+        raise ValueError(f"config {action!r} is no action; valid: show, validate")
+    values = compose_config("train", overrides)
+    if action == "show":
+        Console().print(OmegaConf.to_yaml(OmegaConf.create(values)), markup=False)
+    parse(TrainConfig, values)
+    if action == "validate":
+        Console().print("the configuration is valid")
+
+
+def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    given = dict(item.split("=", 1) for item in arguments if "=" in item)
+    if sorted(given) != sorted(names) or len(given) != len(arguments):
+        raise ValueError(f"got {list(arguments)}; needed: {' '.join(f'{n}=VALUE' for n in names)}")
+    return [given[name] for name in names]
+
+
+def _info(arguments: Sequence[str]) -> None:
+    from atmossl.commands import show_checkpoint
+
+    show_checkpoint(*_keyword(arguments, ["checkpoint"]))
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from atmossl.inference.checkpoint import export
+
+    checkpoint, output = _keyword(arguments, ["checkpoint", "output"])
+    export(checkpoint, Path(output))
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "predict": _predict,
+    "evaluate": _evaluate,
+    "export": _export,
+    "data": _data,
+    "config": _config,
+    "info": _info,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when done, 2 with one line for bad input, 1 for a fault."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        Console().print(_USAGE, markup=False, highlight=False)
+        return 0
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        console.print(f"atmossl: no command {command!r}; valid: {', '.join(_COMMANDS)}")
+        return 2
+    try:
+        _COMMANDS[command](rest)
+    except ValueError as error:
+        console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except FloatingPointError as error:
+        console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0

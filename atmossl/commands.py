@@ -1,0 +1,198 @@
+"""What the commands do, once their configuration is composed."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from atmossl.build import build_data, build_module, build_trainer
+from atmossl.data.catalog import catalog_entry, load_catalog
+from atmossl.data.store import Segment, open_split
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import check_output, predictions, write
+from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
+
+
+def train(values: Mapping[str, Any]) -> Path:
+    """Train as configured; returns the path of the last checkpoint.
+
+    Raises:
+        ValueError: anything wrong with the configuration, before any work.
+    """
+    values = {key: value for key, value in values.items() if key != "hydra"}
+    config: TrainConfig = parse(TrainConfig, values)
+    output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
+    resume = _resume_from(config.resume, checkpoints)
+    if resume is None and checkpoints.exists():
+        raise ValueError(
+            f"paths.output={output} holds a run; go on with resume=auto, or choose another folder"
+        )
+    _make_folder(output)
+    datamodule, statistics = build_data(config)
+    module = build_module(config, statistics, _plain(values))
+    trainer = build_trainer(config)
+    OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
+    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+    last = checkpoints / "last.ckpt"
+    if trainer.is_global_zero:
+        Console().print(f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False)
+    return last
+
+
+def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
+    """The checkpoint to go on from; with `auto` the newest that can be read, or none."""
+    if resume is None:
+        return None
+    if resume != "auto":
+        read_checkpoint(resume)
+        return Path(resume)
+    newest = sorted(
+        checkpoints.parent.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    for path in newest:
+        try:
+            read_checkpoint(str(path))
+        except ValueError:
+            continue
+        return path
+    return None
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as plain values; the key `hydra` belongs to one launch only."""
+    return {key: value for key, value in values.items() if key != "hydra"}
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"paths.output={folder} cannot be written: {error.strerror}") from error
+
+
+def _device(accelerator: str) -> str:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu but no GPU is visible; valid here: auto, cpu")
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def open_for(
+    trained: TrainedModel, data: str | None, catalog: Path | None, split: Any
+) -> tuple[Segment, ...]:
+    """The segments of a split with the variables and levels of a checkpoint.
+
+    Raises:
+        ValueError: unknown entry, or a store that lacks what the checkpoint needs.
+    """
+    entry = catalog_entry(data or trained.data, catalog)
+    levels = trained.levels
+    return open_split(entry, split, variables=sorted(trained.variables), levels=levels)
+
+
+def predict(values: Mapping[str, Any]) -> Path:
+    """Run one task for every chosen time and write a CF store; returns its path."""
+    config: PredictConfig = parse(PredictConfig, values)
+    check_output(config.output)
+    trained = load_checkpoint(config.checkpoint)
+    segments = open_for(trained, config.data, config.catalog, config.split)
+    if len(segments) > 1:
+        raise ValueError(f"split={config.split} has {len(segments)} segments; predict takes one")
+    predictor = Predictor(
+        trained=trained,
+        segment=segments[0],
+        task=config.task.sampler(),
+        overlap=config.overlap,
+        batch_size=config.batch_size,
+        device=_device(config.accelerator),
+    )
+    times = _chosen_times(config, predictor)
+    bar = track(predictions(predictor, times), total=len(times), description=config.task.name)
+    along = "init_time" if predictor.plan.is_forecast else "time"
+    write(bar, config.output, along)
+    Console().print(f"prediction: {config.output}", highlight=False)
+    return config.output
+
+
+def _chosen_times(config: PredictConfig, predictor: Predictor) -> np.ndarray:
+    if config.init_time == "all":
+        times = predictor.possible_times()[:: config.every]
+        if len(times) == 0:
+            raise ValueError("init_time=all: the store is shorter than one window")
+        return times
+    names = [config.init_time] if isinstance(config.init_time, str) else config.init_time
+    try:
+        times = np.array(sorted(np.datetime64(name, "ns") for name in names))
+    except ValueError as error:
+        raise ValueError(f"init_time={names}: {error}; valid: ISO dates, or all") from error
+    for time in times:
+        predictor.window_start(time)
+    return times
+
+
+def evaluate(values: Mapping[str, Any]) -> Path:
+    """Score every task on held-out dates against baselines; returns the report's folder."""
+    from atmossl.scorecard import write_report
+
+    config: EvaluateConfig = parse(EvaluateConfig, values)
+    if config.output.exists():
+        raise ValueError(f"output={config.output} exists; choose another folder or remove it")
+    trained = load_checkpoint(config.checkpoint)
+    test = open_for(trained, config.data, config.catalog, config.split)
+    training = open_for(trained, config.data, config.catalog, "train")
+    partial = config.output.with_name(f".{config.output.name}.{os.getpid()}")
+    _make_folder(partial)
+    write_report(config, trained, test, training, partial, _device(config.accelerator))
+    partial.replace(config.output)
+    Console().print(f"report: {config.output}", highlight=False)
+    return config.output
+
+
+def list_catalog() -> None:
+    table = Table("name", "levels", "segments", "description", "licence")
+    for name, entry in load_catalog().items():
+        table.add_row(
+            name, str(len(entry.levels)), str(len(entry.segments)), entry.description, entry.licence
+        )
+    Console().print(table)
+
+
+def show_statistics(values: Mapping[str, Any]) -> None:
+    """Compute or read the statistics of a training run's data, and print them."""
+    config: TrainConfig = parse(TrainConfig, _plain(values))
+    _, statistics = build_data(config)
+    table = Table("variable", "level", "mean", "std", "std of one step's change")
+    for row, name in enumerate(statistics.variables):
+        for column, level in enumerate(statistics.levels):
+            numbers = (statistics.mean, statistics.std, statistics.step_std)
+            table.add_row(name, str(level), *(f"{x[row, column]:.5g}" for x in numbers))
+    Console().print(table, f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}")
+
+
+def show_checkpoint(checkpoint: str) -> None:
+    """Print what is in a checkpoint."""
+    trained = load_checkpoint(checkpoint)
+    record = trained.record
+    table = Table("what", "value", show_header=False)
+    count = sum(parameter.numel() for parameter in trained.model.parameters())
+    rows = {
+        "written by": f"atmossl {record['atmossl']}, torch {record['torch']}",
+        "optimiser steps": str(record["step"]),
+        "parameters": f"{count:,}",
+        "window (time, lat, lon)": str(tuple(record["window"].values())),
+        "trained on": f"{record['data']}: {record['statistics']['period']}",
+        "digest": trained.digest,
+        **{f"model.{key}": str(value) for key, value in record["model"].items()},
+    }
+    for spec in trained.specs:
+        rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {list(spec.levels)} hPa"
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)

@@ -1,0 +1,143 @@
+"""Loading a checkpoint for inference: it needs nothing but the file."""
+
+import hashlib
+import os
+import pickle
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from atmossl.batch import StreamSpec, TokenSize
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.windows import WindowSize
+from atmossl.model.multiformer import Multiformer
+
+_AVERAGED = "ema.module."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with averaged weights, and what it was trained on.
+
+    record: streams, model arguments, statistics, window and resolved configuration, as saved.
+    """
+
+    model: nn.Module
+    specs: tuple[StreamSpec, ...]
+    normaliser: Normaliser
+    window: WindowSize
+    first_guess: bool
+    data: str
+    record: dict[str, Any]
+    digest: str
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return tuple(name for spec in self.specs for name in spec.variables)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return tuple(sorted({level for spec in self.specs for level in spec.levels}))
+
+
+def checkpoint_path(name: str) -> Path:
+    """`default` is the reference checkpoint of the package, anything else a path.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if name == "default":
+        path = Path(str(resources.files("atmossl"))) / "assets" / "reference.ckpt"
+    else:
+        path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"checkpoint={name}: no file {path}; give a path, or `default`")
+    return path
+
+
+def read_checkpoint(name: str) -> dict[str, Any]:
+    """The raw contents; ValueError if the file is truncated or not one of ours."""
+    path = checkpoint_path(name)
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint={path} is truncated or no torch file ({type(error).__name__})"
+        ) from error
+    if not isinstance(contents, dict) or "atmossl" not in contents:
+        raise ValueError(f"checkpoint={path} was not written by atmossl: it has no atmossl record")
+    return contents
+
+
+def load_checkpoint(name: str) -> TrainedModel:
+    """Rebuild the model with its averaged weights, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: no such file, truncated, foreign, or weights that do not fit the record.
+    """
+    contents = read_checkpoint(name)
+    record = contents["atmossl"]
+    specs = tuple(spec_from_dict(values) for values in record["streams"])
+    model = Multiformer(streams=specs, **record["model"])
+    weights = {
+        key.removeprefix(_AVERAGED): value
+        for key, value in contents["state_dict"].items()
+        if key.startswith(_AVERAGED)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint={name}: weights do not fit its record: {error}") from error
+    return TrainedModel(
+        model=model.eval(),
+        specs=specs,
+        normaliser=Normaliser(Statistics.from_dict(record["statistics"])),
+        window=WindowSize(**record["window"]),
+        first_guess=record["first_guess"],
+        data=record["data"],
+        record=record,
+        digest=hashlib.sha256(checkpoint_path(name).read_bytes()).hexdigest()[:16],
+    )
+
+
+def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
+    size = spec.token_size
+    return {
+        "name": spec.name,
+        "variables": list(spec.variables),
+        "levels": list(spec.levels),
+        "token_size": {"time": size.time, "lat": size.lat, "lon": size.lon, "level": size.level},
+        "role": spec.role,
+        "loss_weight": spec.loss_weight,
+    }
+
+
+def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
+    return StreamSpec(
+        name=values["name"],
+        variables=tuple(values["variables"]),
+        levels=tuple(values["levels"]),
+        token_size=TokenSize(**values["token_size"]),
+        role=values["role"],
+        loss_weight=values["loss_weight"],
+    )
+
+
+def export(name: str, output: Path) -> None:
+    """Write the averaged weights and the record alone, atomically: what inference needs.
+
+    Raises:
+        ValueError: the output exists.
+    """
+    if output.exists():
+        raise ValueError(f"output={output} exists; choose another path or remove it")
+    contents = read_checkpoint(name)
+    weights = {k: v for k, v in contents["state_dict"].items() if k.startswith(_AVERAGED)}
+    record = {key: value for key, value in contents["atmossl"].items() if key != "rng"}
+    partial = output.with_suffix(f".{os.getpid()}")
+    torch.save({"state_dict": weights, "atmossl": record}, partial)
+    partial.replace(output)

@@ -1,0 +1,353 @@
+"""Typed configuration: every key, its type and bounds; unknown keys are errors.
+
+`conf/` holds the values, this module the types, the docstrings of the classes that are built from
+them the meaning.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from atmossl.batch import StreamSpec, TokenSize
+from atmossl.data.catalog import catalog_entry
+from atmossl.losses import LOSSES
+from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
+from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+MASKS = {
+    f"{kind.__module__}.{kind.__name__}": kind
+    for kind in (
+        RandomMasking,
+        BlockMasking,
+        TimeBlockMasking,
+        Mixture,
+        Forecast,
+        TemporalInterpolation,
+        Downscaling,
+    )
+}
+
+
+class ConfigError(ValueError):
+    """All that is wrong with a configuration, one line per fault."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class TokenSizeConfig(_Strict):
+    time: Positive
+    lat: Positive
+    lon: Positive
+    level: Positive = 1
+
+
+class StreamConfig(_Strict):
+    variables: tuple[str, ...] = Field(min_length=1)
+    levels: tuple[Positive, ...]
+    token_size: TokenSizeConfig
+    role: Literal["predict", "input"] = "predict"
+    loss_weight: float = Field(default=1.0, ge=0.0)
+
+    def spec(self, name: str) -> StreamSpec:
+        return StreamSpec(
+            name=name,
+            variables=self.variables,
+            levels=self.levels,
+            token_size=TokenSize(**self.token_size.model_dump()),
+            role=self.role,
+            loss_weight=self.loss_weight,
+        )
+
+
+class WindowConfig(_Strict):
+    time: Positive
+    lat: NotNegative
+    lon: NotNegative
+
+
+class DataConfig(_Strict):
+    name: str
+    catalog: Path | None
+    in_memory: bool
+    window: WindowConfig
+    windows_per_time: Positive
+    batch_size: Positive
+    num_workers: NotNegative
+    first_guess: bool
+
+
+class ModelConfig(_Strict):
+    dim: Positive
+    dims: dict[str, Positive]
+    num_layers: Positive
+    num_decoder_layers: Positive
+    num_heads: Positive
+    num_members: Positive
+    feedforward_ratio: float = Field(gt=0.0)
+
+
+class ObjectiveConfig(_Strict):
+    losses: dict[str, float] = Field(min_length=1)
+    weighting: Literal["departure", "uniform"]
+    latitude_weighted: bool
+
+    @model_validator(mode="after")
+    def _losses_exist(self) -> "ObjectiveConfig":
+        unknown = sorted(set(self.losses) - set(LOSSES))
+        if unknown:
+            raise ValueError(f"losses {unknown} do not exist; valid: {sorted(LOSSES)}")
+        return self
+
+
+class OptimizerConfig(_Strict):
+    learning_rate: float = Field(gt=0.0)
+    weight_decay: float = Field(ge=0.0)
+    betas: tuple[Share, Share]
+    schedule: Literal["cosine", "exponential", "constant"]
+    warmup_steps: NotNegative
+    final_fraction: Share
+    decay_every: Positive
+    gradient_clip: float = Field(gt=0.0)
+    ema_decay: Share
+
+
+class TrainerConfig(_Strict):
+    max_steps: Positive
+    accumulate: Positive
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: Positive | Literal["auto"]
+    num_nodes: Positive
+    strategy: Literal["auto", "ddp"]
+    compile: bool
+    validation_interval: Positive
+    validation_batches: Positive
+    checkpoint_interval: Positive
+    log_interval: Positive
+    nonfinite_limit: Positive
+
+
+class LoggerConfig(_Strict):
+    tensorboard: bool
+    wandb: bool
+    wandb_project: str
+
+
+class PathsConfig(_Strict):
+    output: Path
+
+
+def _instantiate(node: Any, kinds: Mapping[str, type] = MASKS) -> Any:
+    """Build the mask that a `_target_` node describes; lists and mappings are walked."""
+    if isinstance(node, list | tuple):
+        return [_instantiate(item, kinds) for item in node]
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return node
+    kind = kinds.get(node["_target_"])
+    if kind is None:
+        raise ValueError(f"_target_={node['_target_']!r}; valid: {sorted(kinds)}")
+    names = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(node) - names - {"_target_"})
+    if unknown:
+        raise ValueError(f"unknown keys {unknown} of {kind.__name__}; valid: {sorted(names)}")
+    values = {key: _instantiate(value, kinds) for key, value in node.items() if key != "_target_"}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__}: {error}") from error
+
+
+Mask = Annotated[Any, BeforeValidator(_instantiate)]
+
+
+def hours(text: str) -> float:
+    """Hours of a duration such as `12h`, `90min` or `2d`; ValueError if it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(min|h|d)\s*", str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is no duration; valid: a number and min, h or d, such as 12h")
+    return float(match[1]) * {"min": 1 / 60, "h": 1.0, "d": 24.0}[match[2]]
+
+
+class ForecastConfig(_Strict):
+    """Hide the last `lead_time` of the window."""
+
+    name: Literal["forecast"]
+    lead_time: Annotated[float, BeforeValidator(hours)]
+
+    def sampler(self) -> Forecast:
+        return Forecast(self.lead_time)
+
+
+class TemporalInterpolationConfig(_Strict):
+    """Hide `hidden_time` in the middle of the window."""
+
+    name: Literal["temporal_interpolation"]
+    hidden_time: Annotated[float, BeforeValidator(hours)]
+
+    def sampler(self) -> TemporalInterpolation:
+        return TemporalInterpolation(self.hidden_time)
+
+
+class DownscalingConfig(_Strict):
+    """Give means over factor x factor cells."""
+
+    name: Literal["downscaling"]
+    factor: Annotated[int, Field(ge=2)]
+
+    def sampler(self) -> Downscaling:
+        return Downscaling(self.factor)
+
+
+TaskConfig = Annotated[
+    ForecastConfig | TemporalInterpolationConfig | DownscalingConfig, Field(discriminator="name")
+]
+
+
+class TrainConfig(_Strict):
+    """Everything that `atmossl train` obeys."""
+
+    seed: NotNegative
+    resume: str | None
+    data: DataConfig
+    stream: dict[str, StreamConfig] = Field(min_length=1)
+    masking: Mask
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    paths: PathsConfig
+
+    @property
+    def specs(self) -> tuple[StreamSpec, ...]:
+        return tuple(stream.spec(name) for name, stream in self.stream.items())
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        faults = [fault for check in (_stream_faults, _model_faults) for fault in check(self)]
+        if faults:
+            raise ValueError(" | ".join(faults))
+        return self
+
+
+def _stream_faults(config: TrainConfig) -> list[str]:
+    """Streams against catalog and window."""
+    try:
+        entry = catalog_entry(config.data.name, config.data.catalog)
+    except ValueError as error:
+        return [str(error)]
+    faults = []
+    for name, stream in config.stream.items():
+        unknown = sorted(set(stream.variables) - set(entry.variables))
+        if unknown:
+            valid = sorted(entry.variables)
+            faults.append(f"stream.{name}.variables={unknown} not in the catalog; valid: {valid}")
+        levels = sorted(set(stream.levels) - set(entry.levels))
+        if levels:
+            valid_levels = list(entry.levels)
+            faults.append(f"stream.{name}.levels={levels} not in the catalog; valid: {valid_levels}")
+        window = config.data.window
+        try:
+            size = stream.spec(name).token_size
+            stream.spec(name).token_shape(
+                window.time, window.lat or size.lat, window.lon or size.lon
+            )
+        except ValueError as error:
+            faults.append(str(error))
+    if not any(stream.role == "predict" for stream in config.stream.values()):
+        faults.append("no stream has role predict; give at least one")
+    return faults
+
+
+def _model_faults(config: TrainConfig) -> list[str]:
+    faults = []
+    model = config.model
+    needs_ensemble = sorted(set(config.objective.losses) - {"ensemble_mse", "mean_mse"})
+    if needs_ensemble and model.num_members < 2:
+        faults.append(f"model.num_members=1 but objective.losses={needs_ensemble} need at least 2")
+    if model.num_decoder_layers > model.num_layers:
+        faults.append(
+            f"model.num_decoder_layers={model.num_decoder_layers} is more than "
+            f"model.num_layers={model.num_layers}"
+        )
+    for name in config.stream:
+        width = model.dims.get(name, model.dim)
+        if width % model.num_heads or (width // model.num_heads) % 2:
+            faults.append(
+                f"model.dim={width} of stream {name} must be an even multiple of "
+                f"model.num_heads={model.num_heads}"
+            )
+    if config.optimizer.warmup_steps >= config.trainer.max_steps:
+        faults.append(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+            f"trainer.max_steps={config.trainer.max_steps}"
+        )
+    return faults
+
+
+class PredictConfig(_Strict):
+    """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
+
+    task: TaskConfig
+    checkpoint: str
+    data: str | None
+    catalog: Path | None
+    split: Literal["train", "validation", "test"]
+    init_time: str | tuple[str, ...]
+    every: Positive
+    overlap: float = Field(ge=0.0, lt=1.0)
+    batch_size: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
+    output: Path
+
+
+class EvaluateConfig(_Strict):
+    """Everything that `atmossl evaluate` obeys."""
+
+    checkpoint: str
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    data: str | None
+    catalog: Path | None
+    split: Literal["validation", "test"]
+    every: Positive
+    ridge: bool
+    bootstrap: Positive
+    overlap: float = Field(ge=0.0, lt=1.0)
+    batch_size: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
+    seed: NotNegative
+    output: Path
+
+
+def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
+    """Validate a composed configuration.
+
+    Raises:
+        ConfigError: one line per fault, each with the key, the value and what would be valid.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(fault) for fault in error.errors())) from error
+
+
+def _line(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if not key:
+        return message.replace(" | ", "\n")
+    value = "" if isinstance(fault["input"], Mapping) else f"={fault['input']!r}"
+    if fault["type"] == "extra_forbidden":
+        message = "unknown key"
+    return f"{key}{value}: {message}"

@@ -1,0 +1,49 @@
+"""Pictures of a run's curves, from its CSV log."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_curves(metrics: Path, folder: Path) -> list[Path]:
+    """Write `loss.png`, `skill.png` and `learning_rate.png`; a later call draws them anew."""
+    table = pd.read_csv(metrics)
+    pictures = {
+        "loss": (["train/loss"], "validation/", "/loss", "loss"),
+        "skill": ([], "ratio/", "", "RMSE / RMSE of first guess"),
+        "learning_rate": (["learning_rate"], None, "", "learning rate"),
+    }
+    written = []
+    for name, (columns, prefix, suffix, label) in pictures.items():
+        chosen = [c for c in columns if c in table]
+        if prefix is not None:
+            chosen += sorted(
+                c
+                for c in table
+                if c.startswith(prefix) and c.endswith(suffix) and c.count("/") == 1 + bool(suffix)
+            )
+        if chosen:
+            written.append(_plot(table, chosen, label, folder / f"{name}.png"))
+    return written
+
+
+def _plot(table: pd.DataFrame, columns: list[str], label: str, path: Path) -> Path:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for column in columns:
+        points = table[["step", column]].dropna()
+        smooth = points[column].rolling(max(1, len(points) // 100), min_periods=1).mean()
+        axes.plot(points["step"], smooth, label=column, linewidth=1.2)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+    return path

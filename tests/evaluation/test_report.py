@@ -1,0 +1,215 @@
+import io
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from atmossl.evaluation.baselines import climatology, climatology_forecast, persistence
+from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
+from atmossl.evaluation.report.figures import save_figure, score_label, units_text
+from atmossl.evaluation.report.maps import case_map, case_title, field_scale, symmetric_scale
+from atmossl.evaluation.report.tables import (
+    print_summary,
+    summarise,
+    to_markdown,
+    write_csv,
+    write_markdown,
+)
+from atmossl.evaluation.verify import verify
+
+LEADS = np.array([6, 12], dtype="timedelta64[h]").astype("timedelta64[ns]")
+
+
+def _ensemble(truth: xr.Dataset) -> xr.Dataset:
+    rng = np.random.default_rng(0)
+    still = persistence(truth, truth["time"][:10], LEADS).expand_dims(member=np.arange(3))
+    return still.map(lambda field: field + 0.3 * rng.standard_normal(field.shape))
+
+
+@pytest.fixture(scope="module")
+def table(dataset) -> pd.DataFrame:
+    truth = dataset(num_times=12)
+    truth = truth.assign(
+        surface_pressure=truth["temperature"].isel(level=0, drop=True).assign_attrs(units="Pa")
+    )
+    normal = climatology([truth])
+    baselines = {
+        "persistence": persistence(truth, truth["time"][:10], LEADS),
+        "climatology": climatology_forecast(normal, truth["time"][:10], LEADS),
+    }
+    return verify(
+        _ensemble(truth),
+        truth,
+        baselines,
+        normal,
+        task="forecast",
+        rng=np.random.default_rng(0),
+        bootstrap=BlockBootstrap(num_resamples=50),
+    )
+
+
+@pytest.fixture(scope="module")
+def case(dataset) -> tuple[xr.DataArray, xr.DataArray]:
+    truth = dataset(num_times=12)
+    name = "u_component_of_wind"
+    prediction = _ensemble(truth)[name].isel(init_time=0, lead_time=1, level=0)
+    return truth[name].isel(time=2, level=0), prediction
+
+
+def _row(table: pd.DataFrame, source: str, score: str) -> pd.DataFrame:
+    return table[(table["source"] == source) & (table["score"] == score)]
+
+
+def test_summary_has_one_row_per_field_and_the_table_s_numbers(table):
+    summary = summarise(table)
+    assert len(summary) == 2 * 2 * 2 + 2  # variables, levels, leads, and the surface
+    assert not summary.duplicated(["variable", "level", "lead_hours"]).any()
+    line = summary.query("variable == 'temperature' and level == 850 and lead_hours == 12").iloc[0]
+    same = "variable == 'temperature' and level == 850 and lead_hours == 12"
+    assert line["rmse model"] == _row(table, "model", "rmse").query(same)["value"].item()
+    assert (
+        line["rmse persistence"] == _row(table, "persistence", "rmse").query(same)["value"].item()
+    )
+    ratio = _row(table, "model", "rmse_ratio_vs_climatology").query(same)
+    assert line["ratio climatology high"] == ratio["high"].item()
+    surface = summary[summary["variable"] == "surface_pressure"]
+    assert surface["level"].isna().all()
+    assert surface[["rmse model", "rmse climatology", "crps", "acc"]].notna().all(axis=None)
+
+
+def test_summary_of_unknown_region_or_model_is_an_error(table):
+    with pytest.raises(ValueError, match="region 'moon'.*global"):
+        summarise(table, region="moon")
+    with pytest.raises(ValueError, match="source 'best'.*model"):
+        summarise(table, model_name="best")
+
+
+def test_console_and_markdown_show_each_row(table):
+    summary = summarise(table)
+    text = io.StringIO()
+    print_summary(summary, Console(file=text, width=300), title="forecast")
+    assert text.getvalue().count("temperature") == 4
+    lines = to_markdown(summary).splitlines()
+    assert len(lines) == 2 + len(summary)
+    assert len({line.count("|") for line in lines}) == 1
+    assert "ratio persistence low" not in lines[0]
+
+
+def test_files_are_not_overwritten_silently(table, tmp_path):
+    path = tmp_path / "deep" / "scores.csv"
+    write_csv(table, path)
+    pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
+    with pytest.raises(FileExistsError, match=r"scores\.csv exists"):
+        write_csv(table, path)
+    write_csv(table.head(3), path, overwrite=True)
+    assert len(pd.read_csv(path)) == 3
+    assert write_markdown(summarise(table), tmp_path / "summary.md").read_text().startswith("|")
+    assert [each.name for each in path.parent.iterdir()] == ["scores.csv"]  # nothing half done
+
+
+def test_map_shares_colours_and_centres_the_error(case, tmp_path):
+    truth, prediction = case
+    figure = case_map(truth, prediction)
+    meshes = [axes.collections[0] for axes in figure.axes if axes.get_title()]
+    limits = [mesh.get_clim() for mesh in meshes]
+    assert len(meshes) == 4
+    assert limits[0] == limits[1]
+    assert limits[2][0] == -limits[2][1]
+    assert limits[3][0] == 0.0
+    path = save_figure(figure, tmp_path / "map.png", dpi=40)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError):
+        save_figure(figure, path)
+
+
+def test_map_title_tells_variable_level_and_times(case):
+    assert case_title(*case) == (
+        "u component of wind, 500 hPa, init 2020-01-01 00:00 UTC, lead 12 h, "
+        "valid 2020-01-01 12:00 UTC"
+    )
+    truth, _ = case
+    assert case_title(truth, truth.rename("t")) == "t, 500 hPa, valid 2020-01-01 12:00 UTC"
+
+
+def test_map_of_one_member_has_no_spread_panel(case):
+    truth, prediction = case
+    figure = case_map(truth, prediction.isel(member=0))
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
+        "truth",
+        "prediction",
+        "error (prediction minus truth)",
+    ]
+
+
+def test_map_of_many_cases_or_without_its_coastlines_is_an_error(case, dataset, tmp_path):
+    truth, prediction = case
+    with pytest.raises(ValueError, match="select time, lead and level first"):
+        case_map(dataset()["temperature"], prediction)
+    with pytest.raises(ValueError, match=r"coastlines: no file .*lines\.shp"):
+        case_map(truth, prediction, coastlines=tmp_path / "lines.shp")
+
+
+def test_scales_fit_the_field():
+    kelvin = xr.DataArray(np.linspace(250.0, 300.0, 1001))
+    wind = xr.DataArray(np.linspace(-20.0, 30.0, 1001))
+    assert field_scale(kelvin, kelvin).low == pytest.approx(250.5)
+    assert field_scale(wind, wind).low == -field_scale(wind, wind).high
+    nothing = symmetric_scale(kelvin * 0.0)
+    assert nothing.high > nothing.low
+
+
+def test_curves_draw_each_source_with_its_interval(table):
+    figure = lead_curves(table, variable="temperature", level=500.0)
+    rmse, _, acc = figure.axes
+    assert [line.get_label() for line in rmse.lines] == ["model", "persistence", "climatology"]
+    assert len(rmse.collections) == 3
+    assert rmse.get_ylabel() == "RMSE (K)"
+    assert "climatology" not in [line.get_label() for line in acc.lines]
+    assert figure.legends
+    same = _row(table, "persistence", "rmse").query("variable == 'temperature' and level == 500")
+    np.testing.assert_allclose(rmse.lines[1].get_ydata(), same["value"])
+
+
+def test_curve_without_lead_time_is_a_point_per_source(table):
+    hour = table[table["lead_hours"] == 6.0].assign(lead_hours=np.nan)
+    figure = lead_curves(hour, variable="surface_pressure", scores=("rmse",))
+    assert len(figure.axes[0].containers) == 3
+
+
+def test_curves_of_a_record_too_short_for_intervals_are_lines_only(table, tmp_path):
+    bare = table.assign(low=np.nan, high=np.nan)
+    save_figure(lead_curves(bare, variable="temperature", level=500.0), tmp_path / "lines.png")
+    points = bare[bare["lead_hours"] == 6.0].assign(lead_hours=np.nan)
+    save_figure(lead_curves(points, variable="surface_pressure"), tmp_path / "points.png")
+
+
+def test_spread_skill_curve_marks_a_reliable_ensemble(table, tmp_path):
+    figure = spread_skill_curve(table, variable="temperature", level=500.0)
+    assert any(set(line.get_ydata()) == {1.0} for line in figure.axes[0].lines)
+    assert save_figure(figure, tmp_path / "curve.png").exists()
+    with pytest.raises(ValueError, match=r"\.png"):
+        save_figure(figure, tmp_path / "curve.pdf")
+
+
+def test_curve_of_unknown_variable_or_level_is_an_error(table):
+    with pytest.raises(ValueError, match="variable 'ozone'.*temperature"):
+        lead_curves(table, variable="ozone")
+    with pytest.raises(ValueError, match="level 10"):
+        lead_curves(table, variable="temperature", level=10.0)
+
+
+def test_units_are_set_as_formulas():
+    assert units_text("m s**-1") == r"$\mathrm{m\,s^{-1}}$"
+    assert units_text("K") == "K"
+    assert score_label("spread_skill", "K") == "spread-skill ratio"
+
+
+def test_no_figure_enters_pyplot_s_state(table):
+    assert isinstance(lead_curves(table, variable="temperature", level=500.0), Figure)
+    pyplot = matplotlib.pyplot if hasattr(matplotlib, "pyplot") else None
+    assert pyplot is None or pyplot.get_fignums() == []

@@ -1,0 +1,130 @@
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from atmossl.evaluation.baselines import (
+    climatology,
+    climatology_forecast,
+    linear_in_time,
+    persistence,
+)
+from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.evaluation.verify import verify
+
+LEADS = np.array([6, 12], dtype="timedelta64[h]").astype("timedelta64[ns]")
+STEP = LEADS[0]
+FAST = BlockBootstrap(num_resamples=100)
+
+
+def _noisy_forecast(truth: xr.Dataset, num_inits: int, noise: float) -> xr.Dataset:
+    """Truth plus independent noise in each of five members."""
+    rng = np.random.default_rng(4)
+    perfect = xr.concat(
+        [
+            truth.isel(time=slice(lead, lead + num_inits))
+            .rename(time="init_time")
+            .assign_coords(init_time=truth["time"][:num_inits].to_numpy())
+            for lead in (1, 2)
+        ],
+        xr.DataArray(LEADS, dims="lead_time", name="lead_time"),
+    )
+    members = perfect.expand_dims(member=np.arange(5))
+    noisy = members.map(lambda field: field + noise * rng.standard_normal(field.shape))
+    return noisy.transpose("init_time", "lead_time", "member", ...)
+
+
+def _table(dataset, **options) -> pd.DataFrame:
+    truth = dataset(num_times=16, seed=1)
+    forecast = _noisy_forecast(truth, 12, noise=0.5)
+    normal = climatology([dataset(num_times=20, start="2019-01-01")])
+    init = forecast["init_time"]
+    baselines = {
+        "persistence": persistence(truth, init, LEADS),
+        "climatology": climatology_forecast(normal, init, LEADS),
+    }
+    settings = {"task": "forecast", "rng": np.random.default_rng(0), "bootstrap": FAST}
+    return verify(forecast, truth, baselines, normal, **(settings | options))
+
+
+def _one(table: pd.DataFrame, **labels) -> pd.Series:
+    rows = table
+    for column, wanted in labels.items():
+        rows = rows[rows[column] == wanted]
+    assert len(rows) == 1, rows
+    return rows.iloc[0]
+
+
+def test_scores_of_known_noise(dataset):
+    labels = {"variable": "temperature", "level": 500.0, "lead_hours": 12.0}
+    table = _table(dataset)
+    ours = _one(table, source="model", score="rmse", **labels)
+    assert ours["value"] == pytest.approx(0.5 / np.sqrt(5), rel=0.03)
+    assert ours["low"] < ours["value"] < ours["high"]
+    assert ours["units"] == "K"
+    # White noise of variance 1: persistence misses by sqrt(2).
+    theirs = _one(table, source="persistence", score="rmse", **labels)
+    assert theirs["value"] == pytest.approx(np.sqrt(2), rel=0.06)
+    ratio = _one(table, score="rmse_ratio_vs_persistence", **labels)
+    assert ratio["value"] == pytest.approx(ours["value"] / theirs["value"], rel=1e-6)
+    assert ratio["source"] == "model"
+    assert ratio["low"] < ratio["value"] < ratio["high"]
+    # Members have the truth at their centre and are not exchangeable with it.
+    spread = _one(table, source="model", score="spread_skill", **labels)
+    assert spread["value"] == pytest.approx(np.sqrt(6), rel=0.03)
+
+
+def test_every_source_has_every_score_it_can_have(dataset):
+    table = _table(dataset, regions=("global", "tropics"))
+    count = table.groupby(["source", "score"]).size()
+    per_score = 2 * 2 * 2 * 2  # variables, levels, leads, regions
+    assert set(count) == {per_score}
+    assert ("persistence", "spread_skill") not in count
+    assert ("model", "rmse_ratio_vs_climatology") in count
+    assert (
+        table[(table["source"] == "climatology") & (table["score"] == "acc")]["value"].isna().all()
+    )
+
+
+def test_same_seed_gives_the_same_table(dataset):
+    pd.testing.assert_frame_equal(_table(dataset), _table(dataset))
+
+
+def test_no_interval_from_less_than_two_blocks(dataset):
+    table = _table(dataset, bootstrap=BlockBootstrap(block_length=8, num_resamples=10))
+    assert table[["low", "high"]].isna().all(axis=None)
+    assert (table["num_times"] == 12).all()
+
+
+def test_tasks_without_lead_time_and_surface_variables(dataset):
+    truth = dataset(num_times=16)
+    truth = truth.assign(sea_level=truth["temperature"].isel(level=0, drop=True))
+    hidden = truth["time"][1:15]
+    line = linear_in_time(truth, hidden, before=STEP, after=STEP)
+    table = verify(
+        truth.sel(time=hidden).expand_dims(member=[0]),
+        truth,
+        {"linear": line},
+        task="temporal_interpolation",
+        rng=np.random.default_rng(0),
+        bootstrap=FAST,
+    )
+    assert table["lead_hours"].isna().all()
+    assert table[table["variable"] == "sea_level"]["level"].isna().all()
+    assert "acc" not in set(table["score"])
+    assert "spread_skill" not in set(table["score"])
+    assert _one(table, variable="sea_level", source="model", score="rmse")["value"] == 0.0
+
+
+def test_wrong_input_is_named(dataset):
+    truth = dataset(num_times=16)
+    forecast = persistence(truth, truth["time"][:12], LEADS)
+    settings = {"task": "forecast", "rng": np.random.default_rng(0), "bootstrap": FAST}
+    with pytest.raises(ValueError, match="time: the truth lacks 2020-01-03T06"):
+        verify(forecast, truth.isel(time=slice(9)), {}, **settings)
+    with pytest.raises(ValueError, match="baselines: 'model'"):
+        verify(forecast, truth, {"model": forecast}, **settings)
+    with pytest.raises(ValueError, match="regions"):
+        verify(forecast, truth, {}, regions=("moon",), **settings)
+    with pytest.raises(ValueError, match="baseline late lacks"):
+        verify(forecast, truth, {"late": forecast.isel(init_time=slice(2, None))}, **settings)
