@@ -1,6 +1,7 @@
 """What the commands do, once their configuration is composed."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,11 @@ def evaluate(values: Mapping[str, Any]) -> Path:
     training = open_for(trained, config.data, config.catalog, "train")
     partial = config.output.with_name(f".{config.output.name}.{os.getpid()}")
     _make_folder(partial)
-    write_report(config, trained, test, training, partial, _device(config.accelerator))
-    partial.replace(config.output)
+    try:
+        write_report(config, trained, test, training, partial, _device(config.accelerator))
+        partial.replace(config.output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     Console().print(f"report: {config.output}", highlight=False)
     return config.output
 

@@ -135,10 +135,9 @@ def baselines_for(
 def mean_over_levels(summary: pd.DataFrame) -> pd.DataFrame:
     """The summary's numbers averaged over levels, one row per task, variable and lead time."""
     keys = ["task", "variable", "lead_hours"]
-    numbers = summary.drop(columns=["level", "units"], errors="ignore")
-    chosen = [c for c in numbers if c not in keys and not c.endswith((" low", " high"))]
-    ratios = [c for c in chosen if not c.startswith("rmse ")]
-    return numbers.groupby(keys, dropna=False, sort=False)[ratios].mean().reset_index()
+    ratios = [c for c in summary if c.startswith("ratio ") and not c.endswith((" low", " high"))]
+    chosen = [*ratios, "crps", "acc", "spread_skill"]
+    return summary.groupby(keys, dropna=False, sort=False)[chosen].mean().reset_index()
 
 
 def figures(table: pd.DataFrame) -> dict[str, Any]:

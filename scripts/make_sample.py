@@ -1,7 +1,8 @@
 """Make the embedded sample: six runs of a stochastic NeuralGCM started from one ERA5 state.
 
-    python scripts/make_sample.py simulate --work DIR --runs 0 1 2 --days 46   # hours of CPU
+    python scripts/make_sample.py simulate --work DIR --runs 0 1 2 --days 48   # hours of CPU
     python scripts/make_sample.py pack --work DIR                              # -> package assets
+    python scripts/sample_report.py                                            # -> docs/sample.md
 
 `simulate` keeps a raw float32 file per block of days and the model's state after it, so that a
 killed run goes on where it stopped. Each run starts from the ERA5 state of 1959-01-02T00 rotated
@@ -14,6 +15,7 @@ import argparse
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +32,17 @@ NUM_RUNS = 6
 STEP_HOURS = 6
 BLOCK_DAYS = 2
 START = np.datetime64("1959-01-02T00", "ns")
-# units, standard name, and the scale and offset of the packed 16-bit integers
+# Rotated back onto each other, two runs differ like unrelated states only after some eight days.
+SPIN_UP_DAYS = 8
+SAMPLE_DAYS = 40
+# Units, standard name, scale and offset of the packed 16-bit integers. The scales are powers of
+# two, so that unpacking is exact in float32; they never change, so that repacking adds no error.
 PACKING = {
-    "temperature": ("K", "air_temperature", 0.01, 250.0),
-    "u_component_of_wind": ("m s-1", "eastward_wind", 0.01, 0.0),
-    "v_component_of_wind": ("m s-1", "northward_wind", 0.01, 0.0),
-    "geopotential": ("m2 s-2", "geopotential", 2.0, 50000.0),
-    "specific_humidity": ("kg kg-1", "specific_humidity", 1e-6, 0.02),
+    "temperature": ("K", "air_temperature", 2.0**-6, 250.0),
+    "u_component_of_wind": ("m s-1", "eastward_wind", 2.0**-5, 0.0),
+    "v_component_of_wind": ("m s-1", "northward_wind", 2.0**-5, 0.0),
+    "geopotential": ("m2 s-2", "geopotential", 4.0, 50000.0),
+    "specific_humidity": ("kg kg-1", "specific_humidity", 2.0**-20, 2.0**-6),
 }
 
 
@@ -57,12 +63,16 @@ def load_model():
     return model, demo.load_data(model.data_coords)
 
 
+def rotation_cells(run: int) -> int:
+    """Rotation of a run's start in cells of the model's grid, 128 around the circle."""
+    return run * 128 // NUM_RUNS
+
+
 def start_state(model, era5, run: int):
     """Model state of `run`: the ERA5 state rotated by run/6 of the circle, forcing unrotated."""
     import jax
 
-    shift = run * era5.sizes["longitude"] // NUM_RUNS
-    rotated = era5.isel(time=0).roll(longitude=shift, roll_coords=False)
+    rotated = era5.isel(time=0).roll(longitude=rotation_cells(run), roll_coords=False)
     inputs = model.inputs_from_xarray(rotated)
     forcings = model.forcings_from_xarray(era5.isel(time=0))
     return model.encode(inputs, forcings, jax.random.key(run))
@@ -188,6 +198,34 @@ def regrid(dataset, regrid_field):
     return xr.Dataset(fields).assign_coords(coords).transpose("time", "level", "latitude", ...)
 
 
+def check_area_means(raw, regridded) -> None:
+    """Assert that regridding kept every area mean, to float32's rounding."""
+    sine = np.polynomial.legendre.leggauss(raw.sizes["latitude"])[0]  # of the model's latitudes
+    latitude = np.deg2rad(regridded["latitude"].values)
+    for name in VARIABLES:
+        zonal = raw[name].mean("longitude", dtype=np.float64).values
+        before = area_mean(zonal, np.arcsin(sine))
+        after = area_mean(regridded[name].mean("longitude", dtype=np.float64).values, latitude)
+        error = np.abs(after - before).max() / raw[name].values.std()
+        assert error < 1e-5, f"{name}: area means differ by {error} standard deviations"
+
+
+def area_mean(zonal_mean: np.ndarray, latitude: np.ndarray) -> np.ndarray:
+    """Mean over latitude in radians (last axis), cells ending halfway between the nodes."""
+    middles = (latitude[1:] + latitude[:-1]) / 2
+    areas = np.diff(np.sin(np.concatenate([[-np.pi / 2], middles, [np.pi / 2]])))
+    return zonal_mean @ areas / areas.sum()
+
+
+def packing_error(values: np.ndarray, scale: float, offset: float) -> list[float]:
+    """RMS error of packing per level [time level latitude longitude]; raises on overflow."""
+    packed = np.rint((values.astype(np.float64) - offset) / scale)
+    limits = np.iinfo(np.int16)
+    if packed.min() <= limits.min or packed.max() > limits.max:  # the minimum marks missing values
+        raise SystemExit(f"values {values.min()} to {values.max()} do not fit the packing")
+    return np.sqrt(np.mean((packed * scale + offset - values) ** 2, axis=(0, 2, 3))).tolist()
+
+
 def with_attributes(dataset, run: int, spin_up_days: int):
     """CF attributes of variables and coordinates, provenance and licence of the whole."""
     for name, (units, standard_name, scale, offset) in PACKING.items():
@@ -195,8 +233,14 @@ def with_attributes(dataset, run: int, spin_up_days: int):
             "units": units,
             "standard_name": standard_name,
             "long_name": name.replace("_", " "),
+            "packing_rms_error": packing_error(dataset[name].values, scale, offset),
         }
-        dataset[name].encoding = {"dtype": "int16", "scale_factor": scale, "add_offset": offset}
+        dataset[name].encoding = {
+            "dtype": "int16",
+            "scale_factor": scale,
+            "add_offset": offset,
+            "_FillValue": np.int16(np.iinfo(np.int16).min),
+        }
     dataset["level"].attrs = {"units": "hPa", "standard_name": "air_pressure", "positive": "down"}
     dataset["latitude"].attrs = {"units": "degrees_north", "standard_name": "latitude"}
     dataset["longitude"].attrs = {"units": "degrees_east", "standard_name": "longitude"}
@@ -213,7 +257,7 @@ def with_attributes(dataset, run: int, spin_up_days: int):
         "Copernicus Climate Change Service information (ERA5).",
         "history": f"scripts/make_sample.py: run {run}",
         "noise_seed": run,
-        "start_rotation_degrees": 360.0 * run / NUM_RUNS,
+        "start_rotation_degrees": 2.8125 * rotation_cells(run),
         "spin_up_days_dropped": spin_up_days,
         "split": role,
     }
@@ -221,31 +265,48 @@ def with_attributes(dataset, run: int, spin_up_days: int):
 
 
 def write_zip(dataset, path: Path) -> None:
-    """One zarr v3 store in a zip file, which appears under its name when complete."""
+    """One zarr v3 store in a zip file, which appears under its name when complete.
+
+    Times go last and bytes are shuffled before zstd: the smallest of the layouts tried. The same
+    data always give the same bytes.
+    """
     import zarr
-    from zarr.codecs import BloscCodec
+    from zarr.codecs import BloscCodec, TransposeCodec
 
     for name in VARIABLES:
         dataset[name].encoding |= {
-            "chunks": (16, 1, 32, 64),
-            "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle"),
+            "chunks": (16, len(LEVELS_HPA), 32, 64),
+            "filters": [TransposeCodec(order=(1, 2, 3, 0))],
+            "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="shuffle"),
         }
+    contents: dict = {}
+    dataset.to_zarr(zarr.storage.MemoryStore(contents), consolidated=False, zarr_format=3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    with zarr.storage.ZipStore(partial, mode="w") as store:
-        dataset.to_zarr(store, consolidated=False, zarr_format=3)
-    partial.rename(path)
+
+    def write(file) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name in sorted(contents):
+                archive.writestr(zipfile.ZipInfo(name), contents[name].to_bytes())
+
+    write_atomically(path, write)
+
+
+def num_blocks_done(work: Path, run: int) -> int:
+    """Blocks of a run without a gap from the start."""
+    return next(n for n in range(10_000) if not block_path(work, run, n).exists())
 
 
 def pack(work: Path, output: Path, spin_up_days: int) -> None:
     """Regrid, quantise and pack what every run has so far, all runs to the same length."""
-    counts = [
-        next(n for n in range(10_000) if not block_path(work, run, n).exists())
-        for run in range(NUM_RUNS)
-    ]
+    longest = (spin_up_days + SAMPLE_DAYS) // BLOCK_DAYS
+    num_blocks = min(longest, *(num_blocks_done(work, run) for run in range(NUM_RUNS)))
+    if num_blocks * BLOCK_DAYS <= spin_up_days:
+        raise SystemExit(f"{num_blocks * BLOCK_DAYS} days of every run: the spin-up is not over")
     regrid_field = regridder()
     for run in range(NUM_RUNS):
-        dataset = regrid(read_run(work, run, min(counts), spin_up_days), regrid_field)
+        raw = read_run(work, run, num_blocks, spin_up_days)
+        dataset = regrid(raw, regrid_field)
+        check_area_means(raw, dataset)
         write_zip(with_attributes(dataset, run, spin_up_days), output / f"run_{run}.zarr.zip")
         sys.stderr.write(f"run {run}: {dataset.sizes['time']} steps packed\n")
 
@@ -256,11 +317,11 @@ def main() -> None:
     command = commands.add_parser("simulate")
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--runs", type=int, nargs="+", default=list(range(NUM_RUNS)))
-    command.add_argument("--days", type=int, default=46)
+    command.add_argument("--days", type=int, default=SPIN_UP_DAYS + SAMPLE_DAYS)
     command = commands.add_parser("pack")
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--output", type=Path, default=Path("atmossl/assets/sample"))
-    command.add_argument("--spin-up-days", type=int, default=6)
+    command.add_argument("--spin-up-days", type=int, default=SPIN_UP_DAYS)
     arguments = parser.parse_args()
     if arguments.command == "simulate":
         simulate(arguments.work, arguments.runs, arguments.days)

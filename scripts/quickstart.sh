@@ -10,16 +10,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 atmossl=.venv/bin/atmossl
 tasks=(forecast temporal_interpolation downscaling)
-init_time=1959-02-01T00 # within every run of the sample; predict takes the test runs
 
 train_settings=("$@")
+predict_settings=(every=16) # every 16th time of the test run: some dates four days apart
 evaluate_settings=()
 if [[ ${QUICKSTART_SMOKE:-0} == 1 ]]; then
     scratch="$(mktemp -d)"
     trap 'rm -rf "$scratch"' EXIT
     run="$scratch/quickstart"
-    train_settings=(model=tiny trainer.max_steps=4 trainer.val_check_interval=4 "$@")
-    evaluate_settings=(max_init_times=2)
+    train_settings=(model=tiny trainer.max_steps=4 trainer.validation_interval=4
+        trainer.checkpoint_interval=4 trainer.validation_batches=1 "$@")
+    predict_settings=(every=1000) # the first time only
+    evaluate_settings=(every=12 bootstrap=20)
 else
     # Never write over an earlier run: quickstart, quickstart-2, quickstart-3, ...
     run=runs/quickstart
@@ -39,8 +41,8 @@ checkpoint="$run/checkpoints/last.ckpt"
 
 step "2/3 predict ${tasks[*]}"
 for task in "${tasks[@]}"; do
-    "$atmossl" predict task="$task" checkpoint="$checkpoint" data=sample init_time="$init_time" \
-        output="$run/predictions/$task.zarr"
+    "$atmossl" predict task="$task" checkpoint="$checkpoint" data=sample init_time=all \
+        output="$run/predictions/$task.zarr" "${predict_settings[@]}"
 done
 
 step "3/3 evaluate, ends in the score table"

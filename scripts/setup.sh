@@ -2,7 +2,7 @@
 # Makes .venv and installs atmossl into it, editable; does nothing if that is already done.
 #
 #   bash scripts/setup.sh [EXTRAS]      EXTRAS: comma-separated extras of pyproject.toml, e.g. dev
-#   PYTHON=python3.12 bash scripts/setup.sh
+#   ATMOSSL_PYTHON=python3.12 bash scripts/setup.sh     the Python that makes .venv, by default python3
 #
 # The plain install of torch uses a GPU where there is one. Where pip knows an index with CPU builds
 # (2.13.0+cpu, a tenth of the size; see PIP_EXTRA_INDEX_URL), it prefers those by itself.
@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras="${1:-}"
-python="${PYTHON:-python3}"
+python="${ATMOSSL_PYTHON:-python3}"
 
 fail() {
     echo "setup: $1" >&2
@@ -23,7 +23,7 @@ recent_enough() { # PYTHON
 
 if [[ ! -e .venv ]] && ! recent_enough "$python"; then
     found="$(command -v "$python" >/dev/null && "$python" -V 2>&1 || echo "not there")"
-    fail "Python 3.11 or newer needed, but '$python' is $found; name another with PYTHON=python3.12"
+    fail "Python 3.11 or newer needed, but '$python' is $found; name another with ATMOSSL_PYTHON=python3.12"
 fi
 if [[ ! -x .venv/bin/pip ]]; then
     echo "setup: making .venv"

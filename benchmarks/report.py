@@ -1,0 +1,28 @@
+"""The last line of every benchmark, and the device it ran on."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            processor = line.split(":")[1].strip()
+            break
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def finish(benchmark: str, figures: dict[str, Any]) -> None:
+    """Print the JSON line, and keep it under `benchmarks/results/`."""
+    line = json.dumps({"benchmark": benchmark, "device": device_name(), "figures": figures})
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{benchmark}.json").write_text(line + "\n")
+    print(line)

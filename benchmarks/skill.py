@@ -1,0 +1,78 @@
+"""Skill of the reference experiment on the held-out test run of the sample.
+
+    python -m benchmarks.skill                        # trains first: hours on two cores
+    python -m benchmarks.skill --checkpoint default   # only scores
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from atmossl.cli import main as atmossl
+from benchmarks.report import finish
+
+
+def required_figures(found: dict[str, Any]) -> dict[str, Any]:
+    """The benchmark's keys from the report's: means over lead times where a task has several."""
+    leads = [key for key in found if key.startswith("forecast_") and key.endswith("_vs_ridge")]
+    spreads = [key for key in found if key.startswith("spread_skill_forecast")]
+    chosen = {
+        key: found[key]
+        for key in (
+            "forecast_6h_vs_persistence",
+            "forecast_12h_vs_persistence",
+            "temporal_interpolation_vs_linear",
+            "downscaling_vs_bicubic",
+            *leads,
+            "temporal_interpolation_vs_ridge",
+            "downscaling_vs_ridge",
+            "spread_skill_temporal_interpolation",
+            "spread_skill_downscaling",
+        )
+        if key in found
+    }
+    if leads:
+        chosen["forecast_vs_ridge"] = round(sum(found[key] for key in leads) / len(leads), 4)
+    if spreads:
+        mean = sum(found[key] for key in spreads) / len(spreads)
+        chosen["spread_skill_forecast"] = round(mean, 4)
+    return chosen
+
+
+def run(*arguments: str) -> None:
+    if atmossl(arguments) != 0:
+        raise SystemExit(f"failed: atmossl {' '.join(arguments)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", help="score this one instead of training; or `default`")
+    parser.add_argument("--every", type=int, default=1, help="score every n-th date")
+    parser.add_argument("overrides", nargs="*", help="key=value for the training")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = arguments.checkpoint
+        if checkpoint is None:
+            output = Path("runs/benchmark_skill")
+            run(
+                "train",
+                "experiment=reference",
+                f"paths.output={output}",
+                "resume=auto",
+                *arguments.overrides,
+            )
+            checkpoint = str(output / "checkpoints" / "last.ckpt")
+        report = Path(folder) / "report"
+        run("evaluate", f"checkpoint={checkpoint}", f"output={report}", f"every={arguments.every}")
+        found = json.loads((report / "figures.json").read_text())
+    figures = required_figures(found)
+    figures["per_variable"] = {
+        name: required_figures(values) for name, values in found["per_variable"].items()
+    }
+    finish("skill", figures)
+
+
+if __name__ == "__main__":
+    main()
