@@ -12,7 +12,7 @@ Axis legend, used in every shape of the package:
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -261,9 +261,7 @@ class Batch(Movable):
 
 @dataclass(frozen=True)
 class StreamPrediction(Movable):
-    """Ensemble of the hidden tokens of one stream, in normalised units.
-
-    """
+    """Ensemble of the hidden tokens of one stream, in normalised units."""
 
     members: Float[Tensor, "batch query member patch"]
     queries: TokenIndex
@@ -294,12 +292,12 @@ def collate_views(samples: list[tuple[View, ...]], sample_ids: list[int]) -> Bat
     return Batch(indexed, torch.tensor(sample_ids))
 
 
-def collate(samples: list):
+def collate(samples: list) -> Any:
     """Stack a list of equal frozen dataclasses (`Movable`) along a new first axis.
 
     Non-tensor members (specs, factors) must be equal and are taken from the first.
     """
-    first = samples[0]
+    first: Any = samples[0]
     if isinstance(first, Tensor):
         return torch.stack(samples)
     if isinstance(first, tuple):

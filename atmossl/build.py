@@ -114,7 +114,11 @@ def build_trainer(config: TrainConfig) -> L.Trainer:
             mode="max",
         ),
         ModelCheckpoint(
-            checkpoints, filename="best", monitor="ratio/mean", mode="min", save_top_k=1,
+            checkpoints,
+            filename="best",
+            monitor="ratio/mean",
+            mode="min",
+            save_top_k=1,
             enable_version_counter=False,
         ),
         CurvesAtEnd(Path(csv.log_dir) / "metrics.csv", folder / "curves"),

@@ -41,10 +41,16 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(find_file("conf")), version_base="1.3"):
             config = compose(name, list(overrides))
-            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            return _to_plain(config)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
-        raise ValueError(" ".join(f"{error} {cause if cause is not error else ''}".split())) from error
+        raise ValueError(
+            " ".join(f"{error} {cause if cause is not error else ''}".split())
+        ) from error
+
+
+def _to_plain(config: Any) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
@@ -57,7 +63,7 @@ def _train(arguments: Sequence[str]) -> None:
 
         sys.argv = ["atmossl train", *arguments]
         hydra.main(version_base="1.3", config_path=str(find_file("conf")), config_name="train")(
-            lambda config: train(OmegaConf.to_container(config, resolve=True))
+            lambda config: train(_to_plain(config))
         )()
         return
     train(compose_config("train", arguments))

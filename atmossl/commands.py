@@ -104,7 +104,7 @@ def predict(values: Mapping[str, Any]) -> Path:
     check_output(config.output)
     trained = load_checkpoint(config.checkpoint)
     segments = open_for(trained, config.data, config.catalog, config.split)
-    if len(segments) > 1:
+    if len(segments) != 1:
         raise ValueError(f"split={config.split} has {len(segments)} segments; predict takes one")
     predictor = Predictor(
         trained=trained,

@@ -193,5 +193,3 @@ class TilePlan:
         return tuple(
             ramp / total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] for tile in tiles
         )
-
-

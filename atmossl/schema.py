@@ -256,7 +256,9 @@ def _stream_faults(config: TrainConfig) -> list[str]:
         levels = sorted(set(stream.levels) - set(entry.levels))
         if levels:
             valid_levels = list(entry.levels)
-            faults.append(f"stream.{name}.levels={levels} not in the catalog; valid: {valid_levels}")
+            faults.append(
+                f"stream.{name}.levels={levels} not in the catalog; valid: {valid_levels}"
+            )
         window = config.data.window
         try:
             size = stream.spec(name).token_size

@@ -137,12 +137,13 @@ def mean_over_levels(summary: pd.DataFrame) -> pd.DataFrame:
     keys = ["task", "variable", "lead_hours"]
     ratios = [c for c in summary if c.startswith("ratio ") and not c.endswith((" low", " high"))]
     chosen = [*ratios, "crps", "acc", "spread_skill"]
-    return summary.groupby(keys, dropna=False, sort=False)[chosen].mean().reset_index()
+    frame: Any = summary
+    return frame.groupby(keys, dropna=False, sort=False)[chosen].mean().reset_index()
 
 
 def figures(table: pd.DataFrame) -> dict[str, Any]:
     """Means over variables and levels of the ratios of RMSE and of the spread-skill ratio."""
-    rows = table[(table["source"] == "model") & (table["region"] == "global")]
+    rows: Any = table[(table["source"] == "model") & (table["region"] == "global")]
     found: dict[str, Any] = {}
     per_variable: dict[str, Any] = {}
     for (task, score, lead), part in rows.groupby(["task", "score", "lead_hours"], dropna=False):
@@ -183,7 +184,7 @@ def _draw_lead_curves(
     task: str, table: pd.DataFrame, name: str, level: float | None, folder: Path
 ) -> None:
     curves = folder / "curves"
-    chosen = table[table["task"] == task]
+    chosen: Any = table[table["task"] == task]
     save_figure(lead_curves(chosen, variable=name, level=level), curves / f"{task}_{name}.png")
     save_figure(
         spread_skill_curve(chosen, variable=name, level=level),

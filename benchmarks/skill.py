@@ -1,7 +1,7 @@
 """Skill of the reference experiment on the held-out test run of the sample.
 
-    python -m benchmarks.skill                        # trains first: hours on two cores
-    python -m benchmarks.skill --checkpoint default   # only scores
+python -m benchmarks.skill                        # trains first: hours on two cores
+python -m benchmarks.skill --checkpoint default   # only scores
 """
 
 import argparse

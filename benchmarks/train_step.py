@@ -1,6 +1,6 @@
 """Samples per second, FLOP/s and memory of one training step against this device's ceiling.
 
-    python -m benchmarks.train_step model=small stream=atmosphere
+python -m benchmarks.train_step model=small stream=atmosphere
 """
 
 import argparse

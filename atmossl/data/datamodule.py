@@ -72,7 +72,7 @@ class WindowDataModule(L.LightningDataModule):
         self._check_masks()
 
     def _check_masks(self) -> None:
-        """Draw one sample of each mask, so that one that does not fit is refused before training."""
+        """Draw one sample of each mask, so that a misfit is refused early."""
         for dataset in (self.train_set, *self.validation_sets):
             order = SampleOrder(num_samples=len(dataset), batch_size=1, num_batches=1, seed=0)
             for (key,) in islice(order, 1):
@@ -128,4 +128,3 @@ class WindowDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
         del dataloader_idx
         return batch.to(device)
-

@@ -62,7 +62,7 @@ class Statistics:
         """
         moments = [_segment_moments(segment) for segment in segments]
         total = {key: sum(m[key] for m in moments) for key in moments[0]}
-        mean = total["sum"] / total["count"]
+        mean = np.asarray(total["sum"] / total["count"])
         std = np.sqrt(_pooled_variance(moments))
         step_std = np.sqrt(total["step_square"] / total["step_count"])
         first = segments[0]
@@ -129,7 +129,9 @@ def _segment_moments(segment: Segment) -> dict[str, np.ndarray]:
         for key, values in _moments(array, weights).items():
             rows.setdefault(key, []).append(values)
         if not np.isfinite(rows["mean"][-1]).all():
-            raise ValueError(f"{segment.location}: {name} has missing values in the training period")
+            raise ValueError(
+                f"{segment.location}: {name} has missing values in the training period"
+            )
     return {key: np.stack(values) for key, values in rows.items()}
 
 
@@ -163,7 +165,7 @@ def _pooled_variance(moments: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
     mean = sum(m["sum"] for m in moments) / count
     within = sum(m["count"] * m["variance"] for m in moments)
     between = sum(m["count"] * (m["mean"] - mean) ** 2 for m in moments)
-    return (within + between) / count
+    return np.asarray((within + between) / count)
 
 
 def cache_folder() -> Path:

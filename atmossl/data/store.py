@@ -12,6 +12,8 @@ from typing import Any, Self
 import numpy as np
 import xarray as xr
 import zarr
+import zarr.errors
+import zarr.storage
 
 from atmossl.data.catalog import CatalogEntry, Period, SegmentEntry, Split, resolve_location
 from atmossl.data.variables import check_units
@@ -79,7 +81,7 @@ class Segment:
         """
         lat, lon = box.lat_index(), box.lon_index(self.grid.shape[1])
         if variable in self.arrays:
-            rows = [self.levels.index(level) if level else 0 for level in levels]
+            rows = np.array([self.levels.index(level) if level else 0 for level in levels])
             steps = np.arange(start, start + count)
             return self.arrays[variable][np.ix_(rows, steps, lat, lon)]
         times = slice(start, start + count)
@@ -263,13 +265,17 @@ def _check_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -> 
 def _checked_times(dataset: xr.Dataset, location: str) -> np.ndarray:
     times = dataset["time"].values
     if not np.issubdtype(times.dtype, np.datetime64):
-        raise ValueError(f"{location}: time has type {times.dtype}; needed: standard calendar dates")
+        raise ValueError(
+            f"{location}: time has type {times.dtype}; needed: standard calendar dates"
+        )
     times = times.astype("datetime64[ns]")
     if len(times) < 2:
         raise ValueError(f"{location}: only {len(times)} time steps; at least 2 are needed")
     steps = np.diff(times)
     if (steps == np.timedelta64(0)).any():
-        raise ValueError(f"{location}: time {times[1:][steps == np.timedelta64(0)][0]} is duplicate")
+        raise ValueError(
+            f"{location}: time {times[1:][steps == np.timedelta64(0)][0]} is duplicate"
+        )
     if (steps != steps[0]).any() or steps[0] < np.timedelta64(0):
         at = int(np.flatnonzero(steps != steps[0])[0]) if (steps != steps[0]).any() else 0
         raise ValueError(
@@ -310,14 +316,18 @@ def open_split(
         ValueError: an unknown variable, level or split, or whatever `open_segment` refuses.
     """
     if split not in entry.splits:
-        raise ValueError(f"split {split!r} is not in the catalog entry; valid: {sorted(entry.splits)}")
+        raise ValueError(
+            f"split {split!r} is not in the catalog entry; valid: {sorted(entry.splits)}"
+        )
     unknown = sorted(set(variables) - set(entry.variables))
     if unknown:
         raise ValueError(
             f"stream variables {unknown} are not in the catalog entry; valid: "
             f"{sorted(entry.variables)}"
         )
-    segments = tuple(_open_period(entry, period, variables, levels) for period in entry.splits[split])
+    segments = tuple(
+        _open_period(entry, period, variables, levels) for period in entry.splits[split]
+    )
     for segment in segments[1:]:
         if segment.step != segments[0].step or not segment.grid.matches(segments[0].grid):
             raise ValueError(

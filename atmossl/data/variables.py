@@ -26,7 +26,11 @@ VARIABLES: dict[str, Variable] = {
         "m2 s-2", "geopotential", "Geopotential", ("m**2 s**-2", "m2/s2"), (-1e4, 6e5)
     ),
     "specific_humidity": Variable(
-        "kg kg-1", "specific_humidity", "Specific humidity", ("kg kg**-1", "kg/kg", "1"), (-1e-2, 0.1)
+        "kg kg-1",
+        "specific_humidity",
+        "Specific humidity",
+        ("kg kg**-1", "kg/kg", "1"),
+        (-1e-2, 0.1),
     ),
     "vertical_velocity": Variable(
         "Pa s-1", "lagrangian_tendency_of_air_pressure", "Vertical velocity", ("Pa s**-1", "Pa/s")

@@ -81,7 +81,6 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
     times; the place of the window and its mask are drawn from the sample's generator.
     """
 
-
     def __init__(
         self,
         *,
@@ -118,9 +117,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         index, start = self._starts[key.sample_id // self.windows_per_time]
         segment = self.segments[index]
         box = random_box(segment.grid, self.window.lat, self.window.lon, rng)
-        windows = read_window(
-            segment, self.specs, self.normaliser, start, self.window.time, box
-        )
+        windows = read_window(segment, self.specs, self.normaliser, start, self.window.time, box)
         view = make_view(windows, self.sampler, rng, first_guess=self.first_guess)
         return (view,), key.sample_id
 

@@ -170,7 +170,8 @@ class Predictor:
             rows, columns = tile.lat_index()[:, None], tile.lon_index(num_lon)
             for row, name in enumerate(spec.variables):
                 values = rearrange(
-                    fields[position, :, row], "member level step lat lon -> step member level lat lon"
+                    fields[position, :, row],
+                    "member level step lat lon -> step member level lat lon",
                 )
                 if name not in blended:
                     shape = (*values.shape[:3], num_lat, num_lon)

@@ -15,7 +15,9 @@ from atmossl.inference.predict import Predictor
 _DIMS = ("step", "member", "level", "latitude", "longitude")
 
 
-def to_dataset(predictor: Predictor, time: np.datetime64, fields: dict[str, np.ndarray]) -> xr.Dataset:
+def to_dataset(
+    predictor: Predictor, time: np.datetime64, fields: dict[str, np.ndarray]
+) -> xr.Dataset:
     """One reference time as a CF dataset: (init_time, lead_time, member, level, latitude,
     longitude) for forecasts, (time, member, level, latitude, longitude) otherwise."""
     plan, segment = predictor.plan, predictor.segment

@@ -124,9 +124,7 @@ class DecoderBlock(nn.Module):
         self.attention = SelfAttention(dim=dim, num_heads=num_heads)
         self.cross_norm = nn.LayerNorm(dim)
         self.memory_norm = nn.LayerNorm(dim)
-        self.cross = CrossAttention(
-            dim=dim, context_dim=dim, num_heads=num_heads, zero_init=False
-        )
+        self.cross = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads, zero_init=False)
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = Feedforward(dim, ratio)
 

@@ -56,12 +56,12 @@ _TOLD = {Corruption.MASK: 1, Corruption.COARSEN: 2}
 class Embedding(nn.Module):
     """Tokens of one stream to latents: values, absolute position, and what is told of them."""
 
+    told: Tensor
+
     def __init__(self, *, spec: StreamSpec, dim: int) -> None:
         super().__init__()
         self.values = nn.Linear(spec.patch, dim)
-        self.position = nn.Sequential(
-            nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, dim)
-        )
+        self.position = nn.Sequential(nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, dim))
         self.state = nn.Embedding(3, dim)
         nn.init.normal_(self.state.weight, std=0.02)
         told = torch.zeros(len(Corruption), dtype=torch.int64)
@@ -82,9 +82,9 @@ class Tail(nn.Module):
     `scale` [level, patch]: typical size of a departure, in normalised units.
     """
 
-    def __init__(
-        self, *, dim: int, num_members: int, scale: Float[Tensor, "level patch"]
-    ) -> None:
+    scale: Tensor
+
+    def __init__(self, *, dim: int, num_members: int, scale: Float[Tensor, "level patch"]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, num_members * scale.shape[-1])
@@ -156,27 +156,15 @@ class Multiformer(nn.Module):
         self.query = nn.ModuleDict(
             {spec.name: Embedding(spec=spec, dim=widths[spec.name]) for spec in predicted}
         )
-        self.decoder = nn.ModuleDict(
-            {
-                spec.name: nn.ModuleList(
-                    DecoderBlock(
-                        dim=widths[spec.name], num_heads=num_heads, ratio=feedforward_ratio
-                    )
-                    for _ in range(num_decoder_layers)
-                )
-                for spec in predicted
-            }
-        )
-        self.tail = nn.ModuleDict(
-            {
-                spec.name: Tail(
-                    dim=widths[spec.name],
-                    num_members=num_members,
-                    scale=_scale_of(spec, scales or {}),
-                )
-                for spec in predicted
-            }
-        )
+        self.decoder = nn.ModuleDict()
+        self.tail = nn.ModuleDict()
+        for spec in predicted:
+            width, scale = widths[spec.name], _scale_of(spec, scales or {})
+            self.decoder[spec.name] = nn.ModuleList(
+                DecoderBlock(dim=width, num_heads=num_heads, ratio=feedforward_ratio)
+                for _ in range(num_decoder_layers)
+            )
+            self.tail[spec.name] = Tail(dim=width, num_members=num_members, scale=scale)
 
     def compile_blocks(self) -> None:
         """Compile every block on its own: one graph serves all blocks of equal shape."""
@@ -189,23 +177,22 @@ class Multiformer(nn.Module):
 
     def encode(self, view: View) -> dict[str, StreamLatents]:
         """Latents of the given tokens of every stream in the view, after every layer."""
-        current, layers = {}, {}
+        given, current, layers = {}, {}, {}
         for stream in view.streams:
+            name = stream.spec.name
             assert stream.given is not None, "collate the view first: token indices are missing"
-            current[stream.spec.name] = self._embed(stream, stream.given)
-            layers[stream.spec.name] = []
+            given[name], layers[name] = stream.given, []
+            current[name] = self._embed(stream, stream.given)
         for blocks in self.encoder:
+            assert isinstance(blocks, nn.ModuleDict)
             normed = {
-                name: latent.with_features(blocks[name].norm(latent.features))
+                name: latent.with_features(_norm_of(blocks[name])(latent.features))
                 for name, latent in current.items()
             }
             current = {name: blocks[name](latent, normed) for name, latent in current.items()}
             for name, latent in current.items():
                 layers[name].append(latent)
-        return {
-            stream.spec.name: StreamLatents(tuple(layers[stream.spec.name]), stream.given)
-            for stream in view.streams
-        }
+        return {name: StreamLatents(tuple(layers[name]), given[name]) for name in given}
 
     def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
         name = stream.spec.name
@@ -236,7 +223,9 @@ class Multiformer(nn.Module):
         x = self.query[name](guess, features, corruption)
         x = x + self._own_latents(latents, stream, queries)
         x = Latent(x, turn, None if queries.complete else queries.valid)
-        for number, block in enumerate(self.decoder[name]):
+        blocks = self.decoder[name]
+        assert isinstance(blocks, nn.ModuleList)
+        for number, block in enumerate(blocks):
             x = block(x, latents.layers[self._memory_layer(number)])
         level = self._token_level(stream, queries)
         return StreamPrediction(self.tail[name](x.features, guess, level), queries)
@@ -259,6 +248,11 @@ class Multiformer(nn.Module):
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
         return queries.index // (stream.grid.num_tokens // stream.grid.shape[0])
+
+
+def _norm_of(block: nn.Module) -> nn.LayerNorm:
+    assert isinstance(block, EncoderBlock)
+    return block.norm
 
 
 def _scale_of(spec: StreamSpec, scales: Mapping[str, Tensor]) -> Tensor:

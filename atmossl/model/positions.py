@@ -70,6 +70,11 @@ class RotaryPositions(nn.Module):
     alone, whatever the shape, place or resolution of the window.
     """
 
+    lon_waves: Tensor
+    lat_waves: Tensor
+    time_waves: Tensor
+    level_waves: Tensor
+
     def __init__(self, *, head_dim: int, max_wavenumber: int = 32) -> None:
         super().__init__()
         pairs = head_dim // 2

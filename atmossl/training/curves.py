@@ -1,6 +1,7 @@
 """Pictures of a run's curves, from its CSV log."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,7 +35,7 @@ def _plot(table: pd.DataFrame, columns: list[str], label: str, path: Path) -> Pa
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for column in columns:
-        points = table[["step", column]].dropna()
+        points: Any = table[["step", column]].dropna()
         smooth = points[column].rolling(max(1, len(points) // 100), min_periods=1).mean()
         axes.plot(points["step"], smooth, label=column, linewidth=1.2)
     axes.set_xlabel("optimiser step")
