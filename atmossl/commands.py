@@ -43,6 +43,7 @@ def train(values: Mapping[str, Any]) -> Path:
     OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     last = checkpoints / "last.ckpt"
+    trainer.save_checkpoint(last)  # also where max_steps is no multiple of the interval
     if trainer.is_global_zero:
         Console().print(f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False)
     return last
