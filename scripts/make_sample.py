@@ -59,8 +59,28 @@ def load_model():
         return reconstruct(fun, args, arr_state, kept)
 
     jax_array._reconstruct_array = without_named_shape
+    use_matrix_products_for_column_convolutions()
     model = neuralgcm.PressureLevelModel.from_checkpoint(demo.load_checkpoint_tl63_stochastic())
     return model, demo.load_data(model.data_coords)
+
+
+def use_matrix_products_for_column_convolutions() -> None:
+    """Write neuralgcm's vertical convolutions as matrix products: the same sums, faster on CPUs."""
+    import haiku as hk
+    import jax.numpy as jnp
+    from neuralgcm.legacy import layers
+
+    class ConvLevel(layers.ConvLevel):
+        def __call__(self, inputs):  # [channel level], one column
+            (size,), (rate,) = self.kernel_shape, self.kernel_dilation
+            weights = hk.get_parameter("w", (size, inputs.shape[0], self.output_channels))
+            before = (size - 1) * rate // 2
+            padded = jnp.pad(inputs, [(0, 0), (before, (size - 1) * rate - before)])
+            taps = [padded[:, n * rate : n * rate + inputs.shape[1]] for n in range(size)]
+            product = jnp.einsum("kio,kil->ol", weights, jnp.stack(taps))
+            return product + hk.get_parameter("b", (self.output_channels, 1))
+
+    layers.ConvLevel = ConvLevel
 
 
 def rotation_cells(run: int) -> int:

@@ -18,8 +18,8 @@ if [[ ${QUICKSTART_SMOKE:-0} == 1 ]]; then
     scratch="$(mktemp -d)"
     trap 'rm -rf "$scratch"' EXIT
     run="$scratch/quickstart"
-    train_settings=(model=tiny trainer.max_steps=4 trainer.validation_interval=4
-        trainer.checkpoint_interval=4 trainer.validation_batches=1 "$@")
+    train_settings=(model=tiny optimizer.warmup_steps=1 trainer.max_steps=4
+        trainer.validation_interval=4 trainer.checkpoint_interval=4 trainer.validation_batches=1 "$@")
     predict_settings=(every=1000) # the first time only
     evaluate_settings=(every=12 bootstrap=20)
 else
