@@ -68,7 +68,7 @@ class Statistics:
         first = segments[0]
         for row, name in enumerate(first.variables):
             for column, level in enumerate(first.levels or (0,)):
-                if std[row, column] == 0:
+                if std[row, column] <= 1e-7 * abs(mean[row, column]):  # rounding of a sum
                     raise ValueError(f"{first.location}: {name} at {level} hPa never changes")
         period = "; ".join(f"{s.name} {s.times[0]} to {s.times[-1]}" for s in segments)
         return cls(

@@ -1,0 +1,88 @@
+"""Stores in any usual form read the same; what does not fit is named at open."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from atmossl.data.store import open_segment
+from atmossl.geometry import Box
+from tests.synthetic import dataset
+
+NAMES = ("temperature", "u_component_of_wind")
+
+
+def opened(store: xr.Dataset, **changes):
+    arguments = {"variables": NAMES, "levels": (300, 850)} | changes
+    return open_segment("waves", store, "memory", **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.isel(latitude=slice(None, None, -1)),
+        lambda d: d.assign_coords(longitude=(d.longitude + 180) % 360 - 180).sortby("longitude"),
+        lambda d: d.transpose("longitude", "level", "latitude", "time"),
+        lambda d: d.isel(level=[2, 0, 1]),
+        lambda d: d.rename(latitude="lat", longitude="lon", level="plev"),
+    ],
+)
+def test_every_usual_order_reads_the_same(change) -> None:
+    store = dataset()
+    box = Box(1, 13, 4, 6)  # across Greenwich
+    plain, other = opened(store), opened(change(store))
+    values = other.read("temperature", (300, 850), 3, 5, box)
+    np.testing.assert_array_equal(values, plain.read("temperature", (300, 850), 3, 5, box))
+    expected = (
+        store["temperature"].isel(time=slice(3, 8), latitude=slice(1, 5)).sel(level=[300, 850])
+    )
+    expected = expected.isel(longitude=[13, 14, 15, 0, 1, 2]).transpose("level", "time", ...)
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(values, other.loaded().read("temperature", (300, 850), 3, 5, box))
+
+
+def drop_time(store: xr.Dataset) -> xr.Dataset:
+    return store.isel(time=[0, 1, 2, 4, 5])
+
+
+def twice(store: xr.Dataset) -> xr.Dataset:
+    return store.isel(time=[0, 1, 1, 2])
+
+
+def celsius(store: xr.Dataset) -> xr.Dataset:
+    store["temperature"].attrs["units"] = "degC"
+    return store
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda d: d.drop_vars("temperature"), {}, "temperature"),
+        (lambda d: d, {"levels": (300, 925)}, "925"),
+        (drop_time, {}, "not uniform"),
+        (twice, {}, "duplicate"),
+        (celsius, {}, "degC"),
+        (lambda d: d.isel(time=[0]), {}, "time steps"),
+        (lambda d: d.rename(latitude="y"), {}, "latitude"),
+        (lambda d: d.isel(longitude=[0, 1, 2, 4]), {}, "longitude"),
+    ],
+)
+def test_a_misfit_is_named(change, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(change(dataset()), **arguments)
+
+
+def test_missing_values_and_unknown_times_are_named() -> None:
+    store = dataset()
+    store["temperature"][5, 0, 0, 0] = np.nan
+    segment = opened(store)
+    with pytest.raises(ValueError, match="missing values"):
+        segment.read("temperature", (300,), 4, 3, segment.whole())
+    with pytest.raises(ValueError, match="init_time=1999"):
+        segment.find_time(np.datetime64("1999-01-01", "ns"))
+
+
+def test_a_period_has_both_ends() -> None:
+    part = opened(dataset()).between("2001-01-02", "2001-01-03")
+    assert len(part.times) == 5
+    with pytest.raises(ValueError, match="fewer than two"):
+        opened(dataset()).between("2005-01-01", "")

@@ -1,0 +1,131 @@
+"""The commands as a user runs them, on stores made here."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from tests.synthetic import catalog, dataset
+
+pytestmark = pytest.mark.e2e
+VARIABLES = ("temperature", "u_component_of_wind", "specific_humidity")
+PROGRAM = Path(sys.executable).with_name("atmossl")
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"ATMOSSL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+
+
+def atmossl(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    command = [str(PROGRAM), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(cache), check=False
+    )
+
+
+def training(output: Path, *more: str) -> tuple[str, ...]:
+    """A tiny run on the shipped sample."""
+    return (
+        "train", "experiment=quickstart", "model=tiny", f"paths.output={output}",
+        "trainer.max_steps=4", "optimizer.warmup_steps=1", "trainer.checkpoint_interval=2",
+        "trainer.validation_interval=4", "trainer.validation_batches=1", "data.num_workers=0",
+        "data.batch_size=2", "trainer.accelerator=cpu", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("e2e")
+    done = atmossl(*training(folder / "run"), cache=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(run: Path, tmp_path: Path) -> None:
+    """Killed as soon as the checkpoint of step 2 is there, then resumed."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    command = [str(PROGRAM), *training(tmp_path / "run")]
+    with subprocess.Popen(command, env=environment(run.parent), stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:  # fmt: skip
+        while process.poll() is None and not (checkpoints / "last.ckpt").exists():
+            time.sleep(0.02)
+        process.kill()
+    resumed = atmossl(*training(tmp_path / "run", "resume=auto"), cache=run.parent)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    one = weights(run / "checkpoints" / "last.ckpt")
+    two = weights(checkpoints / "last.ckpt")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_two_processes_train(tmp_path: Path) -> None:
+    more = ("trainer.devices=2", "trainer.strategy=ddp")
+    done = atmossl(*training(tmp_path / "run", *more), cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("task", ["forecast", "temporal_interpolation", "downscaling"])
+def test_a_prediction_is_complete_and_dated(run: Path, task: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.zarr"
+    arguments = (f"task={task}", f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "data=sample",
+                 "init_time=all", "every=1000", f"output={output}")  # fmt: skip
+    done = atmossl("predict", *arguments, cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with xr.open_zarr(output, consolidated=False) as store:
+        assert all(np.isfinite(store[name].values).all() for name in store.data_vars)
+        assert {"member", "latitude", "longitude"} <= set(store["temperature"].dims)
+        assert store["temperature"].attrs["units"] == "K"
+        assert 150 < float(store["temperature"].mean()) < 320
+        assert ("init_time" in store.dims) == (task == "forecast")
+    again = atmossl("predict", *arguments, cache=tmp_path)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "data.name=nothing"), "nothing"),
+        (("train", "model.depth=3"), "depth"),
+        (("train", "trainer.max_steps=-1"), "max_steps"),
+        (("predict", "task=forecast", "checkpoint=none.ckpt", "output=o.zarr"), "none.ckpt"),
+        (("predict", "task=weather", "checkpoint=none.ckpt", "output=o.zarr"), "weather"),
+        (("paint",), "paint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments: tuple, message: str, tmp_path: Path) -> None:
+    done = atmossl(*arguments, cache=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_truncated_and_a_foreign_checkpoint_are_named(run: Path, tmp_path: Path) -> None:
+    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": 1}, tmp_path / "foreign.ckpt")
+    for name, message in (("cut", "truncated"), ("foreign", "not written by atmossl")):
+        done = atmossl("info", f"checkpoint={tmp_path / name}.ckpt", cache=tmp_path)
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.split())
+
+
+def test_a_store_of_the_user_is_predicted_too(run: Path, tmp_path: Path) -> None:
+    """Another grid size than the trained one; the checkpoint's own variables must be there."""
+    path = catalog(tmp_path, test=dataset(variables=VARIABLES[:1], num_lat=32, num_lon=64))
+    done = atmossl(
+        "predict", "task=forecast", f"checkpoint={run / 'checkpoints' / 'last.ckpt'}",
+        "data=waves", f"catalog={path}", "init_time=all", f"output={tmp_path / 'o.zarr'}",
+        cache=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "u_component_of_wind" in done.stderr

@@ -1,0 +1,207 @@
+"""Samplers are pure, draw what they promise, and nothing hidden is ever seen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from atmossl.batch import Corruption
+from atmossl.masking.base import Layout, coarsen, interpolate_in_time, make_view
+from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
+from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from atmossl.tokens import detokenise, token_grid
+from tests.synthetic import spec, window
+
+KINDS = ("drop", "mask", "noise", "coarsen", "keep")
+
+
+def layouts(*streams, **sizes) -> tuple[Layout, ...]:
+    return tuple(Layout(s, token_grid(window(s, **sizes))) for s in streams)
+
+
+def draws(sampler, shapes: tuple[Layout, ...], count: int) -> list:
+    rng = np.random.default_rng(0)
+    return [sampler(shapes, rng) for _ in range(count)]
+
+
+def test_the_share_of_hidden_tokens_lies_in_the_range_and_fills_it() -> None:
+    shapes = layouts(spec())
+    shares = [
+        float(m[0].hidden.float().mean()) for m in draws(RandomMasking((0.2, 0.6)), shapes, 400)
+    ]
+    assert min(shares) >= 0.2 - 0.01 and max(shares) <= 0.6 + 0.01
+    assert np.mean(shares) == pytest.approx(0.4, abs=0.02)
+    assert np.std(shares) == pytest.approx(0.4 / 12**0.5, abs=0.015)
+
+
+def test_hidden_tokens_are_split_by_the_fractions() -> None:
+    fractions = {"mask": 0.5, "noise": 0.2, "coarsen": 0.2, "keep": 0.1}
+    masks = draws(RandomMasking((0.5, 0.5), fractions), layouts(spec()), 200)
+    kinds = torch.cat([m[0].corruption.flatten() for m in masks])
+    hidden = kinds[kinds != Corruption.VISIBLE]
+    for name, share in fractions.items():
+        drawn = float((hidden == Corruption[name.upper()]).float().mean())
+        assert drawn == pytest.approx(share, abs=0.015)
+
+
+def test_every_token_is_hidden_equally_often() -> None:
+    masks = draws(RandomMasking((0.3, 0.3)), layouts(spec()), 1500)
+    often = torch.stack([m[0].hidden for m in masks]).float().mean(0)
+    assert float((often - 0.3).abs().max()) < 0.06
+
+
+def test_synced_streams_hide_the_same_places_others_do_not() -> None:
+    shapes = layouts(spec("a"), spec("b"))
+    for first, second in draws(RandomMasking((0.5, 0.5), synced=True), shapes, 5):
+        assert torch.equal(first.hidden, second.hidden)
+    first, second = draws(RandomMasking((0.5, 0.5)), shapes, 1)[0]
+    assert not torch.equal(first.hidden, second.hidden)
+
+
+def test_tubes_hide_a_place_at_all_times() -> None:
+    (mask,) = draws(RandomMasking((0.5, 0.5), tube=True), layouts(spec()), 1)[0]
+    assert torch.equal(mask.hidden, mask.hidden[:, :1].expand_as(mask.hidden))
+
+
+def test_whole_levels_and_streams_are_hidden_with_their_probability() -> None:
+    shapes = layouts(spec("a"), spec("b"))
+    masks = draws(RandomMasking((0.1, 0.1), hide_stream=0.3), shapes, 600)
+    assert np.mean([a.hidden.all() or b.hidden.all() for a, b in masks]) == pytest.approx(
+        0.3, abs=0.06
+    )
+    masks = draws(RandomMasking((0.1, 0.1), hide_level=0.4), shapes, 600)
+    levels = [bool(a.hidden.flatten(1).all(dim=1).any()) for a, _ in masks]
+    assert np.mean(levels) == pytest.approx(0.4, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomMasking(hide_level=0.5, hide_stream=0.9),
+        BlockMasking(),
+        TimeBlockMasking(),
+        Forecast(6),
+        TemporalInterpolation(6),
+        Downscaling(2),
+        Mixture([BlockMasking(), Forecast(6)], [0.5, 0.5]),
+    ],
+)
+def test_samplers_are_pure_and_leave_input_streams_alone(sampler) -> None:
+    shapes = layouts(spec("a"), spec("orography", role="input"))
+    for seed in range(5):
+        one, two = (sampler(shapes, np.random.default_rng(seed)) for _ in range(2))
+        assert torch.equal(one[0].corruption, two[0].corruption)
+        assert bool(one[0].hidden.any())
+        assert not bool(one[1].hidden.any())
+
+
+def test_mixture_draws_by_probability() -> None:
+    mixture = Mixture([Forecast(6), Downscaling(2)], [0.25, 0.75])
+    masks = draws(mixture, layouts(spec()), 600)
+    coarse = [bool((m[0].corruption == Corruption.COARSEN).all()) for m in masks]
+    assert np.mean(coarse) == pytest.approx(0.75, abs=0.06)
+
+
+def test_time_blocks_contain_forecasts_and_interpolations() -> None:
+    masks = draws(TimeBlockMasking((1, 2)), layouts(spec()), 200)
+    seen = {tuple(m[0].hidden.flatten(2).all(-1)[0].tolist()) for m in masks}
+    assert (False, False, False, True) in seen and (False, True, True, False) in seen
+    causal = draws(TimeBlockMasking((1, 2), causal=True), layouts(spec()), 50)
+    assert all(bool(m[0].hidden[:, -1].all()) for m in causal)
+
+
+def test_tasks_hide_the_same_air_whatever_the_token() -> None:
+    fine, coarse = spec("fine", token=(1, 2, 2)), spec("coarse", token=(2, 4, 4))
+    for task in (Forecast(12), TemporalInterpolation(12)):
+        try:
+            masks = task(layouts(fine, coarse, time=6), np.random.default_rng(0))
+        except ValueError:
+            assert isinstance(task, TemporalInterpolation)
+            continue
+        hours = [m.hidden.any(-1).any(-1).any(0).repeat_interleave(6 // m.hidden.shape[1])
+                 for m in masks]  # fmt: skip
+        assert torch.equal(*hours)
+        assert hours[0].sum() == 2
+    with pytest.raises(ValueError, match="cuts through"):
+        Forecast(6)(layouts(fine, coarse, time=6), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomMasking((0.5, 0.5)),
+        RandomMasking((0.5, 0.5), {"mask": 0.5, "drop": 0.5}),
+        BlockMasking(),
+        Forecast(12),
+        TemporalInterpolation(6),
+    ],
+)
+def test_masked_values_never_leak(sampler) -> None:
+    """Other hidden values, the same source and first guess, to the bit."""
+    here = window(spec())
+    before = make_view((here,), sampler, np.random.default_rng(3)).streams[0]
+    hidden = detokenise(before.hidden[..., None].expand_as(before.target), here.spec)
+    changed = replace(
+        here, fields=torch.where(hidden, torch.full_like(here.fields, 1e6), here.fields)
+    )
+    after = make_view((changed,), sampler, np.random.default_rng(3)).streams[0]
+    assert not torch.equal(before.target, after.target)
+    assert torch.equal(before.source, after.source)
+    assert torch.equal(before.guess, after.guess)
+
+
+def test_downscaling_sees_block_means_alone() -> None:
+    here = window(spec())
+    ripple = torch.zeros_like(here.fields)
+    ripple[..., ::2] = 1.0
+    ripple[..., 1::2] = -1.0
+    views = [
+        make_view((replace(here, fields=f),), Downscaling(2), np.random.default_rng(0)).streams[0]
+        for f in (here.fields, here.fields + ripple)
+    ]
+    torch.testing.assert_close(views[0].source, views[1].source, rtol=0, atol=1e-5)
+    torch.testing.assert_close(views[0].guess, views[1].guess, rtol=0, atol=1e-5)
+
+
+def test_the_first_guess_is_exact_for_fields_linear_in_time() -> None:
+    slope = torch.randn(2, 1, 1, 3, 5)
+    fields = slope * torch.arange(6.0)[:, None, None]
+    shown = torch.tensor([True, False, False, True, True, False])[:, None, None].expand(1, 6, 3, 5)
+    guess = interpolate_in_time(fields, shown)
+    torch.testing.assert_close(guess[:, :, :5], fields[:, :, :5])
+    torch.testing.assert_close(guess[:, :, 5], fields[:, :, 4])
+    nothing = interpolate_in_time(fields, torch.zeros_like(shown))
+    assert bool((nothing == 0).all())
+
+
+def test_coarsening_keeps_the_area_mean() -> None:
+    here = window(spec())
+    coarse = coarsen(here.fields, here.weight, 4)
+    block_weight = here.weight.unflatten(0, (-1, 4)).mean(1)
+    fine_mean = (here.fields * here.weight[:, None]).mean((-2, -1))
+    coarse_mean = (coarse * block_weight[:, None]).mean((-2, -1))
+    torch.testing.assert_close(fine_mean, coarse_mean, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="does not divide"):
+        coarsen(here.fields, here.weight, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomMasking((0.5, 0.2)), "masking.rate"),
+        (lambda: RandomMasking(fractions={"mask": 0.5}), "sum to 1"),
+        (lambda: RandomMasking(fractions={"blur": 1.0}), "blur"),
+        (lambda: RandomMasking(hide_level=2.0), "hide_level"),
+        (lambda: Mixture([Forecast(6)], [0.5, 0.5]), "one each"),
+        (lambda: Forecast(-6), "lead_time"),
+        (lambda: Downscaling(1), "factor"),
+        (lambda: TimeBlockMasking((0, 1)), "hidden_steps"),
+        (lambda: BlockMasking(corruption="keep"), "corruption"),
+        (lambda: Forecast(7)(layouts(spec()), np.random.default_rng(0)), "no multiple"),
+        (lambda: Forecast(24)(layouts(spec()), np.random.default_rng(0)), "every time step"),
+    ],
+)
+def test_bad_settings_are_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
