@@ -49,6 +49,13 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         ) from error
 
 
+def _compose_with_data_name(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Like `compose_config`, but `data=NAME` names a catalog entry, not a file of conf/data."""
+    names = [item.removeprefix("data=") for item in overrides if item.startswith("data=")]
+    values = compose_config(name, [item for item in overrides if not item.startswith("data=")])
+    return values | ({"data": names[-1]} if names else {})
+
+
 def _to_plain(config: Any) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
@@ -72,13 +79,13 @@ def _train(arguments: Sequence[str]) -> None:
 def _predict(arguments: Sequence[str]) -> None:
     from atmossl.commands import predict
 
-    predict(compose_config("predict", arguments))
+    predict(_compose_with_data_name("predict", arguments))
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
     from atmossl.commands import evaluate
 
-    evaluate(compose_config("evaluate", arguments))
+    evaluate(_compose_with_data_name("evaluate", arguments))
 
 
 def _data(arguments: Sequence[str]) -> None:

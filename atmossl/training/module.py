@@ -47,6 +47,7 @@ class TrainingModule(L.LightningModule):
         self.task_names = task_names
         averaging = get_ema_multi_avg_fn(optimizer.ema_decay)
         self.ema = AveragedModel(model, multi_avg_fn=averaging, use_buffers=False)
+        self.ema.requires_grad_(False)  # DDP waits for every parameter that wants a gradient
         self._ema_step = 0
         self._squares: dict[str, list[Tensor]] = {}
 
