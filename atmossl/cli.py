@@ -85,7 +85,15 @@ def _predict(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     from atmossl.commands import evaluate
 
-    evaluate(_compose_with_data_name("evaluate", arguments))
+    listed = [item for item in arguments if item.startswith("tasks=[")]
+    values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
+    if listed:  # names of conf/task; any other value is a file of conf/tasks
+        names = listed[-1].removeprefix("tasks=[").removesuffix("]").split(",")
+        tasks = [
+            compose_config("predict", [f"task={n.strip()}", "output=_"])["task"] for n in names
+        ]
+        values = values | {"tasks": tasks}
+    evaluate(values)
 
 
 def _data(arguments: Sequence[str]) -> None:

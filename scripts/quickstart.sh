@@ -13,7 +13,7 @@ tasks=(forecast temporal_interpolation downscaling)
 
 train_settings=("$@")
 predict_settings=(every=16) # every 16th time of the test run: some dates four days apart
-evaluate_settings=()
+evaluate_settings=(every=4 ridge=false) # the ridge baseline would take minutes more
 if [[ ${QUICKSTART_SMOKE:-0} == 1 ]]; then
     scratch="$(mktemp -d)"
     trap 'rm -rf "$scratch"' EXIT
@@ -21,7 +21,7 @@ if [[ ${QUICKSTART_SMOKE:-0} == 1 ]]; then
     train_settings=(model=tiny optimizer.warmup_steps=1 trainer.max_steps=4
         trainer.validation_interval=4 trainer.checkpoint_interval=4 trainer.validation_batches=1 "$@")
     predict_settings=(every=1000) # the first time only
-    evaluate_settings=(every=12 bootstrap=20)
+    evaluate_settings=(every=24 bootstrap=20 ridge=false)
 else
     # Never write over an earlier run: quickstart, quickstart-2, quickstart-3, ...
     run=runs/quickstart
