@@ -94,6 +94,7 @@ class ModelConfig(_Strict):
     num_heads: Positive
     num_members: Positive
     feedforward_ratio: float = Field(gt=0.0)
+    stencil: tuple[Positive, Positive, Positive]
 
 
 class ObjectiveConfig(_Strict):

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from atmossl.batch import (
     Corruption,
@@ -54,31 +55,57 @@ _TOLD = {Corruption.MASK: 1, Corruption.COARSEN: 2}
 
 
 class Embedding(nn.Module):
-    """Tokens of one stream to latents: values, absolute position, and what is told of them."""
+    """Tokens of one stream to latents: values, absolute position, and what is told of them.
+
+    stencil: (nt, nlat, nlon) tokens whose values enter each token's latent; (1, 1, 1) is AtmoRep's
+        embedding of every token on its own, a larger one lets a latent hold gradients and
+        tendencies from the start. Beyond the window's edge the nearest token is repeated.
+    """
 
     told: Tensor
 
-    def __init__(self, *, spec: StreamSpec, dim: int) -> None:
+    def __init__(self, *, spec: StreamSpec, dim: int, stencil: tuple[int, int, int]) -> None:
         super().__init__()
-        self.values = nn.Linear(spec.patch, dim)
-        self.position = nn.Sequential(nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.values = nn.Conv3d(spec.patch, dim, stencil)
+        self.position = nn.Sequential(
+            nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, 2 * dim)
+        )
         self.state = nn.Embedding(3, dim)
         nn.init.normal_(self.state.weight, std=0.02)
         told = torch.zeros(len(Corruption), dtype=torch.int64)
         for corruption, state in _TOLD.items():
             told[int(corruption)] = state
         self.register_buffer("told", told, persistent=False)
+        # last axis first, as torch pads
+        self.padding = [side for size in reversed(stencil) for side in (size // 2, size // 2)]
 
     def forward(
-        self, patches: Float[Tensor, "batch token patch"], features: Tensor, corruption: Tensor
-    ) -> Float[Tensor, "batch token feature"]:
+        self,
+        tokens: Float[Tensor, "batch level nt nlat nlon patch"],
+        features: Float[Tensor, "batch chosen position"],
+        corruption: Int[Tensor, "batch chosen"],
+        chosen: TokenIndex,
+    ) -> Float[Tensor, "batch chosen feature"]:
+        """Latents of the chosen tokens, whose position features and corruption are given."""
+        volume = rearrange(
+            tokens, "batch level nt nlat nlon patch -> (batch level) patch nt nlat nlon"
+        )
+        values = self.values(functional.pad(volume, self.padding, mode="replicate"))
+        values = rearrange(
+            values,
+            "(batch level) feature nt nlat nlon -> batch (level nt nlat nlon) feature",
+            batch=tokens.shape[0],
+        )
+        gain, position = self.position(features).chunk(2, dim=-1)
         state = self.state(self.told[corruption])
-        return self.values(patches) + self.position(features) + state
+        return _gather(values, chosen) * (1 + gain) + position + state
 
 
 class Tail(nn.Module):
     """Decoded tokens to an ensemble of patches, as departures from the first guess.
 
+    A departure is a linear function of the decoded token after its norm, plus one of the query's
+    embedding without any norm: what grows with the anomalies, such as advection, keeps its size.
     `scale` [level, patch]: typical size of a departure, in normalised units.
     """
 
@@ -90,17 +117,24 @@ class Tail(nn.Module):
         self.project = nn.Linear(dim, num_members * scale.shape[-1])
         nn.init.normal_(self.project.weight, std=0.1 * dim**-0.5)
         nn.init.zeros_(self.project.bias)
+        self.linear = nn.Linear(dim, scale.shape[-1], bias=False)
+        nn.init.zeros_(self.linear.weight)
         self.register_buffer("scale", scale.clone())
         self.num_members = num_members
 
     def forward(
-        self, decoded: Tensor, guess: Float[Tensor, "batch query patch"], level: Tensor
+        self,
+        decoded: Float[Tensor, "batch query feature"],
+        embedded: Float[Tensor, "batch query feature"],
+        guess: Float[Tensor, "batch query patch"],
+        level: Int[Tensor, "batch query"],
     ) -> Float[Tensor, "batch query member patch"]:
         departures = rearrange(
             self.project(self.norm(decoded)).float(),
             "batch query (member patch) -> batch query member patch",
             member=self.num_members,
         )
+        departures = departures + self.linear(embedded).float()[:, :, None]
         return guess[:, :, None] + departures * self.scale[level][:, :, None]
 
 
@@ -109,6 +143,7 @@ class Multiformer(nn.Module):
 
     dim: latent width; `dims` overrides it by stream name. num_decoder_layers: must not exceed
     num_layers, since decoder layer j reads an encoder layer, the last one first.
+    stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
     scales: per predicted stream, [level, patch] typical departure from the first guess.
     Raises ValueError if the sizes do not fit together.
     """
@@ -123,20 +158,24 @@ class Multiformer(nn.Module):
         num_heads: int,
         num_members: int,
         feedforward_ratio: float = 4.0,
+        stencil: tuple[int, int, int] = (1, 1, 1),
         dims: Mapping[str, int] | None = None,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
-        _check_sizes(widths, num_heads, num_layers, num_decoder_layers, dims or {})
+        _check_sizes(widths, num_heads, num_layers, num_decoder_layers, stencil, dims or {})
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         head_dims = {name: width // num_heads for name, width in widths.items()}
         self.rotary = nn.ModuleDict(
             {name: RotaryPositions(head_dim=size) for name, size in head_dims.items()}
         )
         self.embedding = nn.ModuleDict(
-            {spec.name: Embedding(spec=spec, dim=widths[spec.name]) for spec in streams}
+            {
+                spec.name: Embedding(spec=spec, dim=widths[spec.name], stencil=stencil)
+                for spec in streams
+            }
         )
         self.encoder = nn.ModuleList(
             nn.ModuleDict(
@@ -154,7 +193,10 @@ class Multiformer(nn.Module):
         )
         predicted = [spec for spec in streams if spec.role == "predict"]
         self.query = nn.ModuleDict(
-            {spec.name: Embedding(spec=spec, dim=widths[spec.name]) for spec in predicted}
+            {
+                spec.name: Embedding(spec=spec, dim=widths[spec.name], stencil=stencil)
+                for spec in predicted
+            }
         )
         self.decoder = nn.ModuleDict()
         self.tail = nn.ModuleDict()
@@ -199,8 +241,7 @@ class Multiformer(nn.Module):
         features = _gather(absolute_features(stream.grid), given)
         turn = rotation(_gather(self.rotary[name](stream.grid), given))
         corruption = _gather(stream.corruption.flatten(1)[..., None], given)[..., 0]
-        patches = _gather(_flatten(stream.source), given)
-        x = self.embedding[name](patches, features, corruption)
+        x = self.embedding[name](stream.source, features, corruption, given)
         return Latent(x, turn, None if given.complete else given.valid)
 
     def decode(self, latents: dict[str, StreamLatents], view: View) -> Prediction:
@@ -220,15 +261,15 @@ class Multiformer(nn.Module):
         features = _gather(absolute_features(stream.grid), queries)
         turn = rotation(_gather(self.rotary[name](stream.grid), queries))
         corruption = _gather(stream.corruption.flatten(1)[..., None], queries)[..., 0]
-        x = self.query[name](guess, features, corruption)
-        x = x + self._own_latents(latents, stream, queries)
+        embedded = self.query[name](stream.guess, features, corruption, queries)
+        x = embedded + self._own_latents(latents, stream, queries)
         x = Latent(x, turn, None if queries.complete else queries.valid)
         blocks = self.decoder[name]
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
             x = block(x, latents.layers[self._memory_layer(number)])
         level = self._token_level(stream, queries)
-        return StreamPrediction(self.tail[name](x.features, guess, level), queries)
+        return StreamPrediction(self.tail[name](x.features, embedded, guess, level), queries)
 
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
@@ -271,8 +312,11 @@ def _check_sizes(
     num_heads: int,
     num_layers: int,
     num_decoder_layers: int,
+    stencil: tuple[int, int, int],
     dims: Mapping[str, int],
 ) -> None:
+    if any(size % 2 == 0 for size in stencil):
+        raise ValueError(f"model.stencil={list(stencil)} must be odd along every axis")
     unknown = sorted(set(dims) - set(widths))
     if unknown:
         raise ValueError(f"model.dims names unknown streams {unknown}; valid: {sorted(widths)}")
