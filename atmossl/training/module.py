@@ -125,7 +125,7 @@ class TrainingModule(L.LightningModule):
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=True,
+            fused=self.trainer.precision == "32-true",  # else Lightning cannot clip gradients
         )
         factor = learning_rate_factor(
             settings.schedule,
