@@ -284,6 +284,8 @@ def _model_faults(config: TrainConfig) -> list[str]:
             f"model.num_decoder_layers={model.num_decoder_layers} is more than "
             f"model.num_layers={model.num_layers}"
         )
+    if any(size % 2 == 0 for size in model.stencil):
+        faults.append(f"model.stencil={list(model.stencil)} must be odd along every axis")
     for name in config.stream:
         width = model.dims.get(name, model.dim)
         if width % model.num_heads or (width // model.num_heads) % 2:

@@ -51,9 +51,10 @@ step "3/3 evaluate, ends in the score table"
 
 step "done; look at"
 cat <<END
-score table           $run/report/
-maps                  $run/report/*.png   (truth, prediction, error, spread)
-training curves       $run/*.png
+score table           $run/report/summary.md, scores.csv
+maps                  $run/report/maps/*.png   (truth, prediction, error, spread)
+lead-time curves      $run/report/curves/*.png
+training curves       $run/curves/*.png
 predictions           $run/predictions/*.zarr
 checkpoint            $checkpoint
 END

@@ -1,0 +1,142 @@
+"""Tiling, blending and dating, with networks whose prediction is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from atmossl.batch import Prediction, StreamPrediction, View
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.store import Segment, open_segment
+from atmossl.data.windows import WindowSize
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import predictions, write
+from atmossl.masking.base import MaskingSampler
+from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from tests.synthetic import dataset, spec
+
+NAMES = ("temperature", "u_component_of_wind")
+STORE = dataset(steps=12)
+
+
+class Oracle(nn.Module):
+    """Two members: the given field of every hidden token, minus and plus one."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, view: View) -> Prediction:
+        streams = []
+        for stream in view.streams:
+            flat = getattr(stream, self.source).flatten(1, 4)
+            assert stream.queries is not None
+            index = stream.queries.index[..., None].expand(-1, -1, flat.shape[-1])
+            values = flat.gather(1, index)
+            members = torch.stack([values - 1, values + 1], dim=2)
+            streams.append(StreamPrediction(members, stream.queries))
+        return Prediction(tuple(streams))
+
+
+def segment() -> Segment:
+    return open_segment("waves", STORE, "memory", variables=NAMES, levels=(300, 500, 850))
+
+
+def predictor(task: MaskingSampler, source: str = "target", **changes) -> Predictor:
+    record = segment()
+    trained = TrainedModel(
+        model=Oracle(source),
+        specs=(spec(token=(1, 2, 2)),),
+        normaliser=Normaliser(Statistics.compute([record])),
+        window=WindowSize(5, 4, 8),
+        first_guess=True,
+        data="waves",
+        record={},
+        digest="0",
+    )
+    arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
+    return Predictor(trained=trained, segment=record, task=task, **arguments)
+
+
+def run_at(used: Predictor, step: int) -> dict[str, np.ndarray]:
+    (fields,) = used.run([used.segment.times[step]])
+    return fields
+
+
+@pytest.mark.parametrize("task", [TemporalInterpolation(6), Downscaling(2)])
+@pytest.mark.parametrize(
+    "changes", [{}, {"overlap": 0.0}, {"overlap": 0.7, "lon_shift": 2}, {"batch_size": 100}]
+)
+def test_tiles_of_the_truth_blend_to_the_truth(task: MaskingSampler, changes: dict) -> None:
+    used = predictor(task, **changes)
+    fields = run_at(used, 6)
+    scale = used.trained.normaliser.statistics.std
+    for row, name in enumerate(NAMES):
+        truth = STORE[name].values[6]  # [level lat lon]
+        found = fields[name]  # [step member level lat lon]
+        assert found.shape == (1, 2, *truth.shape)
+        np.testing.assert_allclose(found.mean(axis=1)[0], truth, atol=2e-5)
+        spread = (found[:, 1] - found[:, 0])[0] / 2
+        expected = np.broadcast_to(scale[row][:, None, None], spread.shape)
+        np.testing.assert_allclose(spread, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["target", "guess"])
+def test_a_forecast_reads_nothing_after_its_init_time(source: str) -> None:
+    """Whatever the network passes on, it is the state at the init time, to the last step."""
+    last = len(STORE.time) - 1
+    fields = run_at(predictor(Forecast(12), source), last)
+    for name in NAMES:
+        assert fields[name].shape[:2] == (2, 2)
+        for step in range(2):
+            now = STORE[name].values[last]
+            np.testing.assert_allclose(fields[name][step].mean(axis=0), now, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "step", "message"),
+    [
+        (Forecast(12), 1, "lacks steps around it"),
+        (TemporalInterpolation(6), 11, "lacks steps around it"),
+    ],
+)
+def test_a_time_without_its_steps_is_named(task, step: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_at(predictor(task), step)
+    with pytest.raises(ValueError, match="1999"):
+        next(predictor(task).run([np.datetime64("1999-01-01", "ns")]))
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "nc"])
+def test_what_is_written_is_dated_and_whole(tmp_path, suffix: str) -> None:
+    used = predictor(Forecast(12))
+    times = used.segment.times[4:7]
+    path = tmp_path / f"out.{suffix}"
+    write(predictions(used, times), path, "init_time")
+    with (
+        xr.open_zarr(path, consolidated=False)
+        if suffix == "zarr"
+        else xr.open_dataset(path, decode_timedelta=True) as store
+    ):
+        np.testing.assert_array_equal(store["init_time"].values, times)
+        hours = store["lead_time"].values / np.timedelta64(1, "h")
+        np.testing.assert_array_equal(hours, [6, 12])
+        found = store["temperature"].sel(lead_time=np.timedelta64(6, "h")).mean("member")
+        expected = STORE["temperature"].values[4:7]
+        np.testing.assert_allclose(found.transpose("init_time", "level", ...), expected, atol=2e-5)
+        assert store["temperature"].attrs["standard_name"] == "air_temperature"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="exists"):
+        write(predictions(used, times), path, "init_time")
+
+
+def test_a_failure_leaves_no_output(tmp_path) -> None:
+    used = predictor(Forecast(12))
+    broken = replace(used, trained=replace(used.trained, model=nn.Identity()))
+    with pytest.raises(AttributeError):
+        write(predictions(broken, used.segment.times[4:5]), tmp_path / "out.zarr", "init_time")
+    assert not (tmp_path / "out.zarr").exists()

@@ -1,0 +1,85 @@
+"""Every file of conf/ composes and validates; everything wrong is named, all at once."""
+
+from pathlib import Path
+
+import pytest
+
+from atmossl.cli import compose_config
+from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, hours, parse
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = ("data", "stream", "masking", "tasks", "model", "objective", "optimizer", "trainer")
+CHOICES = [
+    f"{group}={file.stem}"
+    for group in (*GROUPS, "logger", "paths", "experiment")
+    for file in sorted((CONF / group).glob("*.yaml"))
+]
+# choices that need others beside them
+WITH = {
+    "data=arco_era5": ["stream=dynamics_humidity"],
+    "stream=atmorep_temperature": ["experiment=atmorep_temperature"],
+    "optimizer=atmorep": ["trainer.max_steps=100000"],
+}
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return parse(TrainConfig, compose_config("train", overrides))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_validates(choice: str) -> None:
+    composed(choice, *WITH.get(choice, []))
+
+
+@pytest.mark.parametrize("task", [file.stem for file in sorted((CONF / "task").glob("*.yaml"))])
+def test_every_task_can_be_predicted(task: str) -> None:
+    values = compose_config("predict", [f"task={task}", "checkpoint=x", "output=o.zarr"])
+    assert parse(PredictConfig, values).task.name == task
+
+
+def test_evaluation_validates() -> None:
+    values = compose_config("evaluate", ["checkpoint=x", "output=o"])
+    assert len(parse(EvaluateConfig, values).tasks) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_heads=5", "num_heads"),
+        ("model.stencil=[2,3,3]", "stencil"),
+        ("model.num_members=1", "num_members"),
+        ("model.num_decoder_layers=9", "num_decoder_layers"),
+        ("data.window.lat=15", "token_size.lat"),
+        ("optimizer.warmup_steps=1000", "warmup_steps"),
+        ("optimizer.schedule=linear", "cosine"),
+        ("+objective.losses.crps=1", "fair_crps"),
+        ("data.name=era6", "era6"),
+        ("stream.temperature.variables=[ozone]", "ozone"),
+        ("stream.temperature.levels=[13]", "13"),
+        ("tasks.0.lead_time=soon", "soon"),
+        ("tasks.0.name=oracle", "oracle"),
+        ("masking.probabilities=[1.0]", "probabilities"),
+        ("+masking.samplers.0.rates=[0,1]", "rates"),
+        ("trainer.precision=8", "bf16-mixed"),
+        ("+trainer.gpus=2", "gpus"),
+    ],
+)
+def test_what_does_not_fit_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        composed("stream=five_fields", override)
+
+
+def test_all_faults_come_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        composed("trainer.max_steps=0", "data.batch_size=no", "+model.depth=3")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    for key in ("trainer.max_steps", "data.batch_size", "model.depth"):
+        assert any(key in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("6h", 6), ("90min", 1.5), ("2d", 48), (" 1.5 h ", 1.5)]
+)
+def test_durations(text: str, value: float) -> None:
+    assert hours(text) == value
