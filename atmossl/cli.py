@@ -1,6 +1,8 @@
 """The command line: train, predict, evaluate, data, config, info."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,9 +155,21 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+def _quieten() -> None:
+    """No advertisements and no warnings of libraries about each other; ours are errors anyway."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for text in (
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
+        "Consolidated metadata is currently not part.*",  # xarray on zarr format 3
+        "Duplicate name.*",  # zarr in a zip file keeps both versions of its metadata
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 with one line for bad input, 1 for a fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _quieten()
     console = Console(stderr=True)
     if not arguments or {"-h", "--help"} & set(arguments):
         Console().print(_USAGE, markup=False, highlight=False)

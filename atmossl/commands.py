@@ -20,6 +20,7 @@ from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_che
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, predictions, write
 from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
+from atmossl.training.curves import keep_metrics
 
 
 def train(values: Mapping[str, Any]) -> Path:
@@ -39,6 +40,7 @@ def train(values: Mapping[str, Any]) -> Path:
     _make_folder(output)
     datamodule, statistics = build_data(config)
     module = build_module(config, statistics, _plain(values))
+    keep_metrics(output)
     trainer = build_trainer(config)
     OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)

@@ -4,13 +4,35 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
+@rank_zero_only
+def keep_metrics(folder: Path) -> None:
+    """Set `metrics.csv` of an interrupted run aside as `metrics-N.csv`: Lightning's logger deletes
+    the file that it finds."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv')))}.csv")
+
+
+def read_metrics(metrics: Path) -> pd.DataFrame:
+    """The log of a run and of the runs that it resumed; where they overlap the later one counts."""
+    earlier = sorted(metrics.parent.glob("metrics-*.csv"), key=lambda path: int(path.stem[8:]))
+    tables: list[pd.DataFrame] = []
+    for path in (*earlier, metrics):
+        table = pd.read_csv(path)
+        start = table["step"].min()
+        tables = [before[before["step"] < start] for before in tables]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
 def plot_curves(metrics: Path, folder: Path) -> list[Path]:
     """Write `loss.png`, `skill.png` and `learning_rate.png`; a later call draws them anew."""
-    table = pd.read_csv(metrics)
+    table = read_metrics(metrics)
     pictures = {
         "loss": (["train/loss"], "validation/", "/loss", "loss"),
         "skill": ([], "ratio/", "", "RMSE / RMSE of first guess"),
