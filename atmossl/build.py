@@ -66,8 +66,7 @@ def build_module(
     resolved: the configuration as plain values, kept in every checkpoint.
     """
     torch.manual_seed(config.seed)
-    predicted = [spec for spec in config.specs if spec.role == "predict"]
-    scales = {spec.name: statistics.departure_scale(spec) for spec in predicted}
+    scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
     arguments = config.model.model_dump()
     model = Multiformer(streams=config.specs, scales=scales, **arguments)
     if config.trainer.compile:

@@ -95,6 +95,7 @@ class ModelConfig(_Strict):
     num_members: Positive
     feedforward_ratio: float = Field(gt=0.0)
     stencil: tuple[Positive, Positive, Positive]
+    details: bool
 
 
 class ObjectiveConfig(_Strict):

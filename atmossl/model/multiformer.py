@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from atmossl.batch import (
-    Corruption,
     Prediction,
     StreamPrediction,
     StreamSpec,
@@ -23,8 +21,8 @@ from atmossl.batch import (
     View,
 )
 from atmossl.model.blocks import DecoderBlock, EncoderBlock, Latent
+from atmossl.model.embedding import Embedding, Tail, gather
 from atmossl.model.positions import (
-    NUM_FEATURES,
     RotaryPositions,
     absolute_features,
     rotation,
@@ -39,103 +37,8 @@ class StreamLatents:
     given: TokenIndex
 
 
-def _gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:
-    if chosen.complete:
-        return tokens
-    index = chosen.index[..., None].expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, index)
-
-
 def _flatten(tokens: Tensor) -> Tensor:
     return rearrange(tokens, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch")
-
-
-# what the encoder is told of a token: nothing, that it is masked, that it is coarse
-_TOLD = {Corruption.MASK: 1, Corruption.COARSEN: 2}
-
-
-class Embedding(nn.Module):
-    """Tokens of one stream to latents: values, absolute position, and what is told of them.
-
-    stencil: (nt, nlat, nlon) tokens whose values enter each token's latent; (1, 1, 1) is AtmoRep's
-        embedding of every token on its own, a larger one lets a latent hold gradients and
-        tendencies from the start. Beyond the window's edge the nearest token is repeated.
-    """
-
-    told: Tensor
-
-    def __init__(self, *, spec: StreamSpec, dim: int, stencil: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.values = nn.Conv3d(spec.patch, dim, stencil)
-        self.position = nn.Sequential(
-            nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, 2 * dim)
-        )
-        self.state = nn.Embedding(3, dim)
-        nn.init.normal_(self.state.weight, std=0.02)
-        told = torch.zeros(len(Corruption), dtype=torch.int64)
-        for corruption, state in _TOLD.items():
-            told[int(corruption)] = state
-        self.register_buffer("told", told, persistent=False)
-        # last axis first, as torch pads
-        self.padding = [side for size in reversed(stencil) for side in (size // 2, size // 2)]
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "batch level nt nlat nlon patch"],
-        features: Float[Tensor, "batch chosen position"],
-        corruption: Int[Tensor, "batch chosen"],
-        chosen: TokenIndex,
-    ) -> Float[Tensor, "batch chosen feature"]:
-        """Latents of the chosen tokens, whose position features and corruption are given."""
-        volume = rearrange(
-            tokens, "batch level nt nlat nlon patch -> (batch level) patch nt nlat nlon"
-        )
-        values = self.values(functional.pad(volume, self.padding, mode="replicate"))
-        values = rearrange(
-            values,
-            "(batch level) feature nt nlat nlon -> batch (level nt nlat nlon) feature",
-            batch=tokens.shape[0],
-        )
-        gain, position = self.position(features).chunk(2, dim=-1)
-        state = self.state(self.told[corruption])
-        return _gather(values, chosen) * (1 + gain) + position + state
-
-
-class Tail(nn.Module):
-    """Decoded tokens to an ensemble of patches, as departures from the first guess.
-
-    A departure is a linear function of the decoded token after its norm, plus one of the query's
-    embedding without any norm: what grows with the anomalies, such as advection, keeps its size.
-    `scale` [level, patch]: typical size of a departure, in normalised units.
-    """
-
-    scale: Tensor
-
-    def __init__(self, *, dim: int, num_members: int, scale: Float[Tensor, "level patch"]) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.project = nn.Linear(dim, num_members * scale.shape[-1])
-        nn.init.normal_(self.project.weight, std=0.1 * dim**-0.5)
-        nn.init.zeros_(self.project.bias)
-        self.linear = nn.Linear(dim, scale.shape[-1], bias=False)
-        nn.init.zeros_(self.linear.weight)
-        self.register_buffer("scale", scale.clone())
-        self.num_members = num_members
-
-    def forward(
-        self,
-        decoded: Float[Tensor, "batch query feature"],
-        embedded: Float[Tensor, "batch query feature"],
-        guess: Float[Tensor, "batch query patch"],
-        level: Int[Tensor, "batch query"],
-    ) -> Float[Tensor, "batch query member patch"]:
-        departures = rearrange(
-            self.project(self.norm(decoded)).float(),
-            "batch query (member patch) -> batch query member patch",
-            member=self.num_members,
-        )
-        departures = departures + self.linear(embedded).float()[:, :, None]
-        return guess[:, :, None] + departures * self.scale[level][:, :, None]
 
 
 class Multiformer(nn.Module):
@@ -144,7 +47,8 @@ class Multiformer(nn.Module):
     dim: latent width; `dims` overrides it by stream name. num_decoder_layers: must not exceed
     num_layers, since decoder layer j reads an encoder layer, the last one first.
     stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
-    scales: per predicted stream, [level, patch] typical departure from the first guess.
+    details: embed departures from the surroundings as well (`Embedding`).
+    scales: per stream, [level, patch] typical departure from the first guess.
     Raises ValueError if the sizes do not fit together.
     """
 
@@ -159,6 +63,7 @@ class Multiformer(nn.Module):
         num_members: int,
         feedforward_ratio: float = 4.0,
         stencil: tuple[int, int, int] = (1, 1, 1),
+        details: bool = False,
         dims: Mapping[str, int] | None = None,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -168,15 +73,16 @@ class Multiformer(nn.Module):
         _check_sizes(widths, num_heads, num_layers, num_decoder_layers, stencil, dims or {})
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         head_dims = {name: width // num_heads for name, width in widths.items()}
+        scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}
+
+        def embedding(spec: StreamSpec) -> Embedding:
+            width, scale = widths[spec.name], scale_of[spec.name]
+            return Embedding(spec=spec, dim=width, stencil=stencil, details=details, scale=scale)
+
         self.rotary = nn.ModuleDict(
             {name: RotaryPositions(head_dim=size) for name, size in head_dims.items()}
         )
-        self.embedding = nn.ModuleDict(
-            {
-                spec.name: Embedding(spec=spec, dim=widths[spec.name], stencil=stencil)
-                for spec in streams
-            }
-        )
+        self.embedding = nn.ModuleDict({spec.name: embedding(spec) for spec in streams})
         self.encoder = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -192,16 +98,11 @@ class Multiformer(nn.Module):
             for _ in range(num_layers)
         )
         predicted = [spec for spec in streams if spec.role == "predict"]
-        self.query = nn.ModuleDict(
-            {
-                spec.name: Embedding(spec=spec, dim=widths[spec.name], stencil=stencil)
-                for spec in predicted
-            }
-        )
+        self.query = nn.ModuleDict({spec.name: embedding(spec) for spec in predicted})
         self.decoder = nn.ModuleDict()
         self.tail = nn.ModuleDict()
         for spec in predicted:
-            width, scale = widths[spec.name], _scale_of(spec, scales or {})
+            width, scale = widths[spec.name], scale_of[spec.name]
             self.decoder[spec.name] = nn.ModuleList(
                 DecoderBlock(dim=width, num_heads=num_heads, ratio=feedforward_ratio)
                 for _ in range(num_decoder_layers)
@@ -238,9 +139,9 @@ class Multiformer(nn.Module):
 
     def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
         name = stream.spec.name
-        features = _gather(absolute_features(stream.grid), given)
-        turn = rotation(_gather(self.rotary[name](stream.grid), given))
-        corruption = _gather(stream.corruption.flatten(1)[..., None], given)[..., 0]
+        features = gather(absolute_features(stream.grid), given)
+        turn = rotation(gather(self.rotary[name](stream.grid), given))
+        corruption = gather(stream.corruption.flatten(1)[..., None], given)[..., 0]
         x = self.embedding[name](stream.source, features, corruption, given)
         return Latent(x, turn, None if given.complete else given.valid)
 
@@ -257,10 +158,10 @@ class Multiformer(nn.Module):
     def _decode_stream(self, latents: StreamLatents, stream: StreamTokens) -> StreamPrediction:
         name, queries = stream.spec.name, stream.queries
         assert queries is not None, "collate the view first: token indices are missing"
-        guess = _gather(_flatten(stream.guess), queries)
-        features = _gather(absolute_features(stream.grid), queries)
-        turn = rotation(_gather(self.rotary[name](stream.grid), queries))
-        corruption = _gather(stream.corruption.flatten(1)[..., None], queries)[..., 0]
+        guess = gather(_flatten(stream.guess), queries)
+        features = gather(absolute_features(stream.grid), queries)
+        turn = rotation(gather(self.rotary[name](stream.grid), queries))
+        corruption = gather(stream.corruption.flatten(1)[..., None], queries)[..., 0]
         embedded = self.query[name](stream.guess, features, corruption, queries)
         x = embedded + self._own_latents(latents, stream, queries)
         x = Latent(x, turn, None if queries.complete else queries.valid)
@@ -280,11 +181,11 @@ class Multiformer(nn.Module):
         """Last encoder latents at the queries' own places; 0 where the token was dropped."""
         last, given = latents.layers[-1].features, latents.given
         if given.complete:
-            return _gather(last, queries)
+            return gather(last, queries)
         index = given.index[..., None].expand_as(last)
         everywhere = last.new_zeros(last.shape[0], stream.grid.num_tokens, last.shape[-1])
         everywhere = everywhere.scatter(1, index, last * given.valid[..., None].to(last.dtype))
-        return _gather(everywhere, queries)
+        return gather(everywhere, queries)
 
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:

@@ -21,7 +21,7 @@ def keep_metrics(folder: Path) -> None:
 def read_metrics(metrics: Path) -> pd.DataFrame:
     """The log of a run and of the runs that it resumed; where they overlap the later one counts."""
     earlier = sorted(metrics.parent.glob("metrics-*.csv"), key=lambda path: int(path.stem[8:]))
-    tables: list[pd.DataFrame] = []
+    tables: list[Any] = []
     for path in (*earlier, metrics):
         table = pd.read_csv(path)
         start = table["step"].min()

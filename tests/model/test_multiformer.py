@@ -25,6 +25,7 @@ STREAMS = (
 def network(**changes) -> Multiformer:
     torch.manual_seed(0)
     sizes = {"dim": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "num_members": 3}
+    sizes |= {"stencil": (1, 3, 3), "details": True}
     return Multiformer(streams=STREAMS, **(sizes | changes))
 
 

@@ -1,0 +1,159 @@
+"""The ends of the network: tokens to latents, and decoded latents to an ensemble of patches."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atmossl.batch import Corruption, StreamSpec, TokenIndex
+from atmossl.model.positions import NUM_FEATURES
+
+
+def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:
+    """The chosen tokens [batch chosen feature]."""
+    if chosen.complete:
+        return tokens
+    index = chosen.index[..., None].expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, index)
+
+
+# what the encoder is told of a token: nothing, that it is masked, that it is coarse
+_TOLD = {Corruption.MASK: 1, Corruption.COARSEN: 2}
+
+
+class Embedding(nn.Module):
+    """Tokens of one stream to latents: values, absolute position, and what is told of them.
+
+    stencil: (nt, nlat, nlon) tokens whose values enter each token's latent; (1, 1, 1) is AtmoRep's
+        embedding of every token on its own, a larger one lets a latent hold gradients and
+        tendencies from the start. Beyond the window's edge the nearest token is repeated.
+    details: whether the stencil reads `details` of the values instead of the values themselves,
+        which then enter token by token.
+    scale [level, patch]: typical departure from the first guess, in normalised units.
+    """
+
+    told: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        *,
+        spec: StreamSpec,
+        dim: int,
+        stencil: tuple[int, int, int],
+        details: bool,
+        scale: Float[Tensor, "level patch"],
+    ) -> None:
+        super().__init__()
+        self.values = nn.Conv3d(spec.patch, dim, 1 if details else stencil)
+        self.details = nn.Conv3d(2 * spec.patch, dim, stencil) if details else None
+        self.position = nn.Sequential(
+            nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, 2 * dim)
+        )
+        self.state = nn.Embedding(3, dim)
+        nn.init.normal_(self.state.weight, std=0.02)
+        told = torch.zeros(len(Corruption), dtype=torch.int64)
+        for corruption, state in _TOLD.items():
+            told[int(corruption)] = state
+        self.register_buffer("told", told, persistent=False)
+        self.register_buffer("scale", scale.clone())
+        self.fields = len(spec.variables) * spec.token_size.level
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch level nt nlat nlon patch"],
+        features: Float[Tensor, "batch chosen position"],
+        corruption: Int[Tensor, "batch chosen"],
+        chosen: TokenIndex,
+    ) -> Float[Tensor, "batch chosen feature"]:
+        """Latents of the chosen tokens, whose position features and corruption are given."""
+        values = _convolve(self.values, tokens)
+        if self.details is not None:
+            values = values + _convolve(self.details, details(tokens, self.scale, self.fields))
+        gain, position = self.position(features).chunk(2, dim=-1)
+        state = self.state(self.told[corruption])
+        return gather(values, chosen) * (1 + gain) + position + state
+
+
+def _convolve(
+    convolution: nn.Conv3d, tokens: Float[Tensor, "batch level nt nlat nlon patch"]
+) -> Float[Tensor, "batch token feature"]:
+    """Convolve over (nt, nlat, nlon) and flatten the tokens; the nearest token beyond the edge."""
+    volume = rearrange(tokens, "batch level nt nlat nlon patch -> (batch level) patch nt nlat nlon")
+    # last axis first, as torch pads
+    padding = [
+        side for size in reversed(convolution.kernel_size) for side in (size // 2, size // 2)
+    ]
+    latents = convolution(functional.pad(volume, padding, mode="replicate"))
+    return rearrange(
+        latents,
+        "(batch level) feature nt nlat nlon -> batch (level nt nlat nlon) feature",
+        batch=tokens.shape[0],
+    )
+
+
+def details(
+    tokens: Float[Tensor, "batch level nt nlat nlon patch"],
+    scale: Float[Tensor, "level patch"],
+    num_fields: int,
+) -> Float[Tensor, "batch level nt nlat nlon twice_patch"]:
+    """What the values add to their surroundings, in units of the typical departure.
+
+    The first half is the departure from the mean over the window's time, the second half from the
+    mean over the 3 x 3 tokens around (halved, as it is about twice as large). Normalised values
+    are dominated by the contrast of pole and equator, which hardly changes: for geopotential a
+    change within six hours is a fifteenth of their size.
+    """
+    in_time = tokens - tokens.mean(dim=2, keepdim=True)
+    batch, level = tokens.shape[:2]
+    fields = tokens.unflatten(-1, (num_fields, -1))
+    means = rearrange(
+        fields.mean(dim=-1), "batch level nt nlat nlon field -> (batch level nt) field nlat nlon"
+    )
+    around = functional.avg_pool2d(functional.pad(means, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    around = rearrange(
+        around,
+        "(batch level nt) field nlat nlon -> batch level nt nlat nlon field 1",
+        batch=batch,
+        level=level,
+    )
+    in_space = (fields - around).flatten(-2) / 2
+    return torch.cat([in_time, in_space], dim=-1) / scale.repeat(1, 2)[:, None, None, None]
+
+
+class Tail(nn.Module):
+    """Decoded tokens to an ensemble of patches, as departures from the first guess.
+
+    A departure is a linear function of the decoded token after its norm, plus one of the query's
+    embedding without any norm: what grows with the anomalies, such as advection, keeps its size.
+    `scale` [level, patch]: typical size of a departure, in normalised units.
+    """
+
+    scale: Tensor
+
+    def __init__(self, *, dim: int, num_members: int, scale: Float[Tensor, "level patch"]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, num_members * scale.shape[-1])
+        nn.init.normal_(self.project.weight, std=0.1 * dim**-0.5)
+        nn.init.zeros_(self.project.bias)
+        self.linear = nn.Linear(dim, scale.shape[-1], bias=False)
+        nn.init.zeros_(self.linear.weight)
+        self.register_buffer("scale", scale.clone())
+        self.num_members = num_members
+
+    def forward(
+        self,
+        decoded: Float[Tensor, "batch query feature"],
+        embedded: Float[Tensor, "batch query feature"],
+        guess: Float[Tensor, "batch query patch"],
+        level: Int[Tensor, "batch query"],
+    ) -> Float[Tensor, "batch query member patch"]:
+        departures = rearrange(
+            self.project(self.norm(decoded)).float(),
+            "batch query (member patch) -> batch query member patch",
+            member=self.num_members,
+        )
+        departures = departures + self.linear(embedded).float()[:, :, None]
+        return guess[:, :, None] + departures * self.scale[level][:, :, None]
