@@ -112,6 +112,7 @@ class ObjectiveConfig(_Strict):
 
 
 class OptimizerConfig(_Strict):
+    algorithm: Literal["adamw", "muon"]
     learning_rate: float = Field(gt=0.0)
     weight_decay: float = Field(ge=0.0)
     betas: tuple[Share, Share]

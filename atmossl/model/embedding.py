@@ -19,7 +19,9 @@ def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> 
 
 
 # what the encoder is told of a token: nothing, that it is masked, that it is coarse
-_TOLD = {Corruption.MASK: 1, Corruption.COARSEN: 2}
+_TOLD = {Corruption.DROP: 1, Corruption.MASK: 1, Corruption.COARSEN: 2}
+_STATES = 3
+_STEPS_AROUND = 2
 
 
 class Embedding(nn.Module):
@@ -48,11 +50,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.values = nn.Conv3d(spec.patch, dim, 1 if details else stencil)
         self.details = nn.Conv3d(2 * spec.patch, dim, stencil) if details else None
-        self.position = nn.Sequential(
-            nn.Linear(NUM_FEATURES, dim), nn.GELU(), nn.Linear(dim, 2 * dim)
-        )
-        self.state = nn.Embedding(3, dim)
-        nn.init.normal_(self.state.weight, std=0.02)
+        context = NUM_FEATURES + _STATES * (2 * _STEPS_AROUND + 1)
+        self.position = nn.Sequential(nn.Linear(context, dim), nn.GELU(), nn.Linear(dim, 2 * dim))
         told = torch.zeros(len(Corruption), dtype=torch.int64)
         for corruption, state in _TOLD.items():
             told[int(corruption)] = state
@@ -63,17 +62,23 @@ class Embedding(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "batch level nt nlat nlon patch"],
-        features: Float[Tensor, "batch chosen position"],
-        corruption: Int[Tensor, "batch chosen"],
+        features: Float[Tensor, "batch token position"],
+        corruption: Int[Tensor, "batch level nt nlat nlon"],
         chosen: TokenIndex,
     ) -> Float[Tensor, "batch chosen feature"]:
-        """Latents of the chosen tokens, whose position features and corruption are given."""
+        """Latents of the chosen tokens.
+
+        `features`: absolute positions of all tokens. What is told of a token and of the steps
+        around it, with its position, sets a gain on its values: how to read them depends on
+        whether a neighbouring step is known.
+        """
         values = _convolve(self.values, tokens)
         if self.details is not None:
             values = values + _convolve(self.details, details(tokens, self.scale, self.fields))
-        gain, position = self.position(features).chunk(2, dim=-1)
-        state = self.state(self.told[corruption])
-        return gather(values, chosen) * (1 + gain) + position + state
+        states = states_around(self.told[corruption])
+        context = gather(torch.cat([features, states.flatten(1, 4)], dim=-1), chosen)
+        gain, shift = self.position(context).chunk(2, dim=-1)
+        return gather(values, chosen) * (1 + gain) + shift
 
 
 def _convolve(
@@ -91,6 +96,17 @@ def _convolve(
         "(batch level) feature nt nlat nlon -> batch (level nt nlat nlon) feature",
         batch=tokens.shape[0],
     )
+
+
+def states_around(
+    told: Int[Tensor, "batch level nt nlat nlon"],
+) -> Float[Tensor, "batch level nt nlat nlon state"]:
+    """One-hot states of a token and of the tokens up to two steps before and after it at the same
+    place; all 0 beyond the window's edge."""
+    states = functional.one_hot(told, _STATES).float()
+    padded = functional.pad(states, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
+    shifted = [padded[:, :, n : n + told.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
+    return torch.cat(shifted, dim=-1)
 
 
 def details(

@@ -139,10 +139,9 @@ class Multiformer(nn.Module):
 
     def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
         name = stream.spec.name
-        features = gather(absolute_features(stream.grid), given)
         turn = rotation(gather(self.rotary[name](stream.grid), given))
-        corruption = gather(stream.corruption.flatten(1)[..., None], given)[..., 0]
-        x = self.embedding[name](stream.source, features, corruption, given)
+        features = absolute_features(stream.grid)
+        x = self.embedding[name](stream.source, features, stream.corruption, given)
         return Latent(x, turn, None if given.complete else given.valid)
 
     def decode(self, latents: dict[str, StreamLatents], view: View) -> Prediction:
@@ -159,10 +158,9 @@ class Multiformer(nn.Module):
         name, queries = stream.spec.name, stream.queries
         assert queries is not None, "collate the view first: token indices are missing"
         guess = gather(_flatten(stream.guess), queries)
-        features = gather(absolute_features(stream.grid), queries)
         turn = rotation(gather(self.rotary[name](stream.grid), queries))
-        corruption = gather(stream.corruption.flatten(1)[..., None], queries)[..., 0]
-        embedded = self.query[name](stream.guess, features, corruption, queries)
+        features = absolute_features(stream.grid)
+        embedded = self.query[name](stream.guess, features, stream.corruption, queries)
         x = embedded + self._own_latents(latents, stream, queries)
         x = Latent(x, turn, None if queries.complete else queries.valid)
         blocks = self.decoder[name]

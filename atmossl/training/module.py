@@ -1,21 +1,23 @@
 """The LightningModule: it delegates to model, objective, schedule and the averaged weights."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from atmossl.batch import Batch, Losses, Prediction, StreamSpec
 from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import hidden_values, predicted_streams
+from atmossl.training.muon import Muon
 from atmossl.training.schedule import Schedule, learning_rate_factor
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
+    algorithm: Literal["adamw", "muon"]
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
@@ -25,6 +27,19 @@ class OptimizerSettings:
     decay_every: int
     ema_decay: float
     max_steps: int
+
+
+def moving_average(decay: float) -> Any:
+    """Exponential moving average that forgets its start: the decay after n updates is at most
+    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage."""
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
+        count = int(num_averaged)
+        share = 1 - min(decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(averaged, current, share)
+
+    return update
 
 
 class TrainingModule(L.LightningModule):
@@ -45,8 +60,9 @@ class TrainingModule(L.LightningModule):
         self.settings = optimizer
         self.record = record
         self.task_names = task_names
-        averaging = get_ema_multi_avg_fn(optimizer.ema_decay)
-        self.ema = AveragedModel(model, multi_avg_fn=averaging, use_buffers=False)
+        self.ema = AveragedModel(
+            model, multi_avg_fn=moving_average(optimizer.ema_decay), use_buffers=False
+        )
         self.ema.requires_grad_(False)  # DDP waits for every parameter that wants a gradient
         self._ema_step = 0
         self._squares: dict[str, list[Tensor]] = {}
@@ -118,15 +134,7 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=self.trainer.precision == "32-true",  # else Lightning cannot clip gradients
-        )
+        optimizer = self._optimizer()
         factor = learning_rate_factor(
             settings.schedule,
             warmup_steps=settings.warmup_steps,
@@ -139,6 +147,26 @@ class TrainingModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        named = list(self.model.named_parameters())
+        if settings.algorithm == "muon":  # the last layer has no square geometry: AdamW
+            chosen = [p for name, p in named if p.ndim > 1 and not name.startswith("tail.")]
+        else:
+            chosen = [p for _, p in named if p.ndim > 1]
+        identities = {id(parameter) for parameter in chosen}
+        others = [parameter for _, parameter in named if id(parameter) not in identities]
+        common: dict[str, Any] = {
+            "lr": settings.learning_rate,
+            "betas": settings.betas,
+            "weight_decay": settings.weight_decay,
+        }
+        plain = {"params": others, "weight_decay": 0.0}
+        if settings.algorithm == "muon":
+            return Muon([{"params": chosen, "muon": True}, plain], **common)
+        fused = self.trainer.precision == "32-true"  # else Lightning cannot clip gradients
+        return torch.optim.AdamW([{"params": chosen}, plain], fused=fused, **common)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.update_ema()  # callbacks save before this module's own end-of-batch hook
