@@ -37,7 +37,8 @@ def moving_average(decay: float) -> Any:
     def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
         count = int(num_averaged)
         share = 1 - min(decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averaged, current, share)
+        for one, other in zip(averaged, current, strict=True):
+            one.lerp_(other, share)
 
     return update
 
