@@ -1,5 +1,6 @@
 """The commands as a user runs them, on stores made here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -68,7 +70,8 @@ def test_a_resumed_run_ends_with_the_same_weights(run: Path, tmp_path: Path) -> 
 
 
 def test_two_processes_train(tmp_path: Path) -> None:
-    more = ("trainer.devices=2", "trainer.strategy=ddp")
+    more = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.precision=bf16-mixed",
+            "optimizer=muon", "optimizer.warmup_steps=1")  # fmt: skip
     done = atmossl(*training(tmp_path / "run", *more), cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
@@ -89,6 +92,33 @@ def test_a_prediction_is_complete_and_dated(run: Path, task: str, tmp_path: Path
         assert ("init_time" in store.dims) == (task == "forecast")
     again = atmossl("predict", *arguments, cache=tmp_path)
     assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
+    arguments = (f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "tasks=[forecast]", "every=70",
+                 "bootstrap=10", "ridge=false", f"output={tmp_path / 'report'}")  # fmt: skip
+    done = atmossl("evaluate", *arguments, cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "report" / "figures.json").read_text())
+    # four steps from a random start have learnt nothing, so persistence it is
+    assert figures["forecast_6h_vs_persistence"] == pytest.approx(1.0, abs=0.2)
+    assert len(figures["per_variable"]) == 5
+    scores = pd.read_csv(tmp_path / "report" / "scores.csv")
+    assert {"model", "persistence", "climatology"} == set(scores["source"])
+    assert len(list((tmp_path / "report" / "maps").glob("*.png"))) == 5
+    assert "forecast" in (tmp_path / "report" / "summary.md").read_text()
+    again = atmossl("evaluate", *arguments, cache=tmp_path)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_an_exported_checkpoint_is_smaller_and_loads(run: Path, tmp_path: Path) -> None:
+    whole, small = run / "checkpoints" / "last.ckpt", tmp_path / "small.ckpt"
+    assert (
+        atmossl("export", f"checkpoint={whole}", f"output={small}", cache=tmp_path).returncode == 0
+    )
+    assert small.stat().st_size < 0.5 * whole.stat().st_size
+    done = atmossl("info", f"checkpoint={small}", cache=tmp_path)
+    assert done.returncode == 0 and "temperature" in done.stdout
 
 
 @pytest.mark.parametrize(
