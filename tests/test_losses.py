@@ -91,3 +91,24 @@ def test_weighted_mean() -> None:
     values, weight = torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1.0, 3.0, 0.0])
     assert float(weighted_mean(values, weight)) == 4.0
     assert float(weighted_mean(values, torch.zeros(3))) == 0.0
+
+
+def test_the_almost_fair_crps_sees_the_outliers_that_the_fair_one_does_not() -> None:
+    """Six members on the truth, one far above and one far below: 0, and by hand
+    (1 - alpha) / M * mean |x - y| = 0.05 / 8 * 2 d / 8."""
+    members = torch.zeros(8, 1, dtype=torch.float64)
+    members[0], members[1] = 30.0, -30.0
+    truth = torch.zeros(1, dtype=torch.float64)
+    assert float(LOSSES["fair_crps"](members, truth)) == pytest.approx(0.0, abs=1e-12)
+    expected = 0.05 / 8 * 60 / 8
+    assert float(LOSSES["almost_fair_crps"](members, truth)) == pytest.approx(expected)
+
+
+def test_the_almost_fair_crps_mixes_the_fair_and_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    members = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    truth = torch.randn(40, generator=generator, dtype=torch.float64)
+    plain = properscoring.crps_ensemble(truth.numpy(), members.T.numpy())
+    fair = LOSSES["fair_crps"](members, truth).numpy()
+    found = LOSSES["almost_fair_crps"](members, truth).numpy()
+    np.testing.assert_allclose(found, 0.95 * fair + 0.05 * plain, rtol=1e-10)
