@@ -116,12 +116,12 @@ def details(
 ) -> Float[Tensor, "batch level nt nlat nlon twice_patch"]:
     """What the values add to their surroundings, in units of the typical departure.
 
-    The first half is the departure from the mean over the window's time, the second half from the
-    mean over the 3 x 3 tokens around (halved, as it is about twice as large). Normalised values
-    are dominated by the contrast of pole and equator, which hardly changes: for geopotential a
-    change within six hours is a fifteenth of their size.
+    The first half is the change since the step before (0 at the first step), the second half the
+    departure from the mean over the 3 x 3 tokens around (halved, as it is about twice as large).
+    Normalised values are dominated by the contrast of pole and equator, which hardly changes: for
+    geopotential a change within six hours is a fifteenth of their size.
     """
-    in_time = tokens - tokens.mean(dim=2, keepdim=True)
+    in_time = torch.diff(tokens, dim=2, prepend=tokens[:, :, :1])
     batch, level = tokens.shape[:2]
     fields = tokens.unflatten(-1, (num_fields, -1))
     means = rearrange(
