@@ -52,7 +52,7 @@ def test_evaluation_validates() -> None:
         ("data.window.lat=15", "token_size.lat"),
         ("optimizer.warmup_steps=1000", "warmup_steps"),
         ("optimizer.schedule=linear", "cosine"),
-        ("+objective.losses.crps=1", "fair_crps"),
+        ("+objective.losses.hinge=1", "fair_crps"),
         ("data.name=era6", "era6"),
         ("stream.temperature.variables=[ozone]", "ozone"),
         ("stream.temperature.levels=[13]", "13"),

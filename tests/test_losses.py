@@ -93,22 +93,22 @@ def test_weighted_mean() -> None:
     assert float(weighted_mean(values, torch.zeros(3))) == 0.0
 
 
-def test_the_almost_fair_crps_sees_the_outliers_that_the_fair_one_does_not() -> None:
-    """Six members on the truth, one far above and one far below: 0, and by hand
-    (1 - alpha) / M * mean |x - y| = 0.05 / 8 * 2 d / 8."""
-    members = torch.zeros(8, 1, dtype=torch.float64)
-    members[0], members[1] = 30.0, -30.0
-    truth = torch.zeros(1, dtype=torch.float64)
-    assert float(LOSSES["fair_crps"](members, truth)) == pytest.approx(0.0, abs=1e-12)
-    expected = 0.05 / 8 * 60 / 8
-    assert float(LOSSES["almost_fair_crps"](members, truth)) == pytest.approx(expected)
-
-
-def test_the_almost_fair_crps_mixes_the_fair_and_the_plain_one() -> None:
+def test_crps_is_properscoring() -> None:
     generator = torch.Generator().manual_seed(0)
     members = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     truth = torch.randn(40, generator=generator, dtype=torch.float64)
-    plain = properscoring.crps_ensemble(truth.numpy(), members.T.numpy())
-    fair = LOSSES["fair_crps"](members, truth).numpy()
-    found = LOSSES["almost_fair_crps"](members, truth).numpy()
-    np.testing.assert_allclose(found, 0.95 * fair + 0.05 * plain, rtol=1e-10)
+    expected = properscoring.crps_ensemble(truth.numpy(), members.T.numpy())
+    np.testing.assert_allclose(LOSSES["crps"](members, truth).numpy(), expected, rtol=1e-10)
+
+
+def test_fixed_members_settle_on_the_quantiles_of_the_truth_under_crps() -> None:
+    """Against truths at evenly spaced quantiles of a normal distribution, the gradient is zero
+    with the members on its quantiles (i - 1/2) / m, by its inverse distribution function."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    truth = normal.icdf((torch.arange(8000, dtype=torch.float64) + 0.5) / 8000)
+    members = normal.icdf((torch.arange(8, dtype=torch.float64) + 0.5) / 8).requires_grad_()
+    spread_out = members[:, None].expand(8, len(truth))
+    LOSSES["crps"](spread_out, truth).mean().backward()
+    assert members.grad is not None
+    np.testing.assert_allclose(members.grad.numpy(), 0.0, atol=1e-4)
+    assert float(members.detach().std()) == pytest.approx(0.986, abs=1e-3)
