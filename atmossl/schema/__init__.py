@@ -4,54 +4,39 @@
 them the meaning.
 """
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from atmossl.batch import StreamSpec, TokenSize
 from atmossl.data.catalog import catalog_entry
 from atmossl.losses import LOSSES
-from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
-from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from atmossl.schema.masks import MASKS, Mask
+from atmossl.schema.strict import ConfigError, NotNegative, Positive, Share, Strict
+from atmossl.schema.tasks import TaskConfig, hours
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-MASKS = {
-    f"{kind.__module__}.{kind.__name__}": kind
-    for kind in (
-        RandomMasking,
-        BlockMasking,
-        TimeBlockMasking,
-        Mixture,
-        Forecast,
-        TemporalInterpolation,
-        Downscaling,
-    )
-}
+__all__ = [
+    "MASKS",
+    "ConfigError",
+    "EvaluateConfig",
+    "PredictConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "hours",
+    "parse",
+]
 
 
-class ConfigError(ValueError):
-    """All that is wrong with a configuration, one line per fault."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class TokenSizeConfig(_Strict):
+class TokenSizeConfig(Strict):
     time: Positive
     lat: Positive
     lon: Positive
     level: Positive = 1
 
 
-class StreamConfig(_Strict):
+class StreamConfig(Strict):
     variables: tuple[str, ...] = Field(min_length=1)
     levels: tuple[Positive, ...]
     token_size: TokenSizeConfig
@@ -69,13 +54,13 @@ class StreamConfig(_Strict):
         )
 
 
-class WindowConfig(_Strict):
+class WindowConfig(Strict):
     time: Positive
     lat: NotNegative
     lon: NotNegative
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     name: str
     catalog: Path | None
     in_memory: bool
@@ -86,7 +71,7 @@ class DataConfig(_Strict):
     first_guess: bool
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     dim: Positive
     dims: dict[str, Positive]
     num_layers: Positive
@@ -98,7 +83,7 @@ class ModelConfig(_Strict):
     details: bool
 
 
-class ObjectiveConfig(_Strict):
+class ObjectiveConfig(Strict):
     losses: dict[str, float] = Field(min_length=1)
     weighting: Literal["departure", "uniform"]
     latitude_weighted: bool
@@ -111,7 +96,7 @@ class ObjectiveConfig(_Strict):
         return self
 
 
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     algorithm: Literal["adamw", "muon"]
     learning_rate: float = Field(gt=0.0)
     weight_decay: float = Field(ge=0.0)
@@ -124,7 +109,7 @@ class OptimizerConfig(_Strict):
     ema_decay: Share
 
 
-class TrainerConfig(_Strict):
+class TrainerConfig(Strict):
     max_steps: Positive
     accumulate: Positive
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -140,83 +125,17 @@ class TrainerConfig(_Strict):
     nonfinite_limit: Positive
 
 
-class LoggerConfig(_Strict):
+class LoggerConfig(Strict):
     tensorboard: bool
     wandb: bool
     wandb_project: str
 
 
-class PathsConfig(_Strict):
+class PathsConfig(Strict):
     output: Path
 
 
-def _instantiate(node: Any, kinds: Mapping[str, type] = MASKS) -> Any:
-    """Build the mask that a `_target_` node describes; lists and mappings are walked."""
-    if isinstance(node, list | tuple):
-        return [_instantiate(item, kinds) for item in node]
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        return node
-    kind = kinds.get(node["_target_"])
-    if kind is None:
-        raise ValueError(f"_target_={node['_target_']!r}; valid: {sorted(kinds)}")
-    names = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(node) - names - {"_target_"})
-    if unknown:
-        raise ValueError(f"unknown keys {unknown} of {kind.__name__}; valid: {sorted(names)}")
-    values = {key: _instantiate(value, kinds) for key, value in node.items() if key != "_target_"}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
-
-
-Mask = Annotated[Any, BeforeValidator(_instantiate)]
-
-
-def hours(text: str) -> float:
-    """Hours of a duration such as `12h`, `90min` or `2d`; ValueError if it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(min|h|d)\s*", str(text))
-    if match is None:
-        raise ValueError(f"{text!r} is no duration; valid: a number and min, h or d, such as 12h")
-    return float(match[1]) * {"min": 1 / 60, "h": 1.0, "d": 24.0}[match[2]]
-
-
-class ForecastConfig(_Strict):
-    """Hide the last `lead_time` of the window."""
-
-    name: Literal["forecast"]
-    lead_time: Annotated[float, BeforeValidator(hours)]
-
-    def sampler(self) -> Forecast:
-        return Forecast(self.lead_time)
-
-
-class TemporalInterpolationConfig(_Strict):
-    """Hide `hidden_time` in the middle of the window."""
-
-    name: Literal["temporal_interpolation"]
-    hidden_time: Annotated[float, BeforeValidator(hours)]
-
-    def sampler(self) -> TemporalInterpolation:
-        return TemporalInterpolation(self.hidden_time)
-
-
-class DownscalingConfig(_Strict):
-    """Give means over factor x factor cells."""
-
-    name: Literal["downscaling"]
-    factor: Annotated[int, Field(ge=2)]
-
-    def sampler(self) -> Downscaling:
-        return Downscaling(self.factor)
-
-
-TaskConfig = Annotated[
-    ForecastConfig | TemporalInterpolationConfig | DownscalingConfig, Field(discriminator="name")
-]
-
-
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """Everything that `atmossl train` obeys."""
 
     seed: NotNegative
@@ -303,7 +222,7 @@ def _model_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
-class PredictConfig(_Strict):
+class PredictConfig(Strict):
     """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
 
     task: TaskConfig
@@ -319,7 +238,7 @@ class PredictConfig(_Strict):
     output: Path
 
 
-class EvaluateConfig(_Strict):
+class EvaluateConfig(Strict):
     """Everything that `atmossl evaluate` obeys."""
 
     checkpoint: str
