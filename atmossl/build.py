@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from atmossl import __version__
@@ -17,11 +18,15 @@ from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.store import open_split
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import spec_to_dict
+from atmossl.model.blocks import CrossAttention, Feedforward, SelfAttention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.schema import TrainConfig
 from atmossl.training.callbacks import CurvesAtEnd, LearningRate, StopOnNonFinite, Throughput
+from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
 from atmossl.training.module import OptimizerSettings, TrainingModule
+from atmossl.training.preemption import SaveOnSignal
+from atmossl.training.strategies import choose_strategy
 
 
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
@@ -96,38 +101,23 @@ def build_module(
 def build_trainer(config: TrainConfig) -> L.Trainer:
     """The Lightning trainer with callbacks and loggers; epochs are unknown to it."""
     settings, folder = config.trainer, config.paths.output
-    checkpoints = folder / "checkpoints"
-    csv = CSVLogger(folder, name="", version="")
-    callbacks: list[L.Callback] = [
-        Throughput(settings.log_interval * settings.accumulate),
-        LearningRate(settings.log_interval),
-        StopOnNonFinite(settings.nonfinite_limit),
-        ModelCheckpoint(
-            checkpoints,
-            filename="step-{step}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=settings.checkpoint_interval,
-            save_last=True,
-            save_top_k=1,
-            monitor="step",
-            mode="max",
-        ),
-        ModelCheckpoint(
-            checkpoints,
-            filename="best",
-            monitor="ratio/mean",
-            mode="min",
-            save_top_k=1,
-            enable_version_counter=False,
-        ),
-        CurvesAtEnd(Path(csv.log_dir) / "metrics.csv", folder / "curves"),
-        RichProgressBar(refresh_rate=1),
-    ]
+    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    strategy = choose_strategy(
+        settings.strategy,
+        units=(SelfAttention, CrossAttention, Feedforward),
+        precision=settings.precision,
+        checkpoint_format=settings.checkpoint_format,
+        has_idle_parameters=any(spec.role == "input" for spec in config.specs),
+    )
+    plugins: list[Any] = [AtomicCheckpointIO(asynchronous=settings.async_checkpoint)]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # SaveOnSignal does it
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        strategy=strategy,
+        plugins=plugins,
         precision=settings.precision,
         max_steps=settings.max_steps,
         max_epochs=-1,
@@ -139,10 +129,33 @@ def build_trainer(config: TrainConfig) -> L.Trainer:
         log_every_n_steps=settings.log_interval,
         use_distributed_sampler=False,
         logger=[csv, *_loggers(config)],
-        callbacks=callbacks,
+        callbacks=_callbacks(config, Path(csv.log_dir) / "metrics.csv"),
         default_root_dir=folder,
+        enable_checkpointing=False,  # KeepCheckpoints does it
         enable_model_summary=False,
     )
+
+
+def _callbacks(config: TrainConfig, metrics: Path) -> list[L.Callback]:
+    settings, folder = config.trainer, config.paths.output
+    log_batches = settings.log_interval * settings.accumulate
+    watch = StopOnNonFinite(settings.nonfinite_limit, folder)
+    keep = KeepCheckpoints(
+        folder / "checkpoints",
+        interval=settings.checkpoint_interval,
+        keep=settings.keep_checkpoints,
+        monitor="ratio/mean",
+        healthy=watch.healthy,
+    )
+    return [
+        Throughput(log_batches),
+        LearningRate(log_batches),
+        watch,
+        keep,
+        SaveOnSignal(keep),
+        CurvesAtEnd(metrics, folder / "curves"),
+        RichProgressBar(refresh_rate=settings.log_interval),
+    ]
 
 
 def _loggers(config: TrainConfig) -> list[Logger]:

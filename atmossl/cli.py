@@ -162,6 +162,9 @@ def _quieten() -> None:
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
         "Consolidated metadata is currently not part.*",  # xarray on zarr format 3
         "Duplicate name.*",  # zarr in a zip file keeps both versions of its metadata
+        "FSDP2-wrapped module .* returned a view tensor.*",  # blocks add out of place
+        "Experiment logs directory.*",  # `keep_metrics` has set the earlier log aside
+        "You're resuming from a checkpoint that ended before the epoch.*",  # SampleOrder does it
     ):
         warnings.filterwarnings("ignore", message=text)
 
@@ -183,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, InterruptedError) as error:
         console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
+        return getattr(error, "exit_code", 1)
     return 0

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from atmossl.build import build_data, build_module, build_trainer
+from atmossl.checkpoint_files import newest_readable
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.store import Segment, open_split
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
@@ -45,7 +46,6 @@ def train(values: Mapping[str, Any]) -> Path:
     OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     last = checkpoints / "last.ckpt"
-    trainer.save_checkpoint(last)  # also where max_steps is no multiple of the interval
     if trainer.is_global_zero:
         Console().print(f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False)
     return last
@@ -55,19 +55,10 @@ def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
     """The checkpoint to go on from; with `auto` the newest that can be read, or none."""
     if resume is None:
         return None
-    if resume != "auto":
-        read_checkpoint(resume)
-        return Path(resume)
-    newest = sorted(
-        checkpoints.parent.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in newest:
-        try:
-            read_checkpoint(str(path))
-        except ValueError:
-            continue
-        return path
-    return None
+    if resume == "auto":
+        return newest_readable(checkpoints)
+    read_checkpoint(resume)
+    return Path(resume)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,8 +96,10 @@ LOSSES: dict[str, Loss] = {
 
 
 def weighted_mean(
-    values: Float[Tensor, "*batch"], weight: Float[Tensor, "*batch"]
+    values: Float[Tensor, "*batch"],
+    weight: Float[Tensor, "*batch"],
+    total: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of weight * value over the sum of weights; 0 where no weight is left."""
-    total = weight.sum()
+    """Sum of weight * value over the sum of weights, or over `total`; 0 where no weight is left."""
+    total = weight.sum() if total is None else total
     return (values * weight).sum() / total.clamp_min(torch.finfo(total.dtype).tiny)

@@ -1,8 +1,6 @@
 """Loading a checkpoint for inference: it needs nothing but the file."""
 
 import hashlib
-import os
-import pickle
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from atmossl.batch import StreamSpec, TokenSize
+from atmossl.checkpoint_files import read_contents, write_atomically
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.model.multiformer import Multiformer
@@ -54,23 +53,14 @@ def checkpoint_path(name: str) -> Path:
         path = Path(str(resources.files("atmossl"))) / "assets" / "reference.ckpt"
     else:
         path = Path(name)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"checkpoint={name}: no file {path}; give a path, or `default`")
     return path
 
 
 def read_checkpoint(name: str) -> dict[str, Any]:
-    """The raw contents; ValueError if the file is truncated or not one of ours."""
-    path = checkpoint_path(name)
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
-        raise ValueError(
-            f"checkpoint={path} is truncated or no torch file ({type(error).__name__})"
-        ) from error
-    if not isinstance(contents, dict) or "atmossl" not in contents:
-        raise ValueError(f"checkpoint={path} was not written by atmossl: it has no atmossl record")
-    return contents
+    """The raw contents; ValueError if it is truncated or not one of ours."""
+    return read_contents(checkpoint_path(name))
 
 
 def load_checkpoint(name: str) -> TrainedModel:
@@ -100,8 +90,16 @@ def load_checkpoint(name: str) -> TrainedModel:
         first_guess=record["first_guess"],
         data=record["data"],
         record=record,
-        digest=hashlib.sha256(checkpoint_path(name).read_bytes()).hexdigest()[:16],
+        digest=_digest(checkpoint_path(name)),
     )
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files of a sharded checkpoint in the order of their names."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        found.update(file.read_bytes() if file.is_file() else b"")
+    return found.hexdigest()[:16]
 
 
 def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
@@ -138,6 +136,5 @@ def export(name: str, output: Path) -> None:
     contents = read_checkpoint(name)
     weights = {k: v for k, v in contents["state_dict"].items() if k.startswith(_AVERAGED)}
     record = {key: value for key, value in contents["atmossl"].items() if key != "rng"}
-    partial = output.with_suffix(f".{os.getpid()}")
-    torch.save({"state_dict": weights, "atmossl": record}, partial)
-    partial.replace(output)
+    contents = {"state_dict": weights, "atmossl": record}
+    write_atomically(output, lambda partial: torch.save(contents, partial))

@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
-from atmossl.losses import LOSSES, weighted_mean
+from atmossl.losses import LOSSES
+from atmossl.objectives.base import global_mean
 from atmossl.tokens import patch_weights
 
 Weighting = Literal["departure", "uniform"]
@@ -65,7 +66,7 @@ class MaskedModelling:
         weight = weight * predicted.queries.valid[..., None].to(weight)
         values = sum(share * LOSSES[name](members, target) for name, share in self.losses.items())
         assert isinstance(values, Tensor)
-        return weighted_mean(values, weight)
+        return global_mean(values, weight)
 
 
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:

@@ -116,11 +116,14 @@ class TrainerConfig(Strict):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Positive | Literal["auto"]
     num_nodes: Positive
-    strategy: Literal["auto", "ddp"]
+    strategy: Literal["auto", "ddp", "fsdp"]
     compile: bool
     validation_interval: Positive
     validation_batches: Positive
     checkpoint_interval: Positive
+    keep_checkpoints: Positive
+    checkpoint_format: Literal["file", "sharded"]
+    async_checkpoint: bool
     log_interval: Positive
     nonfinite_limit: Positive
 
@@ -157,10 +160,22 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        faults = [fault for check in (_stream_faults, _model_faults) for fault in check(self)]
+        faults = [fault for check in CHECKS for fault in check(self)]
         if faults:
             raise ValueError(" | ".join(faults))
         return self
+
+
+def _trainer_faults(config: TrainConfig) -> list[str]:
+    """Strategy against precision and checkpoints."""
+    trainer, faults = config.trainer, []
+    if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
+        faults.append("trainer.precision=16-mixed with strategy=fsdp; valid: 32-true, bf16-mixed")
+    if trainer.strategy != "fsdp" and trainer.checkpoint_format == "sharded":
+        faults.append("trainer.checkpoint_format=sharded needs trainer.strategy=fsdp; valid: file")
+    if trainer.strategy == "fsdp" and trainer.async_checkpoint:
+        faults.append("trainer.async_checkpoint=true with strategy=fsdp; valid: false")
+    return faults
 
 
 def _stream_faults(config: TrainConfig) -> list[str]:
@@ -220,6 +235,9 @@ def _model_faults(config: TrainConfig) -> list[str]:
             f"trainer.max_steps={config.trainer.max_steps}"
         )
     return faults
+
+
+CHECKS = (_stream_faults, _model_faults, _trainer_faults)
 
 
 class PredictConfig(Strict):

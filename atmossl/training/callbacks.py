@@ -1,28 +1,44 @@
 """Callbacks: throughput, early failure on non-finite losses, pictures of the curves at the end."""
 
-import math
+import json
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from torch import Tensor
 
 from atmossl.batch import Batch
+from atmossl.checkpoint_files import write_atomically
 from atmossl.training.curves import plot_curves
 
 
 class Throughput(L.Callback):
-    """Logs samples and tokens per second since the last log, over all devices."""
+    """Logs samples and tokens per second since the last log, over all devices; the share of the
+    time spent waiting for data; and the device's memory at its peak."""
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._start = 0.0
+        self._start = self._wait_start = self._waited = 0.0
         self._samples = self._tokens = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del trainer, pl_module
-        self._start, self._samples, self._tokens = time.perf_counter(), 0, 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = self._wait_start = time.perf_counter()
+        self._waited, self._samples, self._tokens = 0.0, 0, 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, idx: int
+    ) -> None:
+        del trainer, pl_module, batch, idx
+        self._waited += time.perf_counter() - self._wait_start
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, idx: int
@@ -32,41 +48,120 @@ class Throughput(L.Callback):
         self._samples += len(batch.sample_id) * ranks
         streams = [stream for view in batch.views for stream in view.streams]
         self._tokens += sum(stream.corruption.numel() for stream in streams) * ranks
+        self._wait_start = time.perf_counter()
         if (idx + 1) % self.every:
             return
-        elapsed = time.perf_counter() - self._start
+        elapsed = self._wait_start - self._start
         pl_module.log("samples_per_s", self._samples / elapsed, prog_bar=True)
         pl_module.log("tokens_per_s", self._tokens / elapsed)
-        self._start, self._samples, self._tokens = time.perf_counter(), 0, 0
+        pl_module.log("data_wait_share", self._waited / elapsed)
+        if pl_module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(pl_module.device)
+            pl_module.log("gpu_memory_gib", peak / 2**30)
+        self._restart()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.on_train_start(trainer, pl_module)  # validation is no training time
+        del trainer, pl_module
+        self._restart()  # validation is no training time
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """One step whose result is on its way to the host."""
+
+    step: int
+    batch: Batch
+    finite: Tensor
+    arrived: Any  # a CUDA event, or None where the value is there at once
 
 
 class StopOnNonFinite(L.Callback):
-    """Stops the run after `limit` batches in a row with a NaN or infinite loss.
+    """Stops the run after `limit` steps in a row with a NaN or infinite loss or gradient, and
+    writes which samples they were to `nonfinite.json`.
 
+    Results are copied to the host beside the computation and looked at when they have arrived, a
+    step or two later, so that no step waits. The gradients of such a step count as 0
+    (`clip_gradients`), which keeps the weights sound.
     Raises:
         FloatingPointError: names the step and the samples of the last such batch.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, folder: Path) -> None:
         self.limit = limit
-        self._count = 0
+        self.folder = folder
+        self._pending: deque[_Watched] = deque()
+        self._bad: list[_Watched] = []
+
+    def healthy(self) -> bool:
+        """Whether the last step was finite, once its result is known."""
+        while self._pending:
+            self._look(self._pending.popleft())
+        return not self._bad
+
+    def _look(self, watched: _Watched) -> None:
+        if watched.arrived is not None:
+            watched.arrived.synchronize()
+        self._bad = [] if bool(watched.finite) else [*self._bad, watched]
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
     ) -> None:
-        del pl_module, idx
+        del idx
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        self._count = 0 if math.isfinite(float(loss.detach())) else self._count + 1
-        if self._count >= self.limit:
-            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-            raise FloatingPointError(
-                f"the loss was not finite {self._count} times in a row, last at step "
-                f"{trainer.global_step} on {datamodule.identity(batch.sample_id.tolist())}; "
-                "lower optimizer.learning_rate, or go on from the last checkpoint"
-            )
+        finite = torch.isfinite(loss.detach())
+        if trainer.precision != "16-mixed" and pl_module.gradient_norm is not None:
+            finite = finite & torch.isfinite(pl_module.gradient_norm)  # fp16 looks for its scale
+        self._pending.append(_watch(trainer.global_step, batch, finite))
+        while self._pending and _has_arrived(self._pending[0]):
+            self._look(self._pending.popleft())
+        if len(self._bad) >= self.limit:
+            self._stop(trainer)
+
+    def _stop(self, trainer: Any) -> None:
+        identity = trainer.datamodule.identity
+        last = self._bad[-1]
+        named = identity(last.batch.sample_id.tolist())
+        record = [
+            {"step": w.step, "samples": identity(w.batch.sample_id.tolist()), "windows": _places(w)}
+            for w in self._bad
+        ]
+        path = self.folder / f"nonfinite-rank{trainer.global_rank}.json"
+        write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
+        raise FloatingPointError(
+            f"the loss or gradient was not finite {len(self._bad)} times in a row, last at step "
+            f"{last.step} on {named} (see {path}); lower optimizer.learning_rate, or go on from "
+            "the last checkpoint with resume=auto"
+        )
+
+
+def _watch(step: int, batch: Batch, finite: Tensor) -> _Watched:
+    if finite.device.type != "cuda":
+        return _Watched(step, batch, finite, None)
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(finite, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return _Watched(step, batch, host, event)
+
+
+def _has_arrived(watched: _Watched) -> bool:
+    return watched.arrived is None or watched.arrived.query()
+
+
+def _places(watched: _Watched) -> list[dict[str, Any]]:
+    """First and last token centre of every sample: time in UTC, degrees north and east."""
+    grid = watched.batch.views[0].streams[0].grid
+    places = []
+    for hours, lat, lon in zip(grid.time_hours, grid.lat, grid.lon, strict=True):
+        times = np.datetime64(0, "s") + (hours[[0, -1]].double().cpu().numpy() * 3600).astype(int)
+        places.append(
+            {
+                "time": [str(time) for time in times],
+                "lat": [round(float(x), 4) for x in lat[[0, -1]]],
+                "lon": [round(float(x), 4) for x in lon[[0, -1]]],
+            }
+        )
+    return places
 
 
 class CurvesAtEnd(L.Callback):
@@ -87,13 +182,19 @@ class LearningRate(L.Callback):
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self._rate = 0.0
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if trainer.global_step % self.every:
+        del trainer, pl_module
+        self._rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
+    ) -> None:
+        del trainer, outputs, batch
+        if (idx + 1) % self.every:
             return
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        pl_module.log("gradient_norm", norm)
-        pl_module.log("learning_rate", optimizer.param_groups[0]["lr"])
+        pl_module.log("gradient_norm", pl_module.gradient_norm)
+        pl_module.log("learning_rate", self._rate)

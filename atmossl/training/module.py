@@ -11,8 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 from atmossl.batch import Batch, Losses, Prediction, StreamSpec
 from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import hidden_values, predicted_streams
+from atmossl.training.distributed import clip_gradients, random_states, set_random_state
 from atmossl.training.muon import Muon
 from atmossl.training.schedule import Schedule, learning_rate_factor
+from atmossl.training.strategies import ShardedStrategy
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,11 @@ class OptimizerSettings:
     max_steps: int
 
 
-def moving_average(decay: float) -> Any:
-    """Exponential moving average that forgets its start: the decay after n updates is at most
-    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage."""
-
-    @torch.no_grad()
-    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-        count = int(num_averaged)
-        share = 1 - min(decay, (1 + count) / (10 + count))
-        for one, other in zip(averaged, current, strict=True):
-            one.lerp_(other, share)
-
-    return update
+def average_share(decay: float, count: int) -> float:
+    """Share of the new weights in an exponential moving average after `count` updates. It forgets
+    its start: the decay is at most (1 + n) / (10 + n), as in TensorFlow's
+    ExponentialMovingAverage; the first update copies."""
+    return 1.0 - min(decay, (1 + count) / (10 + count)) if count else 1.0
 
 
 class TrainingModule(L.LightningModule):
@@ -61,28 +56,50 @@ class TrainingModule(L.LightningModule):
         self.settings = optimizer
         self.record = record
         self.task_names = task_names
-        self.ema = AveragedModel(
-            model, multi_avg_fn=moving_average(optimizer.ema_decay), use_buffers=False
-        )
+        self.ema = AveragedModel(model, use_buffers=False)
         self.ema.requires_grad_(False)  # DDP waits for every parameter that wants a gradient
-        self._ema_step = 0
         self._squares: dict[str, list[Tensor]] = {}
+        self.gradient_norm: Tensor | None = None
+        self._restored: list[dict[str, Tensor]] | None = None
+
+    def configure_model(self) -> None:
+        """Let a strategy that shards parameters do so, before the optimiser sees them."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            strategy.shard((self.model, self.ema.module))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        del batch_idx
         losses = self.objective(self.model, batch)
-        self._log_losses("train", losses, batch, prog_bar=True)
+        if self._logs_at(batch_idx):
+            self._log_losses("train", losses, batch, prog_bar=True)
         return losses.total
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        del outputs, batch, batch_idx
-        self.update_ema()
+    def _logs_at(self, batch_idx: int) -> bool:
+        """Other steps log nothing, so that they wait neither for the device nor for other ranks."""
+        trainer: Any = self.trainer
+        every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
+        return (batch_idx + 1) % every == 0
 
-    def update_ema(self) -> None:
-        """Fold the weights into their moving average, once per optimiser step."""
-        if self.global_step > self._ema_step:
-            self.ema.update_parameters(self.model)
-            self._ema_step = self.global_step
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        del optimizer, gradient_clip_algorithm
+        assert gradient_clip_val is not None
+        self.gradient_norm = clip_gradients(self.model.parameters(), float(gradient_clip_val))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.update_ema(self.global_step + 1)  # Lightning counts the step after this
+
+    def update_ema(self, step: int) -> None:
+        """Fold the weights after an optimiser step into their moving average. Updates are counted
+        on the host: torch's own method waits for the device at every step."""
+        share = average_share(self.settings.ema_decay, step - 1)
+        with torch.no_grad():
+            pairs = zip(self.ema.module.parameters(), self.model.parameters(), strict=True)
+            for averaged, current in pairs:
+                averaged.lerp_(current, share)
+            self.ema.n_averaged += 1
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         del batch_idx
@@ -127,7 +144,7 @@ class TrainingModule(L.LightningModule):
         common = {
             "batch_size": len(batch.sample_id),
             "add_dataloader_idx": False,
-            "sync_dist": stage != "train",
+            "sync_dist": True,
         }
         self.log(f"{stage}/loss", losses.total.detach(), **common, **kwargs)
         for name, value in losses.parts:
@@ -166,21 +183,25 @@ class TrainingModule(L.LightningModule):
         plain = {"params": others, "weight_decay": 0.0}
         if settings.algorithm == "muon":
             return Muon([{"params": chosen, "muon": True}, plain], **common)
-        fused = self.trainer.precision == "32-true"  # else Lightning cannot clip gradients
+        # a fused step unscales fp16 gradients by itself, after they should have been clipped
+        fused = self.trainer.precision != "16-mixed"
         return torch.optim.AdamW([{"params": chosen}, plain], fused=fused, **common)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.update_ema()  # callbacks save before this module's own end-of-batch hook
-        checkpoint["state_dict"] = self.state_dict()
         checkpoint["atmossl"] = {
             **self.record,
             "step": self.global_step,
-            "rng": torch.get_rng_state(),
+            "rng": random_states(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._ema_step = int(checkpoint["atmossl"]["step"])
-        torch.set_rng_state(checkpoint["atmossl"]["rng"].cpu())
+        self._restored = checkpoint["atmossl"]["rng"]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        del batch, batch_idx
+        if self._restored is not None:  # only now, for loaders draw a seed when they start
+            set_random_state(self._restored)
+            self._restored = None
 
 
 def _of_variable(values: Tensor, spec: StreamSpec, number: int) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atmossl.training.distributed import like, whole
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -69,9 +71,10 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov
-        matrix = orthogonalise(direction.flatten(1))
+        matrix = orthogonalise(whole(direction).flatten(1))
         scale = 0.2 * max(matrix.shape) ** 0.5
-        parameter.add_(matrix.view_as(parameter), alpha=-group["lr"] * scale)
+        update = like(matrix.view(parameter.shape), parameter)
+        parameter.add_(update, alpha=-group["lr"] * scale)
 
     def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,26 +46,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = atmossl(*training(folder / "run"), cache=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def test_a_resumed_run_ends_with_the_same_weights(run: Path, tmp_path: Path) -> None:
-    """Killed as soon as the checkpoint of step 2 is there, then resumed."""
-    checkpoints = tmp_path / "run" / "checkpoints"
-    command = [str(PROGRAM), *training(tmp_path / "run")]
-    with subprocess.Popen(command, env=environment(run.parent), stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:  # fmt: skip
-        while process.poll() is None and not (checkpoints / "last.ckpt").exists():
-            time.sleep(0.02)
-        process.kill()
-    resumed = atmossl(*training(tmp_path / "run", "resume=auto"), cache=run.parent)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    one = weights(run / "checkpoints" / "last.ckpt")
-    two = weights(checkpoints / "last.ckpt")
-    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_two_processes_train(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Saving during training, and the rule of what is kept.
+
+A run's folder `checkpoints/` holds `step-N.ckpt` (the newest few), `best.ckpt` and `last.ckpt`, a
+link to the newest.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from atmossl.checkpoint_files import (
+    checkpoints_in,
+    link_atomically,
+    read_contents,
+    remove,
+    write_atomically,
+)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """One file per checkpoint. Reads sharded folders, too: what many devices wrote goes on on one.
+
+    asynchronous: copy the tensors to the host, then write while training goes on; the next save
+        waits for the one before.
+    """
+
+    def __init__(self, *, asynchronous: bool) -> None:
+        self._pool = ThreadPoolExecutor(1) if asynchronous else None
+        self._pending: Future | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        del storage_options
+        if self._pool is None:
+            write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
+            return
+        self.wait()
+        copied = pytree.tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), checkpoint)
+        self._pending = self._pool.submit(
+            write_atomically, Path(path), lambda partial: torch.save(copied, partial)
+        )
+
+    def wait(self) -> None:
+        """Return when everything is written; raises what went wrong while writing."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        del map_location, weights_only
+        self.wait()
+        return read_contents(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove(Path(path))
+
+    def teardown(self) -> None:
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class KeepCheckpoints(L.Callback):
+    """Saves every `interval` optimiser steps, keeps the newest `keep` and the best by `monitor`
+    (lower is better).
+
+    healthy: whether the state is worth keeping; while it is not, nothing is saved or removed.
+    An older checkpoint goes only once newer ones are on the disk. Where a validation is due at the
+    same step, the save comes after it, so that a resumed run has the same log.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        interval: int,
+        keep: int,
+        monitor: str,
+        healthy: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.folder = folder
+        self.interval = interval
+        self.keep = keep
+        self.monitor = monitor
+        self.healthy = healthy
+        self._saved = -1
+        self._best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best = state_dict["best"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
+    ) -> None:
+        del pl_module, outputs, batch
+        stepped = (idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.interval == 0 and not validates_now(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None and (self._best is None or float(score) < self._best):
+            self._best = float(score)
+            if self.healthy():
+                trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+        if trainer.global_step % self.interval == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        self.save(trainer)
+        self.settle(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save the present state once, and remove what is older than the newest `keep`."""
+        if trainer.global_step == self._saved or not self.healthy():
+            return
+        path = self.folder / f"step-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            self._tidy()
+
+    def settle(self, trainer: L.Trainer) -> None:
+        """Return when the last checkpoint is on the disk."""
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, AtomicCheckpointIO):
+            io.wait()
+        if trainer.is_global_zero:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        steps = [path for path in checkpoints_in(self.folder) if path.name != "best.ckpt"]
+        if not steps:
+            return
+        link_atomically(self.folder / "last.ckpt", steps[0].name)
+        for path in steps[self.keep :]:
+            remove(path)
+
+
+def validates_now(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the present batch."""
+    every = trainer.val_check_batch
+    return bool(every) and (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0

@@ -1,0 +1,101 @@
+"""A signal ends a run well: the step is finished, saved, and the job goes back into the queue."""
+
+import os
+import signal
+import subprocess
+import time
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from atmossl.training.checkpoint import KeepCheckpoints
+
+_NEAR_LIMIT_SECONDS = 1800.0
+
+
+class Interrupted(InterruptedError):
+    """A signal ended the run after a checkpoint; `exit_code` is what the process should return."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class SaveOnSignal(L.Callback):
+    """At SIGUSR1 or SIGTERM: finish the optimiser step, save, leave; under Slurm also requeue.
+
+    SIGUSR1 is what scripts/slurm/train.sbatch asks for before the time limit. SIGTERM may also
+    mean that the user cancelled the job or that Slurm preempts and requeues it by itself, so it
+    requeues only within half an hour of the limit (SLURM_JOB_END_TIME).
+    All ranks leave after the same step, whichever of them got the signal first.
+    """
+
+    def __init__(self, checkpoints: KeepCheckpoints) -> None:
+        self.checkpoints = checkpoints
+        self._received = 0
+        self._group: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._note)  # Lightning's own were set before; it resets them
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+            # Lightning asks all devices twice per batch whether one saw SIGTERM, and waits.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._received = number
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
+    ) -> None:
+        del pl_module, outputs, batch
+        if (idx + 1) % trainer.accumulate_grad_batches:
+            return  # half an accumulated step cannot be saved
+        number = self._agreed()
+        if not number or trainer.global_step >= trainer.max_steps:
+            return
+        self.checkpoints.save(trainer)
+        self.checkpoints.settle(trainer)
+        trainer.strategy.barrier()
+        name = signal.Signals(number).name
+        message = f"{name} at step {trainer.global_step}; saved in {self.checkpoints.folder}"
+        if not wants_requeue(number, os.environ, time.time()):
+            raise Interrupted(message, 128 + number)
+        raise Interrupted(f"{message}; {requeue(trainer)}", 0)
+
+    def _agreed(self) -> int:
+        """The signal that any rank received, or 0. On the host: the device is not waited for."""
+        if self._group is None:
+            return self._received
+        number = torch.tensor(self._received)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return int(number)
+
+
+def wants_requeue(number: int, environment: Any, now: float) -> bool:
+    """Whether a signal means that a Slurm job ran out of time."""
+    if "SLURM_JOB_ID" not in environment:
+        return False
+    if number == signal.SIGUSR1:
+        return True
+    end = environment.get("SLURM_JOB_END_TIME")
+    return end is not None and float(end) - now < _NEAR_LIMIT_SECONDS
+
+
+def requeue(trainer: L.Trainer) -> str:
+    """Put the job back into the queue, by the first process alone; says how that went."""
+    job = os.environ["SLURM_JOB_ID"]
+    if not trainer.is_global_zero:
+        return f"job {job} is requeued by the first process"
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"job {job} could not be requeued: {done.stderr.strip()}"
+    return f"job {job} is requeued"

@@ -1,0 +1,167 @@
+"""How a model is spread over devices: replicated (DDP) or sharded (FSDP2)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from atmossl.checkpoint_files import (
+    METADATA,
+    SafePlanner,
+    by_index,
+    by_name,
+    partial_path,
+    publish,
+    read_contents,
+    remove,
+    write_atomically,
+)
+
+CheckpointFormat = Literal["file", "sharded"]
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2: weights, gradients and optimiser states are spread over all devices, and gathered
+    block by block for the computation.
+
+    units: the kinds of submodule that are gathered at a time.
+    compute_dtype: of the gathered weights; gradients are reduced in float32, and the shards, hence
+        the optimiser, stay float32.
+    checkpoint_format: `file`, gathered on the first rank; or `sharded`, a folder that every rank
+        writes its part of. Either can be read by any number of devices and any strategy.
+    """
+
+    def __init__(
+        self,
+        *,
+        units: tuple[type[nn.Module], ...],
+        compute_dtype: torch.dtype | None,
+        checkpoint_format: CheckpointFormat,
+    ) -> None:
+        super().__init__(save_distributed_checkpoint=checkpoint_format == "sharded")
+        self.units = units
+        self.policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def _get_process_group_backend(self) -> str:
+        """The host's own group serves random states and signals."""
+        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+    def shard(self, models: Sequence[nn.Module]) -> None:
+        """Shard every model alike, once."""
+        mesh = self.device_mesh["data_parallel"]
+        for model in models:
+            if isinstance(model, FSDPModule):
+                continue
+            for part in [part for part in model.modules() if isinstance(part, self.units)]:
+                fully_shard(part, mesh=mesh, mp_policy=self.policy)
+            fully_shard(model, mesh=mesh, mp_policy=self.policy)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        sharded = self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=not sharded, cpu_offload=True)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
+        state = get_optimizer_state_dict(self._module, optimizer, options=options)
+        return state if sharded or not self.is_global_zero else by_index(state)
+
+    @property
+    def _module(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        del storage_options
+        path = Path(self.broadcast(str(filepath)))
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                write_atomically(path, lambda partial: torch.save(checkpoint, partial))
+            return
+        partial = partial_path(path)
+        if self.is_global_zero:
+            remove(partial)
+        self.barrier()
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
+        states = checkpoint.pop("optimizer_states", [])
+        tensors |= {f"optimizer_{number}": state for number, state in enumerate(states)}
+        save(tensors, checkpoint_id=partial)
+        if self.is_global_zero:
+            torch.save(checkpoint, partial / METADATA)
+            publish(partial, path)
+        self.barrier()
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        del weights_only  # always
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return self._load_shards(path) if path.is_dir() else self._load_file(path)
+
+    def _load_shards(self, path: Path) -> dict[str, Any]:
+        """Every rank reads its own part, on however many ranks it was written."""
+        module = self._module
+        state = {"state_dict": get_model_state_dict(module)}
+        load(state, checkpoint_id=path, planner=SafePlanner())
+        set_model_state_dict(module, state["state_dict"])
+        for number, optimizer in enumerate(self.optimizers):
+            key = f"optimizer_{number}"
+            saved: dict[str, Any] = {key: get_optimizer_state_dict(module, optimizer)}
+            load(saved, checkpoint_id=path, planner=SafePlanner())
+            set_optimizer_state_dict(module, optimizer, saved[key])
+        return torch.load(path / METADATA, map_location="cpu", weights_only=True)
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        module, contents = self._module, read_contents(path)
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(module, contents.pop("state_dict"), options=options)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, contents["optimizer_states"], strict=True):
+            order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            set_optimizer_state_dict(module, optimizer, by_name(saved, order), options=options)
+        return contents
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done in `load_checkpoint`."""
+
+
+def choose_strategy(
+    name: Literal["auto", "ddp", "fsdp"],
+    *,
+    units: tuple[type[nn.Module], ...],
+    precision: str,
+    checkpoint_format: CheckpointFormat,
+    has_idle_parameters: bool,
+) -> Any:
+    """The Lightning strategy of a configuration.
+
+    has_idle_parameters: some get no gradient, as the last layer of a stream that is context only;
+        DDP has to look for them, which costs a walk through the graph at every step.
+    """
+    if name == "fsdp":
+        dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+        return ShardedStrategy(
+            units=units, compute_dtype=dtype, checkpoint_format=checkpoint_format
+        )
+    if name == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=has_idle_parameters)
+    return "auto"

@@ -1,0 +1,72 @@
+"""A run that is killed and resumed again and again ends as the unbroken one, bit for bit."""
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from atmossl.checkpoint_files import checkpoints_in, read_contents
+from atmossl.training.curves import read_metrics
+from tests.processes import kill_at_batch, run, training
+
+pytestmark = pytest.mark.e2e
+STEPS, ACCUMULATE, INTERVAL = 14, 2, 3
+
+
+def arguments(output: Path, *more: str) -> list[str]:
+    changed = (
+        f"trainer.max_steps={STEPS}", f"trainer.accumulate={ACCUMULATE}",
+        f"trainer.checkpoint_interval={INTERVAL}", "trainer.validation_interval=6",
+        "optimizer.ema_decay=0.9", "optimizer.schedule=cosine",
+    )  # fmt: skip
+    return training(output, *changed, *more)
+
+
+def differing(one: Any, two: Any) -> list[str]:
+    """Paths of all leaves that are not equal, bit for bit."""
+    first, second = (dict(pytree.tree_flatten_with_path(tree)[0]) for tree in (one, two))
+    assert first.keys() == second.keys()
+
+    def equal(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    return [pytree.keystr(key) for key in first if not equal(first[key], second[key])]
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_run_killed_at_random_steps_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    """Three times SIGKILL mid-epoch and mid-accumulation, one of them with a torn newest
+    checkpoint and one in a run whose loader has a worker."""
+    assert run(arguments(tmp_path / "whole"), cache=tmp_path) == 0
+    broken = tmp_path / "broken"
+    rng = random.Random(0)  # within [one checkpoint further, before the end]
+    for number, more in enumerate(([], ["resume=auto"], ["resume=auto", "data.num_workers=1"])):
+        at = rng.randint(INTERVAL * ACCUMULATE + 1, (INTERVAL + 1) * ACCUMULATE)
+        before = (kill_at_batch, (at,))
+        code = run(arguments(broken, *more), cache=tmp_path, before=before)
+        assert code == -signal.SIGKILL
+        newest = checkpoints_in(broken / "checkpoints")[0]
+        assert newest.name == f"step-{(number + 1) * INTERVAL}.ckpt"
+        if number == 1:
+            tear(newest)  # the run goes back to the one before, which was kept
+            (broken / "checkpoints" / ".partial-step-7.ckpt").write_bytes(b"half")
+            assert run(arguments(broken, "resume=auto"), cache=tmp_path, before=before) < 0
+    assert run(arguments(broken, "resume=auto"), cache=tmp_path) == 0
+
+    runs = (tmp_path / "whole", broken)
+    one, two = (read_contents(folder / "checkpoints" / "last.ckpt") for folder in runs)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"):
+        assert differing(one[key], two[key]) == [], key
+    assert differing(one["atmossl"]["rng"], two["atmossl"]["rng"]) == []
+    logs = [read_metrics(folder / "metrics.csv") for folder in runs]
+    for column in ("train/loss", "gradient_norm", "learning_rate", "ratio/mean"):
+        first, second = (log[["step", column]].dropna().to_numpy().tolist() for log in logs)
+        assert first == second, column
