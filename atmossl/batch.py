@@ -253,10 +253,14 @@ class View(Movable):
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """Views of the same samples: one for masked objectives, crops or pairs for others."""
+    """Views of the same samples: one for masked objectives, crops or pairs for others.
+
+    num_skipped: samples of the batch that could not be read and are left out.
+    """
 
     views: tuple[View, ...]
     sample_id: Int[Tensor, "*batch"]
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True)

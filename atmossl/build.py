@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from atmossl import __version__
 from atmossl.data.catalog import catalog_entry
+from atmossl.data.chunks import Access
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.store import open_split
@@ -36,7 +37,12 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     levels = sorted({level for spec in config.specs for level in spec.levels})
     train, validation = (
         open_split(
-            entry, split, variables=variables, levels=levels, in_memory=config.data.in_memory
+            entry,
+            split,
+            variables=variables,
+            levels=levels,
+            in_memory=config.data.in_memory,
+            access=Access(**config.data.read.model_dump()),
         )
         for split in ("train", "validation")
     )
@@ -44,7 +50,10 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
         windows_per_time=config.data.windows_per_time,
+        windows_per_read=config.data.windows_per_read,
+        skip_unreadable=config.data.unreadable == "skip",
         first_guess=config.data.first_guess,
         seed=config.seed,
     )

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atmossl.build import build_data, build_module
 from atmossl.cli import compose_config
-from atmossl.data.datamodule import _collate
+from atmossl.data.datamodule import Collate
 from atmossl.data.windows import SampleKey
 from atmossl.schema import TrainConfig, parse
 from benchmarks.report import finish
@@ -51,7 +51,7 @@ def main() -> None:
     datamodule, stats = build_data(config)
     module = build_module(config, stats, {}).to(device)
     samples = [datamodule.train_set[SampleKey(0, n)] for n in range(config.data.batch_size)]
-    batch = _collate(samples).to(device)
+    batch = Collate(len(samples))(samples).to(device)
     optimizer = torch.optim.AdamW(module.model.parameters(), 1e-4, fused=True)
     mixed = config.trainer.precision != "32-true"
     dtype = torch.bfloat16 if mixed else torch.float32

@@ -1,31 +1,86 @@
 """Loaders for training and for the validation of every task."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from atmossl.batch import Batch, StreamSpec, collate_views
+from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
-from atmossl.data.store import Segment
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
 from atmossl.masking.base import MaskingSampler
 
+_LOGGER = logging.getLogger(__name__)
 
-def _collate(samples: list) -> Batch:
-    views, ids = zip(*samples, strict=True)
-    return collate_views(list(views), list(ids))
+
+@dataclass(frozen=True)
+class Collate:
+    """Samples to a batch, which knows how many of `batch_size` were skipped.
+
+    Raises ValueError if none is left.
+    """
+
+    batch_size: int
+
+    def __call__(self, samples: list) -> Batch:
+        if not samples:
+            raise ValueError(
+                f"none of {self.batch_size} samples of a batch could be read; the warnings before "
+                "name the chunks. data.unreadable=raise stops at the first"
+            )
+        views, ids = zip(*samples, strict=True)
+        batch = collate_views(list(views), list(ids))
+        return replace(batch, num_skipped=self.batch_size - len(samples))
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended, by lack of memory for example."""
+
+
+class WindowLoader(DataLoader):
+    """A loader that says which samples were being read when a worker died.
+
+    describe: names of the samples of the n-th batch that is delivered.
+    """
+
+    def __init__(self, *args: Any, describe: Callable[[int], str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._describe = describe
+
+    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batches = super().__iter__()
+        for number in count():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error):
+                    raise
+                raise WorkerDied(
+                    f"{error}; the batch awaited was {self._describe(number)}. Workers need "
+                    "memory: lower data.num_workers, data.batch_size or data.prefetch"
+                ) from error
+            yield batch
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """batch_size is per device; windows_per_time windows are cut at every start time."""
+    """batch_size is per device; windows_per_time windows are cut at every start time, and
+    windows_per_read of them lie next to each other in the order. prefetch: batches that a worker
+    holds ready."""
 
     batch_size: int
     num_workers: int
+    prefetch: int
     windows_per_time: int
+    windows_per_read: int
+    skip_unreadable: bool
     first_guess: bool
     seed: int
 
@@ -63,8 +118,13 @@ class WindowDataModule(L.LightningDataModule):
             "seed": settings.seed,
             "first_guess": settings.first_guess,
         }
+        self.num_skipped = 0
         self.train_set = WindowDataset(
-            segments=train, sampler=sampler, windows_per_time=settings.windows_per_time, **common
+            segments=train,
+            sampler=sampler,
+            windows_per_time=settings.windows_per_time,
+            skip_unreadable=settings.skip_unreadable,
+            **common,
         )
         self.validation_sets = [
             WindowDataset(segments=validation, sampler=task, **common) for task in tasks.values()
@@ -89,6 +149,7 @@ class WindowDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             num_ranks=trainer.world_size,
             first_batch=trainer.global_step * trainer.accumulate_grad_batches,
+            group=self.settings.windows_per_read,
         )
         return self._loader(self.train_set, order)
 
@@ -112,13 +173,20 @@ class WindowDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: WindowDataset, order: SampleOrder) -> DataLoader:
         workers = self.settings.num_workers
-        return DataLoader(
+
+        def describe(number: int) -> str:
+            (keys,) = islice(order, number, number + 1)
+            return ", ".join(dataset.identity(key.sample_id) for key in keys)
+
+        return WindowLoader(
             dataset,
             batch_sampler=order,
             num_workers=workers,
-            collate_fn=_collate,
+            prefetch_factor=self.settings.prefetch if workers else None,
+            collate_fn=Collate(self.settings.batch_size),
             multiprocessing_context="forkserver" if workers else None,
             persistent_workers=bool(workers),
+            describe=describe,
         )
 
     def identity(self, sample_ids: Sequence[int]) -> str:
@@ -127,4 +195,7 @@ class WindowDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
         del dataloader_idx
+        if batch.num_skipped:
+            self.num_skipped += batch.num_skipped
+            _LOGGER.warning("%d unreadable samples skipped so far", self.num_skipped)
         return batch.to(device)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamSpec
-from atmossl.data.store import Segment
+from atmossl.data.segment import Segment
 from atmossl.tokens import patch_values
 
 _FORMAT = 1
@@ -200,12 +200,12 @@ class Normaliser:
     def forward(
         self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        return (fields - self._get(spec, "mean")) / self._get(spec, "std")
+        return (fields - self.values(spec, "mean")) / self.values(spec, "std")
 
     def inverse(
         self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        return fields * self._get(spec, "std") + self._get(spec, "mean")
+        return fields * self.values(spec, "std") + self.values(spec, "mean")
 
-    def _get(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
+    def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
         return self.statistics.select(spec, field)[:, :, None, None, None]

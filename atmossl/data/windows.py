@@ -1,18 +1,23 @@
 """Windows of stores as samples, and the order in which samples are delivered."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
+from atmossl.data.reader import Index, Target, UnreadableChunk
+from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
-from atmossl.data.store import Segment
 from atmossl.geometry import Box, check_window_fits, random_box
 from atmossl.masking.base import MaskingSampler, make_view
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,79 @@ class WindowSize:
         return WindowSize(self.time, lat, lon)
 
 
+@dataclass(frozen=True)
+class _FieldWriter:
+    """Normalises what is read of one variable straight into its place in a window.
+
+    out, valid: [level time lat lon]. mean, std: [level 1 1 1].
+    """
+
+    out: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    refusal: str
+
+    def __call__(self, values: np.ndarray, index: Index) -> None:
+        levels = index[0] if isinstance(index[0], slice) else index[0].ravel()
+        values = values.astype(np.float32, copy=False)
+        sliced = isinstance(index[0], slice)  # then the place is a view: written without a copy
+        place = self.out[index] if sliced else np.empty(values.shape, np.float32)
+        with np.errstate(invalid="ignore"):
+            np.subtract(values, self.mean[levels], out=place)
+            np.divide(place, self.std[levels], out=place)
+            if not np.isfinite(place.sum()):  # the sum of numbers this small is finite
+                raise ValueError(self.refusal)
+        if not sliced:
+            self.out[index] = place
+
+
+def read_windows(
+    segment: Segment,
+    specs: Sequence[StreamSpec],
+    normaliser: Normaliser,
+    count: int,
+    places: Sequence[tuple[int, Box]],
+) -> list[tuple[StreamWindow, ...]]:
+    """Normalised fields of all streams in windows of `count` steps, each at (first step, box),
+    with the coordinates of their points. Chunks that several windows touch are read once."""
+    targets: dict[str, list[Target]] = {name: [] for spec in specs for name in spec.variables}
+    fields = []
+    for start, box in places:
+        for spec in specs:
+            shape = (len(spec.variables), spec.num_levels, count, box.lat_size, box.lon_size)
+            values = np.empty(shape, np.float32)
+            fields.append(torch.from_numpy(values))
+            mean, std = (normaliser.values(spec, field).numpy() for field in ("mean", "std"))
+            for row, name in enumerate(spec.variables):
+                refusal = segment.missing_message(name, start, count)
+                write = _FieldWriter(values[row], mean[row], std[row], refusal)
+                targets[name].append(
+                    segment.target(name, spec.level_values, start, count, box, write)
+                )
+    segment.read_into(targets)
+    read = iter(fields)
+    return [
+        tuple(_stream_window(segment, spec, next(read), start, count, box) for spec in specs)
+        for start, box in places
+    ]
+
+
+def _stream_window(
+    segment: Segment, spec: StreamSpec, fields: Tensor, start: int, count: int, box: Box
+) -> StreamWindow:
+    grid = segment.grid
+    lat, lon = box.lat_index(), box.lon_index(grid.shape[1])
+    return StreamWindow(
+        spec=spec,
+        fields=fields,
+        time_hours=torch.from_numpy(segment.time_hours(start, count)),
+        level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
+        lat=torch.from_numpy(grid.latitude[lat]).float(),
+        lon=torch.from_numpy(grid.longitude[lon]).float(),
+        weight=torch.from_numpy(grid.weights[lat]).float(),
+    )
+
+
 def read_window(
     segment: Segment,
     specs: Sequence[StreamSpec],
@@ -44,26 +122,9 @@ def read_window(
     count: int,
     box: Box,
 ) -> tuple[StreamWindow, ...]:
-    """Normalised fields of all streams in one window, with the coordinates of its points."""
-    grid = segment.grid
-    lat, lon = box.lat_index(), box.lon_index(grid.shape[1])
-    windows = []
-    for spec in specs:
-        fields = np.stack(
-            [segment.read(name, spec.level_values, start, count, box) for name in spec.variables]
-        )
-        windows.append(
-            StreamWindow(
-                spec=spec,
-                fields=normaliser.forward(torch.from_numpy(fields), spec),
-                time_hours=torch.from_numpy(segment.time_hours(start, count)),
-                level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
-                lat=torch.from_numpy(grid.latitude[lat]).float(),
-                lon=torch.from_numpy(grid.longitude[lon]).float(),
-                weight=torch.from_numpy(grid.weights[lat]).float(),
-            )
-        )
-    return tuple(windows)
+    """One window of all streams; see `read_windows`."""
+    (window,) = read_windows(segment, specs, normaliser, count, [(start, box)])
+    return window
 
 
 class SampleKey(NamedTuple):
@@ -92,6 +153,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         seed: int,
         windows_per_time: int = 1,
         first_guess: bool = True,
+        skip_unreadable: bool = False,
     ) -> None:
         self.segments = tuple(segments)
         self.specs = tuple(specs)
@@ -101,6 +163,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         self.seed = seed
         self.windows_per_time = windows_per_time
         self.first_guess = first_guess
+        self.skip_unreadable = skip_unreadable
         for spec in self.specs:
             spec.token_shape(self.window.time, self.window.lat, self.window.lon)
         self._starts = [
@@ -113,13 +176,49 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         return len(self._starts) * self.windows_per_time
 
     def __getitem__(self, key: SampleKey) -> tuple[tuple[View, ...], int]:
-        rng = sample_rng(self.seed, key.epoch, key.sample_id)
-        index, start = self._starts[key.sample_id // self.windows_per_time]
-        segment = self.segments[index]
-        box = random_box(segment.grid, self.window.lat, self.window.lon, rng)
-        windows = read_window(segment, self.specs, self.normaliser, start, self.window.time, box)
-        view = make_view(windows, self.sampler, rng, first_guess=self.first_guess)
-        return (view,), key.sample_id
+        (sample,) = self.__getitems__([key])
+        return sample
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
+        """The samples of one batch, called by torch's loader; chunks are shared among them.
+
+        Raises:
+            UnreadableChunk: unless such samples are skipped, which leaves the batch smaller.
+        """
+        try:
+            return self._samples(keys)
+        except UnreadableChunk as error:
+            if not self.skip_unreadable:
+                raise
+            if len(keys) == 1:
+                _LOGGER.warning("sample %s is skipped: %s", self.identity(keys[0].sample_id), error)
+                return []
+        return [sample for key in keys for sample in self.__getitems__([key])]
+
+    def _samples(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
+        rngs = [sample_rng(self.seed, key.epoch, key.sample_id) for key in keys]
+        places: dict[int, dict[int, tuple[int, Box]]] = {}  # by segment and position in the batch
+        for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
+            index, start = self._starts[key.sample_id // self.windows_per_time]
+            box = random_box(self.segments[index].grid, self.window.lat, self.window.lon, rng)
+            places.setdefault(index, {})[position] = (start, box)
+        windows: dict[int, tuple[StreamWindow, ...]] = {}
+        for index, found in places.items():
+            read = read_windows(
+                self.segments[index],
+                self.specs,
+                self.normaliser,
+                self.window.time,
+                list(found.values()),
+            )
+            windows.update(zip(found, read, strict=True))
+        return [
+            ((self._view(windows[position], rng),), key.sample_id)
+            for position, (key, rng) in enumerate(zip(keys, rngs, strict=True))
+        ]
+
+    def _view(self, windows: tuple[StreamWindow, ...], rng: np.random.Generator) -> View:
+        return make_view(windows, self.sampler, rng, first_guess=self.first_guess)
 
     def identity(self, sample_id: int) -> str:
         """Segment and start time of a sample."""
@@ -135,6 +234,9 @@ class SampleOrder(Sampler[list[SampleKey]]):
     (seed, epoch). Batch n of rank r takes samples (n * ranks + r) * batch_size onwards, so ranks
     are disjoint, nothing is dropped at the end of an epoch, and neither the number of workers nor
     a restart changes what is delivered.
+
+    group: so many consecutive sample ids, which share a start time, stay together in the
+    permutation, so that a chunk is read once for all of them.
     """
 
     def __init__(
@@ -148,7 +250,10 @@ class SampleOrder(Sampler[list[SampleKey]]):
         num_ranks: int = 1,
         first_batch: int = 0,
         shuffle: bool = True,
+        group: int = 1,
     ) -> None:
+        assert num_samples % group == 0, f"groups of {group} do not divide {num_samples} samples"
+        self.group = group
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.num_batches = num_batches
@@ -179,4 +284,5 @@ class SampleOrder(Sampler[list[SampleKey]]):
         if not self.shuffle:
             return np.arange(self.num_samples)
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-        return rng.permutation(self.num_samples)
+        groups = rng.permutation(self.num_samples // self.group)
+        return (groups[:, None] * self.group + np.arange(self.group)).reshape(-1)

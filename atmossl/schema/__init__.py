@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from atmossl.batch import StreamSpec, TokenSize
 from atmossl.data.catalog import catalog_entry
 from atmossl.losses import LOSSES
+from atmossl.schema.data import DataConfig
 from atmossl.schema.masks import MASKS, Mask
 from atmossl.schema.strict import ConfigError, NotNegative, Positive, Share, Strict
 from atmossl.schema.tasks import TaskConfig, hours
@@ -52,23 +53,6 @@ class StreamConfig(Strict):
             role=self.role,
             loss_weight=self.loss_weight,
         )
-
-
-class WindowConfig(Strict):
-    time: Positive
-    lat: NotNegative
-    lon: NotNegative
-
-
-class DataConfig(Strict):
-    name: str
-    catalog: Path | None
-    in_memory: bool
-    window: WindowConfig
-    windows_per_time: Positive
-    batch_size: Positive
-    num_workers: NotNegative
-    first_guess: bool
 
 
 class ModelConfig(Strict):

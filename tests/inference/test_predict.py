@@ -9,8 +9,9 @@ import xarray as xr
 from torch import nn
 
 from atmossl.batch import Prediction, StreamPrediction, View
+from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import Segment, open_segment
+from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor

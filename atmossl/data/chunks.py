@@ -1,0 +1,203 @@
+"""Stored arrays, read chunk by chunk: through zarr, tensorstore, or whatever xarray opened."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import xarray as xr
+import zarr
+from xarray.conventions import decode_cf_variable
+from zarr.storage import LocalStore
+
+Engine = Literal["auto", "zarr", "tensorstore"]
+Region = tuple[slice, ...]
+_PACKING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "dtype", "_Unsigned")
+_UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
+
+
+@dataclass(frozen=True)
+class Access:
+    """How stores are read.
+
+    engine: `tensorstore` decodes outside Python, local zarr folders only; `auto` takes it where it
+        is installed and can. threads: chunks of one process in flight at once.
+    retries: further tries of a remote chunk, the first after `retry_wait_s` seconds, then twice
+        as long each time.
+    """
+
+    engine: Engine = "auto"
+    threads: int = 4
+    retries: int = 3
+    retry_wait_s: float = 0.5
+
+
+class ChunkedArray(Protocol):
+    """A stored array. `chunks`: the lengths of what is decoded as a whole, along every axis."""
+
+    @property
+    def chunks(self) -> tuple[int, ...]: ...
+
+    def read(self, region: Region) -> np.ndarray:
+        """Values of a region inside one chunk, unpacked, NaN where they are missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packing:
+    """CF packing of a stored array: fill values, scale and offset, undone by xarray."""
+
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, array: xr.DataArray) -> "Packing | None":
+        """The packing of an opened variable, or None if its values are stored as they are."""
+        found = {key: array.encoding[key] for key in _PACKING if key in array.encoding}
+        stored = np.dtype(found.pop("dtype", array.dtype))
+        fills = [found[key] for key in ("_FillValue", "missing_value") if key in found]
+        plain = stored.kind == "f" and all(np.all(np.isnan(fill)) for fill in fills)
+        if plain and "scale_factor" not in found and "add_offset" not in found:
+            return None
+        return cls(found)
+
+    def undo(self, values: np.ndarray) -> np.ndarray:
+        dims = [f"axis_{n}" for n in range(values.ndim)]
+        variable = xr.Variable(dims, values, dict(self.attributes))
+        decoded = decode_cf_variable("packed", variable, decode_times=False)
+        return np.asarray(decoded.values)
+
+
+@dataclass(frozen=True)
+class ZarrChunks:
+    """Read through the zarr library: any store and codec that it knows."""
+
+    array: zarr.Array
+    packing: Packing | None
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        return self.array.chunks
+
+    def read(self, region: Region) -> np.ndarray:
+        values = np.asarray(self.array[region])
+        return self.packing.undo(values) if self.packing else values
+
+
+@dataclass(frozen=True)
+class TensorstoreChunks:
+    """Read through tensorstore: decoding and cutting out in C++, for local zarr folders.
+
+    The handle is opened on first use, and again in every process.
+    """
+
+    folder: str
+    driver: str
+    chunks: tuple[int, ...]
+    threads: int
+    packing: Packing | None
+
+    @cached_property
+    def _handle(self) -> Any:
+        import tensorstore
+
+        spec = {"driver": self.driver, "kvstore": {"driver": "file", "path": f"{self.folder}/"}}
+        context = tensorstore.Context(
+            {
+                "data_copy_concurrency": {"limit": self.threads},
+                "cache_pool": {"total_bytes_limit": 0},
+            }
+        )
+        return tensorstore.open(spec, context=context, open=True, read=True).result()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_handle"}
+
+    def read(self, region: Region) -> np.ndarray:
+        values = self._handle[region].read().result()
+        return self.packing.undo(values) if self.packing else values
+
+
+@dataclass(frozen=True)
+class XarrayChunks:
+    """Read through xarray: NetCDF, GRIB, references, and arrays in memory."""
+
+    array: xr.DataArray
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        known = self.array.encoding.get("preferred_chunks", {})
+        known = known | {dim: lengths[0] for dim, lengths in self.array.chunksizes.items()}
+        return tuple(
+            int(known.get(dim, min(size, _UNCHUNKED_STEPS) if dim == "time" else size))
+            for dim, size in self.array.sizes.items()
+        )
+
+    def read(self, region: Region) -> np.ndarray:
+        return self.array[region].values
+
+
+@dataclass(frozen=True)
+class MemoryChunks:
+    """An array in memory: one chunk, of which regions are views."""
+
+    array: np.ndarray
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def read(self, region: Region) -> np.ndarray:
+        return self.array[region]
+
+
+def chunked_array(
+    array: xr.DataArray, stored: zarr.Array | None, access: Access, location: str
+) -> ChunkedArray:
+    """The fastest reader for an opened variable; `stored` is its zarr array if it has one.
+
+    Raises:
+        ValueError: tensorstore is asked for and cannot read this store.
+    """
+    if stored is None:
+        return XarrayChunks(array)
+    local = isinstance(stored.store, LocalStore)
+    if access.engine == "tensorstore" and not (local and _has_tensorstore()):
+        why = "is not installed" if local else "reads local zarr folders only"
+        raise ValueError(
+            f"data.engine=tensorstore {why}, and the store is {location}; valid: auto, zarr"
+        )
+    packing = Packing.of(array)
+    if access.engine == "zarr" or not local or not _has_tensorstore():
+        return ZarrChunks(stored, packing)
+    assert isinstance(stored.store, LocalStore)
+    return TensorstoreChunks(
+        folder=str(Path(stored.store.root) / stored.path),
+        driver="zarr" if stored.metadata.zarr_format == 2 else "zarr3",
+        chunks=stored.chunks,
+        threads=access.threads,
+        packing=packing,
+    )
+
+
+def _has_tensorstore() -> bool:
+    try:
+        import tensorstore  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def read_with_retries(array: ChunkedArray, region: Region, retries: int, wait: float) -> np.ndarray:
+    """Read a region; after an error try again, waiting twice as long each time."""
+    for left in range(retries, -1, -1):
+        try:
+            return array.read(region)
+        except Exception:
+            if left == 0:
+                raise
+            time.sleep(wait)
+            wait *= 2
+    raise AssertionError(f"{retries} retries made no try")

@@ -1,0 +1,170 @@
+"""Many windows from one store at once: every touched chunk is read and decoded once.
+
+A chunk is cut into all windows that need it as soon as it is decoded, and then forgotten, so
+memory holds the windows and as many chunks as there are threads.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from atmossl.data.chunks import Access, ChunkedArray, read_with_retries
+
+Index = tuple[slice | np.ndarray, ...]
+AXES: tuple[str, ...] = ("level", "time", "latitude", "longitude")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to read of a variable: positions in the store along (level, time, latitude,
+    longitude), in the order wanted. `write(values, index)` takes a piece with these axes and its
+    place in the target, which is all slices or all arrays that index orthogonally."""
+
+    positions: tuple[np.ndarray, ...]
+    write: Callable[[np.ndarray, Index], None]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The share of one target that lies in one chunk."""
+
+    target: Target
+    source: tuple[np.ndarray, ...]  # positions in the store, along AXES
+    into: tuple[np.ndarray, ...]  # positions in the target
+
+
+@dataclass(frozen=True)
+class StoredVariable:
+    """A chunked array with the canonical names of its axes, and the times of its record. All
+    positions along an axis that it lacks mean the same values."""
+
+    name: str
+    location: str
+    array: ChunkedArray
+    dims: tuple[str, ...]
+    times: np.ndarray
+
+    def chunk_length(self, axis: str) -> int | None:
+        return self.array.chunks[self.dims.index(axis)] if axis in self.dims else None
+
+
+class UnreadableChunk(ValueError):
+    """A chunk that is corrupt or out of reach; names store, variable, chunk and times."""
+
+    def __init__(self, variable: StoredVariable, chunk: tuple[int, ...], cause: Exception) -> None:
+        numbers = dict(zip(AXES, chunk, strict=True))
+        place = ", ".join(f"{axis} {numbers[axis]}" for axis in variable.dims)
+        when, length = "", variable.chunk_length("time")
+        if length is not None:
+            steps = variable.times[numbers["time"] * length :][:length]
+            when = f" between {steps[0]} and {steps[-1]}"
+        why = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        super().__init__(
+            f"{variable.location}: cannot read {variable.name}{when}, chunk ({place}) is corrupt "
+            f"or out of reach ({why})"
+        )
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="atmossl-read")
+
+
+def read_targets(wanted: Sequence[tuple[StoredVariable, Sequence[Target]]], access: Access) -> None:
+    """Fill all targets of all variables.
+
+    Raises:
+        UnreadableChunk: the first chunk that could not be read, after the retries.
+        ValueError: whatever a target's `write` refuses.
+    """
+    jobs = [
+        (variable, chunk, parts, access)
+        for variable, targets in wanted
+        for chunk, parts in by_chunk(variable, targets).items()
+    ]
+    if len(jobs) == 1 or access.threads == 1:
+        for job in jobs:
+            _read_chunk(*job)
+        return
+    futures = [_pool(access.threads).submit(_read_chunk, *job) for job in jobs]
+    done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in pending:
+        future.cancel()
+    wait(pending)  # no thread may write into a target that the caller has given up
+    for future in done:
+        future.result()
+
+
+def by_chunk(
+    variable: StoredVariable, targets: Sequence[Target]
+) -> dict[tuple[int, ...], list[_Part]]:
+    """Parts of all targets by the number of their chunk along AXES."""
+    lengths = [variable.chunk_length(axis) for axis in AXES]
+    parts: dict[tuple[int, ...], list[_Part]] = {}
+    for target in targets:
+        pieces = map(_split, target.positions, lengths)
+        for combination in itertools.product(*pieces):
+            chunk, source, into = zip(*combination, strict=True)
+            parts.setdefault(chunk, []).append(_Part(target, source, into))
+    return parts
+
+
+def _split(positions: np.ndarray, length: int | None) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Positions along one axis by chunk: its number, positions in the store and in the target."""
+    places = np.arange(len(positions))
+    if length is None:
+        return [(0, np.zeros_like(positions), places)]
+    numbers = positions // length
+    return [
+        (int(number), positions[numbers == number], places[numbers == number])
+        for number in np.unique(numbers)
+    ]
+
+
+def _read_chunk(
+    variable: StoredVariable, chunk: tuple[int, ...], parts: Sequence[_Part], access: Access
+) -> None:
+    """Read what the parts need of one chunk, and hand every part its values."""
+    axes = range(len(AXES))
+    first = [min(int(part.source[axis].min()) for part in parts) for axis in axes]
+    last = [max(int(part.source[axis].max()) for part in parts) for axis in axes]
+    bounds = dict(zip(AXES, map(slice, first, (n + 1 for n in last)), strict=True))
+    retries = access.retries if "://" in variable.location else 0
+    try:
+        region = tuple(bounds[dim] for dim in variable.dims)
+        values = read_with_retries(variable.array, region, retries, access.retry_wait_s)
+    except Exception as error:
+        raise UnreadableChunk(variable, chunk, error) from error
+    values = _canonical(values, variable.dims)
+    for part in parts:
+        inside = orthogonal([s - start for s, start in zip(part.source, first, strict=True)])
+        part.target.write(values[inside], orthogonal(part.into))
+
+
+def _canonical(values: np.ndarray, dims: Sequence[str]) -> np.ndarray:
+    """Axes in the order of AXES, absent ones of length 1."""
+    order = [dims.index(axis) for axis in AXES if axis in dims]
+    absent = [number for number, axis in enumerate(AXES) if axis not in dims]
+    return np.expand_dims(values.transpose(order), absent)
+
+
+def orthogonal(positions: Sequence[np.ndarray]) -> Index:
+    """An index that takes these positions of every axis: slices, which copy nothing, where all
+    are evenly spaced."""
+    slices = [_as_slice(p) for p in positions]
+    found = [s for s in slices if s is not None]
+    return tuple(found) if len(found) == len(slices) else np.ix_(*positions)
+
+
+def _as_slice(positions: np.ndarray) -> slice | None:
+    if len(positions) == 1:
+        return slice(int(positions[0]), int(positions[0]) + 1)
+    step = int(positions[1] - positions[0])
+    if step == 0 or (np.diff(positions) != step).any():
+        return None
+    stop = int(positions[-1]) + (1 if step > 0 else -1)
+    return slice(int(positions[0]), stop if stop >= 0 else None, step)

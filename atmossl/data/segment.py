@@ -1,0 +1,191 @@
+"""A continuous, evenly spaced record in canonical form, and reading from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import xarray as xr
+
+from atmossl.data.chunks import Access, MemoryChunks
+from atmossl.data.reader import AXES, Index, StoredVariable, Target, read_targets
+from atmossl.geometry import Box, Grid
+
+HOUR = np.timedelta64(3_600_000_000_000, "ns")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One continuous record, opened read-only.
+
+    first_step: position of its first time in the store. stored_levels: levels of the store in
+    hPa, none if it has no level axis. levels: those that were asked for.
+    latitude_order, longitude_order: position in the store of every canonical row and column.
+    may_miss: variables whose missing values are marked; those of others are an error.
+    """
+
+    name: str
+    location: str
+    dataset: xr.Dataset
+    variables: tuple[str, ...]
+    levels: tuple[int, ...]
+    times: np.ndarray
+    grid: Grid
+    latitude_order: np.ndarray
+    longitude_order: np.ndarray
+    stored_levels: tuple[int, ...]
+    stored: dict[str, StoredVariable]
+    access: Access = Access()
+    first_step: int = 0
+    may_miss: frozenset[str] = frozenset()
+
+    @property
+    def step(self) -> np.timedelta64:
+        return self.times[1] - self.times[0]
+
+    @property
+    def step_hours(self) -> float:
+        return float(self.step / HOUR)
+
+    def time_hours(self, start: int, count: int) -> np.ndarray:
+        """Hours since 1970-01-01T00 of the steps, float64."""
+        chosen = self.times[start : start + count]
+        return (chosen - np.datetime64(0, "ns")) / HOUR
+
+    def find_time(self, time: np.datetime64, key: str = "init_time") -> int:
+        """Index of a time; ValueError names the covered period if it is not there."""
+        index = int(np.searchsorted(self.times, time))
+        if index == len(self.times) or self.times[index] != time:
+            raise ValueError(
+                f"{key}={np.datetime_as_string(time, 'h')} is not in segment {self.name}; valid: "
+                f"every {self.step_hours:g} h from {np.datetime_as_string(self.times[0], 'h')} to "
+                f"{np.datetime_as_string(self.times[-1], 'h')}"
+            )
+        return index
+
+    def target(
+        self,
+        variable: str,
+        levels: Sequence[int],
+        start: int,
+        count: int,
+        box: Box,
+        write: Callable[[np.ndarray, Index], None],
+    ) -> Target:
+        """Where the values of a window lie in the store, and what is to be done with them."""
+        on_levels = "level" in self.stored[variable].dims
+        if on_levels != any(levels):
+            raise ValueError(
+                f"{self.location}: {variable} has {'levels' if on_levels else 'no levels'}, its "
+                f"stream has levels {[level for level in levels if level]}"
+            )
+        rows = [self.stored_levels.index(level) for level in levels] if on_levels else [0]
+        positions = (
+            np.array(rows),
+            self.first_step + np.arange(start, start + count),
+            self.latitude_order[box.lat_index()],
+            self.longitude_order[box.lon_index(self.grid.shape[1])],
+        )
+        return Target(positions, write)
+
+    def read_into(self, targets: dict[str, list[Target]]) -> None:
+        """Fill the targets of every variable, each chunk read once.
+
+        Raises:
+            ValueError: a chunk that cannot be read, or what a target refuses.
+        """
+        wanted = [(self.stored[name], found) for name, found in targets.items()]
+        read_targets(wanted, self.access)
+
+    def read(
+        self, variable: str, levels: Sequence[int], start: int, count: int, box: Box
+    ) -> np.ndarray:
+        """Values [level time lat lon] of one variable in one window, float32.
+
+        Raises:
+            ValueError: missing values, unless they may be missing, or a chunk that cannot be
+                read; names store and times.
+        """
+        out = np.empty((len(levels), count, box.lat_size, box.lon_size), np.float32)
+
+        def write(values: np.ndarray, index: Index) -> None:
+            out[index] = values
+
+        self.read_into({variable: [self.target(variable, levels, start, count, box, write)]})
+        if variable not in self.may_miss and not np.isfinite(out).all():
+            raise ValueError(self.missing_message(variable, start, count))
+        return out
+
+    def missing_message(self, variable: str, start: int, count: int) -> str:
+        return (
+            f"{self.location}: {variable} has missing values between {self.times[start]} and "
+            f"{self.times[start + count - 1]}; fill them, choose another period, or give its "
+            "stream missing=mask"
+        )
+
+    def whole(self) -> Box:
+        return Box(0, 0, *self.grid.shape)
+
+    def loaded(self) -> Self:
+        """With all its variables in memory, checked to be finite unless they may be missing."""
+        stored = {}
+        for name in self.variables:
+            levels = self.levels_of(name)
+            values = self.read(name, levels, 0, len(self.times), self.whole())
+            dims = AXES if levels != (0,) else AXES[1:]
+            array = MemoryChunks(values if levels != (0,) else values[0])
+            stored[name] = StoredVariable(name, self.location, array, dims, self.times)
+        return replace(
+            self,
+            stored=stored,
+            stored_levels=self.levels,
+            latitude_order=np.arange(self.grid.shape[0]),
+            longitude_order=np.arange(self.grid.shape[1]),
+            first_step=0,
+            access=replace(self.access, threads=1),
+        )
+
+    def levels_of(self, variable: str) -> tuple[int, ...]:
+        """The wanted levels of a variable; (0,) at the surface."""
+        return self.levels if "level" in self.stored[variable].dims else (0,)
+
+    def between(self, start: str, end: str) -> Self:
+        """The part of the segment in a period, both ends included; an empty end is open.
+
+        Raises:
+            ValueError: fewer than two steps lie in the period.
+        """
+        first = np.datetime64(start, "ns") if start else self.times[0]
+        last = np.datetime64(end, "ns") if end else self.times[-1]
+        inside = np.flatnonzero((self.times >= first) & (self.times <= last))
+        if len(inside) < 2:
+            raise ValueError(
+                f"{self.location}: fewer than two steps between {first} and {last}; the segment "
+                f"{self.name} covers {self.times[0]} to {self.times[-1]}"
+            )
+        steps = slice(int(inside[0]), int(inside[-1]) + 1)
+        return replace(
+            self,
+            dataset=self.dataset.isel(time=steps),
+            times=self.times[steps],
+            first_step=self.first_step + steps.start,
+        )
+
+    def to_dataset(self) -> xr.Dataset:
+        """The record as a canonical dataset in memory, dims (time, level, latitude, longitude)."""
+        fields = {}
+        for name in self.variables:
+            levels, units = self.levels_of(name), self.dataset[name].attrs
+            values = self.read(name, levels, 0, len(self.times), self.whole())
+            if levels == (0,):
+                fields[name] = (("time", "latitude", "longitude"), values[0], units)
+            else:
+                dims = ("time", "level", "latitude", "longitude")
+                fields[name] = (dims, values.swapaxes(0, 1), units)
+        coords = {
+            "time": self.times,
+            "level": list(self.levels),
+            "latitude": self.grid.latitude,
+            "longitude": self.grid.longitude,
+        }
+        return xr.Dataset(fields, coords)

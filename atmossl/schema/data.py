@@ -1,0 +1,49 @@
+"""Configuration of the data: which store, which windows, how they are read."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from atmossl.data.chunks import Engine
+from atmossl.schema.strict import NotNegative, Positive, Strict
+
+
+class WindowConfig(Strict):
+    time: Positive
+    lat: NotNegative
+    lon: NotNegative
+
+
+class ReadConfig(Strict):
+    """How stores are read; see `atmossl.data.chunks.Access`."""
+
+    engine: Engine
+    threads: Positive
+    retries: NotNegative
+    retry_wait_s: float = Field(ge=0.0)
+
+
+class DataConfig(Strict):
+    name: str
+    catalog: Path | None
+    in_memory: bool
+    window: WindowConfig
+    windows_per_time: Positive
+    windows_per_read: Positive
+    batch_size: Positive
+    num_workers: NotNegative
+    prefetch: Positive
+    read: ReadConfig
+    unreadable: Literal["raise", "skip"]
+    first_guess: bool
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> "DataConfig":
+        for key in ("windows_per_time", "batch_size"):
+            if getattr(self, key) % self.windows_per_read:
+                raise ValueError(
+                    f"windows_per_read={self.windows_per_read} does not divide "
+                    f"{key}={getattr(self, key)}"
+                )
+        return self
