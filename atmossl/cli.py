@@ -22,7 +22,9 @@ _USAGE = """atmossl COMMAND [key=value ...]
             atmossl train -m model.dim=64,128        one run for each value
             atmossl train paths.output=runs/mine resume=auto
   predict   atmossl predict task=forecast checkpoint=PATH init_time=1959-02-01T00 output=out.zarr
-            task: forecast | temporal_interpolation | downscaling
+            task: forecast | hindcast | temporal_interpolation | downscaling | inpainting |
+                  cross_variable | combined | counterfactual
+            atmossl predict task=forecast task.lead_time=5d layout=weatherbench2 output=out.nc
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
   data      atmossl data list | atmossl data stats [key=value ...]
@@ -186,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except (FloatingPointError, InterruptedError) as error:
-        console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
+    except (FloatingPointError, OSError) as error:
+        text = error.strerror or error if isinstance(error, OSError) else error
+        console.print(f"atmossl {command}: {text}", markup=False, highlight=False, soft_wrap=True)
         return getattr(error, "exit_code", 1)
     return 0

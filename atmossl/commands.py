@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import newest_readable
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.store import Segment, open_split
+from atmossl.inference.cautions import unseen, untrained_step
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
-from atmossl.inference.writer import check_output, predictions, write
+from atmossl.inference.writer import check_output, write
 from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
+from atmossl.schema.masks import instantiate
 from atmossl.training.curves import keep_metrics
 
 
@@ -95,7 +97,7 @@ def open_for(
 def predict(values: Mapping[str, Any]) -> Path:
     """Run one task for every chosen time and write a CF store; returns its path."""
     config: PredictConfig = parse(PredictConfig, values)
-    check_output(config.output)
+    check_output(config.output, resume=config.resume)
     trained = load_checkpoint(config.checkpoint)
     segments = open_for(trained, config.data, config.catalog, config.split)
     if len(segments) != 1:
@@ -107,13 +109,38 @@ def predict(values: Mapping[str, Any]) -> Path:
         overlap=config.overlap,
         batch_size=config.batch_size,
         device=_device(config.accelerator),
+        seed=config.seed,
     )
     times = _chosen_times(config, predictor)
-    bar = track(predictions(predictor, times), total=len(times), description=config.task.name)
-    along = "init_time" if predictor.plan.is_forecast else "time"
-    write(bar, config.output, along)
+    for caution in cautions(predictor, times[0]):
+        Console(stderr=True).print(
+            f"note: this checkpoint was not trained for {caution}", highlight=False, soft_wrap=True
+        )
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        shown = bar.add_task(f"{config.task.name}, {len(times)} times", total=len(times))
+        write(
+            predictor,
+            times,
+            config.output,
+            names=config.layout,
+            resume=config.resume,
+            advance=lambda share: bar.advance(shown, share),
+        )
     Console().print(f"prediction: {config.output}", highlight=False)
     return config.output
+
+
+def cautions(predictor: Predictor, time: np.datetime64) -> list[str]:
+    """What the task asks that the checkpoint's training never did, as far as it is recorded."""
+    record = predictor.trained.record
+    step_hours = float(predictor.step / np.timedelta64(1, "h"))
+    found = untrained_step(step_hours, record.get("step_hours"))
+    masking = record.get("config", {}).get("masking")
+    if masking is not None:
+        factor = getattr(predictor.task, "factor", None)
+        found += unseen(predictor.first_view(time), instantiate(masking), factor)
+    return found
 
 
 def _chosen_times(config: PredictConfig, predictor: Predictor) -> np.ndarray:

@@ -77,6 +77,24 @@ class Grid:
     def weights(self) -> np.ndarray:
         return area_weights(self.latitude)
 
+    def refined(self, factor: int) -> "Grid":
+        """The grid whose cells are a factor-th as wide and high, and nest in these ones.
+
+        Raises:
+            ValueError: the latitude bands are not of one height, so no regular grid nests in them.
+        """
+        edges = latitude_edges(self.latitude)
+        if np.ptp(np.diff(edges)) > _TOLERANCE_DEG:
+            raise ValueError(
+                f"latitude bands of {np.diff(edges).min():g} to {np.diff(edges).max():g} degrees: "
+                "a finer regular grid does not nest in them"
+            )
+        count = len(self.latitude) * factor
+        height, width = (edges[-1] - edges[0]) / count, self.longitude_spacing / factor
+        west = self.longitude[0] - self.longitude_spacing / 2
+        columns = np.arange(len(self.longitude) * factor) + 0.5
+        return Grid(edges[0] + height * (np.arange(count) + 0.5), west + width * columns)
+
     def matches(self, other: "Grid") -> bool:
         """True if both grids have the same cells within a thousandth of a degree."""
         return self.shape == other.shape and bool(
@@ -177,6 +195,14 @@ class TilePlan:
         )
         object.__setattr__(self, "tiles", tiles)
         object.__setattr__(self, "weights", self._blending_weights(tiles, lat_stride, lon_stride))
+
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the tiles that share their latitudes, south first."""
+        starts = sorted({tile.lat_start for tile in self.tiles})
+        return tuple(
+            tuple(n for n, tile in enumerate(self.tiles) if tile.lat_start == start)
+            for start in starts
+        )
 
     def _blending_weights(
         self, tiles: tuple[Box, ...], lat_stride: int, lon_stride: int

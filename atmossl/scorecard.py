@@ -115,7 +115,7 @@ def baselines_for(
             "climatology": base.climatology_at(climatology, reference),
         }
         problem = ridge.TemporalInterpolation(neighbours=min(2, num_steps - plan.reference - 1))
-    else:
+    elif task.name == "downscaling":
         reference = predicted["time"]
         coarse = spatial.coarsen(truth.sel(time=reference), task.factor)
         found = {
@@ -127,6 +127,11 @@ def baselines_for(
             )
         }
         problem = ridge.Downscaling(factor=task.factor, neighbours=min(1, plan.reference))
+    else:
+        raise ValueError(
+            f"tasks: no baselines for {task.name}; valid: forecast, temporal_interpolation, "
+            "downscaling"
+        )
     if with_ridge:
         found["ridge"] = ridge.fit_ridge(history, problem).predict(truth, reference)
     return found

@@ -93,9 +93,15 @@ def run_ranks(
             [*arguments, f"trainer.devices={ranks}"],
             cache=cache,
             before=before if rank == 0 else None,
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), GROUP_RANK="0",
-            LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            TORCHELASTIC_RUN_ID="test", **environment,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            GROUP_RANK="0",
+            LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            TORCHELASTIC_RUN_ID="test",
+            **environment,
         )  # fmt: skip
         for rank in range(ranks)
     ]

@@ -1,11 +1,13 @@
 """Zero-shot prediction: a trained model under one task's mask, tile by tile, blended.
 
-A generator over init (or valid) times yields fields of one time after another, so memory does not
-grow with their number.
+Generators over init (or valid) times and bands of latitude, so memory grows neither with the number
+of times nor with the height of the grid.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,184 +15,264 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.batch import StreamSpec, StreamTokens, StreamWindow, View, collate_views
-from atmossl.data.store import Segment
-from atmossl.data.windows import read_window
-from atmossl.geometry import Box, TilePlan
+from atmossl.batch import StreamPrediction, StreamTokens, View, collate_views
+from atmossl.data.segment import Segment
+from atmossl.geometry import Box, Grid, TilePlan
+from atmossl.inference.blend import Fields, Mosaic, Part
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.masking.base import MaskingSampler, make_view
-from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from atmossl.inference.consistency import CoarseCells
+from atmossl.inference.rollout import roll_out
+from atmossl.inference.windows import Source, WindowReader, columns, masked_view
+from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan
 from atmossl.tokens import detokenise
 
 
 @dataclass(frozen=True)
-class TimePlan:
-    """Which steps of a window a task writes: `offsets` from the reference step, which is the init
-    time of a forecast or the valid time otherwise; `reference` counts from the window's start."""
+class _Tile:
+    """One tile of one case. complete: rows that are final once it is in, for the last of a row."""
 
-    reference: int
-    offsets: tuple[int, ...]
-    is_forecast: bool
-
-
-def time_plan(task: MaskingSampler, num_steps: int, step_hours: float) -> TimePlan:
-    """Steps that a task writes in a window of `num_steps`."""
-    match task:
-        case Forecast(lead_hours):
-            count = round(lead_hours / step_hours)
-            return TimePlan(num_steps - 1 - count, tuple(range(1, count + 1)), True)
-        case TemporalInterpolation(hidden_hours):
-            count = round(hidden_hours / step_hours)
-            return TimePlan((num_steps - count) // 2, tuple(range(count)), False)
-        case Downscaling():
-            return TimePlan(num_steps // 2, (0,), False)
-    raise ValueError(f"task {type(task).__name__} cannot be predicted")
+    case: int
+    box: Box
+    weight: np.ndarray
+    view: View
+    hidden: tuple[Points, ...]
+    member: int | None
+    complete: int | None
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """One task on one segment. overlap: share of a tile that its neighbour covers as well."""
+    """One task on one segment.
+
+    overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
+    the model, of any time or member. seed: of the order in which members go on in a rollout.
+    """
 
     trained: TrainedModel
     segment: Segment
-    task: MaskingSampler
+    task: Task
     overlap: float
     batch_size: int
     device: str
     lon_shift: int = 0
+    seed: int = 0
+
+    @cached_property
+    def plan(self) -> TimePlan:
+        refine = getattr(self.task, "refine", 1)
+        return self.task.plan(self.trained.window.time, self.segment.step_hours / refine)
 
     @property
-    def plan(self) -> TimePlan:
-        return time_plan(self.task, self.trained.window.time, self.segment.step_hours)
+    def step(self) -> np.timedelta64:
+        """Time between the steps of a window."""
+        return self.segment.step // self.plan.refine
 
+    @cached_property
+    def grid(self) -> Grid:
+        """Of the prediction: the store's, or one that nests in it."""
+        coarse = self._coarse_factor
+        try:
+            return self.segment.grid.refined(coarse) if coarse > 1 else self.segment.grid
+        except ValueError as error:
+            raise ValueError(f"task.coarse_input: {self.segment.location}: {error}") from error
+
+    @property
+    def _coarse_factor(self) -> int:
+        task = self.task
+        return task.factor if isinstance(task, Downscaling) and task.coarse_input else 1
+
+    @cached_property
     def tiles(self) -> TilePlan:
-        window = self.trained.window.on(self.segment)
-        align = self.task.factor if isinstance(self.task, Downscaling) else 1
+        self.task.check(self.grid)
+        (num_lat, num_lon), window = self.grid.shape, self.trained.window
         return TilePlan(
-            self.segment.grid, window.lat, window.lon, self.overlap, self.lon_shift, align
+            self.grid,
+            window.lat or num_lat,
+            window.lon or num_lon,
+            self.overlap,
+            self.lon_shift,
+            self.task.align,
         )
 
+    @property
+    def row_chunk(self) -> int:
+        """Rows of latitude that are written at once."""
+        align = self.task.align
+        return max(1, round(self.tiles.lat_size * (1 - self.overlap)) // align) * align
+
     def possible_times(self) -> np.ndarray:
-        """Reference times with all the steps that a window needs around them."""
-        last = len(self.segment.times) - self._steps_read + self.plan.reference + 1
-        return self.segment.times[self.plan.reference : max(last, 0)]
+        """Reference times with all the steps around them that a window needs; so far apart that
+        no valid time is written twice."""
+        before = self._steps_before
+        last = len(self.segment.times) - len(self.plan.read) + before + 1
+        stride = 1 if self.plan.is_forecast or self.plan.refine > 1 else len(self.plan.offsets)
+        return self.segment.times[before : max(last, before) : stride]
 
     @property
-    def _steps_read(self) -> int:
-        """Steps of the window that are read: none after the init time of a forecast."""
-        plan = self.plan
-        return plan.reference + 1 if plan.is_forecast else self.trained.window.time
+    def _steps_before(self) -> int:
+        """Steps of the store that are read before the reference time."""
+        return (self.plan.reference - self.plan.read[0]) // self.plan.refine
 
     def window_start(self, time: np.datetime64) -> int:
-        """First step of the window for a reference time.
+        """First step of the store that is read for a reference time.
 
         Raises:
             ValueError: the time is not in the store, or there are too few steps around it.
         """
-        index = self.segment.find_time(time)
-        possible = self.possible_times()
-        if len(possible) == 0 or not possible[0] <= time <= possible[-1]:
-            before = self.plan.reference
+        index, before = self.segment.find_time(time), self._steps_before
+        after = len(self.plan.read) - 1 - before
+        last = len(self.segment.times) - 1 - after
+        if not before <= index <= last:
+            valid = [np.datetime_as_string(t, "h") for t in self.segment.times[before : last + 1]]
+            valid = f"{valid[0]} to {valid[-1]}" if valid else "none, the store is too short"
             raise ValueError(
                 f"init_time={np.datetime_as_string(time, 'h')} lacks steps around it: the task "
-                f"needs {before} before and {self._steps_read - 1 - before} after; valid: "
-                f"{possible[:1]} to {possible[-1:]}"
+                f"needs {before} before and {max(after, 0)} after; valid: {valid}"
             )
-        return index - self.plan.reference
+        return index - before
 
-    def run(self, times: Sequence[np.datetime64]) -> Iterator[dict[str, np.ndarray]]:
-        """For every reference time, each variable's blended ensemble in its own units,
-        [step member level lat lon] over the steps that the task writes."""
+    def first_view(self, time: np.datetime64) -> View:
+        """What the model is shown of the first tile; no batch axis."""
+        return next(self._tiles([Source(self.segment, self.window_start(time))])).view
+
+    def run(self, times: Sequence[np.datetime64]) -> Iterator[Fields]:
+        """For every reference time, each variable's blended ensemble over all that is written."""
+        whole: Fields = {}
+        for part in self.parts(times):
+            for name, values in part.fields.items():
+                steps, members, levels = len(self.plan.offsets), *values.shape[1:3]
+                shape = (steps, members, levels, *self.grid.shape)
+                target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
+                target[part.step : part.step + len(values), :, :, part.rows] = values
+            if part.completes:
+                yield whole
+                whole = {}
+
+    def parts(self, times: Sequence[np.datetime64]) -> Iterator[Part]:
+        """All that is written, case after case, each as soon as it is ready.
+
+        Raises:
+            ValueError: a time without its steps, or a task that does not fit store or model.
+        """
+        starts = [self.window_start(time) for time in times]
+        if self.plan.num_passes > 1:
+            for case, start in enumerate(starts):
+                yield from roll_out(self, case, start)
+            return
+        coarse = self._coarse_cells()
+        for part in self.blended([Source(self.segment, start) for start in starts]):
+            if coarse is None:
+                yield part
+            else:
+                time = starts[part.case] + self._steps_before
+                fields, departure = coarse.compare(part.fields, time, part.rows)
+                yield replace(part, fields=fields, departure=departure)
+
+    def _coarse_cells(self) -> CoarseCells | None:
+        if not isinstance(self.task, Downscaling):
+            return None
+        levels = {v: spec.level_values for spec in self.trained.specs for v in spec.variables}
+        return CoarseCells(self.segment, self.grid, self.task, levels)
+
+    def blended(self, sources: Sequence[Source]) -> Iterator[Part]:
+        """Bands of latitude of one source after another, for the steps of one pass."""
         model = self.trained.model.to(self.device)
-        tiles = self.tiles()
-        for time in times:
-            start = self.window_start(time)
-            blended: dict[str, np.ndarray] = {}
-            for first in range(0, len(tiles.tiles), self.batch_size):
-                chosen = range(first, min(first + self.batch_size, len(tiles.tiles)))
-                views = [(self._view(start, tiles.tiles[i]),) for i in chosen]
-                batch = collate_views(views, list(chosen)).to(self.device)
-                with torch.inference_mode():
-                    prediction = model(batch.views[0])
-                for stream, predicted in zip(
-                    _predicted(batch.views[0]), prediction.streams, strict=True
-                ):
-                    fields = self._fields(stream, predicted.members, predicted.queries)
-                    self._blend(blended, stream.spec, fields, tiles, chosen)
-            yield blended
+        tiles, mosaic = self._tiles(sources), Mosaic(self.grid.shape[1])
+        while batch := list(islice(tiles, self.batch_size)):
+            views = collate_views([(tile.view,) for tile in batch], [t.case for t in batch])
+            view = views.to(self.device).views[0]
+            with torch.inference_mode():
+                prediction = model(view)
+            streams = [stream for stream in view.streams if stream.spec.role == "predict"]
+            fields = [
+                self._fields(stream, predicted, batch)
+                for stream, predicted in zip(streams, prediction.streams, strict=True)
+            ]
+            for number, tile in enumerate(batch):
+                for stream, own in zip(streams, fields, strict=True):
+                    mosaic.add(stream.spec.variables, own[number], tile.box, tile.weight)
+                if tile.complete is not None:
+                    completes = tile.complete == self.grid.shape[0]
+                    rows, done = mosaic.take(tile.complete)
+                    if rows.stop > rows.start:
+                        yield Part(tile.case, 0, rows, done, completes, {})
+                    mosaic = Mosaic(self.grid.shape[1]) if completes else mosaic
 
-    def _view(self, start: int, box: Box) -> View:
-        """The window's view under the task's mask; the mask's generator is never used."""
-        trained = self.trained
-        windows = read_window(
-            self.segment, trained.specs, trained.normaliser, start, self._steps_read, box
-        )
-        missing = trained.window.time - self._steps_read
-        windows = tuple(_extended(w, missing, self.segment.step_hours) for w in windows)
-        rng = np.random.default_rng(0)
-        return make_view(windows, self.task, rng, first_guess=trained.first_guess)
+    def _tiles(self, sources: Sequence[Source]) -> Iterator[_Tile]:
+        """Tiles of all sources in the order of writing; each band of latitude is read once."""
+        plan, (num_lat, num_lon) = self.tiles, self.grid.shape
+        reader = WindowReader(self.trained, self.plan, self.grid, self._coarse_factor)
+        rows = plan.rows()
+        for case, source in enumerate(sources):
+            for row, numbers in enumerate(rows):
+                south = plan.tiles[numbers[0]].lat_start
+                band = reader.read(source, Box(south, 0, plan.lat_size, num_lon))
+                following = plan.tiles[rows[row + 1][0]].lat_start if row + 1 < len(rows) else None
+                complete = (
+                    num_lat if following is None else following // self.row_chunk * self.row_chunk
+                )
+                for number in numbers:
+                    box = plan.tiles[number]
+                    view, hidden = masked_view(
+                        columns(band, box.lon_index(num_lon)),
+                        self.task,
+                        first_guess=self.trained.first_guess,
+                    )
+                    last = complete if number == numbers[-1] else None
+                    yield _Tile(case, box, plan.weights[number], view, hidden, source.member, last)
 
     def _fields(
-        self, stream: StreamTokens, members: Tensor, queries
-    ) -> Float[np.ndarray, "batch member variable level step lat lon"]:
-        """Queries back into windows, denormalised, only the steps that are written."""
-        num_members = members.shape[2]
-        everywhere = members.new_zeros(
-            (members.shape[0], stream.grid.num_tokens + 1, num_members, members.shape[-1])
+        self, stream: StreamTokens, predicted: StreamPrediction, batch: list[_Tile]
+    ) -> Float[np.ndarray, "batch variable step member level lat lon"]:
+        """Windows in the variables' own units over the steps of one pass: predicted where hidden,
+        as given elsewhere."""
+        spec = stream.spec
+        steps = [self.plan.reference + offset for offset in self.plan.pass_offsets]
+        members = _wanted_members(predicted.members, batch)
+        fields = detokenise(_in_place(members, predicted, stream), spec)[..., steps, :, :]
+        number = [tile.view.names().index(spec.name) for tile in batch]
+        hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
+        hidden = hidden[..., steps, :, :].to(fields.device)
+        if not bool(hidden.all()):
+            given = detokenise(stream.target, spec)[..., steps, :, :]
+            fields = torch.where(hidden[:, None, None], fields, given[:, None])
+        values = self.trained.normaliser.inverse(fields.cpu(), spec).numpy()
+        return rearrange(
+            values,
+            "batch member variable level step lat lon -> batch variable step member level lat lon",
         )
-        # padding goes to a spare token at the end, which is cut off
-        spare = torch.full_like(queries.index, stream.grid.num_tokens)
-        index = torch.where(queries.valid, queries.index, spare)[..., None, None]
-        everywhere.scatter_(1, index.expand_as(members), members)
-        num_level, num_time, num_lat, num_lon = stream.grid.shape
-        tokens = rearrange(
-            everywhere[:, :-1],
-            "batch (level nt nlat nlon) member patch -> batch member level nt nlat nlon patch",
-            level=num_level,
-            nt=num_time,
-            nlat=num_lat,
-            nlon=num_lon,
-        )
-        fields = detokenise(tokens, stream.spec).cpu()
-        steps = [self.plan.reference + offset for offset in self.plan.offsets]
-        return self.trained.normaliser.inverse(fields[..., steps, :, :], stream.spec).numpy()
-
-    def _blend(
-        self,
-        blended: dict[str, np.ndarray],
-        spec: StreamSpec,
-        fields: np.ndarray,
-        tiles: TilePlan,
-        chosen: range,
-    ) -> None:
-        """Add weighted tiles into the global fields of every variable."""
-        num_lat, num_lon = self.segment.grid.shape
-        for position, number in enumerate(chosen):
-            tile, weight = tiles.tiles[number], tiles.weights[number]
-            rows, columns = tile.lat_index()[:, None], tile.lon_index(num_lon)
-            for row, name in enumerate(spec.variables):
-                values = rearrange(
-                    fields[position, :, row],
-                    "member level step lat lon -> step member level lat lon",
-                )
-                if name not in blended:
-                    shape = (*values.shape[:3], num_lat, num_lon)
-                    blended[name] = np.zeros(shape, np.float32)
-                blended[name][..., rows, columns] += values * weight.astype(np.float32)
 
 
-def _extended(window: StreamWindow, missing: int, step_hours: float) -> StreamWindow:
-    """The window with its last field repeated for steps to come, all of which are hidden."""
-    if missing == 0:
-        return window
-    steps = torch.arange(1, missing + 1) * step_hours
-    last = window.fields[..., -1:, :, :]
-    return replace(
-        window,
-        fields=torch.cat([window.fields, *[last] * missing], dim=-3),
-        time_hours=torch.cat([window.time_hours, window.time_hours[-1] + steps]),
+def _wanted_members(
+    members: Float[Tensor, "batch query member patch"], batch: list[_Tile]
+) -> Tensor:
+    """One member per tile where the tiles name one, all otherwise."""
+    chosen = [tile.member for tile in batch if tile.member is not None]
+    if not chosen:
+        return members
+    index = torch.tensor(chosen, device=members.device)[:, None, None, None]
+    return members.gather(2, index.expand(-1, members.shape[1], 1, members.shape[-1]))
+
+
+def _in_place(
+    members: Float[Tensor, "batch query member patch"],
+    predicted: StreamPrediction,
+    stream: StreamTokens,
+) -> Float[Tensor, "batch member level nt nlat nlon patch"]:
+    """Queries back at their tokens, zeros where nothing was asked."""
+    queries, (num_level, num_time, num_lat, num_lon) = predicted.queries, stream.grid.shape
+    everywhere = members.new_zeros(
+        (members.shape[0], stream.grid.num_tokens + 1, *members.shape[2:])
     )
-
-
-def _predicted(view: View) -> list[StreamTokens]:
-    return [stream for stream in view.streams if stream.spec.role == "predict"]
+    # padding goes to a spare token at the end, which is cut off
+    spare = torch.full_like(queries.index, stream.grid.num_tokens)
+    index = torch.where(queries.valid, queries.index, spare)[..., None, None]
+    everywhere.scatter_(1, index.expand_as(members), members)
+    return rearrange(
+        everywhere[:, :-1],
+        "batch (level nt nlat nlon) member patch -> batch member level nt nlat nlon patch",
+        level=num_level,
+        nt=num_time,
+        nlat=num_lat,
+        nlon=num_lon,
+    )

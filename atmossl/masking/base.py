@@ -43,8 +43,22 @@ class Layout:
         offset = (torch.arange(count) - (count - 1) / 2) * self.step_hours
         return self.grid.time_hours[:, None] + offset
 
+    def point_lat(self) -> Float[Tensor, "lat"]:
+        """Latitudes of the window's rows in degrees."""
+        return _points(self.grid.lat, self.grid.lat_extent, self.spec.token_size.lat)
+
+    def point_lon(self) -> Float[Tensor, "lon"]:
+        """Longitudes of the window's columns in degrees, 0 to 360."""
+        return _points(self.grid.lon, self.grid.lon_extent, self.spec.token_size.lon) % 360.0
+
     def nothing_hidden(self) -> StreamMask:
         return StreamMask(torch.zeros(self.grid.shape, dtype=torch.int64))
+
+
+def _points(centre: Tensor, extent: Tensor, count: int) -> Tensor:
+    """Points of tokens, flat, from their centres and what a token spans, in float64."""
+    offset = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2) / count * extent
+    return (centre[:, None] + offset).flatten()
 
 
 class MaskingSampler(Protocol):

@@ -1,18 +1,102 @@
 """The tasks as masks: regions of physical time and space, put onto each stream by its tokens.
 
-Every task is a masking sampler that ignores its generator. A region that would cut through the
-tokens of a stream is refused, so that all streams hide the same air.
+Every task is a masking sampler that ignores its generator, and a plan of the steps that it reads
+and writes. A region that would cut through the tokens of a stream in time is refused, so that all
+streams hide the same air. Tasks that hide places or variables are in `masking.places`.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import repeat
+from jaxtyping import Bool
+from torch import Tensor
 
-from atmossl.batch import Corruption, StreamMask
+from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
+from atmossl.geometry import Grid
 from atmossl.masking.base import Layout
 
+Points = Bool[Tensor, "level time lat lon"]
+
 _TOLERANCE_HOURS = 1e-3
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Which steps of a window a task reads from the store, and which it writes.
+
+    reference: window step of the reference time, which is the init time if `is_forecast` and the
+        valid time otherwise. offsets: steps written, from the reference, over all passes.
+    read: window steps that the store has to give, `refine` steps apart; all others are hidden.
+    refine: window steps per step of the store. num_passes: of the model, each going on from the
+        members of the one before.
+    """
+
+    reference: int
+    offsets: tuple[int, ...]
+    read: tuple[int, ...]
+    is_forecast: bool = False
+    refine: int = 1
+    num_passes: int = 1
+
+    @property
+    def pass_offsets(self) -> tuple[int, ...]:
+        """Steps that one pass writes."""
+        return self.offsets if self.num_passes == 1 else self.offsets[: self.steps_per_pass]
+
+    @property
+    def steps_per_pass(self) -> int:
+        return -(-len(self.offsets) // self.num_passes)
+
+
+class Task:
+    """What a task adds to its mask."""
+
+    @property
+    def align(self) -> int:
+        """Cells that tiles have to keep together."""
+        return 1
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        """Steps read and written in a window of `num_steps` that are `step_hours` apart."""
+        raise NotImplementedError
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        raise NotImplementedError
+
+    def check(self, grid: Grid) -> None:
+        """Raise ValueError if the task cannot be put onto a store's grid."""
+
+    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
+        """Hidden points of every stream, for a task that hides less than whole tokens."""
+        del layouts
+
+    def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
+        """The windows as the model is to take them."""
+        return windows
+
+
+def steps_of(key: str, hours: float, step_hours: float) -> int:
+    """Number of steps of a duration; ValueError if it is no multiple of the step."""
+    count = round(hours / step_hours)
+    if hours <= 0:
+        raise ValueError(f"{key} must be positive, got {hours:g} h")
+    if abs(hours / step_hours - count) > _TOLERANCE_HOURS:
+        raise ValueError(f"{key}={hours:g} h is no multiple of the data's step of {step_hours:g} h")
+    return count
+
+
+def step_hours_of(layouts: tuple[Layout, ...]) -> float:
+    return min(layout.step_hours for layout in layouts)
+
+
+def window_times(layouts: tuple[Layout, ...]) -> Tensor:
+    """Times [step] of the window's points, hours since 1970."""
+    finest = min(layouts, key=lambda layout: layout.step_hours)
+    return finest.point_times().flatten()
 
 
 def hide_times(
@@ -48,70 +132,220 @@ def hide_times(
     return tuple(masks)
 
 
-def _window_times(layouts: tuple[Layout, ...]) -> torch.Tensor:
-    finest = min(layouts, key=lambda layout: layout.step_hours)
-    return finest.point_times().flatten()
+def points_of(tokens: Bool[Tensor, "level nt nlat nlon"], spec: StreamSpec) -> Points:
+    """One value per token at all its points."""
+    size = spec.token_size
+    return repeat(
+        tokens,
+        "level nt nlat nlon -> (level pl) (nt pt) (nlat plat) (nlon plon)",
+        pl=size.level,
+        pt=size.time,
+        plat=size.lat,
+        plon=size.lon,
+    )
+
+
+def union(masks: list[tuple[StreamMask, ...]]) -> tuple[StreamMask, ...]:
+    """Per stream, what any of the masks hides; a masked token stays masked where another mask
+    gives it coarse.
+
+    Raises:
+        ValueError: two masks coarsen by different factors.
+    """
+    return tuple(_union_of_stream(of_stream) for of_stream in zip(*masks, strict=True))
+
+
+def _union_of_stream(masks: tuple[StreamMask, ...]) -> StreamMask:
+    known_by = torch.tensor([3, 0, 0, 1, 1, 2])  # by Corruption: how much a token still shows
+    assert len(known_by) == len(Corruption)
+    corruption = masks[0].corruption
+    for mask in masks[1:]:
+        less = known_by[mask.corruption] < known_by[corruption]
+        corruption = torch.where(less, mask.corruption, corruption)
+    coarse = {m.coarsen_factor for m in masks if bool((m.corruption == Corruption.COARSEN).any())}
+    if len(coarse) > 1:
+        raise ValueError(f"task.parts coarsen by {sorted(coarse)}; give one factor")
+    return StreamMask(corruption, coarsen_factor=max(coarse, default=1))
+
+
+def _check_room(key: str, hours: float, count: int, num_steps: int, step_hours: float) -> None:
+    if count >= num_steps:
+        raise ValueError(
+            f"{key}={hours:g} h hides every one of the window's {num_steps} steps of "
+            f"{step_hours:g} h; valid: up to {(num_steps - 1) * step_hours:g} h"
+        )
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Hide the last `lead_hours` of the window (zero-shot forecast, AtmoRep section 3)."""
+class Forecast(Task):
+    """Hide the last steps of the window (zero-shot forecast, AtmoRep section 3).
+
+    lead_hours: longest lead time. rollout_hours: lead time of one pass, the whole by default; a
+    longer lead time is reached by passes that each go on from the members of the one before.
+    """
 
     lead_hours: float
+    rollout_hours: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lead_hours <= 0:
-            raise ValueError(f"task.lead_time must be positive, got {self.lead_hours:g} h")
+        for key, value in (("lead_time", self.lead_hours), ("rollout_time", self.rollout_hours)):
+            if value is not None and value <= 0:
+                raise ValueError(f"task.{key} must be positive, got {value:g} h")
+
+    @property
+    def pass_hours(self) -> float:
+        return min(self.lead_hours, self.rollout_hours or self.lead_hours)
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        total = steps_of("task.lead_time", self.lead_hours, step_hours)
+        key = "task.lead_time" if self.pass_hours == self.lead_hours else "task.rollout_time"
+        count = steps_of(key, self.pass_hours, step_hours)
+        _check_room(key, self.pass_hours, count, num_steps, step_hours)
+        reference = num_steps - 1 - count
+        return TimePlan(
+            reference=reference,
+            offsets=tuple(range(1, total + 1)),
+            read=tuple(range(reference + 1)),
+            is_forecast=True,
+            num_passes=-(-total // count),
+        )
 
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
-        end = float(_window_times(layouts)[-1])
-        step = min(layout.step_hours for layout in layouts)
-        if abs(self.lead_hours / step - round(self.lead_hours / step)) > _TOLERANCE_HOURS:
-            raise ValueError(
-                f"task.lead_time={self.lead_hours:g} h is no multiple of the data's step of "
-                f"{step:g} h"
-            )
-        return hide_times(layouts, end - self.lead_hours + step, end)
+        end, step = float(window_times(layouts)[-1]), step_hours_of(layouts)
+        steps_of("task.lead_time", self.lead_hours, step)
+        return hide_times(layouts, end - self.pass_hours + step, end)
 
 
 @dataclass(frozen=True)
-class TemporalInterpolation:
-    """Hide steps in the middle of the window, `hidden_hours` in all, as centred as can be."""
+class Hindcast(Task):
+    """Hide the first `lead_hours` of the window: what came before the init time. Written as lead
+    times below 0."""
+
+    lead_hours: float
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        count = steps_of("task.lead_time", self.lead_hours, step_hours)
+        _check_room("task.lead_time", self.lead_hours, count, num_steps, step_hours)
+        return TimePlan(
+            reference=count,
+            offsets=tuple(range(-count, 0)),
+            read=tuple(range(count, num_steps)),
+            is_forecast=True,
+        )
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        del rng
+        start, step = float(window_times(layouts)[0]), step_hours_of(layouts)
+        steps_of("task.lead_time", self.lead_hours, step)
+        return hide_times(layouts, start, start + self.lead_hours - step)
+
+
+@dataclass(frozen=True)
+class TemporalInterpolation(Task):
+    """Hide steps inside the window, `hidden_hours` in its middle, as centred as can be.
+
+    steps: these steps of the window instead, counted from 0.
+    refine: raise the store's time resolution this many times: the window's steps are that much
+        shorter than the store's, and hide all that lie between those of the store.
+    """
 
     hidden_hours: float
+    steps: tuple[int, ...] | None = None
+    refine: int = 1
 
     def __post_init__(self) -> None:
         if self.hidden_hours <= 0:
             raise ValueError(f"task.hidden_time must be positive, got {self.hidden_hours:g} h")
+        if self.refine < 1 or (self.refine > 1 and self.steps is not None):
+            raise ValueError(
+                f"task.refine={self.refine} with task.steps={self.steps}: give a factor of at "
+                "least 1, or steps, not both"
+            )
+
+    def _hidden(self, num_steps: int, step_hours: float) -> list[int]:
+        """Hidden steps of a window."""
+        if self.refine > 1:
+            return [step for step in range(num_steps) if step % self.refine]
+        if self.steps is not None:
+            if not self.steps or not 0 < min(self.steps) <= max(self.steps) < num_steps - 1:
+                raise ValueError(
+                    f"task.steps={list(self.steps)}: hide steps inside the window; valid: 1 to "
+                    f"{num_steps - 2}"
+                )
+            return sorted(set(self.steps))
+        count = round(self.hidden_hours / step_hours)
+        if count < 1 or count > num_steps - 2:
+            raise ValueError(
+                f"task.hidden_time={self.hidden_hours:g} h hides {count} of the window's "
+                f"{num_steps} steps; valid: 1 to {num_steps - 2} steps of {step_hours:g} h"
+            )
+        start = (num_steps - count) // 2
+        return list(range(start, start + count))
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        if self.refine > 1:
+            return self._refining_plan(num_steps)
+        hidden = self._hidden(num_steps, step_hours)
+        offsets = tuple(step - hidden[0] for step in hidden)
+        return TimePlan(hidden[0], offsets, tuple(range(num_steps)))
+
+    def _refining_plan(self, num_steps: int) -> TimePlan:
+        """The known step in the middle and the hidden ones up to the next known one."""
+        last = (num_steps - 1) // self.refine * self.refine
+        if last == 0:
+            raise ValueError(
+                f"task.refine={self.refine} leaves one known step in the window's {num_steps}; "
+                f"valid: up to {num_steps - 1}"
+            )
+        reference = (num_steps - 1) // 2 // self.refine * self.refine
+        reference = min(reference, last - self.refine)
+        return TimePlan(
+            reference=reference,
+            offsets=tuple(range(self.refine)),
+            read=tuple(range(0, last + 1, self.refine)),
+            refine=self.refine,
+        )
 
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
-        times = _window_times(layouts)
-        step = min(layout.step_hours for layout in layouts)
-        count = round(self.hidden_hours / step)
-        if count < 1 or count > len(times) - 2:
-            raise ValueError(
-                f"task.hidden_time={self.hidden_hours:g} h hides {count} of the window's "
-                f"{len(times)} steps; valid: 1 to {len(times) - 2} steps of {step:g} h"
-            )
-        start = (len(times) - count) // 2
-        return hide_times(layouts, float(times[start]), float(times[start + count - 1]))
+        times = window_times(layouts)
+        hidden = self._hidden(len(times), step_hours_of(layouts))
+        runs = np.split(np.array(hidden), np.flatnonzero(np.diff(hidden) > 1) + 1)
+        return union(
+            [hide_times(layouts, float(times[run[0]]), float(times[run[-1]])) for run in runs]
+        )
 
 
 @dataclass(frozen=True)
-class Downscaling:
-    """Give every token as means over factor x factor cells, predict all at full resolution."""
+class Downscaling(Task):
+    """Give every token as means over factor x factor cells, predict all at full resolution.
+
+    consistent: add to every coarse cell of the prediction what its mean lacks of the given one.
+    coarse_input: the store holds the coarse cells themselves.
+    """
 
     factor: int
+    consistent: bool = False
+    coarse_input: bool = False
 
     def __post_init__(self) -> None:
         if self.factor < 2:
             raise ValueError(f"task.factor must be at least 2, got {self.factor}")
+
+    @property
+    def align(self) -> int:
+        return self.factor
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        del step_hours
+        return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator

@@ -237,6 +237,9 @@ class PredictConfig(Strict):
     overlap: float = Field(ge=0.0, lt=1.0)
     batch_size: Positive
     accelerator: Literal["auto", "cpu", "gpu"]
+    seed: NotNegative
+    layout: Literal["cf", "weatherbench2"]
+    resume: bool
     output: Path
 
 

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from atmossl.masking.combined import Combined
+from atmossl.masking.places import AllButStations, CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
-from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation
 
 MASKS = {
     f"{kind.__module__}.{kind.__name__}": kind
@@ -17,8 +19,14 @@ MASKS = {
         TimeBlockMasking,
         Mixture,
         Forecast,
+        Hindcast,
         TemporalInterpolation,
         Downscaling,
+        Inpainting,
+        LatLonBox,
+        AllButStations,
+        CrossVariable,
+        Combined,
     )
 }
 

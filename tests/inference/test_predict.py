@@ -1,78 +1,29 @@
 """Tiling, blending and dating, with networks whose prediction is known."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 from torch import nn
 
-from atmossl.batch import Prediction, StreamPrediction, View
-from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import open_segment
-from atmossl.data.windows import WindowSize
-from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
-from atmossl.inference.writer import predictions, write
-from atmossl.masking.base import MaskingSampler
-from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
-from tests.synthetic import dataset, spec
-
-NAMES = ("temperature", "u_component_of_wind")
-STORE = dataset(steps=12)
+from atmossl.inference.writer import write
+from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
+from tests.inference.known import NAMES, STORE, Known, run_at
+from tests.inference.known import predictor as known
 
 
-class Oracle(nn.Module):
-    """Two members: the given field of every hidden token, minus and plus one."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.source = source
-
-    def forward(self, view: View) -> Prediction:
-        streams = []
-        for stream in view.streams:
-            flat = getattr(stream, self.source).flatten(1, 4)
-            assert stream.queries is not None
-            index = stream.queries.index[..., None].expand(-1, -1, flat.shape[-1])
-            values = flat.gather(1, index)
-            members = torch.stack([values - 1, values + 1], dim=2)
-            streams.append(StreamPrediction(members, stream.queries))
-        return Prediction(tuple(streams))
-
-
-def segment() -> Segment:
-    return open_segment("waves", STORE, "memory", variables=NAMES, levels=(300, 500, 850))
-
-
-def predictor(task: MaskingSampler, source: str = "target", **changes) -> Predictor:
-    record = segment()
-    trained = TrainedModel(
-        model=Oracle(source),
-        specs=(spec(token=(1, 2, 2)),),
-        normaliser=Normaliser(Statistics.compute([record])),
-        window=WindowSize(5, 4, 8),
-        first_guess=True,
-        data="waves",
-        record={},
-        digest="0",
-    )
-    arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
-    return Predictor(trained=trained, segment=record, task=task, **arguments)
-
-
-def run_at(used: Predictor, step: int) -> dict[str, np.ndarray]:
-    (fields,) = used.run([used.segment.times[step]])
-    return fields
+def predictor(task: Task, source: str = "target", **changes) -> Predictor:
+    return known(task, Known(attrgetter(source)), **changes)
 
 
 @pytest.mark.parametrize("task", [TemporalInterpolation(6), Downscaling(2)])
 @pytest.mark.parametrize(
     "changes", [{}, {"overlap": 0.0}, {"overlap": 0.7, "lon_shift": 2}, {"batch_size": 100}]
 )
-def test_tiles_of_the_truth_blend_to_the_truth(task: MaskingSampler, changes: dict) -> None:
+def test_tiles_of_the_truth_blend_to_the_truth(task: Task, changes: dict) -> None:
     used = predictor(task, **changes)
     fields = run_at(used, 6)
     scale = used.trained.normaliser.statistics.std
@@ -117,7 +68,7 @@ def test_what_is_written_is_dated_and_whole(tmp_path, suffix: str) -> None:
     used = predictor(Forecast(12))
     times = used.segment.times[4:7]
     path = tmp_path / f"out.{suffix}"
-    write(predictions(used, times), path, "init_time")
+    write(used, times, path)
     with (
         xr.open_zarr(path, consolidated=False)
         if suffix == "zarr"
@@ -132,12 +83,12 @@ def test_what_is_written_is_dated_and_whole(tmp_path, suffix: str) -> None:
         assert store["temperature"].attrs["standard_name"] == "air_temperature"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(ValueError, match="exists"):
-        write(predictions(used, times), path, "init_time")
+        write(used, times, path)
 
 
 def test_a_failure_leaves_no_output(tmp_path) -> None:
     used = predictor(Forecast(12))
     broken = replace(used, trained=replace(used.trained, model=nn.Identity()))
     with pytest.raises(AttributeError):
-        write(predictions(broken, used.segment.times[4:5]), tmp_path / "out.zarr", "init_time")
+        write(broken, used.segment.times[4:5], tmp_path / "out.zarr")
     assert not (tmp_path / "out.zarr").exists()

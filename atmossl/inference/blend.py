@@ -1,0 +1,69 @@
+"""Tiles into fields of the whole grid, kept only as long as more tiles can come."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from atmossl.geometry import Box
+
+Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is ready to be written of one case, which is one init or valid time.
+
+    step: first of the plan's offsets that the fields hold. rows: latitudes that they cover.
+    completes: whether nothing is left of the case. departure: mean square per variable of what the
+    coarsened prediction lacks of the given coarse cells, for downscaling.
+    """
+
+    case: int
+    step: int
+    rows: slice
+    fields: Fields
+    completes: bool
+    departure: dict[str, float]
+
+
+class Mosaic:
+    """Sum of weighted tiles of one case, over the bands of latitude that are still open."""
+
+    def __init__(self, num_lon: int) -> None:
+        self.num_lon = num_lon
+        self.south = 0  # first row that is held
+        self._fields: Fields = {}
+
+    def add(
+        self, names: tuple[str, ...], values: np.ndarray, tile: Box, weight: np.ndarray
+    ) -> None:
+        """Add [variable step member level lat lon], of which the lat and lon are the tile's."""
+        weighted = values * weight.astype(np.float32)
+        top = tile.lat_start + tile.lat_size - self.south
+        rows = slice(tile.lat_start - self.south, top)
+        first = tile.lon_start
+        before = min(tile.lon_size, self.num_lon - first)  # columns before the circle closes
+        for name, own in zip(names, weighted, strict=True):
+            field = self._room(name, own.shape, top)
+            field[..., rows, first : first + before] += own[..., :before]
+            if before < tile.lon_size:
+                field[..., rows, : tile.lon_size - before] += own[..., before:]
+
+    def _room(self, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
+        """The variable's field with at least so many rows."""
+        field = self._fields.get(name)
+        held = 0 if field is None else field.shape[-2]
+        if field is None or held < num_rows:
+            grown = np.zeros((*shape[:-2], num_rows, self.num_lon), np.float32)
+            if field is not None:
+                grown[..., :held, :] = field
+            self._fields[name] = field = grown
+        return field
+
+    def take(self, end: int) -> tuple[slice, Fields]:
+        """Rows up to `end`, to which no more tiles come; they are forgotten here."""
+        rows, count = slice(self.south, max(end, self.south)), max(end - self.south, 0)
+        done = {name: field[..., :count, :] for name, field in self._fields.items()}
+        self._fields = {name: field[..., count:, :].copy() for name, field in self._fields.items()}
+        self.south = rows.stop
+        return rows, done

@@ -1,0 +1,118 @@
+"""GRIB2 of predictions, through ecCodes: one message per time, lead time, member and level."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+import xarray as xr
+
+from atmossl.inference.predict import Predictor
+
+_SHORT_NAMES = {
+    "temperature": "t",
+    "u_component_of_wind": "u",
+    "v_component_of_wind": "v",
+    "geopotential": "z",
+    "specific_humidity": "q",
+    "vertical_velocity": "w",
+    "vorticity": "vo",
+    "divergence": "d",
+    "2m_temperature": "2t",
+    "mean_sea_level_pressure": "msl",
+    "10m_u_component_of_wind": "10u",
+    "10m_v_component_of_wind": "10v",
+}
+_BITS = 24  # of every value: the range over 2**24, about what float32 resolves
+_MINUTE = np.timedelta64(1, "m")
+
+
+def _eccodes() -> ModuleType:
+    try:
+        import eccodes
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"output: .grib2 needs ecCodes ({error}); install atmossl[grib], or write .zarr or .nc"
+        ) from error
+    return eccodes
+
+
+def check_grib(predictor: Predictor) -> None:
+    """Raise ValueError, before any work, for what GRIB2 cannot hold or ecCodes does not know."""
+    _eccodes()
+    specs = [spec for spec in predictor.trained.specs if spec.role == "predict"]
+    unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
+    if unknown:
+        raise ValueError(f"output: no GRIB2 name for {unknown}; known: {sorted(_SHORT_NAMES)}")
+    if np.ptp(np.diff(predictor.grid.latitude)) > 1e-3:
+        raise ValueError("output: .grib2 of latitudes that are not evenly spaced; write .zarr")
+    if min(predictor.plan.offsets) < 0:
+        raise ValueError("output: .grib2 has no lead times below 0; write .zarr or .nc")
+
+
+def write_grib(store: xr.Dataset, path: Path) -> None:
+    """All fields of a prediction, of either layout, one after another."""
+    eccodes = _eccodes()
+    names = {"number": "member", "prediction_timedelta": "lead_time"}
+    store = store.rename({old: new for old, new in names.items() if old in store.dims})
+    if "lead_time" in store.dims and "time" in store.dims:
+        store = store.rename(time="init_time")
+    reference = "init_time" if "init_time" in store.dims else "time"
+    message = _sample(eccodes, store)
+    try:
+        with path.open("wb") as file:
+            for case in range(store.sizes[reference]):
+                for name in map(str, store.data_vars):
+                    array = store[name].isel({reference: case}).load()
+                    _write_case(eccodes, message, file, array)
+    finally:
+        eccodes.codes_release(message)
+
+
+def _sample(eccodes: ModuleType, store: xr.Dataset) -> Any:
+    """A message with everything that all have in common; rows from north to south."""
+    lat, lon = store["latitude"].values, store["longitude"].values % 360.0
+    keys = {
+        "Ni": len(lon),
+        "Nj": len(lat),
+        "latitudeOfFirstGridPointInDegrees": lat.max(),
+        "latitudeOfLastGridPointInDegrees": lat.min(),
+        "longitudeOfFirstGridPointInDegrees": lon[0],
+        "longitudeOfLastGridPointInDegrees": lon[-1],
+        "iDirectionIncrementInDegrees": abs(np.diff(store["longitude"].values).mean()),
+        "jDirectionIncrementInDegrees": abs(np.diff(lat).mean()),
+        "bitsPerValue": _BITS,
+        "productDefinitionTemplateNumber": 1,  # a member of an ensemble at a point in time
+        "numberOfForecastsInEnsemble": store.sizes["member"],
+        "typeOfGeneratingProcess": 4,  # ensemble forecast
+        "indicatorOfUnitOfTimeRange": 0,  # minutes
+    }
+    message = eccodes.codes_grib_new_from_samples("regular_ll_pl_grib2")
+    for key, value in keys.items():
+        eccodes.codes_set(message, key, int(value) if isinstance(value, int) else float(value))
+    return message
+
+
+def _write_case(eccodes: ModuleType, message: Any, file: BinaryIO, array: xr.DataArray) -> None:
+    """All lead times, levels and members of one variable at one reference time."""
+    if "lead_time" not in array.dims:
+        array = array.expand_dims(lead_time=[np.timedelta64(0, "ns")])
+    surface = "level" not in array.dims
+    array = array.expand_dims(level=[0]) if surface else array
+    reference = array["init_time" if "init_time" in array.coords else "time"].values
+    stamp = str(np.datetime_as_string(reference, unit="m"))
+    eccodes.codes_set(message, "dataDate", int(stamp[:10].replace("-", "")))
+    eccodes.codes_set(message, "dataTime", int(stamp[11:13] + stamp[14:16]))
+    for lead in array["lead_time"].values:
+        for level in array["level"].values:
+            if not surface:
+                eccodes.codes_set(message, "typeOfLevel", "isobaricInhPa")
+                eccodes.codes_set(message, "level", int(level))
+            eccodes.codes_set(message, "shortName", _SHORT_NAMES[str(array.name)])
+            eccodes.codes_set(message, "forecastTime", int(lead / _MINUTE))
+            for member in array["member"].values:
+                field = array.sel(lead_time=lead, level=level, member=member)
+                field = field.transpose("latitude", "longitude").sortby("latitude", ascending=False)
+                eccodes.codes_set(message, "perturbationNumber", int(member))
+                eccodes.codes_set_values(message, field.values.astype(np.float64).ravel())
+                eccodes.codes_write(message, file)

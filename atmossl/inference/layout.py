@@ -1,0 +1,202 @@
+"""How predictions are named, dimensioned and described: CF, and the names of WeatherBench 2."""
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import dask.array
+import numpy as np
+import xarray as xr
+
+from atmossl import __version__
+from atmossl.data.variables import VARIABLES
+from atmossl.inference.blend import Fields
+from atmossl.inference.predict import Predictor
+
+LayoutName = Literal["cf", "weatherbench2"]
+
+# github.com/google-research/weatherbench2, docs/source/data-guide.md (Rasp et al. 2024)
+_WEATHERBENCH2 = {"init_time": "time", "lead_time": "prediction_timedelta", "member": "number"}
+_HOUR = np.timedelta64(1, "h")
+
+_COORDINATES = {
+    "latitude": {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
+    "longitude": {"standard_name": "longitude", "units": "degrees_east", "axis": "X"},
+    "level": {
+        "standard_name": "air_pressure",
+        "long_name": "pressure level",
+        "units": "hPa",
+        "positive": "down",
+        "axis": "Z",
+    },
+    "member": {"standard_name": "realization", "long_name": "ensemble member", "units": "1"},
+    "time": {"standard_name": "time", "long_name": "valid time", "axis": "T"},
+    "init_time": {
+        "standard_name": "forecast_reference_time",
+        "long_name": "initial time of forecast",
+        "axis": "T",
+    },
+    "lead_time": {"standard_name": "forecast_period", "long_name": "lead time"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The dimensions and coordinates of one prediction.
+
+    Forecasts and hindcasts are (init_time, lead_time, member, level, latitude, longitude), all
+    others (time, member, level, latitude, longitude); surface variables lack the level. Raises
+    ValueError if a valid time would be written twice or out of order.
+    """
+
+    predictor: Predictor
+    times: np.ndarray
+    num_members: int
+    names: LayoutName = "cf"
+
+    def __post_init__(self) -> None:
+        if not self.predictor.plan.is_forecast and (np.diff(self.valid_times) <= 0).any():
+            raise ValueError(
+                f"init_time: every case writes {len(self.steps)} steps, so that some valid times "
+                "come twice or out of order; choose times further apart, or every="
+                f"{len(self.steps)}"
+            )
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Time from the reference time to every written step."""
+        return np.array(self.predictor.plan.offsets) * self.predictor.step
+
+    @property
+    def valid_times(self) -> np.ndarray:
+        return (self.times[:, None] + self.steps).ravel()
+
+    @property
+    def levels(self) -> list[int]:
+        return sorted({level for spec in self.predictor.trained.specs for level in spec.levels})
+
+    def levels_of(self, variable: str) -> tuple[int, ...]:
+        """Levels of a variable in hPa; (0,) at the surface."""
+        specs = self.predictor.trained.specs
+        return next(spec.level_values for spec in specs if variable in spec.variables)
+
+    @property
+    def variables(self) -> list[str]:
+        """All that is predicted."""
+        specs = self.predictor.trained.specs
+        return [name for spec in specs if spec.role == "predict" for name in spec.variables]
+
+    def dims(self, variable: str) -> tuple[str, ...]:
+        times = ("init_time", "lead_time") if self.predictor.plan.is_forecast else ("time",)
+        levels = () if self.levels_of(variable) == (0,) else ("level",)
+        return (*times, "member", *levels, "latitude", "longitude")
+
+    def coordinates(self) -> dict[str, np.ndarray]:
+        grid = self.predictor.grid
+        found = {
+            "init_time": self.times,
+            "lead_time": self.steps.astype("timedelta64[ns]"),
+            "time": self.valid_times,
+            "member": np.arange(self.num_members),
+            "level": np.array(self.levels, np.int64),
+            "latitude": grid.latitude,
+            "longitude": grid.longitude,
+        }
+        unused = {"time"} if self.predictor.plan.is_forecast else {"init_time", "lead_time"}
+        unused |= set() if self.levels else {"level"}
+        return {name: values for name, values in found.items() if name not in unused}
+
+    def place(self, variable: str, values: np.ndarray) -> np.ndarray:
+        """[step member level lat lon] over all levels of the prediction, NaN at those that the
+        variable lacks; without level axis at the surface."""
+        own = self.levels_of(variable)
+        if own == (0,):
+            return values[:, :, 0]
+        if list(own) == self.levels:
+            return values
+        shape = (*values.shape[:2], len(self.levels), *values.shape[3:])
+        whole = np.full(shape, np.nan, np.float32)
+        whole[:, :, [self.levels.index(level) for level in own]] = values
+        return whole
+
+    def dataset(self, fields: Fields | None = None) -> xr.Dataset:
+        """Described as CF asks: with the fields of a single case, or empty and lazy."""
+        coordinates = self.coordinates()
+        arrays = {}
+        for name in self.variables:
+            dims = self.dims(name)
+            if fields is None:
+                shape = tuple(len(coordinates[dim]) for dim in dims)
+                values = dask.array.full(shape, np.nan, dtype=np.float32, chunks=self.chunks(name))
+            else:
+                values = self.place(name, fields[name])
+                values = values[None] if self.predictor.plan.is_forecast else values
+            arrays[name] = (dims, values, _description(name))
+        dataset = xr.Dataset(arrays, coordinates, self._attributes())
+        for name in coordinates:
+            dataset[name].attrs = dict(_COORDINATES[name])
+        return self.renamed(dataset)
+
+    def renamed(self, dataset: xr.Dataset) -> xr.Dataset:
+        if self.names == "cf":
+            return dataset
+        present = {old: new for old, new in _WEATHERBENCH2.items() if old in dataset.dims}
+        return dataset.rename(present)
+
+    def chunks(self, variable: str) -> tuple[int, ...]:
+        """What is written at once: one pass of one case, some rows."""
+        plan = self.predictor.plan
+        num_steps = min(plan.steps_per_pass, len(plan.offsets))
+        sizes = {name: len(values) for name, values in self.coordinates().items()}
+        sizes |= {"init_time": 1, "lead_time": num_steps, "time": len(plan.offsets)}
+        sizes["latitude"] = min(self.predictor.row_chunk, sizes["latitude"])
+        return tuple(sizes[dim] for dim in self.dims(variable))
+
+    def _attributes(self) -> dict[str, str]:
+        predictor = self.predictor
+        trained = predictor.trained
+        return {
+            "Conventions": "CF-1.8",
+            "title": f"atmossl {type(predictor.task).__name__} prediction",
+            "institution": "not stated",
+            "source": f"atmossl {__version__}, checkpoint {trained.digest}",
+            "history": f"predicted from segment {predictor.segment.name}",
+            "references": "Lessig et al. (2023), arXiv:2308.13280",
+            "comment": json.dumps(
+                {
+                    "task": repr(predictor.task),
+                    "overlap": predictor.overlap,
+                    "seed": predictor.seed,
+                    "trained_on": trained.data,
+                    "torch": trained.record.get("torch", "unknown"),
+                }
+            ),
+        }
+
+
+def _description(name: str) -> dict[str, str]:
+    known = VARIABLES.get(name)
+    if known is None:
+        return {"long_name": name.replace("_", " ")}
+    return {
+        "units": known.units,
+        "standard_name": known.standard_name,
+        "long_name": known.long_name,
+    }
+
+
+def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:
+    """Types on disk: whole hours where the steps allow, no fill value where nothing can lack."""
+    found: dict[str, dict[str, object]] = {}
+    for name, values in dataset.coords.items():
+        key, kind = str(name), values.dtype.kind
+        if kind == "M":
+            whole = bool((values.values.astype("datetime64[h]") == values.values).all())
+            unit = "hours" if whole else "seconds"
+            found[key] = {"units": f"{unit} since 1900-01-01T00:00:00", "dtype": "int64"}
+        elif kind == "m":
+            whole = bool((values.values % _HOUR == np.timedelta64(0)).all())
+            found[key] = {"units": "hours" if whole else "seconds", "dtype": "int64"}
+        else:
+            found[key] = {"_FillValue": None}
+    return found

@@ -1,0 +1,127 @@
+"""What the model is shown: windows read from a record, put under a task's mask."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from einops import reduce, repeat
+from jaxtyping import Bool
+from torch import Tensor
+
+from atmossl.batch import StreamWindow, View
+from atmossl.data.segment import Segment
+from atmossl.data.windows import read_window
+from atmossl.geometry import Box, Grid
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.masking.base import Layout, make_view
+from atmossl.masking.tasks import Points, Task, TimePlan, points_of
+from atmossl.tokens import token_grid
+
+
+@dataclass(frozen=True)
+class Source:
+    """A record, and its step at which a window's first read step lies.
+
+    member: the only member of the prediction that is wanted; all by default.
+    """
+
+    segment: Segment
+    start: int
+    member: int | None = None
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """Reads windows of a task's steps. coarse: cells of `grid` along one cell of the record."""
+
+    trained: TrainedModel
+    plan: TimePlan
+    grid: Grid
+    coarse: int = 1
+
+    def read(self, source: Source, box: Box) -> tuple[StreamWindow, ...]:
+        """All streams in a box of cells over all steps of the window; steps that are not read
+        repeat the last one before, and are hidden by the task."""
+        factor, segment, plan = self.coarse, source.segment, self.plan
+        cells = Box(
+            box.lat_start // factor,
+            box.lon_start // factor,
+            box.lat_size // factor,
+            box.lon_size // factor,
+        )
+        windows = read_window(
+            segment,
+            self.trained.specs,
+            self.trained.normaliser,
+            source.start,
+            len(plan.read),
+            cells,
+        )
+        step_hours = segment.step_hours / plan.refine
+        return tuple(self._placed(self._dated(window, step_hours), box) for window in windows)
+
+    def _dated(self, window: StreamWindow, step_hours: float) -> StreamWindow:
+        steps, read = torch.arange(self.trained.window.time), torch.tensor(self.plan.read)
+        latest = (torch.searchsorted(read, steps, right=True) - 1).clamp_min(0)
+        return replace(
+            window,
+            fields=window.fields[..., latest, :, :],
+            time_hours=window.time_hours[0] + (steps - self.plan.read[0]) * step_hours,
+        )
+
+    def _placed(self, window: StreamWindow, box: Box) -> StreamWindow:
+        """Coarse cells repeated over the fine ones that lie in them."""
+        if self.coarse == 1:
+            return window
+        lat, lon = box.lat_index(), box.lon_index(self.grid.shape[1])
+        fine = "... lat lon -> ... (lat y) (lon x)"
+        return replace(
+            window,
+            fields=repeat(window.fields, fine, y=self.coarse, x=self.coarse),
+            lat=torch.from_numpy(self.grid.latitude[lat]).float(),
+            lon=torch.from_numpy(self.grid.longitude[lon]).float(),
+            weight=torch.from_numpy(self.grid.weights[lat]).float(),
+        )
+
+
+def columns(windows: tuple[StreamWindow, ...], lon: np.ndarray) -> tuple[StreamWindow, ...]:
+    """The windows at some of their longitudes."""
+    index = torch.from_numpy(lon)
+    return tuple(replace(w, fields=w.fields[..., index], lon=w.lon[index]) for w in windows)
+
+
+def masked_view(
+    windows: tuple[StreamWindow, ...], task: Task, *, first_guess: bool
+) -> tuple[View, tuple[Points, ...]]:
+    """The windows as tokens under the task's mask, and which points of every stream it hides.
+
+    Hidden points of tokens that are known in part are filled before the mask is put on, so that
+    nothing hidden can be seen.
+    """
+    windows = task.conditioned(windows)
+    layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
+    hidden = task.hidden_points(layouts)
+    if hidden is not None:
+        windows = tuple(_filled(w, points) for w, points in zip(windows, hidden, strict=True))
+    rng = np.random.default_rng(0)  # never used by a task
+    view = make_view(windows, task, rng, first_guess=first_guess)
+    if hidden is None:
+        hidden = tuple(points_of(stream.hidden, stream.spec) for stream in view.streams)
+    return view, hidden
+
+
+def _filled(window: StreamWindow, hidden: Bool[Tensor, "level time lat lon"]) -> StreamWindow:
+    """Hidden points take the mean over the known points of their token at the same level and
+    time, or 0 where there is none."""
+    size = window.spec.token_size
+    tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
+    known = (~hidden).to(window.fields)
+    sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
+    counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
+    means = repeat(
+        sums / counts.clamp_min(1),
+        "... nlat nlon -> ... (nlat plat) (nlon plon)",
+        plat=size.lat,
+        plon=size.lon,
+    )
+    return replace(window, fields=torch.where(hidden, means, window.fields))

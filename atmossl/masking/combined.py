@@ -1,0 +1,144 @@
+"""Tasks made of other tasks: unions of masks, and changed conditions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from atmossl.batch import StreamMask, StreamWindow
+from atmossl.geometry import Grid
+from atmossl.masking.base import Layout
+from atmossl.masking.tasks import Points, Task, TimePlan, points_of, union
+
+
+@dataclass(frozen=True)
+class Combined(Task):
+    """Hide what any of several tasks hides.
+
+    The first forecast or hindcast among the parts sets init time and lead times; a forecast then
+    starts at lead time 0, the init time itself as the other parts see it.
+    """
+
+    parts: Sequence[Task]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise ValueError(f"task.parts has {len(self.parts)} tasks; give two or more")
+
+    @property
+    def align(self) -> int:
+        return max(part.align for part in self.parts)
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        plans = [part.plan(num_steps, step_hours) for part in self.parts]
+        if any(plan.num_passes > 1 or plan.refine > 1 for plan in plans):
+            raise ValueError("task.parts cannot be rolled out or refine time; do so on its own")
+        read = tuple(sorted(set.intersection(*(set(plan.read) for plan in plans))))
+        leading = [plan for plan in plans if plan.is_forecast]
+        first = (leading or plans)[0]
+        steps = {first.reference + offset for offset in first.offsets}
+        if leading:
+            steps |= {first.reference} if len(leading) < len(plans) else set()
+        else:
+            steps |= {plan.reference + offset for plan in plans for offset in plan.offsets}
+        offsets = tuple(sorted(step - first.reference for step in steps))
+        return TimePlan(first.reference, offsets, read, is_forecast=bool(leading))
+
+    def check(self, grid: Grid) -> None:
+        for part in self.parts:
+            part.check(grid)
+
+    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
+        found = [part.hidden_points(layouts) for part in self.parts]
+        if all(points is None for points in found):
+            return None
+        rng = np.random.default_rng(0)  # never used by a task
+        specs = [layout.spec for layout in layouts]
+        whole = [
+            points
+            or tuple(points_of(m.hidden, s) for m, s in zip(part(layouts, rng), specs, strict=True))
+            for part, points in zip(self.parts, found, strict=True)
+        ]
+        return tuple(torch.stack(streams).any(dim=0) for streams in zip(*whole, strict=True))
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        return union([part(layouts, rng) for part in self.parts])
+
+    def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
+        for part in self.parts:
+            windows = part.conditioned(windows)
+        return windows
+
+
+@dataclass(frozen=True)
+class Counterfactual(Task):
+    """A task on the same fields at another date or place: only what the model is told of them
+    changes (AtmoRep's counterfactual experiment). Written with the true dates and places.
+
+    shift_hours: added to the dates. shift_lat, shift_lon: degrees. levels: told level in hPa
+    instead of the true one.
+    """
+
+    task: Task
+    shift_hours: float = 0.0
+    shift_lat: float = 0.0
+    shift_lon: float = 0.0
+    levels: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def align(self) -> int:
+        return self.task.align
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        return self.task.plan(num_steps, step_hours)
+
+    def check(self, grid: Grid) -> None:
+        self.task.check(grid)
+        last = grid.latitude[[0, -1]] + self.shift_lat
+        if last.min() < -90 or last.max() > 90:
+            raise ValueError(
+                f"task.shift_lat={self.shift_lat:g} moves the store's grid across a pole, to "
+                f"{last[0]:g} to {last[1]:g} degrees north; take a region, or 0"
+            )
+
+    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
+        return self.task.hidden_points(self._true(layouts))
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        return self.task(self._true(layouts), rng)
+
+    def _true(self, layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
+        """Dates and places as they are, which regions of the task refer to."""
+        return tuple(
+            replace(
+                layout,
+                grid=replace(
+                    layout.grid,
+                    time_hours=layout.grid.time_hours - self.shift_hours,
+                    lat=layout.grid.lat - self.shift_lat,
+                    lon=layout.grid.lon - self.shift_lon,
+                ),
+            )
+            for layout in layouts
+        )
+
+    def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
+        told = dict(self.levels)
+        moved = []
+        for window in self.task.conditioned(windows):
+            levels = [float(told.get(int(level), level)) for level in window.level_hpa]
+            moved.append(
+                replace(
+                    window,
+                    time_hours=window.time_hours + self.shift_hours,
+                    lat=window.lat + self.shift_lat,
+                    lon=(window.lon + self.shift_lon) % 360.0,
+                    level_hpa=torch.tensor(levels, dtype=window.level_hpa.dtype),
+                )
+            )
+        return tuple(moved)

@@ -1,0 +1,259 @@
+"""Tasks that hide places or variables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from einops import reduce, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from atmossl.batch import Corruption, StreamMask, StreamSpec
+from atmossl.geometry import Grid
+from atmossl.masking.base import Layout
+from atmossl.masking.tasks import Points, Task, TimePlan, points_of, steps_of
+
+
+class Region(Protocol):
+    """A set of cells to be hidden, the same whatever window looks at them."""
+
+    def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        """True [lat lon] for the hidden cells of the given centres, degrees."""
+        ...
+
+    def check(self, grid: Grid) -> None:
+        """Raise ValueError if the region does not fit a store's grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class LatLonBox:
+    """Cells with centres from south to north and from west eastwards to east, degrees."""
+
+    south: float
+    north: float
+    west: float
+    east: float
+
+    def __post_init__(self) -> None:
+        if not -90 <= self.south < self.north <= 90:
+            raise ValueError(
+                f"task.boxes: latitudes {self.south:g} to {self.north:g}; valid: "
+                "[south, north, west, east] with -90 <= south < north <= 90"
+            )
+
+    def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        rows = (lat >= self.south) & (lat <= self.north)
+        width = 360.0 if self.east - self.west >= 360 else (self.east - self.west) % 360.0
+        return rows[:, None] & ((lon - self.west) % 360.0 <= width)[None, :]
+
+    def check(self, grid: Grid) -> None:
+        if not self.contains(grid.latitude, grid.longitude).any():
+            raise ValueError(f"task.boxes: {self} holds no cell of the store's grid")
+
+
+@dataclass(frozen=True)
+class CellMask:
+    """Hidden cells of one grid. source: the file that they come from, for messages."""
+
+    grid: Grid
+    hidden: np.ndarray
+    source: str
+
+    def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        rows = np.abs(self.grid.latitude - np.asarray(lat)[:, None]).argmin(axis=1)
+        distance = (self.grid.longitude - np.asarray(lon)[:, None] + 180.0) % 360.0 - 180.0
+        return self.hidden[np.ix_(rows, np.abs(distance).argmin(axis=1))]
+
+    def check(self, grid: Grid) -> None:
+        if not self.grid.matches(grid):
+            raise ValueError(
+                f"{self.source}: mask of {self.grid.shape} cells from {self.grid.latitude[0]:g}, "
+                f"{self.grid.longitude[0]:g}, the store has {grid.shape} from "
+                f"{grid.latitude[0]:g}, {grid.longitude[0]:g}; regrid the mask"
+            )
+
+
+@dataclass(frozen=True)
+class AllButStations:
+    """Every cell without a station, stations being a given share of all cells, drawn by seed."""
+
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share < 1.0:
+            raise ValueError(f"task.observed={self.share:g} must be a share between 0 and 1")
+
+    def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        rows, columns = _label(np.asarray(lat) + 90.0), _label(np.asarray(lon) % 360.0)
+        key = (rows[:, None] << np.uint64(32)) + columns[None, :]
+        return _uniform(key, self.seed) >= self.share
+
+    def check(self, grid: Grid) -> None:
+        del grid
+
+
+def _label(degrees: np.ndarray) -> np.ndarray:
+    """Integer labels of coordinates. The offset keeps the spacings in use (multiples of 1/64 and
+    of 1/3 degree) off the edge between two labels, where rounding would decide."""
+    return np.floor(degrees.astype(np.float64) * 100 + 0.16).astype(np.uint64)
+
+
+def _uniform(key: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for every key, the same wherever it is asked for (the mixer of
+    SplitMix64, Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        state = key + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+        state = state ^ (state >> np.uint64(31))
+    return (state >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+@dataclass(frozen=True)
+class Inpainting(Task):
+    """Hide every cell that lies in one of the regions, in all variables and levels.
+
+    A token with some cells hidden shows the mean of the others, as a coarse one; given cells are
+    written as they are. hidden_hours: only so long in the middle of the window; at all its steps
+    by default. The middle step is written.
+    """
+
+    regions: Sequence[Region]
+    hidden_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.regions:
+            raise ValueError("task.boxes, task.mask_file and task.observed are empty; give one")
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        if self.hidden_hours is not None:
+            steps_of("task.hidden_time", self.hidden_hours, step_hours)
+        return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
+
+    def check(self, grid: Grid) -> None:
+        for region in self.regions:
+            region.check(grid)
+
+    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...]:
+        return tuple(
+            self._hidden(layout)
+            if layout.spec.role == "predict"
+            else points_of(layout.nothing_hidden().hidden, layout.spec)
+            for layout in layouts
+        )
+
+    def _hidden(self, layout: Layout) -> Points:
+        lat, lon = layout.point_lat().numpy(), layout.point_lon().numpy()
+        cells = np.any([region.contains(lat, lon) for region in self.regions], axis=0)
+        times = layout.point_times().flatten()
+        steps = torch.ones(len(times), dtype=torch.bool)
+        if self.hidden_hours is not None:
+            middle = times[len(times) // 2]
+            steps = (times - middle).abs() < self.hidden_hours / 2
+        where = steps[:, None, None] & torch.from_numpy(cells)
+        return repeat(where, "time lat lon -> level time lat lon", level=layout.spec.num_levels)
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        del rng
+        return tuple(
+            _mask_of_points(hidden, layout.spec)
+            for hidden, layout in zip(self.hidden_points(layouts), layouts, strict=True)
+        )
+
+
+def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nlat nlon"]:
+    """Share of known points of every token."""
+    size = spec.token_size
+    return reduce(
+        (~hidden).double(),
+        "(level pl) (nt pt) (nlat plat) (nlon plon) -> level nt nlat nlon",
+        "mean",
+        pl=size.level,
+        pt=size.time,
+        plat=size.lat,
+        plon=size.lon,
+    )
+
+
+def _mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
+    """Tokens that are known whole stay visible; those known in part are coarse, if square."""
+    known, size = share_known(hidden, spec), spec.token_size
+    square = size.lat == size.lon > 1
+    corruption = torch.full(known.shape, int(Corruption.VISIBLE))
+    corruption[known < 1] = int(Corruption.COARSEN if square else Corruption.MASK)
+    corruption[known == 0] = int(Corruption.MASK)
+    return StreamMask(corruption, coarsen_factor=size.lat if square else 1)
+
+
+@dataclass(frozen=True)
+class CrossVariable(Task):
+    """Hide whole variables, levels, or variables at levels, at all steps and places.
+
+    variables: those of whole streams, all by default. levels: in hPa, all by default. The middle
+    step is written.
+    """
+
+    variables: tuple[str, ...] = ()
+    levels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.variables and not self.levels:
+            raise ValueError("task.variables and task.levels are empty; name what is to be hidden")
+
+    def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        del step_hours
+        return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
+
+    def _check(self, specs: Sequence[StreamSpec]) -> None:
+        predicted = [spec for spec in specs if spec.role == "predict"]
+        for key, named, have in (
+            ("variables", self.variables, {v for s in predicted for v in s.variables}),
+            ("levels", self.levels, {level for s in predicted for level in s.level_values}),
+        ):
+            unknown = sorted(set(named) - have)
+            if unknown:
+                raise ValueError(f"task.{key}={unknown} are not predicted; valid: {sorted(have)}")
+
+    def _hidden_levels(self, spec: StreamSpec) -> Bool[Tensor, "level"]:
+        """Which token levels of a stream are hidden.
+
+        Raises:
+            ValueError: the stream's tokens hold other variables or levels as well.
+        """
+        inside = [name in self.variables or not self.variables for name in spec.variables]
+        if any(inside) and not all(inside):
+            raise ValueError(
+                f"task.variables={list(self.variables)} cuts through the tokens of stream "
+                f"{spec.name}, which hold {list(spec.variables)} together; hide them all, or use a "
+                "checkpoint with a stream of their own, such as stream=dynamics_humidity"
+            )
+        levels = torch.tensor([level in self.levels or not self.levels for level in
+                               spec.level_values])  # fmt: skip
+        tokens = levels.view(-1, spec.token_size.level)
+        if bool((tokens.any(dim=1) != tokens.all(dim=1)).any()):
+            raise ValueError(
+                f"task.levels={list(self.levels)} cuts through the tokens of stream {spec.name}, "
+                f"which hold {spec.token_size.level} of {list(spec.level_values)} hPa together"
+            )
+        return tokens.all(dim=1) & all(inside)
+
+    def __call__(
+        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        del rng
+        self._check([layout.spec for layout in layouts])
+        masks = []
+        for layout in layouts:
+            corruption = layout.nothing_hidden().corruption
+            if layout.spec.role == "predict":
+                corruption[self._hidden_levels(layout.spec)] = int(Corruption.MASK)
+            masks.append(StreamMask(corruption))
+        if all(bool(mask.hidden.all()) for mask in masks):
+            raise ValueError("task.variables hides all that there is; leave a stream to read from")
+        return tuple(masks)

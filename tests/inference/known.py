@@ -1,0 +1,80 @@
+"""Networks whose prediction is known, and predictors that use them on travelling waves."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from atmossl.batch import Prediction, StreamPrediction, StreamSpec, StreamTokens, View
+from atmossl.data.segment import Segment
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.store import open_segment
+from atmossl.data.windows import WindowSize
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.predict import Predictor
+from atmossl.masking.tasks import Task
+from tests.synthetic import dataset, spec
+
+NAMES = ("temperature", "u_component_of_wind")
+STORE = dataset(steps=12)
+
+
+class Known(nn.Module):
+    """Members: a function of the tokens of a stream, plus each of `offsets` (normalised)."""
+
+    def __init__(
+        self, tokens: Callable[[StreamTokens], Tensor], offsets: tuple[float, ...] = (-1, 1)
+    ) -> None:
+        super().__init__()
+        self.tokens, self.offsets = tokens, offsets
+
+    def forward(self, view: View) -> Prediction:
+        streams = []
+        for stream in view.streams:
+            if stream.spec.role != "predict":
+                continue
+            flat = self.tokens(stream).flatten(1, 4)
+            assert stream.queries is not None
+            index = stream.queries.index[..., None].expand(-1, -1, flat.shape[-1])
+            values = flat.gather(1, index)
+            members = torch.stack([values + offset for offset in self.offsets], dim=2)
+            streams.append(StreamPrediction(members, stream.queries))
+        return Prediction(tuple(streams))
+
+
+def segment(store: xr.Dataset = STORE) -> Segment:
+    names = [str(name) for name in store.data_vars]
+    return open_segment(
+        "waves", store, "memory", variables=names, levels=store["level"].values.tolist()
+    )
+
+
+def predictor(
+    task: Task,
+    model: nn.Module,
+    *,
+    store: xr.Dataset = STORE,
+    specs: tuple[StreamSpec, ...] = (spec(token=(1, 2, 2)),),
+    window: tuple[int, int, int] = (5, 4, 8),
+    statistics: xr.Dataset = STORE,
+    **changes,
+) -> Predictor:
+    trained = TrainedModel(
+        model=model,
+        specs=specs,
+        normaliser=Normaliser(Statistics.compute([segment(statistics)])),
+        window=WindowSize(*window),
+        first_guess=True,
+        data="waves",
+        record={},
+        digest="0",
+    )
+    arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
+    return Predictor(trained=trained, segment=segment(store), task=task, **arguments)
+
+
+def run_at(used: Predictor, step: int) -> dict[str, np.ndarray]:
+    (fields,) = used.run([used.segment.times[step]])
+    return fields
