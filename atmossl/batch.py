@@ -142,6 +142,7 @@ class TokenGrid(Movable):
     time_extent: Float[Tensor, "*batch"]
     lat_extent: Float[Tensor, "*batch"]
     lon_extent: Float[Tensor, "*batch"]
+    periodic: bool = False  # the window closes the circle: its last longitude meets its first
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -192,23 +193,50 @@ class StreamMask(Movable):
 
 
 @dataclass(frozen=True)
+class Frames(Movable):
+    """The frames that hold a chosen token, for what works on neighbours in space.
+
+    A frame is all tokens of one level and time step of one sample, numbered through the batch.
+    slot: place of every chosen token in the row of kept frames; padding has the slot after all.
+    """
+
+    kept: Int[Tensor, "frame"]
+    slot: Int[Tensor, "batch token"]
+
+
+@dataclass(frozen=True)
 class TokenIndex(Movable):
-    """Chosen tokens of the flat token grid, padded to the batch's largest number.
+    """Chosen tokens of the flat token grid, padded to the batch's largest number with others.
 
     `complete` is True if every sample chose all its tokens, in order: nothing to gather then.
     """
 
     index: Int[Tensor, "batch token"]
     valid: Bool[Tensor, "batch token"]
+    chosen: Bool[Tensor, "batch level nt nlat nlon"]
+    frames: Frames
     complete: bool
 
     @classmethod
-    def of(cls, chosen: Bool[Tensor, "batch token"]) -> Self:
-        counts = chosen.sum(dim=1)
+    def of(cls, chosen: Bool[Tensor, "batch level nt nlat nlon"]) -> Self:
+        flat = chosen.flatten(1)
+        counts = flat.sum(dim=1)
         largest = max(1, int(counts.max()))
-        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        order = flat.int().argsort(dim=1, descending=True, stable=True)
+        index = order[:, :largest].contiguous()
         valid = torch.arange(largest)[None] < counts[:, None]
-        return cls(order[:, :largest].contiguous(), valid, bool(chosen.all()))
+        return cls(index, valid, chosen, _frames(chosen, index, valid), bool(chosen.all()))
+
+
+def _frames(chosen: Tensor, index: Tensor, valid: Tensor) -> Frames:
+    places = chosen.shape[-2] * chosen.shape[-1]
+    used = chosen.flatten(0, 2).flatten(1).any(dim=1)
+    used[0] |= ~used.any()  # never none at all: layers need a frame to work on
+    kept = used.nonzero().flatten()
+    rank = used.cumsum(0) - 1
+    first = torch.arange(chosen.shape[0])[:, None] * (chosen[0].numel() // places)
+    slot = rank[first + index // places] * places + index % places
+    return Frames(kept, torch.where(valid, slot, len(kept) * places))
 
 
 @dataclass(frozen=True)
@@ -235,10 +263,8 @@ class StreamTokens(Movable):
 
     def indexed(self) -> Self:
         """With the indices of the given and the hidden tokens; needs a batch axis."""
-        given = (self.corruption != Corruption.DROP).flatten(1)
-        return replace(
-            self, given=TokenIndex.of(given), queries=TokenIndex.of(self.hidden.flatten(1))
-        )
+        given = TokenIndex.of(self.corruption != Corruption.DROP)
+        return replace(self, given=given, queries=TokenIndex.of(self.hidden))
 
 
 @dataclass(frozen=True)

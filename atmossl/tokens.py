@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atmossl.batch import StreamSpec, StreamWindow, TokenGrid, TokenSize
 
+_TOLERANCE_DEG = 1e-2
 _PATTERN = (
     "... variable (level pl) (nt pt) (nlat plat) (nlon plon)",
     "... level nt nlat nlon (variable pl pt plat plon)",
@@ -41,6 +42,8 @@ def token_grid(window: StreamWindow) -> TokenGrid:
     size = window.spec.token_size
     start = window.lon[..., :1]
     lon = start + (window.lon - start) % 360.0
+    spacing = _spacing(lon)
+    turn = float(spacing.flatten()[0]) * lon.shape[-1]
     return TokenGrid(
         time_hours=_centres(window.time_hours, size.time),
         level_hpa=_centres(window.level_hpa, size.level),
@@ -48,7 +51,8 @@ def token_grid(window: StreamWindow) -> TokenGrid:
         lon=_centres(lon, size.lon) % 360.0,
         time_extent=_spacing(window.time_hours) * size.time,
         lat_extent=_spacing(window.lat) * size.lat,
-        lon_extent=_spacing(lon) * size.lon,
+        lon_extent=spacing * size.lon,
+        periodic=abs(turn - 360.0) < _TOLERANCE_DEG,
     )
 
 

@@ -1,84 +1,69 @@
-"""Attention and transformer blocks: self-attention, coupling between streams, cross-attention."""
+"""Transformer blocks: self-attention, coupling between streams or cross-attention, feedforward."""
 
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.model.positions import merge_heads, rotate, split_heads
+from atmossl.model.attention import Attention, CrossAttention, SelfAttention
+from atmossl.model.layout import Latent, from_frames, pad_edges, to_frames
 
 
 @dataclass(frozen=True)
-class Latent:
-    """Latent tokens of one stream, their rotation, and which of them are no padding."""
+class BlockSizes:
+    """What all blocks of a network share.
 
-    features: Float[Tensor, "batch token feature"]
-    turn: Float[Tensor, "2 batch 1 token head_feature"]
-    valid: Bool[Tensor, "batch token"] | None  # None: all
+    ratio: width of a feedforward layer over that of the latents.
+    neighbourhood: tokens along latitude and longitude that a feedforward layer sees, an odd number;
+        1 is the plain layer of a transformer, more the gated convolution of `GatedConvolution`.
+    """
 
-    def with_features(self, features: Tensor) -> "Latent":
-        return Latent(features, self.turn, self.valid)
+    num_heads: int
+    ratio: float
+    attention: Attention
+    neighbourhood: int
 
-
-def attend(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-    """Exact attention over the valid keys; a row without any valid key gives zeros."""
-    if valid is None:
-        return functional.scaled_dot_product_attention(query, key, value)
-    some = valid.any(dim=-1)[:, None, None, None]
-    visible = valid[:, None, None, :] | ~some  # an empty row would give NaN, and NaN gradients
-    out = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible.expand(-1, 1, query.shape[2], -1)
-    )
-    return torch.where(some, out, torch.zeros_like(out))
+    def feedforward(self, dim: int) -> nn.Module:
+        hidden = int(dim * self.ratio)
+        if self.neighbourhood == 1:
+            return Feedforward(dim, hidden)
+        return GatedConvolution(dim, hidden, self.neighbourhood)
 
 
-class Feedforward(nn.Sequential):
-    def __init__(self, dim: int, ratio: float) -> None:
-        hidden = int(dim * ratio)
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+class Feedforward(nn.Module):
+    """Two linear layers, token by token."""
 
-
-class SelfAttention(nn.Module):
-    """Attention of a stream to itself."""
-
-    def __init__(self, *, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.project = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.expand = nn.Linear(dim, hidden)
+        self.contract = nn.Linear(hidden, dim)
 
     def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
-        query, key, value = (
-            split_heads(part, self.num_heads) for part in self.project(x.features).chunk(3, dim=-1)
-        )
-        query = rotate(query, x.turn)
-        key = rotate(key, x.turn)
-        return self.out(merge_heads(attend(query, key, value, x.valid)))
+        return self.contract(functional.gelu(self.expand(x.features)))
 
 
-class CrossAttention(nn.Module):
-    """Attention of one set of tokens to another; `zero_init` starts it as a no-op."""
+class GatedConvolution(nn.Module):
+    """A feedforward layer that sees neighbours: one convolution over (nlat, nlon) gates another.
 
-    def __init__(self, *, dim: int, context_dim: int, num_heads: int, zero_init: bool) -> None:
+    GELU-gated linear units (Shazeer 2020, arXiv 2002.05202) with convolutions in place of linear
+    maps. Products of neighbouring values are what advection is made of: wind times gradient.
+    Longitude wraps where the window closes the circle; absent tokens are zeros.
+    """
+
+    def __init__(self, dim: int, hidden: int, neighbourhood: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(context_dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
-        if zero_init:
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
+        self.expand = nn.Conv2d(dim, 2 * hidden, neighbourhood)
+        self.contract = nn.Linear(hidden, dim)
+        self.reach = neighbourhood // 2
 
-    def forward(self, x: Latent, context: Latent) -> Float[Tensor, "batch token feature"]:
-        key, value = (
-            split_heads(part, self.num_heads)
-            for part in self.key_value(context.features).chunk(2, dim=-1)
+    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
+        frames = to_frames(x.features, x.chosen)
+        frames = pad_edges(
+            frames, self.reach, self.reach, periodic=x.periodic, beyond="replicate"
         )
-        query = rotate(split_heads(self.query(x.features), self.num_heads), x.turn)
-        key = rotate(key, context.turn)
-        return self.out(merge_heads(attend(query, key, value, context.valid)))
+        gate, values = self.expand(frames).chunk(2, dim=1)
+        return self.contract(from_frames(functional.gelu(gate) * values, x.chosen))
 
 
 class EncoderBlock(nn.Module):
@@ -88,22 +73,21 @@ class EncoderBlock(nn.Module):
     inference is left out of the coupling.
     """
 
-    def __init__(
-        self, *, dim: int, num_heads: int, ratio: float, coupled_dims: dict[str, int]
-    ) -> None:
+    def __init__(self, *, dim: int, sizes: BlockSizes, coupled_dims: dict[str, int]) -> None:
         super().__init__()
+        heads, attention = sizes.num_heads, sizes.attention
         self.norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim=dim, num_heads=num_heads)
+        self.attention = SelfAttention(dim=dim, num_heads=heads, attention=attention)
         self.coupling = nn.ModuleDict(
             {
                 name: CrossAttention(
-                    dim=dim, context_dim=other, num_heads=num_heads, zero_init=True
+                    dim=dim, context_dim=other, num_heads=heads, attention=attention, zero_init=True
                 )
                 for name, other in coupled_dims.items()
             }
         )
         self.feedforward_norm = nn.LayerNorm(dim)
-        self.feedforward = Feedforward(dim, ratio)
+        self.feedforward = sizes.feedforward(dim)
 
     def forward(self, x: Latent, normed: dict[str, Latent]) -> Latent:
         """`normed`: every stream's latents after that stream's `norm` of the same layer."""
@@ -112,25 +96,30 @@ class EncoderBlock(nn.Module):
         for name, couple in self.coupling.items():
             if name in normed:
                 features = features + couple(own, normed[name])
-        return x.with_features(features + self.feedforward(self.feedforward_norm(features)))
+        inner = x.with_features(self.feedforward_norm(features))
+        return x.with_features(features + self.feedforward(inner))
 
 
 class DecoderBlock(nn.Module):
     """One layer of a decoder: queries attend to each other, then to one encoder layer."""
 
-    def __init__(self, *, dim: int, num_heads: int, ratio: float) -> None:
+    def __init__(self, *, dim: int, sizes: BlockSizes) -> None:
         super().__init__()
+        heads, attention = sizes.num_heads, sizes.attention
         self.norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim=dim, num_heads=num_heads)
+        self.attention = SelfAttention(dim=dim, num_heads=heads, attention=attention)
         self.cross_norm = nn.LayerNorm(dim)
         self.memory_norm = nn.LayerNorm(dim)
-        self.cross = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads, zero_init=False)
+        self.cross = CrossAttention(
+            dim=dim, context_dim=dim, num_heads=heads, attention=attention, zero_init=False
+        )
         self.feedforward_norm = nn.LayerNorm(dim)
-        self.feedforward = Feedforward(dim, ratio)
+        self.feedforward = sizes.feedforward(dim)
 
     def forward(self, queries: Latent, memory: Latent) -> Latent:
         x = queries.features
         x = x + self.attention(queries.with_features(self.norm(x)))
         context = memory.with_features(self.memory_norm(memory.features))
         x = x + self.cross(queries.with_features(self.cross_norm(x)), context)
-        return queries.with_features(x + self.feedforward(self.feedforward_norm(x)))
+        inner = queries.with_features(self.feedforward_norm(x))
+        return queries.with_features(x + self.feedforward(inner))

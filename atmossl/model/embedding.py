@@ -6,16 +6,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.batch import Corruption, StreamSpec, TokenIndex
+from atmossl.batch import Corruption, StreamSpec, TokenGrid, TokenIndex
+from atmossl.model.layout import from_frames, gather, pad_edges
 from atmossl.model.positions import NUM_FEATURES
-
-
-def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:
-    """The chosen tokens [batch chosen feature]."""
-    if chosen.complete:
-        return tokens
-    index = chosen.index[..., None].expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, index)
 
 
 # what the encoder is told of a token: nothing, that it is masked, that it is coarse
@@ -48,8 +41,12 @@ class Embedding(nn.Module):
         scale: Float[Tensor, "level patch"],
     ) -> None:
         super().__init__()
-        self.values = nn.Conv3d(spec.patch, dim, 1 if details else stencil)
-        self.details = nn.Conv3d(2 * spec.patch, dim, stencil) if details else None
+        self.reach = tuple(size // 2 for size in stencil)
+        own = (1, 1) if details else stencil[1:]
+        self.values = nn.Conv2d(spec.patch * (1 if details else stencil[0]), dim, own)
+        self.details = (
+            nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:]) if details else None
+        )
         context = NUM_FEATURES + _STATES * (2 * _STEPS_AROUND + 1)
         self.position = nn.Sequential(nn.Linear(context, dim), nn.GELU(), nn.Linear(dim, 2 * dim))
         told = torch.zeros(len(Corruption), dtype=torch.int64)
@@ -64,6 +61,7 @@ class Embedding(nn.Module):
         tokens: Float[Tensor, "batch level nt nlat nlon patch"],
         features: Float[Tensor, "batch token position"],
         corruption: Int[Tensor, "batch level nt nlat nlon"],
+        grid: TokenGrid,
         chosen: TokenIndex,
     ) -> Float[Tensor, "batch chosen feature"]:
         """Latents of the chosen tokens.
@@ -72,30 +70,44 @@ class Embedding(nn.Module):
         around it, with its position, sets a gain on its values: how to read them depends on
         whether a neighbouring step is known.
         """
-        values = _convolve(self.values, tokens)
+        reach = self.reach if self.details is None else (0, 0, 0)
+        values = self._convolve(self.values, tokens, reach, grid, chosen)
         if self.details is not None:
-            values = values + _convolve(self.details, details(tokens, self.scale, self.fields))
+            departures = details(tokens, self.scale, self.fields, periodic=grid.periodic)
+            values = values + self._convolve(self.details, departures, self.reach, grid, chosen)
         states = states_around(self.told[corruption])
         context = gather(torch.cat([features, states.flatten(1, 4)], dim=-1), chosen)
         gain, shift = self.position(context).chunk(2, dim=-1)
-        return gather(values, chosen) * (1 + gain) + shift
+        return values * (1 + gain) + shift
 
-
-def _convolve(
-    convolution: nn.Conv3d, tokens: Float[Tensor, "batch level nt nlat nlon patch"]
-) -> Float[Tensor, "batch token feature"]:
-    """Convolve over (nt, nlat, nlon) and flatten the tokens; the nearest token beyond the edge."""
-    volume = rearrange(tokens, "batch level nt nlat nlon patch -> (batch level) patch nt nlat nlon")
-    # last axis first, as torch pads
-    padding = [
-        side for size in reversed(convolution.kernel_size) for side in (size // 2, size // 2)
-    ]
-    latents = convolution(functional.pad(volume, padding, mode="replicate"))
-    return rearrange(
-        latents,
-        "(batch level) feature nt nlat nlon -> batch (level nt nlat nlon) feature",
-        batch=tokens.shape[0],
-    )
+    @staticmethod
+    def _convolve(
+        convolution: nn.Conv2d,
+        tokens: Float[Tensor, "batch level nt nlat nlon patch"],
+        reach: tuple[int, ...],
+        grid: TokenGrid,
+        chosen: TokenIndex,
+    ) -> Float[Tensor, "batch chosen feature"]:
+        """Convolve over (nt, nlat, nlon), only in frames that hold a chosen token; beyond the
+        window's edge counts the nearest token."""
+        num_times = tokens.shape[2]
+        frames = rearrange(
+            tokens, "batch level nt nlat nlon patch -> (batch level nt) patch nlat nlon"
+        )
+        kept = chosen.frames.kept
+        step = kept % num_times
+        around = [
+            frames[kept - step + (step + shift).clamp(0, num_times - 1)]
+            for shift in range(-reach[0], reach[0] + 1)
+        ]
+        padded = pad_edges(
+            torch.cat(around, dim=1),
+            reach[1],
+            reach[2],
+            periodic=grid.periodic,
+            beyond="replicate",
+        )
+        return from_frames(convolution(padded), chosen)
 
 
 def states_around(
@@ -113,6 +125,8 @@ def details(
     tokens: Float[Tensor, "batch level nt nlat nlon patch"],
     scale: Float[Tensor, "level patch"],
     num_fields: int,
+    *,
+    periodic: bool,
 ) -> Float[Tensor, "batch level nt nlat nlon twice_patch"]:
     """What the values add to their surroundings, in units of the typical departure.
 
@@ -127,7 +141,8 @@ def details(
     means = rearrange(
         fields.mean(dim=-1), "batch level nt nlat nlon field -> (batch level nt) field nlat nlon"
     )
-    around = functional.avg_pool2d(functional.pad(means, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    padded = pad_edges(means, 1, 1, periodic=periodic, beyond="replicate")
+    around = functional.avg_pool2d(padded, 3, 1)
     around = rearrange(
         around,
         "(batch level nt) field nlat nlon -> batch level nt nlat nlon field 1",

@@ -20,8 +20,10 @@ from atmossl.batch import (
     TokenIndex,
     View,
 )
-from atmossl.model.blocks import DecoderBlock, EncoderBlock, Latent
-from atmossl.model.embedding import Embedding, Tail, gather
+from atmossl.model.attention import Attention
+from atmossl.model.blocks import BlockSizes, DecoderBlock, EncoderBlock
+from atmossl.model.embedding import Embedding, Tail
+from atmossl.model.layout import Latent, gather, scatter
 from atmossl.model.positions import (
     RotaryPositions,
     absolute_features,
@@ -44,8 +46,9 @@ def _flatten(tokens: Tensor) -> Tensor:
 class Multiformer(nn.Module):
     """Encoder, decoder and tail of every stream.
 
-    dim: latent width; `dims` overrides it by stream name. num_decoder_layers: must not exceed
-    num_layers, since decoder layer j reads an encoder layer, the last one first.
+    dim: latent width; `dims` overrides it by stream name. Decoder layer j reads an encoder layer,
+    the last one first, evenly spread over them.
+    attention, neighbourhood: kind of attention and reach of a feedforward layer (`BlockSizes`).
     stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
     details: embed departures from the surroundings as well (`Embedding`).
     scales: per stream, [level, patch] typical departure from the first guess.
@@ -62,6 +65,8 @@ class Multiformer(nn.Module):
         num_heads: int,
         num_members: int,
         feedforward_ratio: float = 4.0,
+        attention: Attention = "full",
+        neighbourhood: int = 1,
         stencil: tuple[int, int, int] = (1, 1, 1),
         details: bool = False,
         dims: Mapping[str, int] | None = None,
@@ -70,7 +75,8 @@ class Multiformer(nn.Module):
         super().__init__()
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
-        _check_sizes(widths, num_heads, num_layers, num_decoder_layers, stencil, dims or {})
+        _check_sizes(widths, num_heads, (*stencil, neighbourhood), dims or {})
+        sizes = BlockSizes(num_heads, feedforward_ratio, attention, neighbourhood)
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         head_dims = {name: width // num_heads for name, width in widths.items()}
         scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}
@@ -88,8 +94,7 @@ class Multiformer(nn.Module):
                 {
                     name: EncoderBlock(
                         dim=width,
-                        num_heads=num_heads,
-                        ratio=feedforward_ratio,
+                        sizes=sizes,
                         coupled_dims={n: w for n, w in widths.items() if n != name},
                     )
                     for name, width in widths.items()
@@ -104,8 +109,7 @@ class Multiformer(nn.Module):
         for spec in predicted:
             width, scale = widths[spec.name], scale_of[spec.name]
             self.decoder[spec.name] = nn.ModuleList(
-                DecoderBlock(dim=width, num_heads=num_heads, ratio=feedforward_ratio)
-                for _ in range(num_decoder_layers)
+                DecoderBlock(dim=width, sizes=sizes) for _ in range(num_decoder_layers)
             )
             self.tail[spec.name] = Tail(dim=width, num_members=num_members, scale=scale)
 
@@ -141,8 +145,8 @@ class Multiformer(nn.Module):
         name = stream.spec.name
         turn = rotation(gather(self.rotary[name](stream.grid), given))
         features = absolute_features(stream.grid)
-        x = self.embedding[name](stream.source, features, stream.corruption, given)
-        return Latent(x, turn, None if given.complete else given.valid)
+        x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, given)
+        return Latent(x, turn, given, stream.grid.shape, stream.grid.periodic)
 
     def decode(self, latents: dict[str, StreamLatents], view: View) -> Prediction:
         """Ensemble of patches for every hidden token of the view's predicted streams."""
@@ -160,9 +164,11 @@ class Multiformer(nn.Module):
         guess = gather(_flatten(stream.guess), queries)
         turn = rotation(gather(self.rotary[name](stream.grid), queries))
         features = absolute_features(stream.grid)
-        embedded = self.query[name](stream.guess, features, stream.corruption, queries)
-        x = embedded + self._own_latents(latents, stream, queries)
-        x = Latent(x, turn, None if queries.complete else queries.valid)
+        embedded = self.query[name](
+            stream.guess, features, stream.corruption, stream.grid, queries
+        )
+        own = gather(scatter(latents.layers[-1].features, latents.given), queries)
+        x = Latent(embedded + own, turn, queries, stream.grid.shape, stream.grid.periodic)
         blocks = self.decoder[name]
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
@@ -173,17 +179,6 @@ class Multiformer(nn.Module):
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
         return self.num_layers - 1 - number * self.num_layers // self.num_decoder_layers
-
-    @staticmethod
-    def _own_latents(latents: StreamLatents, stream: StreamTokens, queries: TokenIndex) -> Tensor:
-        """Last encoder latents at the queries' own places; 0 where the token was dropped."""
-        last, given = latents.layers[-1].features, latents.given
-        if given.complete:
-            return gather(last, queries)
-        index = given.index[..., None].expand_as(last)
-        everywhere = last.new_zeros(last.shape[0], stream.grid.num_tokens, last.shape[-1])
-        everywhere = everywhere.scatter(1, index, last * given.valid[..., None].to(last.dtype))
-        return gather(everywhere, queries)
 
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
@@ -207,15 +202,12 @@ def _scale_of(spec: StreamSpec, scales: Mapping[str, Tensor]) -> Tensor:
 
 
 def _check_sizes(
-    widths: Mapping[str, int],
-    num_heads: int,
-    num_layers: int,
-    num_decoder_layers: int,
-    stencil: tuple[int, int, int],
-    dims: Mapping[str, int],
+    widths: Mapping[str, int], num_heads: int, odd: tuple[int, ...], dims: Mapping[str, int]
 ) -> None:
-    if any(size % 2 == 0 for size in stencil):
-        raise ValueError(f"model.stencil={list(stencil)} must be odd along every axis")
+    if any(size % 2 == 0 for size in odd):
+        raise ValueError(
+            f"model.stencil={list(odd[:3])} and model.neighbourhood={odd[3]} must be odd"
+        )
     unknown = sorted(set(dims) - set(widths))
     if unknown:
         raise ValueError(f"model.dims names unknown streams {unknown}; valid: {sorted(widths)}")
@@ -224,8 +216,3 @@ def _check_sizes(
             raise ValueError(
                 f"model.num_heads={num_heads} does not divide the width {width} of stream {name}"
             )
-    if not 1 <= num_decoder_layers <= num_layers:
-        raise ValueError(
-            f"model.num_decoder_layers={num_decoder_layers} must be between 1 and "
-            f"model.num_layers={num_layers}"
-        )

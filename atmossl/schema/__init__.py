@@ -63,6 +63,8 @@ class ModelConfig(Strict):
     num_heads: Positive
     num_members: Positive
     feedforward_ratio: float = Field(gt=0.0)
+    attention: Literal["full", "factorised"]
+    neighbourhood: Positive
     stencil: tuple[Positive, Positive, Positive]
     details: bool
 
@@ -199,13 +201,15 @@ def _model_faults(config: TrainConfig) -> list[str]:
     needs_ensemble = sorted(set(config.objective.losses) - {"ensemble_mse", "mean_mse"})
     if needs_ensemble and model.num_members < 2:
         faults.append(f"model.num_members=1 but objective.losses={needs_ensemble} need at least 2")
-    if model.num_decoder_layers > model.num_layers:
-        faults.append(
-            f"model.num_decoder_layers={model.num_decoder_layers} is more than "
-            f"model.num_layers={model.num_layers}"
-        )
     if any(size % 2 == 0 for size in model.stencil):
         faults.append(f"model.stencil={list(model.stencil)} must be odd along every axis")
+    if model.neighbourhood % 2 == 0:
+        faults.append(f"model.neighbourhood={model.neighbourhood} must be odd")
+    if model.attention == "factorised" and model.num_heads % 2:
+        faults.append(
+            f"model.num_heads={model.num_heads} must be even for model.attention=factorised: half "
+            "of the heads attend along time, half along space"
+        )
     for name in config.stream:
         width = model.dims.get(name, model.dim)
         if width % model.num_heads or (width // model.num_heads) % 2:

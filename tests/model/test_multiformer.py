@@ -22,6 +22,9 @@ STREAMS = (
 )
 
 
+VARIANTS = ({}, {"attention": "factorised", "neighbourhood": 3, "num_decoder_layers": 3})
+
+
 def network(**changes) -> Multiformer:
     torch.manual_seed(0)
     sizes = {"dim": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "num_members": 3}
@@ -38,8 +41,9 @@ def batch(*views) -> Batch:
     return collate_views(list(views), list(range(len(views))))
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = network()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient(variant: dict) -> None:
+    model = network(**variant)
     with torch.no_grad():  # away from the start, where coupling is still shut
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -51,12 +55,13 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert [name for name in without if not name.startswith(idle)] == []
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "sampler",
     [RandomMasking((0.6, 0.6)), RandomMasking((0.6, 0.6), {"drop": 1.0}), Forecast(12)],
 )
-def test_hidden_values_never_change_a_prediction(sampler) -> None:
-    model = network().eval()
+def test_hidden_values_never_change_a_prediction(sampler, variant: dict) -> None:
+    model = network(**variant).eval()
     windows = tuple(window(s, seed=n) for n, s in enumerate(STREAMS))
     (first,) = batch((make_view(windows, sampler, np.random.default_rng(0)),)).views
     changed = []
@@ -68,10 +73,11 @@ def test_hidden_values_never_change_a_prediction(sampler) -> None:
         assert torch.equal(one.members, two.members)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["mask", "drop"])
-def test_padding_changes_nothing(kind: str) -> None:
+def test_padding_changes_nothing(kind: str, variant: dict) -> None:
     """Samples with few and many hidden tokens predict the same alone and together."""
-    model = network().eval()
+    model = network(**variant).eval()
     few = view(RandomMasking((0.2, 0.2), {kind: 1.0}), 1)
     many = view(RandomMasking((0.8, 0.8), {kind: 1.0}), 2)
     together = model(batch(few, many).views[0])
@@ -109,7 +115,8 @@ def test_time_of_year_and_place_matter() -> None:
     ("changes", "message"),
     [
         ({"num_heads": 3}, "num_heads"),
-        ({"num_decoder_layers": 3}, "num_decoder_layers"),
+        ({"neighbourhood": 2}, "neighbourhood"),
+        ({"stencil": (1, 2, 3)}, "stencil"),
         ({"dims": {"ozone": 16}}, "ozone"),
     ],
 )

@@ -1,0 +1,117 @@
+"""Attention of tokens to tokens: exact over all of them, or factorised along the grid's axes."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atmossl.model.layout import Latent, along_axes, from_axes, gather, scatter
+from atmossl.model.positions import merge_heads, rotate, split_heads
+
+Attention = Literal["full", "factorised"]
+Attend = Callable[[Tensor, Tensor, Tensor, Latent, Latent], Tensor]
+
+
+def attend(
+    query: Float[Tensor, "batch head query feature"],
+    key: Float[Tensor, "batch head key feature"],
+    value: Float[Tensor, "batch head key feature"],
+    valid: Bool[Tensor, "batch key"] | None,
+) -> Float[Tensor, "batch head query feature"]:
+    """Exact attention over the valid keys; a row without any valid key gives zeros."""
+    if valid is None:
+        return functional.scaled_dot_product_attention(query, key, value)
+    some = valid.any(dim=-1)[:, None, None, None]
+    visible = valid[:, None, None, :] | ~some  # an empty row would give NaN, and NaN gradients
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible.expand(-1, 1, query.shape[2], -1)
+    )
+    return torch.where(some, out, torch.zeros_like(out))
+
+
+def attend_fully(query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent) -> Tensor:
+    """Every token attends to every token of the context."""
+    del x
+    return attend(query, key, value, context.valid)
+
+
+def attend_factorised(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent
+) -> Tensor:
+    """Half of the heads attend to all levels and times of their place, half to all places of their
+    level and time (factorised dot-product attention, Arnab et al. 2021, ViViT, model 4): the cost
+    grows with tokens times (levels x times + places). Grids of different shapes attend fully.
+    """
+    if x.shape != context.shape:
+        return attend_fully(query, key, value, x, context)
+    queries = along_axes(_whole(query, x), x.shape)
+    keys = along_axes(_whole(key, context), x.shape)
+    values = along_axes(_whole(value, context), x.shape)
+    valid: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not context.chosen.complete:
+        grid = context.chosen.chosen
+        valid = (
+            rearrange(grid, "b level nt nlat nlon -> (b nlat nlon) (level nt)"),
+            rearrange(grid, "b level nt nlat nlon -> (b level nt) (nlat nlon)"),
+        )
+    column, plane = (attend(*parts) for parts in zip(queries, keys, values, valid, strict=True))
+    out = from_axes(column, plane, x.shape)
+    return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
+
+
+def _whole(heads: Float[Tensor, "batch head token feature"], x: Latent) -> Tensor:
+    """The heads on the whole token grid, 0 where a token is absent."""
+    if x.chosen.complete:
+        return heads
+    return split_heads(scatter(merge_heads(heads), x.chosen), heads.shape[1])
+
+
+_ATTEND: dict[Attention, Attend] = {"full": attend_fully, "factorised": attend_factorised}
+
+
+class SelfAttention(nn.Module):
+    """Attention of a stream to itself."""
+
+    def __init__(self, *, dim: int, num_heads: int, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attend = _ATTEND[attention]
+        self.project = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
+        query, key, value = (
+            split_heads(part, self.num_heads) for part in self.project(x.features).chunk(3, dim=-1)
+        )
+        attended = self.attend(rotate(query, x.turn), rotate(key, x.turn), value, x, x)
+        return self.out(merge_heads(attended))
+
+
+class CrossAttention(nn.Module):
+    """Attention of one set of tokens to another; `zero_init` starts it as a no-op."""
+
+    def __init__(
+        self, *, dim: int, context_dim: int, num_heads: int, attention: Attention, zero_init: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attend = _ATTEND[attention]
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(context_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        if zero_init:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Latent, context: Latent) -> Float[Tensor, "batch token feature"]:
+        key, value = (
+            split_heads(part, self.num_heads)
+            for part in self.key_value(context.features).chunk(2, dim=-1)
+        )
+        query = rotate(split_heads(self.query(x.features), self.num_heads), x.turn)
+        attended = self.attend(query, rotate(key, context.turn), value, x, context)
+        return self.out(merge_heads(attended))

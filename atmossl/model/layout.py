@@ -1,0 +1,131 @@
+"""Where the latents of a stream lie: lists of chosen tokens, the whole token grid, and frames.
+
+Linear layers work on lists [batch token feature], attention along axes on grids, and convolutions
+on frames: all tokens of one level and time step of one sample. Absent tokens are zeros.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from atmossl.batch import TokenGrid, TokenIndex
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent tokens of one stream, their rotation, and which tokens of the grid they are.
+
+    shape: (level, nt, nlat, nlon) of the token grid; periodic: its longitudes close the circle.
+    """
+
+    features: Float[Tensor, "batch token feature"]
+    turn: Float[Tensor, "2 batch 1 token head_feature"]
+    chosen: TokenIndex
+    shape: tuple[int, int, int, int]
+    periodic: bool
+
+    @property
+    def valid(self) -> Bool[Tensor, "batch token"] | None:
+        """Which tokens are no padding; None: all."""
+        return None if self.chosen.complete else self.chosen.valid
+
+    def with_features(self, features: Tensor) -> "Latent":
+        return Latent(features, self.turn, self.chosen, self.shape, self.periodic)
+
+
+def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:
+    """The chosen tokens [batch chosen feature]."""
+    if chosen.complete:
+        return tokens
+    index = chosen.index[..., None].expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, index)
+
+
+def scatter(listed: Float[Tensor, "batch chosen feature"], chosen: TokenIndex) -> Tensor:
+    """The whole grid [batch token feature], 0 at tokens that were not chosen; undoes `gather`."""
+    if chosen.complete:
+        return listed
+    index = chosen.index[..., None].expand_as(listed)
+    grid = listed.new_zeros(listed.shape[0], chosen.chosen[0].numel(), listed.shape[-1])
+    return grid.scatter(1, index, listed * chosen.valid[..., None].to(listed.dtype))
+
+
+def to_frames(
+    listed: Float[Tensor, "batch chosen feature"], chosen: TokenIndex
+) -> Float[Tensor, "frame feature nlat nlon"]:
+    """The frames that hold a chosen token, 0 at tokens that were not chosen."""
+    num_lat, num_lon = chosen.chosen.shape[-2:]
+    if not chosen.complete:
+        places, feature = num_lat * num_lon, listed.shape[-1]
+        rows = listed.new_zeros(len(chosen.frames.kept) * places + 1, feature)
+        slot = chosen.frames.slot.flatten()[:, None].expand(-1, feature)
+        listed = rows.scatter(0, slot, listed.flatten(0, 1))[:-1]
+    return rearrange(
+        listed.flatten(0, -2),
+        "(frame nlat nlon) feature -> frame feature nlat nlon",
+        nlat=num_lat,
+        nlon=num_lon,
+    )
+
+
+def from_frames(
+    frames: Float[Tensor, "frame feature nlat nlon"], chosen: TokenIndex
+) -> Float[Tensor, "batch chosen feature"]:
+    """The chosen tokens of the frames; padding takes the value of some token."""
+    rows = rearrange(frames, "frame feature nlat nlon -> (frame nlat nlon) feature")
+    batch = chosen.index.shape[0]
+    if chosen.complete:
+        return rows.unflatten(0, (batch, -1))
+    slot = chosen.frames.slot.clamp_max(len(rows) - 1).flatten()
+    return rows.index_select(0, slot).unflatten(0, (batch, -1))
+
+
+def pad_edges(
+    frames: Float[Tensor, "frame feature nlat nlon"],
+    lat: int,
+    lon: int,
+    *,
+    periodic: bool,
+    beyond: Literal["replicate", "constant"],
+) -> Float[Tensor, "frame feature padded_nlat padded_nlon"]:
+    """Neighbours for the tokens at the window's edges: across the circle where it closes, else the
+    nearest token (`replicate`) or 0 (`constant`)."""
+    if periodic and lon:
+        frames = functional.pad(frames, (lon, lon, 0, 0), mode="circular")
+    elif lon:
+        frames = functional.pad(frames, (lon, lon, 0, 0), mode=beyond)
+    return functional.pad(frames, (0, 0, lat, lat), mode=beyond) if lat else frames
+
+
+def along_axes(
+    x: Float[Tensor, "batch head token feature"], shape: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Two halves of the heads of a whole grid: the first with one sequence over level and time
+    for every place, the second with one over places for every level and time."""
+    level, time, lat, lon = shape
+    sizes = {"level": level, "nt": time, "place": lat * lon}
+    column, plane = x.chunk(2, dim=1)
+    return (
+        rearrange(column, "b h (level nt place) f -> (b place) h (level nt) f", **sizes),
+        rearrange(plane, "b h (level nt place) f -> (b level nt) h place f", **sizes),
+    )
+
+
+def from_axes(
+    column: Tensor, plane: Tensor, shape: tuple[int, int, int, int]
+) -> Float[Tensor, "batch head token feature"]:
+    """The inverse of `along_axes`."""
+    level, time, lat, lon = shape
+    sizes = {"level": level, "nt": time, "place": lat * lon}
+    return torch.cat(
+        [
+            rearrange(column, "(b place) h (level nt) f -> b h (level nt place) f", **sizes),
+            rearrange(plane, "(b level nt) h place f -> b h (level nt place) f", **sizes),
+        ],
+        dim=1,
+    )
