@@ -9,11 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.model.layout import Latent, along_axes, from_axes, gather, scatter
+from atmossl.model.layout import Latent, gather, scatter
 from atmossl.model.positions import merge_heads, rotate, split_heads
 
-Attention = Literal["full", "factorised"]
+Attention = Literal["full", "factorised", "temporal"]
 Attend = Callable[[Tensor, Tensor, Tensor, Latent, Latent], Tensor]
+
+
+_FEW_KEYS = 16  # below, plain products are several times as fast as a fused kernel
 
 
 def attend(
@@ -24,13 +27,22 @@ def attend(
 ) -> Float[Tensor, "batch head query feature"]:
     """Exact attention over the valid keys; a row without any valid key gives zeros."""
     if valid is None:
-        return functional.scaled_dot_product_attention(query, key, value)
+        return _softmax_attention(query, key, value, None)
     some = valid.any(dim=-1)[:, None, None, None]
     visible = valid[:, None, None, :] | ~some  # an empty row would give NaN, and NaN gradients
-    out = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible.expand(-1, 1, query.shape[2], -1)
-    )
+    out = _softmax_attention(query, key, value, visible)
     return torch.where(some, out, torch.zeros_like(out))
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    if key.shape[-2] <= _FEW_KEYS:
+        score = query @ key.mT * query.shape[-1] ** -0.5
+        if visible is not None:
+            score = score.masked_fill(~visible, -torch.inf)
+        return score.softmax(dim=-1).to(value.dtype) @ value
+    if visible is not None:
+        visible = visible.expand(-1, 1, query.shape[2], -1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
 def attend_fully(query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent) -> Tensor:
@@ -46,20 +58,45 @@ def attend_factorised(
     level and time (factorised dot-product attention, Arnab et al. 2021, ViViT, model 4): the cost
     grows with tokens times (levels x times + places). Grids of different shapes attend fully.
     """
+    return _attend_along_axes(query, key, value, x, context, query.shape[1] // 2)
+
+
+def attend_temporally(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent
+) -> Tensor:
+    """Every token attends to all levels and times of its place, and space is left to the
+    convolutions: the cost grows with tokens times (levels x times). Grids of different shapes
+    attend fully."""
+    return _attend_along_axes(query, key, value, x, context, query.shape[1])
+
+
+# heads of the whole grid, and the same with one sequence per column or per plane
+_GRID = "b h (level nt nlat nlon) f"
+_COLUMNS = "(b nlat nlon) h (level nt) f"
+_PLANES = "(b level nt) h (nlat nlon) f"
+
+
+def _attend_along_axes(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, num_columns: int
+) -> Tensor:
+    """The first `num_columns` heads attend within columns, the others within planes."""
     if x.shape != context.shape:
         return attend_fully(query, key, value, x, context)
-    queries = along_axes(_whole(query, x), x.shape)
-    keys = along_axes(_whole(key, context), x.shape)
-    values = along_axes(_whole(value, context), x.shape)
-    valid: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not context.chosen.complete:
-        grid = context.chosen.chosen
-        valid = (
-            rearrange(grid, "b level nt nlat nlon -> (b nlat nlon) (level nt)"),
-            rearrange(grid, "b level nt nlat nlon -> (b level nt) (nlat nlon)"),
-        )
-    column, plane = (attend(*parts) for parts in zip(queries, keys, values, valid, strict=True))
-    out = from_axes(column, plane, x.shape)
+    sizes = dict(zip(("level", "nt", "nlat", "nlon"), x.shape, strict=True))
+    grids = (_whole(query, x), _whole(key, context), _whole(value, context))
+    present = (
+        None if context.chosen.complete else context.chosen.chosen.flatten(1)[:, None, :, None]
+    )
+    attended = []
+    for axes, heads in ((_COLUMNS, slice(num_columns)), (_PLANES, slice(num_columns, None))):
+        parts = [rearrange(grid[:, heads], f"{_GRID} -> {axes}", **sizes) for grid in grids]
+        if parts[0].shape[1] == 0:
+            continue
+        valid = None
+        if present is not None:
+            valid = rearrange(present, f"{_GRID} -> {axes}", **sizes)[:, 0, :, 0]
+        attended.append(rearrange(attend(*parts, valid), f"{axes} -> {_GRID}", **sizes))
+    out = torch.cat(attended, dim=1)
     return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
 
 
@@ -70,7 +107,11 @@ def _whole(heads: Float[Tensor, "batch head token feature"], x: Latent) -> Tenso
     return split_heads(scatter(merge_heads(heads), x.chosen), heads.shape[1])
 
 
-_ATTEND: dict[Attention, Attend] = {"full": attend_fully, "factorised": attend_factorised}
+_ATTEND: dict[Attention, Attend] = {
+    "full": attend_fully,
+    "factorised": attend_factorised,
+    "temporal": attend_temporally,
+}
 
 
 class SelfAttention(nn.Module):

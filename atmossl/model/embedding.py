@@ -10,7 +10,6 @@ from atmossl.batch import Corruption, StreamSpec, TokenGrid, TokenIndex
 from atmossl.model.layout import from_frames, gather, pad_edges
 from atmossl.model.positions import NUM_FEATURES
 
-
 # what the encoder is told of a token: nothing, that it is masked, that it is coarse
 _TOLD = {Corruption.DROP: 1, Corruption.MASK: 1, Corruption.COARSEN: 2}
 _STATES = 3
@@ -44,9 +43,7 @@ class Embedding(nn.Module):
         self.reach = tuple(size // 2 for size in stencil)
         own = (1, 1) if details else stencil[1:]
         self.values = nn.Conv2d(spec.patch * (1 if details else stencil[0]), dim, own)
-        self.details = (
-            nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:]) if details else None
-        )
+        self.details = nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:]) if details else None
         context = NUM_FEATURES + _STATES * (2 * _STEPS_AROUND + 1)
         self.position = nn.Sequential(nn.Linear(context, dim), nn.GELU(), nn.Linear(dim, 2 * dim))
         told = torch.zeros(len(Corruption), dtype=torch.int64)

@@ -7,13 +7,12 @@ on frames: all tokens of one level and time step of one sample. Absent tokens ar
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from atmossl.batch import TokenGrid, TokenIndex
+from atmossl.batch import TokenIndex
 
 
 @dataclass(frozen=True)
@@ -100,32 +99,3 @@ def pad_edges(
     elif lon:
         frames = functional.pad(frames, (lon, lon, 0, 0), mode=beyond)
     return functional.pad(frames, (0, 0, lat, lat), mode=beyond) if lat else frames
-
-
-def along_axes(
-    x: Float[Tensor, "batch head token feature"], shape: tuple[int, int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """Two halves of the heads of a whole grid: the first with one sequence over level and time
-    for every place, the second with one over places for every level and time."""
-    level, time, lat, lon = shape
-    sizes = {"level": level, "nt": time, "place": lat * lon}
-    column, plane = x.chunk(2, dim=1)
-    return (
-        rearrange(column, "b h (level nt place) f -> (b place) h (level nt) f", **sizes),
-        rearrange(plane, "b h (level nt place) f -> (b level nt) h place f", **sizes),
-    )
-
-
-def from_axes(
-    column: Tensor, plane: Tensor, shape: tuple[int, int, int, int]
-) -> Float[Tensor, "batch head token feature"]:
-    """The inverse of `along_axes`."""
-    level, time, lat, lon = shape
-    sizes = {"level": level, "nt": time, "place": lat * lon}
-    return torch.cat(
-        [
-            rearrange(column, "(b place) h (level nt) f -> b h (level nt place) f", **sizes),
-            rearrange(plane, "(b level nt) h place f -> b h (level nt place) f", **sizes),
-        ],
-        dim=1,
-    )

@@ -164,9 +164,7 @@ class Multiformer(nn.Module):
         guess = gather(_flatten(stream.guess), queries)
         turn = rotation(gather(self.rotary[name](stream.grid), queries))
         features = absolute_features(stream.grid)
-        embedded = self.query[name](
-            stream.guess, features, stream.corruption, stream.grid, queries
-        )
+        embedded = self.query[name](stream.guess, features, stream.corruption, stream.grid, queries)
         own = gather(scatter(latents.layers[-1].features, latents.given), queries)
         x = Latent(embedded + own, turn, queries, stream.grid.shape, stream.grid.periodic)
         blocks = self.decoder[name]

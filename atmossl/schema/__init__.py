@@ -63,7 +63,7 @@ class ModelConfig(Strict):
     num_heads: Positive
     num_members: Positive
     feedforward_ratio: float = Field(gt=0.0)
-    attention: Literal["full", "factorised"]
+    attention: Literal["full", "factorised", "temporal"]
     neighbourhood: Positive
     stencil: tuple[Positive, Positive, Positive]
     details: bool
@@ -209,6 +209,11 @@ def _model_faults(config: TrainConfig) -> list[str]:
         faults.append(
             f"model.num_heads={model.num_heads} must be even for model.attention=factorised: half "
             "of the heads attend along time, half along space"
+        )
+    if model.attention == "temporal" and model.neighbourhood == 1:
+        faults.append(
+            "model.attention=temporal leaves space to the convolutions of model.neighbourhood, "
+            "which is 1; set it to 3 or more, or choose full or factorised attention"
         )
     for name in config.stream:
         width = model.dims.get(name, model.dim)

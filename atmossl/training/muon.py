@@ -18,11 +18,11 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     a, b, c = _COEFFICIENTS
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
-    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    x = (x / (torch.linalg.matrix_norm(x) + 1e-7)).bfloat16()  # the result is rough anyway
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

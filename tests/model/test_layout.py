@@ -1,4 +1,4 @@
-"""Lists, grids and frames of tokens hold the same values; attention along axes is masked attention."""
+"""Lists, grids and frames hold the same tokens; attention along axes is masked attention."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from atmossl.batch import TokenIndex
-from atmossl.model.attention import attend_factorised
+from atmossl.model.attention import attend_factorised, attend_temporally
 from atmossl.model.blocks import GatedConvolution
 from atmossl.model.layout import Latent, from_frames, gather, scatter, to_frames
 
@@ -46,36 +46,44 @@ def test_only_frames_with_a_chosen_token_are_kept() -> None:
     assert frames.sum() == 2
 
 
-def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, present: torch.Tensor):
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    present: torch.Tensor,
+    num_columns: int,
+) -> torch.Tensor:
     """Exact attention of single tokens, float64, with the axes written as a mask."""
     place = torch.arange(144) % 24
     plane = torch.arange(144) // 24
     same_place, same_plane = (x[:, None] == x[None] for x in (place, plane))
-    halves = []
-    for part, allowed in zip(torch.arange(4).chunk(2), (same_place, same_plane), strict=True):
-        visible = (allowed[None] & present[:, None])[:, None]
-        score = query[:, part] @ key[:, part].mT / query.shape[-1] ** 0.5
+    heads = []
+    for head in range(4):
+        allowed = same_place if head < num_columns else same_plane
+        visible = allowed[None] & present[:, None]
+        score = query[:, head] @ key[:, head].mT / query.shape[-1] ** 0.5
         weight = torch.exp(score) * visible
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-300)
-        halves.append(weight @ value[:, part])
-    return torch.cat(halves, dim=1)
+        heads.append(weight @ value[:, head])
+    return torch.stack(heads, dim=1)
 
 
+@pytest.mark.parametrize(
+    ("function", "num_columns"), [(attend_factorised, 2), (attend_temporally, 4)]
+)
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1])
-def test_factorised_attention_is_attention_along_time_and_space(rate: float) -> None:
+def test_attention_along_axes_is_masked_attention(function, num_columns: int, rate: float) -> None:
     generator = torch.Generator().manual_seed(1)
     chosen, context = chosen_tokens(0.6, 3), chosen_tokens(rate, 4)
     query, key, value = torch.randn(3, 2, 4, 144, 8, dtype=torch.float64, generator=generator)
-    expected = reference(query, key, value, context.chosen.flatten(1))
+    expected = reference(query, key, value, context.chosen.flatten(1), num_columns)
 
     def listed(heads: torch.Tensor, index: TokenIndex) -> torch.Tensor:
         return torch.stack([gather(heads[:, n], index) for n in range(4)], dim=1)
 
     x = latent(torch.zeros(2, chosen.index.shape[1], 8), chosen)
     memory = latent(torch.zeros(2, context.index.shape[1], 8), context)
-    out = attend_factorised(
-        listed(query, chosen), listed(key, context), listed(value, context), x, memory
-    )
+    out = function(listed(query, chosen), listed(key, context), listed(value, context), x, memory)
     valid = chosen.valid[:, None, :, None]
     torch.testing.assert_close(out * valid, listed(expected, chosen) * valid)
 
