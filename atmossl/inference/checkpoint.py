@@ -128,13 +128,19 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
 def export(name: str, output: Path) -> None:
     """Write the averaged weights and the record alone, atomically: what inference needs.
 
+    Weights are kept in half precision (11 bits of mantissa); loading makes them float32 again.
+
     Raises:
         ValueError: the output exists.
     """
     if output.exists():
         raise ValueError(f"output={output} exists; choose another path or remove it")
     contents = read_checkpoint(name)
-    weights = {k: v for k, v in contents["state_dict"].items() if k.startswith(_AVERAGED)}
+    weights = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in contents["state_dict"].items()
+        if key.startswith(_AVERAGED)
+    }
     record = {key: value for key, value in contents["atmossl"].items() if key != "rng"}
     contents = {"state_dict": weights, "atmossl": record}
     write_atomically(output, lambda partial: torch.save(contents, partial))
