@@ -89,13 +89,13 @@ def _attend_along_axes(
     )
     attended = []
     for axes, heads in ((_COLUMNS, slice(num_columns)), (_PLANES, slice(num_columns, None))):
-        parts = [rearrange(grid[:, heads], f"{_GRID} -> {axes}", **sizes) for grid in grids]
-        if parts[0].shape[1] == 0:
+        q, k, v = (rearrange(grid[:, heads], f"{_GRID} -> {axes}", **sizes) for grid in grids)
+        if q.shape[1] == 0:
             continue
         valid = None
         if present is not None:
             valid = rearrange(present, f"{_GRID} -> {axes}", **sizes)[:, 0, :, 0]
-        attended.append(rearrange(attend(*parts, valid), f"{axes} -> {_GRID}", **sizes))
+        attended.append(rearrange(attend(q, k, v, valid), f"{axes} -> {_GRID}", **sizes))
     out = torch.cat(attended, dim=1)
     return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
 

@@ -18,7 +18,9 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     a, b, c = _COEFFICIENTS
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
-    x = (x / (torch.linalg.matrix_norm(x) + 1e-7)).bfloat16()  # the result is rough anyway
+    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    if x.dtype == torch.float32:
+        x = x.bfloat16()  # the iteration is rough anyway, and its products cost as much as a step
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

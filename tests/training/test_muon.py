@@ -21,6 +21,14 @@ def test_the_iteration_keeps_the_singular_vectors_and_levels_the_values(shape) -
     torch.testing.assert_close(values, torch.diag(diagonal), atol=1e-9, rtol=0)
 
 
+def test_half_precision_steps_stay_near_the_exact_ones() -> None:
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalise(matrix.double())
+    rough = orthogonalise(matrix)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() < 0.05 * exact.norm()
+
+
 def test_the_rest_takes_the_steps_of_adamw() -> None:
     one, two = (nn.Parameter(torch.ones(3, 4, dtype=torch.float64)) for _ in range(2))
     reference = torch.optim.AdamW([one], **COMMON)
