@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
 
 from atmossl import __version__
 from atmossl.data.catalog import catalog_entry
@@ -21,13 +23,19 @@ from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import spec_to_dict
 from atmossl.model.blocks import CrossAttention, Feedforward, SelfAttention
 from atmossl.model.multiformer import Multiformer
+from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.schema import TrainConfig
-from atmossl.training.callbacks import CurvesAtEnd, LearningRate, StopOnNonFinite, Throughput
+from atmossl.training.callbacks import CurvesAtEnd, LearningRate, StopOnNonFinite
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
-from atmossl.training.module import OptimizerSettings, TrainingModule
+from atmossl.training.module import TrainingModule
+from atmossl.training.optimizer import OptimizerSettings
+from atmossl.training.pictures import Pictures
 from atmossl.training.preemption import SaveOnSignal
 from atmossl.training.strategies import choose_strategy
+from atmossl.training.watch import Throughput, TraceSteps
+
+SHARDED_UNITS = (SelfAttention, CrossAttention, Feedforward)  # what FSDP gathers at a time
 
 
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
@@ -72,6 +80,23 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     return datamodule, statistics
 
 
+def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Multiformer:
+    torch.manual_seed(config.seed)
+    model = Multiformer(streams=config.specs, scales=scales, **config.model.model_dump())
+    if config.trainer.compile:
+        model.compile_blocks()
+    return model
+
+
+def build_objective(config: TrainConfig, scales: Mapping[str, Tensor]) -> Objective:
+    return MaskedModelling(scales=scales, **config.objective.model_dump())
+
+
+def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
+    values = config.optimizer.model_dump(exclude={"gradient_clip"})
+    return OptimizerSettings(max_steps=config.trainer.max_steps, **values)
+
+
 def build_module(
     config: TrainConfig, statistics: Statistics, resolved: dict[str, Any]
 ) -> TrainingModule:
@@ -79,22 +104,16 @@ def build_module(
 
     resolved: the configuration as plain values, kept in every checkpoint.
     """
-    torch.manual_seed(config.seed)
     scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
-    arguments = config.model.model_dump()
-    model = Multiformer(streams=config.specs, scales=scales, **arguments)
-    if config.trainer.compile:
-        model.compile_blocks()
-    objective = MaskedModelling(scales=scales, **config.objective.model_dump())
-    values = config.optimizer.model_dump(exclude={"gradient_clip"})
-    optimizer = OptimizerSettings(max_steps=config.trainer.max_steps, **values)
+    model = build_model(config, scales)
+    objective = build_objective(config, scales)
     window = WindowSize(**config.data.window.model_dump())
     record = {
         "atmossl": __version__,
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
         "streams": [spec_to_dict(spec) for spec in config.specs],
-        "model": arguments,
+        "model": config.model.model_dump(),
         "statistics": statistics.to_dict(),
         "window": {"time": window.time, "lat": window.lat, "lon": window.lon},
         "first_guess": config.data.first_guess,
@@ -103,17 +122,21 @@ def build_module(
     }
     names = tuple(task.name for task in config.tasks)
     return TrainingModule(
-        model=model, objective=objective, optimizer=optimizer, record=record, task_names=names
+        model=model,
+        objective=objective,
+        optimizer=optimizer_settings(config),
+        record=record,
+        task_names=names,
     )
 
 
-def build_trainer(config: TrainConfig) -> L.Trainer:
+def build_trainer(config: TrainConfig, normaliser: Normaliser) -> L.Trainer:
     """The Lightning trainer with callbacks and loggers; epochs are unknown to it."""
     settings, folder = config.trainer, config.paths.output
     csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     strategy = choose_strategy(
         settings.strategy,
-        units=(SelfAttention, CrossAttention, Feedforward),
+        units=SHARDED_UNITS,
         precision=settings.precision,
         checkpoint_format=settings.checkpoint_format,
         has_idle_parameters=any(spec.role == "input" for spec in config.specs),
@@ -138,14 +161,14 @@ def build_trainer(config: TrainConfig) -> L.Trainer:
         log_every_n_steps=settings.log_interval,
         use_distributed_sampler=False,
         logger=[csv, *_loggers(config)],
-        callbacks=_callbacks(config, Path(csv.log_dir) / "metrics.csv"),
+        callbacks=_callbacks(config, normaliser, Path(csv.log_dir) / "metrics.csv"),
         default_root_dir=folder,
         enable_checkpointing=False,  # KeepCheckpoints does it
         enable_model_summary=False,
     )
 
 
-def _callbacks(config: TrainConfig, metrics: Path) -> list[L.Callback]:
+def _callbacks(config: TrainConfig, normaliser: Normaliser, metrics: Path) -> list[L.Callback]:
     settings, folder = config.trainer, config.paths.output
     log_batches = settings.log_interval * settings.accumulate
     watch = StopOnNonFinite(settings.nonfinite_limit, folder)
@@ -156,10 +179,17 @@ def _callbacks(config: TrainConfig, metrics: Path) -> list[L.Callback]:
         monitor="ratio/mean",
         healthy=watch.healthy,
     )
+    optional: list[L.Callback] = []
+    if settings.pictures:
+        optional.append(Pictures(folder / "pictures", normaliser))
+    if settings.profiler == "torch":
+        first, count = settings.profile_steps
+        optional.append(TraceSteps(folder / "profile", first=first, count=count))
     return [
         Throughput(log_batches),
         LearningRate(log_batches),
         watch,
+        *optional,
         keep,
         SaveOnSignal(keep),
         CurvesAtEnd(metrics, folder / "curves"),

@@ -19,7 +19,8 @@ from atmossl.data.catalog import find_file
 _USAGE = """atmossl COMMAND [key=value ...]
 
   train     atmossl train experiment=quickstart trainer.max_steps=500 model.dim=128 logger=wandb
-            atmossl train -m model.dim=64,128        one run for each value
+            atmossl train -m model.dim=64,128        one run for each value; launcher=slurm
+            atmossl train -m hparams_search=optuna   search for the lowest validation error
             atmossl train paths.output=runs/mine resume=auto
   predict   atmossl predict task=forecast checkpoint=PATH init_time=1959-02-01T00 output=out.zarr
             task: forecast | hindcast | temporal_interpolation | downscaling | inpainting |
@@ -30,6 +31,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
   data      atmossl data list | atmossl data stats [key=value ...]
   config    atmossl config show | validate [key=value ...]      of a training run
   info      atmossl info checkpoint=PATH
+            atmossl info model=large trainer=fsdp memory=80 --check     does a run fit 80 GiB?
 
 The keys are those of conf/; `atmossl config show` prints them all with their values.
 """
@@ -69,15 +71,27 @@ def _to_plain(config: Any) -> dict[str, Any]:
 def _train(arguments: Sequence[str]) -> None:
     from atmossl.commands import train
 
-    if "-m" in arguments or "--multirun" in arguments:
-        import hydra
-
-        sys.argv = ["atmossl train", *arguments]
-        hydra.main(version_base="1.3", config_path=str(find_file("conf")), config_name="train")(
-            lambda config: train(_to_plain(config))
-        )()
+    if not {"-m", "--multirun"} & set(arguments):
+        train(compose_config("train", arguments))
         return
-    train(compose_config("train", arguments))
+    import hydra
+
+    sys.argv = ["atmossl train", *arguments]
+    decorate = hydra.main(
+        version_base="1.3", config_path=str(find_file("conf")), config_name="train"
+    )
+    decorate(_train_one_of_many)()
+
+
+def _train_one_of_many(config: Any) -> float | None:
+    """One run of a sweep, in the folder that Hydra chose for it; its score, for the sweeper."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from atmossl.commands import train
+
+    values = _to_plain(config)
+    values["paths"]["output"] = HydraConfig.get().runtime.output_dir
+    return train(values).score
 
 
 def _predict(arguments: Sequence[str]) -> None:
@@ -134,9 +148,22 @@ def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _info(arguments: Sequence[str]) -> None:
-    from atmossl.commands import show_checkpoint
+    from atmossl.commands import show_checkpoint, show_estimate
 
-    show_checkpoint(*_keyword(arguments, ["checkpoint"]))
+    if any(item.startswith("checkpoint=") for item in arguments):
+        show_checkpoint(*_keyword(arguments, ["checkpoint"]))
+        return
+    given = [item for item in arguments if item.startswith("memory=")]
+    overrides = [item for item in arguments if item != "--check" and item not in given]
+    memory = _gib(given[-1].removeprefix("memory=")) if given else None
+    show_estimate(compose_config("train", overrides), memory, check="--check" in arguments)
+
+
+def _gib(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"memory={text}: valid: a number of GiB, such as 80") from error
 
 
 def _export(arguments: Sequence[str]) -> None:

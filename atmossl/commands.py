@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,31 @@ from rich.table import Table
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import newest_readable
 from atmossl.data.catalog import catalog_entry, load_catalog
+from atmossl.data.statistics import Normaliser
 from atmossl.data.store import Segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, write
+from atmossl.preflight import advice, estimate
 from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
 from atmossl.schema.masks import instantiate
+from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
+from atmossl.training.watch import matmul_rate
 
 
-def train(values: Mapping[str, Any]) -> Path:
-    """Train as configured; returns the path of the last checkpoint.
+@dataclass(frozen=True)
+class Trained:
+    """What a run ends with: its last checkpoint, and the lowest error over the first guess's that
+    a validation saw, None without one."""
+
+    checkpoint: Path
+    score: float | None
+
+
+def train(values: Mapping[str, Any]) -> Trained:
+    """Train as configured.
 
     Raises:
         ValueError: anything wrong with the configuration, before any work.
@@ -44,13 +58,15 @@ def train(values: Mapping[str, Any]) -> Path:
     datamodule, statistics = build_data(config)
     module = build_module(config, statistics, _plain(values))
     keep_metrics(output)
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, Normaliser(statistics))
     OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     last = checkpoints / "last.ckpt"
     if trainer.is_global_zero:
         Console().print(f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False)
-    return last
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
+    return Trained(last, keep.best)
 
 
 def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
@@ -221,3 +237,65 @@ def show_checkpoint(checkpoint: str) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     Console().print(table)
+
+
+def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check: bool) -> None:
+    """Print what a training run will cost on each device.
+
+    memory_gib: of one device; None takes the GPU that is visible here, or this machine's.
+    Raises:
+        ValueError: `check`, and the run does not fit; with advice.
+    """
+    config: TrainConfig = parse(TrainConfig, _plain(values))
+    found, rate = estimate(config), _matmul_rate(config)
+    cost, memory = found.cost, memory_gib or _device_memory_gib()
+    table = Table("what", "value", show_header=False)
+    rows = {f"parameters of {part}": f"{count:,}" for part, count in cost.parameters.items()}
+    rows["parameters"] = f"{sum(cost.parameters.values()):,}"
+    rows |= {f"tokens per sample, {name}": f"{count:,}" for name, count in found.tokens.items()}
+    rows["hidden share of tokens"] = f"{found.hidden_share:.2f}"
+    samples = config.trainer.accumulate * found.batch_size * found.num_devices
+    rows["samples per step"] = f"{samples} on {found.num_devices} devices"
+    rows["FLOPs per sample"] = f"{cost.flops / found.batch_size:.4g}"
+    rows["FLOPs per step"] = f"{cost.flops / found.batch_size * samples:.4g}"
+    kinds = {
+        "weights": cost.weights,
+        "averaged weights": cost.averaged,
+        "optimiser": cost.optimizer,
+        "gradients": cost.gradients,
+        "activations": cost.activations,
+    }
+    rows |= {f"{kind}, unsharded": _mib(size) for kind, size in kinds.items()}
+    rows[f"memory per device, {config.trainer.strategy}"] = _mib(found.device_bytes)
+    rows["memory of a device"] = f"{memory:.1f} GiB"
+    speed = 0.5 * rate / cost.flops * found.batch_size
+    rows["samples/s per device at half this device's rate"] = f"{speed:.3g}"
+    rows["data rate per device then"] = f"{_mib(int(speed * found.bytes_per_sample))}/s"
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+    if found.fits(memory):
+        return
+    message = f"needs {_mib(found.device_bytes)} of {memory:.1f} GiB per device; try "
+    message += advice(config, found, memory)
+    if check:
+        raise ValueError(message)
+    Console().print(f"does not fit: {message}", markup=False, highlight=False)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _matmul_rate(config: TrainConfig) -> float:
+    device = torch.device(
+        _device(config.trainer.accelerator) if torch.cuda.is_available() else "cpu"
+    )
+    mixed = config.trainer.precision != "32-true"
+    return matmul_rate(device, torch.bfloat16 if mixed else torch.float32)
+
+
+def _device_memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

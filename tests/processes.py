@@ -21,7 +21,7 @@ def training(output: Path, *more: str) -> list[str]:
         "trainer.checkpoint_interval=100", "trainer.validation_interval=100",
         "trainer.validation_batches=1", "trainer.log_interval=1", "data.num_workers=0",
         "data.batch_size=2", "trainer.accelerator=cpu",
-        "stream.atmosphere.variables=[temperature]", *more,
+        "stream.atmosphere.variables=[temperature]", "trainer.pictures=false", *more,
     ]  # fmt: skip
 
 

@@ -93,6 +93,9 @@ class OptimizerConfig(Strict):
     decay_every: Positive
     gradient_clip: float = Field(gt=0.0)
     ema_decay: Share
+    freeze: tuple[str, ...]
+    factors: dict[str, float]
+    layer_decay: float = Field(gt=0.0, le=1.0)
 
 
 class TrainerConfig(Strict):
@@ -112,6 +115,9 @@ class TrainerConfig(Strict):
     async_checkpoint: bool
     log_interval: Positive
     nonfinite_limit: Positive
+    pictures: bool
+    profiler: Literal["none", "torch"]
+    profile_steps: tuple[NotNegative, Positive]
 
 
 class LoggerConfig(Strict):

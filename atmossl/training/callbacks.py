@@ -1,7 +1,6 @@
-"""Callbacks: throughput, early failure on non-finite losses, pictures of the curves at the end."""
+"""Callbacks: early failure on non-finite losses, learning rate, curves at the end."""
 
 import json
-import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,54 +14,6 @@ from torch import Tensor
 from atmossl.batch import Batch
 from atmossl.checkpoint_files import write_atomically
 from atmossl.training.curves import plot_curves
-
-
-class Throughput(L.Callback):
-    """Logs samples and tokens per second since the last log, over all devices; the share of the
-    time spent waiting for data; and the device's memory at its peak."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._start = self._wait_start = self._waited = 0.0
-        self._samples = self._tokens = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del trainer, pl_module
-        self._restart()
-
-    def _restart(self) -> None:
-        self._start = self._wait_start = time.perf_counter()
-        self._waited, self._samples, self._tokens = 0.0, 0, 0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, idx: int
-    ) -> None:
-        del trainer, pl_module, batch, idx
-        self._waited += time.perf_counter() - self._wait_start
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, idx: int
-    ) -> None:
-        del outputs
-        ranks = trainer.world_size
-        self._samples += len(batch.sample_id) * ranks
-        streams = [stream for view in batch.views for stream in view.streams]
-        self._tokens += sum(stream.corruption.numel() for stream in streams) * ranks
-        self._wait_start = time.perf_counter()
-        if (idx + 1) % self.every:
-            return
-        elapsed = self._wait_start - self._start
-        pl_module.log("samples_per_s", self._samples / elapsed, prog_bar=True)
-        pl_module.log("tokens_per_s", self._tokens / elapsed)
-        pl_module.log("data_wait_share", self._waited / elapsed)
-        if pl_module.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(pl_module.device)
-            pl_module.log("gpu_memory_gib", peak / 2**30)
-        self._restart()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del trainer, pl_module
-        self._restart()  # validation is no training time
 
 
 @dataclass(frozen=True)

@@ -94,13 +94,13 @@ class KeepCheckpoints(L.Callback):
         self.monitor = monitor
         self.healthy = healthy
         self._saved = -1
-        self._best: float | None = None
+        self.best: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}
+        return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = state_dict["best"]
+        self.best = state_dict["best"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
@@ -117,8 +117,8 @@ class KeepCheckpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
         score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and (self._best is None or float(score) < self._best):
-            self._best = float(score)
+        if score is not None and (self.best is None or float(score) < self.best):
+            self.best = float(score)
             if self.healthy():
                 trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
         if trainer.global_step % self.interval == 0:

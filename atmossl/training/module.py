@@ -1,7 +1,6 @@
 """The LightningModule: it delegates to model, objective, schedule and the averaged weights."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,23 +11,9 @@ from atmossl.batch import Batch, Losses, Prediction, StreamSpec
 from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import hidden_values, predicted_streams
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state
-from atmossl.training.muon import Muon
-from atmossl.training.schedule import Schedule, learning_rate_factor
+from atmossl.training.optimizer import OptimizerSettings, freeze, make_optimizer
+from atmossl.training.schedule import learning_rate_factor
 from atmossl.training.strategies import ShardedStrategy
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    algorithm: Literal["adamw", "muon"]
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
-    schedule: Schedule
-    warmup_steps: int
-    final_fraction: float
-    decay_every: int
-    ema_decay: float
-    max_steps: int
 
 
 def average_share(decay: float, count: int) -> float:
@@ -55,6 +40,7 @@ class TrainingModule(L.LightningModule):
         self.objective = objective
         self.settings = optimizer
         self.record = record
+        freeze(model, optimizer.freeze)
         self.task_names = task_names
         self.ema = AveragedModel(model, use_buffers=False)
         self.ema.requires_grad_(False)  # DDP waits for every parameter that wants a gradient
@@ -101,13 +87,16 @@ class TrainingModule(L.LightningModule):
                 averaged.lerp_(current, share)
             self.ema.n_averaged += 1
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction | None:
         del batch_idx
         task = self.task_names[dataloader_idx]
         losses = self.objective(self.ema, batch)
         self._log_losses(f"validation/{task}", losses, batch)
         if losses.prediction is not None:
             self._gather_errors(task, batch, losses.prediction)
+        return losses.prediction
 
     def _gather_errors(self, task: str, batch: Batch, prediction: Prediction) -> None:
         """Squared errors of the ensemble mean and of the first guess, per variable."""
@@ -152,7 +141,9 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
-        optimizer = self._optimizer()
+        # a fused step unscales fp16 gradients by itself, after they should have been clipped
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self.model, settings, fused=fused)
         factor = learning_rate_factor(
             settings.schedule,
             warmup_steps=settings.warmup_steps,
@@ -165,27 +156,6 @@ class TrainingModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.settings
-        named = list(self.model.named_parameters())
-        if settings.algorithm == "muon":  # the last layer has no square geometry: AdamW
-            chosen = [p for name, p in named if p.ndim > 1 and not name.startswith("tail.")]
-        else:
-            chosen = [p for _, p in named if p.ndim > 1]
-        identities = {id(parameter) for parameter in chosen}
-        others = [parameter for _, parameter in named if id(parameter) not in identities]
-        common: dict[str, Any] = {
-            "lr": settings.learning_rate,
-            "betas": settings.betas,
-            "weight_decay": settings.weight_decay,
-        }
-        plain = {"params": others, "weight_decay": 0.0}
-        if settings.algorithm == "muon":
-            return Muon([{"params": chosen, "muon": True}, plain], **common)
-        # a fused step unscales fp16 gradients by itself, after they should have been clipped
-        fused = self.trainer.precision != "16-mixed"
-        return torch.optim.AdamW([{"params": chosen}, plain], fused=fused, **common)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["atmossl"] = {

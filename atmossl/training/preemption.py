@@ -14,6 +14,7 @@ import torch.distributed as dist
 from atmossl.training.checkpoint import KeepCheckpoints
 
 _NEAR_LIMIT_SECONDS = 1800.0
+_OUT_OF_TIME = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(InterruptedError):
@@ -25,11 +26,12 @@ class Interrupted(InterruptedError):
 
 
 class SaveOnSignal(L.Callback):
-    """At SIGUSR1 or SIGTERM: finish the optimiser step, save, leave; under Slurm also requeue.
+    """At SIGUSR1, SIGUSR2 or SIGTERM: finish the optimiser step, save, leave; under Slurm requeue.
 
-    SIGUSR1 is what scripts/slurm/train.sbatch asks for before the time limit. SIGTERM may also
-    mean that the user cancelled the job or that Slurm preempts and requeues it by itself, so it
-    requeues only within half an hour of the limit (SLURM_JOB_END_TIME).
+    SIGUSR1 is what scripts/slurm/train.sbatch asks for before the time limit, SIGUSR2 what
+    submitit does. SIGTERM may also mean that the user cancelled the job, or that Slurm preempts
+    and requeues it by itself, so it requeues only within half an hour of the limit
+    (SLURM_JOB_END_TIME).
     All ranks leave after the same step, whichever of them got the signal first.
     """
 
@@ -40,7 +42,7 @@ class SaveOnSignal(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in (*_OUT_OF_TIME, signal.SIGTERM):
             signal.signal(number, self._note)  # Lightning's own were set before; it resets them
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -82,7 +84,7 @@ def wants_requeue(number: int, environment: Any, now: float) -> bool:
     """Whether a signal means that a Slurm job ran out of time."""
     if "SLURM_JOB_ID" not in environment:
         return False
-    if number == signal.SIGUSR1:
+    if number in _OUT_OF_TIME:
         return True
     end = environment.get("SLURM_JOB_END_TIME")
     return end is not None and float(end) - now < _NEAR_LIMIT_SECONDS

@@ -10,7 +10,8 @@ from torch import nn
 from atmossl.batch import TokenGrid
 from atmossl.training.callbacks import StopOnNonFinite
 from atmossl.training.distributed import clip_gradients
-from atmossl.training.module import OptimizerSettings, TrainingModule
+from atmossl.training.module import TrainingModule
+from atmossl.training.optimizer import OptimizerSettings
 
 SETTINGS = OptimizerSettings(
     algorithm="adamw",

@@ -1,0 +1,133 @@
+"""What a training run will cost, before a device is taken."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atmossl.batch import Batch, StreamSpec, StreamWindow, collate_views
+from atmossl.build import SHARDED_UNITS, build_model, build_objective, optimizer_settings
+from atmossl.data.catalog import catalog_entry
+from atmossl.data.store import open_split
+from atmossl.masking.base import make_view
+from atmossl.schema import TrainConfig
+from atmossl.training.cost import StepCost, measure_step
+from atmossl.training.optimizer import make_optimizer
+
+_STEP_HOURS = 6.0  # any: a cost does not depend on it
+_RESERVED = 0.9  # of a device's memory; the rest is its runtime's, and fragments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """tokens: per sample, by stream. bytes_per_sample: of the fields that a loader reads."""
+
+    cost: StepCost
+    tokens: dict[str, int]
+    hidden_share: float
+    bytes_per_sample: int
+    num_devices: int
+    device_bytes: int
+    batch_size: int
+
+    def fits(self, memory_gib: float) -> bool:
+        return self.device_bytes <= _RESERVED * memory_gib * 2**30
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """Follow one step of the run on shapes alone.
+
+    Raises:
+        ValueError: `data.window` asks for the whole grid of a store that cannot be opened.
+    """
+    batch = sample_batch(config)
+    cost = measure_step(
+        lambda: build_model(config, {}),
+        build_objective(config, {}),
+        lambda model: make_optimizer(model, optimizer_settings(config), fused=True),
+        batch,
+        precision=config.trainer.precision,
+        units=SHARDED_UNITS,
+    )
+    devices = num_devices(config)
+    shards = devices if config.trainer.strategy == "fsdp" else 1
+    share = 0.5 if config.trainer.precision == "bf16-mixed" else 1.0
+    streams = [stream for view in batch.views for stream in view.streams]
+    size = config.data.batch_size
+    return Estimate(
+        cost=cost,
+        tokens={s.spec.name: s.corruption[0].numel() for s in streams},
+        hidden_share=float(torch.cat([s.hidden.flatten() for s in streams]).float().mean()),
+        bytes_per_sample=sum(4 * s.target[0].numel() for s in streams),
+        num_devices=devices,
+        device_bytes=cost.per_device(shards, share),
+        batch_size=size,
+    )
+
+
+def num_devices(config: TrainConfig) -> int:
+    """Devices of all nodes; `auto` counts the GPUs that are visible here."""
+    per_node = config.trainer.devices
+    if per_node == "auto":
+        per_node = max(1, torch.cuda.device_count())
+    return per_node * config.trainer.num_nodes
+
+
+def sample_batch(config: TrainConfig) -> Batch:
+    """A batch of the configured size with masks drawn as in training and fields of zeros."""
+    num_lat, num_lon = config.data.window.lat, config.data.window.lon
+    if not num_lat or not num_lon:
+        grid = _grid_shape(config)
+        num_lat, num_lon = num_lat or grid[0], num_lon or grid[1]
+    views = []
+    for number in range(config.data.batch_size):
+        windows = tuple(
+            _window(spec, config.data.window.time, num_lat, num_lon) for spec in config.specs
+        )
+        rng = np.random.default_rng([config.seed, number])
+        views.append(
+            (make_view(windows, config.masking, rng, first_guess=config.data.first_guess),)
+        )
+    return collate_views(views, list(range(len(views))))
+
+
+def _grid_shape(config: TrainConfig) -> tuple[int, int]:
+    entry = catalog_entry(config.data.name, config.data.catalog)
+    variables = sorted({v for spec in config.specs for v in spec.variables})
+    levels = sorted({level for spec in config.specs for level in spec.levels})
+    num_lat, num_lon = open_split(entry, "train", variables=variables, levels=levels)[0].grid.shape
+    return num_lat, num_lon
+
+
+def _window(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int) -> StreamWindow:
+    shape = (len(spec.variables), spec.num_levels, num_times, num_lat, num_lon)
+    return StreamWindow(
+        spec=spec,
+        fields=torch.zeros(shape),
+        time_hours=torch.arange(num_times, dtype=torch.float64) * _STEP_HOURS,
+        level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
+        lat=torch.linspace(-80.0, 80.0, num_lat),
+        lon=torch.arange(num_lon) * (360.0 / num_lon),
+        weight=torch.ones(num_lat),
+    )
+
+
+def advice(config: TrainConfig, found: Estimate, memory_gib: float) -> str:
+    """What to change so that a run fits, cheapest first."""
+    cost, trainer = found.cost, config.trainer
+    fixed = found.device_bytes - cost.activations - cost.batch
+    free = _RESERVED * memory_gib * 2**30 - fixed
+    per_sample = (cost.activations + cost.batch) / found.batch_size
+    ways = []
+    if trainer.precision == "32-true":
+        ways.append("trainer.precision=bf16-mixed")
+    if free >= per_sample and found.batch_size > 1:
+        size = int(free // per_sample)
+        factor = -(-found.batch_size // size) * trainer.accumulate
+        ways.append(f"data.batch_size={size} trainer.accumulate={factor}")
+    if trainer.strategy != "fsdp":
+        ways.append("trainer.strategy=fsdp on several devices")
+    elif free < per_sample:
+        ways.append(f"more than {found.num_devices} devices")
+    ways.append("a smaller model or window")
+    return "; or ".join(ways)

@@ -1,0 +1,126 @@
+"""What a training step costs, found without running it: shapes only, no data and no device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from atmossl.batch import Batch
+from atmossl.objectives.base import Objective
+from atmossl.training.watch import model_flops
+
+_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one device's batch, all bytes as if nothing were sharded.
+
+    peak: the most that weights, gradients, optimiser states and activations take together.
+    gradients_at_peak: their share of it. units: bytes of every part that FSDP gathers at a time.
+    """
+
+    parameters: dict[str, int]
+    flops: int
+    weights: int
+    averaged: int
+    optimizer: int
+    gradients: int
+    gradients_at_peak: int
+    peak: int
+    units: tuple[int, ...]
+    batch: int
+
+    @property
+    def activations(self) -> int:
+        """What the peak holds beside weights, gradients and optimiser states."""
+        return self.peak - self.weights - self.optimizer - self.gradients_at_peak
+
+    def per_device(self, num_shards: int, bytes_share: float) -> int:
+        """Bytes at the peak where weights, gradients and states are cut into `num_shards`.
+
+        bytes_share: of a gathered weight over a stored one, 0.5 for bfloat16.
+        Two gathered units are there at a time, one in use and one on its way; what belongs to no
+        unit stays gathered from the first use on.
+        """
+        total = self.peak + self.averaged + self.batch
+        if num_shards == 1:
+            return total
+        spread = self.weights + self.averaged + self.optimizer + self.gradients_at_peak
+        rest = self.weights - sum(self.units)
+        gathered = bytes_share * (rest + 2 * max(self.units, default=0))
+        return round(total - spread * (1 - 1 / num_shards) + gathered)
+
+
+def measure_step(
+    build: Callable[[], nn.Module],
+    objective: Objective,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    batch: Batch,
+    *,
+    precision: str,
+    units: tuple[type[nn.Module], ...],
+) -> StepCost:
+    """Follow two training steps with tensors that have shapes but no values."""
+    with FakeTensorMode() as mode:
+        model = build()
+        shapes: Batch = batch._map(mode.from_tensor)
+        optimizer = make_optimizer(model)
+        parameters = list(model.parameters())
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        dtype = _DTYPES.get(precision)
+        flops = sum(model_flops(model, view) for view in shapes.views)
+        with tracker:
+            for _ in range(2):  # the states of the optimiser come with the first
+                tracker.reset_mod_stats()
+                with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                    loss = objective(model, shapes).total
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                del loss
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        states = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
+        trained = [p for p in parameters if p.requires_grad]
+        named = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
+        return StepCost(
+            parameters=_parts(model),
+            flops=flops,
+            weights=_bytes(parameters) + _bytes(model.buffers()),
+            averaged=_bytes(parameters),
+            optimizer=_bytes(states),
+            gradients=_bytes(trained),
+            gradients_at_peak=named["GRAD"],
+            peak=named["Total"],
+            units=tuple(_bytes(m.parameters()) for m in model.modules() if isinstance(m, units)),
+            batch=_batch_bytes(batch),
+        )
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _parts(model: nn.Module) -> dict[str, int]:
+    """Parameters by part; those of the coupling between streams apart."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = "coupling" if ".coupling." in name else name.split(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def _batch_bytes(batch: Batch) -> int:
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    batch._map(note)
+    return sum(sizes)

@@ -1,0 +1,167 @@
+"""How fast a run is and what its steps cost: throughput, share of the device's rate, traces."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from atmossl.batch import Batch, View
+from atmossl.checkpoint_files import write_atomically
+
+_COUNTED_BATCHES = 4
+_BACKWARD_COST = 2  # of a forward pass, in matrix products
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOP/s of a large square matrix product on this device, the best of `repeats`."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    del args, kwargs
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> int:
+    del args, kwargs
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of floating-point operations in matrix products; it knows the fused
+    attention of GPUs, but not that of CPUs."""
+    aten: Any = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        },
+    )
+
+
+@torch.no_grad()
+def model_flops(model: nn.Module, view: View) -> int:
+    """Floating-point operations of a training step's matrix products: forward, and backward at
+    twice that. Work that is done anew to save memory does not count."""
+    with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
+        model(view)
+    return (1 + _BACKWARD_COST) * counter.get_total_flops()
+
+
+class Throughput(L.Callback):
+    """Logs, since the last log: samples and tokens per second over all devices, `mfu` (model FLOP/s
+    over the rate of a large matrix product measured at the start), the share of the time spent
+    waiting for data, and the device's memory at its peak.
+
+    FLOPs are the mean of the first batches: masks make batches differ a little.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._start = self._wait_start = self._waited = self._rate = 0.0
+        self._samples = self._tokens = 0
+        self._flops: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        precision = str(trainer.precision)
+        self._rate = matmul_rate(pl_module.device, mixed.get(precision, torch.float32))
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = self._wait_start = time.perf_counter()
+        self._waited, self._samples, self._tokens = 0.0, 0, 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Batch, idx: int
+    ) -> None:
+        del idx
+        self._waited += time.perf_counter() - self._wait_start
+        if len(self._flops) < _COUNTED_BATCHES:
+            with trainer.precision_plugin.forward_context():
+                self._flops.append(sum(model_flops(pl_module.model, v) for v in batch.views))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, idx: int
+    ) -> None:
+        del outputs
+        ranks = trainer.world_size
+        self._samples += len(batch.sample_id) * ranks
+        streams = [stream for view in batch.views for stream in view.streams]
+        self._tokens += sum(stream.corruption.numel() for stream in streams) * ranks
+        self._wait_start = time.perf_counter()
+        if (idx + 1) % self.every:
+            return
+        elapsed = self._wait_start - self._start
+        pl_module.log("samples_per_s", self._samples / elapsed, prog_bar=True)
+        pl_module.log("tokens_per_s", self._tokens / elapsed)
+        flops_per_s = self.every * sum(self._flops) / len(self._flops) / elapsed
+        pl_module.log("mfu", flops_per_s / self._rate)
+        pl_module.log("data_wait_share", self._waited / elapsed)
+        if pl_module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(pl_module.device)
+            pl_module.log("gpu_memory_gib", peak / 2**30)
+        self._restart()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del trainer, pl_module
+        self._restart()  # validation is no training time
+
+
+class TraceSteps(L.Callback):
+    """Records the batches `first` to `first + count - 1` with torch's profiler, and writes
+    `trace-rankN.json` (for ui.perfetto.dev) and `costs-rankN.txt` (the costliest operations)."""
+
+    def __init__(self, folder: Path, *, first: int, count: int) -> None:
+        self.folder = folder
+        self.first = first
+        self.last = first + count - 1
+        self._profile: profile | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, idx: int
+    ) -> None:
+        del trainer, batch
+        if idx == self.first:
+            activities = [ProfilerActivity.CPU]
+            if pl_module.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
+    ) -> None:
+        del pl_module, outputs, batch
+        recorded = self._profile
+        if recorded is None or idx != self.last:
+            return
+        self._profile = None
+        recorded.stop()
+        rank = trainer.global_rank
+        trace, costs = self.folder / f"trace-rank{rank}.json", self.folder / f"costs-rank{rank}.txt"
+        write_atomically(trace, lambda partial: recorded.export_chrome_trace(str(partial)))
+        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = recorded.key_averages().table(sort_by=key, row_limit=30)
+        write_atomically(costs, lambda partial: partial.write_text(table))
