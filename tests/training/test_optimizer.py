@@ -44,7 +44,7 @@ def test_frozen_parameters_stay_and_others_move_by_their_factor(algorithm: str) 
         name for name in moved if name.startswith(still)
     }
     ratio = moved["encoder.1.air.weight"] / moved["encoder.2.air.weight"]
-    assert ratio == pytest.approx(0.1, rel=1e-3)
+    assert ratio == pytest.approx(0.1, rel=1e-2)
 
 
 def test_without_choices_there_are_two_groups_as_ever() -> None:
