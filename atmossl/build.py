@@ -20,8 +20,9 @@ from atmossl.data.datamodule import LoaderSettings, WindowDataModule
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.store import open_split
 from atmossl.data.windows import WindowSize
-from atmossl.inference.checkpoint import spec_to_dict
-from atmossl.model.blocks import CrossAttention, Feedforward, SelfAttention
+from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
+from atmossl.model.attention import CrossAttention, SelfAttention
+from atmossl.model.blocks import DecoderBlock, EncoderBlock, Feedforward, GatedConvolution
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import MaskedModelling
@@ -32,10 +33,13 @@ from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
 from atmossl.training.pictures import Pictures
 from atmossl.training.preemption import SaveOnSignal
+from atmossl.training.recompute import recompute
 from atmossl.training.strategies import choose_strategy
+from atmossl.training.warm_start import renamed, warm_start
 from atmossl.training.watch import Throughput, TraceSteps
 
-SHARDED_UNITS = (SelfAttention, CrossAttention, Feedforward)  # what FSDP gathers at a time
+_WIDE_PARTS = (Feedforward, GatedConvolution)
+SHARDED_UNITS = (SelfAttention, CrossAttention, *_WIDE_PARTS)  # what FSDP gathers at a time
 
 
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
@@ -98,15 +102,17 @@ def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
 
 
 def build_module(
-    config: TrainConfig, statistics: Statistics, resolved: dict[str, Any]
+    config: TrainConfig, statistics: Statistics, resolved: dict[str, Any], *, resumed: bool = False
 ) -> TrainingModule:
     """Model, objective and optimiser settings in one LightningModule.
 
     resolved: the configuration as plain values, kept in every checkpoint.
+    resumed: the weights come from a checkpoint of the same run, so there is no warm start.
     """
     scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
     model = build_model(config, scales)
     objective = build_objective(config, scales)
+    warm = bool(config.warm_start.checkpoints) and not resumed
     window = WindowSize(**config.data.window.model_dump())
     record = {
         "atmossl": __version__,
@@ -119,15 +125,34 @@ def build_module(
         "first_guess": config.data.first_guess,
         "data": config.data.name,
         "config": resolved,
+        "warm_start": warm_started(config, model) if warm else {},
     }
     names = tuple(task.name for task in config.tasks)
-    return TrainingModule(
+    module = TrainingModule(
         model=model,
         objective=objective,
         optimizer=optimizer_settings(config),
         record=record,
         task_names=names,
     )
+    forget_activations(config, model)
+    return module
+
+
+def forget_activations(config: TrainConfig, model: Multiformer) -> None:
+    """Apply `trainer.recompute` to the trained model; its averaged copy needs no such thing."""
+    blocks = (EncoderBlock, DecoderBlock)
+    recompute(model, config.trainer.recompute, blocks=blocks, wide_parts=_WIDE_PARTS)
+
+
+def warm_started(config: TrainConfig, model: Multiformer) -> dict[str, Any]:
+    """Fill the model from `warm_start.checkpoints`; what became of every weight."""
+    sources = []
+    for name in config.warm_start.checkpoints:
+        trained = load_checkpoint(name)
+        names = {s.name: config.warm_start.rename.get(s.name, s.name) for s in trained.specs}
+        sources.append(renamed(name, trained.specs, trained.model.state_dict(), names))
+    return warm_start(model, config.specs, sources).summary()
 
 
 def build_trainer(config: TrainConfig, normaliser: Normaliser) -> L.Trainer:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 from rich.table import Table
 
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import newest_readable
+from atmossl.checkpoint_files import newest_readable, write_atomically
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.statistics import Normaliser
 from atmossl.data.store import Segment, open_split
@@ -56,7 +56,8 @@ def train(values: Mapping[str, Any]) -> Trained:
         )
     _make_folder(output)
     datamodule, statistics = build_data(config)
-    module = build_module(config, statistics, _plain(values))
+    module = build_module(config, statistics, _plain(values), resumed=resume is not None)
+    _tell_warm_start(module.record["warm_start"], output)
     keep_metrics(output)
     trainer = build_trainer(config, Normaliser(statistics))
     OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
@@ -67,6 +68,16 @@ def train(values: Mapping[str, Any]) -> Trained:
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
     return Trained(last, keep.best)
+
+
+def _tell_warm_start(report: dict[str, list[str]], output: Path) -> None:
+    """Print how many weights were loaded, grown, initialised and left; name them in a file."""
+    if not report:
+        return
+    path = output / "warm_start.yaml"
+    write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(report), partial))
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in report.items())
+    Console().print(f"warm start: {counts}; see {path}", highlight=False)
 
 
 def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:

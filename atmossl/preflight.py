@@ -6,10 +6,17 @@ import numpy as np
 import torch
 
 from atmossl.batch import Batch, StreamSpec, StreamWindow, collate_views
-from atmossl.build import SHARDED_UNITS, build_model, build_objective, optimizer_settings
+from atmossl.build import (
+    SHARDED_UNITS,
+    build_model,
+    build_objective,
+    forget_activations,
+    optimizer_settings,
+)
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.store import open_split
 from atmossl.masking.base import make_view
+from atmossl.model.multiformer import Multiformer
 from atmossl.schema import TrainConfig
 from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.optimizer import make_optimizer
@@ -40,9 +47,15 @@ def estimate(config: TrainConfig) -> Estimate:
     Raises:
         ValueError: `data.window` asks for the whole grid of a store that cannot be opened.
     """
+
+    def build() -> Multiformer:
+        model = build_model(config, {})
+        forget_activations(config, model)
+        return model
+
     batch = sample_batch(config)
     cost = measure_step(
-        lambda: build_model(config, {}),
+        build,
         build_objective(config, {}),
         lambda model: make_optimizer(model, optimizer_settings(config), fused=True),
         batch,
@@ -121,6 +134,8 @@ def advice(config: TrainConfig, found: Estimate, memory_gib: float) -> str:
     ways = []
     if trainer.precision == "32-true":
         ways.append("trainer.precision=bf16-mixed")
+    if trainer.recompute != "full":
+        ways.append("trainer.recompute=full")
     if free >= per_sample and found.batch_size > 1:
         size = int(free // per_sample)
         factor = -(-found.batch_size // size) * trainer.accumulate

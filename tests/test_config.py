@@ -11,13 +11,23 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("data", "stream", "masking", "tasks", "model", "objective", "optimizer", "trainer")
 CHOICES = [
     f"{group}={file.stem}"
-    for group in (*GROUPS, "logger", "paths", "experiment")
+    for group in (*GROUPS, "logger", "paths", "experiment", "debug", "hparams_search", "launcher")
     for file in sorted((CONF / group).glob("*.yaml"))
 ]
+FIELDS = (
+    "temperature",
+    "u_component_of_wind",
+    "v_component_of_wind",
+    "specific_humidity",
+    "geopotential",
+)
 # choices that need others beside them
 WITH = {
     "data=arco_era5": ["stream=dynamics_humidity"],
-    "stream=atmorep_temperature": ["experiment=atmorep_temperature"],
+    **{
+        f"stream={name}": ["experiment=atmorep_temperature"]
+        for name in ("arco_atmosphere", "atmorep_three_fields", *(f"atmorep_{f}" for f in FIELDS))
+    },
     "optimizer=atmorep": ["trainer.max_steps=100000"],
 }
 
@@ -63,6 +73,8 @@ def test_evaluation_validates() -> None:
         ("+masking.samplers.0.rates=[0,1]", "rates"),
         ("trainer.precision=8", "bf16-mixed"),
         ("+trainer.gpus=2", "gpus"),
+        ("trainer.checkpoint_format=sharded", "strategy=fsdp"),
+        ("optimizer.layer_decay=0", "layer_decay"),
     ],
 )
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:

@@ -107,6 +107,7 @@ class TrainerConfig(Strict):
     num_nodes: Positive
     strategy: Literal["auto", "ddp", "fsdp"]
     compile: bool
+    recompute: Literal["none", "selective", "full"]
     validation_interval: Positive
     validation_batches: Positive
     checkpoint_interval: Positive
@@ -118,6 +119,13 @@ class TrainerConfig(Strict):
     pictures: bool
     profiler: Literal["none", "torch"]
     profile_steps: tuple[NotNegative, Positive]
+
+
+class WarmStartConfig(Strict):
+    """checkpoints: whose weights a new run starts from; rename: their streams to the run's."""
+
+    checkpoints: tuple[str, ...]
+    rename: dict[str, str]
 
 
 class LoggerConfig(Strict):
@@ -135,6 +143,7 @@ class TrainConfig(Strict):
 
     seed: NotNegative
     resume: str | None
+    warm_start: WarmStartConfig
     data: DataConfig
     stream: dict[str, StreamConfig] = Field(min_length=1)
     masking: Mask

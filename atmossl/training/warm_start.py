@@ -1,0 +1,169 @@
+"""Weights of trained models for a new one: streams trained apart and coupled, new variables and
+levels, another resolution or window."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atmossl.batch import StreamSpec
+
+# Axis of a weight that runs over the values of a token, several times over; the first key matches
+# the room of the network, the second the end of the name.
+_PATCH_AXES = {
+    ("embedding", "values.weight"): 1,
+    ("embedding", "details.weight"): 1,
+    ("query", "values.weight"): 1,
+    ("query", "details.weight"): 1,
+    ("tail", "project.weight"): 0,
+    ("tail", "project.bias"): 0,
+    ("tail", "linear.weight"): 0,
+}
+_OWN = "scale"  # a buffer that belongs to the data of the new run
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model: its streams, under the names that they have in the new one, and weights."""
+
+    name: str
+    specs: Mapping[str, StreamSpec]
+    weights: Mapping[str, Tensor]
+
+
+@dataclass
+class Report:
+    """Names of the new model's weights: `loaded` as they are, `grown` where a token has other
+    values than before, `initialised` anew; and `left`, the source's own that found no place."""
+
+    loaded: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
+    initialised: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, list[str]]:
+        return dict(sorted(vars(self).items()))
+
+
+def renamed(
+    name: str, specs: Sequence[StreamSpec], weights: Mapping[str, Tensor], names: Mapping[str, str]
+) -> Source:
+    """A source whose streams go by other names in the new model.
+
+    Raises:
+        ValueError: a stream to be renamed that is not there.
+    """
+    streams = [spec.name for spec in specs]
+    unknown = sorted(set(names) - set(streams))
+    if unknown:
+        raise ValueError(f"warm_start.rename: {name} has no streams {unknown}; valid: {streams}")
+
+    def rename(key: str) -> str:
+        return ".".join(names.get(part, part) for part in key.split("."))
+
+    return Source(
+        name,
+        {names.get(spec.name, spec.name): spec for spec in specs},
+        {rename(key): value for key, value in weights.items()},
+    )
+
+
+@torch.no_grad()
+def warm_start(model: nn.Module, specs: Sequence[StreamSpec], sources: Sequence[Source]) -> Report:
+    """Fill a model with the weights of one or several trained ones; a later source wins.
+
+    Coupling between streams that were trained apart starts shut (its last layer is 0), so every
+    stream predicts what it did alone. A new variable or level is not looked at at first (its
+    embedding is 0), and its tail is new. Widths that differ are initialised.
+    Raises:
+        ValueError: no weight of a source has a place in the model.
+    """
+    report = Report()
+    targets = model.state_dict()
+    new_specs = {spec.name: spec for spec in specs}
+    placed: dict[str, str] = {}
+    for source in sources:
+        used = [
+            key for key, value in source.weights.items()
+            if key in targets and _place(targets[key], value, key, source, new_specs, placed)
+        ]  # fmt: skip
+        if not used:
+            raise ValueError(
+                f"warm_start.checkpoints: no weight of {source.name} fits the model; its streams "
+                f"are {sorted(source.specs)}, those of the model {sorted(new_specs)}"
+            )
+        missed = set(source.weights) - set(used)
+        report.left += [f"{source.name}: {k}" for k in sorted(missed) if not k.endswith(_OWN)]
+    for key in sorted(targets):
+        if not key.endswith(_OWN):
+            getattr(report, placed.get(key, "initialised")).append(key)
+    return report
+
+
+def _place(
+    target: Tensor, value: Tensor, key: str, source: Source, specs: Mapping[str, StreamSpec],
+    placed: dict[str, str],
+) -> bool:  # fmt: skip
+    """Copy one weight where it fits; whether it did."""
+    if key.endswith(_OWN):
+        return False
+    stream = next((part for part in key.split(".")[1:] if part in source.specs), None)
+    axis = _patch_axis(key)
+    if axis is not None and stream in specs and stream is not None:
+        index = patch_index(source.specs[stream], specs[stream])
+        if index != list(range(source.specs[stream].patch)) or len(index) != specs[stream].patch:
+            return _grow(target, value, key, axis, index, source.specs[stream].patch, placed)
+    if target.shape != value.shape:
+        return False
+    target.copy_(value)
+    placed[key] = "loaded"
+    return True
+
+
+def _patch_axis(key: str) -> int | None:
+    room = key.split(".")[0]
+    found = (axis for (r, end), axis in _PATCH_AXES.items() if r == room and key.endswith(end))
+    return next(found, None)
+
+
+def patch_index(old: StreamSpec, new: StreamSpec) -> list[int | None]:
+    """Where every value of a new token is in an old one, None where it is not."""
+    place = {key: number for number, key in enumerate(_patch_keys(old))}
+    return [place.get(key) for key in _patch_keys(new)]
+
+
+def _patch_keys(spec: StreamSpec) -> Iterator[tuple[Any, ...]]:
+    """What each value of a token is. Where a token spans all levels they are known by pressure,
+    else by their order within the token."""
+    size = spec.token_size
+    whole = size.level == spec.num_levels
+    levels = spec.level_values if whole else tuple(range(size.level))
+    shape = (size.time, size.lat, size.lon)
+    for variable in spec.variables:
+        for level in levels:
+            for number in range(size.time * size.lat * size.lon):
+                yield variable, whole, level, shape, number
+
+
+def _grow(
+    target: Tensor, value: Tensor, key: str, axis: int, index: list[int | None], old_patch: int,
+    placed: dict[str, str],
+) -> bool:  # fmt: skip
+    """Copy the values that both tokens have; an embedding does not look at the others."""
+    repeats = value.shape[axis] // old_patch
+    same = [
+        a == b for n, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if n != axis
+    ]
+    if not all(same) or target.shape[axis] != repeats * len(index):
+        return False
+    into = target.movedim(axis, 0).unflatten(0, (repeats, len(index)))
+    out_of = value.to(target).movedim(axis, 0).unflatten(0, (repeats, old_patch))
+    for new, old in enumerate(index):
+        if old is not None:
+            into[:, new] = out_of[:, old]
+        elif not key.startswith("tail."):
+            into[:, new] = 0.0
+    placed[key] = "grown"
+    return True
