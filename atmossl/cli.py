@@ -1,6 +1,7 @@
 """The command line: train, predict, evaluate, data, config, info."""
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
                   cross_variable | combined | counterfactual
             atmossl predict task=forecast task.lead_time=5d layout=weatherbench2 output=out.nc
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
+            atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
   data      atmossl data list | atmossl data stats [key=value ...]
   config    atmossl config show | validate [key=value ...]      of a training run
@@ -111,7 +113,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
             compose_config("predict", [f"task={n.strip()}", "output=_"])["task"] for n in names
         ]
         values = values | {"tasks": tasks}
-    evaluate(values)
+    evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))
 
 
 def _data(arguments: Sequence[str]) -> None:

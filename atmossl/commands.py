@@ -186,24 +186,33 @@ def _chosen_times(config: PredictConfig, predictor: Predictor) -> np.ndarray:
     return times
 
 
-def evaluate(values: Mapping[str, Any]) -> Path:
-    """Score every task on held-out dates against baselines; returns the report's folder."""
-    from atmossl.scorecard import write_report
+def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
+    """Score tasks or forecast stores on held-out dates; returns the report's folder.
+
+    command: the line that the report gives for making it again.
+    """
+    from atmossl.evaluation.report.write import write_report
+    from atmossl.scorecard import compare_forecasts, provenance_of, score_tasks
 
     config: EvaluateConfig = parse(EvaluateConfig, values)
     if config.output.exists():
         raise ValueError(f"output={config.output} exists; choose another folder or remove it")
-    trained = load_checkpoint(config.checkpoint)
-    test = open_for(trained, config.data, config.catalog, config.split)
-    training = open_for(trained, config.data, config.catalog, "train")
     partial = config.output.with_name(f".{config.output.name}.{os.getpid()}")
     _make_folder(partial)
     try:
-        write_report(config, trained, test, training, partial, _device(config.accelerator))
+        trained = load_checkpoint(config.checkpoint)
+        if config.forecasts:
+            entry = catalog_entry(config.data or trained.data, config.catalog)
+            reports = [compare_forecasts(config, entry)]
+        else:
+            test = open_for(trained, config.data, config.catalog, config.split)
+            training = open_for(trained, config.data, config.catalog, "train")
+            reports = score_tasks(config, trained, test, training, _device(config.accelerator))
+        write_report(reports, provenance_of(config, trained, command), partial)
         partial.replace(config.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    Console().print(f"report: {config.output}", highlight=False)
+    Console().print(f"report: {config.output / 'index.html'}", highlight=False)
     return config.output
 
 

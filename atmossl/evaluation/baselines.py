@@ -5,7 +5,7 @@ that nothing is looked up across the gap between runs. Spatial ones are in `spat
 one in `ridge`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import xarray as xr
@@ -13,6 +13,9 @@ import xarray as xr
 from atmossl.evaluation.alignment import require_labels, select_times, valid_times
 
 _MONTHS = np.arange(1, 13)
+_BLOCK_BYTES = 256 * 2**20
+
+Prepare = Callable[[xr.Dataset], xr.Dataset]
 
 
 def as_times(times: xr.DataArray | np.ndarray, dim: str) -> xr.DataArray:
@@ -35,27 +38,38 @@ def persistence(
     return forecast.transpose("init_time", "lead_time", ...)
 
 
-def climatology(segments: Sequence[xr.Dataset], *, monthly: bool = True) -> xr.Dataset:
+def climatology(
+    segments: Sequence[xr.Dataset], *, monthly: bool = True, prepare: Prepare = lambda block: block
+) -> xr.Dataset:
     """Mean over the training segments per cell and calendar month, dims (month, ...).
 
     Give it training segments only: a month's mean then never holds the target's own date. Months
     without data are missing. With `monthly=False` (records too short for a season) every month
-    holds the mean of all times.
+    holds the mean of all times. Segments are read a block of times after the other, each of which
+    goes through `prepare` (such as regridding).
 
     Raises:
         ValueError: no segments.
     """
     if not segments:
         raise ValueError("segments: a climatology needs one training segment or more, got none")
-    total, count = _sums_by_month(segments[0], monthly)
-    for segment in segments[1:]:
-        one_total, one_count = _sums_by_month(segment, monthly)
+    blocks = (prepare(block) for segment in segments for block in time_blocks(segment))
+    total, count = _sums_by_month(next(blocks), monthly)
+    for block in blocks:
+        one_total, one_count = _sums_by_month(block, monthly)
         total = total + one_total
         count = count + one_count
     mean = (total / count.where(count > 0)).astype(np.float32)
     for name in mean.data_vars:
         mean[name].attrs = segments[0][name].attrs
     return mean.transpose("month", ...)
+
+
+def time_blocks(segment: xr.Dataset) -> Iterator[xr.Dataset]:
+    """Parts of a record along time that take little memory each, loaded."""
+    step = max(1, int(_BLOCK_BYTES * segment.sizes["time"] // max(1, segment.nbytes)))
+    for start in range(0, segment.sizes["time"], step):
+        yield segment.isel(time=slice(start, start + step)).load()
 
 
 def _sums_by_month(segment: xr.Dataset, monthly: bool) -> tuple[xr.Dataset, xr.Dataset]:

@@ -55,23 +55,39 @@ class BlockBootstrap:
     def limits(self, samples: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
         """Percentile interval (low, high) over the dimension `resample`."""
         tail = (1.0 - self.confidence) / 2.0
-        both = samples.quantile([tail, 1.0 - tail], "resample", skipna=False)
-        return both.isel(quantile=0, drop=True), both.isel(quantile=1, drop=True)
+        samples = samples.transpose("resample", ...)
+        low, high = np.quantile(samples.to_numpy(), [tail, 1.0 - tail], axis=0)
+        shape = samples.isel(resample=0, drop=True)
+        return shape.copy(data=low), shape.copy(data=high)
+
+    def p_value(self, samples: xr.DataArray, *, null: float) -> xr.DataArray:
+        """Two-sided p-value of the hypothesis that the true value is `null`.
+
+        Twice the smaller share of resamples on one side of it, counting one more than there are
+        (Davison and Hinkley 1997, Bootstrap Methods, section 4.2), so that it is never zero.
+        """
+        below, above = ((samples <= null).sum("resample"), (samples >= null).sum("resample"))
+        rarer = np.minimum(below, above) + 1
+        p_value = np.minimum(2.0 * rarer / (samples.sizes["resample"] + 1), 1.0)
+        return p_value.where(samples.notnull().all("resample"))
 
 
 def resampled_means(
     per_time: xr.Dataset, dim: str, counts: Float[np.ndarray, "resample time"]
 ) -> xr.Dataset:
     """Mean over `dim` in every resample; a missing case counts for nothing."""
-    weights = xr.DataArray(counts, dims=("resample", dim))
 
     def mean(statistic: xr.DataArray) -> xr.DataArray:
-        valid = statistic.notnull()
-        drawn = xr.dot(weights, valid.astype(np.float64), dim=dim)
-        total = xr.dot(weights, statistic.fillna(0.0), dim=dim)
-        return total / drawn.where(drawn > 0)
+        statistic = statistic.transpose(dim, ...)
+        values = statistic.to_numpy().astype(np.float64)
+        valid = np.isfinite(values)
+        total = np.tensordot(counts, np.where(valid, values, 0.0), 1)
+        drawn = np.tensordot(counts, valid.astype(np.float64), 1)
+        means = np.divide(total, drawn, out=np.full_like(total, np.nan), where=drawn > 0)
+        coords = {name: c for name, c in statistic.coords.items() if dim not in c.dims}
+        return xr.DataArray(means, coords, ("resample", *statistic.dims[1:]))
 
-    return per_time.drop_vars(dim, errors="ignore").map(mean)
+    return xr.Dataset({name: mean(statistic) for name, statistic in per_time.items()})
 
 
 def score_interval(
@@ -85,15 +101,14 @@ def score_interval(
     return bootstrap.limits(combine(resampled_means(per_time, dim, counts)))
 
 
-def ratio_interval(
+def ratio_samples(
     per_time: xr.Dataset,
     baseline_per_time: xr.Dataset,
     combine: Combine,
     dim: str,
     counts: Float[np.ndarray, "resample time"],
-    bootstrap: BlockBootstrap,
-) -> tuple[xr.DataArray, xr.DataArray]:
-    """Confidence limits of score over baseline's score, paired: both use the same draws."""
+) -> xr.DataArray:
+    """Score over baseline's score in every resample, paired: both use the same draws."""
     score = combine(resampled_means(per_time, dim, counts))
     baseline = combine(resampled_means(baseline_per_time, dim, counts))
-    return bootstrap.limits(score / baseline.where(baseline != 0))
+    return score / baseline.where(baseline != 0)

@@ -6,22 +6,22 @@ their mean over cases into the score. RMSE is thus the root of the mean over tim
 area-weighted squared error (as in WeatherBench 2), not a mean of roots.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import xarray as xr
-import xskillscore
 from scores.continuous import mae, mean_error, mse
 from scores.probability import crps_for_ensemble
 
-from atmossl.evaluation.regions import Region, area_mean, area_weights_like
+from atmossl.evaluation.climate import RainClimate
+from atmossl.evaluation.regions import weighted_mean
 
 _CELL = ["latitude", "longitude"]
 
 
-def _as_array(score: object) -> xr.DataArray:
+def as_array(score: object) -> xr.DataArray:
     """The library's answer, which is an array if its inputs are."""
     assert isinstance(score, xr.DataArray), type(score)
     return score
@@ -35,64 +35,81 @@ class Case:
         prediction: [time or init_time, ..., latitude, longitude], `member` if an ensemble.
         truth: the same without `member`, on the same labels.
         climatology: like truth, for the same valid times; only the anomaly correlation needs it.
+        quantiles: of the training record at every cell, [quantile, ...]; events need them.
+        rain: what SEEPS needs to know of precipitation.
     """
 
     prediction: xr.DataArray
     truth: xr.DataArray
     climatology: xr.DataArray | None = None
+    quantiles: xr.DataArray | None = None
+    rain: RainClimate | None = None
 
     @property
     def num_members(self) -> int:
         return self.prediction.sizes.get("member", 1)
 
     @cached_property
+    def members(self) -> xr.DataArray:
+        """Prediction in double precision, with a dimension `member` in any case."""
+        members = self.prediction.astype(np.float64)
+        return members if "member" in members.dims else members.expand_dims("member")
+
+    @cached_property
     def ensemble_mean(self) -> xr.DataArray:
-        if "member" not in self.prediction.dims:
-            return self.prediction.astype(np.float64)
-        return self.prediction.mean("member", dtype=np.float64)
+        return self.members.mean("member")
 
     @cached_property
     def squared_error(self) -> xr.DataArray:
-        return _as_array(mse(self.ensemble_mean, self.truth, preserve_dims="all"))
+        return as_array(mse(self.ensemble_mean, self.truth, preserve_dims="all"))
 
     @cached_property
     def absolute_error(self) -> xr.DataArray:
-        return _as_array(mae(self.ensemble_mean, self.truth, preserve_dims="all"))
+        return as_array(mae(self.ensemble_mean, self.truth, preserve_dims="all"))
 
     @cached_property
     def error(self) -> xr.DataArray:
-        return _as_array(mean_error(self.ensemble_mean, self.truth, preserve_dims="all"))
+        return as_array(mean_error(self.ensemble_mean, self.truth, preserve_dims="all"))
 
     @cached_property
     def ensemble_variance(self) -> xr.DataArray:
         """Unbiased variance over members (needs two or more), at the truth's valid cells."""
-        variance = self.prediction.astype(np.float64).var("member", ddof=1)
+        variance = self.members.var("member", ddof=1)
         return variance.where(self.truth.notnull())
 
     @cached_property
     def fair_crps(self) -> xr.DataArray:
         if self.num_members == 1:
             return self.absolute_error
-        members = self.prediction.astype(np.float64)
-        return _as_array(
-            crps_for_ensemble(members, self.truth, "member", method="fair", preserve_dims="all")
+        return as_array(
+            crps_for_ensemble(
+                self.members, self.truth, "member", method="fair", preserve_dims="all"
+            )
         )
+
+    def ensemble_quantile(self, level: float) -> xr.DataArray:
+        if self.num_members == 1:
+            return self.ensemble_mean
+        return self.members.quantile(level, "member", skipna=False).drop_vars("quantile")
+
+    def quantile(self, level: float) -> xr.DataArray:
+        """The training record's quantile at every cell, without a label that could clash."""
+        assert self.quantiles is not None, "events need quantiles, got None"
+        return self.quantiles.sel(quantile=level, method="nearest", tolerance=1e-6, drop=True)
 
 
 class Score(Protocol):
-    """A score of one case over one region."""
+    """A score of cases over regions."""
 
     @property
     def name(self) -> str: ...
 
-    @property
-    def min_members(self) -> int: ...
+    def applies(self, case: Case) -> bool:
+        """Whether a case has what the score needs: members, climatology, quantiles."""
+        ...
 
-    @property
-    def needs_climatology(self) -> bool: ...
-
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
-        """Area means per time, lead time and level."""
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        """Area means per time, lead time, level and whatever dims the weights have more."""
         ...
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
@@ -102,8 +119,9 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class _Deterministic:
-    min_members: int = field(default=1, init=False)
-    needs_climatology: bool = field(default=False, init=False)
+    def applies(self, case: Case) -> bool:
+        del case
+        return True
 
 
 @dataclass(frozen=True)
@@ -112,8 +130,8 @@ class Rmse(_Deterministic):
 
     name: str = "rmse"
 
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
-        return xr.Dataset({"squared_error": area_mean(case.squared_error, region)})
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        return xr.Dataset({"squared_error": weighted_mean(case.squared_error, weights)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["squared_error"] ** 0.5
@@ -125,8 +143,8 @@ class Mae(_Deterministic):
 
     name: str = "mae"
 
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
-        return xr.Dataset({"absolute_error": area_mean(case.absolute_error, region)})
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        return xr.Dataset({"absolute_error": weighted_mean(case.absolute_error, weights)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["absolute_error"]
@@ -138,8 +156,8 @@ class Bias(_Deterministic):
 
     name: str = "bias"
 
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
-        return xr.Dataset({"error": area_mean(case.error, region)})
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        return xr.Dataset({"error": weighted_mean(case.error, weights)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["error"]
@@ -154,8 +172,8 @@ class FairCrps(_Deterministic):
 
     name: str = "crps"
 
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
-        return xr.Dataset({"crps": area_mean(case.fair_crps, region)})
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        return xr.Dataset({"crps": weighted_mean(case.fair_crps, weights)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["crps"]
@@ -170,15 +188,16 @@ class SpreadSkill:
     """
 
     name: str = "spread_skill"
-    min_members: int = field(default=2, init=False)
-    needs_climatology: bool = field(default=False, init=False)
 
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
+    def applies(self, case: Case) -> bool:
+        return case.num_members > 1
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         finite_size = (case.num_members + 1) / case.num_members
         return xr.Dataset(
             {
-                "squared_spread": finite_size * area_mean(case.ensemble_variance, region),
-                "squared_error": area_mean(case.squared_error, region),
+                "squared_spread": finite_size * weighted_mean(case.ensemble_variance, weights),
+                "squared_error": weighted_mean(case.squared_error, weights),
             }
         )
 
@@ -197,24 +216,26 @@ class AnomalyCorrelation:
     """
 
     name: str = "acc"
-    min_members: int = field(default=1, init=False)
-    needs_climatology: bool = field(default=True, init=False)
 
-    def per_time(self, case: Case, region: Region) -> xr.Dataset:
+    def applies(self, case: Case) -> bool:
+        return case.climatology is not None
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         assert case.climatology is not None, "acc needs a climatology, got None"
-        predicted = case.ensemble_mean - case.climatology
+        valid = case.truth.notnull()
+        predicted = (case.ensemble_mean - case.climatology).where(valid)
         observed = case.truth.astype(np.float64) - case.climatology
         # Rounding leaves a prediction equal to the climatology with anomalies of about 1e-5.
         noise = 1e-6 * abs(case.climatology).mean(_CELL)
         flat = predicted.std(_CELL) <= noise
-        weights = area_weights_like(predicted, region)
-        weights, predicted = xr.broadcast(weights, predicted)
-        weights = weights.isel({d: 0 for d in weights.dims if d not in _CELL}, drop=True)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            correlation = xskillscore.pearson_r(
-                predicted, observed, dim=_CELL, weights=weights, skipna=True
-            )
-        return xr.Dataset({"acc": correlation.where(~flat)})
+        centre = [weighted_mean(anomaly, weights) for anomaly in (predicted, observed)]
+        covariance = weighted_mean(predicted * observed, weights) - centre[0] * centre[1]
+        variances = [
+            weighted_mean(anomaly**2, weights) - mean**2
+            for anomaly, mean in zip((predicted, observed), centre, strict=True)
+        ]
+        product = variances[0] * variances[1]
+        return xr.Dataset({"acc": (covariance / product.where(product > 0) ** 0.5).where(~flat)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["acc"]

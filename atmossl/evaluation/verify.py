@@ -1,7 +1,11 @@
-"""Predictions and baselines against truth, as one tidy table."""
+"""Predictions and baselines against truth, a few cases at a time, as one tidy table.
+
+A `Tally` takes cases as they come and keeps only their area means, so memory does not grow with
+the size of the fields; the table and the diagnostics are worked out at the end.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -9,9 +13,11 @@ import xarray as xr
 
 from atmossl.evaluation.alignment import case_times, match_baseline, time_dim, truth_for
 from atmossl.evaluation.baselines import climatology_at
-from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_interval, score_interval
-from atmossl.evaluation.regions import Region, find_regions
-from atmossl.evaluation.scores import DEFAULT_SCORES, Case, Rmse, Score
+from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_samples, score_interval
+from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
+from atmossl.evaluation.regions import REGIONS, Region, stacked_weights
+from atmossl.evaluation.scores import DEFAULT_SCORES, Case, FairCrps, Rmse, Score
 
 COLUMNS = (
     "task",
@@ -21,132 +27,229 @@ COLUMNS = (
     "level",
     "lead_hours",
     "region",
+    "season",
     "score",
     "value",
     "low",
     "high",
+    "p_value",
     "num_times",
 )
 RATIO_PREFIX = "rmse_ratio_vs_"
+CRPS_RATIO_PREFIX = "crps_ratio_vs_"
+WHOLE_YEAR = "all"
+SEASONS = {"DJF": (12, 1, 2), "MAM": (3, 4, 5), "JJA": (6, 7, 8), "SON": (9, 10, 11)}
+
+Diagnostic = RankHistogram | Reliability | ZonalSpectrum
+_COMPARED = ((RATIO_PREFIX, Rmse()), (CRPS_RATIO_PREFIX, FairCrps()))
+_SCORES = (*DEFAULT_SCORES, Outliers())
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is the same for every row: the task, the scores, and which cases are drawn."""
+@dataclass
+class Tally:
+    """Area means of every score, case by case, of one task's predictions and their rivals.
+
+    Attributes:
+        model_name: the source that the ratios compare with every other one.
+        regions: belts that the grid does not reach are left out.
+        diagnostics: worked out for every source that has what they need.
+    """
 
     task: str
-    dim: str
-    regions: Sequence[Region]
-    scores: Sequence[Score]
-    bootstrap: BlockBootstrap
-    counts: np.ndarray
+    model_name: str = "model"
+    regions: Sequence[Region] = (REGIONS["global"],)
+    scores: Sequence[Score] = _SCORES
+    diagnostics: Sequence[Diagnostic] = ()
+    _parts: dict[tuple[str, str, str], list[xr.Dataset]] = field(default_factory=dict)
+    _units: dict[str, str] = field(default_factory=dict)
+    _months: dict[str, list[xr.DataArray]] = field(default_factory=dict)
+    _dim: str = ""
+
+    def add(
+        self,
+        predictions: xr.Dataset,
+        truth: xr.Dataset,
+        baselines: Mapping[str, xr.Dataset],
+        climate: Climate | None = None,
+    ) -> None:
+        """Take some cases of some variables; all sources are scored on the predictions' cases.
+
+        Where the truth is missing nothing is scored. Without a climate, the anomaly correlation
+        and all that needs quantiles are left out.
+
+        Raises:
+            ValueError: variables, times, levels or cells that do not match; a baseline called
+                like the model.
+        """
+        if self.model_name in baselines:
+            raise ValueError(f"baselines: {self.model_name!r} is the model's name; choose another")
+        beside = truth_for(predictions, truth)
+        sources = {self.model_name: predictions} | {
+            name: match_baseline(rival, predictions, name) for name, rival in baselines.items()
+        }
+        self._dim = time_dim(predictions)
+        weights = stacked_weights(beside, self.regions)
+        month = case_times(predictions).dt.month
+        for name in map(str, predictions.data_vars):
+            self._units[name] = str(beside[name].attrs.get("units", ""))
+            self._months.setdefault(name, []).append(month)
+            for source, dataset in sources.items():
+                case = _case(dataset[name], beside[name], climate)
+                self._add_case(name, source, case, weights)
+
+    def _add_case(self, variable: str, source: str, case: Case, weights: xr.DataArray) -> None:
+        for statistic in (*self.scores, *self.diagnostics):
+            if statistic.applies(case):
+                means = statistic.per_time(case, weights)
+                self._parts.setdefault((variable, source, statistic.name), []).append(means)
+
+    def table(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
+        """Every score of every source with its interval, and the ratios of the model's RMSE and
+        CRPS to its rivals'; all share the draws of the bootstrap.
+
+        Level is NaN for surface variables, lead_hours for tasks without lead time. Scores that a
+        source cannot have (spread of one member) have no row. Seasons have rows of their own if
+        the cases cover more than one.
+        """
+        frames = []
+        draws: dict[int, np.ndarray] = {}
+        for variable, units in self._units.items():
+            months = xr.concat(self._months[variable], self._dim)
+            count = months.sizes[self._dim]
+            if count not in draws:
+                draws[count] = bootstrap.draw(count, rng)
+            for season, chosen in _seasons(months).items():
+                plan = _Plan(self._dim, chosen, draws[count], bootstrap)
+                parts = [
+                    frame.assign(variable=variable, units=units, season=season)
+                    for frame in self._frames(plan, variable)
+                ]
+                frames += parts
+        table = pd.concat(frames, ignore_index=True).assign(task=self.task)
+        return table.loc[:, list(COLUMNS)]
+
+    def _frames(self, plan: "_Plan", variable: str) -> Iterator[pd.DataFrame]:
+        means = {
+            (source, name): xr.concat(parts, self._dim)
+            for (owner, source, name), parts in self._parts.items()
+            if owner == variable
+        }
+        scores = {score.name: score for score in self.scores}
+        for (source, name), per_time in means.items():
+            if name in scores:
+                yield plan.score_frame(scores[name], per_time).assign(source=source, score=name)
+        rivals = [s for s in dict.fromkeys(s for s, _ in means) if s != self.model_name]
+        for prefix, score in _COMPARED:
+            ours = means.get((self.model_name, score.name))
+            for rival in rivals if ours is not None else ():
+                frame = plan.ratio_frame(score, ours, means[rival, score.name])
+                yield frame.assign(source=self.model_name, score=prefix + rival)
+
+    def diagnosed(self) -> dict[tuple[str, str], xr.Dataset]:
+        """Means over all cases, [source, ...], by the names of diagnostic and variable."""
+        found: dict[tuple[str, str], list[xr.Dataset]] = {}
+        for diagnostic in self.diagnostics:
+            for (variable, source, name), parts in self._parts.items():
+                if name == diagnostic.name:
+                    value = diagnostic.value(xr.concat(parts, self._dim).mean(self._dim))
+                    value = value.expand_dims(source=[source])
+                    found.setdefault((name, variable), []).append(value)
+        return {key: xr.concat(parts, "source", join="outer") for key, parts in found.items()}
 
 
 def verify(
     predictions: xr.Dataset,
     truth: xr.Dataset,
     baselines: Mapping[str, xr.Dataset],
-    climatology: xr.Dataset | None = None,
+    climate: Climate | None = None,
     *,
     task: str,
     rng: np.random.Generator,
     model_name: str = "model",
-    regions: Sequence[str] = ("global",),
-    scores: Sequence[Score] = DEFAULT_SCORES,
+    regions: Sequence[Region] = (REGIONS["global"],),
+    scores: Sequence[Score] = _SCORES,
     bootstrap: BlockBootstrap | None = None,
 ) -> pd.DataFrame:
-    """Every score of the model and its baselines, and the ratios of RMSE model to baseline.
+    """The table of predictions that are all in memory; see `Tally`."""
+    tally = Tally(task=task, model_name=model_name, regions=regions, scores=scores)
+    tally.add(predictions, truth, baselines, climate)
+    return tally.table(bootstrap or BlockBootstrap(), rng)
 
-    All sources are scored on the predictions' cases, found by valid time, and share the draws of
-    the bootstrap. `climatology` is by month, as `baselines.climatology` gives it; without it the
-    anomaly correlation is left out. Level is NaN for surface variables, lead_hours for tasks
-    without lead time. Scores that a source cannot have (spread of one member) have no row.
 
-    Raises:
-        ValueError: unknown region; variables, times, levels or cells that do not match; a
-            baseline called like the model.
-    """
-    if model_name in baselines:
-        raise ValueError(f"baselines: {model_name!r} is the model's name; choose another")
-    beside = truth_for(predictions, truth)
-    normal = _climatology_for(predictions, climatology)
-    sources = {model_name: predictions} | {
-        name: match_baseline(baseline, predictions, name) for name, baseline in baselines.items()
-    }
-    bootstrap = bootstrap or BlockBootstrap()
-    dim = time_dim(predictions)
-    counts = bootstrap.draw(predictions.sizes[dim], rng)
-    plan = _Plan(task, dim, find_regions(regions), scores, bootstrap, counts)
-    frames = []
-    for name in predictions.data_vars:
-        variable = str(name)
-        cases = {
-            source: Case(dataset[name], beside[name], None if normal is None else normal[name])
-            for source, dataset in sources.items()
+def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None) -> Case:
+    """One variable's prediction with what the climate knows of its cells."""
+    name = str(truth.name)
+    if climate is None or name not in climate.mean:
+        return Case(prediction, truth)
+    normal = climatology_at(climate.mean[[name]], case_times(truth.to_dataset()))[name]
+    quantiles, rain = climate.quantiles[name], climate.rain.get(name)
+    if "level" in truth.dims:
+        normal, quantiles = normal.sel(level=truth["level"]), quantiles.sel(level=truth["level"])
+    cells = {"latitude": truth["latitude"], "longitude": truth["longitude"]}
+    normal, quantiles = normal.assign_coords(cells), quantiles.assign_coords(cells)
+    return Case(prediction, truth, normal.transpose(*truth.dims), quantiles, rain)
+
+
+def _seasons(months: xr.DataArray) -> dict[str, xr.DataArray | None]:
+    """Which cases belong to each season; None are all of them. One season has no rows."""
+    found = {name: months.isin(of_season) for name, of_season in SEASONS.items()}
+    present = {name: chosen for name, chosen in found.items() if bool(chosen.any())}
+    return {WHOLE_YEAR: None} | (present if len(present) > 1 else {})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which cases count, and how they are drawn again."""
+
+    dim: str
+    chosen: xr.DataArray | None
+    counts: np.ndarray
+    bootstrap: BlockBootstrap
+
+    def _only_chosen(self, per_time: xr.Dataset) -> xr.Dataset:
+        return per_time if self.chosen is None else per_time.where(self.chosen)
+
+    @property
+    def num_times(self) -> int:
+        if self.chosen is None:
+            return self.counts.shape[1]
+        others = [dim for dim in self.chosen.dims if dim != self.dim]
+        return int(self.chosen.any(others).sum())
+
+    def score_frame(self, score: Score, per_time: xr.Dataset) -> pd.DataFrame:
+        per_time = self._only_chosen(per_time)
+        value = score.value(per_time.mean(self.dim))
+        limits = score_interval(per_time, score.value, self.dim, self.counts, self.bootstrap)
+        return self._frame(value, limits, None)
+
+    def ratio_frame(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> pd.DataFrame:
+        ours, theirs = self._only_chosen(ours), self._only_chosen(theirs)
+        error = score.value(theirs.mean(self.dim))
+        value = score.value(ours.mean(self.dim)) / error.where(error > 0)
+        samples = ratio_samples(ours, theirs, score.value, self.dim, self.counts)
+        limits = self.bootstrap.limits(samples)
+        return self._frame(value, limits, self.bootstrap.p_value(samples, null=1.0))
+
+    def _frame(
+        self,
+        value: xr.DataArray,
+        limits: tuple[xr.DataArray, xr.DataArray],
+        p_value: xr.DataArray | None,
+    ) -> pd.DataFrame:
+        """Rows over level, lead time and region; what needs draws is NaN in a short record."""
+        nothing = xr.full_like(value, np.nan)
+        low, high = limits
+        p_value = nothing if p_value is None else p_value
+        if not self.bootstrap.is_possible(self.num_times):
+            low, high, p_value = nothing, nothing, nothing
+        numbers = {"value": value, "low": low, "high": high, "p_value": p_value}
+        columns = {
+            name: array.transpose(*value.dims).values.ravel() for name, array in numbers.items()
         }
-        labels = {"variable": variable, "units": beside[name].attrs.get("units", "")}
-        frames += [frame.assign(**labels) for frame in _variable_frames(plan, cases, model_name)]
-    return pd.concat(frames, ignore_index=True).loc[:, list(COLUMNS)]
-
-
-def _climatology_for(predictions: xr.Dataset, climatology: xr.Dataset | None) -> xr.Dataset | None:
-    """Climatology beside every case, on the predictions' labels."""
-    if climatology is None:
-        return None
-    normal = climatology_at(climatology, case_times(predictions))
-    return match_baseline(normal, predictions, "climatology")
-
-
-def _variable_frames(
-    plan: _Plan, cases: Mapping[str, Case], model_name: str
-) -> Iterator[pd.DataFrame]:
-    for region in plan.regions:
-        for source, case in cases.items():
-            for score in plan.scores:
-                if _applies(score, case):
-                    per_time = score.per_time(case, region)
-                    frame = _score_frame(plan, score, per_time)
-                    yield frame.assign(source=source, region=region.name)
-        for name in cases:
-            if name != model_name:
-                frame = _ratio_frame(plan, cases[model_name], cases[name], region)
-                yield frame.assign(source=model_name, region=region.name, score=RATIO_PREFIX + name)
-
-
-def _applies(score: Score, case: Case) -> bool:
-    has_climatology = case.climatology is not None
-    return case.num_members >= score.min_members and (
-        has_climatology or not score.needs_climatology
-    )
-
-
-def _score_frame(plan: _Plan, score: Score, per_time: xr.Dataset) -> pd.DataFrame:
-    value = score.value(per_time.mean(plan.dim))
-    limits = score_interval(per_time, score.value, plan.dim, plan.counts, plan.bootstrap)
-    return _frame(plan, value, limits).assign(score=score.name)
-
-
-def _ratio_frame(plan: _Plan, model: Case, baseline: Case, region: Region) -> pd.DataFrame:
-    rmse = Rmse()
-    ours, theirs = rmse.per_time(model, region), rmse.per_time(baseline, region)
-    error = rmse.value(theirs.mean(plan.dim))
-    value = rmse.value(ours.mean(plan.dim)) / error.where(error > 0)
-    limits = ratio_interval(ours, theirs, rmse.value, plan.dim, plan.counts, plan.bootstrap)
-    return _frame(plan, value, limits)
-
-
-def _frame(
-    plan: _Plan, value: xr.DataArray, limits: tuple[xr.DataArray, xr.DataArray]
-) -> pd.DataFrame:
-    """Rows over level and lead time; limits are NaN if the record is too short for any."""
-    num_times = plan.counts.shape[1]
-    low, high = limits
-    if not plan.bootstrap.is_possible(num_times):
-        low, high = xr.full_like(low, np.nan), xr.full_like(high, np.nan)
-    table = xr.Dataset({"value": value, "low": low, "high": high})
-    table = table.expand_dims([d for d in ("level", "lead_time") if d not in table.dims])
-    frame = table.to_dataframe().reset_index()
-    level = frame["level"].astype(float) if "level" in value.dims else np.nan
-    hours = pd.to_timedelta(frame["lead_time"].to_numpy()) / pd.Timedelta(hours=1)
-    lead = hours if "lead_time" in value.dims else np.nan
-    return frame.assign(task=plan.task, num_times=num_times, level=level, lead_hours=lead)
+        labels = pd.MultiIndex.from_product([value[dim].to_numpy() for dim in value.dims])
+        frame = labels.to_frame(index=False, name=list(value.dims)).assign(**columns)
+        hours = np.nan
+        if "lead_time" in frame:
+            hours = frame["lead_time"].to_numpy() / np.timedelta64(1, "h")
+        level = frame["level"].astype(float) if "level" in frame else np.nan
+        return frame.assign(num_times=self.num_times, level=level, lead_hours=hours)

@@ -6,9 +6,15 @@ them the meaning.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from atmossl.batch import StreamSpec, TokenSize
 from atmossl.data.catalog import catalog_entry
@@ -267,11 +273,26 @@ class PredictConfig(Strict):
     output: Path
 
 
+def _is_tails(tails: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 < tails[0] < tails[1] < 1.0:
+        raise ValueError("needed: 0 < low < high < 1")
+    return tails
+
+
 class EvaluateConfig(Strict):
-    """Everything that `atmossl evaluate` obeys."""
+    """Everything that `atmossl evaluate` obeys.
+
+    forecasts: stores to score instead of the checkpoint's tasks; the first is compared with the
+        others. boxes: name -> south, north, west, east in degrees. tails: quantiles of the
+        training record below and above which events and extremes are scored.
+    """
 
     checkpoint: str
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    forecasts: tuple[str, ...]
+    regions: tuple[str, ...]
+    boxes: dict[str, tuple[float, float, float, float]] | None
+    tails: Annotated[tuple[float, float], AfterValidator(_is_tails)]
     data: str | None
     catalog: Path | None
     split: Literal["validation", "test"]

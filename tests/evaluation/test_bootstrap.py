@@ -4,7 +4,7 @@ import xarray as xr
 
 from atmossl.evaluation.bootstrap import (
     BlockBootstrap,
-    ratio_interval,
+    ratio_samples,
     resampled_means,
     score_interval,
 )
@@ -78,9 +78,10 @@ def test_paired_ratio_is_exact_when_errors_are_proportional():
     baseline = rng.gamma(1.0, size=60)
     bootstrap = BlockBootstrap()
     counts = bootstrap.draw(60, rng)
-    limits = ratio_interval(
-        _series(0.25 * baseline), _series(baseline), Rmse().value, "time", counts, bootstrap
+    samples = ratio_samples(
+        _series(0.25 * baseline), _series(baseline), Rmse().value, "time", counts
     )
+    limits = bootstrap.limits(samples)
     np.testing.assert_allclose([float(limit) for limit in limits], 0.5)
 
 

@@ -8,8 +8,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from atmossl.evaluation.baselines import climatology, climatology_forecast, persistence
+from atmossl.evaluation.baselines import climatology_forecast, persistence
 from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import save_figure, score_label, units_text
 from atmossl.evaluation.report.maps import case_map, case_title, field_scale, symmetric_scale
@@ -37,16 +38,16 @@ def table(dataset) -> pd.DataFrame:
     truth = truth.assign(
         surface_pressure=truth["temperature"].isel(level=0, drop=True).assign_attrs(units="Pa")
     )
-    normal = climatology([truth])
+    climate = Climate.of([truth], quantiles=(0.05, 0.95))
     baselines = {
         "persistence": persistence(truth, truth["time"][:10], LEADS),
-        "climatology": climatology_forecast(normal, truth["time"][:10], LEADS),
+        "climatology": climatology_forecast(climate.mean, truth["time"][:10], LEADS),
     }
     return verify(
         _ensemble(truth),
         truth,
         baselines,
-        normal,
+        climate,
         task="forecast",
         rng=np.random.default_rng(0),
         bootstrap=BlockBootstrap(num_resamples=50),

@@ -33,7 +33,8 @@ def _random_case(dataset, *, num_members: int = 5, num_times: int = 6) -> Case:
 
 
 def _value(score, case: Case, region=GLOBAL) -> xr.DataArray:
-    return score.value(score.per_time(case, region).mean("time"))
+    weights = area_weights_like(case.truth, region)
+    return score.value(score.per_time(case, weights).mean("time"))
 
 
 def test_rmse_equals_scores_library_over_times_and_cells(dataset):
@@ -94,7 +95,7 @@ def test_acc_is_the_weighted_correlation_of_anomalies(dataset, centred_on):
     weights = np.repeat(area_weights(case.truth["latitude"].to_numpy()), 16)
     covariance = np.cov(predicted.to_numpy().ravel(), observed.to_numpy().ravel(), aweights=weights)
     expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
-    found = AnomalyCorrelation().per_time(case, GLOBAL)["acc"][0, 0]
+    found = AnomalyCorrelation().per_time(case, area_weights_like(case.truth, GLOBAL))["acc"][0, 0]
     assert float(found) == pytest.approx(expected, abs=1e-6)
 
 
@@ -113,7 +114,7 @@ def test_fair_crps_matches_three_libraries(dataset):
     empirical = properscoring.crps_ensemble(case.truth.to_numpy(), members)
     half_spread = np.abs(members[..., :, None] - members[..., None, :]).mean((-1, -2)) / 2
     np.testing.assert_allclose(case.fair_crps, empirical - half_spread / 4.0, atol=1e-6)
-    ours = FairCrps().per_time(case, GLOBAL)["crps"]
+    ours = FairCrps().per_time(case, area_weights_like(case.truth, GLOBAL))["crps"]
     weights = area_weights_like(case.truth, GLOBAL)
     theirs = crps_for_ensemble(
         case.prediction,

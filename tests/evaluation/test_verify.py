@@ -4,12 +4,13 @@ import pytest
 import xarray as xr
 
 from atmossl.evaluation.baselines import (
-    climatology,
     climatology_forecast,
     linear_in_time,
     persistence,
 )
 from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.regions import REGIONS
 from atmossl.evaluation.verify import verify
 
 LEADS = np.array([6, 12], dtype="timedelta64[h]").astype("timedelta64[ns]")
@@ -37,14 +38,15 @@ def _noisy_forecast(truth: xr.Dataset, num_inits: int, noise: float) -> xr.Datas
 def _table(dataset, **options) -> pd.DataFrame:
     truth = dataset(num_times=16, seed=1)
     forecast = _noisy_forecast(truth, 12, noise=0.5)
-    normal = climatology([dataset(num_times=20, start="2019-01-01")])
+    history = [dataset(num_times=20, start="2019-01-01")]
+    climate = Climate.of(history, quantiles=(0.05, 0.95))
     init = forecast["init_time"]
     baselines = {
         "persistence": persistence(truth, init, LEADS),
-        "climatology": climatology_forecast(normal, init, LEADS),
+        "climatology": climatology_forecast(climate.mean, init, LEADS),
     }
     settings = {"task": "forecast", "rng": np.random.default_rng(0), "bootstrap": FAST}
-    return verify(forecast, truth, baselines, normal, **(settings | options))
+    return verify(forecast, truth, baselines, climate, **(settings | options))
 
 
 def _one(table: pd.DataFrame, **labels) -> pd.Series:
@@ -75,7 +77,7 @@ def test_scores_of_known_noise(dataset):
 
 
 def test_every_source_has_every_score_it_can_have(dataset):
-    table = _table(dataset, regions=("global", "tropics"))
+    table = _table(dataset, regions=(REGIONS["global"], REGIONS["tropics"]))
     count = table.groupby(["source", "score"]).size()
     per_score = 2 * 2 * 2 * 2  # variables, levels, leads, regions
     assert set(count) == {per_score}
@@ -124,7 +126,5 @@ def test_wrong_input_is_named(dataset):
         verify(forecast, truth.isel(time=slice(9)), {}, **settings)
     with pytest.raises(ValueError, match="baselines: 'model'"):
         verify(forecast, truth, {"model": forecast}, **settings)
-    with pytest.raises(ValueError, match="regions"):
-        verify(forecast, truth, {}, regions=("moon",), **settings)
     with pytest.raises(ValueError, match="baseline late lacks"):
         verify(forecast, truth, {"late": forecast.isel(init_time=slice(2, None))}, **settings)

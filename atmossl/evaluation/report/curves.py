@@ -25,7 +25,7 @@ def lead_curves(
     Raises:
         ValueError: the table has no such rows.
     """
-    figure = Figure(figsize=(4.2 * len(scores), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.0 * len(scores), 3.4), layout="constrained")
     for axes, score in zip(np.atleast_1d(figure.subplots(1, len(scores))), scores, strict=True):
         rows = select_rows(table, variable=variable, level=level, region=region, score=score)
         for source, part in rows.groupby("source", sort=False):

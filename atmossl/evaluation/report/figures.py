@@ -1,9 +1,12 @@
-"""What maps and curves share: PNG files from Figure objects, without pyplot's global state."""
+"""What maps and curves share: pictures of Figure objects, without pyplot's global state."""
 
 import io
+import re
 from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from atmossl.evaluation.report.files import write_atomically
@@ -15,8 +18,10 @@ _TITLES = {
     "crps": "fair CRPS",
     "acc": "anomaly correlation",
     "spread_skill": "spread-skill ratio",
+    "outlier_ratio": "outliers over expected",
+    "seeps": "SEEPS",
 }
-_WITHOUT_UNITS = ("acc", "spread_skill")
+_WITHOUT_UNITS = ("acc", "spread_skill", "outlier_ratio", "seeps")
 
 
 def save_figure(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 120) -> Path:
@@ -28,10 +33,23 @@ def save_figure(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int
     """
     if path.suffix != ".png":
         raise ValueError(f"path {path} must end in .png")
+    return write_atomically(png_bytes(figure, dpi), path, overwrite=overwrite)
+
+
+def svg_bytes(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes for the same figure."""
+    picture = io.BytesIO()
+    FigureCanvasSVG(figure)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "atmossl"}):
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    return picture.getvalue()
+
+
+def png_bytes(figure: Figure, dpi: int) -> bytes:
     picture = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(picture, format="png", dpi=dpi)
-    return write_atomically(picture.getvalue(), path, overwrite=overwrite)
+    return picture.getvalue()
 
 
 def readable(name: str) -> str:
@@ -40,11 +58,11 @@ def readable(name: str) -> str:
 
 
 def units_text(units: str) -> str:
-    """ERA5's `m s**-1` set as a formula; empty units stay empty."""
-    if "**" not in units:
+    """ERA5's `m s**-1` or CF's `m s-1` set as a formula; units without powers stay as they are."""
+    powers = [re.fullmatch(r"([A-Za-z]+)(?:\*\*)?(-?\d+)?", part) for part in units.split()]
+    if not any(power and power[2] for power in powers) or not all(powers):
         return units
-    powers = (factor.partition("**") for factor in units.split())
-    factors = [f"{base}^{{{power}}}" if power else base for base, _, power in powers]
+    factors = [f"{p[1]}^{{{p[2]}}}" if p[2] else p[1] for p in powers if p]
     joined = r"\,".join(factors)
     return rf"$\mathrm{{{joined}}}$"
 
@@ -52,5 +70,5 @@ def units_text(units: str) -> str:
 def score_label(score: str, units: str) -> str:
     """Axis label of a score, with units where it has any."""
     title = _TITLES.get(score, readable(score))
-    unitless = score in _WITHOUT_UNITS or "ratio" in score or not units
+    unitless = score in _WITHOUT_UNITS or "ratio" in score or "brier" in score or not units
     return title if unitless else f"{title} ({units_text(units)})"

@@ -1,57 +1,37 @@
 """Truth, prediction, error and spread of one case side by side on the globe."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-import cartopy.crs as ccrs
 import numpy as np
 import xarray as xr
-from cartopy.io.shapereader import Reader
-from cartopy.mpl.geoaxes import GeoAxes
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from atmossl.evaluation.report.figures import readable, units_text
-from atmossl.geometry import latitude_edges
+from atmossl.evaluation.report.globe import Scale, draw_globe
 
 _DIVERGING, _SEQUENTIAL, _SPREAD = "RdBu_r", "viridis", "magma_r"
 _PERCENTILES = (1.0, 99.0)
 
-
-@dataclass(frozen=True)
-class Scale:
-    """Colour map and limits of a panel."""
-
-    colours: str
-    low: float
-    high: float
-    extend: str = "both"
+Panel = tuple[xr.DataArray, Scale]
 
 
-def case_map(
-    truth: xr.DataArray,
-    prediction: xr.DataArray,
-    *,
-    projection: ccrs.Projection | None = None,
-    coastlines: Path | None = None,
-) -> Figure:
-    """Four panels of one case: truth, ensemble mean, its error, ensemble spread.
+def case_panels(
+    truth: xr.DataArray, prediction: xr.DataArray, *, num_members: int = 0
+) -> dict[str, Panel]:
+    """Fields and colours of one case by title: truth, (ensemble mean of the) prediction, its
+    error, the spread of more than one member, and the first members.
 
-    Truth and prediction share their colours; error is centred on zero. `truth` is [latitude,
-    longitude] and `prediction` the same with an optional `member`; both selected by time, lead
-    and level, whose scalar coordinates make the title. The spread is left blank for one member.
-    `coastlines` is a shapefile of lines; without it the globe has a grid only, because no map
-    data come with the program.
+    `truth` is [latitude, longitude] and `prediction` the same with an optional `member`; both
+    selected by time, lead and level.
 
     Raises:
-        ValueError: the arrays have other dims, or the coastlines file does not exist.
+        ValueError: the arrays have other dims.
     """
     _require_one_case(truth, prediction)
-    if coastlines is not None and not coastlines.exists():
-        raise ValueError(f"coastlines: no file {coastlines}")
     has_members = "member" in prediction.dims
     mean = prediction.mean("member") if has_members else prediction
-    spread = prediction.std("member", ddof=1) if prediction.sizes.get("member", 1) > 1 else None
     error = mean - truth
     shared = field_scale(truth, mean)
     panels = {
@@ -59,16 +39,41 @@ def case_map(
         "prediction (ensemble mean)" if has_members else "prediction": (mean, shared),
         "error (prediction minus truth)": (error, symmetric_scale(error)),
     }
-    if spread is not None:
+    if prediction.sizes.get("member", 1) > 1:
+        spread = prediction.std("member", ddof=1)
         panels["ensemble spread"] = (spread, spread_scale(spread))
-    figure = Figure(figsize=(11.0, 6.6), layout="constrained")
-    for position, (title, (field, scale)) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(2, 2, position, projection=projection or ccrs.Robinson())
-        assert isinstance(axes, GeoAxes), type(axes)
-        _draw(figure, axes, field, scale, units=str(truth.attrs.get("units", "")))
-        axes.set_title(title)
-        _draw_reference_lines(axes, coastlines)
-    figure.suptitle(case_title(truth, prediction))
+        for number in range(min(num_members, prediction.sizes["member"])):
+            panels[f"member {number + 1}"] = (prediction.isel(member=number), shared)
+    return panels
+
+
+def case_map(truth: xr.DataArray, prediction: xr.DataArray) -> Figure:
+    """Four panels of one case: truth, ensemble mean, its error, ensemble spread.
+
+    Truth and prediction share their colours; error is centred on zero. Scalar coordinates make
+    the title. The spread is left out for one member.
+
+    Raises:
+        ValueError: the arrays have other dims.
+    """
+    figure = Figure(figsize=(10.0, 6.4))
+    units = str(truth.attrs.get("units", ""))
+    for number, (title, panel) in enumerate(case_panels(truth, prediction).items()):
+        left, bottom = 0.02 + 0.5 * (number % 2), 0.5 - 0.475 * (number // 2)
+        axes = figure.add_axes((left, bottom + 0.065, 0.46, 0.355))
+        bar = figure.add_axes((left + 0.06, bottom + 0.05, 0.34, 0.016))
+        _draw(figure, axes, bar, panel, units=units)
+        axes.set_title(title, fontsize=11)
+    figure.suptitle(case_title(truth, prediction), y=0.985, fontsize=12)
+    return figure
+
+
+def panel_map(title: str, panel: Panel, *, units: str) -> Figure:
+    """One panel alone, for pages that lay panels out themselves."""
+    figure = Figure(figsize=(3.6, 2.35))
+    axes, bar = figure.add_axes((0.01, 0.19, 0.98, 0.7)), figure.add_axes((0.1, 0.165, 0.8, 0.03))
+    _draw(figure, axes, bar, panel, units=units)
+    axes.set_title(title, fontsize=9)
     return figure
 
 
@@ -127,41 +132,14 @@ def _require_one_case(truth: xr.DataArray, prediction: xr.DataArray) -> None:
         )
 
 
-def _draw(figure: Figure, axes: GeoAxes, field: xr.DataArray, scale: Scale, *, units: str) -> None:
-    field = field.transpose("latitude", "longitude")
-    longitude = field["longitude"].to_numpy().astype(np.float64)
-    spacing = longitude[1] - longitude[0]
-    lon_edges = np.append(longitude, longitude[-1] + spacing) - spacing / 2
-    lat_edges = latitude_edges(field["latitude"].to_numpy().astype(np.float64))
-    cells = axes.pcolormesh(
-        lon_edges,
-        lat_edges,
-        field.to_numpy(),
-        transform=ccrs.PlateCarree(),
-        cmap=scale.colours,
-        vmin=scale.low,
-        vmax=scale.high,
-    )
-    bar = figure.colorbar(
-        cells, ax=axes, orientation="horizontal", shrink=0.8, aspect=35, extend=scale.extend
-    )
+def _draw(figure: Figure, axes: Axes, bar_axes: Axes, panel: Panel, *, units: str) -> None:
+    field, scale = panel
+    cells = draw_globe(axes, field, scale)
+    bar = figure.colorbar(cells, cax=bar_axes, orientation="horizontal", extend=scale.extend)
     digits = ScalarFormatter()
     digits.set_powerlimits((-2, 4))  # humidity's many zeros would overlap
     bar.locator, bar.formatter = MaxNLocator(6), digits
     bar.update_ticks()
-    bar.set_label(units_text(units))
-
-
-def _draw_reference_lines(axes: GeoAxes, coastlines: Path | None) -> None:
-    axes.set_global()
-    axes.gridlines(
-        xlocs=np.arange(-180, 181, 60), ylocs=np.arange(-60, 61, 30), color="0.35", linewidth=0.4
-    )
-    if coastlines is not None:
-        axes.add_geometries(
-            Reader(str(coastlines)).geometries(),
-            crs=ccrs.PlateCarree(),
-            facecolor="none",
-            edgecolor="black",
-            linewidth=0.6,
-        )
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.xaxis.get_offset_text().set_fontsize(8)
+    bar.set_label(units_text(units), fontsize=8)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atmossl.evaluation.report.files import write_atomically
-from atmossl.evaluation.verify import RATIO_PREFIX
+from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
 
 _KEYS = ["task", "region", "variable", "units", "level", "lead_hours"]
 _MODEL_SCORES = ("rmse", "crps", "acc", "spread_skill")
@@ -26,7 +26,7 @@ def summarise(
     Raises:
         ValueError: no row for that region or model.
     """
-    rows = table.loc[table["region"] == region]
+    rows = table.loc[(table["region"] == region) & (table["season"] == WHOLE_YEAR)]
     for column, wanted, among in (("region", region, table), ("source", model_name, rows)):
         present = sorted(among[column].unique())
         if wanted not in present:
@@ -124,3 +124,11 @@ def write_markdown(summary: pd.DataFrame, path: Path, *, overwrite: bool = False
         FileExistsError: the path exists and `overwrite` is False.
     """
     return write_atomically(to_markdown(summary).encode(), path, overwrite=overwrite)
+
+
+def mean_over_levels(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary's numbers averaged over levels, one row per task, variable and lead time."""
+    keys = ["task", "variable", "lead_hours"]
+    ratios = [c for c in summary if c.startswith("ratio ") and not c.endswith((" low", " high"))]
+    chosen = [*ratios, *_MODEL_SCORES[1:]]
+    return summary.groupby(keys, dropna=False, sort=False)[chosen].mean().reset_index()

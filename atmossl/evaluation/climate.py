@@ -1,0 +1,100 @@
+"""What scores know of the climate: means, quantiles and rain of the training record.
+
+Training segments only, read in blocks of times, so that a score never sees the target's own date
+and memory does not grow with the length of the record.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from atmossl.evaluation.baselines import Prepare, climatology, time_blocks
+
+_QUANTILE_TIMES = 1500
+_DRY_MM = 0.2
+_MONTHS_OF_YEAR = 12
+
+
+@dataclass(frozen=True)
+class RainClimate:
+    """How often a cell is dry, and what separates light from heavy rain there, for SEEPS.
+
+    Attributes:
+        dry: probability of at most 0.2 mm.
+        heavy_mm: two thirds of the wet times have less, in mm.
+        to_mm: factor from the variable's units.
+    """
+
+    dry: xr.DataArray
+    heavy_mm: xr.DataArray
+    to_mm: float
+
+
+@dataclass(frozen=True)
+class Climate:
+    """Climatology of the training record.
+
+    Attributes:
+        mean: by calendar month (`baselines.climatology`).
+        quantiles: at every cell, [quantile, ...]; from at most some 1500 evenly spaced times.
+        rain: for each variable that is precipitation.
+    """
+
+    mean: xr.Dataset
+    quantiles: xr.Dataset
+    rain: dict[str, RainClimate]
+
+    @classmethod
+    def of(
+        cls,
+        segments: Sequence[xr.Dataset],
+        *,
+        quantiles: Sequence[float],
+        prepare: Prepare = lambda block: block,
+    ) -> "Climate":
+        """The mean is by month if the record covers every month, else over all times.
+
+        What is read goes through `prepare` (such as regridding) before anything is worked out.
+        """
+        months = {int(m) for segment in segments for m in np.unique(segment["time"].dt.month)}
+        mean = climatology(segments, monthly=len(months) == _MONTHS_OF_YEAR, prepare=prepare)
+        names = [str(name) for name in mean.data_vars]
+        found = {name: _record(segments, name, prepare) for name in names}
+        return cls(
+            mean=mean,
+            quantiles=xr.Dataset({k: _quantiles(v, quantiles) for k, v in found.items()}),
+            rain={k: _rain(v) for k, v in found.items() if is_precipitation(k)},
+        )
+
+
+def is_precipitation(variable: str) -> bool:
+    """True for ERA5's and WeatherBench's names of accumulated precipitation."""
+    return variable.startswith("total_precipitation")
+
+
+def _record(segments: Sequence[xr.Dataset], name: str, prepare: Prepare) -> xr.DataArray:
+    """Evenly spaced times of one variable, in memory."""
+    total = sum(segment.sizes["time"] for segment in segments)
+    every = -(-total // _QUANTILE_TIMES)
+    chosen = [segment[[name]].isel(time=slice(None, None, every)) for segment in segments]
+    parts = [prepare(block)[name] for one in chosen for block in time_blocks(one)]
+    return xr.concat(parts, "time")
+
+
+def _quantiles(record: xr.DataArray, quantiles: Sequence[float]) -> xr.DataArray:
+    return record.quantile(list(quantiles), "time", skipna=True).astype(np.float32)
+
+
+def _rain(record: xr.DataArray) -> RainClimate:
+    """Sources: Rodwell et al. (2010), QJRMS 136, 1344-1363; dry as in the library `scores`."""
+    units = str(record.attrs.get("units", ""))
+    factors = {"m": 1000.0, "mm": 1.0, "kg m-2": 1.0, "kg m**-2": 1.0}
+    if units not in factors:
+        raise ValueError(f"{record.name}: units {units!r} of precipitation; valid: {[*factors]}")
+    millimetres = record * factors[units]
+    wet = millimetres.where(millimetres > _DRY_MM)
+    dry = (millimetres <= _DRY_MM).where(millimetres.notnull()).mean("time")
+    heavy = wet.quantile(2.0 / 3.0, "time", skipna=True).drop_vars("quantile")
+    return RainClimate(dry, heavy.fillna(np.inf), factors[units])

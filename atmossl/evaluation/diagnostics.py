@@ -1,0 +1,163 @@
+"""What is looked at rather than ranked: rank histograms, reliability and spectra.
+
+Like a score, a diagnostic gives area means for each case that can be recombined; its value has
+dimensions of its own (`rank`, `bin`, `wavenumber`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from atmossl.evaluation.regions import weighted_mean
+from atmossl.evaluation.scores import Case
+
+_NUM_BINS = 10
+
+
+@dataclass(frozen=True)
+class RankHistogram:
+    """Share of cases in which the truth has each rank among the members; flat if calibrated.
+
+    Ties with members share the case among the ranks that they leave open.
+    Source: Hamill (2001), Monthly Weather Review 129, 550-560.
+    """
+
+    name: str = "rank_histogram"
+
+    def applies(self, case: Case) -> bool:
+        return case.num_members > 1
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        valid = case.truth.notnull()
+        below = (case.members < case.truth).sum("member")
+        ties = (case.members == case.truth).sum("member")
+        rank = _axis("rank", case.num_members + 1)
+        is_open = (rank >= below) & (rank <= below + ties)
+        frequency = weighted_mean((is_open / (ties + 1.0)).where(valid), weights)
+        return xr.Dataset({"frequency": frequency})
+
+    def value(self, means: xr.Dataset) -> xr.Dataset:
+        return means
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """How often the truth lies outside all members, over how often it should; 1 if calibrated.
+
+    Of M members exchangeable with the truth, 2 / (M + 1) of the truths lie outside.
+    """
+
+    name: str = "outlier_ratio"
+
+    def applies(self, case: Case) -> bool:
+        return case.num_members > 1
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        outside = (case.truth < case.members.min("member")) | (
+            case.truth > case.members.max("member")
+        )
+        expected = 2.0 / (case.num_members + 1)
+        share = (outside / expected).where(case.truth.notnull())
+        return xr.Dataset({"outlier_ratio": weighted_mean(share, weights)})
+
+    def value(self, means: xr.Dataset) -> xr.DataArray:
+        return means["outlier_ratio"]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often an event happens that was forecast with each probability (Murphy 1973).
+
+    The event is the exceedance of a quantile of the training record. Up to ten members every
+    possible probability has its own bin, with more there are eleven.
+    """
+
+    level: float
+
+    @property
+    def name(self) -> str:
+        return f"reliability_above_p{100 * self.level:g}"
+
+    def applies(self, case: Case) -> bool:
+        return case.num_members > 1 and case.quantiles is not None
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        threshold = case.quantile(self.level)
+        valid = case.truth.notnull()
+        probability = (case.members > threshold).mean("member")
+        happens = (case.truth > threshold).astype(np.float64)
+        last = min(case.num_members, _NUM_BINS)
+        nearest = (probability * last).round()
+        chosen = (nearest == _axis("bin", last + 1)).where(valid)
+        fields = {
+            "share": chosen,
+            "forecast": chosen * probability,
+            "observed": chosen * happens,
+        }
+        return xr.Dataset({name: weighted_mean(x, weights) for name, x in fields.items()})
+
+    def value(self, means: xr.Dataset) -> xr.Dataset:
+        share = means["share"].where(means["share"] > 0)
+        return xr.Dataset(
+            {
+                "share": means["share"],
+                "forecast_probability": means["forecast"] / share,
+                "observed_frequency": means["observed"] / share,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class ZonalSpectrum:
+    """Variance by zonal wavenumber, in squared units: of members (mean of their spectra), of the
+    ensemble mean, and of the truth.
+
+    Mean over latitude circles by area; summed over wavenumbers from one up, it is the mean zonal
+    variance (Parseval). Belts only: a box has no zonal wavenumbers, and a region with missing
+    values none that can be told.
+    """
+
+    name: str = "zonal_spectrum"
+
+    def applies(self, case: Case) -> bool:
+        longitude = case.truth["longitude"].to_numpy()
+        spacing = longitude[1] - longitude[0]
+        closed = abs(len(longitude) * spacing - 360.0) < 1e-3 * len(longitude)
+        return closed and bool(case.truth.notnull().all())
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        if "longitude" in weights.dims:
+            closed = (weights > 0).any("latitude").all("longitude")
+            weights = weights.mean("longitude").where(closed)  # a box: missing
+
+        def power(field: xr.DataArray) -> xr.DataArray:
+            return xr.dot(zonal_power(field), weights, dim="latitude") / weights.sum("latitude")
+
+        return xr.Dataset(
+            {
+                "members": power(case.members).mean("member"),
+                "ensemble_mean": power(case.ensemble_mean),
+                "truth": power(case.truth),
+            }
+        )
+
+    def value(self, means: xr.Dataset) -> xr.Dataset:
+        return means
+
+
+def zonal_power(field: xr.DataArray) -> xr.DataArray:
+    """Power [.., wavenumber] on every latitude circle; over k >= 1 it sums to the variance."""
+    values = field.transpose(..., "longitude")
+    num_lon = field.sizes["longitude"]
+    power = np.abs(np.fft.rfft(values.to_numpy().astype(np.float64), axis=-1) / num_lon) ** 2
+    power[..., 1:] *= 2.0
+    if num_lon % 2 == 0:
+        power[..., -1] /= 2.0  # the wave of two cells has no partner
+    coords = {k: v for k, v in values.coords.items() if "longitude" not in v.dims}
+    coords["wavenumber"] = np.arange(power.shape[-1])
+    return xr.DataArray(power, coords, (*values.dims[:-1], "wavenumber"))
+
+
+def _axis(name: str, size: int) -> xr.DataArray:
+    return xr.DataArray(np.arange(size), dims=(name,))

@@ -1,0 +1,155 @@
+"""Scores of events, tails and quantiles: what a user who acts on thresholds asks for.
+
+Events are exceedances of a quantile of the training record at every cell, so that they are as
+rare everywhere. Pointwise scores come from the library `scores`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+from scores.categorical import seeps
+from scores.continuous import quantile_score
+from scores.probability import brier_score_for_ensemble, tail_tw_crps_for_ensemble
+
+from atmossl.evaluation.regions import weighted_mean
+from atmossl.evaluation.scores import Case, Score, as_array
+
+Tail = Literal["upper", "lower"]
+
+
+def _suffix(level: float, tail: Tail) -> str:
+    return f"{'above' if tail == 'upper' else 'below'}_p{100 * level:g}"
+
+
+@dataclass(frozen=True)
+class _OneMean:
+    """A score whose value is the mean of one pointwise field."""
+
+    level: float
+
+    def value(self, means: xr.Dataset) -> xr.DataArray:
+        return means["mean"]
+
+
+@dataclass(frozen=True)
+class Brier(_OneMean):
+    """Brier score of exceeding (or falling below) a quantile, fair for ensembles.
+
+    Source: Ferro (2014), QJRMS 140, 1917-1923.
+    """
+
+    tail: Tail = "upper"
+
+    @property
+    def name(self) -> str:
+        return f"brier_{_suffix(self.level, self.tail)}"
+
+    def applies(self, case: Case) -> bool:
+        return case.quantiles is not None
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        sign = 1.0 if self.tail == "upper" else -1.0
+        threshold = case.quantile(self.level)
+        brier = brier_score_for_ensemble(
+            sign * (case.members - threshold),
+            sign * (case.truth - threshold),
+            "member",
+            0.0,
+            fair_correction=case.num_members > 1,
+            preserve_dims="all",
+        )
+        return xr.Dataset({"mean": weighted_mean(as_array(brier).squeeze(drop=True), weights)})
+
+
+@dataclass(frozen=True)
+class TailCrps(_OneMean):
+    """CRPS of what lies beyond a quantile, fair for ensembles, in the variable's units.
+
+    Source: Gneiting and Ranjan (2011), J. Business & Economic Statistics 29, 411-422.
+    """
+
+    tail: Tail = "upper"
+
+    @property
+    def name(self) -> str:
+        return f"tail_crps_{_suffix(self.level, self.tail)}"
+
+    def applies(self, case: Case) -> bool:
+        return case.quantiles is not None
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        score = tail_tw_crps_for_ensemble(
+            case.members,
+            case.truth.astype(np.float64),
+            "member",
+            case.quantile(self.level),
+            tail=self.tail,
+            method="fair" if case.num_members > 1 else "ecdf",
+            preserve_dims="all",
+        )
+        return xr.Dataset({"mean": weighted_mean(as_array(score), weights)})
+
+
+@dataclass(frozen=True)
+class QuantileScore(_OneMean):
+    """Pinball loss of the ensemble's own quantile, in the variable's units.
+
+    Source: Koenker and Machado (1999), JASA 94, 1296-1310.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"quantile_score_p{100 * self.level:g}"
+
+    def applies(self, case: Case) -> bool:
+        del case
+        return True
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        predicted = case.ensemble_quantile(self.level)
+        loss = quantile_score(predicted, case.truth, self.level, preserve_dims="all")
+        return xr.Dataset({"mean": weighted_mean(as_array(loss), weights)})
+
+
+@dataclass(frozen=True)
+class Seeps:
+    """Stable equitable error in probability space of precipitation; 0 is perfect, 1 is no skill.
+
+    The ensemble mean is scored, where it is neither almost always dry nor almost always wet.
+    Source: Rodwell et al. (2010), QJRMS 136, 1344-1363.
+    """
+
+    name: str = "seeps"
+
+    def applies(self, case: Case) -> bool:
+        return case.rain is not None
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        rain = case.rain
+        assert rain is not None, "SEEPS needs the climate of rain, got None"
+        penalty = seeps(
+            case.ensemble_mean * rain.to_mm,
+            case.truth * rain.to_mm,
+            rain.dry,
+            rain.heavy_mm,
+            preserve_dims="all",
+        )
+        return xr.Dataset({"mean": weighted_mean(penalty, weights)})
+
+    def value(self, means: xr.Dataset) -> xr.DataArray:
+        return means["mean"]
+
+
+def event_scores(low: float, high: float) -> tuple[Score, ...]:
+    """Brier score, tail CRPS and quantile score of both tails, and SEEPS."""
+    return (
+        Brier(low, "lower"),
+        Brier(high, "upper"),
+        TailCrps(low, "lower"),
+        TailCrps(high, "upper"),
+        QuantileScore(low),
+        QuantileScore(high),
+        Seeps(),
+    )

@@ -1,0 +1,206 @@
+"""Forecast stores of anyone in one form, and what several of them have in common.
+
+Read are this program's own predictions, WeatherBench-X (`init_time`, `lead_time`) and
+WeatherBench 2 (`time` is the init time, `prediction_timedelta` the lead time; Rasp et al. 2024,
+https://weatherbench2.readthedocs.io), which its public Pangu-Weather, GraphCast and IFS stores
+use. Nothing is read at once but coordinates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from atmossl.evaluation.alignment import grid_of, time_dim
+from atmossl.evaluation.regrid import coarsest, regridder
+from atmossl.geometry import Grid
+
+_CHUNK_BYTES = 64 * 2**20
+_LEAD_NAMES = ("lead_time", "prediction_timedelta", "step")
+_NAMES = {
+    "member": ("member", "number", "realization", "sample", "ensemble"),
+    "level": ("level", "isobaricInhPa", "pressure_level", "plev"),
+    "latitude": ("latitude", "lat"),
+    "longitude": ("longitude", "lon"),
+}
+
+
+def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
+    """A forecast with dims (init_time, lead_time, ...) or, without lead times, (time, ...).
+
+    Latitudes and longitudes ascend, longitudes from 0; lead times are durations.
+
+    Raises:
+        ValueError: names the store and the dimension that is missing or not understood.
+    """
+    names = {old: new for new, usual in _NAMES.items() for old in usual if old in dataset.dims}
+    lead = next((name for name in _LEAD_NAMES if name in dataset.dims), None)
+    if lead is not None:
+        names[lead] = "lead_time"
+        if "init_time" not in dataset.dims:
+            names["time"] = "init_time"
+    time = "init_time" if lead is not None else "time"
+    lacking = {"latitude", "longitude", time} - {names.get(str(d), str(d)) for d in dataset.dims}
+    if lacking:
+        raise ValueError(
+            f"{where}: no dimension for {sorted(lacking)}; it has {sorted(map(str, dataset.dims))}"
+        )
+    dataset = dataset.reset_coords(drop=True).rename(
+        {old: new for old, new in names.items() if old != new}
+    )
+    needed = {time, "latitude", "longitude"}
+    dataset = dataset[[name for name, v in dataset.data_vars.items() if needed <= set(v.dims)]]
+    if lead is not None:
+        dataset = dataset.assign_coords(lead_time=_durations(dataset["lead_time"], where))
+    dataset = dataset.assign_coords(longitude=dataset["longitude"] % 360.0)
+    return dataset.sortby(["latitude", "longitude", time])
+
+
+def _durations(lead: xr.DataArray, where: str) -> np.ndarray:
+    values = lead.to_numpy()
+    if np.issubdtype(values.dtype, np.timedelta64):
+        return values.astype("timedelta64[ns]")
+    units = str(lead.attrs.get("units", "hours"))
+    try:
+        return pd.to_timedelta(values, unit=units.removesuffix("s")).to_numpy()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {lead.name} in units {units!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Common:
+    """Cases, levels, variables and grid that all sources share.
+
+    Attributes:
+        cases: init times, or times if there are no lead times.
+    """
+
+    variables: tuple[str, ...]
+    cases: np.ndarray
+    lead_times: np.ndarray | None
+    levels: np.ndarray
+    grid: Grid
+
+    @property
+    def dim(self) -> str:
+        return "time" if self.lead_times is None else "init_time"
+
+
+def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every: int = 1) -> Common:
+    """What can be compared: the labels that all forecasts have and the truth can check.
+
+    The grid is the coarsest among them, or it would ask more of one model than of another.
+
+    Raises:
+        ValueError: nothing in common, naming the dimension and what each store has.
+    """
+    kinds = {name: time_dim(forecast) for name, forecast in forecasts.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"forecasts: some have lead times and some have not: {kinds}")
+    dim = next(iter(kinds.values()))
+    stores = {**forecasts, "the truth": truth}
+    variables = _shared({k: list(v.data_vars) for k, v in stores.items()}, "variables")
+    levels = np.empty(0)
+    if any("level" in store[list(variables)].dims for store in stores.values()):
+        levels = _shared(
+            {
+                k: np.asarray(v["level"], dtype=float)
+                for k, v in stores.items()
+                if "level" in v.dims
+            },
+            "level",
+        )
+    leads = None
+    if dim == "init_time":
+        leads = _shared({k: v["lead_time"].to_numpy() for k, v in forecasts.items()}, "lead_time")
+    cases = _shared({k: v[dim].to_numpy() for k, v in forecasts.items()}, dim)
+    cases, leads = _checkable(cases, leads, truth["time"].to_numpy())
+    grid = coarsest([grid_of(store) for store in stores.values()])
+    return Common(tuple(map(str, variables)), cases[::every], leads, levels, grid)
+
+
+def _shared(labels: Mapping[str, Sequence], dim: str) -> np.ndarray:
+    values = [np.unique(np.asarray(found)) for found in labels.values()]
+    shared = values[0]
+    for other in values[1:]:
+        shared = np.intersect1d(shared, other)
+    if not len(shared):
+        have = ", ".join(f"{k} has {_span(v)}" for k, v in zip(labels, values, strict=True))
+        raise ValueError(f"{dim}: nothing in common; {have}")
+    return shared
+
+
+def _span(values: np.ndarray) -> str:
+    if len(values) <= 5:
+        return str([str(value) for value in values])
+    return f"{values[0]} to {values[-1]}"
+
+
+def _checkable(
+    cases: np.ndarray, leads: np.ndarray | None, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The cases all of whose valid times the truth has; lead times without any case go first."""
+    offsets = np.array([0], "timedelta64[ns]") if leads is None else leads
+    known = np.isin(cases[:, None] + offsets[None, :], times)
+    reached = known.any(axis=0)
+    whole = known[:, reached].all(axis=1)
+    if not reached.any() or not whole.any():
+        raise ValueError(
+            f"time: the truth covers {times[0]} to {times[-1]}, which has no whole case of the "
+            f"forecasts from {cases[0]} to {cases[-1]}; choose another split or data"
+        )
+    return cases[whole], None if leads is None else leads[reached]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One variable of a few cases, small enough for memory in all stores at once."""
+
+    variable: str
+    cases: np.ndarray
+
+
+def parts_of(forecasts: Mapping[str, xr.Dataset], common: Common) -> list[Part]:
+    """All that is to be compared, variable by variable."""
+    parts = []
+    for variable in common.variables:
+        chosen = [on_labels(forecast[[variable]], common) for forecast in forecasts.values()]
+        case_bytes = max(4 * f[variable].size // f.sizes[common.dim] for f in chosen)
+        size = max(1, _CHUNK_BYTES // case_bytes)
+        parts += [
+            Part(variable, common.cases[start : start + size])
+            for start in range(0, len(common.cases), size)
+        ]
+    return parts
+
+
+def read_part(
+    forecasts: Mapping[str, xr.Dataset], common: Common, part: Part
+) -> dict[str, xr.Dataset]:
+    """The part in every store, in memory, on the common grid and labels."""
+    found = {}
+    for name, forecast in forecasts.items():
+        chosen = on_labels(forecast[[part.variable]], common).sel({common.dim: part.cases})
+        found[name] = on_grid(chosen, common.grid)
+    return found
+
+
+def on_labels(dataset: xr.Dataset, common: Common) -> xr.Dataset:
+    """The common levels and lead times of a store, as far as it has these dimensions."""
+    if "level" in dataset.dims:
+        dataset = dataset.assign_coords(level=np.asarray(dataset["level"], dtype=float))
+        dataset = dataset.sel(level=common.levels)
+    if "lead_time" in dataset.dims:
+        dataset = dataset.sel(lead_time=common.lead_times)
+    return dataset
+
+
+def on_grid(dataset: xr.Dataset, grid: Grid) -> xr.Dataset:
+    """In memory and on the grid, with its very labels."""
+    regrid = regridder(dataset, grid)
+    dataset = dataset.load()
+    if regrid is not None:
+        return regrid(dataset)
+    return dataset.assign_coords(latitude=grid.latitude, longitude=grid.longitude)

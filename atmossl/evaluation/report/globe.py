@@ -1,0 +1,128 @@
+"""Fields on a Robinson projection with coastlines that come with the package.
+
+Everything is projected once, as arrays of points, and drawn by plain matplotlib: much faster than
+letting a map axes cut every cell. Coastlines: Natural Earth, 1:110 million, public domain
+(https://www.naturalearthdata.com), packed by `scripts/make_coastlines.py`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import cartopy.crs as ccrs
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.patches import Polygon
+
+from atmossl.geometry import latitude_edges
+
+_EDGE = 179.999  # a longitude of 180 could end up on either side
+_ROWS = 96
+_PROJECTION = ccrs.Robinson()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Colour map and limits of a panel."""
+
+    colours: str
+    low: float
+    high: float
+    extend: str = "both"
+
+
+def project(longitude: np.ndarray, latitude: np.ndarray) -> Float[np.ndarray, "*point xy"]:
+    """Robinson coordinates in metres of degrees east (-180..180) and north."""
+    points = _PROJECTION.transform_points(
+        ccrs.PlateCarree(), np.clip(longitude, -_EDGE, _EDGE), latitude
+    )
+    return points[..., :2]
+
+
+def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
+    """Draw [latitude, longitude] as coloured cells with graticule and coastlines."""
+    field = field.transpose("latitude", "longitude")
+    lon_edges, values = _seam_at_date_line(
+        field["longitude"].to_numpy().astype(np.float64), field.to_numpy()
+    )
+    lat_edges = latitude_edges(field["latitude"].to_numpy().astype(np.float64))
+    finer = -(-_ROWS // len(values))  # meridians are curved: short cells follow them
+    rows = np.interp(
+        np.arange(finer * len(values) + 1) / finer, np.arange(len(lat_edges)), lat_edges
+    )
+    corners = project(*np.meshgrid(lon_edges, rows))
+    mesh = axes.pcolormesh(
+        corners[..., 0],
+        corners[..., 1],
+        np.repeat(values, finer, axis=0),
+        cmap=scale.colours,
+        vmin=scale.low,
+        vmax=scale.high,
+        rasterized=True,
+    )
+    outline = _outline()
+    for lines, colour, width in ((_graticule(), "0.35", 0.3), (_coastlines(), "0.1", 0.5)):
+        drawn = LineCollection(list(lines), colors=colour, linewidths=width)
+        axes.add_collection(drawn, autolim=False)
+    if lon_edges[-1] - lon_edges[0] > 359.0:
+        frame = Polygon(outline, closed=True, fill=False, edgecolor="0.3", linewidth=0.7)
+        axes.add_patch(frame)
+        mesh.set_clip_path(frame)
+        limits = outline
+    else:
+        limits = corners.reshape(-1, 2)
+    (west, south), (east, north) = limits.min(axis=0), limits.max(axis=0)
+    axes.set_xlim(west * 1.005, east * 1.005)
+    axes.set_ylim(south * 1.005, north * 1.005)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    return mesh
+
+
+def _seam_at_date_line(longitude: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges from -180 to 180 and the cells between them; a cell across the seam is on both sides.
+
+    Longitudes of a region keep their order, moved so that its west end lies in -180..180.
+    """
+    spacing = longitude[1] - longitude[0]
+    west = longitude[0] - spacing / 2
+    if abs(len(longitude) * spacing - 360.0) > 0.01 * spacing:
+        west = (west + 180.0) % 360.0 - 180.0
+        return west + spacing * np.arange(len(longitude) + 1), values
+    first = int(np.ceil((180.0 + west) / spacing - 1e-6)) % len(longitude)
+    edges = (west - first * spacing + 360.0 + 180.0) % 360.0 - 180.0
+    edges = edges + spacing * np.arange(len(longitude) + 1)
+    rolled = np.roll(values, first, axis=1)
+    if edges[0] < -180.0 + 1e-6 or edges[0] > -180.0 + spacing - 1e-6:
+        return np.linspace(-180.0, 180.0, len(longitude) + 1), rolled
+    inner = edges[edges < 180.0]
+    count = len(inner)
+    split = np.concatenate([rolled[:, -1:], rolled[:, : count - 1], rolled[:, -1:]], axis=1)
+    return np.concatenate([[-180.0], inner, [180.0]]), split
+
+
+@cache
+def _outline() -> np.ndarray:
+    side = np.linspace(-90.0, 90.0, 181)
+    longitude = np.concatenate([np.full(181, 180.0), np.full(181, -180.0)])
+    return project(longitude, np.concatenate([side, side[::-1]]))
+
+
+@cache
+def _graticule() -> tuple[np.ndarray, ...]:
+    along = np.linspace(-90.0, 90.0, 91)
+    meridians = [project(np.full(91, float(lon)), along) for lon in range(-120, 121, 60)]
+    parallels = [project(2 * along, np.full(91, float(lat))) for lat in range(-60, 61, 30)]
+    return (*meridians, *parallels)
+
+
+@cache
+def _coastlines() -> tuple[np.ndarray, ...]:
+    source = resources.files("atmossl") / "assets" / "coastlines.npz"
+    with source.open("rb") as stream, np.load(stream) as stored:
+        degrees, lengths = stored["centidegrees"] / 100.0, stored["lengths"]
+    points = project(degrees[:, 0], degrees[:, 1])
+    return tuple(np.split(points, np.cumsum(lengths)[:-1]))

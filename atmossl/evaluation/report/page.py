@@ -1,0 +1,180 @@
+"""One HTML page that holds everything, pictures included, and reads well on a phone."""
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from atmossl.evaluation.calibration import calibration_table
+from atmossl.evaluation.report.cards import region_card, score_cards
+from atmossl.evaluation.report.content import Example, Provenance, TaskReport
+from atmossl.evaluation.report.curves import lead_curves
+from atmossl.evaluation.report.figures import png_bytes, readable, svg_bytes
+from atmossl.evaluation.report.maps import case_panels, case_title, panel_map
+from atmossl.evaluation.report.panels import (
+    pick,
+    rank_panel,
+    ratio_panel,
+    reliability_panel,
+    spectrum_panel,
+)
+from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
+
+_CURVES = ("rmse", "crps", "acc", "spread_skill")
+_NUM_MEMBERS = 2
+_MAP_DPI = 110
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as text for an `img`, and what it shows for those who cannot see it."""
+
+    source: str
+    alt: str
+
+
+def svg_picture(figure: Figure, alt: str) -> Picture:
+    return Picture(_data_url(svg_bytes(figure), "image/svg+xml"), alt)
+
+
+def png_picture(figure: Figure, alt: str) -> Picture:
+    return Picture(_data_url(png_bytes(figure, _MAP_DPI), "image/png"), alt)
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def html_page(reports: Sequence[TaskReport], provenance: Provenance) -> str:
+    """The whole report as one file without any reference to another."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("atmossl.evaluation.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("page.html.jinja")
+    return page.render(sections=[_section(r) for r in reports], provenance=provenance)
+
+
+def _section(report: TaskReport) -> dict[str, Any]:
+    return {
+        "task": report.task,
+        "title": readable(report.task),
+        "model": report.model_name,
+        "num_times": int(report.table["num_times"].max()),
+        "cards": score_cards(report),
+        "regions": region_card(report),
+        "curves": list(_curves(report)),
+        "ratios": list(_ratio_panels(report)),
+        "calibration": _calibration_rows(report.table),
+        "groups": _diagnostic_groups(report),
+        "examples": [_example(example) for example in report.examples],
+    }
+
+
+def _curves(report: TaskReport) -> Iterator[Picture]:
+    """Scores against lead time, if there is more than one."""
+    rows = report.table[report.table["season"] == WHOLE_YEAR]
+    if rows["lead_hours"].nunique() < 2:
+        return
+    for example in report.examples:
+        own = rows[rows["variable"] == example.variable]
+        for score in _CURVES:
+            if (own["score"] == score).any():
+                figure = lead_curves(
+                    own, variable=example.variable, level=example.level, scores=(score,)
+                )
+                yield svg_picture(figure, f"{score} of {example.variable} against lead time")
+
+
+def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
+    """Ratios of RMSE with intervals at the shortest and the longest lead time, or the only one."""
+    table = report.table
+    rows = table[
+        table["score"].str.startswith(RATIO_PREFIX)
+        & (table["region"] == "global")
+        & (table["season"] == WHOLE_YEAR)
+    ]
+    rows = rows.assign(rival=rows["score"].str.removeprefix(RATIO_PREFIX))
+    for example in report.examples:
+        own = _at_level(rows[rows["variable"] == example.variable], example.level)
+        last = own["lead_hours"].max()
+        if np.isfinite(last):
+            own = own[own["lead_hours"] == last]
+        if not own.empty:
+            title = _heading(example) + (f", {last:g} h" if np.isfinite(last) else "")
+            yield svg_picture(ratio_panel(own, title), f"error over rivals' of {example.variable}")
+
+
+def _at_level(rows: pd.DataFrame, level: float | None) -> pd.DataFrame:
+    return rows[rows["level"].isna() if level is None else rows["level"] == level]
+
+
+def _heading(example: Example) -> str:
+    name = readable(example.variable)
+    return name if example.level is None else f"{name}, {example.level:g} hPa"
+
+
+def _diagnostic_groups(report: TaskReport) -> list[dict[str, Any]]:
+    """Rank histograms, reliability and spectra, a picture per variable."""
+    drawn: dict[str, list[Picture]] = {}
+    levels = {example.variable: example for example in report.examples}
+    for (diagnostic, variable), dataset in report.diagnosed.items():
+        if variable not in levels:
+            continue
+        example = levels[variable]
+        chosen, title = pick(dataset, example.level), _heading(example)
+        if diagnostic == "rank_histogram":
+            group, figure = "Rank histograms", rank_panel(chosen, title)
+        elif diagnostic.startswith("reliability"):
+            event = diagnostic.removeprefix("reliability_above_p")
+            group = f"Reliability of exceeding the {event}th percentile of the training record"
+            figure = reliability_panel(chosen, title)
+        else:
+            group = "Zonal spectra"
+            figure = spectrum_panel(chosen, title, report.model_name)
+        drawn.setdefault(group, []).append(svg_picture(figure, f"{group}, {title}"))
+    return [{"title": title, "pictures": pictures} for title, pictures in drawn.items()]
+
+
+def _calibration_rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    calibration = calibration_table(table)
+    rows = []
+    for row in calibration.to_dict("records"):
+        level = "" if np.isnan(row["level"]) else f" {row['level']:g} hPa"
+        rows.append(
+            {
+                "source": str(row["source"]),
+                "variable": readable(str(row["variable"])) + level,
+                "lead": "" if np.isnan(row["lead_hours"]) else f"{row['lead_hours']:g} h",
+                "spread": _interval(row, "spread_skill"),
+                "outliers": _interval(row, "outlier_ratio"),
+                "inflation": f"{row['inflation']:.2f}",
+                "verdict": str(row["verdict"]),
+            }
+        )
+    return rows
+
+
+def _interval(row: dict, score: str) -> str:
+    low, high = row[f"{score}_low"], row[f"{score}_high"]
+    text = f"{row[score]:.2f}"
+    return text if np.isnan(low) or np.isnan(high) else f"{text} [{low:.2f}, {high:.2f}]"
+
+
+def _example(example: Example) -> dict[str, Any]:
+    truth, prediction = example.truth, example.prediction
+    units = str(truth.attrs.get("units", ""))
+    panels = case_panels(truth, prediction, num_members=_NUM_MEMBERS)
+    pictures = [
+        png_picture(panel_map(title, panel, units=units), f"{title}: {_heading(example)}")
+        for title, panel in panels.items()
+    ]
+    return {"title": case_title(truth, prediction), "pictures": pictures}

@@ -1,0 +1,106 @@
+"""Small pictures of one variable: rank histogram, reliability, spectrum, errors over rivals'."""
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from atmossl.evaluation.report.figures import readable
+
+_SIZE = (3.6, 2.9)
+_REFERENCE = {"color": "0.4", "linestyle": "--", "linewidth": 1.0}
+
+
+def pick(diagnosed: xr.Dataset, level: float | None) -> xr.Dataset:
+    """The globe, one level and the longest lead time of a diagnostic."""
+    chosen = diagnosed.isel(region=0)
+    if level is not None and "level" in chosen.dims:
+        chosen = chosen.sel(level=level)
+    return chosen.isel(lead_time=-1) if "lead_time" in chosen.dims else chosen
+
+
+def rank_panel(diagnosed: xr.Dataset, title: str) -> Figure:
+    """Share of truths of each rank, one outline per ensemble; the dashed line is a flat one."""
+    figure, axes = _panel(title)
+    for source in diagnosed["source"].to_numpy():
+        shares = diagnosed["frequency"].sel(source=source).dropna("rank").to_numpy()
+        edges = np.arange(len(shares) + 1) / len(shares)
+        axes.stairs(shares * len(shares), edges, label=str(source), fill=False, linewidth=1.6)
+    axes.axhline(1.0, **_REFERENCE)
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("rank of the truth among members")
+    axes.set_ylabel("frequency over expected")
+    return _finished(figure, axes)
+
+
+def reliability_panel(diagnosed: xr.Dataset, title: str) -> Figure:
+    """Observed frequency against forecast probability; larger points were forecast more often."""
+    figure, axes = _panel(title)
+    axes.plot([0, 1], [0, 1], **_REFERENCE)
+    for source in diagnosed["source"].to_numpy():
+        one = diagnosed.sel(source=source)
+        forecast, observed = one["forecast_probability"], one["observed_frequency"]
+        (line,) = axes.plot(forecast, observed, linewidth=1.2, label=str(source))
+        area = 8.0 + 120.0 * np.sqrt(one["share"].fillna(0.0).to_numpy())
+        axes.scatter(forecast, observed, s=area, color=line.get_color(), alpha=0.6, linewidth=0)
+    axes.set_xlabel("forecast probability")
+    axes.set_ylabel("observed frequency")
+    return _finished(figure, axes)
+
+
+def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str) -> Figure:
+    """Power by zonal wavenumber over that of the truth: 1 is as rough as the truth."""
+    figure, axes = _panel(title)
+    truth = diagnosed["truth"].isel(source=0)
+    wave = slice(1, None)  # wavenumber 0 is the mean, not variance
+    for source in diagnosed["source"].to_numpy():
+        one = diagnosed.sel(source=source)
+        is_model = source == model_name
+        label = f"{source}, members" if is_model else str(source)
+        axes.plot(truth["wavenumber"][wave], (one["members"] / truth)[wave], label=label)
+        if is_model:
+            mean = (one["ensemble_mean"] / truth)[wave]
+            axes.plot(truth["wavenumber"][wave], mean, label=f"{source}, ensemble mean")
+    axes.axhline(1.0, **_REFERENCE)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-3), top=min(axes.get_ylim()[1], 30.0))
+    axes.set_xlabel("zonal wavenumber")
+    axes.set_ylabel("power over the truth's")
+    return _finished(figure, axes)
+
+
+def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
+    """Ratios of RMSE with their intervals: a point per rival, in the order of the rows.
+
+    `rows` has columns rival, value, low, high of one variable and level.
+    """
+    figure, axes = _panel(title)
+    for number, row in enumerate(rows.to_dict("records")):
+        ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        ends = np.nan_to_num(np.array(ends))
+        axes.errorbar([row["value"]], [number], xerr=ends, fmt="o", capsize=3, color=f"C{number}")
+    axes.axvline(1.0, **_REFERENCE)
+    axes.set_yticks(range(len(rows)), [readable(str(name)) for name in rows["rival"]])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("RMSE over that of")
+    return _finished(figure, axes, legend=False)
+
+
+def _panel(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finished(figure: Figure, axes: Axes, legend: bool = True) -> Figure:
+    axes.tick_params(labelsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_fontsize(9)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
+    return figure

@@ -1,0 +1,106 @@
+"""All files of a report in one folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from atmossl.evaluation.calibration import calibration_table
+from atmossl.evaluation.report.content import Provenance, TaskReport
+from atmossl.evaluation.report.figures import save_figure
+from atmossl.evaluation.report.files import write_atomically
+from atmossl.evaluation.report.maps import case_map
+from atmossl.evaluation.report.page import html_page
+from atmossl.evaluation.report.tables import summarise, to_markdown, write_csv
+from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
+
+_SURFACE = 0.0
+_NO_LEAD = 0.0
+_NUMBERS = ("value", "low", "high", "p_value")
+_LABELS = ("source", "score", "variable", "level", "lead_hours", "region", "season")
+
+
+def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: Path) -> None:
+    """index.html, summary.md, scores.csv, scores.zarr, calibration.csv, figures.json and maps/."""
+    table = pd.concat([report.table for report in reports], ignore_index=True)
+    write_csv(table, folder / "scores.csv")
+    write_csv(calibration_table(table), folder / "calibration.csv")
+    write_numbers(reports, folder / "scores.zarr")
+    found = json.dumps(figures(reports), indent=1)
+    write_atomically(found.encode(), folder / "figures.json")
+    write_atomically(_markdown(reports, provenance).encode(), folder / "summary.md")
+    for report in reports:
+        for example in report.examples:
+            picture = folder / "maps" / f"{report.task}_{example.variable}.png"
+            save_figure(case_map(example.truth, example.prediction), picture)
+    write_atomically(html_page(reports, provenance).encode(), folder / "index.html")
+
+
+def _markdown(reports: Sequence[TaskReport], provenance: Provenance) -> str:
+    parts = [f"# Verification\n\n{provenance.facts['what']}\n"]
+    for report in reports:
+        summary = summarise(report.table, model_name=report.model_name)
+        parts.append(f"## {report.task}\n\n{to_markdown(summary)}")
+        calibration = calibration_table(report.table)
+        if len(calibration):
+            parts.append(f"### Calibration\n\n{to_markdown(calibration)}")
+    facts = "\n".join(f"- {key}: {value}" for key, value in provenance.facts.items())
+    parts.append(f"## How to reproduce\n\n```\n{provenance.command}\n```\n\n{facts}\n")
+    return "\n".join(parts)
+
+
+def write_numbers(reports: Sequence[TaskReport], path: Path) -> None:
+    """The table as arrays over its labels in zarr, a group per task, with a group per diagnostic.
+
+    Surface variables are at level 0, tasks without lead time at 0 h.
+    """
+    tree: dict[str, xr.Dataset] = {}
+    for report in reports:
+        table = report.table.fillna({"level": _SURFACE, "lead_hours": _NO_LEAD})
+        arrays = table.set_index(list(_LABELS))[list(_NUMBERS)].to_xarray()
+        tree[report.task] = arrays.assign_attrs(model=report.model_name)
+        for (diagnostic, variable), dataset in report.diagnosed.items():
+            tree[f"{report.task}/{diagnostic}/{variable}"] = dataset
+    xr.DataTree.from_dict(_with_parents(tree)).to_zarr(path, zarr_format=2)
+
+
+def _with_parents(tree: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Diagnostics have labels of their own: beside the table, not below it."""
+    return {(name if "/" in name else f"{name}/scores"): dataset for name, dataset in tree.items()}
+
+
+def figures(reports: Sequence[TaskReport]) -> dict[str, Any]:
+    """Means over variables and levels of the ratios of RMSE and CRPS and of spread-skill."""
+    found: dict[str, Any] = {}
+    per_variable: dict[str, dict[str, float]] = {}
+    for report in reports:
+        table = report.table
+        rows = table[
+            (table["source"] == report.model_name)
+            & (table["region"] == "global")
+            & (table["season"] == WHOLE_YEAR)
+        ]
+        for (score, lead), part in rows.groupby(["score", "lead_hours"], dropna=False, sort=False):
+            key = _key(report.task, str(score), float(lead))
+            if key is None:
+                continue
+            found[key] = round(float(part["value"].mean()), 4)
+            for variable, own in part.groupby("variable"):
+                mean = round(float(own["value"].mean()), 4)
+                per_variable.setdefault(str(variable), {})[key] = mean
+    return {**found, "per_variable": per_variable}
+
+
+def _key(task: str, score: str, lead: float) -> str | None:
+    lead_name = "" if np.isnan(lead) else f"_{lead:g}h"
+    if score == "spread_skill":
+        return f"{score}_{task}{lead_name}"
+    if score.startswith(RATIO_PREFIX):
+        return f"{task}{lead_name}_{score.removeprefix('rmse_ratio_')}"
+    if score.startswith(CRPS_RATIO_PREFIX):
+        return f"{task}{lead_name}_crps_{score.removeprefix('crps_ratio_')}"
+    return None

@@ -1,0 +1,136 @@
+"""Forecast stores of several models on what they have in common."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import PurePosixPath
+
+import numpy as np
+import xarray as xr
+from rich.progress import track
+
+from atmossl.data.backends import open_store
+from atmossl.data.catalog import CatalogEntry, SegmentEntry
+from atmossl.data.store import Segment, open_split
+from atmossl.evaluation import baselines as base
+from atmossl.evaluation.alignment import case_times
+from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.forecasts import (
+    Common,
+    canonical_forecast,
+    common_ground,
+    on_grid,
+    on_labels,
+    parts_of,
+    read_part,
+)
+from atmossl.evaluation.report.content import Example, TaskReport
+from atmossl.schema import EvaluateConfig
+from atmossl.scorecard.verified import empty_tally, example_of, reported
+
+_ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
+
+
+def open_forecasts(locations: tuple[str, ...]) -> dict[str, xr.Dataset]:
+    """Forecast stores by their file's name, in one form, unread.
+
+    Raises:
+        ValueError: no such store, two of one name, or no forecast in it.
+    """
+    found = {}
+    for location in locations:
+        name = PurePosixPath(location.rstrip("/")).name.removesuffix(".zip")
+        name = name.removesuffix(".zarr").removesuffix(".nc")
+        if name in found or name in ("persistence", "climatology"):
+            raise ValueError(f"forecasts={location}: the name {name} is taken; rename the file")
+        options = _ANONYMOUS.get(location.partition("://")[0], {})
+        store = open_store(SegmentEntry(location=location, storage_options=options))
+        found[name] = canonical_forecast(store.dataset, location)
+    return found
+
+
+def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport:
+    """Every configured forecast on the common cases, levels and grid, against the truth of a
+    catalog entry; the first is compared with the rest, and with persistence and climatology.
+
+    Raises:
+        ValueError: a store that cannot be read, or nothing in common.
+    """
+    forecasts = open_forecasts(config.forecasts)
+    present = [{str(name) for name in dataset.data_vars} for dataset in forecasts.values()]
+    variables = sorted(set(entry.variables).intersection(*present))
+    if not variables:
+        have = {name: sorted(v) for name, v in zip(forecasts, present, strict=True)}
+        raise ValueError(f"forecasts: no common variable; {have}; data: {sorted(entry.variables)}")
+    levels = sorted(set(entry.levels).intersection(*map(_levels_of, forecasts.values())))
+    truth, training = (
+        open_split(entry, split, variables=variables, levels=levels)
+        for split in (config.split, "train")
+    )
+    if len(truth) != 1:
+        raise ValueError(f"split={config.split} has {len(truth)} segments; evaluate takes one")
+    return score_forecasts(config, forecasts, truth[0], training)
+
+
+def _levels_of(forecast: xr.Dataset) -> set[int]:
+    return {int(level) for level in forecast["level"]} if "level" in forecast.dims else set()
+
+
+def score_forecasts(
+    config: EvaluateConfig,
+    forecasts: Mapping[str, xr.Dataset],
+    truth: Segment,
+    training: tuple[Segment, ...],
+) -> TaskReport:
+    """A tally of all forecasts, part by part."""
+    record = lazy_dataset(truth)
+    common = common_ground(forecasts, record, config.every)
+    history = [
+        on_labels(lazy_dataset(segment)[list(common.variables)], common) for segment in training
+    ]
+    prepare = partial(_on_common, common=common)
+    climate = Climate.of(history, quantiles=config.tails, prepare=prepare)
+    first = next(iter(forecasts))
+    tally = empty_tally(config, "forecasts", first)
+    examples: dict[str, Example] = {}
+    middle = common.cases[len(common.cases) // 2]
+    for part in track(parts_of(forecasts, common), description="forecasts"):
+        datasets, name = read_part(forecasts, common, part), part.variable
+        ours = datasets.pop(first)
+        times = np.unique(np.concatenate([ours[common.dim], case_times(ours).to_numpy().ravel()]))
+        known = np.intersect1d(times, record["time"].to_numpy())
+        beside = _on_common(record[[name]].sel(time=known), common)
+        tally.add(ours, beside, datasets | _trivial(ours, beside, climate), climate)
+        if middle in ours[common.dim]:
+            case = ours.sel({common.dim: [middle]})
+            examples[name] = example_of(case, beside, name)
+    return reported(config, tally, tuple(examples.values()), np.random.default_rng(config.seed))
+
+
+def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:
+    chosen = on_labels(dataset[[v for v in common.variables if v in dataset]], common)
+    return on_grid(chosen, common.grid)
+
+
+def _trivial(ours: xr.Dataset, truth: xr.Dataset, climate: Climate) -> dict[str, xr.Dataset]:
+    """Persistence, if the truth has the init times, and climatology."""
+    mean = climate.mean[[str(name) for name in ours.data_vars]]
+    if "init_time" not in ours.dims:
+        return {"climatology": base.climatology_at(mean, ours["time"])}
+    init, lead = ours["init_time"], ours["lead_time"]
+    found = {"climatology": base.climatology_forecast(mean, init, lead)}
+    if np.isin(init.to_numpy(), truth["time"].to_numpy()).all():
+        found["persistence"] = base.persistence(truth, init, lead)
+    return found
+
+
+def lazy_dataset(segment: Segment) -> xr.Dataset:
+    """A segment in canonical form, unread."""
+    ordered = segment.dataset[list(segment.variables)].isel(
+        latitude=segment.latitude_order, longitude=segment.longitude_order
+    )
+    if "level" in ordered.dims:
+        ordered = ordered.sel(level=list(segment.levels))
+    ordered = ordered.assign_coords(
+        latitude=segment.grid.latitude, longitude=segment.grid.longitude, time=segment.times
+    )
+    return ordered.transpose("time", ...)

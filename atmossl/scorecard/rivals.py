@@ -1,0 +1,140 @@
+"""What a model has to beat in each task, from the same inputs; fitted on training segments only.
+
+A builder makes a task's rivals once (a ridge regression is fitted then); they answer chunk by
+chunk. A new task is a new entry of `BUILDERS`; one without an entry is compared to climatology.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from atmossl.evaluation import baselines as base
+from atmossl.evaluation import ridge, spatial
+from atmossl.evaluation.climate import Climate
+
+Answers = dict[str, xr.Dataset]
+Rivals = Callable[[xr.Dataset], Answers]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rivals may know: the task, the truth that the model read from, the training record.
+
+    Attributes:
+        task: its mask, with the choices that were made.
+        offsets: steps written, from the reference step; reference: that step in the window of
+            `num_steps`.
+    """
+
+    task: Any
+    offsets: tuple[int, ...]
+    reference: int
+    num_steps: int
+    step: np.timedelta64
+    truth: xr.Dataset
+    history: Sequence[xr.Dataset]
+    climate: Climate
+    with_ridge: bool
+
+    def fitted(self, problem: ridge.RidgeTask) -> Callable[[np.ndarray], Answers]:
+        """The ridge regression of the training record, or none."""
+        model = ridge.fit_ridge(self.history, problem) if self.with_ridge else None
+        return lambda times: {"ridge": model.predict(self.truth, times)} if model else {}
+
+    def climatology(self, predicted: xr.Dataset) -> xr.Dataset:
+        if "init_time" in predicted.dims:
+            return base.climatology_forecast(
+                self.climate.mean, predicted["init_time"], predicted["lead_time"]
+            )
+        return base.climatology_at(self.climate.mean, predicted["time"])
+
+
+def forecast(setting: Setting) -> Rivals:
+    """Persistence, climatology, and a ridge regression on the last three states."""
+    history = min(3, setting.reference + 1)
+    regression = setting.fitted(ridge.Forecast(history=history, leads=setting.offsets))
+
+    def rivals(predicted: xr.Dataset) -> Answers:
+        return _persisting(setting, predicted) | regression(predicted["init_time"].to_numpy())
+
+    return rivals
+
+
+def hindcast(setting: Setting) -> Rivals:
+    """Persistence backwards, and climatology."""
+    return lambda predicted: _persisting(setting, predicted)
+
+
+def _persisting(setting: Setting, predicted: xr.Dataset) -> Answers:
+    still = base.persistence(setting.truth, predicted["init_time"], predicted["lead_time"])
+    return {"persistence": still, "climatology": setting.climatology(predicted)}
+
+
+def temporal_interpolation(setting: Setting) -> Rivals:
+    """The line in time between the known states, climatology, and a ridge regression."""
+    count = len(setting.offsets)
+    neighbours = min(2, setting.num_steps - setting.reference - count)
+    regression = (
+        setting.fitted(ridge.TemporalInterpolation(neighbours=neighbours)) if count == 1 else None
+    )
+
+    def rivals(predicted: xr.Dataset) -> Answers:
+        times = predicted["time"]
+        lines = [
+            base.linear_in_time(
+                setting.truth,
+                times[number::count],
+                before=(number + 1) * setting.step,
+                after=(count - number) * setting.step,
+            )
+            for number in range(count)
+        ]
+        line = xr.concat(lines, "time").sortby("time")
+        found = {"linear": line, "climatology": setting.climatology(predicted)}
+        return found | (regression(times.to_numpy()) if regression else {})
+
+    return rivals
+
+
+def downscaling(setting: Setting) -> Rivals:
+    """Three interpolations of the coarse cells, and a ridge regression on their neighbourhoods."""
+    factor = setting.task.factor
+    regression = setting.fitted(
+        ridge.Downscaling(factor=factor, neighbours=min(1, setting.reference))
+    )
+
+    def rivals(predicted: xr.Dataset) -> Answers:
+        times = predicted["time"]
+        coarse = spatial.coarsen(setting.truth.sel(time=times), factor)
+        found = {
+            name: function(coarse, setting.truth)
+            for name, function in (
+                ("bicubic", spatial.bicubic),
+                ("bilinear", spatial.bilinear),
+                ("conservative", spatial.conservative),
+            )
+        }
+        return found | regression(times.to_numpy())
+
+    return rivals
+
+
+def climatology(setting: Setting) -> Rivals:
+    """The least that any task has to beat."""
+    return lambda predicted: {"climatology": setting.climatology(predicted)}
+
+
+BUILDERS: dict[str, Callable[[Setting], Rivals]] = {
+    "forecast": forecast,
+    "hindcast": hindcast,
+    "temporal_interpolation": temporal_interpolation,
+    "downscaling": downscaling,
+}
+
+
+def build_rivals(name: str, setting: Setting) -> Rivals:
+    """The rivals of a task by its name."""
+    return BUILDERS.get(name, climatology)(setting)

@@ -1,0 +1,87 @@
+"""What one task or comparison leaves for the report."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from atmossl import __version__
+from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
+from atmossl.evaluation.events import event_scores
+from atmossl.evaluation.regions import Region, boxes, find_regions
+from atmossl.evaluation.report.content import Example, Provenance, TaskReport
+from atmossl.evaluation.scores import DEFAULT_SCORES
+from atmossl.evaluation.verify import Tally
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.schema import EvaluateConfig
+
+
+def regions_of(config: EvaluateConfig) -> list[Region]:
+    """The configured belts and boxes, the globe first."""
+    names = ["global", *(name for name in config.regions if name != "global")]
+    return [*find_regions(names), *boxes(config.boxes or {})]
+
+
+def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") -> Tally:
+    """A tally of all scores and diagnostics."""
+    low, high = config.tails
+    return Tally(
+        task=task,
+        model_name=model_name,
+        regions=regions_of(config),
+        scores=(*DEFAULT_SCORES, Outliers(), *event_scores(low, high)),
+        diagnostics=(RankHistogram(), Reliability(high), ZonalSpectrum()),
+    )
+
+
+def example_of(predicted: xr.Dataset, truth: xr.Dataset, name: str) -> Example:
+    """One variable of the first case at its middle level and first lead time."""
+    field = predicted[name]
+    dim = "init_time" if "init_time" in field.dims else "time"
+    case = field.isel({dim: 0})
+    level = None
+    if "level" in case.dims:
+        case = case.isel(level=case.sizes["level"] // 2)
+        level = float(case["level"])
+    if "lead_time" in case.dims:
+        case = case.isel(lead_time=-1)
+    time = case["time"] if dim == "time" else case["init_time"] + case["lead_time"]
+    true = truth[name].sel(time=time.values)
+    if level is not None:
+        true = true.sel(level=level)
+    return Example(name, level, true.load(), case.load())
+
+
+def reported(
+    config: EvaluateConfig, tally: Tally, examples: Sequence[Example], rng: np.random.Generator
+) -> TaskReport:
+    """The table and diagnostics of a full tally."""
+    bootstrap = BlockBootstrap(num_resamples=config.bootstrap)
+    table: pd.DataFrame = tally.table(bootstrap, rng)
+    return TaskReport(tally.task, tally.model_name, table, tally.diagnosed(), tuple(examples))
+
+
+def provenance_of(config: EvaluateConfig, trained: TrainedModel, command: str) -> Provenance:
+    """The command and what its numbers depend on."""
+    data = config.data or trained.data
+    if config.forecasts:
+        what = f"Forecasts {', '.join(config.forecasts)} against {data}, split {config.split}."
+        source = {"forecasts": ", ".join(config.forecasts)}
+    else:
+        tasks = ", ".join(task.name for task in config.tasks)
+        what = f"Zero-shot {tasks} on {data}, split {config.split}: held out from training."
+        source = {"checkpoint": f"{config.checkpoint}, digest {trained.digest}"}
+    packages = ("scores", "xskillscore", "xarray", "numpy", "torch")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    facts = {
+        "what": what,
+        **source,
+        "data": f"{data}, split {config.split}, every {config.every}",
+        "bootstrap": f"{config.bootstrap} resamples, seed {config.seed}",
+        "events": f"beyond the quantiles {list(config.tails)} of the training record",
+        "versions": f"atmossl {__version__}, {versions}",
+    }
+    return Provenance(command, facts)

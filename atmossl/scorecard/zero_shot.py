@@ -1,0 +1,117 @@
+"""A checkpoint's zero-shot tasks on held-out dates."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xarray as xr
+from rich.progress import track
+
+from atmossl.data.store import Segment
+from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.report.content import Example, TaskReport
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import predictions
+from atmossl.schema import EvaluateConfig, TaskConfig
+from atmossl.scorecard.rivals import Setting, build_rivals
+from atmossl.scorecard.verified import empty_tally, example_of, reported
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+def score_tasks(
+    config: EvaluateConfig,
+    trained: TrainedModel,
+    test: Sequence[Segment],
+    training: Sequence[Segment],
+    device: str,
+) -> list[TaskReport]:
+    """Every task of the configuration against its rivals, a few dates at a time."""
+    if len(test) != 1:
+        raise ValueError(f"split={config.split} has {len(test)} segments; evaluate takes one")
+    history = [segment.to_dataset() for segment in training]
+    climate = Climate.of(history, quantiles=config.tails)
+    rng = np.random.default_rng(config.seed)
+    predictors = {
+        task.name: (
+            task,
+            Predictor(
+                trained=trained,
+                segment=test[0].loaded(),
+                task=task.sampler(),
+                overlap=config.overlap,
+                batch_size=config.batch_size,
+                device=device,
+            ),
+        )
+        for task in config.tasks
+    }
+    times = {name: scored_times(p, config.every, name) for name, (_, p) in predictors.items()}
+    return [
+        _score_task(config, task, predictor, times[name], history, climate, rng)
+        for name, (task, predictor) in predictors.items()
+    ]
+
+
+def scored_times(predictor: Predictor, every: int, name: str) -> np.ndarray:
+    """Every n-th time that has its truth in the store.
+
+    Raises:
+        ValueError: there is none.
+    """
+    plan, segment = predictor.plan, predictor.segment
+    times = predictor.possible_times()
+    last = times + max(0, *plan.offsets) * segment.step
+    first = times + min(0, *plan.offsets) * segment.step
+    times = times[(last <= segment.times[-1]) & (first >= segment.times[0])][::every]
+    if len(times) == 0:
+        raise ValueError(f"task {name}: no date of the store has all the steps that it needs")
+    return times
+
+
+def _score_task(
+    config: EvaluateConfig,
+    task: TaskConfig,
+    predictor: Predictor,
+    times: np.ndarray,
+    history: Sequence[xr.Dataset],
+    climate: Climate,
+    rng: np.random.Generator,
+) -> TaskReport:
+    truth, plan = predictor.segment.to_dataset(), predictor.plan
+    setting = Setting(
+        task=predictor.task,
+        offsets=plan.offsets,
+        reference=plan.reference,
+        num_steps=predictor.trained.window.time,
+        step=predictor.segment.step,
+        truth=truth,
+        history=history,
+        climate=climate,
+        with_ridge=config.ridge,
+    )
+    rivals = build_rivals(task.name, setting)
+    tally = empty_tally(config, task.name)
+    middle = len(times) // 2
+    examples: list[Example] = []
+    for first, predicted in _chunks(predictor, times, task.name):
+        tally.add(predicted, truth, rivals(predicted), climate)
+        dim = "init_time" if plan.is_forecast else "time"
+        place = (middle - first) * (1 if plan.is_forecast else len(plan.offsets))
+        if 0 <= place < predicted.sizes[dim]:
+            chosen = predicted.isel({dim: [place]})
+            examples = [example_of(chosen, truth, str(name)) for name in predicted.data_vars]
+    return reported(config, tally, examples, rng)
+
+
+def _chunks(predictor: Predictor, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.Dataset]]:
+    """Predictions of a few times in one dataset, and the number of the first of them."""
+    dim = "init_time" if predictor.plan.is_forecast else "time"
+    waiting: list[xr.Dataset] = []
+    done = 0
+    for one in track(predictions(predictor, times), total=len(times), description=name):
+        waiting.append(one)
+        full = len(waiting) * one.nbytes >= _CHUNK_BYTES
+        if full or done + len(waiting) == len(times):
+            yield done, xr.concat(waiting, dim, combine_attrs="override")
+            done, waiting = done + len(waiting), []
