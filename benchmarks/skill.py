@@ -16,7 +16,11 @@ from benchmarks.report import finish
 
 def required_figures(found: dict[str, Any]) -> dict[str, Any]:
     """The benchmark's keys from the report's: means over lead times where a task has several."""
-    leads = [key for key in found if key.startswith("forecast_") and key.endswith("_vs_ridge")]
+    leads = [
+        key
+        for key in found
+        if key.startswith("forecast_") and key.endswith("_vs_ridge") and "_crps_" not in key
+    ]
     spreads = [key for key in found if key.startswith("spread_skill_forecast")]
     chosen = {
         key: found[key]

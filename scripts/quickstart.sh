@@ -45,15 +45,15 @@ for task in "${tasks[@]}"; do
         output="$run/predictions/$task.zarr" "${predict_settings[@]}"
 done
 
-step "3/3 evaluate, ends in the score table"
+step "3/3 evaluate, ends in a report"
 "$atmossl" evaluate checkpoint="$checkpoint" tasks="[$(IFS=,; echo "${tasks[*]}")]" \
     output="$run/report" "${evaluate_settings[@]}"
 
 step "done; look at"
 cat <<END
+report                $run/report/index.html   (one page; open it in a browser)
 score table           $run/report/summary.md, scores.csv
 maps                  $run/report/maps/*.png   (truth, prediction, error, spread)
-lead-time curves      $run/report/curves/*.png
 training curves       $run/curves/*.png
 predictions           $run/predictions/*.zarr
 checkpoint            $checkpoint

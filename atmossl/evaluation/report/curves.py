@@ -117,5 +117,10 @@ def _legend_below(figure: Figure) -> None:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=max(1, len(entries))
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=max(1, min(len(entries), 3 * len(figure.axes))),
+        fontsize=8,
+        frameon=False,
     )
