@@ -16,11 +16,7 @@ from benchmarks.report import finish
 
 def required_figures(found: dict[str, Any]) -> dict[str, Any]:
     """The benchmark's keys from the report's: means over lead times where a task has several."""
-    leads = [
-        key
-        for key in found
-        if key.startswith("forecast_") and key.endswith("_vs_ridge") and "_crps_" not in key
-    ]
+    leads = [key for key in found if key.startswith("forecast_") and key.endswith("h_vs_ridge")]
     spreads = [key for key in found if key.startswith("spread_skill_forecast")]
     chosen = {
         key: found[key]

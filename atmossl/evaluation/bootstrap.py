@@ -66,9 +66,9 @@ class BlockBootstrap:
         Twice the smaller share of resamples on one side of it, counting one more than there are
         (Davison and Hinkley 1997, Bootstrap Methods, section 4.2), so that it is never zero.
         """
-        below, above = ((samples <= null).sum("resample"), (samples >= null).sum("resample"))
-        rarer = np.minimum(below, above) + 1
-        p_value = np.minimum(2.0 * rarer / (samples.sizes["resample"] + 1), 1.0)
+        below, above = (samples <= null).sum("resample"), (samples >= null).sum("resample")
+        rarer = xr.where(below < above, below, above) + 1
+        p_value = (2.0 * rarer / (samples.sizes["resample"] + 1)).clip(max=1.0)
         return p_value.where(samples.notnull().all("resample"))
 
 

@@ -7,6 +7,7 @@ often the truth lies outside all members, which the tails decide.
 import numpy as np
 import pandas as pd
 
+from atmossl.evaluation.rows import rows_where
 from atmossl.evaluation.verify import WHOLE_YEAR
 
 TOLERANCE = 0.1
@@ -22,10 +23,10 @@ def calibration_table(table: pd.DataFrame, region: str = "global") -> pd.DataFra
     than a tenth from 1, else calibrated if the outlier ratio's interval comes that near to 1, too,
     else `tails too light` or `tails too heavy`.
     """
-    rows = table[(table["region"] == region) & (table["season"] == WHOLE_YEAR)]
+    rows = rows_where(table, region=region, season=WHOLE_YEAR)
     parts = []
     for score in ("spread_skill", "outlier_ratio"):
-        chosen = rows[rows["score"] == score].set_index(_KEYS)[["value", "low", "high"]]
+        chosen = rows_where(rows, score=score).set_index(_KEYS)[["value", "low", "high"]]
         names = {"value": score, "low": f"{score}_low", "high": f"{score}_high"}
         parts.append(chosen.rename(columns=names))
     both = pd.concat(parts, axis="columns").reset_index()

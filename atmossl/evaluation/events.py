@@ -5,7 +5,7 @@ rare everywhere. Pointwise scores come from the library `scores`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -52,11 +52,12 @@ class Brier(_OneMean):
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         sign = 1.0 if self.tail == "upper" else -1.0
         threshold = case.quantile(self.level)
+        zero: Any = 0.0  # floats are Real, but not to the type checker
         brier = brier_score_for_ensemble(
             sign * (case.members - threshold),
             sign * (case.truth - threshold),
             "member",
-            0.0,
+            zero,
             fair_correction=case.num_members > 1,
             preserve_dims="all",
         )

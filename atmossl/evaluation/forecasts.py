@@ -6,11 +6,11 @@ https://weatherbench2.readthedocs.io), which its public Pangu-Weather, GraphCast
 use. Nothing is read at once but coordinates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from atmossl.evaluation.alignment import grid_of, time_dim
@@ -18,6 +18,7 @@ from atmossl.evaluation.regrid import coarsest, regridder
 from atmossl.geometry import Grid
 
 _CHUNK_BYTES = 64 * 2**20
+_UNITS = {"hours": 3600, "h": 3600, "days": 86400, "minutes": 60, "seconds": 1, "s": 1}
 _LEAD_NAMES = ("lead_time", "prediction_timedelta", "step")
 _NAMES = {
     "member": ("member", "number", "realization", "sample", "ensemble"),
@@ -63,10 +64,9 @@ def _durations(lead: xr.DataArray, where: str) -> np.ndarray:
     if np.issubdtype(values.dtype, np.timedelta64):
         return values.astype("timedelta64[ns]")
     units = str(lead.attrs.get("units", "hours"))
-    try:
-        return pd.to_timedelta(values, unit=units.removesuffix("s")).to_numpy()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {lead.name} in units {units!r}: {error}") from error
+    if units not in _UNITS:
+        raise ValueError(f"{where}: {lead.name} in units {units!r}; valid: {[*_UNITS]}")
+    return (values * _UNITS[units]).astype("timedelta64[s]").astype("timedelta64[ns]")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every:
     return Common(tuple(map(str, variables)), cases[::every], leads, levels, grid)
 
 
-def _shared(labels: Mapping[str, Sequence], dim: str) -> np.ndarray:
+def _shared(labels: Mapping[str, Any], dim: str) -> np.ndarray:
     values = [np.unique(np.asarray(found)) for found in labels.values()]
     shared = values[0]
     for other in values[1:]:

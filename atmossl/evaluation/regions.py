@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from atmossl.geometry import area_weights
@@ -113,8 +114,8 @@ def stacked_weights(field: xr.DataArray | xr.Dataset, regions: Sequence[Region])
         except ValueError:
             if region.longitudes is not None:
                 raise
-    layers = xr.broadcast(*found.values())
-    return xr.concat(layers, dim=xr.Variable("region", list(found)))
+    layers: list[xr.DataArray] = list(xr.broadcast(*found.values()))
+    return xr.concat(layers, dim=pd.Index(list(found), name="region"))
 
 
 def weighted_mean(field: xr.DataArray, weights: xr.DataArray) -> xr.DataArray:

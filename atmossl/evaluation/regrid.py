@@ -47,7 +47,7 @@ class ConservativeRegridder:
     def _longitude(self) -> Float[np.ndarray, "target source"]:
         """Share of each target column that lies in each source column, around the circle."""
         source, target = _longitude_edges(self.source), _longitude_edges(self.target)
-        return sum(_overlap(source + turn, target) for turn in (-360.0, 0.0, 360.0))
+        return np.sum([_overlap(source + turn, target) for turn in (-360.0, 0.0, 360.0)], axis=0)
 
     def __call__(self, fields: xr.Dataset) -> xr.Dataset:
         """Fields on the target grid; a cell with any missing part is missing."""

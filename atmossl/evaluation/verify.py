@@ -129,11 +129,7 @@ class Tally:
         return table.loc[:, list(COLUMNS)]
 
     def _frames(self, plan: "_Plan", variable: str) -> Iterator[pd.DataFrame]:
-        means = {
-            (source, name): xr.concat(parts, self._dim)
-            for (owner, source, name), parts in self._parts.items()
-            if owner == variable
-        }
+        means = self._means(variable)
         scores = {score.name: score for score in self.scores}
         for (source, name), per_time in means.items():
             if name in scores:
@@ -141,9 +137,48 @@ class Tally:
         rivals = [s for s in dict.fromkeys(s for s, _ in means) if s != self.model_name]
         for prefix, score in _COMPARED:
             ours = means.get((self.model_name, score.name))
-            for rival in rivals if ours is not None else ():
+            if ours is None:
+                continue
+            for rival in rivals:
                 frame = plan.ratio_frame(score, ours, means[rival, score.name])
                 yield frame.assign(source=self.model_name, score=prefix + rival)
+
+    def overall(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
+        """Ratio of RMSE to each rival's on the globe, one number: the mean over variables, levels
+        and lead times, with its interval (columns rival, value, low, high, p_value)."""
+        counts = {
+            variable: sum(months.sizes[self._dim] for months in parts)
+            for variable, parts in self._months.items()
+        }
+        draws = {count: bootstrap.draw(count, rng) for count in sorted(set(counts.values()))}
+        found: dict[str, list[tuple[xr.DataArray, xr.DataArray]]] = {}
+        for variable, count in counts.items():
+            plan = _Plan(self._dim, None, draws[count], bootstrap)
+            means = self._means(variable)
+            for (source, name), theirs in means.items():
+                if name == Rmse().name and source != self.model_name:
+                    ratio = plan.ratio(Rmse(), means[self.model_name, name], theirs)
+                    found.setdefault(source, []).append(ratio)
+        rows = []
+        for rival, ratios in found.items():
+            value, samples = (
+                xr.concat([_mean_of_globe(part) for part in parts], "variable").mean("variable")
+                for parts in zip(*ratios, strict=True)
+            )
+            low, high = (float(limit) for limit in bootstrap.limits(samples))
+            p_value = float(bootstrap.p_value(samples, null=1.0))
+            if not bootstrap.is_possible(min(counts.values())):
+                low = high = p_value = np.nan
+            rows.append((rival, float(value), low, high, p_value))
+        return pd.DataFrame(rows, columns=["rival", "value", "low", "high", "p_value"])
+
+    def _means(self, variable: str) -> dict[tuple[str, str], xr.Dataset]:
+        """Area means of all cases by source and score."""
+        return {
+            (source, name): xr.concat(parts, self._dim)
+            for (owner, source, name), parts in self._parts.items()
+            if owner == variable
+        }
 
     def diagnosed(self) -> dict[tuple[str, str], xr.Dataset]:
         """Means over all cases, [source, ...], by the names of diagnostic and variable."""
@@ -190,6 +225,12 @@ def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None
     return Case(prediction, truth, normal.transpose(*truth.dims), quantiles, rain)
 
 
+def _mean_of_globe(ratio: xr.DataArray) -> xr.DataArray:
+    """Mean over levels and lead times of the first region."""
+    globe = ratio.isel(region=0, drop=True)
+    return globe.mean([dim for dim in globe.dims if dim != "resample"])
+
+
 def _seasons(months: xr.DataArray) -> dict[str, xr.DataArray | None]:
     """Which cases belong to each season; None are all of them. One season has no rows."""
     found = {name: months.isin(of_season) for name, of_season in SEASONS.items()}
@@ -222,11 +263,17 @@ class _Plan:
         limits = score_interval(per_time, score.value, self.dim, self.counts, self.bootstrap)
         return self._frame(value, limits, None)
 
-    def ratio_frame(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> pd.DataFrame:
+    def ratio(
+        self, score: Score, ours: xr.Dataset, theirs: xr.Dataset
+    ) -> tuple[xr.DataArray, xr.DataArray]:
+        """Our score over theirs, and the same in every resample."""
         ours, theirs = self._only_chosen(ours), self._only_chosen(theirs)
         error = score.value(theirs.mean(self.dim))
         value = score.value(ours.mean(self.dim)) / error.where(error > 0)
-        samples = ratio_samples(ours, theirs, score.value, self.dim, self.counts)
+        return value, ratio_samples(ours, theirs, score.value, self.dim, self.counts)
+
+    def ratio_frame(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> pd.DataFrame:
+        value, samples = self.ratio(score, ours, theirs)
         limits = self.bootstrap.limits(samples)
         return self._frame(value, limits, self.bootstrap.p_value(samples, null=1.0))
 

@@ -10,7 +10,8 @@ from rich.progress import track
 
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
-from atmossl.data.store import Segment, open_split
+from atmossl.data.segment import Segment
+from atmossl.data.store import open_split
 from atmossl.evaluation import baselines as base
 from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate

@@ -13,7 +13,10 @@ import xarray as xr
 
 from atmossl.evaluation import baselines as base
 from atmossl.evaluation import ridge, spatial
+from atmossl.evaluation.alignment import grid_of
 from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
+from atmossl.scorecard.hidden import hidden_cells
 
 Answers = dict[str, xr.Dataset]
 Rivals = Callable[[xr.Dataset], Answers]
@@ -122,6 +125,41 @@ def downscaling(setting: Setting) -> Rivals:
     return rivals
 
 
+def inpainting(setting: Setting) -> Rivals:
+    """Harmonic infill, climatology, and a ridge regression on the nearest visible cells."""
+    grid = grid_of(setting.truth)
+    hidden = hidden_cells(setting.task, grid)
+    assert hidden is not None, setting.task
+    harmonic = HarmonicInfill(grid, hidden)
+    regression = LocalRidge.fit(setting.history, hidden) if setting.with_ridge else None
+
+    def rivals(predicted: xr.Dataset) -> Answers:
+        given = setting.truth.sel(time=predicted["time"])
+        found = {"harmonic": harmonic(given), "climatology": setting.climatology(predicted)}
+        return found | ({"ridge": regression(given)} if regression else {})
+
+    return rivals
+
+
+def combined(setting: Setting) -> Rivals:
+    """Persistence, of a state with its gaps filled, for a union with a forecast; climatology."""
+    grid = grid_of(setting.truth)
+    gaps = [hidden_cells(part, grid) for part in setting.task.parts]
+    gaps = [gap for gap in gaps if gap is not None]
+
+    def rivals(predicted: xr.Dataset) -> Answers:
+        found = {"climatology": setting.climatology(predicted)}
+        if "init_time" not in predicted.dims:
+            return found
+        init, lead = predicted["init_time"], predicted["lead_time"]
+        start = setting.truth.sel(time=init.to_numpy())
+        if gaps:
+            start = HarmonicInfill(grid, np.any(gaps, axis=0))(start)
+        return {"persistence": base.persistence(start, init, lead)} | found
+
+    return rivals
+
+
 def climatology(setting: Setting) -> Rivals:
     """The least that any task has to beat."""
     return lambda predicted: {"climatology": setting.climatology(predicted)}
@@ -132,6 +170,8 @@ BUILDERS: dict[str, Callable[[Setting], Rivals]] = {
     "hindcast": hindcast,
     "temporal_interpolation": temporal_interpolation,
     "downscaling": downscaling,
+    "inpainting": inpainting,
+    "combined": combined,
 }
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from atmossl import __version__
@@ -60,8 +59,14 @@ def reported(
 ) -> TaskReport:
     """The table and diagnostics of a full tally."""
     bootstrap = BlockBootstrap(num_resamples=config.bootstrap)
-    table: pd.DataFrame = tally.table(bootstrap, rng)
-    return TaskReport(tally.task, tally.model_name, table, tally.diagnosed(), tuple(examples))
+    return TaskReport(
+        tally.task,
+        tally.model_name,
+        tally.table(bootstrap, rng),
+        tally.overall(bootstrap, rng),
+        tally.diagnosed(),
+        tuple(examples),
+    )
 
 
 def provenance_of(config: EvaluateConfig, trained: TrainedModel, command: str) -> Provenance:

@@ -6,13 +6,14 @@ import numpy as np
 import xarray as xr
 from rich.progress import track
 
-from atmossl.data.store import Segment
+from atmossl.data.segment import Segment
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
 from atmossl.schema import EvaluateConfig, TaskConfig
+from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
 from atmossl.scorecard.rivals import Setting, build_rivals
 from atmossl.scorecard.verified import empty_tally, example_of, reported
 
@@ -91,11 +92,13 @@ def _score_task(
         with_ridge=config.ridge,
     )
     rivals = build_rivals(task.name, setting)
+    scored = beside(truth, hidden_cells(predictor.task, predictor.grid))
     tally = empty_tally(config, task.name)
     middle = len(times) // 2
     examples: list[Example] = []
     for first, predicted in _chunks(predictor, times, task.name):
-        tally.add(predicted, truth, rivals(predicted), climate)
+        predicted = only_hidden(predictor.task, predicted)
+        tally.add(predicted, scored, rivals(predicted), climate)
         dim = "init_time" if plan.is_forecast else "time"
         place = (middle - first) * (1 if plan.is_forecast else len(plan.offsets))
         if 0 <= place < predicted.sizes[dim]:

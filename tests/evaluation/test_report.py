@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -8,11 +9,15 @@ import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
+import atmossl
 from atmossl.evaluation.baselines import climatology_forecast, persistence
 from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.report.cards import ratio_cell
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import save_figure, score_label, units_text
+from atmossl.evaluation.report.globe import Scale, draw_globe, project
 from atmossl.evaluation.report.maps import case_map, case_title, field_scale, symmetric_scale
 from atmossl.evaluation.report.tables import (
     print_summary,
@@ -147,12 +152,69 @@ def test_map_of_one_member_has_no_spread_panel(case):
     ]
 
 
-def test_map_of_many_cases_or_without_its_coastlines_is_an_error(case, dataset, tmp_path):
-    truth, prediction = case
+def test_map_of_many_cases_is_an_error(case, dataset):
+    _, prediction = case
     with pytest.raises(ValueError, match="select time, lead and level first"):
         case_map(dataset()["temperature"], prediction)
-    with pytest.raises(ValueError, match=r"coastlines: no file .*lines\.shp"):
-        case_map(truth, prediction, coastlines=tmp_path / "lines.shp")
+
+
+@pytest.mark.parametrize("west", [0.0, -180.0, -168.75, 3.0])
+def test_every_cell_of_the_globe_is_drawn_at_its_place(west):
+    longitude = (west + 22.5 * np.arange(16)) % 360.0
+    field = xr.DataArray(
+        np.repeat(np.sort(longitude)[None], 8, axis=0),
+        {"latitude": -78.75 + 22.5 * np.arange(8), "longitude": np.sort(longitude)},
+        ("latitude", "longitude"),
+    )
+    axes = Figure().add_subplot()
+    mesh = draw_globe(axes, field, Scale("viridis", 0.0, 360.0))
+    middle = mesh.get_array().shape[0] // 2
+    drawn, edges = mesh.get_array()[middle], mesh.get_coordinates()[middle, :, 0]
+    east = project(np.array([180.0]), np.array([0.0]))[0, 0]
+    centres = (edges[:-1] + edges[1:]) / 2 / east * 180.0
+    distance = (drawn - centres + 180.0) % 360.0 - 180.0
+    assert np.abs(distance).max() <= 11.25 + 1e-3  # within the cell
+    assert edges[0] == pytest.approx(-edges[-1])
+    assert len(axes.collections) == 3  # cells, graticule, coastlines
+
+
+def test_coastlines_lie_on_the_globe_and_jump_nowhere():
+    with np.load(Path(atmossl.__file__).parent / "assets" / "coastlines.npz") as stored:
+        degrees, lengths = stored["centidegrees"] / 100.0, stored["lengths"]
+    assert np.abs(degrees[:, 0]).max() <= 180.0
+    assert np.abs(degrees[:, 1]).max() <= 90.0
+    assert sum(lengths) == len(degrees) > 4000
+    lines = np.split(degrees, np.cumsum(lengths)[:-1])
+    assert max(np.abs(np.diff(line, axis=0)).max() for line in lines) < 25.0
+
+
+def test_cards_colour_by_ratio_and_mark_what_is_open():
+    row = {"value": 0.5, "low": 0.4, "high": 0.6, "p_value": 0.01}
+    better = ratio_cell(pd.DataFrame([row]))
+    assert (better.text, better.colour, better.clear) == ("0.50", "rgb(33,102,172)", True)
+    even = ratio_cell(pd.DataFrame([row | {"value": 1.0, "low": 0.9, "high": 1.1}]))
+    assert (even.colour, even.clear) == ("rgb(255,255,255)", False)
+    worse = ratio_cell(pd.DataFrame([row | {"value": 3.0, "low": 2.0, "high": 4.0}]))
+    assert (worse.colour, worse.dark) == ("rgb(178,24,43)", True)
+    assert ratio_cell(pd.DataFrame([row]).iloc[:0]).text == ""
+
+
+def test_calibration_is_told_from_both_signs():
+    def rows(score, value, low, high):
+        labels = {"task": "t", "source": "model", "variable": "v", "level": 500.0}
+        labels |= {"lead_hours": np.nan, "region": "global", "season": "all"}
+        return labels | {"score": score, "value": value, "low": low, "high": high}
+
+    def verdict(spread, outliers):
+        both = [rows("spread_skill", *spread), rows("outlier_ratio", *outliers)]
+        return calibration_table(pd.DataFrame(both)).iloc[0]
+
+    assert verdict((1.02, 0.98, 1.06), (1.0, 0.95, 1.05))["verdict"] == "calibrated"
+    wide = verdict((2.0, 1.9, 2.1), (0.1, 0.05, 0.15))
+    assert (wide["verdict"], wide["inflation"]) == ("over-dispersive", 0.5)
+    assert verdict((0.6, 0.5, 0.7), (2, 1.9, 2.1))["verdict"] == "under-dispersive"
+    assert verdict((1, 0.98, 1.02), (1.5, 1.3, 1.7))["verdict"] == "tails too light"
+    assert verdict((0.6, np.nan, np.nan), (2, np.nan, np.nan))["verdict"] == "under-dispersive"
 
 
 def test_scales_fit_the_field():

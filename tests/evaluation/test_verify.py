@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from scores.stats.statistical_tests import diebold_mariano
 
 from atmossl.evaluation.baselines import (
     climatology_forecast,
@@ -10,8 +11,10 @@ from atmossl.evaluation.baselines import (
 )
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.diagnostics import RankHistogram
 from atmossl.evaluation.regions import REGIONS
-from atmossl.evaluation.verify import verify
+from atmossl.evaluation.verify import Tally, verify
+from atmossl.geometry import area_weights
 
 LEADS = np.array([6, 12], dtype="timedelta64[h]").astype("timedelta64[ns]")
 STEP = LEADS[0]
@@ -128,3 +131,73 @@ def test_wrong_input_is_named(dataset):
         verify(forecast, truth, {"model": forecast}, **settings)
     with pytest.raises(ValueError, match="baseline late lacks"):
         verify(forecast, truth, {"late": forecast.isel(init_time=slice(2, None))}, **settings)
+
+
+def test_cases_in_any_pieces_give_the_same_table(dataset):
+    truth = dataset(num_times=16, seed=1)
+    forecast = _noisy_forecast(truth, 12, noise=0.5)
+    still = persistence(truth, forecast["init_time"], LEADS)
+    climate = Climate.of([dataset(num_times=20, start="2019-01-01")], quantiles=(0.05, 0.95))
+    tables = []
+    for pieces in ([slice(0, 12)], [slice(0, 5), slice(5, 6), slice(6, 12)]):
+        tally = Tally(task="forecast", diagnostics=(RankHistogram(),))
+        for piece in pieces:
+            part = {"init_time": piece}
+            tally.add(forecast.isel(part), truth, {"persistence": still.isel(part)}, climate)
+        tables.append(tally.table(FAST, np.random.default_rng(0)))
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_seasons_are_scored_apart(dataset):
+    truth = dataset(num_times=16, start="2020-02-28", seed=1)
+    forecast = persistence(truth, truth["time"][:12], LEADS)
+    table = verify(
+        forecast, truth, {}, task="forecast", rng=np.random.default_rng(0), bootstrap=FAST
+    )
+    labels = {"variable": "temperature", "level": 500.0, "lead_hours": 6.0, "score": "rmse"}
+    assert set(table["season"]) == {"all", "DJF", "MAM"}
+    valid = forecast["init_time"] + LEADS[0]
+    beside = truth["temperature"].sel(time=valid.to_numpy(), level=500.0).to_numpy()
+    error = forecast["temperature"].sel(level=500.0, lead_time=LEADS[0]).to_numpy() - beside
+    weights = np.repeat(area_weights(truth["latitude"].to_numpy())[:, None], 16, axis=1)
+    spring = (valid.dt.month == 3).to_numpy()
+    expected = np.sqrt(np.average((error[spring] ** 2).mean(axis=0), weights=weights))
+    assert _one(table, season="MAM", **labels)["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_overall_ratio_is_the_mean_of_the_table_s(dataset):
+    truth = dataset(num_times=16, seed=1)
+    forecast = _noisy_forecast(truth, 12, noise=0.5)
+    tally = Tally(task="forecast")
+    still = persistence(truth, forecast["init_time"], LEADS)
+    tally.add(forecast, truth, {"persistence": still})
+    row = tally.overall(FAST, np.random.default_rng(0)).iloc[0]
+    table = tally.table(FAST, np.random.default_rng(0))
+    ratios = table[table["score"] == "rmse_ratio_vs_persistence"]["value"]
+    assert row["value"] == pytest.approx(ratios.mean())
+    assert row["low"] < row["value"] < row["high"] < 1
+    assert row["p_value"] == pytest.approx(2 / 101)
+
+
+def test_p_value_agrees_with_diebold_and_mariano(dataset):
+    """Two forecasts of equal skill are not told apart, two of unequal skill are."""
+    truth = dataset(num_times=90, seed=1, num_lat=4, num_lon=8)[["temperature"]]
+    inits = 60
+    first = _noisy_forecast(truth, inits, noise=0.5).isel(member=0, lead_time=[0])
+    for noise, differs in ((0.5, False), (0.6, True)):
+        second = _noisy_forecast(truth, inits, noise=noise).isel(member=1, lead_time=[0])
+        table = verify(
+            first, truth, {"other": second}, task="f", rng=np.random.default_rng(0),
+            bootstrap=BlockBootstrap(block_length=1, num_resamples=500),
+        )  # fmt: skip
+        ours = _one(table, score="rmse_ratio_vs_other", level=500.0)["p_value"]
+        valid = truth["temperature"].sel(level=500.0)[1 : inits + 1].to_numpy()
+        errors = [
+            ((f["temperature"].sel(level=500.0).squeeze().to_numpy() - valid) ** 2).mean((1, 2))
+            for f in (first, second)
+        ]
+        series = xr.DataArray(
+            [errors[1] - errors[0]], dims=("lead", "time"), coords={"h": ("lead", [1])}
+        )
+        lower = float(diebold_mariano(series, "lead", "h")["ci_lower"][0])
+        assert (lower > 0) == differs == (ours < 0.05)

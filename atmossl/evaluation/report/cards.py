@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.figures import readable
+from atmossl.evaluation.rows import rows_of_prefix, rows_where
 from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
 
 _MAX_COLUMNS = 10
@@ -36,7 +38,7 @@ class Card:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def ratio_cell(rows: pd.DataFrame) -> Cell:
+def ratio_cell(rows: Any) -> Cell:
     """The cell of one row of the table; several rows are averaged and lose their interval."""
     if rows.empty or rows["value"].isna().all():
         return Cell("", "", "transparent", False, False)
@@ -60,8 +62,8 @@ def score_cards(report: TaskReport) -> list[Card]:
     """
     cards = []
     for prefix, name in ((RATIO_PREFIX, "RMSE"), (CRPS_RATIO_PREFIX, "CRPS")):
-        rows = _ratios(report, prefix)
-        rows = rows[(rows["region"] == "global") & (rows["season"] == WHOLE_YEAR)]
+        rows = rows_of_prefix(report.table, prefix)
+        rows = rows_where(rows, region="global", season=WHOLE_YEAR)
         if rows.empty:
             continue
         if rows["lead_hours"].isna().all():
@@ -70,37 +72,32 @@ def score_cards(report: TaskReport) -> list[Card]:
         hours = np.unique(rows["lead_hours"].dropna())
         hours = hours[:: max(1, -(-len(hours) // _MAX_COLUMNS))]
         for rival in report.rivals:
-            chosen = rows[rows["rival"] == rival]
-            cards.append(_card(chosen, "lead_hours", hours, f"{name} over that of {rival}"))
+            chosen = rows_where(rows, rival=rival)
+            cards.append(_card(chosen, "lead_hours", list(hours), f"{name} over that of {rival}"))
     return cards
 
 
 def region_card(report: TaskReport) -> Card | None:
     """Mean ratio of RMSE over variables, levels and lead times by region and season."""
-    rows = _ratios(report, RATIO_PREFIX)
+    rows = rows_of_prefix(report.table, RATIO_PREFIX)
     places = rows[["region", "season"]].drop_duplicates()
     if len(places) < 2:
         return None
     lines = []
     for region, season in places.itertuples(index=False):
-        chosen = rows[(rows["region"] == region) & (rows["season"] == season)]
-        cells = [ratio_cell(_mean(chosen[chosen["rival"] == rival])) for rival in report.rivals]
+        chosen = rows_where(rows, region=region, season=season)
+        cells = [ratio_cell(_mean(rows_where(chosen, rival=rival))) for rival in report.rivals]
         name = readable(region) if season == WHOLE_YEAR else f"{readable(region)}, {season}"
         lines.append((name, tuple(cells)))
     return Card("RMSE over that of", "region", tuple(report.rivals), tuple(lines))
 
 
-def _mean(rows: pd.DataFrame) -> pd.DataFrame:
+def _mean(rows: Any) -> pd.DataFrame:
     """One row without an interval."""
     return pd.DataFrame({"value": [rows["value"].mean()], "low": [np.nan], "high": [np.nan]})
 
 
-def _ratios(report: TaskReport, prefix: str) -> pd.DataFrame:
-    rows = report.table[report.table["score"].str.startswith(prefix)]
-    return rows.assign(rival=rows["score"].str.removeprefix(prefix))
-
-
-def _card(rows: pd.DataFrame, column: str, labels: Sequence, title: str) -> Card:
+def _card(rows: Any, column: str, labels: Sequence, title: str) -> Card:
     lines = []
     for (variable, level), part in rows.groupby(["variable", "level"], dropna=False, sort=False):
         cells = tuple(ratio_cell(part[part[column] == label]) for label in labels)

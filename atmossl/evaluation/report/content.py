@@ -22,13 +22,14 @@ class TaskReport:
     """All that is known of one task, or of one comparison of forecasts.
 
     Attributes:
-        table: as `verify.Tally.table` gives it.
+        table: as `verify.Tally.table` gives it. overall: as `verify.Tally.overall` does.
         diagnosed: datasets [source, ...] by diagnostic and variable.
     """
 
     task: str
     model_name: str
     table: pd.DataFrame
+    overall: pd.DataFrame
     diagnosed: Mapping[tuple[str, str], xr.Dataset]
     examples: tuple[Example, ...]
 

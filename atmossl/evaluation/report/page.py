@@ -23,6 +23,7 @@ from atmossl.evaluation.report.panels import (
     reliability_panel,
     spectrum_panel,
 )
+from atmossl.evaluation.rows import rows_of_prefix, rows_where
 from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
 
 _CURVES = ("rmse", "crps", "acc", "spread_skill")
@@ -68,7 +69,8 @@ def _section(report: TaskReport) -> dict[str, Any]:
         "task": report.task,
         "title": readable(report.task),
         "model": report.model_name,
-        "num_times": int(report.table["num_times"].max()),
+        "num_times": max(report.table["num_times"].tolist()),
+        "overall": report.overall.to_dict("records"),
         "cards": score_cards(report),
         "regions": region_card(report),
         "curves": list(_curves(report)),
@@ -81,11 +83,11 @@ def _section(report: TaskReport) -> dict[str, Any]:
 
 def _curves(report: TaskReport) -> Iterator[Picture]:
     """Scores against lead time, if there is more than one."""
-    rows = report.table[report.table["season"] == WHOLE_YEAR]
+    rows = rows_where(report.table, season=WHOLE_YEAR)
     if rows["lead_hours"].nunique() < 2:
         return
     for example in report.examples:
-        own = rows[rows["variable"] == example.variable]
+        own = rows_where(rows, variable=example.variable)
         for score in _CURVES:
             if (own["score"] == score).any():
                 figure = lead_curves(
@@ -96,25 +98,16 @@ def _curves(report: TaskReport) -> Iterator[Picture]:
 
 def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
     """Ratios of RMSE with intervals at the shortest and the longest lead time, or the only one."""
-    table = report.table
-    rows = table[
-        table["score"].str.startswith(RATIO_PREFIX)
-        & (table["region"] == "global")
-        & (table["season"] == WHOLE_YEAR)
-    ]
-    rows = rows.assign(rival=rows["score"].str.removeprefix(RATIO_PREFIX))
+    rows = rows_of_prefix(report.table, RATIO_PREFIX)
+    rows = rows_where(rows, region="global", season=WHOLE_YEAR)
     for example in report.examples:
-        own = _at_level(rows[rows["variable"] == example.variable], example.level)
+        own = rows_where(rows, variable=example.variable, level=example.level)
         last = own["lead_hours"].max()
         if np.isfinite(last):
-            own = own[own["lead_hours"] == last]
+            own = rows_where(own, lead_hours=last)
         if not own.empty:
             title = _heading(example) + (f", {last:g} h" if np.isfinite(last) else "")
             yield svg_picture(ratio_panel(own, title), f"error over rivals' of {example.variable}")
-
-
-def _at_level(rows: pd.DataFrame, level: float | None) -> pd.DataFrame:
-    return rows[rows["level"].isna() if level is None else rows["level"] == level]
 
 
 def _heading(example: Example) -> str:

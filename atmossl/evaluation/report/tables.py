@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,4 +132,5 @@ def mean_over_levels(summary: pd.DataFrame) -> pd.DataFrame:
     keys = ["task", "variable", "lead_hours"]
     ratios = [c for c in summary if c.startswith("ratio ") and not c.endswith((" low", " high"))]
     chosen = [*ratios, *_MODEL_SCORES[1:]]
-    return summary.groupby(keys, dropna=False, sort=False)[chosen].mean().reset_index()
+    frame: Any = summary
+    return frame.groupby(keys, dropna=False, sort=False)[chosen].mean().reset_index()

@@ -16,6 +16,7 @@ from atmossl.evaluation.report.files import write_atomically
 from atmossl.evaluation.report.maps import case_map
 from atmossl.evaluation.report.page import html_page
 from atmossl.evaluation.report.tables import summarise, to_markdown, write_csv
+from atmossl.evaluation.rows import rows_where
 from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
 
 _SURFACE = 0.0
@@ -44,7 +45,7 @@ def _markdown(reports: Sequence[TaskReport], provenance: Provenance) -> str:
     parts = [f"# Verification\n\n{provenance.facts['what']}\n"]
     for report in reports:
         summary = summarise(report.table, model_name=report.model_name)
-        parts.append(f"## {report.task}\n\n{to_markdown(summary)}")
+        parts.append(f"## {report.task}\n\n{to_markdown(report.overall)}\n{to_markdown(summary)}")
         calibration = calibration_table(report.table)
         if len(calibration):
             parts.append(f"### Calibration\n\n{to_markdown(calibration)}")
@@ -78,12 +79,14 @@ def figures(reports: Sequence[TaskReport]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     per_variable: dict[str, dict[str, float]] = {}
     for report in reports:
-        table = report.table
-        rows = table[
-            (table["source"] == report.model_name)
-            & (table["region"] == "global")
-            & (table["season"] == WHOLE_YEAR)
-        ]
+        rows = rows_where(
+            report.table, source=report.model_name, region="global", season=WHOLE_YEAR
+        )
+        for row in report.overall.to_dict("records"):
+            key = f"{report.task}_vs_{row['rival']}"
+            found[key] = round(row["value"], 4)
+            if np.isfinite(row["low"]):
+                found[f"{key}_interval"] = [round(row[end], 4) for end in ("low", "high")]
         for (score, lead), part in rows.groupby(["score", "lead_hours"], dropna=False, sort=False):
             key = _key(report.task, str(score), float(lead))
             if key is None:

@@ -1,0 +1,221 @@
+"""Answers to inpainting that need no model: harmonic infill, and ridge regression on neighbours.
+
+Both fill the same hidden cells at every time, from the visible cells of the same variable and
+level at the same time alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from scipy.spatial import cKDTree
+
+from atmossl.evaluation.alignment import grid_of
+from atmossl.geometry import Grid, latitude_edges
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_BATCH_BYTES = 128 * 2**20
+
+
+def laplacian(grid: Grid) -> scipy.sparse.csr_matrix:
+    """Graph Laplacian [cell, cell] of the five-point stencil on the sphere, times the cells' areas.
+
+    A link's weight is the length of the common edge over the distance of the centres. Longitude
+    wraps if the grid closes the circle; there is no link across a pole.
+    """
+    num_lat, num_lon = grid.shape
+    cell = np.arange(num_lat * num_lon).reshape(grid.shape)
+    edges = np.deg2rad(latitude_edges(grid.latitude))
+    height, width = np.diff(edges), np.deg2rad(grid.longitude_spacing)
+    east = np.repeat(height / (width * np.cos(np.deg2rad(grid.latitude))), num_lon)
+    distance = np.diff(np.deg2rad(grid.latitude))
+    north = np.repeat(width * np.cos(edges[1:-1]) / distance, num_lon)
+    neighbour = np.roll(cell, -1, axis=1)
+    closed = slice(None) if grid.periodic else slice(-1)
+    links = [
+        (cell[:, closed].ravel(), neighbour[:, closed].ravel(),
+         east.reshape(grid.shape)[:, closed].ravel()),
+        (cell[:-1].ravel(), cell[1:].ravel(), north),
+    ]  # fmt: skip
+    rows, columns, weights = (np.concatenate(parts) for parts in zip(*links, strict=True))
+    size = cell.size
+    one_way = scipy.sparse.coo_matrix((weights, (rows, columns)), (size, size))
+    both = (one_way + one_way.T).tocsr()
+    return (scipy.sparse.diags(np.asarray(both.sum(axis=1)).ravel()) - both).tocsr()
+
+
+@dataclass(frozen=True)
+class HarmonicInfill:
+    """The smoothest surface through the visible cells: Laplace's equation in the hidden ones.
+
+    Source: Bertalmio et al. (2000), Image inpainting, section 2, for the linear case.
+
+    Raises:
+        ValueError: nothing is visible.
+    """
+
+    grid: Grid
+    hidden: Bool[np.ndarray, "lat lon"]
+
+    def __post_init__(self) -> None:
+        _require_visible(self.hidden)
+
+    def __call__(self, fields: xr.Dataset) -> xr.Dataset:
+        """Fields [..., latitude, longitude] whose hidden cells are filled, never looked at."""
+        inside = self.hidden.ravel()
+        matrix = laplacian(self.grid)
+        solve = scipy.sparse.linalg.factorized(matrix[inside][:, inside].tocsc())
+        outside = matrix[inside][:, ~inside]
+
+        def fill(values: Float[np.ndarray, "field cell"]) -> Float[np.ndarray, "field hidden"]:
+            return -solve(outside @ values[:, ~inside].T).T
+
+        return _filled(fields, inside, fill)
+
+
+@dataclass(frozen=True)
+class LocalRidge:
+    """Each hidden cell from its nearest visible ones, fitted on the training record.
+
+    Simple kriging with the record's own covariances instead of a model of them (Cressie 1993,
+    section 3.2), and a ridge for what the record is too short to tell.
+
+    Attributes:
+        neighbour: [hidden, neighbour] flat cells.
+        slope: by variable, [level, hidden, neighbour]; intercept: [level, hidden].
+    """
+
+    grid: Grid
+    hidden: Bool[np.ndarray, "lat lon"]
+    neighbour: Int[np.ndarray, "hidden neighbour"]
+    slope: dict[str, np.ndarray]
+    intercept: dict[str, np.ndarray]
+
+    @classmethod
+    def fit(
+        cls,
+        history: Sequence[xr.Dataset],
+        hidden: Bool[np.ndarray, "lat lon"],
+        *,
+        num_neighbours: int = 24,
+        held_out: float = 0.25,
+    ) -> "LocalRidge":
+        """The strength of each variable and level is the one with the least error at the end of
+        every run, `held_out` of it; slopes are then fitted again to all of it."""
+        _require_visible(hidden)
+        grid = grid_of(history[0])
+        neighbour = nearest_visible(grid, hidden, num_neighbours)
+        slope, intercept = {}, {}
+        for name in map(str, history[0].data_vars):
+            runs = [_flat(run[name]) for run in history]
+            fits = [
+                _fit_level([run[level] for run in runs], hidden.ravel(), neighbour, held_out)
+                for level in range(len(runs[0]))
+            ]
+            slope[name] = np.stack([fit[0] for fit in fits])
+            intercept[name] = np.stack([fit[1] for fit in fits])
+        return cls(grid, hidden, neighbour, slope, intercept)
+
+    def __call__(self, fields: xr.Dataset) -> xr.Dataset:
+        """Fields [time, ..., latitude, longitude] whose hidden cells are filled."""
+        inside = self.hidden.ravel()
+        filled = {}
+        for name in map(str, fields.data_vars):
+            values = _flat(fields[name])
+            for level, (slope, intercept) in enumerate(
+                zip(self.slope[name], self.intercept[name], strict=True)
+            ):
+                near = values[level][:, self.neighbour]
+                values[level][:, inside] = np.einsum("thk,hk->th", near, slope) + intercept
+            filled[name] = _unflat(values, fields[name])
+        return fields.assign(filled)
+
+
+def nearest_visible(
+    grid: Grid, hidden: Bool[np.ndarray, "lat lon"], count: int
+) -> Int[np.ndarray, "hidden neighbour"]:
+    """Flat cells of the visible neighbours of every hidden cell, nearest first on the sphere."""
+    lat, lon = np.meshgrid(np.deg2rad(grid.latitude), np.deg2rad(grid.longitude), indexing="ij")
+    place = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+    place, inside = place.reshape(-1, 3), hidden.ravel()
+    visible = np.flatnonzero(~inside)
+    count = min(count, len(visible))
+    _, found = cKDTree(place[visible]).query(place[inside], count)
+    return visible[np.asarray(found).reshape(-1, count)]
+
+
+def _fit_level(
+    runs: list[Float[np.ndarray, "time cell"]],
+    inside: Bool[np.ndarray, " cell"],
+    neighbour: Int[np.ndarray, "hidden neighbour"],
+    held_out: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slope [hidden, neighbour] and intercept [hidden] of one variable on one level."""
+    cut = [round(len(run) * (1.0 - held_out)) for run in runs]
+    first = np.concatenate([run[:n] for run, n in zip(runs, cut, strict=True)])
+    rest = np.concatenate([run[n:] for run, n in zip(runs, cut, strict=True)])
+    errors = []
+    for strength in STRENGTHS:
+        slope, intercept = _solve(first, inside, neighbour, strength)
+        predicted = np.einsum("thk,hk->th", rest[:, neighbour], slope) + intercept
+        errors.append(np.mean((predicted - rest[:, inside]) ** 2))
+    best = STRENGTHS[int(np.argmin(errors))]
+    return _solve(np.concatenate(runs), inside, neighbour, best)
+
+
+def _solve(
+    record: Float[np.ndarray, "time cell"],
+    inside: Bool[np.ndarray, " cell"],
+    neighbour: Int[np.ndarray, "hidden neighbour"],
+    strength: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge of every hidden cell on its neighbours; the strength is a share of their variance."""
+    mean = record.mean(axis=0)
+    anomaly = record - mean
+    target = anomaly[:, inside]
+    slope = np.empty(neighbour.shape)
+    step = max(1, _BATCH_BYTES // (8 * len(record) * neighbour.shape[1]))
+    for start in range(0, len(neighbour), step):
+        chosen = slice(start, start + step)
+        near = anomaly[:, neighbour[chosen]]
+        gram = np.einsum("thk,thl->hkl", near, near, optimize=True)
+        cross = np.einsum("thk,th->hk", near, target[:, chosen], optimize=True)
+        variance = np.einsum("hkk->h", gram) / gram.shape[-1]
+        penalty = np.maximum(strength * variance, 1e-300)[:, None, None] * np.eye(gram.shape[-1])
+        slope[chosen] = np.linalg.solve(gram + penalty, cross[..., None])[..., 0]
+    intercept = mean[inside] - np.einsum("hk,hk->h", mean[neighbour], slope)
+    return slope, intercept
+
+
+def _require_visible(hidden: np.ndarray) -> None:
+    if hidden.all():
+        raise ValueError("inpainting hides every cell; there is nothing to fill from")
+
+
+def _flat(field: xr.DataArray) -> Float[np.ndarray, "level time cell"]:
+    """A copy in float64; a surface variable has one level."""
+    if "level" not in field.dims:
+        field = field.expand_dims("level")
+    values = field.transpose("level", "time", "latitude", "longitude").to_numpy()
+    return values.reshape(*values.shape[:2], -1).astype(np.float64)
+
+
+def _unflat(values: Float[np.ndarray, "level time cell"], like: xr.DataArray) -> xr.DataArray:
+    dims = [dim for dim in ("level", "time", "latitude", "longitude") if dim in like.dims]
+    shape = [like.sizes[dim] for dim in dims]
+    filled = like.transpose(*dims).copy(data=values.reshape(shape).astype(np.float32))
+    return filled.transpose(*like.dims)
+
+
+def _filled(fields: xr.Dataset, inside: np.ndarray, fill) -> xr.Dataset:
+    filled = {}
+    for name in map(str, fields.data_vars):
+        values = _flat(fields[name])
+        flat = values.reshape(-1, values.shape[-1])
+        flat[:, inside] = fill(flat)
+        filled[name] = _unflat(flat.reshape(values.shape), fields[name])
+    return fields.assign(filled)

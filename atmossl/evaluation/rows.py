@@ -1,0 +1,20 @@
+"""Rows of the score table by their labels."""
+
+from typing import Any
+
+import pandas as pd
+
+
+def rows_where(table: pd.DataFrame, **labels: Any) -> Any:
+    """The rows (a data frame) with all of these labels; None stands for a missing one."""
+    rows: Any = table
+    for column, wanted in labels.items():
+        rows = rows[rows[column].isna() if wanted is None else rows[column] == wanted]
+    return rows
+
+
+def rows_of_prefix(table: pd.DataFrame, prefix: str) -> Any:
+    """The rows (a data frame) whose score begins with `prefix`, what follows it as `rival`."""
+    scores: Any = table["score"]
+    rows: Any = table[scores.str.startswith(prefix)]
+    return rows.assign(rival=rows["score"].str.removeprefix(prefix))

@@ -1,0 +1,136 @@
+"""Every task against every baseline on the sample's held-out run, and against specialists.
+
+python -m benchmarks.zero_shot --checkpoint default             # only scores: minutes
+python -m benchmarks.zero_shot --checkpoint PATH --specialists  # trains and scores them, too
+
+A specialist has the checkpoint's size and step budget and is trained with one task's mask alone.
+That takes as long as the checkpoint's own training, for each task. Its progress is on disk, under
+--runs, and the same command goes on where it stopped; specialists that are finished are only
+scored. Every score has its own folder there and is not made twice.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from atmossl.cli import compose_config
+from atmossl.commands import evaluate, train
+from atmossl.evaluation.rows import rows_where
+from atmossl.inference.checkpoint import load_checkpoint
+from benchmarks.report import finish
+
+TASKS: dict[str, dict[str, Any]] = {
+    "forecast": {"lead_time": "12h"},
+    "hindcast": {"lead_time": "12h"},
+    "temporal_interpolation": {"hidden_time": "6h"},
+    "downscaling": {"factor": 4},
+    "inpainting": {"boxes": [[20, 50, 120, 170], [-50, -20, 200, 250]]},
+}
+# The mask that a specialist of each task is trained with.
+SPECIALISTS: dict[str, dict[str, Any]] = {
+    "forecast": {"_target_": "atmossl.masking.tasks.Forecast", "lead_hours": 12.0},
+    "temporal_interpolation": {
+        "_target_": "atmossl.masking.tasks.TemporalInterpolation",
+        "hidden_hours": 6.0,
+    },
+    "downscaling": {"_target_": "atmossl.masking.tasks.Downscaling", "factor": 4},
+    "inpainting": {
+        "_target_": "atmossl.masking.places.Inpainting",
+        "regions": [
+            dict(
+                zip(("south", "north", "west", "east"), box, strict=True),
+                _target_="atmossl.masking.places.LatLonBox",
+            )
+            for box in TASKS["inpainting"]["boxes"]
+        ],
+    },
+}
+
+
+def score(checkpoint: str, tasks: list[str], output: Path, arguments: argparse.Namespace) -> Path:
+    """A report of some tasks, unless it is there already."""
+    if output.exists():
+        return output
+    options = [
+        f"checkpoint={checkpoint}",
+        f"output={output}",
+        f"every={arguments.every}",
+        f"ridge={str(arguments.ridge).lower()}",
+    ]
+    values = compose_config("evaluate", options)
+    chosen = [{"name": name, **TASKS[name]} for name in tasks]
+    return evaluate(values | {"tasks": chosen}, f"python -m benchmarks.zero_shot ({output})")
+
+
+def train_specialist(task: str, checkpoint: str, folder: Path) -> str:
+    """Train, or go on training, a specialist as the checkpoint was; returns its checkpoint."""
+    values: dict[str, Any] = dict(load_checkpoint(checkpoint).record["config"])
+    values["masking"] = SPECIALISTS[task]
+    values["tasks"] = [{"name": task, **TASKS[task]}]
+    values["paths"] = {"output": str(folder)}
+    values["resume"] = "auto"
+    return str(train(values))
+
+
+def errors(report: Path, task: str) -> pd.Series:
+    """RMSE on the globe by variable, level and lead time."""
+    table = pd.read_csv(report / "scores.csv")
+    labels = {"task": task, "source": "model", "score": "rmse", "region": "global"}
+    chosen = rows_where(table, season="all", **labels)
+    keys = ["variable", "level", "lead_hours"]
+    return chosen.fillna({"level": 0.0, "lead_hours": 0.0}).set_index(keys)["value"]
+
+
+def against_baselines(found: dict[str, Any], task: str) -> dict[str, Any]:
+    """Ratios to every baseline, and to the best, which is the one with the highest ratio."""
+    prefix = f"{task}_vs_"
+    ratios = {
+        key.removeprefix(prefix): value
+        for key, value in found.items()
+        if key.startswith(prefix) and not key.endswith("_interval")
+    }
+    best = max(ratios, key=lambda name: ratios[name])
+    spreads = [value for key, value in found.items() if key.startswith(f"spread_skill_{task}")]
+    return {
+        f"{task}_vs_best_baseline": ratios[best],
+        f"{task}_vs_best_baseline_interval": found.get(f"{prefix}{best}_interval"),
+        f"{task}_best_baseline": best,
+        f"{task}_spread_skill": round(sum(spreads) / len(spreads), 4),
+        f"{task}_vs_all": ratios,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default="default", help="a path, or `default`")
+    parser.add_argument("--every", type=int, default=4, help="score every n-th date")
+    parser.add_argument("--no-ridge", dest="ridge", action="store_false")
+    parser.add_argument("--specialists", nargs="*", choices=SPECIALISTS, metavar="TASK",
+                        help="train and score them, too; all if none is named")  # fmt: skip
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_zero_shot"))
+    arguments = parser.parse_args()
+    digest = load_checkpoint(arguments.checkpoint).digest
+    runs: Path = arguments.runs / digest
+    name = f"report-every{arguments.every}" + ("" if arguments.ridge else "-noridge")
+    report = score(arguments.checkpoint, list(TASKS), runs / name, arguments)
+    found = json.loads((report / "figures.json").read_text())
+    figures: dict[str, Any] = {"checkpoint": digest, "every": arguments.every}
+    for task in TASKS:
+        figures |= against_baselines(found, task)
+    if arguments.specialists is not None:
+        for task in arguments.specialists or SPECIALISTS:
+            specialist = train_specialist(task, arguments.checkpoint, runs / task)
+            arguments.ridge = False
+            theirs = score(specialist, [task], runs / f"{task}-{name}", arguments)
+            ratio = errors(report, task) / errors(theirs, task)
+            figures[f"{task}_vs_specialist"] = round(float(ratio.mean()), 4)
+    finish("zero_shot", figures)
+
+
+if __name__ == "__main__":
+    main()
