@@ -12,7 +12,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 import xarray as xr
 from jaxtyping import Bool, Float, Int
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from atmossl.evaluation.alignment import grid_of
 from atmossl.geometry import Grid, latitude_edges
@@ -144,7 +144,7 @@ def nearest_visible(
     place, inside = place.reshape(-1, 3), hidden.ravel()
     visible = np.flatnonzero(~inside)
     count = min(count, len(visible))
-    _, found = cKDTree(place[visible]).query(place[inside], count)
+    _, found = KDTree(place[visible]).query(place[inside], count)
     return visible[np.asarray(found).reshape(-1, count)]
 
 

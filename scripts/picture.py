@@ -1,0 +1,43 @@
+"""The picture of the README: one zero-shot forecast as truth, ensemble mean, error and spread.
+
+python scripts/picture.py --variable temperature --level 500 docs/pictures/forecast.png
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import xarray as xr
+
+from atmossl.cli import compose_config
+from atmossl.commands import open_for, predict
+from atmossl.evaluation.report.figures import save_figure
+from atmossl.evaluation.report.maps import case_map
+from atmossl.inference.checkpoint import load_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--checkpoint", default="default")
+    parser.add_argument("--variable", default="temperature")
+    parser.add_argument("--level", type=float, default=500)
+    parser.add_argument("--lead", default="12h")
+    parser.add_argument("--init", default="1959-01-29T12")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "forecast.zarr"
+        options = ["task=forecast", f"task.lead_time={arguments.lead}", f"output={store}"]
+        options += [f"checkpoint={arguments.checkpoint}", f"init_time={arguments.init}"]
+        predict(compose_config("predict", options))
+        forecast = xr.open_zarr(store)[arguments.variable].isel(init_time=0, lead_time=-1).load()
+    trained = load_checkpoint(arguments.checkpoint)
+    truth = open_for(trained, None, None, "test")[0].to_dataset()[arguments.variable]
+    valid = forecast["init_time"] + forecast["lead_time"]
+    levels = {"level": arguments.level} if "level" in forecast.dims else {}
+    picture = case_map(truth.sel(time=valid.values, **levels), forecast.sel(levels))
+    save_figure(picture, arguments.output, overwrite=True, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
