@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Role = Literal["predict", "input"]
+Role = Literal["predict", "input", "static", "forcing"]
+Missing = Literal["refuse", "mask"]
 
 
 class Corruption(IntEnum):
@@ -51,7 +52,9 @@ class StreamSpec:
     """One or more fields that share token size, levels and encoder.
 
     `levels` are pressure levels in hPa; empty for surface fields, which have one level of 0.
-    `role`: `predict` streams are hidden and reconstructed, `input` streams are context only.
+    `role`: `predict` streams are hidden and reconstructed, all others are context only: `input`
+    of the window, `static` of the place, `forcing` known for any time.
+    `missing`: what a missing value does: `refuse` raises, `mask` marks it and goes on.
     Raises ValueError if the token does not divide the levels.
     """
 
@@ -61,6 +64,7 @@ class StreamSpec:
     token_size: TokenSize
     role: Role = "predict"
     loss_weight: float = 1.0
+    missing: Missing = "refuse"
 
     def __post_init__(self) -> None:
         if not self.variables:
@@ -164,6 +168,7 @@ class StreamWindow(Movable):
     """Normalised fields of one stream in one window, with the coordinates of its points.
 
     time_hours: hours since 1970-01-01T00. lat, lon: degrees. level_hpa: pressure, 0 at the surface.
+    valid: True where a value was observed; fields are 0 elsewhere. None: everywhere.
     """
 
     spec: StreamSpec
@@ -173,6 +178,7 @@ class StreamWindow(Movable):
     lat: Float[Tensor, "*batch lat"]
     lon: Float[Tensor, "*batch lon"]
     weight: Float[Tensor, "*batch lat"]  # relative cell area, mean 1 over the whole grid
+    valid: Bool[Tensor, "*batch variable level time lat lon"] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,7 @@ class StreamTokens(Movable):
 
     guess: first guess of every token, made from the visible source alone (`masking.base`).
     given, queries: tokens for the encoder and tokens to predict, set by `collate_views`.
+    valid: True where the target was observed. None: everywhere.
     """
 
     spec: StreamSpec
@@ -256,6 +263,7 @@ class StreamTokens(Movable):
     weight: Float[Tensor, "*batch lat"]
     given: TokenIndex | None = None
     queries: TokenIndex | None = None
+    valid: Bool[Tensor, "*batch level nt nlat nlon patch"] | None = None
 
     @property
     def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:

@@ -55,10 +55,11 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
             levels=levels,
             in_memory=config.data.in_memory,
             access=Access(**config.data.read.model_dump()),
+            may_miss=[v for spec in config.specs if spec.missing == "mask" for v in spec.variables],
         )
         for split in ("train", "validation")
     )
-    statistics = load_or_compute(train)
+    statistics = load_or_compute(train, transforms=config.data.transform_of())
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,

@@ -117,8 +117,13 @@ def open_for(
         ValueError: unknown entry, or a store that lacks what the checkpoint needs.
     """
     entry = catalog_entry(data or trained.data, catalog)
-    levels = trained.levels
-    return open_split(entry, split, variables=sorted(trained.variables), levels=levels)
+    return open_split(
+        entry,
+        split,
+        variables=sorted(trained.variables),
+        levels=trained.levels,
+        may_miss=[v for spec in trained.specs if spec.missing == "mask" for v in spec.variables],
+    )
 
 
 def predict(values: Mapping[str, Any]) -> Path:
@@ -137,6 +142,7 @@ def predict(values: Mapping[str, Any]) -> Path:
         batch_size=config.batch_size,
         device=_device(config.accelerator),
         seed=config.seed,
+        fill_missing=config.missing == "fill",
     )
     times = _chosen_times(config, predictor)
     for caution in cautions(predictor, times[0]):

@@ -2,7 +2,7 @@
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from atmossl.batch import StreamSpec, StreamWindow, TokenGrid, TokenSize
@@ -19,15 +19,15 @@ def _sizes(size: TokenSize) -> dict[str, int]:
 
 
 def tokenise(
-    window: Float[Tensor, "*batch variable level time lat lon"], size: TokenSize
-) -> Float[Tensor, "*batch nlevel nt nlat nlon patch"]:
+    window: Shaped[Tensor, "*batch variable level time lat lon"], size: TokenSize
+) -> Shaped[Tensor, "*batch nlevel nt nlat nlon patch"]:
     """Cut a window into tokens; the inverse of `detokenise`."""
     return rearrange(window, " -> ".join(_PATTERN), **_sizes(size))
 
 
 def detokenise(
-    tokens: Float[Tensor, "*batch nlevel nt nlat nlon patch"], spec: StreamSpec
-) -> Float[Tensor, "*batch variable level time lat lon"]:
+    tokens: Shaped[Tensor, "*batch nlevel nt nlat nlon patch"], spec: StreamSpec
+) -> Shaped[Tensor, "*batch variable level time lat lon"]:
     """Put tokens back into a window; the inverse of `tokenise`."""
     pattern = " -> ".join(reversed(_PATTERN))
     return rearrange(tokens, pattern, variable=len(spec.variables), **_sizes(spec.token_size))

@@ -175,7 +175,8 @@ class Segment:
         """The record as a canonical dataset in memory, dims (time, level, latitude, longitude)."""
         fields = {}
         for name in self.variables:
-            levels, units = self.levels_of(name), self.dataset[name].attrs
+            levels = self.levels_of(name)
+            units = self.dataset[name].attrs if name in self.dataset else {}
             values = self.read(name, levels, 0, len(self.times), self.whole())
             if levels == (0,):
                 fields[name] = (("time", "latitude", "longitude"), values[0], units)

@@ -1,48 +1,65 @@
-"""Training-period statistics: computed by dask, saved with a fingerprint, refused when stale."""
+"""Training-period statistics: one streaming pass, saved with a fingerprint, refused when stale."""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamSpec
+from atmossl.data.forcings import FORCINGS
+from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
+from atmossl.data.transforms import Transform
 from atmossl.tokens import patch_values
 
 _FORMAT = 1
+_ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
+Transforms = Mapping[str, Transform]
+_NO_TRANSFORMS: Transforms = MappingProxyType({})
 
 
-def fingerprint(segments: Sequence[Segment]) -> str:
-    """Hash of what the statistics depend on: period, grid, variables, levels, encoding, and the
-    first and last fields of every segment."""
+def fingerprint(segments: Sequence[Segment], transforms: Transforms = _NO_TRANSFORMS) -> str:
+    """Hash of what the statistics depend on: period, grid, variables, levels, encoding, the first
+    and last fields of every segment, and the transforms."""
     digest = hashlib.sha256(f"format {_FORMAT}".encode())
     for segment in segments:
         for values in (segment.times, segment.grid.latitude, segment.grid.longitude):
             digest.update(np.ascontiguousarray(values).tobytes())
         digest.update(json.dumps([segment.variables, segment.levels]).encode())
         for name in segment.variables:
+            if name in FORCINGS:  # follows from times and grid
+                continue
             array = segment.dataset[name]
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
-            for step in (0, len(segment.times) - 1):
+            steps = (0, len(segment.times) - 1) if "time" in array.dims else ()
+            for step in steps:
                 digest.update(array.isel(time=step).values.tobytes())
+            if not steps:
+                digest.update(array.values.tobytes())
+    for name, transform in sorted(transforms.items()):
+        digest.update(f"{name} {transform}".encode())
     return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Area-weighted mean and standard deviation of every variable and level over the training
-    period, and the standard deviation of its change over one time step, in the variable's units.
+    period, and the standard deviation of its change over one time step, in the variable's units
+    or, where it has a transform, after that.
 
-    Arrays are [variable level] with NaN where a variable lacks a level.
+    Arrays are [variable level]; a surface variable has the same values on all levels.
+    minimum, maximum: of the values. missing: share of them. Statistics written before version 0.2
+    lack these three.
     """
 
     variables: tuple[str, ...]
@@ -52,33 +69,58 @@ class Statistics:
     step_std: np.ndarray
     period: str
     fingerprint: str
+    minimum: np.ndarray | None = None
+    maximum: np.ndarray | None = None
+    missing: np.ndarray | None = None
+    transforms: Transforms = field(default_factory=dict)
 
     @classmethod
-    def compute(cls, segments: Sequence[Segment]) -> Self:
-        """One streaming pass over the segments with dask, in float64.
+    def compute(
+        cls,
+        segments: Sequence[Segment],
+        transforms: Transforms = _NO_TRANSFORMS,
+        partial: Path | None = None,
+        progress: Callable[[int], object] = int,
+    ) -> Self:
+        """One streaming pass over the segments in float64.
+
+        partial: folder that holds the state of a pass that was stopped, and of this one.
 
         Raises:
-            ValueError: missing values, or a constant field.
+            ValueError: missing values where none may be, or a variable that never changes.
         """
-        moments = [_segment_moments(segment) for segment in segments]
-        total = {key: sum(m[key] for m in moments) for key in moments[0]}
-        mean = np.asarray(total["sum"] / total["count"])
-        std = np.sqrt(_pooled_variance(moments))
-        step_std = np.sqrt(total["step_square"] / total["step_count"])
         first = segments[0]
-        for row, name in enumerate(first.variables):
-            for column, level in enumerate(first.levels or (0,)):
-                if std[row, column] <= 1e-7 * abs(mean[row, column]):  # rounding of a sum
-                    raise ValueError(f"{first.location}: {name} at {level} hPa never changes")
-        period = "; ".join(f"{s.name} {s.times[0]} to {s.times[-1]}" for s in segments)
+        rows = []
+        for name in first.variables:
+            parts = [
+                segment_moments(
+                    segment,
+                    name,
+                    transforms.get(name),
+                    partial / f"{name}-{number}.json" if partial else None,
+                    progress,
+                )
+                for number, segment in enumerate(segments)
+            ]
+            rows.append(pooled(parts))
+            _check_changes(rows[-1], first, name)
+        columns = len(first.levels or (0,))
+
+        def table(values: Callable[[Moments], np.ndarray]) -> np.ndarray:
+            return np.stack([np.broadcast_to(values(row), (columns,)) for row in rows])
+
         return cls(
             variables=first.variables,
             levels=first.levels or (0,),
-            mean=mean,
-            std=std,
-            step_std=step_std,
-            period=period,
-            fingerprint=fingerprint(segments),
+            mean=table(lambda m: m.mean),
+            std=table(lambda m: np.sqrt(m.square / m.weight)),
+            step_std=table(lambda m: np.sqrt(m.step_square / np.maximum(m.step_weight, 1e-300))),
+            minimum=table(lambda m: m.minimum),
+            maximum=table(lambda m: m.maximum),
+            missing=table(lambda m: m.missing / m.count),
+            period="; ".join(f"{s.name} {s.times[0]} to {s.times[-1]}" for s in segments),
+            fingerprint=fingerprint(segments, transforms),
+            transforms={n: t for n, t in transforms.items() if n in first.variables},
         )
 
     def select(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level"]:
@@ -88,84 +130,48 @@ class Statistics:
         return torch.from_numpy(getattr(self, field)[np.ix_(rows, columns)]).float()
 
     def departure_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
-        """Standard deviation of a one-step change in normalised units, for a stream's tokens."""
-        return patch_values(self.select(spec, "step_std") / self.select(spec, "std"), spec)
+        """Standard deviation of a one-step change in normalised units, for a stream's tokens; 1
+        for what never changes in time."""
+        change, std = self.select(spec, "step_std"), self.select(spec, "std")
+        return patch_values(torch.where(change > 0, change / std, 1.0), spec)
 
     def to_dict(self) -> dict:
         """Plain numbers and strings, for a checkpoint."""
-        arrays = {key: getattr(self, key).tolist() for key in ("mean", "std", "step_std")}
+        arrays = {key: getattr(self, key) for key in _ARRAYS}
         return {
             "variables": list(self.variables),
             "levels": list(self.levels),
             "period": self.period,
             "fingerprint": self.fingerprint,
-            **arrays,
+            "transforms": {name: asdict(value) for name, value in self.transforms.items()},
+            **{key: values.tolist() for key, values in arrays.items() if values is not None},
         }
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
-        arrays = {key: np.array(values[key]) for key in ("mean", "std", "step_std")}
+        arrays = {key: np.array(values[key]) for key in _ARRAYS if key in values}
+        transforms = values.get("transforms", {})  # versions before 0.2 have none
         return cls(
             variables=tuple(values["variables"]),
             levels=tuple(values["levels"]),
             period=values["period"],
             fingerprint=values["fingerprint"],
+            transforms={name: Transform(**value) for name, value in transforms.items()},
             **arrays,
         )
 
 
-def _segment_moments(segment: Segment) -> dict[str, np.ndarray]:
-    """Weighted sums over one segment, each [variable level]."""
-    rows: dict[str, list[np.ndarray]] = {}
-    for name in segment.variables:
-        array = segment.dataset[name]
-        if "level" in array.dims:
-            array = array.sel(level=list(segment.levels))
-        else:
-            array = array.expand_dims("level")
-        array = array.chunk({"time": 64}).astype(np.float64)
-        weights = xr.zeros_like(array["latitude"], dtype=np.float64)
-        weights[segment.latitude_order] = segment.grid.weights
-        for key, values in _moments(array, weights).items():
-            rows.setdefault(key, []).append(values)
-        if not np.isfinite(rows["mean"][-1]).all():
-            raise ValueError(
-                f"{segment.location}: {name} has missing values in the training period"
-            )
-    return {key: np.stack(values) for key, values in rows.items()}
-
-
-def _moments(array: xr.DataArray, weights: xr.DataArray) -> dict[str, np.ndarray]:
-    axes = ["time", "latitude", "longitude"]
-    count = weights.sum() * array.sizes["time"] * array.sizes["longitude"]
-    steps = array.diff("time")
-    step_count = count / array.sizes["time"] * steps.sizes["time"]
-    mean = (array * weights).sum(axes, skipna=False) / count
-    lazy = xr.Dataset(
-        {
-            "mean": mean,
-            "variance": ((array - mean) ** 2 * weights).sum(axes, skipna=False) / count,
-            "step_square": (steps**2 * weights).sum(axes, skipna=False),
-        }
-    ).compute()
-    ones = np.ones(lazy["mean"].shape)
-    return {
-        "mean": lazy["mean"].values,
-        "sum": lazy["mean"].values * float(count),
-        "variance": lazy["variance"].values,
-        "step_square": lazy["step_square"].values,
-        "count": ones * float(count),
-        "step_count": ones * float(step_count),
-    }
-
-
-def _pooled_variance(moments: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
-    """Variance over all segments from their means and variances (Chan et al. 1983)."""
-    count = sum(m["count"] for m in moments)
-    mean = sum(m["sum"] for m in moments) / count
-    within = sum(m["count"] * m["variance"] for m in moments)
-    between = sum(m["count"] * (m["mean"] - mean) ** 2 for m in moments)
-    return np.asarray((within + between) / count)
+def _check_changes(moments: Moments, segment: Segment, name: str) -> None:
+    """Raise ValueError if there is nothing to normalise by."""
+    where = f"{segment.location}: {name}"
+    levels = segment.levels_of(name)
+    for column, level in enumerate(levels):
+        at = f" at {level} hPa" if level else ""
+        if moments.weight[column] == 0:
+            raise ValueError(f"{where}{at} has no values in the training period")
+        std = np.sqrt(moments.square[column] / moments.weight[column])
+        if std <= 1e-7 * abs(moments.mean[column]):  # rounding of a sum
+            raise ValueError(f"{where}{at} never changes")
 
 
 def cache_folder() -> Path:
@@ -174,25 +180,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATMOSSL_CACHE", default))
 
 
-def load_or_compute(segments: Sequence[Segment], folder: Path | None = None) -> Statistics:
+def load_or_compute(
+    segments: Sequence[Segment],
+    folder: Path | None = None,
+    transforms: Transforms = _NO_TRANSFORMS,
+    progress: Callable[[int], object] = int,
+) -> Statistics:
     """Statistics of these segments from the cache, or computed now and saved there atomically.
 
-    The file's name is the fingerprint, so a changed store never meets old statistics.
+    The file's name is the fingerprint, so a changed store never meets old statistics. A pass that
+    was stopped goes on where it was.
     """
     folder = folder or cache_folder()
-    path = folder / f"statistics-{fingerprint(segments)}.json"
+    path = folder / f"statistics-{fingerprint(segments, transforms)}.json"
     if path.exists():
         return Statistics.from_dict(json.loads(path.read_text()))
-    statistics = Statistics.compute(segments)
+    statistics = Statistics.compute(segments, transforms, path.with_suffix(".partial"), progress)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(statistics.to_dict(), indent=1))
-    partial.replace(path)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(statistics.to_dict(), indent=1))
+    written.replace(path)
+    shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
     return statistics
 
 
 class Normaliser:
-    """Fields to zero mean and unit variance per variable and level, and exactly back."""
+    """Fields to zero mean and unit variance per variable and level, and back; variables with a
+    transform pass through it first, and last on the way back."""
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
@@ -200,12 +214,33 @@ class Normaliser:
     def forward(
         self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
+        fields = self._transformed(fields, spec, Transform.forward)
         return (fields - self.values(spec, "mean")) / self.values(spec, "std")
 
     def inverse(
         self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        return fields * self.values(spec, "std") + self.values(spec, "mean")
+        fields = fields * self.values(spec, "std") + self.values(spec, "mean")
+        return self._transformed(fields, spec, Transform.inverse)
 
     def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
         return self.statistics.select(spec, field)[:, :, None, None, None]
+
+    def transform(self, variable: str) -> Transform | None:
+        return self.statistics.transforms.get(variable)
+
+    def _transformed(
+        self,
+        fields: Float[Tensor, "*batch variable level time lat lon"],
+        spec: StreamSpec,
+        function: Callable[[Transform, np.ndarray], np.ndarray],
+    ) -> Float[Tensor, "*batch variable level time lat lon"]:
+        found = {row: self.transform(name) for row, name in enumerate(spec.variables)}
+        if not any(found.values()):
+            return fields
+        fields = fields.clone()
+        for row, transform in found.items():
+            if transform is not None:
+                values = function(transform, fields[..., row, :, :, :, :].numpy())
+                fields[..., row, :, :, :, :] = torch.from_numpy(values)
+        return fields

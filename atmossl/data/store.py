@@ -12,6 +12,7 @@ import xarray as xr
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import CatalogEntry, Period, Split, resolve_location
 from atmossl.data.chunks import Access, chunked_array
+from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.reader import StoredVariable
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.variables import check_units
@@ -46,7 +47,7 @@ def open_segment(
     """
     opened = store if isinstance(store, OpenedStore) else OpenedStore(store)
     dataset = opened.dataset
-    names = {v: (variable_names or {}).get(v, v) for v in variables}
+    names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
     missing = sorted(v for v, s in names.items() if s not in dataset.data_vars)
     if missing:
         raise ValueError(
@@ -55,13 +56,18 @@ def open_segment(
         )
     dataset = dataset[list(names.values())].rename({s: v for v, s in names.items() if s != v})
     dataset = _rename_coordinates(dataset, coordinates or {}, location)
-    for variable in variables:
+    for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
     stored_levels = _checked_levels(dataset, levels, location)
     times = _checked_times(dataset, location)
     latitude_order, longitude_order, grid = _canonical_grid(dataset, location)
 
     def stored(variable: str) -> StoredVariable:
+        if variable not in names:
+            places = (dataset[axis].values for axis in ("latitude", "longitude"))
+            computed = ComputedChunks(variable, times, *places)
+            dims = ("time", "latitude", "longitude")
+            return StoredVariable(variable, location, computed, dims, times)
         array = dataset[variable]
         chunks = chunked_array(array, opened.array(names[variable]), access, location)
         return StoredVariable(variable, location, chunks, tuple(map(str, array.dims)), times)
@@ -168,12 +174,10 @@ def open_split(
         raise ValueError(
             f"split {split!r} is not in the catalog entry; valid: {sorted(entry.splits)}"
         )
-    unknown = sorted(set(variables) - set(entry.variables))
+    valid = sorted({*entry.variables, *FORCINGS})
+    unknown = sorted(set(variables) - set(valid))
     if unknown:
-        raise ValueError(
-            f"stream variables {unknown} are not in the catalog entry; valid: "
-            f"{sorted(entry.variables)}"
-        )
+        raise ValueError(f"stream variables {unknown} are not in the catalog entry; valid: {valid}")
     segments = tuple(
         _open_period(entry, period, variables, levels, access, may_miss)
         for period in entry.splits[split]

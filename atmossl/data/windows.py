@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
 from atmossl.data.reader import Index, Target, UnreadableChunk
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
+from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
 from atmossl.masking.base import MaskingSampler, make_view
 
@@ -45,24 +45,34 @@ class WindowSize:
 class _FieldWriter:
     """Normalises what is read of one variable straight into its place in a window.
 
-    out, valid: [level time lat lon]. mean, std: [level 1 1 1].
+    out: [level time lat lon]. mean, std: [level 1 1 1]. valid: like `out`, where missing values
+    are marked; without it they are refused.
     """
 
     out: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    transform: Transform | None
     refusal: str
+    valid: np.ndarray | None = None
 
     def __call__(self, values: np.ndarray, index: Index) -> None:
         levels = index[0] if isinstance(index[0], slice) else index[0].ravel()
         values = values.astype(np.float32, copy=False)
+        if self.transform is not None:
+            values = self.transform.forward(values)
         sliced = isinstance(index[0], slice)  # then the place is a view: written without a copy
         place = self.out[index] if sliced else np.empty(values.shape, np.float32)
         with np.errstate(invalid="ignore"):
             np.subtract(values, self.mean[levels], out=place)
             np.divide(place, self.std[levels], out=place)
-            if not np.isfinite(place.sum()):  # the sum of numbers this small is finite
-                raise ValueError(self.refusal)
+            complete = np.isfinite(place.sum())  # the sum of numbers this small is finite
+        if self.valid is not None:
+            observed = np.isfinite(place)
+            self.valid[index] = observed
+            place[~observed] = 0.0
+        elif not complete:
+            raise ValueError(self.refusal)
         if not sliced:
             self.out[index] = place
 
@@ -77,35 +87,54 @@ def read_windows(
     """Normalised fields of all streams in windows of `count` steps, each at (first step, box),
     with the coordinates of their points. Chunks that several windows touch are read once."""
     targets: dict[str, list[Target]] = {name: [] for spec in specs for name in spec.variables}
-    fields = []
-    for start, box in places:
-        for spec in specs:
-            shape = (len(spec.variables), spec.num_levels, count, box.lat_size, box.lon_size)
-            values = np.empty(shape, np.float32)
-            fields.append(torch.from_numpy(values))
-            mean, std = (normaliser.values(spec, field).numpy() for field in ("mean", "std"))
-            for row, name in enumerate(spec.variables):
-                refusal = segment.missing_message(name, start, count)
-                write = _FieldWriter(values[row], mean[row], std[row], refusal)
-                targets[name].append(
-                    segment.target(name, spec.level_values, start, count, box, write)
-                )
-    segment.read_into(targets)
-    read = iter(fields)
-    return [
-        tuple(_stream_window(segment, spec, next(read), start, count, box) for spec in specs)
+    windows = [
+        tuple(_empty_window(segment, spec, start, count, box) for spec in specs)
         for start, box in places
+    ]
+    for (start, box), streams in zip(places, windows, strict=True):
+        for window in streams:
+            refusals = [segment.missing_message(n, start, count) for n in window.spec.variables]
+            writers = _field_writers(window, normaliser, refusals)
+            for name, write in zip(window.spec.variables, writers, strict=True):
+                levels = window.spec.level_values
+                targets[name].append(segment.target(name, levels, start, count, box, write))
+    segment.read_into(targets)
+    return windows
+
+
+def _field_writers(
+    window: StreamWindow, normaliser: Normaliser, refusals: Sequence[str]
+) -> list[_FieldWriter]:
+    """One per variable, which write into the window's own memory."""
+    spec = window.spec
+    mean, std = (normaliser.values(spec, field).numpy() for field in ("mean", "std"))
+    fields = window.fields.numpy()
+    valid = None if window.valid is None else window.valid.numpy()
+    return [
+        _FieldWriter(
+            out=fields[row],
+            mean=mean[row],
+            std=std[row],
+            transform=normaliser.transform(name),
+            refusal=refusals[row],
+            valid=None if valid is None else valid[row],
+        )
+        for row, name in enumerate(spec.variables)
     ]
 
 
-def _stream_window(
-    segment: Segment, spec: StreamSpec, fields: Tensor, start: int, count: int, box: Box
+def _empty_window(
+    segment: Segment, spec: StreamSpec, start: int, count: int, box: Box
 ) -> StreamWindow:
+    """A window with its coordinates, whose fields are still to be read."""
     grid = segment.grid
     lat, lon = box.lat_index(), box.lon_index(grid.shape[1])
+    shape = (len(spec.variables), spec.num_levels, count, box.lat_size, box.lon_size)
+    fields = torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for large pages
     return StreamWindow(
         spec=spec,
         fields=fields,
+        valid=torch.ones(shape, dtype=torch.bool) if spec.missing == "mask" else None,
         time_hours=torch.from_numpy(segment.time_hours(start, count)),
         level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
         lat=torch.from_numpy(grid.latitude[lat]).float(),

@@ -111,6 +111,7 @@ def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
         "token_size": {"time": size.time, "lat": size.lat, "lon": size.lon, "level": size.level},
         "role": spec.role,
         "loss_weight": spec.loss_weight,
+        "missing": spec.missing,
     }
 
 
@@ -122,6 +123,7 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
         token_size=TokenSize(**values["token_size"]),
         role=values["role"],
         loss_weight=values["loss_weight"],
+        missing=values.get("missing", "refuse"),  # checkpoints of version 0.1.0 have none
     )
 
 

@@ -46,6 +46,8 @@ class Predictor:
 
     overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
     the model, of any time or member. seed: of the order in which members go on in a rollout.
+    fill_missing: predict also where a variable is missing in the whole window, which is NaN in
+    the output otherwise, such as sea-surface temperature on land.
     """
 
     trained: TrainedModel
@@ -56,6 +58,7 @@ class Predictor:
     device: str
     lon_shift: int = 0
     seed: int = 0
+    fill_missing: bool = False
 
     @cached_property
     def plan(self) -> TimePlan:
@@ -236,6 +239,9 @@ class Predictor:
         if not bool(hidden.all()):
             given = detokenise(stream.target, spec)[..., steps, :, :]
             fields = torch.where(hidden[:, None, None], fields, given[:, None])
+        if stream.valid is not None and not self.fill_missing:
+            never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
+            fields = fields.masked_fill(never[:, None], float("nan"))
         values = self.trained.normaliser.inverse(fields.cpu(), spec).numpy()
         return rearrange(
             values,

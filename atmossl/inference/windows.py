@@ -66,6 +66,7 @@ class WindowReader:
         return replace(
             window,
             fields=window.fields[..., latest, :, :],
+            valid=None if window.valid is None else window.valid[..., latest, :, :],
             time_hours=window.time_hours[0] + (steps - self.plan.read[0]) * step_hours,
         )
 
@@ -75,9 +76,11 @@ class WindowReader:
             return window
         lat, lon = box.lat_index(), box.lon_index(self.grid.shape[1])
         fine = "... lat lon -> ... (lat y) (lon x)"
+        valid, factors = window.valid, {"y": self.coarse, "x": self.coarse}
         return replace(
             window,
-            fields=repeat(window.fields, fine, y=self.coarse, x=self.coarse),
+            fields=repeat(window.fields, fine, **factors),
+            valid=None if valid is None else repeat(valid, fine, **factors),
             lat=torch.from_numpy(self.grid.latitude[lat]).float(),
             lon=torch.from_numpy(self.grid.longitude[lon]).float(),
             weight=torch.from_numpy(self.grid.weights[lat]).float(),
@@ -87,7 +90,15 @@ class WindowReader:
 def columns(windows: tuple[StreamWindow, ...], lon: np.ndarray) -> tuple[StreamWindow, ...]:
     """The windows at some of their longitudes."""
     index = torch.from_numpy(lon)
-    return tuple(replace(w, fields=w.fields[..., index], lon=w.lon[index]) for w in windows)
+    return tuple(
+        replace(
+            window,
+            fields=window.fields[..., index],
+            lon=window.lon[index],
+            valid=None if window.valid is None else window.valid[..., index],
+        )
+        for window in windows
+    )
 
 
 def masked_view(
@@ -115,7 +126,8 @@ def _filled(window: StreamWindow, hidden: Bool[Tensor, "level time lat lon"]) ->
     time, or 0 where there is none."""
     size = window.spec.token_size
     tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
-    known = (~hidden).to(window.fields)
+    known = ~hidden if window.valid is None else ~hidden & window.valid
+    known = known.to(window.fields)
     sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
     counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
     means = repeat(

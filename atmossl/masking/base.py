@@ -96,16 +96,21 @@ def corrupt(
 ) -> StreamTokens:
     """What the encoder sees of a window (`source`), its first guess, and the truth (`target`).
 
-    A token that is masked or dropped shows its first guess, never its values. Without
-    `first_guess` the guess is 0, the climatological mean.
+    A token that is masked or dropped shows its first guess, never its values, and so does a value
+    that was never observed. Without `first_guess` the guess is 0, the climatological mean.
     """
     size = window.spec.token_size
     corruption = _at_points(mask.corruption, window)
     source = window.fields.clone()
     coarsened = corruption == Corruption.COARSEN
-    guess_coarse = None
+    guess_coarse, present = None, window.valid
     if bool(coarsened.any()):
         coarse = coarsen(source, window.weight, mask.coarsen_factor)
+        if window.valid is not None:  # means over the observed cells, which are 0 elsewhere
+            share = coarsen(window.valid.float(), window.weight, mask.coarsen_factor)
+            coarse = torch.where(share > 0, coarse / share, coarse)
+            observed = repeat_coarse(share > 0, mask.coarsen_factor)
+            present = torch.where(coarsened, observed, window.valid)
         guess_coarse = interpolate_coarse(coarse, mask.coarsen_factor)
         source = torch.where(coarsened, repeat_coarse(coarse, mask.coarsen_factor), source)
     noisy = corruption == Corruption.NOISE
@@ -113,6 +118,8 @@ def corrupt(
         noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
         source = torch.where(noisy, source + torch.from_numpy(noise), source)
     shown = (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
+    if present is not None:
+        shown = shown & present
     guess = interpolate_in_time(source, shown) if first_guess else torch.zeros_like(source)
     if first_guess and guess_coarse is not None:
         whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
@@ -126,6 +133,7 @@ def corrupt(
         corruption=mask.corruption,
         grid=grid,
         weight=window.weight,
+        valid=None if window.valid is None else tokenise(window.valid, size),
     )
 
 
@@ -138,21 +146,22 @@ def _at_points(tokens: Tensor, window: StreamWindow) -> Tensor:
 
 
 def interpolate_in_time(
-    source: Float[Tensor, "variable level time lat lon"], shown: Bool[Tensor, "level time lat lon"]
+    source: Float[Tensor, "variable level time lat lon"],
+    shown: Bool[Tensor, "*variable level time lat lon"],
 ) -> Float[Tensor, "variable level time lat lon"]:
     """Shown values as they are; others linear in time between shown ones of the same place, the
     nearest one beyond the first or last, and 0 where a place is never shown."""
-    num_times = shown.shape[1]
-    step = torch.arange(num_times)[None, :, None, None].expand(shown.shape)
+    num_times = shown.shape[-3]
+    step = torch.arange(num_times)[:, None, None].expand(shown.shape)
     never = num_times  # later and earlier than every step
-    before = torch.where(shown, step, -1).cummax(dim=1).values
-    after = torch.where(shown, step, never).flip(1).cummin(dim=1).values.flip(1)
+    before = torch.where(shown, step, -1).cummax(dim=-3).values
+    after = torch.where(shown, step, never).flip(-3).cummin(dim=-3).values.flip(-3)
     has_before, has_after = before >= 0, after < never
     before_or_after = torch.where(has_before, before, after).clamp(0, num_times - 1)
     after_or_before = torch.where(has_after, after, before).clamp(0, num_times - 1)
 
     def at(index: Tensor) -> Tensor:
-        return source.gather(2, index[None].expand_as(source))
+        return source.gather(-3, index.expand_as(source))
 
     span = (after_or_before - before_or_after).clamp_min(1)
     share = ((step - before_or_after) / span).clamp(0.0, 1.0)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from atmossl.batch import (
+    Corruption,
     Prediction,
     StreamPrediction,
     StreamSpec,
@@ -112,6 +113,14 @@ class Multiformer(nn.Module):
                 DecoderBlock(dim=width, sizes=sizes) for _ in range(num_decoder_layers)
             )
             self.tail[spec.name] = Tail(dim=width, num_members=num_members, scale=scale)
+        # last, so that the other weights start the same whether or not values may be missing
+        self.absent = nn.ModuleDict(
+            {
+                spec.name: nn.Linear(spec.patch, widths[spec.name], bias=False)
+                for spec in streams
+                if spec.missing == "mask"
+            }
+        )
 
     def compile_blocks(self) -> None:
         """Compile every block on its own: one graph serves all blocks of equal shape."""
@@ -146,6 +155,8 @@ class Multiformer(nn.Module):
         turn = rotation(gather(self.rotary[name](stream.grid), given))
         features = absolute_features(stream.grid)
         x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, given)
+        if stream.valid is not None:
+            x = x + self.absent[name](gather(_flatten(_absent(stream)), given))
         return Latent(x, turn, given, stream.grid.shape, stream.grid.periodic)
 
     def decode(self, latents: dict[str, StreamLatents], view: View) -> Prediction:
@@ -181,6 +192,13 @@ class Multiformer(nn.Module):
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
         return queries.index // (stream.grid.num_tokens // stream.grid.shape[0])
+
+
+def _absent(stream: StreamTokens) -> Tensor:
+    """1 where a shown token [batch level nt nlat nlon patch] has no observed value."""
+    assert stream.valid is not None
+    told = (stream.corruption != Corruption.MASK) & (stream.corruption != Corruption.DROP)
+    return (~stream.valid & told[..., None]).to(stream.source)
 
 
 def _norm_of(block: nn.Module) -> nn.LayerNorm:

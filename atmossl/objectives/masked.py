@@ -75,7 +75,7 @@ def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
 
 def hidden_values(stream: StreamTokens) -> tuple[Tensor, Tensor, Tensor]:
     """Truth [batch query patch], area weights [batch query patch] and token level [batch query]
-    of the stream's queries."""
+    of the stream's queries. The weight of what was never observed is 0."""
     assert stream.queries is not None, "collate the view first: token indices are missing"
     index = stream.queries.index
     num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
@@ -86,5 +86,8 @@ def hidden_values(stream: StreamTokens) -> tuple[Tensor, Tensor, Tensor]:
     rows = patch_weights(stream.weight, stream.spec)
     row = index // num_lon % num_lat
     weight = rows.gather(1, row[..., None].expand(-1, -1, rows.shape[-1]))
+    if stream.valid is not None:
+        observed = stream.valid.flatten(1, 4).gather(1, index[..., None].expand_as(target))
+        weight = weight * observed
     level = index // (stream.grid.num_tokens // stream.grid.shape[0])
     return target, weight, level

@@ -16,8 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from atmossl.batch import StreamSpec, TokenSize
+from atmossl.batch import Missing, Role, StreamSpec, TokenSize
 from atmossl.data.catalog import catalog_entry
+from atmossl.data.forcings import FORCINGS
 from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig
 from atmossl.schema.masks import MASKS, Mask
@@ -47,8 +48,9 @@ class StreamConfig(Strict):
     variables: tuple[str, ...] = Field(min_length=1)
     levels: tuple[Positive, ...]
     token_size: TokenSizeConfig
-    role: Literal["predict", "input"] = "predict"
+    role: Role = "predict"
     loss_weight: float = Field(default=1.0, ge=0.0)
+    missing: Missing = "refuse"
 
     def spec(self, name: str) -> StreamSpec:
         return StreamSpec(
@@ -58,6 +60,7 @@ class StreamConfig(Strict):
             token_size=TokenSize(**self.token_size.model_dump()),
             role=self.role,
             loss_weight=self.loss_weight,
+            missing=self.missing,
         )
 
 
@@ -193,9 +196,15 @@ def _stream_faults(config: TrainConfig) -> list[str]:
         return [str(error)]
     faults = []
     for name, stream in config.stream.items():
-        unknown = sorted(set(stream.variables) - set(entry.variables))
+        computed = sorted(set(stream.variables) & set(FORCINGS))
+        if computed and stream.role == "predict":
+            faults.append(
+                f"stream.{name}.role=predict but {computed} are computed, not observed; valid: "
+                "input, static, forcing"
+            )
+        unknown = sorted(set(stream.variables) - set(entry.variables) - set(FORCINGS))
         if unknown:
-            valid = sorted(entry.variables)
+            valid = sorted({*entry.variables, *FORCINGS})
             faults.append(f"stream.{name}.variables={unknown} not in the catalog; valid: {valid}")
         levels = sorted(set(stream.levels) - set(entry.levels))
         if levels:
@@ -270,6 +279,7 @@ class PredictConfig(Strict):
     seed: NotNegative
     layout: Literal["cf", "weatherbench2"]
     resume: bool
+    missing: Literal["keep", "fill"]
     output: Path
 
 

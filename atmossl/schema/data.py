@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from atmossl.data.chunks import Engine
+from atmossl.data.transforms import Kind, Transform
 from atmossl.schema.strict import NotNegative, Positive, Strict
 
 
@@ -24,6 +25,13 @@ class ReadConfig(Strict):
     retry_wait_s: float = Field(ge=0.0)
 
 
+class TransformConfig(Strict):
+    """Of one variable, before normalisation; see `atmossl.data.transforms.Transform`."""
+
+    kind: Kind
+    scale: float = Field(gt=0.0)
+
+
 class DataConfig(Strict):
     name: str
     catalog: Path | None
@@ -36,7 +44,11 @@ class DataConfig(Strict):
     prefetch: Positive
     read: ReadConfig
     unreadable: Literal["raise", "skip"]
+    transforms: dict[str, TransformConfig]
     first_guess: bool
+
+    def transform_of(self) -> dict[str, Transform]:
+        return {name: Transform(t.kind, t.scale) for name, t in self.transforms.items()}
 
     @model_validator(mode="after")
     def _groups_fit(self) -> "DataConfig":
