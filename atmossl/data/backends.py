@@ -1,7 +1,10 @@
-"""Opening what lies at a location: zarr (folder, zip, URL) and NetCDF, lazily and read-only."""
+"""Opening what lies at a location, lazily and read-only: zarr (folder, zip, URL), icechunk,
+kerchunk references, NetCDF files, and the layouts of AtmoRep and anemoi-datasets."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 import zarr
@@ -10,14 +13,21 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ZipStore
 
 from atmossl.data.catalog import SegmentEntry, resolve_location
+from atmossl.data.chunks import ChunkedArray
+
+_NETCDF = (".nc", ".nc4")
 
 
 @dataclass(frozen=True)
 class OpenedStore:
-    """A dataset as xarray sees it, and the zarr group behind it if there is one."""
+    """A dataset as xarray sees it, and the zarr group behind it if there is one.
+
+    arrays: readers by the name in the dataset, for layouts that only an adapter understands.
+    """
 
     dataset: xr.Dataset
     group: zarr.Group | None = None
+    arrays: Mapping[str, ChunkedArray] = field(default_factory=dict)
 
     def array(self, name: str) -> zarr.Array | None:
         """The zarr array of a variable by its name in the store."""
@@ -29,31 +39,125 @@ def open_store(entry: SegmentEntry) -> OpenedStore:
     """Open a store.
 
     Raises:
-        ValueError: there is no such store, or it cannot be opened.
+        ValueError: there is no such store, it cannot be opened, or a package is missing.
     """
     location = resolve_location(entry.location)
-    if "://" not in location and not Path(location).exists():
+    if "://" not in location and not Path(location).exists() and "*" not in location:
         raise ValueError(f"store {location} does not exist")
+    kind = _format_of(location) if entry.format == "auto" else entry.format
     try:
-        if location.endswith((".nc", ".nc4")):
-            return OpenedStore(xr.open_dataset(location))
-        return _open_zarr(_zarr_store(location, entry.storage_options))
-    except (OSError, ValueError, KeyError, zarr.errors.BaseZarrError) as error:
+        return _OPENERS[kind](location, entry.storage_options)
+    except ImportError as error:
         raise ValueError(
-            f"store {location} cannot be opened as zarr or NetCDF ({type(error).__name__}: {error})"
+            f"store {location} of format {kind} needs a package that is not installed ({error}); "
+            "see the extras of atmossl: cloud, stores"
+        ) from error
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"store {location} cannot be opened as {kind} ({type(error).__name__}: {why})"
         ) from error
 
 
-def _zarr_store(location: str, options: dict) -> Store:
-    if location.endswith(".zip"):
+def _format_of(location: str) -> str:
+    path = Path(location)
+    if location.endswith(_NETCDF) or "*" in location:
+        return "netcdf"
+    if location.endswith((".json", ".parq", ".parquet")):
+        return "kerchunk"
+    if path.is_dir() and any(path.glob("*.nc*")):
+        return "netcdf"
+    return "zarr"
+
+
+def _open_zarr(location: str, options: dict[str, Any]) -> OpenedStore:
+    return _with_group(zarr_store(location, options))
+
+
+def zarr_store(location: str, options: dict[str, Any]) -> Store:
+    """The zarr store at a path or URL, read-only."""
+    if location.endswith(".zip") and "://" not in location:
         return ZipStore(location, mode="r")
     if "://" in location:
         return FsspecStore.from_url(location, storage_options=options, read_only=True)
     return LocalStore(location, read_only=True)
 
 
-def _open_zarr(store: Store) -> OpenedStore:
+def _with_group(store: Store) -> OpenedStore:
     group = zarr.open_group(store, mode="r")
     consolidated = group.metadata.consolidated_metadata is not None
     dataset = xr.open_dataset(store, engine="zarr", consolidated=consolidated)  # pyright: ignore
     return OpenedStore(dataset, group)
+
+
+def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
+    """One file, all files of a folder, or those that match a pattern, joined along time."""
+    del options
+    path = Path(location)
+    if path.is_file():
+        return OpenedStore(xr.open_dataset(path))
+    files = path.glob("*.nc*") if path.is_dir() else path.parent.glob(path.name)
+    found = sorted(str(file) for file in files)
+    if not found:
+        raise FileNotFoundError("no NetCDF file matches")
+    dataset = xr.open_mfdataset(
+        found,
+        combine="by_coords",
+        data_vars="minimal",
+        coords="minimal",
+        compat="override",
+        join="outer",
+        chunks={"time": 32},
+    )
+    return OpenedStore(dataset)
+
+
+def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
+    """options: `branch` (default main), `tag` or `snapshot_id`; for s3 the arguments of
+    `icechunk.s3_storage` besides bucket and prefix."""
+    import icechunk
+
+    version = {k: options[k] for k in ("branch", "tag", "snapshot_id") if k in options}
+    others = {k: v for k, v in options.items() if k not in version}
+    if location.startswith("s3://"):
+        bucket, _, prefix = location.removeprefix("s3://").partition("/")
+        storage = icechunk.s3_storage(bucket=bucket, prefix=prefix, **others)
+    else:
+        storage = icechunk.local_filesystem_storage(location)
+    session = icechunk.Repository.open(storage).readonly_session(**version or {"branch": "main"})
+    return _with_group(session.store)
+
+
+def _open_kerchunk(location: str, options: dict[str, Any]) -> OpenedStore:
+    """References to chunks of other files, as kerchunk and virtualizarr write them.
+
+    options: those of fsspec's reference file system, `remote_protocol` for example.
+    """
+    import fsspec
+
+    files = fsspec.filesystem("reference", fo=location, asynchronous=True, **options)
+    return _with_group(FsspecStore(files, read_only=True, path=""))
+
+
+def _open_atmorep(location: str, options: dict[str, Any]) -> OpenedStore:
+    from atmossl.data.layouts import atmorep
+
+    dataset, arrays = atmorep(zarr.open_group(zarr_store(location, options), mode="r"))
+    return OpenedStore(dataset, None, arrays)
+
+
+def _open_anemoi(location: str, options: dict[str, Any]) -> OpenedStore:
+    from atmossl.data.layouts import anemoi
+
+    dataset, arrays = anemoi(zarr.open_group(zarr_store(location, options), mode="r"))
+    return OpenedStore(dataset, None, arrays)
+
+
+_OPENERS: dict[str, Callable[[str, dict[str, Any]], OpenedStore]] = {
+    "zarr": _open_zarr,
+    "netcdf": _open_netcdf,
+    "icechunk": _open_icechunk,
+    "kerchunk": _open_kerchunk,
+    "atmorep": _open_atmorep,
+    "anemoi": _open_anemoi,
+}

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Split = Literal["train", "validation", "test"]
+StoreFormat = Literal["auto", "zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"]
 _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
 
 
@@ -16,9 +17,11 @@ class _Strict(BaseModel):
 
 
 class SegmentEntry(_Strict):
-    """One continuous record. `location`: a path or URL; `package://` is inside the package."""
+    """One continuous record. `location`: a path or URL; `package://` is inside the package; for
+    NetCDF also a folder or a pattern. `format`: what `auto` cannot tell from the location."""
 
     location: str
+    format: StoreFormat = "auto"
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -54,8 +54,9 @@ def open_segment(
             f"{location}: variables {missing} are missing; the store has "
             f"{sorted(map(str, dataset.data_vars))}"
         )
-    dataset = dataset[list(names.values())].rename({s: v for v, s in names.items() if s != v})
-    dataset = _rename_coordinates(dataset, coordinates or {}, location)
+    others = set(dataset.data_vars) - set(names.values())  # coordinates all stay
+    dataset = dataset.drop_vars(others).rename({s: v for v, s in names.items() if s != v})
+    dataset = rename_coordinates(dataset, coordinates or {}, location)
     for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
     stored_levels = _checked_levels(dataset, levels, location)
@@ -69,7 +70,9 @@ def open_segment(
             dims = ("time", "latitude", "longitude")
             return StoredVariable(variable, location, computed, dims, times)
         array = dataset[variable]
-        chunks = chunked_array(array, opened.array(names[variable]), access, location)
+        chunks = opened.arrays.get(names[variable])
+        if chunks is None:
+            chunks = chunked_array(array, opened.array(names[variable]), access, location)
         return StoredVariable(variable, location, chunks, tuple(map(str, array.dims)), times)
 
     return Segment(
@@ -89,7 +92,8 @@ def open_segment(
     )
 
 
-def _rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str) -> xr.Dataset:
+def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str) -> xr.Dataset:
+    """Dimensions by their canonical names; ValueError if there is none for time or place."""
     names = {}
     for canonical, usual in _COORDINATES.items():
         choices = (given[canonical],) if canonical in given else usual
@@ -106,7 +110,7 @@ def _rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: st
 
 def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -> tuple[int, ...]:
     """Levels of the store, in its order."""
-    if "level" not in dataset.dims:
+    if not any("level" in array.dims for array in dataset.data_vars.values()):
         return ()
     have = [int(level) for level in dataset["level"].values]
     missing = sorted(set(levels) - set(have))

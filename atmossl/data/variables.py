@@ -51,6 +51,55 @@ VARIABLES: dict[str, Variable] = {
     ),
 }
 
+VARIABLES |= {
+    "surface_pressure": Variable(
+        "Pa", "surface_air_pressure", "Surface pressure", ("pascal",), (3e4, 1.2e5)
+    ),
+    "sea_surface_temperature": Variable(
+        "K", "sea_surface_temperature", "Sea surface temperature", ("kelvin",), (265.0, 320.0)
+    ),
+    "total_precipitation": Variable(
+        "m", "lwe_thickness_of_precipitation_amount", "Total precipitation", (), (-1e-4, 1.0)
+    ),
+    "geopotential_at_surface": Variable(
+        "m2 s-2", "surface_geopotential", "Orography", ("m**2 s**-2", "m2/s2"), (-5e3, 1e5)
+    ),
+    "land_sea_mask": Variable(
+        "1", "land_area_fraction", "Land-sea mask", ("(0 - 1)", "0 - 1"), (0.0, 1.0)
+    ),
+    "toa_incident_solar_radiation": Variable(
+        "J m-2",
+        "integral_wrt_time_of_toa_incoming_shortwave_flux",
+        "Solar radiation at the top of the atmosphere over an hour",
+        ("J m**-2",),
+        (-1.0, 6e6),
+    ),
+}
+
+# Short names of ECMWF, and the names that cfgrib and the CDS give variables.
+SHORT_NAMES: dict[str, str] = {
+    "t": "temperature",
+    "u": "u_component_of_wind",
+    "v": "v_component_of_wind",
+    "z": "geopotential",
+    "q": "specific_humidity",
+    "w": "vertical_velocity",
+    "vo": "vorticity",
+    "d": "divergence",
+    "t2m": "2m_temperature",
+    "2t": "2m_temperature",
+    "msl": "mean_sea_level_pressure",
+    "u10": "10m_u_component_of_wind",
+    "10u": "10m_u_component_of_wind",
+    "v10": "10m_v_component_of_wind",
+    "10v": "10m_v_component_of_wind",
+    "sp": "surface_pressure",
+    "sst": "sea_surface_temperature",
+    "tp": "total_precipitation",
+    "lsm": "land_sea_mask",
+    "tisr": "toa_incident_solar_radiation",
+} | {name: name for name in VARIABLES}
+
 
 def check_units(variable: str, units: str | None, location: str) -> None:
     """Raise ValueError if a store states units other than those of the variable.

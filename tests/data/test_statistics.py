@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from atmossl.data import moments
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.store import open_segment
 from tests.synthetic import dataset, spec
@@ -67,3 +68,46 @@ def test_a_constant_field_is_refused() -> None:
     store["temperature"][:] = 250.0
     with pytest.raises(ValueError, match="never changes"):
         Statistics.compute([segment(store)])
+
+
+def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> None:
+    """Stopped in the middle, only what is left is read; the result is the same bit for bit."""
+    monkeypatch.setattr(moments, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 5)  # five steps at a time
+    store = dataset(steps=23)
+    whole = Statistics.compute([segment(store)])
+    reads: list[int] = []
+    original = moments.read_block
+
+    def stops(segment, variable, start, *rest):
+        reads.append(start)
+        if len(reads) == 4:
+            raise KeyboardInterrupt
+        return original(segment, variable, start, *rest)
+
+    monkeypatch.setattr(moments, "read_block", stops)
+    with pytest.raises(KeyboardInterrupt):
+        load_or_compute([segment(store)], tmp_path)
+    again = load_or_compute([segment(store)], tmp_path)
+    for key in ("mean", "std", "step_std", "minimum", "maximum", "missing"):
+        np.testing.assert_array_equal(getattr(again, key), getattr(whole, key))
+    assert reads[3:5] == [14, 14] and len(reads) == 4 + 2 + 5  # one block read twice, none skipped
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_large_mean_costs_no_precision(monkeypatch) -> None:
+    """Values of 1e6 with departures of 1, in blocks, against float64 in two passes."""
+    monkeypatch.setattr(moments, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 2)
+    store = dataset(steps=30)
+    store = store.assign({name: store[name].astype(np.float64) + 1e6 for name in NAMES})
+    store["temperature"].attrs["units"] = "K"
+    statistics = Statistics.compute([segment(store)])
+    weight = segment(store).grid.weights[:, None]
+    for row, name in enumerate(NAMES):
+        values = store[name].values.astype(np.float32).astype(np.float64)
+        wide = np.broadcast_to(weight, values[:, 0].shape)
+        for column in range(3):
+            mean = np.average(values[:, column], weights=wide)
+            variance = np.average((values[:, column] - mean) ** 2, weights=wide)
+            assert statistics.std[row, column] == pytest.approx(variance**0.5, rel=1e-12)
+            assert statistics.minimum[row, column] == values[:, column].min()
+            assert statistics.maximum[row, column] == values[:, column].max()

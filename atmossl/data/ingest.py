@@ -1,0 +1,356 @@
+"""GRIB, NetCDF and zarr to one training store, region by region: restartable and verified.
+
+A region is a variable over some whole shards (or chunks) of time. Each is written, read back and
+compared by checksum, and only then noted in the journal, so a run that was killed anywhere goes on
+with the regions that are not noted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import dask
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import BloscCodec, BloscShuffle
+
+from atmossl import __version__
+from atmossl.data.inputs import input_files, open_input
+from atmossl.data.variables import VARIABLES
+
+Engine = Literal["threads", "local_cluster", "slurm"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read: see `atmossl.data.inputs.open_input`. levels: hPa, all if empty. start, end:
+    ISO dates, open if empty. region: degrees (south, north, west, east), across the dateline if
+    west is greater than east."""
+
+    location: str
+    names: dict[str, str] = field(default_factory=dict)
+    select: dict[str, Any] = field(default_factory=dict)
+    filters: dict[str, Any] = field(default_factory=dict)
+    levels: tuple[int, ...] = ()
+    start: str = ""
+    end: str = ""
+    region: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Chunk lengths, 0 for the whole axis; chunks of time in one shard, 0 for none; zstd level."""
+
+    time: int
+    level: int
+    lat: int
+    lon: int
+    shard: int
+    compression: int
+
+
+@dataclass(frozen=True)
+class Region:
+    variable: str
+    start: int
+    stop: int
+
+    @property
+    def note(self) -> str:
+        return f"{self.variable}-{self.start}.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to write one region, in any process."""
+
+    source: Source
+    store: str
+    journal: str
+    region: Region
+
+
+@dataclass(frozen=True)
+class Workers:
+    """engine: `threads` of this process, `local_cluster` of processes, `slurm` jobs.
+    slurm: arguments of dask_jobqueue.SLURMCluster: queue, cores, memory, walltime."""
+
+    engine: Engine
+    count: int
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+
+def ingest(
+    source: Source,
+    output: Path,
+    layout: Layout,
+    workers: Workers,
+    progress: Callable[[int, int], object],
+) -> None:
+    """Write the store, or go on writing it. progress: told (regions done, regions in all).
+
+    Raises:
+        ValueError: an input that cannot be read or does not fit, an output that exists, or a
+            partial output that was begun with other settings.
+    """
+    if output.suffix != ".zarr":
+        raise ValueError(f"output={output} must end in .zarr")
+    if output.exists():
+        raise ValueError(f"output={output} exists; choose another path or remove it")
+    folder = output.with_name(f".{output.name}.partial")
+    store, journal = folder / "store.zarr", folder / "journal"
+    dataset = opened(source)
+    _begin(dataset, source, layout, store, journal)
+    regions = _regions(dataset, layout)
+    left = [region for region in regions if not (journal / region.note).exists()]
+    done = len(regions) - len(left)
+    progress(done, len(regions))
+    jobs = [Job(source, str(store), str(journal), region) for region in left]
+    with _runner(workers) as run:
+        for _ in run(jobs):
+            done += 1
+            progress(done, len(regions))
+    _finish(store, journal, source, regions)
+    store.replace(output)
+    shutil.rmtree(folder)
+
+
+@lru_cache(maxsize=1)
+def _opened(settings: str) -> xr.Dataset:
+    source = Source(**json.loads(settings))
+    where = f"input={source.location}"
+    dataset = open_input(source.location, source.names, source.select, source.filters)
+    if "level" in dataset.dims and source.levels:
+        have = [int(level) for level in dataset["level"].values]
+        missing = sorted(set(source.levels) - set(have))
+        if missing:
+            raise ValueError(f"{where}: levels {missing} are missing; valid: {have}")
+        dataset = dataset.sel(level=list(source.levels))
+    if source.start or source.end:
+        dataset = dataset.sel(time=slice(source.start or None, source.end or None))
+        if dataset.sizes["time"] == 0:
+            raise ValueError(f"{where}: nothing from {source.start} to {source.end}")
+    return _cut(dataset, source)
+
+
+def opened(source: Source) -> xr.Dataset:
+    """The chosen part of the input; opened once per process."""
+    return _opened(json.dumps(asdict(source)))
+
+
+def _cut(dataset: xr.Dataset, source: Source) -> xr.Dataset:
+    if source.region is None:
+        return dataset
+    south, north, west, east = source.region
+    longitude = dataset["longitude"].values
+    span = (east - west) % 360.0 or 360.0
+    inside = np.flatnonzero((longitude - west) % 360.0 <= span)
+    ordered = inside[np.argsort((longitude[inside] - west) % 360.0)]
+    dataset = dataset.sel(latitude=slice(south, north)).isel(longitude=ordered)
+    if 0 in dataset.sizes.values():
+        raise ValueError(f"region={list(source.region)} holds no cell of {source.location}")
+    return dataset
+
+
+def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, journal: Path) -> None:
+    """Make the empty store, or check that the one that was begun is the same."""
+    described = json.dumps([asdict(source), asdict(layout)], sort_keys=True)
+    identity = hashlib.sha256((described + _shape_of(dataset)).encode()).hexdigest()
+    note = journal / "identity"
+    if note.exists():
+        if note.read_text() != identity:
+            raise ValueError(
+                f"{store.parent} was begun from another input or with other settings; remove it"
+            )
+        return
+    journal.mkdir(parents=True, exist_ok=True)
+    coords = dataset.drop_vars(list(dataset.data_vars)).drop_encoding()
+    coords["latitude"].attrs = {"standard_name": "latitude", "units": "degrees_north"}
+    coords["longitude"].attrs = {"standard_name": "longitude", "units": "degrees_east"}
+    if "level" in coords.coords:
+        coords["level"].attrs = {"standard_name": "air_pressure", "units": "hPa"}
+    encoding = {"time": {"units": "hours since 1900-01-01", "dtype": "float64"}}
+    coords.to_zarr(store, mode="w", encoding=encoding, consolidated=False)
+    group = zarr.open_group(store, mode="r+")
+    for name, array in dataset.data_vars.items():
+        _make_array(group, str(name), array, layout)
+    _write(note, identity)
+
+
+def _shape_of(dataset: xr.Dataset) -> str:
+    times = np.ascontiguousarray(dataset["time"].values).tobytes()
+    return f"{dict(dataset.sizes)} {sorted(map(str, dataset.data_vars))} {times.hex()}"
+
+
+def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Layout) -> None:
+    wanted = {
+        "time": layout.time,
+        "level": layout.level,
+        "latitude": layout.lat,
+        "longitude": layout.lon,
+    }
+    chunks = tuple(min(wanted[str(d)] or size, size) for d, size in array.sizes.items())
+    shards = None
+    if layout.shard and "time" in array.dims:
+        shards = tuple(
+            length * layout.shard if dim == "time" else -(-array.sizes[dim] // length) * length
+            for dim, length in zip(array.dims, chunks, strict=True)
+        )
+    known = VARIABLES.get(name)
+    units = array.attrs.get("units")
+    attributes = {"units": units} if units else {}
+    if known is not None:
+        attributes = attributes | {
+            "standard_name": known.standard_name,
+            "long_name": known.long_name,
+        }
+    group.create_array(
+        name,
+        shape=array.shape,
+        chunks=chunks,
+        shards=shards,
+        dtype="float32",
+        fill_value=np.nan,
+        compressors=BloscCodec(
+            cname="zstd", clevel=layout.compression, shuffle=BloscShuffle.shuffle
+        ),
+        dimension_names=[str(dim) for dim in array.dims],
+        attributes=attributes,
+    )
+
+
+def _regions(dataset: xr.Dataset, layout: Layout) -> list[Region]:
+    """Pieces that no two of which share a chunk."""
+    found = []
+    for name, array in dataset.data_vars.items():
+        total = array.sizes.get("time", 1)
+        length = min((layout.time or total) * max(layout.shard, 1), total)
+        starts = range(0, total, length)
+        found += [Region(str(name), s, min(s + length, total)) for s in starts]
+    return found
+
+
+def write_region(job: Job) -> str:
+    """Write one region, read it back, and note its checksum.
+
+    Raises:
+        OSError: what was read back differs.
+    """
+    region, store = job.region, Path(job.store)
+    array = opened(job.source)[region.variable]
+    steps = slice(region.start, region.stop)
+    if "time" in array.dims:
+        array = array.isel(time=steps)
+    values = np.ascontiguousarray(array.compute().values, dtype=np.float32)
+    target = zarr.open_array(store / region.variable, mode="r+")
+    place: Any = steps if "time" in array.dims else Ellipsis
+    target[place] = values
+    checksum = hashlib.sha256(values.tobytes()).hexdigest()
+    back = np.ascontiguousarray(np.asarray(target[place]))
+    if hashlib.sha256(back.tobytes()).hexdigest() != checksum:
+        raise OSError(f"{store}: {region} reads back different from what was written")
+    missing = int(np.isnan(values).sum())
+    _write(Path(job.journal) / region.note, json.dumps({"sha256": checksum, "missing": missing}))
+    return region.note
+
+
+def _write(path: Path, text: str) -> None:
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text(text)
+    written.replace(path)
+
+
+def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region]) -> None:
+    """Provenance and checksums into the store's attributes."""
+    notes = {r.note: json.loads((journal / r.note).read_text()) for r in regions}
+    group = zarr.open_group(store, mode="r+")
+    group.attrs.update(
+        {
+            "Conventions": "CF-1.11",
+            "source": f"atmossl {__version__} data ingest",
+            "inputs": [Path(file).name for file in input_files(source.location)],
+            "checksums": {note.removesuffix(".json"): v["sha256"] for note, v in notes.items()},
+            "missing": {note.removesuffix(".json"): v["missing"] for note, v in notes.items()},
+        }
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(store)
+
+
+def verify(store: Path) -> int:
+    """Read a finished store and compare it with its checksums; returns the number of regions.
+
+    Raises:
+        ValueError: no checksums, or a region that differs; names it.
+    """
+    group = zarr.open_group(store, mode="r")
+    checksums = group.attrs.get("checksums")
+    if not isinstance(checksums, dict):
+        raise ValueError(f"{store} has no checksums: it was not made by atmossl data ingest")
+    starts: dict[str, list[int]] = {}
+    for note in checksums:
+        name, _, start = note.rpartition("-")
+        starts.setdefault(name, []).append(int(start))
+    for name, found in starts.items():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        timed = "time" in (array.metadata.dimension_names or ())  # pyright: ignore
+        ends = [*sorted(found)[1:], array.shape[0]]
+        for start, end in zip(sorted(found), ends, strict=True):
+            values = np.ascontiguousarray(np.asarray(array[start:end] if timed else array[:]))
+            if hashlib.sha256(values.tobytes()).hexdigest() != checksums[f"{name}-{start}"]:
+                raise ValueError(f"{store}: {name} differs from its checksum from step {start}")
+    return len(checksums)
+
+
+@contextmanager
+def _runner(workers: Workers) -> Iterator[Callable[[list[Job]], Iterator[str]]]:
+    """Runs jobs and yields as they finish; the first fault stops all."""
+    if workers.engine == "threads":
+        with dask.config.set(scheduler="synchronous"), ThreadPoolExecutor(workers.count) as pool:
+            yield lambda jobs: _in_threads(pool, jobs)
+        return
+    from distributed import Client
+    from distributed import as_completed as completed
+
+    with _cluster(workers) as cluster, Client(cluster) as client:
+
+        def run(jobs: list[Job]) -> Iterator[str]:
+            futures = client.map(write_region, jobs, pure=False)
+            for _, note in completed(futures, with_results=True):
+                yield note
+
+        yield run
+
+
+def _in_threads(pool: ThreadPoolExecutor, jobs: list[Job]) -> Iterator[str]:
+    futures = [pool.submit(write_region, job) for job in jobs]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _cluster(workers: Workers) -> Any:
+    if workers.engine == "local_cluster":
+        from distributed import LocalCluster
+
+        return LocalCluster(n_workers=workers.count, threads_per_worker=1, dashboard_address=None)
+    from dask_jobqueue import SLURMCluster
+
+    cluster = SLURMCluster(**workers.slurm)
+    cluster.scale(workers.count)
+    return cluster

@@ -1,0 +1,175 @@
+"""What others wrote, as one canonical dataset: GRIB, NetCDF and zarr, any usual names."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from atmossl.data.backends import open_store
+from atmossl.data.catalog import SegmentEntry
+from atmossl.data.store import rename_coordinates
+from atmossl.data.variables import SHORT_NAMES
+
+_GRIB = (".grib", ".grib2", ".grb", ".grb2")
+_PASCAL_PER_HPA = 100.0
+
+
+def input_files(location: str) -> list[str]:
+    """One path per file: the location itself, the files of a folder, or those of a pattern.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    path = Path(location)
+    if "://" in location or path.suffix in (".zarr", ".zip") or path.is_file():
+        if "://" not in location and not path.exists():
+            raise ValueError(f"input={location}: no such file")
+        return [location]
+    if path.is_dir() and ((path / "zarr.json").exists() or (path / ".zgroup").exists()):
+        return [location]
+    files = path.glob("*") if path.is_dir() else path.parent.glob(path.name)
+    found = sorted(str(f) for f in files if f.suffix in (*_GRIB, ".nc", ".nc4"))
+    if not found:
+        raise ValueError(f"input={location}: no GRIB or NetCDF file there")
+    return found
+
+
+def open_input(
+    location: str, names: dict[str, str], selection: dict[str, Any], filters: dict[str, Any]
+) -> xr.Dataset:
+    """All files of an input joined along time, lazily; dims (time, level, latitude, longitude),
+    latitudes and longitudes ascending.
+
+    names: variables wanted, canonical -> name in the input; all that are known if it is empty.
+    selection: one value for each dimension that the store cannot hold, such as `number`.
+    filters: cfgrib's `filter_by_keys`.
+
+    Raises:
+        ValueError: a file that cannot be read, or does not fit; names the file.
+    """
+    parts = []
+    for file in input_files(location):
+        try:
+            opened = _open_file(file, filters)
+        except ValueError:
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split())[:300] or "truncated or corrupt"
+            raise ValueError(f"input {file}: {type(error).__name__}: {why}") from error
+        parts.append(_canonical(opened, names, selection, file))
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        joined = xr.combine_by_coords(parts, combine_attrs="override", join="outer")
+    except ValueError as error:
+        raise ValueError(f"input={location}: the files do not join ({error})") from error
+    assert isinstance(joined, xr.Dataset)
+    return joined
+
+
+def _open_file(file: str, filters: dict[str, Any]) -> list[xr.Dataset]:
+    """The datasets in one file: a GRIB file can hold several."""
+    if not file.endswith(_GRIB):
+        return [open_store(SegmentEntry(location=file)).dataset.chunk({})]
+    import cfgrib
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of cfgrib about xarray's merge
+        found = cfgrib.open_datasets(
+            file, backend_kwargs={"indexpath": "", "filter_by_keys": filters, "errors": "raise"}
+        )
+    if not found or not any(dataset.data_vars for dataset in found):
+        raise ValueError(f"input {file}: no GRIB message could be read")
+    return [dataset.chunk({}) for dataset in found]
+
+
+def _canonical(
+    opened: Sequence[xr.Dataset], names: dict[str, str], selection: dict[str, Any], file: str
+) -> xr.Dataset:
+    found: dict[str, xr.DataArray] = {}
+    for dataset in opened:
+        for stored, array in dataset.data_vars.items():
+            canonical = _canonical_name(str(stored), names)
+            if canonical is None:
+                continue
+            if canonical in found:
+                raise ValueError(
+                    f"input {file}: {stored} is there more than once; choose with filters, such "
+                    "as filters.typeOfLevel=isobaricInhPa"
+                )
+            found[canonical] = _canonical_array(array, selection, file)
+    missing = sorted(set(names) - set(found))
+    if missing or not found:
+        have = sorted(str(name) for dataset in opened for name in dataset.data_vars)
+        raise ValueError(f"input {file}: variables {missing or 'known here'} not among {have}")
+    return xr.merge([a.rename(n) for n, a in found.items()], join="outer", compat="override")
+
+
+def _canonical_name(stored: str, names: dict[str, str]) -> str | None:
+    if names:
+        return next((canonical for canonical, own in names.items() if own == stored), None)
+    return SHORT_NAMES.get(stored)
+
+
+def _canonical_array(array: xr.DataArray, selection: dict[str, Any], file: str) -> xr.DataArray:
+    """Known dims alone, in order, ascending latitudes and longitudes in [0, 360)."""
+    if array.attrs.get("GRIB_gridType") not in (None, "regular_ll", "regular_gg"):
+        raise ValueError(
+            f"input {file}: {array.name} lies on a grid of type {array.attrs['GRIB_gridType']}; "
+            "valid: regular_ll, regular_gg. Regrid it first, with cdo or earthkit for example"
+        )
+    chosen = {dim: value for dim, value in selection.items() if dim in array.dims}
+    try:
+        array = array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
+    except (KeyError, ValueError) as error:
+        valid = {dim: _values(array, dim) for dim in chosen}
+        raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
+    if "isobaricInPa" in array.dims:
+        array = array.rename(isobaricInPa="level")
+        array = array.assign_coords(level=array["level"] / _PASCAL_PER_HPA)
+    if "time" not in array.dims and "time" in array.coords:
+        array = array.expand_dims("time")
+    elif "time" not in array.dims and "valid_time" in array.coords:
+        array = array.expand_dims(time=[array["valid_time"].values])
+    name = str(array.name)
+    array = rename_coordinates(array.to_dataset(), {}, f"input {file}")[name]
+    if "level" not in array.dims and "isobaricInhPa" in array.coords:
+        array = array.expand_dims(level=[float(array["isobaricInhPa"])])
+    array = _of_one_step(array, file)
+    others = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
+    if others:
+        sizes = {dim: _values(array, str(dim)) for dim in others if dim in array.coords}
+        raise ValueError(
+            f"input {file}: {array.name} has further dimensions {others}; choose one value of each "
+            f"under `select`, valid: {sizes}"
+        )
+    kept = [dim for dim in ("time", "level", "latitude", "longitude") if dim in array.dims]
+    array = array.drop_vars(set(array.coords) - set(kept)).transpose(*kept)
+    array = array.assign_coords(longitude=array["longitude"].astype(np.float64) % 360.0)
+    return array.sortby(["latitude", "longitude", *kept[1:-2]])
+
+
+def _plain(dim: str, value: Any) -> Any:
+    return pd.Timedelta(value).to_numpy() if dim == "step" else value
+
+
+def _values(array: xr.DataArray, dim: str) -> list[Any]:
+    """The first values of a coordinate, as `select` takes them."""
+    values = array[dim].values[:6]
+    return (
+        [f"{h:g}h" for h in values / np.timedelta64(1, "h")] if dim == "step" else values.tolist()
+    )
+
+
+def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
+    """Forecasts of one lead time are dated by their valid time."""
+    if "step" not in array.coords or "step" in array.dims:
+        return array
+    step = array["step"].values
+    if np.ndim(step) or "time" not in array.dims:
+        raise ValueError(f"input {file}: {array.name} mixes lead times; choose one under `select`")
+    return array.assign_coords(time=array["time"] + step)

@@ -1,0 +1,177 @@
+"""Zarr layouts that are no CF dataset: AtmoRep's, and that of anemoi-datasets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dask.array
+import numpy as np
+import xarray as xr
+import zarr
+
+from atmossl.data.chunks import ChunkedArray, Region
+
+Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]
+_ATMOREP_NAMES = {
+    "temperature": "temperature",
+    "velocity_u": "u_component_of_wind",
+    "velocity_v": "v_component_of_wind",
+    "velocity_z": "vertical_velocity",
+    "specific_humidity": "specific_humidity",
+    "vorticity": "vorticity",
+    "divergence": "divergence",
+    "t2m": "2m_temperature",
+    "u10m": "10m_u_component_of_wind",
+    "v10m": "10m_v_component_of_wind",
+    "msl": "mean_sea_level_pressure",
+    "total_precip": "total_precipitation",
+}
+
+
+@dataclass(frozen=True)
+class OnePosition:
+    """A chunked array at one position of one of its axes, which drops out."""
+
+    array: zarr.Array
+    axis: int
+    position: int
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        return self.array.chunks[: self.axis] + self.array.chunks[self.axis + 1 :]
+
+    def read(self, region: Region) -> np.ndarray:
+        one = slice(self.position, self.position + 1)
+        values = self.array[(*region[: self.axis], one, *region[self.axis :])]
+        return np.asarray(values).squeeze(self.axis)
+
+
+def atmorep(group: zarr.Group) -> Adapted:
+    """AtmoRep's stores: `data[time, field, level, lat, lon]` and, at the surface,
+    `data_sfc[time, field, lat, lon]`, with `time`, `lats`, `lons` and the attributes `fields`,
+    `fields_sfc` and `levels`. Fields get their ERA5 names where they are known.
+
+    Raises:
+        ValueError: an array or an attribute is missing.
+    """
+    attributes = dict(group.attrs)
+    arrays: dict[str, ChunkedArray] = {}
+    fields: dict[str, tuple[tuple[str, ...], dask.array.Array]] = {}
+    for key, names, dims in (
+        ("data", "fields", ("time", "level", "latitude", "longitude")),
+        ("data_sfc", "fields_sfc", ("time", "latitude", "longitude")),
+    ):
+        stored = group.get(key)
+        if not isinstance(stored, zarr.Array):
+            continue
+        if names not in attributes:
+            raise ValueError(f"array {key} is there, but no attribute {names}")
+        lazy = dask.array.from_zarr(stored)
+        for position, name in enumerate(attributes[names]):
+            canonical = _ATMOREP_NAMES.get(name, name)
+            arrays[canonical] = OnePosition(stored, 1, position)
+            fields[canonical] = (dims, lazy[:, position])
+    if not fields:
+        raise ValueError("neither data nor data_sfc is there")
+    coords = {
+        "time": np.asarray(_array(group, "time")[:]).astype("datetime64[ns]"),
+        "latitude": np.asarray(_array(group, "lats")[:]),
+        "longitude": np.asarray(_array(group, "lons")[:]),
+    }
+    if "data" in group:
+        coords["level"] = np.array(attributes["levels"])
+    return xr.Dataset(fields, coords), arrays
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    found = group.get(name)
+    if not isinstance(found, zarr.Array):
+        raise ValueError(f"array {name} is missing; there are {sorted(group.array_keys())}")
+    return found
+
+
+@dataclass(frozen=True)
+class AnemoiField:
+    """One parameter of an anemoi dataset, [time level lat lon] or [time lat lon].
+
+    positions: of its levels along the axis of variables.
+    """
+
+    array: zarr.Array  # [time variable ensemble cell]
+    positions: tuple[int, ...]
+    grid: tuple[int, int]
+    on_levels: bool
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        levels = (len(self.positions),) if self.on_levels else ()
+        return (self.array.chunks[0], *levels, *self.grid)
+
+    def read(self, region: Region) -> np.ndarray:
+        time, lat, lon = region[0], region[-2], region[-1]
+        levels = region[1] if self.on_levels else slice(0, 1)
+        num_lon = self.grid[1]
+        cells = slice(lat.start * num_lon, lat.stop * num_lon)
+        wanted = self.positions[levels]
+        first, last = min(wanted), max(wanted) + 1
+        values = np.asarray(self.array[time, first:last, 0, cells])  # one read of every chunk
+        values = values[:, [position - first for position in wanted]]
+        values = values.reshape(*values.shape[:2], lat.stop - lat.start, num_lon)[..., lon]
+        return values if self.on_levels else values[:, 0]
+
+
+def anemoi(group: zarr.Group) -> Adapted:
+    """Stores of anemoi-datasets: `data[time, variable, ensemble, cell]` with `dates`,
+    `latitudes`, `longitudes` and the attribute `variables`: names such as `2t` and `t_500`, which
+    become a variable `t` on levels. The first member is taken. A chunk that holds several
+    parameters is decoded once for each of them; `atmossl data ingest` makes a store without that.
+
+    Raises:
+        ValueError: the cells are no regular latitude-longitude grid, row by row.
+    """
+    data, names = _array(group, "data"), list(group.attrs["variables"])
+    latitude, longitude, grid = _regular_grid(group)
+    parameters: dict[str, dict[int, int]] = {}
+    for position, name in enumerate(names):
+        parameter, _, level = name.rpartition("_")
+        if parameter and level.isdigit():
+            parameters.setdefault(parameter, {})[int(level)] = position
+        else:
+            parameters[name] = {0: position}
+    all_levels = sorted({level for found in parameters.values() for level in found if level})
+    lazy = dask.array.from_zarr(data)[:, :, 0]
+    arrays: dict[str, ChunkedArray] = {}
+    fields: dict[str, tuple[Sequence[str], dask.array.Array]] = {}
+    for parameter, found in parameters.items():
+        on_levels = 0 not in found
+        if on_levels and sorted(found) != all_levels:
+            continue  # xarray has one axis of levels; the parameter lacks some of them
+        positions = tuple(found[level] for level in sorted(found))
+        arrays[parameter] = AnemoiField(data, positions, grid, on_levels)
+        values = lazy[:, list(positions)].reshape(len(lazy), len(positions), *grid)
+        dims = ("time", "level", "latitude", "longitude") if on_levels else ()
+        fields[parameter] = (dims or ("time", "latitude", "longitude"), values)
+        if not on_levels:
+            fields[parameter] = (fields[parameter][0], values[:, 0])
+    coords = {
+        "time": np.asarray(_array(group, "dates")[:]).astype("datetime64[ns]"),
+        "latitude": latitude,
+        "longitude": longitude,
+    }
+    if all_levels:
+        coords["level"] = np.array(all_levels)
+    return xr.Dataset(fields, coords), arrays
+
+
+def _regular_grid(group: zarr.Group) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Latitudes and longitudes of the axes of the flat grid."""
+    latitudes = np.asarray(_array(group, "latitudes")[:])
+    longitudes = np.asarray(_array(group, "longitudes")[:])
+    num_lon = int(np.argmax(latitudes != latitudes[0])) or len(latitudes)
+    rows = len(latitudes) // num_lon
+    regular = rows * num_lon == len(latitudes)
+    if regular:
+        lat, lon = latitudes.reshape(rows, num_lon), longitudes.reshape(rows, num_lon)
+        regular = bool((lat == lat[:, :1]).all() and (lon == lon[:1]).all())
+    if not regular:
+        raise ValueError(f"the {len(latitudes)} cells are no regular latitude-longitude grid")
+    return lat[:, 0], lon[0], (rows, num_lon)
