@@ -30,7 +30,8 @@ _USAGE = """atmossl COMMAND [key=value ...]
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
-  data      atmossl data list | atmossl data stats [key=value ...]
+  data      atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
+            atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
   config    atmossl config show | validate [key=value ...]      of a training run
   info      atmossl info checkpoint=PATH
             atmossl info model=large trainer=fsdp memory=80 --check     does a run fit 80 GiB?
@@ -117,15 +118,27 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 
 def _data(arguments: Sequence[str]) -> None:
-    from atmossl.commands import list_catalog, show_statistics
+    from atmossl import data_commands
 
     action, *overrides = arguments or [""]
     if action == "list":
-        list_catalog()
+        data_commands.list_catalog()
     elif action == "stats":
-        show_statistics(compose_config("train", overrides))
+        data_commands.show_statistics(compose_config("train", overrides))
+    elif action == "ingest":
+        data_commands.run_ingest(compose_config("ingest", [_open_ended(o) for o in overrides]))
+    elif action == "inspect" and overrides and "=" not in overrides[0]:
+        data_commands.show_inspection(overrides[0], compose_config("inspect", overrides[1:]))
+    elif action == "inspect":
+        raise ValueError("inspect needs the name of a catalog entry; see atmossl data list")
     else:
-        raise ValueError(f"data {action!r} is no action; valid: list, stats")
+        raise ValueError(f"data {action!r} is no action; valid: list, inspect, ingest, stats")
+
+
+def _open_ended(override: str) -> str:
+    """Mappings of `ingest` take any key, which Hydra calls appending."""
+    open_ended = ("variables.", "select.", "filters.", "workers.slurm.")
+    return f"++{override}" if override.startswith(open_ended) else override
 
 
 def _config(arguments: Sequence[str]) -> None:

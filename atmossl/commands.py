@@ -16,7 +16,7 @@ from rich.table import Table
 
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import newest_readable, write_atomically
-from atmossl.data.catalog import catalog_entry, load_catalog
+from atmossl.data.catalog import catalog_entry
 from atmossl.data.statistics import Normaliser
 from atmossl.data.store import Segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step
@@ -220,27 +220,6 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
         shutil.rmtree(partial, ignore_errors=True)
     Console().print(f"report: {config.output / 'index.html'}", highlight=False)
     return config.output
-
-
-def list_catalog() -> None:
-    table = Table("name", "levels", "segments", "description", "licence")
-    for name, entry in load_catalog().items():
-        table.add_row(
-            name, str(len(entry.levels)), str(len(entry.segments)), entry.description, entry.licence
-        )
-    Console().print(table)
-
-
-def show_statistics(values: Mapping[str, Any]) -> None:
-    """Compute or read the statistics of a training run's data, and print them."""
-    config: TrainConfig = parse(TrainConfig, _plain(values))
-    _, statistics = build_data(config)
-    table = Table("variable", "level", "mean", "std", "std of one step's change")
-    for row, name in enumerate(statistics.variables):
-        for column, level in enumerate(statistics.levels):
-            numbers = (statistics.mean, statistics.std, statistics.step_std)
-            table.add_row(name, str(level), *(f"{x[row, column]:.5g}" for x in numbers))
-    Console().print(table, f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}")
 
 
 def show_checkpoint(checkpoint: str) -> None:

@@ -160,9 +160,9 @@ def _plain(dim: str, value: Any) -> Any:
 def _values(array: xr.DataArray, dim: str) -> list[Any]:
     """The first values of a coordinate, as `select` takes them."""
     values = array[dim].values[:6]
-    return (
-        [f"{h:g}h" for h in values / np.timedelta64(1, "h")] if dim == "step" else values.tolist()
-    )
+    if dim == "step":
+        return [f"{hours:g}h" for hours in values / np.timedelta64(1, "h")]
+    return values.tolist()
 
 
 def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
@@ -172,4 +172,5 @@ def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
     step = array["step"].values
     if np.ndim(step) or "time" not in array.dims:
         raise ValueError(f"input {file}: {array.name} mixes lead times; choose one under `select`")
-    return array.assign_coords(time=array["time"] + step)
+    lead = step if np.issubdtype(step.dtype, np.timedelta64) else pd.Timedelta(hours=float(step))
+    return array.assign_coords(time=array["time"] + lead)

@@ -1,10 +1,11 @@
 """Configuration of the data: which store, which windows, how they are read."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from atmossl.data import ingest
 from atmossl.data.chunks import Engine
 from atmossl.data.transforms import Kind, Transform
 from atmossl.schema.strict import NotNegative, Positive, Strict
@@ -59,3 +60,48 @@ class DataConfig(Strict):
                     f"{key}={getattr(self, key)}"
                 )
         return self
+
+
+class LayoutConfig(Strict):
+    """See `atmossl.data.ingest.Layout`."""
+
+    time: NotNegative
+    level: NotNegative
+    lat: NotNegative
+    lon: NotNegative
+    shard: NotNegative
+    compression: int = Field(ge=0, le=9)
+
+
+class WorkersConfig(Strict):
+    """See `atmossl.data.ingest.Workers`."""
+
+    engine: ingest.Engine
+    count: Positive
+    slurm: dict[str, Any]
+
+
+class IngestConfig(Strict):
+    """Everything that `atmossl data ingest` obeys."""
+
+    input: str
+    output: Path
+    variables: dict[str, str]
+    levels: tuple[Positive, ...]
+    start: str | None
+    end: str | None
+    region: tuple[float, float, float, float] | None
+    select: dict[str, Any]
+    filters: dict[str, Any]
+    layout: LayoutConfig
+    workers: WorkersConfig
+    verify: bool
+
+
+class InspectConfig(Strict):
+    """Everything that `atmossl data inspect NAME` obeys."""
+
+    catalog: Path | None
+    window: WindowConfig
+    samples: Positive
+    output: Path

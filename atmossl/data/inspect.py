@@ -1,0 +1,220 @@
+"""What is in a store, before anything is trained on it: extent, gaps, values, cost of windows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from atmossl.data.backends import OpenedStore, open_store
+from atmossl.data.catalog import CatalogEntry, resolve_location
+from atmossl.data.chunks import Access, chunked_array
+from atmossl.data.store import rename_coordinates
+from atmossl.data.variables import VARIABLES
+from atmossl.data.windows import WindowSize
+
+_SMALL_CHUNK_BYTES = 256 * 2**10
+_MUCH = 2.0  # times what a window needs
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """gaps: (last time before, number of steps missing). step_hours: the most frequent one."""
+
+    start: np.datetime64
+    end: np.datetime64
+    num_steps: int
+    step_hours: float
+    gaps: tuple[tuple[np.datetime64, int], ...]
+    duplicates: tuple[np.datetime64, ...]
+    ascending: bool
+
+
+@dataclass(frozen=True)
+class VariableReport:
+    """minimum, maximum, missing: over the sampled steps. decoded_over_needed: values decoded for a
+    window over its own, by axis; reads: chunks that a window touches, all levels together."""
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    levels: tuple[float, ...]
+    gibibytes: float
+    minimum: float
+    maximum: float
+    missing: float
+    limits: tuple[float, float]
+    decoded_over_needed: dict[str, float]
+    reads: float
+    picture: xr.DataArray
+
+    @property
+    def within_limits(self) -> bool:
+        return self.limits[0] <= self.minimum and self.maximum <= self.limits[1]
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    name: str
+    location: str
+    time: TimeAxis
+    variables: tuple[VariableReport, ...]
+
+
+def time_axis(times: np.ndarray) -> TimeAxis:
+    """What the times of a record look like; they need not be in order."""
+    times = times.astype("datetime64[ns]")
+    ordered = np.sort(times)
+    steps = np.diff(ordered)
+    positive = steps[steps > np.timedelta64(0)]
+    values, counts = np.unique(positive, return_counts=True)
+    step = values[counts.argmax()] if len(values) else np.timedelta64(0, "ns")
+    gaps = [
+        (ordered[n], round(float(steps[n] / step)) - 1) for n in np.flatnonzero(steps > 1.5 * step)
+    ]
+    return TimeAxis(
+        start=ordered[0],
+        end=ordered[-1],
+        num_steps=len(times),
+        step_hours=float(step / np.timedelta64(1, "h")),
+        gaps=tuple(gaps) if len(values) else (),
+        duplicates=tuple(ordered[1:][steps == np.timedelta64(0)]),
+        ascending=bool((np.diff(times) > np.timedelta64(0)).all()),
+    )
+
+
+def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[SegmentReport]:
+    """Reports of all segments of a catalog entry; reads `samples` steps of every variable.
+
+    Raises:
+        ValueError: a store that cannot be opened, or lacks a variable of the entry.
+    """
+    reports = []
+    for name, source in entry.segments.items():
+        opened, location = open_store(source), resolve_location(source.location)
+        dataset = rename_coordinates(opened.dataset, entry.coordinates, location)
+        missing = sorted(set(entry.variables.values()) - set(map(str, dataset.data_vars)))
+        if missing:
+            have = sorted(map(str, dataset.data_vars))
+            raise ValueError(f"{location}: variables {missing} are missing; the store has {have}")
+        variables = tuple(
+            _variable(canonical, stored, dataset[stored], opened, window, samples)
+            for canonical, stored in entry.variables.items()
+        )
+        reports.append(SegmentReport(name, location, time_axis(dataset["time"].values), variables))
+    return reports
+
+
+def _variable(
+    canonical: str,
+    stored: str,
+    array: xr.DataArray,
+    opened: OpenedStore,
+    window: WindowSize,
+    samples: int,
+) -> VariableReport:
+    chunked = opened.arrays.get(stored)
+    if chunked is None:
+        chunked = chunked_array(array, opened.array(stored), Access(engine="zarr"), stored)
+    chunks = dict(zip(map(str, array.dims), chunked.chunks, strict=True))
+    seen = array
+    if "time" in array.dims:
+        count = min(samples, array.sizes["time"])
+        seen = array.isel(time=np.linspace(0, array.sizes["time"] - 1, count).astype(int))
+    seen = seen.load()
+    finite = seen.values[np.isfinite(seen.values)]
+    picture = seen.isel({dim: 0 for dim in seen.dims if dim not in ("latitude", "longitude")})
+    known = VARIABLES.get(canonical)
+    ratios, reads = _cost(array, chunks, window)
+    return VariableReport(
+        name=canonical,
+        dims=tuple(map(str, array.dims)),
+        shape=array.shape,
+        chunks=chunked.chunks,
+        dtype=str(array.encoding.get("dtype", array.dtype)),
+        levels=tuple(array["level"].values.tolist()) if "level" in array.dims else (),
+        gibibytes=4 * math.prod(array.shape) / 2**30,
+        minimum=float(finite.min()) if len(finite) else float("nan"),
+        maximum=float(finite.max()) if len(finite) else float("nan"),
+        missing=1 - finite.size / seen.size,
+        limits=known.physical_range if known else (float("-inf"), float("inf")),
+        decoded_over_needed=ratios,
+        reads=reads,
+        picture=picture.transpose("latitude", "longitude"),
+    )
+
+
+def _cost(
+    array: xr.DataArray, chunks: dict[str, int], window: WindowSize
+) -> tuple[dict[str, float], float]:
+    """Values decoded over needed along every axis, for windows at random places, and chunks."""
+    wanted = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
+    ratios, reads = {}, 1.0
+    for dim, length in chunks.items():
+        size = array.sizes[dim]
+        points = min(wanted.get(dim, size) or size, size)
+        touched = min(1 + (points - 1) / length, math.ceil(size / length))
+        reads *= touched
+        ratios[dim] = min(touched * length, size) / points
+    return ratios, reads
+
+
+def advice(variable: VariableReport, window: WindowSize) -> list[str]:
+    """What rechunking would save, if it would save much."""
+    found = []
+    wanted = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
+    for dim, ratio in variable.decoded_over_needed.items():
+        if ratio > _MUCH and wanted.get(dim):
+            length = dict(zip(variable.dims, variable.chunks, strict=True))[dim]
+            found.append(
+                f"{variable.name}: chunks of {length} along {dim} decode {ratio:.1f} times what a "
+                f"window of {wanted[dim]} needs; {max(1, wanted[dim] // 2)} would be "
+                f"{_ratio_of(wanted[dim]):.1f}"
+            )
+    size = 4 * math.prod(variable.chunks)
+    if size < _SMALL_CHUNK_BYTES and variable.reads > 8:
+        found.append(
+            f"{variable.name}: a window touches {variable.reads:.0f} chunks of {size / 1024:.0f} "
+            "KiB; larger ones need fewer requests"
+        )
+    return found
+
+
+def _ratio_of(points: int) -> float:
+    length = max(1, points // 2)
+    return (1 + (points - 1) / length) * length / points
+
+
+def save_map(variable: VariableReport, path: Path) -> None:
+    """A map of the first sampled field, as PNG."""
+    import cartopy.crs as ccrs
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    field = variable.picture
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(projection=ccrs.PlateCarree(central_longitude=180))
+    shown = axes.pcolormesh(
+        field["longitude"].values,
+        field["latitude"].values,
+        field.values,
+        transform=ccrs.PlateCarree(),
+        shading="nearest",
+    )
+    level = f", {field['level'].item():g} hPa" if "level" in field.coords else ""
+    when = f", {np.datetime_as_string(field['time'].values, 'h')}" if "time" in field.coords else ""
+    axes.set_title(f"{variable.name}{level}{when}", fontsize=10)
+    units = field.attrs.get("units", "")
+    figure.colorbar(shown, ax=axes, shrink=0.8, label=units)
+    figure.savefig(path, dpi=110)
+
+
+def names_of(reports: Sequence[SegmentReport]) -> list[str]:
+    """Names for pictures: variable, after the segment's name where there are several."""
+    several = len(reports) > 1
+    return [f"{r.name}_{v.name}" if several else v.name for r in reports for v in r.variables]

@@ -1,0 +1,147 @@
+"""What `atmossl data ...` does, once its configuration is composed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from atmossl.build import build_data
+from atmossl.data.catalog import catalog_entry, load_catalog
+from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
+from atmossl.data.inspect import SegmentReport, VariableReport, advice, inspect, names_of, save_map
+from atmossl.data.windows import WindowSize
+from atmossl.schema import TrainConfig, parse
+from atmossl.schema.data import IngestConfig, InspectConfig
+
+_COLUMNS = (
+    "shape",
+    "chunks",
+    "type",
+    "GiB",
+    "range in sample",
+    "missing",
+    "limits",
+    "decoded / needed",
+)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "hydra"}
+
+
+def list_catalog() -> None:
+    table = Table("name", "levels", "segments", "description", "licence")
+    for name, entry in load_catalog().items():
+        table.add_row(
+            name, str(len(entry.levels)), str(len(entry.segments)), entry.description, entry.licence
+        )
+    Console().print(table)
+
+
+def show_statistics(values: Mapping[str, Any]) -> None:
+    """Compute or read the statistics of a training run's data, and print them."""
+    config: TrainConfig = parse(TrainConfig, _plain(values))
+    _, statistics = build_data(config)
+    fields = ("mean", "std", "step_std", "minimum", "maximum", "missing")
+    table = Table("variable", "level", *(name.replace("_", " ") for name in fields))
+    for row, name in enumerate(statistics.variables):
+        for column, level in enumerate(statistics.levels):
+            numbers = [getattr(statistics, field) for field in fields]
+            shown = ["" if x is None else f"{x[row, column]:.5g}" for x in numbers]
+            table.add_row(name, str(level), *shown)
+    Console().print(table, f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}")
+
+
+def run_ingest(values: Mapping[str, Any]) -> Path:
+    """Make a training store of what others wrote; returns its path."""
+    config: IngestConfig = parse(IngestConfig, _plain(values))
+    source = Source(
+        location=config.input,
+        names=config.variables,
+        select=config.select,
+        filters=config.filters,
+        levels=config.levels,
+        start=config.start or "",
+        end=config.end or "",
+        region=config.region,
+    )
+    workers = Workers(config.workers.engine, config.workers.count, config.workers.slurm)
+    with Progress() as bar:
+        task = bar.add_task("regions")
+        ingest(
+            source,
+            config.output,
+            Layout(**config.layout.model_dump()),
+            workers,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    count = verify(config.output) if config.verify else 0
+    checked = f", {count} regions read again and equal to their checksums" if count else ""
+    Console().print(f"store: {config.output}{checked}", highlight=False)
+    return config.output
+
+
+def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]:
+    """Print what is in the stores of a catalog entry, and draw a map of every variable."""
+    config: InspectConfig = parse(InspectConfig, _plain(values))
+    entry = catalog_entry(name, config.catalog)
+    window = WindowSize(**config.window.model_dump())
+    reports = inspect(entry, window, config.samples)
+    console = Console()
+    for report in reports:
+        _print_segment(console, report, window)
+    variables = [variable for report in reports for variable in report.variables]
+    config.output.mkdir(parents=True, exist_ok=True)
+    for picture, variable in zip(names_of(reports), variables, strict=True):
+        save_map(variable, config.output / f"{picture}.png")
+    console.print(f"maps: {config.output}", highlight=False)
+    return reports
+
+
+def _print_segment(console: Console, report: SegmentReport, window: WindowSize) -> None:
+    time = report.time
+    console.print(f"\n{report.name}: {report.location}", style="bold", highlight=False)
+    console.print(
+        f"{time.num_steps} steps of {time.step_hours:g} h from {_hour(time.start)} to "
+        f"{_hour(time.end)}{'' if time.ascending else ', not in ascending order'}",
+        highlight=False,
+    )
+    _print_times(console, "gap", [f"{count} steps after {_hour(t)}" for t, count in time.gaps])
+    _print_times(console, "duplicate", [_hour(t) for t in time.duplicates])
+    table = Table("variable", *_COLUMNS, show_edge=False, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for variable in report.variables:
+        table.add_row(*_row(variable))
+    console.print(table)
+    for line in [line for v in report.variables for line in advice(v, window)]:
+        console.print(f"advice: {line}", highlight=False)
+
+
+def _row(variable: VariableReport) -> list[str]:
+    low, high = variable.limits
+    return [
+        variable.name,
+        " x ".join(f"{size}" for size in variable.shape),
+        " x ".join(f"{size}" for size in variable.chunks),
+        variable.dtype,
+        f"{variable.gibibytes:.3g}",
+        f"{variable.minimum:.4g} to {variable.maximum:.4g}",
+        f"{variable.missing:.2%}",
+        "within" if variable.within_limits else f"OUTSIDE {low:g} to {high:g}",
+        f"{np.prod(list(variable.decoded_over_needed.values())):.1f}",
+    ]
+
+
+def _print_times(console: Console, what: str, lines: Sequence[str], limit: int = 5) -> None:
+    for line in lines[:limit]:
+        console.print(f"{what}: {line}", highlight=False)
+    if len(lines) > limit:
+        console.print(f"and {len(lines) - limit} more {what}s", highlight=False)
+
+
+def _hour(time: np.datetime64) -> str:
+    return str(np.datetime_as_string(time, "h"))
