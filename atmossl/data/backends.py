@@ -104,7 +104,7 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
         found,
         combine="by_coords",
         data_vars="minimal",
-        coords="minimal",
+        coords="minimal",  # pyright: ignore[reportArgumentType]
         compat="override",
         join="outer",
         chunks={"time": 32},

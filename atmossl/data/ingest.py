@@ -18,10 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import dask
 import numpy as np
 import xarray as xr
 import zarr
+from dask.config import set as dask_settings
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
@@ -318,7 +318,7 @@ def verify(store: Path) -> int:
 def _runner(workers: Workers) -> Iterator[Callable[[list[Job]], Iterator[str]]]:
     """Runs jobs and yields as they finish; the first fault stops all."""
     if workers.engine == "threads":
-        with dask.config.set(scheduler="synchronous"), ThreadPoolExecutor(workers.count) as pool:
+        with dask_settings(scheduler="synchronous"), ThreadPoolExecutor(workers.count) as pool:
             yield lambda jobs: _in_threads(pool, jobs)
         return
     from distributed import Client
@@ -348,8 +348,8 @@ def _cluster(workers: Workers) -> Any:
     if workers.engine == "local_cluster":
         from distributed import LocalCluster
 
-        return LocalCluster(n_workers=workers.count, threads_per_worker=1, dashboard_address=None)
-    from dask_jobqueue import SLURMCluster
+        return LocalCluster(n_workers=workers.count, threads_per_worker=1, dashboard_address=":0")
+    from dask_jobqueue.slurm import SLURMCluster
 
     cluster = SLURMCluster(**workers.slurm)
     cluster.scale(workers.count)

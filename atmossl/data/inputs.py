@@ -172,5 +172,6 @@ def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
     step = array["step"].values
     if np.ndim(step) or "time" not in array.dims:
         raise ValueError(f"input {file}: {array.name} mixes lead times; choose one under `select`")
-    lead = step if np.issubdtype(step.dtype, np.timedelta64) else pd.Timedelta(hours=float(step))
-    return array.assign_coords(time=array["time"] + lead)
+    if not np.issubdtype(step.dtype, np.timedelta64):
+        step = pd.Timedelta(hours=float(step)).to_numpy()
+    return array.assign_coords(time=array["time"].values + step)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import dask.array
 import numpy as np
@@ -53,7 +54,7 @@ def atmorep(group: zarr.Group) -> Adapted:
     Raises:
         ValueError: an array or an attribute is missing.
     """
-    attributes = dict(group.attrs)
+    attributes: dict[str, Any] = dict(group.attrs)
     arrays: dict[str, ChunkedArray] = {}
     fields: dict[str, tuple[tuple[str, ...], dask.array.Array]] = {}
     for key, names, dims in (
@@ -66,7 +67,7 @@ def atmorep(group: zarr.Group) -> Adapted:
         if names not in attributes:
             raise ValueError(f"array {key} is there, but no attribute {names}")
         lazy = dask.array.from_zarr(stored)
-        for position, name in enumerate(attributes[names]):
+        for position, name in enumerate(map(str, attributes[names])):
             canonical = _ATMOREP_NAMES.get(name, name)
             arrays[canonical] = OnePosition(stored, 1, position)
             fields[canonical] = (dims, lazy[:, position])
@@ -128,7 +129,7 @@ def anemoi(group: zarr.Group) -> Adapted:
     Raises:
         ValueError: the cells are no regular latitude-longitude grid, row by row.
     """
-    data, names = _array(group, "data"), list(group.attrs["variables"])
+    data, names = _array(group, "data"), cast(list[str], group.attrs["variables"])
     latitude, longitude, grid = _regular_grid(group)
     parameters: dict[str, dict[int, int]] = {}
     for position, name in enumerate(names):

@@ -48,15 +48,7 @@ def open_segment(
     opened = store if isinstance(store, OpenedStore) else OpenedStore(store)
     dataset = opened.dataset
     names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
-    missing = sorted(v for v, s in names.items() if s not in dataset.data_vars)
-    if missing:
-        raise ValueError(
-            f"{location}: variables {missing} are missing; the store has "
-            f"{sorted(map(str, dataset.data_vars))}"
-        )
-    others = set(dataset.data_vars) - set(names.values())  # coordinates all stay
-    dataset = dataset.drop_vars(others).rename({s: v for v, s in names.items() if s != v})
-    dataset = rename_coordinates(dataset, coordinates or {}, location)
+    dataset = rename_coordinates(_chosen(dataset, names, location), coordinates or {}, location)
     for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
     stored_levels = _checked_levels(dataset, levels, location)
@@ -90,6 +82,18 @@ def open_segment(
         access=access,
         may_miss=frozenset(may_miss),
     )
+
+
+def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dataset:
+    """The wanted variables by their canonical names, with all coordinates."""
+    missing = sorted(v for v, s in names.items() if s not in dataset.data_vars)
+    if missing:
+        raise ValueError(
+            f"{location}: variables {missing} are missing; the store has "
+            f"{sorted(map(str, dataset.data_vars))}"
+        )
+    others = set(dataset.data_vars) - set(names.values())
+    return dataset.drop_vars(others).rename({s: v for v, s in names.items() if s != v})
 
 
 def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str) -> xr.Dataset:

@@ -115,11 +115,7 @@ class Multiformer(nn.Module):
             self.tail[spec.name] = Tail(dim=width, num_members=num_members, scale=scale)
         # last, so that the other weights start the same whether or not values may be missing
         self.absent = nn.ModuleDict(
-            {
-                spec.name: nn.Linear(spec.patch, widths[spec.name], bias=False)
-                for spec in streams
-                if spec.missing == "mask"
-            }
+            {s.name: nn.Linear(s.patch, widths[s.name], bias=False) for s in _gappy(streams)}
         )
 
     def compile_blocks(self) -> None:
@@ -192,6 +188,10 @@ class Multiformer(nn.Module):
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
         return queries.index // (stream.grid.num_tokens // stream.grid.shape[0])
+
+
+def _gappy(streams: tuple[StreamSpec, ...]) -> list[StreamSpec]:
+    return [spec for spec in streams if spec.missing == "mask"]
 
 
 def _absent(stream: StreamTokens) -> Tensor:
