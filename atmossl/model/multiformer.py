@@ -113,7 +113,6 @@ class Multiformer(nn.Module):
                 DecoderBlock(dim=width, sizes=sizes) for _ in range(num_decoder_layers)
             )
             self.tail[spec.name] = Tail(dim=width, num_members=num_members, scale=scale)
-        # last, so that the other weights start the same whether or not values may be missing
         self.absent = nn.ModuleDict(
             {s.name: nn.Linear(s.patch, widths[s.name], bias=False) for s in _gappy(streams)}
         )
