@@ -7,3 +7,20 @@ The way of one sample, from a store to a written field (`tests/test_one_sample.p
 """
 
 __version__ = "0.1.0"
+
+
+def load(checkpoint="default", *, device=None):
+    """A checkpoint ready to predict: `atmossl.load().predict(task, dataset)`; see `api.load`."""
+    return _api().load(checkpoint, device=device)
+
+
+def open_data(name="sample", split="test", catalog=None):
+    """A split of a catalog entry as an xarray dataset; see `api.open_data`."""
+    return _api().open_data(name, split, catalog)
+
+
+def _api():
+    # by name, so that the rooms that read `__version__` here do not come to import the API
+    from importlib import import_module
+
+    return import_module("atmossl.api")

@@ -1,4 +1,4 @@
-"""The command line: train, predict, evaluate, data, config, info."""
+"""The command line: train, predict, calibrate, evaluate, data, config, info."""
 
 import logging
 import shlex
@@ -27,6 +27,8 @@ _USAGE = """atmossl COMMAND [key=value ...]
             task: forecast | hindcast | temporal_interpolation | downscaling | inpainting |
                   cross_variable | combined | counterfactual
             atmossl predict task=forecast task.lead_time=5d layout=weatherbench2 output=out.nc
+            atmossl predict task=my_task.yaml init_time=all every=4 output=out.zarr resume=true
+  calibrate atmossl calibrate task=forecast checkpoint=PATH split=validation output=new.ckpt
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
@@ -100,7 +102,27 @@ def _train_one_of_many(config: Any) -> float | None:
 def _predict(arguments: Sequence[str]) -> None:
     from atmossl.commands import predict
 
-    predict(_compose_with_data_name("predict", arguments))
+    predict(_compose_with_task_file(arguments))
+
+
+def _calibrate(arguments: Sequence[str]) -> None:
+    from atmossl.commands import calibrate
+
+    calibrate(_compose_with_task_file(arguments))
+
+
+def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """Like `_compose_with_data_name`, but `task=FILE.yaml` reads a task of the user's own."""
+    files = [a for a in arguments if a.startswith("task=") and a.endswith((".yaml", ".yml"))]
+    if not files:
+        return _compose_with_data_name("predict", arguments)
+    own = [a for a in arguments if a.startswith("task.")]
+    rest = [a for a in arguments if a not in own and not a.startswith("task=")]
+    path = Path(files[-1].removeprefix("task="))
+    if not path.is_file():
+        raise ValueError(f"task={path} does not exist")
+    task = OmegaConf.merge({"task": OmegaConf.load(path)}, OmegaConf.from_dotlist(own))
+    return _compose_with_data_name("predict", rest) | _to_plain(task)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -192,6 +214,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "predict": _predict,
     "evaluate": _evaluate,
+    "calibrate": _calibrate,
     "export": _export,
     "data": _data,
     "config": _config,

@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
+from atmossl.api import cautions, chosen_times
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import newest_readable, write_atomically
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.statistics import Normaliser
 from atmossl.data.store import Segment, open_split
-from atmossl.inference.cautions import unseen, untrained_step
+from atmossl.inference.calibration import estimate_inflation, with_inflation
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, write
 from atmossl.preflight import advice, estimate
 from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
-from atmossl.schema.masks import instantiate
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
 from atmossl.training.watch import matmul_rate
@@ -130,21 +130,8 @@ def predict(values: Mapping[str, Any]) -> Path:
     """Run one task for every chosen time and write a CF store; returns its path."""
     config: PredictConfig = parse(PredictConfig, values)
     check_output(config.output, resume=config.resume)
-    trained = load_checkpoint(config.checkpoint)
-    segments = open_for(trained, config.data, config.catalog, config.split)
-    if len(segments) != 1:
-        raise ValueError(f"split={config.split} has {len(segments)} segments; predict takes one")
-    predictor = Predictor(
-        trained=trained,
-        segment=segments[0],
-        task=config.task.sampler(),
-        overlap=config.overlap,
-        batch_size=config.batch_size,
-        device=_device(config.accelerator),
-        seed=config.seed,
-        fill_missing=config.missing == "fill",
-    )
-    times = _chosen_times(config, predictor)
+    predictor = _predictor(config)
+    times = _times(config, predictor)
     for caution in cautions(predictor, times[0]):
         Console(stderr=True).print(
             f"note: this checkpoint was not trained for {caution}", highlight=False, soft_wrap=True
@@ -164,32 +151,52 @@ def predict(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def cautions(predictor: Predictor, time: np.datetime64) -> list[str]:
-    """What the task asks that the checkpoint's training never did, as far as it is recorded."""
-    record = predictor.trained.record
-    step_hours = float(predictor.step / np.timedelta64(1, "h"))
-    found = untrained_step(step_hours, record.get("step_hours"))
-    masking = record.get("config", {}).get("masking")
-    if masking is not None:
-        factor = getattr(predictor.task, "factor", None)
-        found += unseen(predictor.first_view(time), instantiate(masking), factor)
-    return found
+def _predictor(config: PredictConfig, *, calibrated: bool = True) -> Predictor:
+    trained = load_checkpoint(config.checkpoint)
+    segments = open_for(trained, config.data, config.catalog, config.split)
+    if len(segments) != 1:
+        raise ValueError(f"split={config.split} has {len(segments)} segments; predict takes one")
+    return Predictor(
+        trained=trained,
+        segment=segments[0],
+        task=config.task.sampler(),
+        overlap=config.overlap,
+        batch_size=config.batch_size,
+        device=_device(config.accelerator),
+        seed=config.seed,
+        fill_missing=config.missing == "fill",
+        calibrated=calibrated,
+    )
 
 
-def _chosen_times(config: PredictConfig, predictor: Predictor) -> np.ndarray:
-    if config.init_time == "all":
-        times = predictor.possible_times()[:: config.every]
-        if len(times) == 0:
-            raise ValueError("init_time=all: the store is shorter than one window")
-        return times
-    names = [config.init_time] if isinstance(config.init_time, str) else config.init_time
-    try:
-        times = np.array(sorted(np.datetime64(name, "ns") for name in names))
-    except ValueError as error:
-        raise ValueError(f"init_time={names}: {error}; valid: ISO dates, or all") from error
-    for time in times:
-        predictor.window_start(time)
-    return times
+def _times(config: PredictConfig, predictor: Predictor) -> np.ndarray:
+    times = None if config.init_time == "all" else config.init_time
+    return chosen_times(predictor, times, config.every)
+
+
+def calibrate(values: Mapping[str, Any]) -> Path:
+    """Measure how much a task's spread lacks on held-out dates, and write a checkpoint that
+    inflates it; returns its path."""
+    config: PredictConfig = parse(PredictConfig, values)
+    if config.output.suffix != ".ckpt" or config.output.exists():
+        raise ValueError(f"output={config.output} must end in .ckpt and not exist")
+    if config.split == "test":
+        raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
+    predictor = _predictor(config, calibrated=False)
+    last = predictor.segment.times[-1] - predictor.plan.offsets[-1] * predictor.step
+    times = _times(config, predictor)
+    times = times[times <= last]  # those with their truth
+    if len(times) == 0:
+        raise ValueError(f"init_time={config.init_time}: no truth at the end of the lead time")
+    found = estimate_inflation(predictor, times)
+    contents = read_checkpoint(config.checkpoint)
+    record = with_inflation(contents["atmossl"], type(predictor.task).__name__, found)
+    write_atomically(config.output, lambda path: torch.save({**contents, "atmossl": record}, path))
+    for name, factors in found.factors.items():
+        text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
+        Console().print(f"{name}: spread x {text} by lead time", highlight=False)
+    Console().print(f"checkpoint: {config.output}", highlight=False)
+    return config.output
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:

@@ -30,7 +30,12 @@ _COORDINATES = {
         "axis": "Z",
     },
     "member": {"standard_name": "realization", "long_name": "ensemble member", "units": "1"},
-    "time": {"standard_name": "time", "long_name": "valid time", "axis": "T"},
+    "time": {
+        "standard_name": "time",
+        "long_name": "valid time",
+        "units_metadata": "leap_seconds: none",
+        "axis": "T",
+    },
     "init_time": {
         "standard_name": "forecast_reference_time",
         "long_name": "initial time of forecast",
@@ -156,7 +161,7 @@ class Layout:
         predictor = self.predictor
         trained = predictor.trained
         return {
-            "Conventions": "CF-1.8",
+            "Conventions": "CF-1.11",
             "title": f"atmossl {type(predictor.task).__name__} prediction",
             "institution": "not stated",
             "source": f"atmossl {__version__}, checkpoint {trained.digest}",
@@ -178,11 +183,14 @@ def _description(name: str) -> dict[str, str]:
     known = VARIABLES.get(name)
     if known is None:
         return {"long_name": name.replace("_", " ")}
-    return {
+    found = {
         "units": known.units,
         "standard_name": known.standard_name,
         "long_name": known.long_name,
     }
+    if "temperature" in known.standard_name:
+        found["units_metadata"] = "temperature: on_scale"
+    return found
 
 
 def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:

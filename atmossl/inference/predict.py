@@ -19,6 +19,7 @@ from atmossl.batch import StreamPrediction, StreamTokens, View, collate_views
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, Grid, TilePlan
 from atmossl.inference.blend import Fields, Mosaic, Part
+from atmossl.inference.calibration import SpreadInflation
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.consistency import CoarseCells
 from atmossl.inference.rollout import roll_out
@@ -48,6 +49,7 @@ class Predictor:
     the model, of any time or member. seed: of the order in which members go on in a rollout.
     fill_missing: predict also where a variable is missing in the whole window, which is NaN in
     the output otherwise, such as sea-surface temperature on land.
+    calibrated: apply the spread inflation that the checkpoint holds for the task.
     """
 
     trained: TrainedModel
@@ -59,6 +61,7 @@ class Predictor:
     lon_shift: int = 0
     seed: int = 0
     fill_missing: bool = False
+    calibrated: bool = True
 
     @cached_property
     def plan(self) -> TimePlan:
@@ -157,6 +160,18 @@ class Predictor:
         Raises:
             ValueError: a time without its steps, or a task that does not fit store or model.
         """
+        record = self.trained.record if self.calibrated else {}
+        inflation = SpreadInflation.of(record, type(self.task).__name__)
+        hours = np.array(self.plan.offsets) * float(self.step / np.timedelta64(1, "h"))
+        for part in self._uncalibrated(times):
+            if inflation is None:
+                yield part
+                continue
+            count = len(next(iter(part.fields.values())))
+            own = hours[part.step : part.step + count]
+            yield replace(part, fields=inflation.apply(part.fields, own))
+
+    def _uncalibrated(self, times: Sequence[np.datetime64]) -> Iterator[Part]:
         starts = [self.window_start(time) for time in times]
         if self.plan.num_passes > 1:
             for case, start in enumerate(starts):

@@ -4,6 +4,7 @@ where it stopped. It appears under its own name when it is complete."""
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,6 +188,9 @@ def _finish(partial: Path, output: Path, progress: _Progress) -> None:
     for name, total in progress.squares.items():
         group[name].attrs["rms_departure_from_coarse_cells"] = (total / progress.rows) ** 0.5
     if output.suffix == ".zarr":
+        with warnings.catch_warnings():  # that not every reader of format 3 knows of it
+            warnings.simplefilter("ignore", UserWarning)
+            zarr.consolidate_metadata(partial)
         partial.replace(output)
         return
     packed = output.with_name(f".{output.name}.{os.getpid()}")
@@ -205,8 +209,10 @@ def _finish(partial: Path, output: Path, progress: _Progress) -> None:
     shutil.rmtree(partial)
 
 
-def predictions(predictor: Predictor, times: np.ndarray) -> Iterator[xr.Dataset]:
+def predictions(
+    predictor: Predictor, times: np.ndarray, names: LayoutName = "cf"
+) -> Iterator[xr.Dataset]:
     """One whole dataset after another, for every reference time, in memory."""
     for number, fields in enumerate(predictor.run(list(times))):
         num_members = next(iter(fields.values())).shape[1]
-        yield Layout(predictor, times[number : number + 1], num_members).dataset(fields)
+        yield Layout(predictor, times[number : number + 1], num_members, names).dataset(fields)

@@ -1,0 +1,190 @@
+"""atmossl from Python: a checkpoint, a task and a dataset to a dataset.
+
+model = atmossl.load("default")
+forecast = model.predict("forecast", atmossl.open_data("sample"), "1959-02-12T00")
+forecast.temperature.sel(level=500).isel(lead_time=-1).mean("member").plot()
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from atmossl.data.catalog import Split, catalog_entry, find_file
+from atmossl.data.store import open_segment, open_split
+from atmossl.inference.cautions import unseen, untrained_step
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.inference.layout import LayoutName
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import predictions, write
+from atmossl.masking.tasks import Task
+from atmossl.schema.masks import instantiate
+from atmossl.schema.tasks import TaskConfig
+
+Times = str | np.datetime64 | Sequence[str] | np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint ready to predict, on a device such as `cpu` or `cuda`."""
+
+    trained: TrainedModel
+    device: str
+
+    def predict(
+        self,
+        task: str | Mapping[str, Any] | Task,
+        dataset: xr.Dataset,
+        times: Times = None,
+        *,
+        output: str | Path | None = None,
+        layout: LayoutName = "cf",
+        overlap: float = 0.5,
+        batch_size: int = 16,
+        seed: int = 0,
+        fill_missing: bool = False,
+        **choices: Any,
+    ) -> xr.Dataset:
+        """One task at the given init or valid times, at all that are possible by default.
+
+        task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
+        or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
+        (time, level, latitude, longitude) in any order. fill_missing: predict where the dataset
+        never has a value, too. output: written there, band by band, and
+        opened lazily; in memory otherwise. Warns of what the checkpoint was not trained for.
+
+        Raises:
+            ValueError: anything that does not fit, before the model runs.
+        """
+        segment = open_segment(
+            "dataset",
+            dataset,
+            "the dataset",
+            variables=sorted(self.trained.variables),
+            levels=self.trained.levels,
+            may_miss=[
+                name
+                for spec in self.trained.specs
+                if spec.missing == "mask"
+                for name in spec.variables
+            ],
+        )
+        predictor = Predictor(
+            trained=self.trained,
+            segment=segment,
+            task=task if isinstance(task, Task) else find_task(task, choices).sampler(),
+            overlap=overlap,
+            batch_size=batch_size,
+            device=self.device,
+            seed=seed,
+            fill_missing=fill_missing,
+        )
+        chosen = chosen_times(predictor, times)
+        for caution in cautions(predictor, chosen[0]):
+            warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
+        if output is not None:
+            write(predictor, chosen, Path(output), names=layout)
+            if Path(output).suffix == ".grib2":
+                return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
+            return xr.open_dataset(
+                output, chunks={}, decode_timedelta=True, engine=_engine(Path(output))
+            )
+        parts = list(predictions(predictor, chosen, layout))
+        along = next(name for name in ("init_time", "time") if name in parts[0].dims)
+        return xr.concat(parts, along, combine_attrs="override", data_vars="minimal")
+
+
+def _engine(output: Path) -> str:
+    return "zarr" if output.suffix == ".zarr" else "netcdf4"
+
+
+def load(checkpoint: str | Path = "default", *, device: str | None = None) -> Model:
+    """A checkpoint, by default the reference one of the package, on the GPU if there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(load_checkpoint(str(checkpoint)), device)
+
+
+def open_data(
+    name: str = "sample", split: Split = "test", catalog: str | None = None
+) -> xr.Dataset:
+    """A split of a catalog entry that is one record, lazily where its store is lazy.
+
+    Raises:
+        ValueError: no such entry or split, or one of several records.
+    """
+    entry = catalog_entry(name, None if catalog is None else Path(catalog))
+    segments = open_split(
+        entry, split, variables=sorted(entry.variables), levels=sorted(entry.levels)
+    )
+    if len(segments) != 1:
+        raise ValueError(f"split={split} of {name} has {len(segments)} segments; valid: one")
+    return segments[0].dataset
+
+
+def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
+    """The configuration of a task by name, by YAML file or by its keys, with some changed.
+
+    Raises:
+        ValueError: no such task or file, an unknown key, or a value that does not fit.
+    """
+    if isinstance(task, str):
+        folder = find_file("conf") / "task"
+        path = Path(task) if task.endswith((".yaml", ".yml")) else folder / f"{task}.yaml"
+        if not path.is_file():
+            names = sorted(file.stem for file in folder.glob("*.yaml"))
+            raise ValueError(f"task={task}: no file {path}; valid: {names}, or a YAML file")
+        try:
+            task = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"task={path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(task, Mapping):
+        raise ValueError(f"task={task!r} has no keys; valid: name and the choices of a task")
+    try:
+        return TypeAdapter(TaskConfig).validate_python({**task, **choices})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in ("task", *fault["loc"][1:]))
+        message = fault["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key}={fault['input']!r}: {message}") from error
+
+
+def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarray:
+    """Reference times in order, checked to have their steps; every n-th possible one for None.
+
+    Raises:
+        ValueError: no dates, or dates that the store does not serve.
+    """
+    if times is None:
+        found = predictor.possible_times()[::every]
+        if len(found) == 0:
+            raise ValueError("init_time=all: the store is shorter than one window")
+        return found
+    names = [times] if isinstance(times, str | np.datetime64) else list(times)
+    try:
+        found = np.unique(np.array(names, "datetime64[ns]"))
+    except ValueError as error:
+        raise ValueError(f"init_time={names}: {error}; valid: ISO dates, or all") from error
+    if len(found) == 0:
+        raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
+    for time in found:
+        predictor.window_start(time)
+    return found
+
+
+def cautions(predictor: Predictor, time: np.datetime64) -> list[str]:
+    """What the task asks that the checkpoint's training never did, as far as it is recorded."""
+    record = predictor.trained.record
+    step_hours = float(predictor.step / np.timedelta64(1, "h"))
+    found = untrained_step(step_hours, record.get("step_hours"))
+    masking = record.get("config", {}).get("masking")
+    if masking is not None:
+        factor = getattr(predictor.task, "factor", None)
+        found += unseen(predictor.first_view(time), instantiate(masking), factor)
+    return found

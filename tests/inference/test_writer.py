@@ -1,0 +1,247 @@
+"""What is written: readable by others, described as CF asks, and resumed where it stopped."""
+
+import errno
+import json
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scores
+import xarray as xr
+import xskillscore
+import zarr
+from compliance_checker.runner import CheckSuite, ComplianceChecker
+
+from atmossl.inference.blend import Part
+from atmossl.inference.layout import Layout
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import partial_of, write
+from atmossl.masking.places import CrossVariable
+from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
+from tests.inference.known import NAMES, STORE, Known, predictor
+from tests.synthetic import dataset, spec
+
+OFFSETS = (-1.0, 0.25, 1.5)
+HOUR = np.timedelta64(1, "h")
+
+
+def forecaster(task: Task = Forecast(12), **changes) -> Predictor:  # noqa: B008 (frozen)
+    return predictor(task, Known(attrgetter("guess"), OFFSETS), **changes)
+
+
+def times_of(used: Predictor, steps: slice = slice(4, 8)) -> np.ndarray:
+    return used.segment.times[steps]
+
+
+def opened(path: Path) -> xr.Dataset:
+    if path.is_dir():
+        return xr.open_zarr(path, consolidated=False, decode_timedelta=True).load()
+    return xr.load_dataset(path, decode_timedelta=True)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(count: int):
+    """An `advance` that stops the run once so many parts are written."""
+    seen = []
+
+    def advance(share: float) -> None:
+        seen.append(share)
+        if len(seen) > count:  # the first call tells what was there before
+            raise Stopped
+
+    return advance
+
+
+@pytest.mark.parametrize("task", [Forecast(12), Forecast(24, 12), TemporalInterpolation(6)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_resumed_output_is_that_of_one_run(task: Task, count: int, tmp_path: Path) -> None:
+    used = forecaster(task, window=(5, 4, 8))
+    write(used, times_of(used), tmp_path / "whole.zarr")
+    output = tmp_path / "parts.zarr"
+    with pytest.raises(Stopped):
+        write(used, times_of(used), output, advance=stop_after(count))
+    assert not output.exists()
+    readable = opened(partial_of(output))["temperature"]
+    assert np.isfinite(readable).any() and not np.isfinite(readable).all()
+    with pytest.raises(ValueError, match="resume=true"):
+        write(used, times_of(used), output)
+    with pytest.raises(ValueError, match="begun with seed=0, now it is 1"):
+        write(replace(used, seed=1), times_of(used), output, resume=True)
+    shares = []
+    write(used, times_of(used), output, resume=True, advance=shares.append)
+    assert sum(shares) == pytest.approx(len(times_of(used)))
+    xr.testing.assert_identical(opened(output), opened(tmp_path / "whole.zarr"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.zarr", "whole.zarr"]
+
+
+def test_a_full_disk_leaves_what_is_written(tmp_path: Path, monkeypatch) -> None:
+    used, output = forecaster(), tmp_path / "out.zarr"
+    put, calls = zarr.Array.__setitem__, []
+
+    def full(self, key, value) -> None:
+        calls.extend([key] if self.ndim == 6 else [])
+        if len(calls) > 14:  # two variables in three bands: within the third case
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__setitem__", full)
+        with pytest.raises(OSError, match=r"No space left .* after 2 of 4 times.*resume=true"):
+            write(used, times_of(used), output)
+    left = opened(partial_of(output))["temperature"]
+    assert np.isfinite(left.isel(init_time=slice(0, 2))).all()
+    write(used, times_of(used), output, resume=True)
+    write(used, times_of(used), tmp_path / "whole.zarr")
+    xr.testing.assert_identical(opened(output), opened(tmp_path / "whole.zarr"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the checker and its plugins, about each other
+@pytest.mark.parametrize("task", [Forecast(12), Hindcast(12), TemporalInterpolation(6)])
+def test_output_complies_with_cf(task: Task, tmp_path: Path) -> None:
+    used = forecaster(task)
+    path, report = tmp_path / "out.nc", tmp_path / "report.json"
+    write(used, times_of(used), path)
+    CheckSuite.load_all_available_checkers()
+    ComplianceChecker.run_checker(
+        str(path), ["cf:1.11"], verbose=0, criteria="strict",
+        output_filename=str(report), output_format="json",
+    )  # fmt: skip
+    found = json.loads(report.read_text())["cf:1.11"]
+    checks = [check for key in ("high_priorities", "medium_priorities") for check in found[key]]
+    assert len(checks) > 20
+    faults = {c["name"]: c["msgs"] for c in checks if c["value"][0] < c["value"][1]}
+    # Recommended is that nothing stands between time and level; ours are lead time and member,
+    # where WeatherBench has them.
+    faults.pop("\u00a72.4 Dimensions", None)
+    assert faults == {}
+
+
+def test_weatherbench2_layout_has_its_names(tmp_path: Path) -> None:
+    used = forecaster(Forecast(24, 12))
+    write(used, times_of(used), tmp_path / "wb.zarr", names="weatherbench2")
+    write(used, times_of(used), tmp_path / "cf.zarr")
+    theirs, ours = opened(tmp_path / "wb.zarr"), opened(tmp_path / "cf.zarr")
+    assert set(theirs["temperature"].dims) == {
+        "time", "prediction_timedelta", "number", "level", "latitude", "longitude",
+    }  # fmt: skip
+    np.testing.assert_array_equal(theirs["time"], times_of(used))
+    np.testing.assert_array_equal(theirs["prediction_timedelta"] / HOUR, [6, 12, 18, 24])
+    renamed = ours.rename(init_time="time", lead_time="prediction_timedelta", member="number")
+    np.testing.assert_array_equal(theirs["temperature"], renamed["temperature"])
+
+
+def test_cfgrib_reads_what_is_written_as_grib(tmp_path: Path) -> None:
+    cfgrib = pytest.importorskip("cfgrib")
+    used = forecaster()
+    write(used, times_of(used), tmp_path / "out.grib2")
+    write(used, times_of(used), tmp_path / "out.zarr")
+    expected = opened(tmp_path / "out.zarr")
+    read = cfgrib.open_dataset(tmp_path / "out.grib2", backend_kwargs={"indexpath": ""})
+    read = read.rename(time="init_time", step="lead_time", number="member", isobaricInhPa="level")
+    np.testing.assert_array_equal(read["init_time"], times_of(used))
+    np.testing.assert_array_equal(read["lead_time"] / HOUR, [6, 12])
+    for ours, theirs, units in zip(NAMES, ("t", "u"), ("K", "m s**-1"), strict=True):
+        there = read[theirs].sel(level=expected.level, latitude=expected.latitude)
+        there = there.transpose(*expected[ours].dims)
+        scale = float(expected[ours].max() - expected[ours].min())
+        np.testing.assert_allclose(there, expected[ours], atol=scale * 2**-22)
+        assert read[theirs].attrs["units"] == units
+    with pytest.raises(ValueError, match="lead times below 0"):
+        write(forecaster(Hindcast(12)), times_of(used), tmp_path / "past.grib2")
+
+
+def test_libraries_score_the_output_as_we_do(tmp_path: Path) -> None:
+    """RMSE of the mean and CRPS by `scores` and `xskillscore`, from the file, against the formulas
+    written out."""
+    used = forecaster(Forecast(6))
+    write(used, times_of(used), tmp_path / "out.zarr")
+    forecast = opened(tmp_path / "out.zarr")["temperature"].isel(lead_time=0).astype(float)
+    truth = STORE["temperature"].isel(time=slice(5, 9)).astype(float)
+    truth = truth.rename(time="init_time").assign_coords(init_time=forecast.init_time)
+    truth = truth.assign_coords(latitude=forecast.latitude, longitude=forecast.longitude)
+    weights = xr.DataArray(used.grid.weights, coords={"latitude": forecast.latitude})
+    mean, dims = forecast.mean("member"), ["init_time", "latitude", "longitude"]
+    everywhere = weights * xr.ones_like(truth.isel(level=0))
+    rmse = np.sqrt((((mean - truth) ** 2) * weights).mean(dims))
+    xr.testing.assert_allclose(
+        rmse, scores.continuous.rmse(mean, truth, reduce_dims=dims, weights=weights)
+    )
+    xr.testing.assert_allclose(
+        rmse,
+        xskillscore.rmse(mean, truth, dim=dims, weights=everywhere),
+    )
+    members = forecast.transpose("member", ...).values
+    crps = np.abs(
+        members
+        - truth.transpose(*forecast.dims[:1], ...)
+        .transpose(*[d for d in forecast.dims if d != "member"])
+        .values
+    ).mean(axis=0)
+    crps = crps - np.abs(members[:, None] - members[None]).mean(axis=(0, 1)) / 2
+    found = xskillscore.crps_ensemble(truth, forecast, member_dim="member", dim=[])
+    np.testing.assert_allclose(
+        found.transpose(*[d for d in forecast.dims if d != "member"]), crps, atol=1e-9
+    )
+    ensemble = scores.probability.crps_for_ensemble(
+        forecast, truth, "member", method="ecdf", preserve_dims="all"
+    )
+    np.testing.assert_allclose(
+        ensemble.transpose(*[d for d in forecast.dims if d != "member"]), crps, atol=1e-9
+    )
+
+
+def test_streams_on_other_levels_share_a_level_axis(tmp_path: Path) -> None:
+    specs = (
+        spec("t", variables=NAMES[:1], levels=(500, 850), token=(1, 2, 2)),
+        spec("u", variables=NAMES[1:], token=(1, 2, 2)),
+    )
+    used = forecaster(CrossVariable(variables=NAMES[1:]), specs=specs)
+    write(used, times_of(used), tmp_path / "out.zarr")
+    found = opened(tmp_path / "out.zarr")
+    assert np.isnan(found["temperature"].sel(level=300)).all()
+    truth = STORE["temperature"].sel(level=[500, 850]).values[4:8]
+    given = found["temperature"].sel(level=[500, 850]).isel(member=1)
+    np.testing.assert_allclose(given.transpose("time", "level", ...), truth, atol=2e-5)
+
+
+def test_valid_times_that_would_come_twice_are_refused(tmp_path: Path) -> None:
+    used = forecaster(TemporalInterpolation(12))
+    np.testing.assert_array_equal(np.diff(used.possible_times()) / HOUR, 12)
+    with pytest.raises(ValueError, match="twice or out of order"):
+        write(used, times_of(used), tmp_path / "out.zarr")
+    write(used, used.possible_times(), tmp_path / "out.zarr")
+    assert (np.diff(opened(tmp_path / "out.zarr")["time"]) / HOUR == 6).all()
+
+
+def test_memory_holds_one_band_of_one_case(tmp_path: Path, monkeypatch) -> None:
+    """However many cases and rows there are, a part is a band of one case."""
+    store = dataset(num_lat=32, steps=16, variables=NAMES)
+    used = forecaster(Forecast(6), store=store, statistics=store, window=(5, 8, 8))
+    sizes = []
+    put = Layout.place
+
+    def place(self, name: str, values: np.ndarray) -> np.ndarray:
+        sizes.append(values.size)
+        return put(self, name, values)
+
+    monkeypatch.setattr(Layout, "place", place)
+    write(used, used.possible_times(), tmp_path / "out.zarr")
+    assert len(sizes) >= 2 * 3 * len(used.possible_times())
+    assert max(sizes) <= 3 * 3 * (8 + used.row_chunk) * 16  # member level rows lon
+    assert isinstance(next(used.parts(used.possible_times()[:1])), Part)
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    used = forecaster()
+    with pytest.raises(ValueError, match=r"\.zarr, \.nc, \.grib2"):
+        write(used, times_of(used), tmp_path / "out.csv")
+    (tmp_path / "there.nc").touch()
+    with pytest.raises(ValueError, match="exists"):
+        write(used, times_of(used), tmp_path / "there.nc")
+    with pytest.raises(ValueError, match="cannot be written"):
+        write(used, times_of(used), tmp_path / "there.nc" / "out.nc")

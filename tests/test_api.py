@@ -1,0 +1,157 @@
+"""The Python API, its documentation and its notebook."""
+
+import re
+import warnings
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import xarray as xr
+from nbclient import NotebookClient
+
+import atmossl
+from atmossl.api import Model, find_task
+from atmossl.inference.cautions import unseen, untrained_step
+from atmossl.masking.random import RandomMasking, TimeBlockMasking
+from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from tests.inference.known import STORE, Known, predictor
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def guess(stream):
+    return stream.guess
+
+
+def model() -> Model:
+    return Model(predictor(Forecast(6), Known(guess)).trained, "cpu")
+
+
+def test_predict_takes_and_returns_xarray(tmp_path: Path) -> None:
+    shuffled = STORE.isel(latitude=slice(None, None, -1)).transpose("longitude", ...)
+    found = model().predict("forecast", shuffled, ["2001-01-02T06", "2001-01-02"], lead_time="6h")
+    assert found["temperature"].dims == (
+        "init_time", "lead_time", "member", "level", "latitude", "longitude",
+    )  # fmt: skip
+    now = STORE["temperature"].sel(time=found.init_time.values).values
+    mean = found["temperature"].mean("member").isel(lead_time=0)
+    np.testing.assert_allclose(mean, now, atol=2e-5)
+    output = tmp_path / "out.zarr"
+    written = model().predict(Forecast(6), shuffled, ["2001-01-02", "2001-01-02T06"], output=output)
+    xr.testing.assert_equal(written.load(), found)
+    assert output.exists()
+
+
+def test_times_are_all_possible_ones_by_default() -> None:
+    found = model().predict("temporal_interpolation", STORE)
+    np.testing.assert_array_equal(found["time"], STORE["time"][2:-2])
+
+
+@pytest.mark.parametrize(
+    ("task", "choices", "message"),
+    [
+        ("weather", {}, "valid: .*forecast"),
+        ("none.yaml", {}, "no file none.yaml"),
+        ("forecast", {"lead": "6h"}, "task.lead='6h'"),
+        ("forecast", {"lead_time": "soon"}, "task.lead_time='soon'"),
+        ({"name": "oracle"}, {}, "oracle"),
+        ({"name": "inpainting", "boxes": [[50, 20, 0, 9]]}, {}, "south < north"),
+    ],
+)
+def test_what_is_no_task_is_named(task, choices: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_task(task, choices)
+
+
+def test_dates_outside_and_none_are_named() -> None:
+    for times, message in (("1990-01-01", "not in segment"), ([], "names no date"),
+                           ("tomorrow", "ISO dates")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model().predict("forecast", STORE, times)
+
+
+@pytest.mark.parametrize(
+    ("task", "sampler", "expected"),
+    [
+        (Forecast(12), TimeBlockMasking((1, 2)), None),
+        (Forecast(18), TimeBlockMasking((1, 2)), "3 whole steps hidden; training hid 2 at most"),
+        (TemporalInterpolation(6), TimeBlockMasking((1, 1)), None),
+        (Downscaling(2), TimeBlockMasking((1, 1)), r"tokens as \['coarsen'\]"),
+        (Downscaling(2), Downscaling(4), r"coarsened by \[2\]; training had \[4\]"),
+        (Forecast(6), RandomMasking((0.2, 0.3)), "1 whole steps hidden; training hid 0 at most"),
+    ],
+)
+def test_what_training_never_hid_is_said(task, sampler, expected: str | None) -> None:
+    used = predictor(task, Known(guess), window=(5, 8, 16))
+    view = used.first_view(STORE["time"].values[6])
+    found = unseen(view, sampler, getattr(task, "factor", None))
+    assert (found == []) == (expected is None)
+    assert expected is None or re.search(expected, found[0])
+
+
+def test_steps_of_another_length_are_said() -> None:
+    assert untrained_step(6.0, 6.0) == [] == untrained_step(3.0, None)
+    assert "steps of 3 h; training had 6 h" in untrained_step(3.0, 6.0)
+
+
+@pytest.mark.e2e
+def test_tiling_changes_the_result_by_less_than_the_spread() -> None:
+    """Of the reference checkpoint: other tiles, other seams, if there were any."""
+    from atmossl.data.store import open_segment
+    from atmossl.inference.predict import Predictor
+
+    trained = atmossl.load(device="cpu").trained
+    segment = open_segment(
+        "sample", atmossl.open_data("sample"), "sample",
+        variables=sorted(trained.variables), levels=trained.levels,
+    )  # fmt: skip
+    found = []
+    for shift in (0, 3):
+        used = Predictor(
+            trained=trained, segment=segment, task=TemporalInterpolation(6), overlap=0.5,
+            batch_size=16, device="cpu", lon_shift=shift,
+        )  # fmt: skip
+        (fields,) = used.run([np.datetime64("1959-02-12T00", "ns")])
+        found.append(fields)
+    weight = segment.grid.weights[:, None]
+    for name in found[0]:
+        one, two = (fields[name][0].astype(np.float64) for fields in found)  # member level lat lon
+        difference = (((one.mean(0) - two.mean(0)) ** 2) * weight).mean(axis=(1, 2))
+        variance = (one.var(0, ddof=1) * weight).mean(axis=(1, 2))
+        assert (difference < 0.25 * variance).all(), name  # half the spread
+        assert (difference > 0).all()
+
+
+@pytest.mark.e2e
+def test_notebook_runs() -> None:
+    notebook = nbformat.read(DOCS / "notebooks" / "zero_shot.ipynb", as_version=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the kernel's machinery
+        NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 4
+
+
+@pytest.mark.e2e
+def test_the_task_of_the_documentation_runs() -> None:
+    text = (DOCS / "tasks.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (own,) = [block for block in blocks if "class Poles" in block]
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it was not trained for this
+        exec(own, names)  # noqa: S102
+    filled = names["filled"]
+    truth = atmossl.open_data("sample")["temperature"].sel(time=filled.time)
+    given = filled["temperature"].sel(latitude=slice(-55, 55))
+    np.testing.assert_allclose(
+        given.isel(member=0).transpose(*truth.dims), truth.sel(latitude=slice(-55, 55)), atol=1e-3
+    )
+    polar = filled["temperature"].sel(latitude=slice(65, None)).std("member")
+    assert (polar > 0).mean() > 0.9
