@@ -27,7 +27,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "hindcast": {"lead_time": "12h"},
     "temporal_interpolation": {"hidden_time": "6h"},
     "downscaling": {"factor": 4},
-    "inpainting": {"boxes": [[20, 50, 120, 170], [-50, -20, 200, 250]]},
+    "inpainting": {"boxes": [[20.0, 50.0, 120.0, 170.0], [-50.0, -20.0, 200.0, 250.0]]},
 }
 # The mask that a specialist of each task is trained with.
 SPECIALISTS: dict[str, dict[str, Any]] = {
@@ -65,14 +65,43 @@ def score(checkpoint: str, tasks: list[str], output: Path, arguments: argparse.N
     return evaluate(values | {"tasks": chosen}, f"python -m benchmarks.zero_shot ({output})")
 
 
-def train_specialist(task: str, checkpoint: str, folder: Path) -> str:
-    """Train, or go on training, a specialist as the checkpoint was; returns its checkpoint."""
-    values: dict[str, Any] = dict(load_checkpoint(checkpoint).record["config"])
-    values["masking"] = SPECIALISTS[task]
-    values["tasks"] = [{"name": task, **TASKS[task]}]
-    values["paths"] = {"output": str(folder)}
-    values["resume"] = "auto"
-    return str(train(values))
+def specialist_values(
+    task: str, record: dict[str, Any], folder: Path, *, generalist: str | None
+) -> dict[str, Any]:
+    """The configuration of a run on one task's mask, as a checkpoint was trained; from the
+    generalist's weights for a tenth of the budget, if it is given."""
+    values = _merged(compose_config("train", ["paths.output=_"]), record)
+    values |= {
+        "masking": SPECIALISTS[task],
+        "tasks": [{"name": task, **TASKS[task]}],
+        "paths": {"output": str(folder)},
+        "resume": "auto",
+        "warm_start": {"checkpoints": [], "rename": {}},
+    }
+    if generalist is not None:
+        steps = max(10, values["trainer"]["max_steps"] // 10)
+        warmup = min(values["optimizer"]["warmup_steps"], steps // 10)
+        values["trainer"] |= {"max_steps": steps, "validation_interval": steps}
+        values["optimizer"] |= {"warmup_steps": warmup}
+        values["warm_start"]["checkpoints"] = [generalist]
+    return values
+
+
+def train_specialist(task: str, checkpoint: str, folder: Path, *, tuned: bool) -> str:
+    """Train, or go on training where it stopped; returns the path of the result."""
+    record = load_checkpoint(checkpoint).record["config"]
+    generalist = checkpoint if tuned else None
+    return str(train(specialist_values(task, record, folder, generalist=generalist)))
+
+
+def _merged(defaults: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record of an older version with today's keys."""
+    nested = {
+        key: _merged(defaults[key], value)
+        for key, value in record.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and key != "stream"
+    }
+    return {**defaults, **record, **nested}
 
 
 def errors(report: Path, task: str) -> pd.Series:
@@ -110,8 +139,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="default", help="a path, or `default`")
     parser.add_argument("--every", type=int, default=4, help="score every n-th date")
     parser.add_argument("--no-ridge", dest="ridge", action="store_false")
-    parser.add_argument("--specialists", nargs="*", choices=SPECIALISTS, metavar="TASK",
-                        help="train and score them, too; all if none is named")  # fmt: skip
+    parser.add_argument(
+        "--specialists",
+        nargs="*",
+        choices=SPECIALISTS,
+        metavar="TASK",
+        help="train and score them, too; all if none is named",
+    )
+    parser.add_argument(
+        "--finetune",
+        action="store_true",
+        help="with --specialists: also tune the checkpoint for a tenth of the budget",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_zero_shot"))
     arguments = parser.parse_args()
     digest = load_checkpoint(arguments.checkpoint).digest
@@ -124,11 +163,17 @@ def main() -> None:
         figures |= against_baselines(found, task)
     if arguments.specialists is not None:
         for task in arguments.specialists or SPECIALISTS:
-            specialist = train_specialist(task, arguments.checkpoint, runs / task)
             arguments.ridge = False
+            specialist = train_specialist(task, arguments.checkpoint, runs / task, tuned=False)
             theirs = score(specialist, [task], runs / f"{task}-{name}", arguments)
             ratio = errors(report, task) / errors(theirs, task)
             figures[f"{task}_vs_specialist"] = round(float(ratio.mean()), 4)
+            if arguments.finetune:
+                folder = runs / f"{task}-finetuned"
+                tuned = train_specialist(task, arguments.checkpoint, folder, tuned=True)
+                ours = score(tuned, [task], runs / f"{task}-finetuned-{name}", arguments)
+                ratio = errors(ours, task) / errors(theirs, task)
+                figures[f"{task}_finetuned_vs_specialist"] = round(float(ratio.mean()), 4)
     finish("zero_shot", figures)
 
 

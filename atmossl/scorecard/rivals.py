@@ -141,6 +141,28 @@ def inpainting(setting: Setting) -> Rivals:
     return rivals
 
 
+def cross_variable(setting: Setting) -> Rivals:
+    """Climatology, and a ridge regression on the variables and levels that were given."""
+    task, levels = setting.task, ridge.Channels.of(setting.truth).levels
+    channels = [
+        (name, level) for name, own in levels.items() for level in (own if len(own) else (None,))
+    ]
+    hidden = tuple(
+        number
+        for number, (name, level) in enumerate(channels)
+        if (not task.variables or name in task.variables)
+        and (not task.levels or level in task.levels)
+    )
+    neighbours = min(1, setting.reference)
+    regression = setting.fitted(ridge.CrossVariable(hidden, neighbours=neighbours))
+
+    def rivals(predicted: xr.Dataset) -> Answers:
+        found = {"climatology": setting.climatology(predicted)}
+        return found | regression(predicted["time"].to_numpy())
+
+    return rivals
+
+
 def combined(setting: Setting) -> Rivals:
     """Persistence, of a state with its gaps filled, for a union with a forecast; climatology."""
     grid = grid_of(setting.truth)
@@ -171,6 +193,7 @@ BUILDERS: dict[str, Callable[[Setting], Rivals]] = {
     "temporal_interpolation": temporal_interpolation,
     "downscaling": downscaling,
     "inpainting": inpainting,
+    "cross_variable": cross_variable,
     "combined": combined,
 }
 

@@ -6,6 +6,7 @@ import xarray as xr
 
 from atmossl.evaluation.baselines import linear_in_time, persistence
 from atmossl.evaluation.ridge import (
+    CrossVariable,
     Downscaling,
     Forecast,
     RidgeModel,
@@ -227,3 +228,20 @@ def test_unservable_input_is_named(dataset):
 def test_task_setting_out_of_range_is_named(task, wrong: dict[str, int] | Sequence[str]):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         task(**wrong)
+
+
+def _related(dataset, num_times: int, seed: int) -> xr.Dataset:
+    """Temperature is a weighted sum of the wind at the cell and to the east of it, plus 280."""
+    run = dataset(num_times=num_times, seed=seed)
+    wind = run["u_component_of_wind"]
+    warm = 280.0 + 0.5 * wind + 0.8 * wind.roll(longitude=-1)
+    return run.assign(temperature=warm.astype(np.float32).assign_attrs(units="K"))
+
+
+def test_hidden_variables_are_found_from_the_others_and_never_looked_at(dataset):
+    history = [_related(dataset, 60, 1), _related(dataset, 60, 2)]
+    test = _related(dataset, 4, 3)
+    model = fit_ridge(history, CrossVariable(hidden_channels=(0, 1)))
+    spoiled = test.assign(temperature=test["temperature"] * 0.0 - 999.0)
+    found = model.predict(spoiled)
+    np.testing.assert_allclose(found["temperature"], test["temperature"], atol=0.02)

@@ -1,9 +1,18 @@
 """Ridge regression on neighbourhoods of all fields: the linear baseline a network must beat."""
 
+from atmossl.evaluation.ridge.channels import Channels
 from atmossl.evaluation.ridge.model import RidgeModel, fit_ridge
-from atmossl.evaluation.ridge.tasks import Downscaling, Forecast, RidgeTask, TemporalInterpolation
+from atmossl.evaluation.ridge.tasks import (
+    CrossVariable,
+    Downscaling,
+    Forecast,
+    RidgeTask,
+    TemporalInterpolation,
+)
 
 __all__ = [
+    "Channels",
+    "CrossVariable",
     "Downscaling",
     "Forecast",
     "RidgeModel",

@@ -50,10 +50,19 @@ class _Frame:
         coarsening = Coarsening(self.grid, self.task.factor)
         halo = Halo(self.input_grid, self.radius, 2 * self.radius)
         signs = self.channels.signs[:, None, None]
-        steps = [block.at(offset) for offset in self.task.input_offsets]
+        steps = [self._seen(block.at(offset)) for offset in self.task.input_offsets]
         return np.concatenate(
             [halo.extend(coarsening.block_mean(step), signs) for step in steps], axis=1
         )
+
+    def _seen(self, fields: np.ndarray) -> np.ndarray:
+        """Fields [anchor, channel, ...] with hidden channels zero, which takes no slope."""
+        hidden = list(self.task.hidden_channels)
+        if not hidden:
+            return fields
+        seen = fields.copy()
+        seen[:, hidden] = 0.0
+        return seen
 
     def to_cells(self, values: np.ndarray) -> Float[np.ndarray, "anchor output row col"]:
         return rearrange(

@@ -54,6 +54,11 @@ class RidgeTask(Protocol):
         """True if the output has init and lead times, False if it has plain times."""
         ...
 
+    @property
+    def hidden_channels(self) -> tuple[int, ...]:
+        """Channels that are targets only."""
+        ...
+
     def trivial(self, block: Block) -> Targets:
         """The answer without a regression, on the fine grid."""
         ...
@@ -67,6 +72,7 @@ class Forecast:
     leads: tuple[int, ...] = (1, 2)
     factor: int = field(default=1, init=False)
     is_forecast: bool = field(default=True, init=False)
+    hidden_channels: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.history < 1 or not self.leads or min(self.leads) < 1:
@@ -94,6 +100,7 @@ class TemporalInterpolation:
     neighbours: int = 2
     factor: int = field(default=1, init=False)
     is_forecast: bool = field(default=False, init=False)
+    hidden_channels: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:
@@ -123,6 +130,7 @@ class Downscaling:
     factor: int = 4
     neighbours: int = 1
     is_forecast: bool = field(default=False, init=False)
+    hidden_channels: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.factor < 2 or self.neighbours < 0:
@@ -143,3 +151,34 @@ class Downscaling:
         coarsening = Coarsening(block.grid, self.factor)
         means = coarsening.block_mean(block.at(0))
         return coarsening.bicubic(means, block.signs[:, None, None])[:, None]
+
+
+@dataclass(frozen=True)
+class CrossVariable:
+    """Hidden channels from the others around the cell, `neighbours` steps on each side and now.
+
+    Trivially, nothing: a strong penalty falls back to the mean of the latitude row.
+    """
+
+    hidden_channels: tuple[int, ...]
+    neighbours: int = 0
+    factor: int = field(default=1, init=False)
+    is_forecast: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.hidden_channels or self.neighbours < 0:
+            raise ValueError(
+                f"hide one channel or more and take 0 neighbours or more, got "
+                f"hidden_channels={self.hidden_channels}, neighbours={self.neighbours}"
+            )
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        return tuple(range(-self.neighbours, self.neighbours + 1))
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]:
+        return (0,)
+
+    def trivial(self, block: Block) -> Targets:
+        return np.zeros_like(block.at(0))[:, None]
