@@ -74,8 +74,8 @@ def test_a_prediction_is_complete_and_dated(run: Path, task: str, tmp_path: Path
 
 
 def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
-    arguments = (f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "tasks=[forecast]", "every=70",
-                 "bootstrap=10", "ridge=false", f"output={tmp_path / 'report'}")  # fmt: skip
+    arguments = (f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "every=70", "bootstrap=10",
+                 "tasks=[forecast,inpainting]", "ridge=false", f"output={tmp_path / 'report'}")  # fmt: skip
     done = atmossl("evaluate", *arguments, cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((tmp_path / "report" / "figures.json").read_text())
@@ -83,8 +83,11 @@ def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
     assert figures["forecast_6h_vs_persistence"] == pytest.approx(1.0, abs=0.2)
     assert len(figures["per_variable"]) == 5
     scores = pd.read_csv(tmp_path / "report" / "scores.csv")
-    assert {"model", "persistence", "climatology"} == set(scores["source"])
-    assert len(list((tmp_path / "report" / "maps").glob("*.png"))) == 5
+    sources = scores.groupby("task")["source"].unique()
+    assert {"model", "persistence", "climatology"} == set(sources["forecast"])
+    assert {"model", "harmonic", "climatology"} == set(sources["inpainting"])
+    assert len(list((tmp_path / "report" / "maps").glob("*.png"))) == 10
+    assert "<h1>" in (tmp_path / "report" / "index.html").read_text()
     assert "forecast" in (tmp_path / "report" / "summary.md").read_text()
     again = atmossl("evaluate", *arguments, cache=tmp_path)
     assert again.returncode == 2 and "exists" in again.stderr

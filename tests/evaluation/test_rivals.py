@@ -1,0 +1,98 @@
+"""What tasks hid, and what their rivals answer from the rest."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from atmossl.evaluation.alignment import grid_of
+from atmossl.evaluation.climate import Climate
+from atmossl.masking.combined import Combined, Counterfactual
+from atmossl.masking.places import CrossVariable, Inpainting, LatLonBox
+from atmossl.masking.tasks import Forecast, Hindcast
+from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
+from atmossl.scorecard.rivals import Setting, build_rivals
+from tests.evaluation.conftest import STEP, make_dataset
+from tests.evaluation.test_forecasts import forecast_of
+
+BOX = Inpainting((LatLonBox(-30.0, 30.0, 330.0, 60.0),))
+
+
+def setting(task, *, offsets: tuple[int, ...] = (0,), spoil: np.ndarray | None = None) -> Setting:
+    """On noise of two runs; `spoil` are cells of the truth that no rival may look at."""
+    history, truth = [make_dataset(num_times=40, seed=1)], make_dataset(num_times=12, seed=2)
+    if spoil is not None:
+        truth = truth.where(~xr.DataArray(spoil, dims=("latitude", "longitude")), 1e6)
+    return Setting(
+        task=task,
+        offsets=offsets,
+        reference=2,
+        num_steps=5,
+        step=STEP,
+        truth=truth,
+        history=history,
+        climate=Climate.of(history, quantiles=(0.05, 0.95)),
+        with_ridge=True,
+    )
+
+
+def test_hidden_cells_of_a_box_across_greenwich_are_scored_alone():
+    truth = make_dataset(num_times=2)
+    hidden = hidden_cells(BOX, grid_of(truth))
+    assert hidden is not None
+    assert np.flatnonzero(hidden.any(axis=0)).tolist() == [0, 1, 2, 15]
+    scored = beside(truth, hidden)["temperature"]
+    assert int(scored.notnull().sum()) == 2 * 2 * hidden.sum()
+    assert beside(truth, hidden_cells(Forecast(12.0), grid_of(truth))) is truth
+
+
+def test_what_was_given_is_not_scored():
+    truth = make_dataset(num_times=6)
+    chosen = only_hidden(CrossVariable(("temperature",), (850,)), truth)
+    assert list(chosen.data_vars) == ["temperature"]
+    assert chosen["level"].to_numpy().tolist() == [850.0]
+    union = Combined((Forecast(12.0), BOX))
+    forecast = forecast_of(truth, leads=(0, 1, 2))
+    assert only_hidden(union, forecast)["lead_time"].to_numpy().tolist() == [STEP, 2 * STEP]
+    other_year = Counterfactual(union, shift_hours=8760.0)
+    assert only_hidden(other_year, forecast).sizes["lead_time"] == 2
+
+
+@pytest.mark.parametrize("name", ["inpainting", "combined"])
+def test_rivals_never_look_at_hidden_cells(name):
+    task = BOX if name == "inpainting" else Combined((Forecast(12.0), BOX))
+    hidden = hidden_cells(BOX, grid_of(make_dataset(num_times=1)))
+    predicted = make_dataset(num_times=12)
+    if name == "combined":
+        predicted = forecast_of(predicted)
+    answers = build_rivals(name, setting(task, spoil=hidden))(predicted)
+    expected = {"inpainting": {"harmonic", "climatology", "ridge"}}
+    assert set(answers) == expected.get(name, {"persistence", "climatology"})
+    for answer in answers.values():
+        assert float(abs(answer["temperature"].where(hidden_mask(hidden))).max()) < 10.0
+
+
+def hidden_mask(hidden: np.ndarray) -> xr.DataArray:
+    return xr.DataArray(hidden, dims=("latitude", "longitude"))
+
+
+def test_a_hindcast_s_persistence_is_the_state_after_it():
+    predicted = forecast_of(make_dataset(num_times=12)).isel(init_time=slice(2, 6))
+    predicted = predicted.assign_coords(lead_time=-predicted["lead_time"].to_numpy())
+    here = setting(Hindcast(12.0), offsets=(-2, -1))
+    answer = build_rivals("hindcast", here)(predicted)["persistence"]["temperature"]
+    for lead in range(2):
+        np.testing.assert_array_equal(answer[:, lead], here.truth["temperature"][2:6])
+
+
+def test_a_task_without_rivals_of_its_own_has_climatology():
+    predicted = make_dataset(num_times=3)
+    answers = build_rivals("counterfactual", setting(Counterfactual(BOX)))(predicted)
+    assert set(answers) == {"climatology"}
+
+
+def test_hidden_variables_have_a_ridge_on_the_rest():
+    predicted = make_dataset(num_times=12).isel(time=slice(2, 6))[["temperature"]]
+    task = CrossVariable(("temperature",))
+    answers = build_rivals("cross_variable", setting(task))(predicted)
+    assert set(answers) == {"climatology", "ridge"}
+    assert answers["ridge"].sizes["time"] == 4
