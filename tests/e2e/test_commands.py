@@ -75,7 +75,8 @@ def test_a_prediction_is_complete_and_dated(run: Path, task: str, tmp_path: Path
 
 def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
     arguments = (f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "every=70", "bootstrap=10",
-                 "tasks=[forecast,inpainting]", "ridge=false", f"output={tmp_path / 'report'}")  # fmt: skip
+                 "tasks=[forecast,inpainting]", "ridge=false",
+                 f"output={tmp_path / 'report'}")  # fmt: skip
     done = atmossl("evaluate", *arguments, cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((tmp_path / "report" / "figures.json").read_text())
