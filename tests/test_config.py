@@ -82,6 +82,11 @@ def test_what_does_not_fit_is_named(override: str, message: str) -> None:
         composed("stream=five_fields", override)
 
 
+def test_temporal_attention_wants_convolutions_beside_it() -> None:
+    with pytest.raises(ValueError, match="neighbourhood"):
+        composed("model.attention=temporal", "model.neighbourhood=1")
+
+
 def test_all_faults_come_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         composed("trainer.max_steps=0", "data.batch_size=no", "+model.depth=3")
