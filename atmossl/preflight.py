@@ -95,7 +95,8 @@ def sample_batch(config: TrainConfig) -> Batch:
     views = []
     for number in range(config.data.batch_size):
         windows = tuple(
-            _window(spec, config.data.window.time, num_lat, num_lon) for spec in config.specs
+            window_of_zeros(spec, config.data.window.time, num_lat, num_lon)
+            for spec in config.specs
         )
         rng = np.random.default_rng([config.seed, number])
         views.append(
@@ -112,7 +113,7 @@ def _grid_shape(config: TrainConfig) -> tuple[int, int]:
     return num_lat, num_lon
 
 
-def _window(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int) -> StreamWindow:
+def window_of_zeros(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int) -> StreamWindow:
     shape = (len(spec.variables), spec.num_levels, num_times, num_lat, num_lon)
     return StreamWindow(
         spec=spec,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 # A server that has imported everything forks every process: no second is lost on imports.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["atmossl.build", "atmossl.commands", "atmossl.cli"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["atmossl.build", "atmossl.commands", "atmossl.cli"])
 
 
 def training(output: Path, *more: str) -> list[str]:
@@ -23,6 +23,13 @@ def training(output: Path, *more: str) -> list[str]:
         "data.batch_size=2", "trainer.accelerator=cpu",
         "stream.atmosphere.variables=[temperature]", "trainer.pictures=false", *more,
     ]  # fmt: skip
+
+
+def stub(folder: Path, name: str, script: str) -> None:
+    """An executable that stands for a command of a cluster, in a folder for the front of PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / name).chmod(0o755)
 
 
 def kill_at_batch(number: int) -> None:
@@ -65,7 +72,7 @@ def start(
     arguments: Sequence[str], *, cache: Path, before: Any = None, **environment: str
 ) -> multiprocessing.process.BaseProcess:
     values = {"ATMOSSL_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}
-    process = _CONTEXT.Process(target=_main, args=(list(arguments), values, before))
+    process = CONTEXT.Process(target=_main, args=(list(arguments), values, before))
     process.start()
     return process
 

@@ -4,10 +4,19 @@ from typing import Any
 
 import lightning as L
 import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from atmossl.batch import Batch, Losses, Prediction, StreamSpec
+from atmossl.batch import (
+    Batch,
+    Losses,
+    Prediction,
+    StreamPrediction,
+    StreamSpec,
+    StreamTokens,
+)
 from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import hidden_values, predicted_streams
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state
@@ -58,6 +67,9 @@ class TrainingModule(L.LightningModule):
         losses = self.objective(self.model, batch)
         if self._logs_at(batch_idx):
             self._log_losses("train", losses, batch, prog_bar=True)
+            if losses.prediction is not None:
+                with torch.no_grad():
+                    self._log_levels(batch, losses.prediction)
         return losses.total
 
     def _logs_at(self, batch_idx: int) -> bool:
@@ -139,6 +151,17 @@ class TrainingModule(L.LightningModule):
         for name, value in losses.parts:
             self.log(f"{stage}/loss_{name}", value.detach(), **common)
 
+    def _log_levels(self, batch: Batch, prediction: Prediction) -> None:
+        """RMSE of the ensemble mean by stream and level, in standard deviations, of all ranks."""
+        (view,) = batch.views
+        for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True):
+            total = self.trainer.strategy.reduce(level_sums(stream, predicted), reduce_op="sum")
+            assert isinstance(total, Tensor)
+            errors = (total[0] / total[1]).sqrt()
+            for level, error in zip(stream.spec.level_values, errors, strict=True):
+                name = f"train/rmse_{stream.spec.name}_{level}"
+                self.log(name, error, batch_size=len(batch.sample_id), rank_zero_only=True)
+
     def configure_optimizers(self) -> Any:
         settings = self.settings
         # a fused step unscales fp16 gradients by itself, after they should have been clipped
@@ -177,3 +200,22 @@ class TrainingModule(L.LightningModule):
 def _of_variable(values: Tensor, spec: StreamSpec, number: int) -> Tensor:
     """The share of a patch axis that belongs to one variable of the stream."""
     return values.unflatten(-1, (len(spec.variables), -1))[..., number, :]
+
+
+def level_sums(
+    stream: StreamTokens, predicted: StreamPrediction
+) -> Float[Tensor, "two num_levels"]:
+    """Weighted squared errors of the ensemble mean, and weights, summed by level."""
+    spec = stream.spec
+    target, weight, token_level = hidden_values(stream)
+    weight = weight * predicted.queries.valid[..., None]
+    squared = weight * (predicted.members.float().mean(dim=2) - target) ** 2
+    inside = spec.token_size.level
+    values = torch.stack([squared, weight.expand_as(squared)])
+    values = reduce(
+        values, "kind batch query (variable level point) -> (batch query) (kind level)", "sum",
+        variable=len(spec.variables), level=inside,
+    )  # fmt: skip
+    sums = values.new_zeros(spec.num_levels // inside, values.shape[-1])
+    sums.index_add_(0, token_level.flatten(), values)
+    return rearrange(sums, "token (kind level) -> kind (token level)", kind=2)

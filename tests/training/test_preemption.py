@@ -9,19 +9,13 @@ import pytest
 
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.preemption import wants_requeue
-from tests.processes import run, run_ranks, signal_at_batch, training
+from tests.processes import run, run_ranks, signal_at_batch, stub, training
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = {
     "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1",
 }  # fmt: skip
-
-
-def stub(folder: Path, name: str, script: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
-    (folder / name).chmod(0o755)
 
 
 @pytest.mark.e2e

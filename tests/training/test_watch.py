@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import Batch, Corruption, collate_views
+from atmossl.batch import (
+    Batch,
+    Corruption,
+    StreamPrediction,
+    StreamSpec,
+    TokenSize,
+    collate_views,
+)
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import read_window
@@ -17,7 +24,9 @@ from atmossl.masking.tasks import Forecast
 from atmossl.model.blocks import CrossAttention, Feedforward, SelfAttention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
+from atmossl.tokens import tokenise
 from atmossl.training.cost import measure_step
+from atmossl.training.module import level_sums
 from atmossl.training.pictures import draw, reconstructions
 from atmossl.training.watch import TraceSteps, model_flops
 from tests.synthetic import dataset, spec, window
@@ -136,3 +145,19 @@ def test_a_reconstruction_shows_physical_fields_and_blanks_what_is_hidden() -> N
         assert np.isnan(row.source).all()
     assert (stream.corruption[:, :, time] == Corruption.MASK).all()
     assert len(draw(rows, "forecast").axes) == 2 * 5 * len(rows)  # with a colour bar each
+
+
+@pytest.mark.parametrize("inside", [1, 3])
+def test_errors_are_told_apart_by_level(inside: int) -> None:
+    """Level k is off by k + 1, in tokens that hold one level or all three."""
+    stream_spec = StreamSpec(
+        "air", ("temperature", "u"), (300, 500, 850), TokenSize(1, 2, 4, inside)
+    )
+    view = make_view((window(stream_spec),), Forecast(6), np.random.default_rng(0))
+    (stream,) = collate_views([(view,)], [0]).views[0].streams
+    shift = torch.arange(1.0, 4)[None, None, :, None, None, None].expand(1, 2, 3, 4, 8, 16)
+    shifted = stream.target + tokenise(shift, stream_spec.token_size)
+    index = stream.queries.index[..., None].expand(-1, -1, stream_spec.patch)
+    members = shifted.flatten(1, 4).gather(1, index)[:, :, None].expand(-1, -1, 4, -1)
+    total = level_sums(stream, StreamPrediction(members, stream.queries))
+    torch.testing.assert_close((total[0] / total[1]).sqrt(), torch.tensor([1.0, 2.0, 3.0]))

@@ -1,0 +1,203 @@
+"""How cost grows: step time with tokens, memory against its estimate, two ranks against one.
+
+    python -m benchmarks.scaling
+
+`step_time_exponent_*`: slope of log time over log tokens from 256 to 4096 tokens, CPU seconds of
+the process on one thread (GPU: time). `memory_estimate_over_measured`: the preflight's estimate
+over what a fresh process grows by in two steps. `weak_efficiency_2_ranks`: time of a step on one
+rank with one thread over that of two gloo ranks with one each and twice the batch, by the clock on
+the wall, so the machine must be idle. `bytes_over_minimum`: bytes that a rank hands to all-reduce
+in a step over those of its gradients. `projection` extends this to many GPUs by assumed rates; it
+is no measurement.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import resource
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from atmossl.batch import Batch, StreamSpec, TokenSize, collate_views
+from atmossl.build import build_model, build_objective
+from atmossl.masking.base import make_view
+from atmossl.masking.random import RandomMasking
+from atmossl.model.multiformer import Multiformer
+from atmossl.objectives.masked import MaskedModelling
+from atmossl.preflight import estimate, sample_batch, window_of_zeros
+from benchmarks.report import finish
+from benchmarks.train_step import configuration, in_turns, training_step
+
+_GRIDS = ((4, 8, 8), (4, 8, 16), (8, 8, 16), (8, 16, 16), (8, 16, 32))  # 1x to 16x tokens
+_KINDS = {"full": 1, "factorised": 1, "temporal": 3}  # with the neighbourhood of its convolutions
+_RUN = ("experiment=quickstart", "optimizer=adamw", "optimizer.warmup_steps=1", "data.batch_size=4")
+_GPUS = (8, 64, 512)
+
+
+def tokens_batch(grid: tuple[int, int, int]) -> tuple[StreamSpec, Batch]:
+    """One sample of one stream with that many tokens, half of them hidden."""
+    spec = StreamSpec("air", ("temperature",), (500,), TokenSize(1, 2, 2))
+    window = window_of_zeros(spec, grid[0], 2 * grid[1], 2 * grid[2])
+    sampler = RandomMasking((0.5, 0.5), {"mask": 1.0})
+    view = make_view((window,), sampler, np.random.default_rng(0))
+    return spec, collate_views([(view,)], [0])
+
+
+def growth(device: torch.device, repeats: int) -> dict[str, Any]:
+    """Exponents of step time, and what a step keeps for its backward pass, by kind of attention."""
+    figures: dict[str, Any] = {}
+    objective = MaskedModelling(losses={"crps": 1.0})
+    for kind, neighbourhood in _KINDS.items():
+        times, kept = [], []
+        for grid in _GRIDS:
+            spec, batch = tokens_batch(grid)
+            model = Multiformer(
+                streams=(spec,), dim=128, num_layers=2, num_decoder_layers=1, num_heads=4,
+                num_members=4, attention=kind, neighbourhood=neighbourhood,
+            ).to(device)  # fmt: skip
+            step = training_step(model, objective, batch.to(device), torch.float32, fused=True)
+            times.append(in_turns({kind: step}, repeats)[kind])
+            kept.append(kept_bytes(step))
+        tokens = [math.prod(grid) for grid in _GRIDS]
+        slope = np.polyfit(np.log(tokens), np.log(times), 1)[0]
+        figures[f"step_time_exponent_{kind}"] = round(float(slope), 3)
+        figures[f"step_seconds_{kind}"] = [round(x, 4) for x in times]
+        figures[f"kept_mib_{kind}"] = [round(x / 2**20, 1) for x in kept]
+    return figures | {"tokens": [math.prod(grid) for grid in _GRIDS]}
+
+
+def kept_bytes(step: Callable[[], None]) -> int:
+    """Bytes of the tensors that a step saves for its backward pass, each storage once."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(seen.values())
+
+
+def in_process(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[Any]:
+    """What each of several fresh processes puts into its queue."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    started = [
+        context.Process(target=function, args=(queue, rank, ranks, *arguments))
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    found = [queue.get() for _ in started]
+    for process in started:
+        process.join()
+    return found
+
+
+def measure_memory(queue: Any, rank: int, ranks: int) -> None:
+    del rank, ranks
+    torch.set_num_threads(1)
+    config = configuration(_RUN)
+    batch, objective = sample_batch(config), build_objective(config, {})
+    before = _resident()
+    step = training_step(build_model(config, {}), objective, batch, torch.float32, fused=True)
+    for _ in range(2):
+        step()
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:  # noqa: PTH123
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_ranks(queue: Any, rank: int, ranks: int, port: int, repeats: int) -> None:
+    """Median seconds of a step, and bytes handed to all-reduce over those of the gradients."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    config = configuration(_RUN)
+    model = DistributedDataParallel(build_model(config, {}), gradient_as_bucket_view=True)
+    handed = 0
+
+    def count(state: Any, bucket: Any) -> Any:
+        del state
+        nonlocal handed
+        handed += bucket.buffer().numel() * bucket.buffer().element_size()
+        work = dist.all_reduce(bucket.buffer().div_(ranks), async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])
+
+    model.register_comm_hook(None, count)
+    batch, objective = sample_batch(config), build_objective(config, {})
+    step = training_step(model, objective, batch, torch.float32, fused=True)
+    times = []
+    for _ in range(repeats + 2):
+        handed, start = 0, time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    minimum = sum(4 * p.numel() for p in model.parameters())
+    queue.put((statistics.median(times[2:]), handed / minimum))
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def projection(
+    *, parameters: float, flops: float, device_flops: float, bandwidth: float, latency: float
+) -> dict[str, dict[str, float]]:
+    """Projected weak-scaling efficiency. A ring hands 2 (n - 1) / n of the gradients' bytes to the
+    network for DDP; FSDP2 gathers bfloat16 weights twice and scatters gradients once, together
+    (2 + 2 + 4) / 8 of the same. Communication hides behind the backward pass, two thirds of a step.
+    """
+    step = flops / device_flops
+    table: dict[str, dict[str, float]] = {}
+    for name, factor in (("ddp", 2 * 4.0), ("fsdp2", 2.0 + 2.0 + 4.0)):
+        table[name] = {}
+        for count in _GPUS:
+            ring = factor * parameters * (count - 1) / count / bandwidth
+            exposed = max(0.0, ring + latency * math.log2(count) - 2 / 3 * step)
+            table[name][str(count)] = round(step / (step + exposed), 3)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = growth(device, arguments.repeats)
+    (measured,) = in_process(measure_memory)
+    cost = estimate(configuration(_RUN)).cost
+    figures["memory_estimate_over_measured"] = round((cost.peak + cost.batch) / measured, 3)
+    repeats = 2 * arguments.repeats
+    ((alone, _),) = in_process(measure_ranks, free_port(), repeats)
+    together = in_process(measure_ranks, free_port(), repeats, ranks=2)
+    figures["weak_efficiency_2_ranks"] = round(alone / max(t for t, _ in together), 3)
+    figures["bytes_over_minimum"] = round(together[0][1], 4)
+    assumed = {
+        "parameters": 1e9, "flops": 6e9 * 4320 * 4, "device_flops": 4e14, "bandwidth": 2.5e10,
+        "latency": 2e-5,
+    }  # fmt: skip
+    figures["projection"] = projection(**assumed) | {"assumed": assumed}
+    finish("scaling", figures)
+
+
+if __name__ == "__main__":
+    main()
