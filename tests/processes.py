@@ -10,6 +10,7 @@ from typing import Any
 
 # A server that has imported everything forks every process: no second is lost on imports.
 CONTEXT = multiprocessing.get_context("forkserver")
+HANGS_AFTER_SECONDS = 900.0  # far above any test, however busy the machine
 CONTEXT.set_forkserver_preload(["atmossl.build", "atmossl.commands", "atmossl.cli"])
 
 
@@ -80,8 +81,10 @@ def start(
 def run(arguments: Sequence[str], *, cache: Path, before: Any = None, **environment: str) -> int:
     """The exit code of one process; minus the signal that killed it."""
     process = start(arguments, cache=cache, before=before, **environment)
-    process.join(120)
-    assert process.exitcode is not None, "still running after two minutes"
+    process.join(HANGS_AFTER_SECONDS)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
     return process.exitcode
 
 
@@ -113,9 +116,7 @@ def run_ranks(
         for rank in range(ranks)
     ]
     for process in processes:
-        process.join(180)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
+        process.join(HANGS_AFTER_SECONDS)
         process.kill()
-    assert None not in codes, f"ranks still running after three minutes: {codes}"
-    return [code for code in codes if code is not None]
+        process.join()
+    return [process.exitcode for process in processes if process.exitcode is not None]

@@ -11,7 +11,7 @@ import torch
 from atmossl.checkpoint_files import read_contents
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.training.curves import read_metrics
-from tests.processes import CONTEXT, run, run_ranks, training
+from tests.processes import CONTEXT, HANGS_AFTER_SECONDS, run, run_ranks, training
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 GLOBAL_BATCH = 4
@@ -118,7 +118,7 @@ def test_muon_and_clipping_take_the_same_steps_on_shards(tmp_path: Path) -> None
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(HANGS_AFTER_SECONDS)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     one, two = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2))
     for name in ("weight", "bias"):
