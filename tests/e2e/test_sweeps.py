@@ -38,15 +38,17 @@ def test_optuna_finds_the_lowest_score_of_its_trials(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_slurm_sweep_submits_jobs_that_train(tmp_path: Path) -> None:
-    """`sbatch` keeps the script and runs it at once, as a job that found a free node would be."""
+    """`sbatch` keeps the script and starts it, as a job that found a free node."""
     commands = tmp_path / "bin"
     job = "SLURM_JOB_ID=4711 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0"
     job += " SLURM_JOB_NAME=test SLURM_NNODES=1 SLURM_JOB_NODELIST=localhost"
-    start = f"{job} bash {tmp_path}/job.sh >&2 2>{tmp_path}/job.err"
+    done = tmp_path / "done"
+    start = f"({job} bash {tmp_path}/job.sh; touch {done}) >{tmp_path}/job.log 2>&1 &"
     keep = f'cp "${{@: -1}}" {tmp_path}/job.sh'
     stub(commands, "sbatch", f"{keep}\n{start}\necho Submitted batch job 4711")
     stub(commands, "srun", 'while [[ $1 != *python* ]]; do shift; done\nexec "$@"')
-    stub(commands, "sacct", "echo 'JobID|State|NodeList'; echo '4711|COMPLETED|localhost'")
+    state = f"$([[ -e {done} ]] && echo COMPLETED || echo RUNNING)"
+    stub(commands, "sacct", f'echo "JobID|State|NodeList"; echo "4711|{state}|localhost"')
     stub(commands, "scontrol", "echo localhost")
     more = ("launcher=slurm", "hydra.launcher.partition=small", "trainer.accelerator=cpu")
     path = f"{commands}:{os.environ['PATH']}"
