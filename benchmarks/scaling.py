@@ -31,6 +31,7 @@ from atmossl.batch import Batch, StreamSpec, TokenSize, collate_views
 from atmossl.build import build_model, build_objective
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
+from atmossl.model.attention import Attention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.preflight import estimate, sample_batch, window_of_zeros
@@ -38,7 +39,7 @@ from benchmarks.report import finish
 from benchmarks.train_step import configuration, in_turns, training_step
 
 _GRIDS = ((4, 8, 8), (4, 8, 16), (8, 8, 16), (8, 16, 16), (8, 16, 32))  # 1x to 16x tokens
-_KINDS = {"full": 1, "factorised": 1, "temporal": 3}  # with the neighbourhood of its convolutions
+_KINDS: dict[Attention, int] = {"full": 1, "factorised": 1, "temporal": 3}  # with the neighbourhood of its convolutions
 _RUN = ("experiment=quickstart", "optimizer=adamw", "optimizer.warmup_steps=1", "data.batch_size=4")
 _GPUS = (8, 64, 512)
 
