@@ -12,6 +12,7 @@ from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability,
 from atmossl.evaluation.events import event_scores
 from atmossl.evaluation.regions import Region, boxes, find_regions
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
+from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.scores import DEFAULT_SCORES
 from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
@@ -76,10 +77,10 @@ def provenance_of(config: EvaluateConfig, trained: TrainedModel, command: str) -
         what = f"Forecasts {', '.join(config.forecasts)} against {data}, split {config.split}."
         source = {"forecasts": ", ".join(config.forecasts)}
     else:
-        tasks = ", ".join(task.name for task in config.tasks)
+        tasks = ", ".join(readable(task.name) for task in config.tasks)
         what = f"Zero-shot {tasks} on {data}, split {config.split}: held out from training."
         source = {"checkpoint": f"{config.checkpoint}, digest {trained.digest}"}
-    packages = ("scores", "xskillscore", "xarray", "numpy", "torch")
+    packages = ("scores", "xarray", "numpy", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     facts = {
         "what": what,

@@ -45,6 +45,14 @@ def svg_bytes(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
+def webp_bytes(figure: Figure, dpi: int) -> bytes:
+    """A fifth of the size of PNG for fields of many colours; every browser reads it."""
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(picture, format="webp", dpi=dpi, pil_kwargs={"quality": 80})
+    return picture.getvalue()
+
+
 def png_bytes(figure: Figure, dpi: int) -> bytes:
     picture = io.BytesIO()
     FigureCanvasAgg(figure)

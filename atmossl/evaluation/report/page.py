@@ -14,7 +14,7 @@ from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.report.cards import region_card, score_cards
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.curves import lead_curves
-from atmossl.evaluation.report.figures import png_bytes, readable, svg_bytes
+from atmossl.evaluation.report.figures import readable, svg_bytes, webp_bytes
 from atmossl.evaluation.report.maps import case_panels, case_title, panel_map
 from atmossl.evaluation.report.panels import (
     pick,
@@ -43,8 +43,8 @@ def svg_picture(figure: Figure, alt: str) -> Picture:
     return Picture(_data_url(svg_bytes(figure), "image/svg+xml"), alt)
 
 
-def png_picture(figure: Figure, alt: str) -> Picture:
-    return Picture(_data_url(png_bytes(figure, _MAP_DPI), "image/png"), alt)
+def map_picture(figure: Figure, alt: str) -> Picture:
+    return Picture(_data_url(webp_bytes(figure, _MAP_DPI), "image/webp"), alt)
 
 
 def _data_url(content: bytes, kind: str) -> str:
@@ -167,7 +167,7 @@ def _example(example: Example) -> dict[str, Any]:
     units = str(truth.attrs.get("units", ""))
     panels = case_panels(truth, prediction, num_members=_NUM_MEMBERS)
     pictures = [
-        png_picture(panel_map(title, panel, units=units), f"{title}: {_heading(example)}")
+        map_picture(panel_map(title, panel, units=units), f"{title}: {_heading(example)}")
         for title, panel in panels.items()
     ]
     return {"title": case_title(truth, prediction), "pictures": pictures}
