@@ -56,9 +56,9 @@ class Model:
 
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
         or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
-        (time, level, latitude, longitude) in any order. fill_missing: predict where the dataset
-        never has a value, too. output: written there, band by band, and
-        opened lazily; in memory otherwise. Warns of what the checkpoint was not trained for.
+        (time, level, latitude, longitude) in any order. fill_missing: predict where it never has a
+        value, too. output: written there and opened lazily; in memory otherwise. Warns of what the
+        checkpoint was not trained for.
 
         Raises:
             ValueError: anything that does not fit, before the model runs.
@@ -69,12 +69,7 @@ class Model:
             "the dataset",
             variables=sorted(self.trained.variables),
             levels=self.trained.levels,
-            may_miss=[
-                name
-                for spec in self.trained.specs
-                if spec.missing == "mask"
-                for name in spec.variables
-            ],
+            may_miss=[v for s in self.trained.specs if s.missing == "mask" for v in s.variables],
         )
         predictor = Predictor(
             trained=self.trained,
