@@ -117,6 +117,8 @@ def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
     `icechunk.s3_storage` besides bucket and prefix."""
     import icechunk
 
+    if "://" not in location and not Path(location).is_dir():
+        raise NotADirectoryError("an icechunk repository is a folder")
     version = {k: options[k] for k in ("branch", "tag", "snapshot_id") if k in options}
     others = {k: v for k, v in options.items() if k not in version}
     if location.startswith("s3://"):

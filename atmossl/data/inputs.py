@@ -131,10 +131,8 @@ def _canonical_array(array: xr.DataArray, selection: dict[str, Any], file: str) 
     if "isobaricInPa" in array.dims:
         array = array.rename(isobaricInPa="level")
         array = array.assign_coords(level=array["level"] / _PASCAL_PER_HPA)
-    if "time" not in array.dims and "time" in array.coords:
+    if "time" in array.coords and not {"time", "valid_time"} & set(array.dims):
         array = array.expand_dims("time")
-    elif "time" not in array.dims and "valid_time" in array.coords:
-        array = array.expand_dims(time=[array["valid_time"].values])
     name = str(array.name)
     array = rename_coordinates(array.to_dataset(), {}, f"input {file}")[name]
     if "level" not in array.dims and "isobaricInhPa" in array.coords:

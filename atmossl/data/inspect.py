@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cartopy.crs as ccrs  # before any library that brings a PROJ of its own, as ecCodes does
 import numpy as np
 import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import CatalogEntry, resolve_location
@@ -191,10 +194,6 @@ def _ratio_of(points: int) -> float:
 
 def save_map(variable: VariableReport, path: Path) -> None:
     """A map of the first sampled field, as PNG."""
-    import cartopy.crs as ccrs
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     field = variable.picture
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)

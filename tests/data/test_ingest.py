@@ -1,0 +1,201 @@
+"""What others wrote becomes one store: right values, restartable, verified."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from atmossl.cli import main
+from atmossl.data import ingest as module
+from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
+from tests.synthetic import dataset
+
+RECORD = dataset(steps=10)
+NAMES = ("temperature", "u_component_of_wind")
+LAYOUT = Layout(time=3, level=1, lat=0, lon=0, shard=0, compression=3)
+THREADS = Workers("threads", 2)
+SAMPLES = Path(os.environ.get("ATMOSSL_CFGRIB_SAMPLES", "/nonexistent"))
+
+
+def quiet(done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def netcdf(folder: Path) -> Path:
+    """Two files as the CDS writes them: short names, descending latitudes, -180..180."""
+    for part, steps in enumerate((slice(0, 6), slice(6, 10))):
+        record = RECORD.isel(time=steps, latitude=slice(None, None, -1))
+        record = record.assign_coords(longitude=(record.longitude + 180) % 360 - 180)
+        record = record.sortby("longitude").rename(
+            temperature="t", u_component_of_wind="u", time="valid_time", level="pressure_level"
+        )
+        record.to_netcdf(folder / f"{part}.nc")
+    return folder
+
+
+def grib(path: Path) -> Path:
+    """Every field of the record as one GRIB 2 message."""
+    eccodes = pytest.importorskip("eccodes")
+    keys = {"Ni": 16, "Nj": 8, "iDirectionIncrementInDegrees": 22.5}
+    keys |= {"jDirectionIncrementInDegrees": 22.5, "jScansPositively": 1}
+    keys |= {"latitudeOfFirstGridPointInDegrees": -78.75, "longitudeOfFirstGridPointInDegrees": 0}
+    keys |= {"latitudeOfLastGridPointInDegrees": 78.75, "longitudeOfLastGridPointInDegrees": 337.5}
+    with path.open("wb") as file:
+        for short, name in (("t", NAMES[0]), ("u", NAMES[1])):
+            for time in RECORD["time"].values:
+                for level in RECORD["level"].values:
+                    message = eccodes.codes_grib_new_from_samples("regular_ll_pl_grib2")
+                    for key, value in keys.items():
+                        eccodes.codes_set(message, key, value)
+                    stamp = np.datetime_as_string(time, "m")
+                    eccodes.codes_set(message, "dataDate", int(stamp[:10].replace("-", "")))
+                    eccodes.codes_set(message, "dataTime", int(stamp[11:].replace(":", "")))
+                    eccodes.codes_set(message, "shortName", short)
+                    eccodes.codes_set(message, "typeOfLevel", "isobaricInhPa")
+                    eccodes.codes_set(message, "level", int(level))
+                    eccodes.codes_set(message, "bitsPerValue", 24)
+                    values = RECORD[name].sel(time=time, level=level).values.astype(np.float64)
+                    eccodes.codes_set_values(message, values.ravel())
+                    eccodes.codes_write(message, file)
+                    eccodes.codes_release(message)
+    return path
+
+
+def compare(store: Path, expected: xr.Dataset = RECORD, atol: float = 0.0) -> None:
+    with xr.open_zarr(store) as found:
+        for name in NAMES:
+            values = found[name].transpose(*expected[name].dims)
+            np.testing.assert_allclose(values, expected[name], rtol=0, atol=atol)
+            assert found[name].attrs["units"] == expected[name].attrs["units"]
+        for axis in ("time", "level", "latitude", "longitude"):
+            np.testing.assert_array_equal(found[axis], expected[axis])
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+def test_netcdf_files_become_one_store(tmp_path, shard: int) -> None:
+    layout = Layout(3, 1, 0, 0, shard, 3)
+    ingest(Source(str(netcdf(tmp_path))), tmp_path / "out.zarr", layout, THREADS, quiet)
+    compare(tmp_path / "out.zarr")
+    array = zarr.open_array(tmp_path / "out.zarr" / "temperature", mode="r")
+    assert array.chunks == (3, 1, 8, 16)
+    assert array.shards == ((6, 3, 8, 16) if shard else None)
+    assert verify(tmp_path / "out.zarr") == (4 if shard else 8)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_grib_messages_become_a_store(tmp_path) -> None:
+    path = grib(tmp_path / "era5.grib")
+    ingest(Source(str(path)), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    expected = RECORD.copy()
+    expected["u_component_of_wind"].attrs["units"] = "m s**-1"
+    compare(tmp_path / "out.zarr", expected, atol=1e-6)
+    cut = tmp_path / "cut.grib"
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut.grib"):
+        ingest(Source(str(cut)), tmp_path / "other.zarr", LAYOUT, THREADS, quiet)
+
+
+def test_a_stopped_run_writes_only_what_is_missing(tmp_path, monkeypatch) -> None:
+    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    written: list[module.Region] = []
+    original = module.write_region
+
+    def stops(job: module.Job) -> str:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(job.region)
+        return original(job)
+
+    one = Workers("threads", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_region", stops)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(source, output, LAYOUT, one, quiet)
+    assert not output.exists()
+    with pytest.raises(ValueError, match="other settings"):
+        ingest(source, output, Layout(2, 1, 0, 0, 0, 3), one, quiet)
+
+    def counts(job: module.Job) -> str:
+        written.append(job.region)
+        return original(job)
+
+    monkeypatch.setattr(module, "write_region", counts)
+    ingest(source, output, LAYOUT, one, quiet)
+    assert len(written) == len(set(written)) == 8  # every region once over both runs
+    compare(output)
+    with pytest.raises(ValueError, match="exists"):
+        ingest(source, output, LAYOUT, one, quiet)
+
+
+def test_a_store_that_was_changed_fails_its_checksums(tmp_path) -> None:
+    ingest(Source(str(netcdf(tmp_path))), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    array = zarr.open_array(tmp_path / "out.zarr" / "temperature", mode="r+")
+    array[4, 0, 0, 0] = 17.0
+    with pytest.raises(ValueError, match="temperature differs from its checksum from step 3"):
+        verify(tmp_path / "out.zarr")
+
+
+def test_a_region_across_the_dateline_and_a_period_are_cut_out(tmp_path) -> None:
+    source = Source(
+        str(netcdf(tmp_path)),
+        levels=(850,),
+        start="2001-01-02",
+        end="2001-01-02T12",
+        region=(-40.0, 60.0, 300.0, 60.0),
+    )
+    ingest(source, tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    expected = RECORD.sel(level=[850], latitude=slice(-40, 60)).isel(time=slice(4, 7))
+    expected = expected.isel(longitude=[14, 15, 0, 1, 2])
+    compare(tmp_path / "out.zarr", expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_worker_processes_write_the_same_store(tmp_path) -> None:
+    pytest.importorskip("distributed")
+    workers = Workers("local_cluster", 2)
+    ingest(Source(str(netcdf(tmp_path))), tmp_path / "out.zarr", LAYOUT, workers, quiet)
+    compare(tmp_path / "out.zarr")
+
+
+def test_the_command_ingests_and_refuses_in_one_line(tmp_path, capsys) -> None:
+    folder, output = netcdf(tmp_path), tmp_path / "out.zarr"
+    assert main(["data", "ingest", f"input={folder}", f"output={output}", "layout.time=4"]) == 0
+    compare(output)
+    assert main(["data", "ingest", f"input={folder}", f"output={output}"]) == 2
+    assert main(["data", "ingest", "input=/nonexistent", f"output={tmp_path}/b.zarr"]) == 2
+    captured = capsys.readouterr()
+    assert "regions read again" in captured.out
+    assert "exists" in captured.err and "/nonexistent" in captured.err
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="set ATMOSSL_CFGRIB_SAMPLES to cfgrib's test data")
+@pytest.mark.parametrize(
+    ("file", "select", "outcome"),
+    [
+        ("era5-levels-members.grib", {"number": 3}, ["geopotential", "temperature"]),
+        ("era5-levels-members.nc", {"number": 3}, ["geopotential", "temperature"]),
+        ("fields_with_missing_values.grib", {}, ["2m_temperature"]),
+        ("regular_gg_sfc.grib", {}, ["10m_u_component_of_wind"]),
+        ("era5-levels-members.grib", {}, "further dimensions"),
+        ("uv_on_different_levels.grib", {}, "step"),
+        ("reduced_gg.grib", {}, "reduced_gg"),
+        ("spherical_harmonics.grib", {}, "grid of type sh"),
+        ("era5-levels-corrupted.grib", {"number": 3}, "corrupted.grib"),
+        ("t_on_different_level_types.grib", {}, "filters"),
+    ],
+)
+def test_files_of_others(tmp_path, file: str, select: dict, outcome) -> None:
+    source = Source(str(SAMPLES / file), select=select)
+    if isinstance(outcome, str):
+        with pytest.raises(ValueError, match=outcome):
+            ingest(source, tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+        return
+    ingest(source, tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    with xr.open_zarr(tmp_path / "out.zarr") as found:
+        assert sorted(found.data_vars) == outcome
+        assert np.all(np.diff(found["latitude"]) > 0)
+    assert verify(tmp_path / "out.zarr") >= 1

@@ -1,0 +1,60 @@
+"""What `atmossl data inspect` finds in stores whose faults are known."""
+
+import numpy as np
+import pytest
+
+from atmossl.cli import main
+from atmossl.data.catalog import load_catalog
+from atmossl.data.inspect import advice, inspect, time_axis
+from atmossl.data.windows import WindowSize
+from tests.synthetic import catalog, dataset
+
+
+def test_gaps_and_duplicates_are_found() -> None:
+    hours = np.array([0, 6, 12, 30, 36, 36, 42, 54])
+    times = np.datetime64("2000-02-28", "ns") + hours * np.timedelta64(1, "h")
+    axis = time_axis(times)
+    assert (axis.step_hours, axis.num_steps, axis.ascending) == (6.0, 8, False)
+    assert [(str(t)[:13], n) for t, n in axis.gaps] == [("2000-02-28T12", 2), ("2000-02-29T18", 1)]
+    assert [str(t)[:13] for t in axis.duplicates] == ["2000-02-29T12"]
+    assert time_axis(times[:3]).ascending
+
+
+def test_values_limits_and_the_cost_of_windows(tmp_path) -> None:
+    store = dataset(steps=24)
+    store["temperature"][:, 0, 2, 3] = np.nan
+    store["u_component_of_wind"] = store["u_component_of_wind"] + 1000.0
+    path = catalog(tmp_path, train=store)
+    (report,) = inspect(load_catalog(path)["waves"], WindowSize(6, 4, 4), samples=24)
+    temperature, wind = report.variables
+    assert temperature.missing == pytest.approx(1 / (3 * 8 * 16))
+    assert temperature.minimum == pytest.approx(np.nanmin(store["temperature"]))
+    assert not wind.within_limits and wind.maximum == store["u_component_of_wind"].max()
+    # xarray's chunk is the whole array here: everything is decoded for any window
+    assert wind.decoded_over_needed["time"] == pytest.approx(24 / 6)
+    lines = advice(wind, WindowSize(6, 4, 4))
+    assert any("along time decode 4.0 times" in line for line in lines)
+
+
+def test_decoded_over_needed_is_the_mean_over_all_offsets(tmp_path) -> None:
+    store = dataset(steps=48)
+    for array in store.data_vars.values():
+        array.encoding["chunks"] = (5, 3, 8, 16)
+    path = catalog(tmp_path, train=store)
+    (report,) = inspect(load_catalog(path)["waves"], WindowSize(6, 0, 0), samples=1)
+    counts = [len({step // 5 for step in range(start, start + 6)}) for start in range(40)]
+    assert report.variables[0].decoded_over_needed["time"] == pytest.approx(np.mean(counts) * 5 / 6)
+
+
+def test_the_command_prints_and_draws(tmp_path, capsys) -> None:
+    path = catalog(tmp_path, train=dataset(steps=6))
+    output = tmp_path / "maps"
+    command = ["data", "inspect", "waves", f"catalog={path}", f"output={output}"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "6 steps of 6 h" in printed and "temperature" in printed
+    assert sorted(p.name for p in output.iterdir()) == [
+        "temperature.png",
+        "u_component_of_wind.png",
+    ]
+    assert main(["data", "inspect"]) == 2
