@@ -1,0 +1,160 @@
+"""`atmossl predict` and `calibrate`, on a small checkpoint made here."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from atmossl.cli import main
+from atmossl.data.statistics import Statistics
+from atmossl.inference.checkpoint import spec_to_dict
+from atmossl.inference.writer import partial_of
+from atmossl.model.multiformer import Multiformer
+from tests.inference.known import NAMES, segment
+from tests.synthetic import catalog, dataset, spec
+
+STORE = dataset(steps=12, variables=NAMES)
+MODEL = {"dim": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "num_members": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog `waves`, and `tiny.ckpt` with a stream per variable and random weights."""
+    folder = tmp_path_factory.mktemp("command")
+    catalog(folder, train=STORE, validation=STORE, test=STORE)
+    specs = tuple(spec(name[0], variables=(name,), token=(1, 2, 2)) for name in NAMES)
+    torch.manual_seed(0)
+    weights = Multiformer(streams=specs, **MODEL).state_dict()
+    record = {
+        "atmossl": "0.1.0",
+        "torch": "2",
+        "streams": [spec_to_dict(stream) for stream in specs],
+        "model": MODEL,
+        "statistics": Statistics.compute([segment(STORE)]).to_dict(),
+        "window": {"time": 5, "lat": 4, "lon": 8},
+        "first_guess": True,
+        "data": "waves",
+        "step": 1,
+        "step_hours": 6.0,
+        "config": {"masking": {"_target_": "atmossl.masking.random.TimeBlockMasking"}},
+    }
+    state = {f"ema.module.{key}": value for key, value in weights.items()}
+    torch.save({"state_dict": state, "atmossl": record}, folder / "tiny.ckpt")
+    return folder
+
+
+def arguments(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        f"checkpoint={folder / 'tiny.ckpt'}", f"catalog={folder / 'catalog.yaml'}",
+        "accelerator=cpu", "batch_size=4", f"output={output}", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "dims"),
+    [
+        (["task=forecast", "task.lead_time=30h", "task.rollout_time=12h"], {"lead_time": 5}),
+        (["task=hindcast"], {"lead_time": 2}),
+        (["task=temporal_interpolation", "task.refine=2"], {"time": 4}),
+        (["task=downscaling", "task.factor=2", "task.consistent=true"], {"time": 2}),
+        (["task=inpainting"], {"time": 2}),
+        (["task=cross_variable", "task.variables=[temperature]"], {"time": 2}),
+        (["task=combined"], {"lead_time": 3}),
+        (["task=counterfactual", "task.shift_time=-30d"], {"lead_time": 2}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_every_task_runs(folder: Path, tmp_path: Path, task: list[str], dims: dict) -> None:
+    output = tmp_path / "out.zarr"
+    chosen = "init_time=[2001-01-02,2001-01-02T06]"
+    assert main(["predict", *task, chosen, *arguments(folder, output)]) == 0
+    with xr.open_zarr(output, consolidated=False, decode_timedelta=True) as found:
+        assert set(found.data_vars) == set(NAMES)
+        sizes = {"member": 3, "level": 3, "latitude": 8, "longitude": 16, **dims}
+        assert {name: found.sizes[name] for name in sizes} == sizes
+        assert all(np.isfinite(found[name].values).all() for name in NAMES)
+
+
+def test_a_task_of_ones_own_is_a_file(folder: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "mine.yaml", tmp_path / "out.zarr"
+    file.write_text("name: inpainting\nboxes: [[-30, 30, 0, 90]]\n")
+    own = [f"task={file}", "task.hidden_time=6h", "every=6"]
+    assert main(["predict", *own, *arguments(folder, output)]) == 0
+    with xr.open_zarr(output, consolidated=False) as found:
+        spread = found["temperature"].std("member").isel(time=0, level=0)
+        inside = (abs(found.latitude) < 30) & (found.longitude <= 90)
+        assert ((spread > 1e-4) == inside).all()  # float32 rounds the rest
+
+
+def test_what_training_never_hid_is_noted(folder: Path, tmp_path: Path, capsys) -> None:
+    far = ["task=forecast", "task.lead_time=18h", "task.rollout_time=null", "every=100"]
+    assert main(["predict", *far, *arguments(folder, tmp_path / "out.zarr")]) == 0
+    assert "3 whole steps hidden; training hid 2 at most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["task.lead_time=9h"], "no multiple of the data's step of 6 h"),
+        (["init_time=1990-01-01"], "not in segment"),
+        (["init_time=2001-01-01"], "needs 2 before"),
+        (["init_time=soon"], "ISO dates"),
+        (["task=inpainting", "task.mask_file=none.nc"], "none.nc"),
+        (["task=inpainting", "task.boxes=[]"], "empty"),
+        (["task=none.yaml"], "none.yaml"),
+        (["task=cross_variable", "task.variables=[ozone]"], "ozone"),
+        (["task=downscaling", "task.coarse_input=true", "task.factor=3"], "divide"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys, more, message) -> None:
+    output = tmp_path / "out.zarr"
+    assert main(["predict", *more, *arguments(folder, output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    new, spreads = tmp_path / "new.ckpt", []
+    task = ["task=forecast", "every=2"]
+    assert main(["calibrate", *task, "split=validation", *arguments(folder, new)]) == 0
+    for number, checkpoint in enumerate((folder / "tiny.ckpt", new)):
+        output = tmp_path / f"{number}.zarr"
+        given = [*arguments(folder, output), f"checkpoint={checkpoint}", "split=validation"]
+        assert main(["predict", *task, *given]) == 0
+        with xr.open_zarr(output, consolidated=False, decode_timedelta=True) as found:
+            spreads.append(found["temperature"].std("member").mean(("latitude", "longitude")))
+    factors = torch.load(new, weights_only=True)["atmossl"]["spread"]["Forecast"]["factors"]
+    ratio = (spreads[1] / spreads[0]).transpose("init_time", "lead_time", "level").values
+    np.testing.assert_allclose(ratio, np.array([factors["temperature"]] * len(ratio)), rtol=1e-3)
+    assert main(["calibrate", *task, *arguments(folder, tmp_path / "b.ckpt")]) == 2  # split=test
+
+
+@pytest.mark.e2e
+def test_a_killed_prediction_goes_on(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL once the first date is written; `resume=true` ends with what one run gives."""
+    output = tmp_path / "out.zarr"
+    program = str(Path(sys.executable).with_name("atmossl"))
+    given = ["predict", "task=forecast", *arguments(folder, output), "batch_size=1"]
+    progress = partial_of(output).with_suffix(".json")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([program, *given], env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not progress.exists():
+            time.sleep(0.005)
+        process.kill()
+    assert not output.exists() and partial_of(output).exists()
+    assert main(given) == 2  # nothing is overwritten unasked
+    assert main([*given, "resume=true"]) == 0
+    whole = tmp_path / "whole.zarr"
+    assert main(["predict", "task=forecast", *arguments(folder, whole), "batch_size=1"]) == 0
+    one, two = (
+        xr.open_zarr(path, consolidated=False, decode_timedelta=True).load()
+        for path in (output, whole)
+    )
+    xr.testing.assert_identical(one, two)
