@@ -5,7 +5,8 @@ python -m benchmarks.inference --checkpoint PATH --task downscaling --dates 8
 
 Each run is a process of its own, so that its peak memory is its own. A field is one variable on
 one level at one time on the whole globe, as an ensemble. Times are CPU times of the process on a
-CPU, so that what else the machine does is left out, and wall times on a GPU.
+CPU, so that what else the machine does is left out, and wall times on a GPU. The shorter run has
+to fill a batch (a whole-globe window is one tile per date), or memory grows with the batch.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="default")
     parser.add_argument("--task", default="forecast")
-    parser.add_argument("--dates", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dates", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--one", action="store_true", help="one run in this process")
     arguments = parser.parse_args()
     if arguments.one:
