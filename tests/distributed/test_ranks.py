@@ -80,7 +80,8 @@ def test_what_two_sharded_ranks_saved_goes_on_on_one_and_back(cache: Path) -> No
 
     one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (whole, moved))
     for name, expected in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][name], expected, rtol=1e-3, atol=2e-5)
+        # Adam divides by small gradients' size; one lost state would cost a whole step, 2e-3
+        torch.testing.assert_close(two["state_dict"][name], expected, rtol=1e-3, atol=5e-4)
     np.testing.assert_allclose(column(moved, "train/loss"), column(whole, "train/loss"), rtol=1e-4)
 
 
