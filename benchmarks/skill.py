@@ -46,6 +46,17 @@ def run(*arguments: str) -> None:
         raise SystemExit(f"failed: atmossl {' '.join(arguments)}")
 
 
+def train(folder: Path, overrides: list[str]) -> str:
+    """Both stages of the reference experiment, each going on where it stopped; its checkpoint."""
+    first, second = (str(folder / stage / "checkpoints" / "last.ckpt") for stage in ("1", "2"))
+    for stage, *options in (
+        ("1", "experiment=reference"),
+        ("2", "experiment=reference_second", f"warm_start.checkpoints=[{first}]"),
+    ):
+        run("train", *options, f"paths.output={folder / stage}", "resume=auto", *overrides)
+    return second
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", help="score this one instead of training; or `default`")
@@ -55,15 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint
         if checkpoint is None:
-            output = Path("runs/benchmark_skill")
-            run(
-                "train",
-                "experiment=reference",
-                f"paths.output={output}",
-                "resume=auto",
-                *arguments.overrides,
-            )
-            checkpoint = str(output / "checkpoints" / "last.ckpt")
+            checkpoint = train(Path("runs/benchmark_skill"), arguments.overrides)
         report = Path(folder) / "report"
         run("evaluate", f"checkpoint={checkpoint}", f"output={report}", f"every={arguments.every}")
         found = json.loads((report / "figures.json").read_text())
