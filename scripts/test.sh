@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests in .venv, which it makes if needed; arguments go to pytest.
+# Runs the tests in .venv, which it makes if needed, in two processes; arguments go to pytest.
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh -m "not slow" tests/test_tokens.py
@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh dev
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
