@@ -204,6 +204,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
 
     command: the line that the report gives for making it again.
     """
+    from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
     from atmossl.evaluation.report.write import write_report
     from atmossl.scorecard import compare_forecasts, provenance_of, score_tasks
 
@@ -225,7 +226,11 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
         partial.replace(config.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    Console().print(f"report: {config.output / 'index.html'}", highlight=False)
+    console = Console(width=max(120, Console().width))
+    for report in reports:
+        summary = mean_over_levels(summarise(report.table, model_name=report.model_name))
+        print_summary(summary, console, title="RMSE ratios and scores, mean over levels")
+    console.print(f"report: {config.output / 'index.html'}", highlight=False)
     return config.output
 
 

@@ -79,6 +79,7 @@ def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
                  f"output={tmp_path / 'report'}")  # fmt: skip
     done = atmossl("evaluate", *arguments, cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "ratio persistence" in done.stdout
     figures = json.loads((tmp_path / "report" / "figures.json").read_text())
     # four steps from a random start have learnt nothing, so persistence it is
     assert figures["forecast_6h_vs_persistence"] == pytest.approx(1.0, abs=0.2)
