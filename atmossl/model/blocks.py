@@ -59,7 +59,7 @@ class GatedConvolution(nn.Module):
 
     def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
         frames = to_frames(x.features, x.chosen)
-        frames = pad_edges(frames, self.reach, self.reach, periodic=x.periodic, beyond="replicate")
+        frames = pad_edges(frames, self.reach, self.reach, periodic=x.periodic)
         gate, values = self.expand(frames).chunk(2, dim=1)
         return self.contract(from_frames(functional.gelu(gate) * values, x.chosen))
 

@@ -102,7 +102,6 @@ class Embedding(nn.Module):
             reach[1],
             reach[2],
             periodic=grid.periodic,
-            beyond="replicate",
         )
         return from_frames(convolution(padded), chosen)
 
@@ -138,7 +137,7 @@ def details(
     means = rearrange(
         fields.mean(dim=-1), "batch level nt nlat nlon field -> (batch level nt) field nlat nlon"
     )
-    padded = pad_edges(means, 1, 1, periodic=periodic, beyond="replicate")
+    padded = pad_edges(means, 1, 1, periodic=periodic)
     around = functional.avg_pool2d(padded, 3, 1)
     around = rearrange(
         around,

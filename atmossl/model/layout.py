@@ -5,7 +5,6 @@ on frames: all tokens of one level and time step of one sample. Absent tokens ar
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -90,12 +89,11 @@ def pad_edges(
     lon: int,
     *,
     periodic: bool,
-    beyond: Literal["replicate", "constant"],
 ) -> Float[Tensor, "frame feature padded_nlat padded_nlon"]:
     """Neighbours for the tokens at the window's edges: across the circle where it closes, else the
-    nearest token (`replicate`) or 0 (`constant`)."""
+    nearest token."""
     if periodic and lon:
         frames = functional.pad(frames, (lon, lon, 0, 0), mode="circular")
     elif lon:
-        frames = functional.pad(frames, (lon, lon, 0, 0), mode=beyond)
-    return functional.pad(frames, (0, 0, lat, lat), mode=beyond) if lat else frames
+        frames = functional.pad(frames, (lon, lon, 0, 0), mode="replicate")
+    return functional.pad(frames, (0, 0, lat, lat), mode="replicate") if lat else frames
