@@ -161,6 +161,7 @@ def _predictor(config: PredictConfig, *, calibrated: bool = True) -> Predictor:
         segment=segments[0],
         task=config.task.sampler(),
         overlap=config.overlap,
+        tilings=config.tilings,
         batch_size=config.batch_size,
         device=_device(config.accelerator),
         seed=config.seed,

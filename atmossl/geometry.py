@@ -164,13 +164,15 @@ class TilePlan:
     A partition of unity (Melenk and Babuska 1996): each tile's ramp is divided by the sum of all
     ramps at the cell. `overlap` is the share of a tile that its neighbour covers as well. Tiles
     start at multiples of `align` cells; sizes must be multiples of it, too, unless it is 1.
+    `shifts`: the tiling is laid once for each of these numbers of cells to the east, around a
+    whole circle; elsewhere it stays where it is.
     """
 
     grid: Grid
     lat_size: int
     lon_size: int
     overlap: float = 0.5
-    lon_shift: int = 0
+    shifts: tuple[int, ...] = (0,)
     align: int = 1
     tiles: tuple[Box, ...] = field(init=False)
     weights: tuple[np.ndarray, ...] = field(init=False)
@@ -184,13 +186,16 @@ class TilePlan:
             if size % self.align:
                 raise ValueError(f"coarsening by {self.align} does not divide {key} size {size}")
         lat_stride = max(1, round(self.lat_size * (1 - self.overlap)))
-        lon_stride = max(1, round(self.lon_size * (1 - self.overlap)))
         whole_circle = self.grid.periodic and self.lon_size == num_lon
+        # a tile that closes the circle has no edge in longitude, so it needs no ramp there
+        overlap = 0.0 if whole_circle else self.overlap
+        lon_stride = max(1, round(self.lon_size * (1 - overlap)))
         lon_periodic = self.grid.periodic and not whole_circle
-        shift = self.lon_shift if self.grid.periodic else 0
+        shifts = self.shifts if self.grid.periodic else (0,)
         tiles = tuple(
             Box(lat, (lon + shift) % num_lon, self.lat_size, self.lon_size)
             for lat in _starts(num_lat, self.lat_size, lat_stride, False, self.align)
+            for shift in shifts
             for lon in _starts(num_lon, self.lon_size, lon_stride, lon_periodic, self.align)
         )
         object.__setattr__(self, "tiles", tiles)

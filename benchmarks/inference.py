@@ -67,6 +67,7 @@ def one_run(checkpoint: str, task: str, dates: int, batch_size: int) -> dict[str
         segment=segment,
         task=find_task(task, {}).sampler(),
         overlap=0.5,
+        tilings=2,
         batch_size=batch_size,
         device="cuda" if on_gpu else "cpu",
     )

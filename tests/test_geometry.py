@@ -43,7 +43,7 @@ def test_tiles_cover_the_globe_as_a_partition_of_unity(
 ) -> None:
     lat = data.draw(st.integers(2, num_lat))
     lon = data.draw(st.integers(2, num_lon))
-    plan = TilePlan(global_grid(num_lat, num_lon), lat, lon, overlap, shift)
+    plan = TilePlan(global_grid(num_lat, num_lon), lat, lon, overlap, (0, shift))
     total = np.zeros((num_lat, num_lon))
     for tile, weight in zip(plan.tiles, plan.weights, strict=True):
         total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] += weight

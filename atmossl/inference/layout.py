@@ -171,6 +171,7 @@ class Layout:
                 {
                     "task": repr(predictor.task),
                     "overlap": predictor.overlap,
+                    "tilings": predictor.tilings,
                     "seed": predictor.seed,
                     "trained_on": trained.data,
                     "torch": trained.record.get("torch", "unknown"),

@@ -45,7 +45,9 @@ class _Tile:
 class Predictor:
     """One task on one segment.
 
-    overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
+    overlap: share of a tile that its neighbour covers as well. tilings: how many tilings are
+    averaged, each shifted eastwards by an equal part of a token, where the grid is a whole circle
+    and the task lets tiles lie anywhere. batch_size: tiles in one call of
     the model, of any time or member. seed: of the order in which members go on in a rollout.
     fill_missing: predict also where a variable is missing in the whole window, which is NaN in
     the output otherwise, such as sea-surface temperature on land.
@@ -58,6 +60,7 @@ class Predictor:
     overlap: float
     batch_size: int
     device: str
+    tilings: int = 1
     lon_shift: int = 0
     seed: int = 0
     fill_missing: bool = False
@@ -96,9 +99,16 @@ class Predictor:
             window.lat or num_lat,
             window.lon or num_lon,
             self.overlap,
-            self.lon_shift,
+            self._shifts,
             self.task.align,
         )
+
+    @property
+    def _shifts(self) -> tuple[int, ...]:
+        """Of the tilings, cells: within one token, coarse cells staying where they are."""
+        token, align = max(spec.token_size.lon for spec in self.trained.specs), self.task.align
+        shifts = {number * token // self.tilings for number in range(self.tilings)}
+        return tuple(self.lon_shift + shift for shift in sorted(shifts) if shift % align == 0)
 
     @property
     def row_chunk(self) -> int:

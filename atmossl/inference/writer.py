@@ -117,6 +117,7 @@ def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, s
         "data": predictor.segment.location,
         "init_time": f"{len(times)} from {times[0]} to {times[-1]}",
         "overlap": str(predictor.overlap),
+        "tilings": str(predictor.tilings),
         "seed": str(predictor.seed),
         "layout": names,
     }

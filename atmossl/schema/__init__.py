@@ -274,6 +274,7 @@ class PredictConfig(Strict):
     init_time: str | tuple[str, ...]
     every: Positive
     overlap: float = Field(ge=0.0, lt=1.0)
+    tilings: Positive
     batch_size: Positive
     accelerator: Literal["auto", "cpu", "gpu"]
     seed: NotNegative
@@ -310,6 +311,7 @@ class EvaluateConfig(Strict):
     ridge: bool
     bootstrap: Positive
     overlap: float = Field(ge=0.0, lt=1.0)
+    tilings: Positive
     batch_size: Positive
     accelerator: Literal["auto", "cpu", "gpu"]
     seed: NotNegative

@@ -41,6 +41,7 @@ def score_tasks(
                 segment=test[0].loaded(),
                 task=task.sampler(),
                 overlap=config.overlap,
+                tilings=config.tilings,
                 batch_size=config.batch_size,
                 device=device,
             ),

@@ -5,9 +5,11 @@ from operator import attrgetter
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from torch import nn
 
+from atmossl.batch import Prediction, View
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
@@ -21,7 +23,8 @@ def predictor(task: Task, source: str = "target", **changes) -> Predictor:
 
 @pytest.mark.parametrize("task", [TemporalInterpolation(6), Downscaling(2)])
 @pytest.mark.parametrize(
-    "changes", [{}, {"overlap": 0.0}, {"overlap": 0.7, "lon_shift": 2}, {"batch_size": 100}]
+    "changes",
+    [{}, {"overlap": 0.0}, {"overlap": 0.7, "lon_shift": 2}, {"tilings": 2}, {"batch_size": 100}],
 )
 def test_tiles_of_the_truth_blend_to_the_truth(task: Task, changes: dict) -> None:
     used = predictor(task, **changes)
@@ -35,6 +38,33 @@ def test_tiles_of_the_truth_blend_to_the_truth(task: Task, changes: dict) -> Non
         spread = (found[:, 1] - found[:, 0])[0] / 2
         expected = np.broadcast_to(scale[row][:, None, None], spread.shape)
         np.testing.assert_allclose(spread, expected, rtol=1e-5)
+
+
+class Columns(nn.Module):
+    """Gives every point the number of its column within its token, 0 or 1."""
+
+    def forward(self, view: View) -> Prediction:
+        truth = Known(attrgetter("target"))(view).streams[0]
+        column = torch.arange(truth.members.shape[-1]) % 2
+        members = column.to(truth.members).expand(truth.members.shape)
+        return Prediction((replace(truth, members=members),))
+
+
+@pytest.mark.parametrize(("tilings", "columns"), [(1, [0, 1]), (2, [0.5, 0.5])])
+def test_tilings_average_what_depends_on_the_place_in_a_token(
+    tilings: int, columns: list[float]
+) -> None:
+    used = known(TemporalInterpolation(6), Columns(), tilings=tilings, window=(5, 8, 16))
+    field = run_at(used, 6)["temperature"][0, 0, 0]
+    statistics = used.trained.normaliser.statistics
+    number = list(statistics.variables).index("temperature")
+    normal = (field - statistics.mean[number][0]) / statistics.std[number][0]
+    np.testing.assert_allclose(normal, np.tile(columns, (8, 8)), atol=1e-5)
+
+
+def test_coarse_cells_stay_where_they_are_in_every_tiling() -> None:
+    used = predictor(Downscaling(2), tilings=2)
+    assert {tile.lon_start % 2 for tile in used.tiles.tiles} == {0}
 
 
 @pytest.mark.parametrize("source", ["target", "guess"])
