@@ -6,6 +6,11 @@ The way of one sample, from a store to a written field (`tests/test_one_sample.p
     -> objective(model, batch) -> detokenise -> Normaliser.inverse -> dataset
 """
 
+# First of all: ecCodes, which xarray loads to open a NetCDF file wherever cfgrib is installed,
+# shows the whole process a PROJ of its own. A pyproj that comes after it is bound to that one,
+# finds no database and frees memory twice at exit; one that comes before keeps its own.
+import pyproj  # noqa: F401
+
 __version__ = "0.1.0"
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from atmossl.data.inputs import input_files, open_input
 from atmossl.data.variables import VARIABLES
 
 Engine = Literal["threads", "local_cluster", "slurm"]
+_OPENING = Lock()
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,10 @@ def _opened(settings: str) -> xr.Dataset:
 
 
 def opened(source: Source) -> xr.Dataset:
-    """The chosen part of the input; opened once per process."""
-    return _opened(json.dumps(asdict(source)))
+    """The chosen part of the input; opened once per process, by one thread at a time, as neither
+    cfgrib nor the NetCDF library may be entered by two. Reading is serial under xarray's locks."""
+    with _OPENING:
+        return _opened(json.dumps(asdict(source)))
 
 
 def _cut(dataset: xr.Dataset, source: Source) -> xr.Dataset:

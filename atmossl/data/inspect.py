@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cartopy.crs as ccrs  # before any library that brings a PROJ of its own, as ecCodes does
+import cartopy.crs as ccrs
 import numpy as np
 import xarray as xr
 from matplotlib.backends.backend_agg import FigureCanvasAgg

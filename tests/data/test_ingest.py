@@ -1,6 +1,8 @@
 """What others wrote becomes one store: right values, restartable, verified."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,26 @@ def test_grib_messages_become_a_store(tmp_path) -> None:
     cut.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cut.grib"):
         ingest(Source(str(cut)), tmp_path / "other.zarr", LAYOUT, THREADS, quiet)
+
+
+@pytest.mark.parametrize("first", ["eccodes", "xarray"])
+def test_eccodes_leaves_map_projections_alone(tmp_path, first: str) -> None:
+    """ecCodes brings a second PROJ: projections are right, and the process ends well."""
+    pytest.importorskip("eccodes")
+    RECORD.to_netcdf(tmp_path / "waves.nc")
+    loads = {"eccodes": "import eccodes", "xarray": "xarray.open_dataset('waves.nc')"}[first]
+    script = f"""
+import atmossl, sys, xarray
+{loads}
+import cartopy.crs as ccrs
+assert "gribapi" in sys.modules
+x, y = ccrs.Mercator().transform_point(90.0, 0.0, ccrs.PlateCarree())
+assert abs(x - 6378137.0 * 3.141592653589793 / 2) < 1e-3 and abs(y) < 1e-3, (x, y)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_stopped_run_writes_only_what_is_missing(tmp_path, monkeypatch) -> None:
