@@ -1,5 +1,7 @@
 """Stored arrays, read chunk by chunk: through zarr, tensorstore, or whatever xarray opened."""
 
+import math
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ import numpy as np
 import xarray as xr
 import zarr
 from xarray.conventions import decode_cf_variable
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 Engine = Literal["auto", "zarr", "tensorstore"]
 Region = tuple[slice, ...]
 _PACKING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "dtype", "_Unsigned")
+_LARGEST_SCRATCH = 1 << 26  # bytes that a thread keeps between reads
 _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 
 
@@ -42,8 +46,31 @@ class ChunkedArray(Protocol):
     def chunks(self) -> tuple[int, ...]: ...
 
     def read(self, region: Region) -> np.ndarray:
-        """Values of a region inside one chunk, unpacked, NaN where they are missing."""
+        """Values of a region inside one chunk, unpacked, NaN where they are missing. They may lie
+        in memory that the next read of the same thread writes over."""
         ...
+
+
+class _Scratch(threading.local):
+    """Memory of every reading thread that decoded values go to. Fresh memory for every chunk
+    costs as much as half its decoding: the system clears it page by page."""
+
+    memory = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        if size > _LARGEST_SCRATCH:
+            return np.empty(shape, dtype)
+        if size > len(self.memory):
+            self.memory = np.empty(size, np.uint8)
+        return self.memory[:size].view(dtype).reshape(shape)
+
+
+_scratch = _Scratch()
+
+
+def _lengths(region: Region) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in region)
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,9 @@ class ZarrChunks:
         return self.array.chunks
 
     def read(self, region: Region) -> np.ndarray:
-        values = np.asarray(self.array[region])
+        values = _scratch.array(_lengths(region), np.dtype(self.array.dtype))
+        out = default_buffer_prototype().nd_buffer.from_numpy_array(values)
+        self.array.get_basic_selection(region, out=out)
         return self.packing.undo(values) if self.packing else values
 
 
@@ -116,7 +145,12 @@ class TensorstoreChunks:
         return {key: value for key, value in self.__dict__.items() if key != "_handle"}
 
     def read(self, region: Region) -> np.ndarray:
-        values = self._handle[region].read().result()
+        import tensorstore
+
+        source = self._handle[region]
+        values = _scratch.array(source.shape, source.dtype.numpy_dtype)
+        target = tensorstore.array(values, copy=False)[tensorstore.d[:].translate_to[source.origin]]
+        target.write(source).result()
         return self.packing.undo(values) if self.packing else values
 
 

@@ -14,15 +14,15 @@ import numpy as np
 
 from atmossl.data.chunks import Access, ChunkedArray, read_with_retries
 
-Index = tuple[slice | np.ndarray, ...]
+Index = tuple[slice, ...]
 AXES: tuple[str, ...] = ("level", "time", "latitude", "longitude")
 
 
 @dataclass(frozen=True)
 class Target:
     """What to read of a variable: positions in the store along (level, time, latitude,
-    longitude), in the order wanted. `write(values, index)` takes a piece with these axes and its
-    place in the target, which is all slices or all arrays that index orthogonally."""
+    longitude), in the order wanted. `write(values, index)` takes a piece with these axes, which
+    has length 1 where it is to be repeated, and its place in the target."""
 
     positions: tuple[np.ndarray, ...]
     write: Callable[[np.ndarray, Index], None]
@@ -33,8 +33,8 @@ class _Part:
     """The share of one target that lies in one chunk."""
 
     target: Target
-    source: tuple[np.ndarray, ...]  # positions in the store, along AXES
-    into: tuple[np.ndarray, ...]  # positions in the target
+    source: tuple[range, ...]  # positions in the store, along AXES
+    into: Index  # positions in the target
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,23 @@ def by_chunk(
     return parts
 
 
-def _split(positions: np.ndarray, length: int | None) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Positions along one axis by chunk: its number, positions in the store and in the target."""
-    places = np.arange(len(positions))
+def _split(positions: np.ndarray, length: int | None) -> list[tuple[int, range, slice]]:
+    """Positions along one axis by chunk, as evenly spaced runs, which copy nothing: number of the
+    chunk, positions in the store and in the target."""
     if length is None:
-        return [(0, np.zeros_like(positions), places)]
+        return [(0, range(1), slice(0, len(positions)))]
     numbers = positions // length
-    return [
-        (int(number), positions[numbers == number], places[numbers == number])
-        for number in np.unique(numbers)
-    ]
+    steps = np.where(np.diff(numbers) == 0, np.diff(positions), 0)
+    pieces, first = [], 0
+    while first < len(positions):
+        step = int(steps[first]) if first < len(steps) else 0
+        uneven = np.flatnonzero(steps[first:] != step)
+        last = first if step == 0 else first + int(uneven[0] if len(uneven) else len(steps) - first)
+        start, stop = int(positions[first]), int(positions[last])
+        run = range(start, stop + (1 if step >= 0 else -1), step or 1)
+        pieces.append((int(numbers[first]), run, slice(first, last + 1)))
+        first = last + 1
+    return pieces
 
 
 def _read_chunk(
@@ -130,8 +137,8 @@ def _read_chunk(
 ) -> None:
     """Read what the parts need of one chunk, and hand every part its values."""
     axes = range(len(AXES))
-    first = [min(int(part.source[axis].min()) for part in parts) for axis in axes]
-    last = [max(int(part.source[axis].max()) for part in parts) for axis in axes]
+    first = [min(min(p.source[axis][0], p.source[axis][-1]) for p in parts) for axis in axes]
+    last = [max(max(p.source[axis][0], p.source[axis][-1]) for p in parts) for axis in axes]
     bounds = dict(zip(AXES, map(slice, first, (n + 1 for n in last)), strict=True))
     retries = access.retries if "://" in variable.location else 0
     try:
@@ -141,8 +148,8 @@ def _read_chunk(
         raise UnreadableChunk(variable, chunk, error) from error
     values = _canonical(values, variable.dims)
     for part in parts:
-        inside = orthogonal([s - start for s, start in zip(part.source, first, strict=True)])
-        part.target.write(values[inside], orthogonal(part.into))
+        inside = tuple(map(_as_slice, part.source, first))
+        part.target.write(values[inside], part.into)
 
 
 def _canonical(values: np.ndarray, dims: Sequence[str]) -> np.ndarray:
@@ -152,19 +159,6 @@ def _canonical(values: np.ndarray, dims: Sequence[str]) -> np.ndarray:
     return np.expand_dims(values.transpose(order), absent)
 
 
-def orthogonal(positions: Sequence[np.ndarray]) -> Index:
-    """An index that takes these positions of every axis: slices, which copy nothing, where all
-    are evenly spaced."""
-    slices = [_as_slice(p) for p in positions]
-    found = [s for s in slices if s is not None]
-    return tuple(found) if len(found) == len(slices) else np.ix_(*positions)
-
-
-def _as_slice(positions: np.ndarray) -> slice | None:
-    if len(positions) == 1:
-        return slice(int(positions[0]), int(positions[0]) + 1)
-    step = int(positions[1] - positions[0])
-    if step == 0 or (np.diff(positions) != step).any():
-        return None
-    stop = int(positions[-1]) + (1 if step > 0 else -1)
-    return slice(int(positions[0]), stop if stop >= 0 else None, step)
+def _as_slice(run: range, origin: int) -> slice:
+    start, stop = run.start - origin, run.stop - origin
+    return slice(start, stop if stop >= 0 else None, run.step)

@@ -57,24 +57,20 @@ class _FieldWriter:
     valid: np.ndarray | None = None
 
     def __call__(self, values: np.ndarray, index: Index) -> None:
-        levels = index[0] if isinstance(index[0], slice) else index[0].ravel()
+        levels, place = index[0], self.out[index]
         values = values.astype(np.float32, copy=False)
         if self.transform is not None:
             values = self.transform.forward(values)
-        sliced = isinstance(index[0], slice)  # then the place is a view: written without a copy
-        place = self.out[index] if sliced else np.empty(values.shape, np.float32)
         with np.errstate(invalid="ignore"):
             np.subtract(values, self.mean[levels], out=place)
             np.divide(place, self.std[levels], out=place)
-            complete = np.isfinite(place.sum())  # the sum of numbers this small is finite
-        if self.valid is not None:
-            observed = np.isfinite(place)
-            self.valid[index] = observed
-            place[~observed] = 0.0
-        elif not complete:
+        observed = np.isfinite(place)
+        if observed.all():
+            return
+        if self.valid is None:
             raise ValueError(self.refusal)
-        if not sliced:
-            self.out[index] = place
+        self.valid[index] = observed
+        place[~observed] = 0.0
 
 
 def read_windows(
@@ -87,10 +83,7 @@ def read_windows(
     """Normalised fields of all streams in windows of `count` steps, each at (first step, box),
     with the coordinates of their points. Chunks that several windows touch are read once."""
     targets: dict[str, list[Target]] = {name: [] for spec in specs for name in spec.variables}
-    windows = [
-        tuple(_empty_window(segment, spec, start, count, box) for spec in specs)
-        for start, box in places
-    ]
+    windows = _empty_windows(segment, specs, count, places)
     for (start, box), streams in zip(places, windows, strict=True):
         for window in streams:
             refusals = [segment.missing_message(n, start, count) for n in window.spec.variables]
@@ -123,17 +116,33 @@ def _field_writers(
     ]
 
 
+def _empty_windows(
+    segment: Segment, specs: Sequence[StreamSpec], count: int, places: Sequence[tuple[int, Box]]
+) -> list[tuple[StreamWindow, ...]]:
+    """Windows with their coordinates, whose fields are still to be read, in one piece of memory:
+    numpy asks for large pages where it is large, which the system clears much faster."""
+    sizes = [
+        len(spec.variables) * spec.num_levels * count * box.lat_size * box.lon_size
+        for _, box in places
+        for spec in specs
+    ]
+    memory = np.empty(sum(sizes), np.float32)
+    pieces = iter(np.split(memory, np.cumsum(sizes)[:-1]))
+    return [
+        tuple(_empty_window(segment, spec, start, count, box, next(pieces)) for spec in specs)
+        for start, box in places
+    ]
+
+
 def _empty_window(
-    segment: Segment, spec: StreamSpec, start: int, count: int, box: Box
+    segment: Segment, spec: StreamSpec, start: int, count: int, box: Box, memory: np.ndarray
 ) -> StreamWindow:
-    """A window with its coordinates, whose fields are still to be read."""
     grid = segment.grid
     lat, lon = box.lat_index(), box.lon_index(grid.shape[1])
     shape = (len(spec.variables), spec.num_levels, count, box.lat_size, box.lon_size)
-    fields = torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for large pages
     return StreamWindow(
         spec=spec,
-        fields=fields,
+        fields=torch.from_numpy(memory.reshape(shape)),
         valid=torch.ones(shape, dtype=torch.bool) if spec.missing == "mask" else None,
         time_hours=torch.from_numpy(segment.time_hours(start, count)),
         level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
