@@ -1,18 +1,21 @@
 """The same network written plainly, as the yardstick of a training step: three linear maps for
 queries, keys and values instead of one, attention as two products and a softmax instead of a fused
-kernel, one linear map for each member of the ensemble instead of one for all."""
+kernel, one linear map for each member of the ensemble instead of one for all, torch's own linear
+layer, and losses as their formulas read."""
 
 import copy
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from atmossl.batch import StreamPrediction, StreamTokens
 from atmossl.model.attention import CrossAttention, SelfAttention
 from atmossl.model.embedding import Tail
 from atmossl.model.layout import Latent
+from atmossl.model.linear import Linear
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.positions import merge_heads, rotate, split_heads
+from atmossl.objectives.masked import MaskedModelling, hidden_values
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
@@ -22,17 +25,16 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | N
     return torch.softmax(score, dim=-1) @ value
 
 
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        made.weight.copy_(weight)
-        made.bias.copy_(bias)
-    return made
-
-
 def split_linear(fused: nn.Linear, parts: int) -> list[nn.Linear]:
-    pairs = zip(fused.weight.chunk(parts), fused.bias.chunk(parts), strict=True)
-    return [linear(weight, bias) for weight, bias in pairs]
+    """torch's own linear layers, each with its part of the rows."""
+    size, has_bias = fused.out_features // parts, fused.bias is not None
+    made = [nn.Linear(fused.in_features, size, bias=has_bias) for _ in range(parts)]
+    with torch.no_grad():
+        for layer, weight in zip(made, fused.weight.chunk(parts), strict=True):
+            layer.weight.copy_(weight)
+        for layer, bias in zip(made, fused.bias.chunk(parts) if has_bias else (), strict=False):
+            layer.bias.copy_(bias)
+    return made
 
 
 class PlainAttention(nn.Module):
@@ -44,9 +46,9 @@ class PlainAttention(nn.Module):
         if isinstance(fused, SelfAttention):
             self.query, self.key, self.value = split_linear(fused.project, 3)
         else:
-            self.query = fused.query
+            (self.query,) = split_linear(fused.query, 1)
             self.key, self.value = split_linear(fused.key_value, 2)
-        self.out = fused.out
+        (self.out,) = split_linear(fused.out, 1)
 
     def forward(self, x: Latent, context: Latent | None = None) -> Tensor:
         context = x if context is None else context
@@ -56,16 +58,35 @@ class PlainAttention(nn.Module):
         return self.out(merge_heads(plain_attention(query, key, value, context.valid)))
 
 
-class PlainProjection(nn.Module):
+class PlainTail(nn.Module):
     """One linear map for each member."""
 
-    def __init__(self, fused: nn.Linear, num_members: int) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(split_linear(fused, num_members))
+    scale: Tensor
 
-    def forward(self, decoded: Tensor) -> Tensor:
-        patches = torch.stack([member(decoded) for member in self.members], dim=-2)
-        return rearrange(patches, "batch query member patch -> batch query (member patch)")
+    def __init__(self, fused: Tail) -> None:
+        super().__init__()
+        self.norm, self.linear = fused.norm, split_linear(fused.linear, 1)[0]
+        self.members = nn.ModuleList(split_linear(fused.project, fused.num_members))
+        self.register_buffer("scale", fused.scale)
+
+    def forward(self, decoded: Tensor, embedded: Tensor, guess: Tensor, level: Tensor) -> Tensor:
+        normed = self.norm(decoded)
+        departures = torch.stack([member(normed) for member in self.members], dim=2)
+        departures = departures + self.linear(embedded)[:, :, None]
+        return guess[:, :, None] + departures * self.scale[level][:, :, None]
+
+
+class PlainLoss(MaskedModelling):
+    """AtmoRep's two losses of an ensemble (their weights are 1), each as its formula reads."""
+
+    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
+        target, weight, _ = hidden_values(stream)
+        members, valid = predicted.members, predicted.queries.valid[..., None]
+        squared = ((members - target[:, :, None]) ** 2).mean(dim=2)
+        std = (members.var(dim=2) + 1e-6).sqrt()
+        likelihood = torch.exp(-0.5 * ((target - members.mean(dim=2)) / std) ** 2)
+        values = squared + (1 - likelihood) ** 2 + std.sqrt()
+        return (values * weight * valid).sum() / (weight * valid).sum()
 
 
 def unfused(model: Multiformer) -> Multiformer:
@@ -74,11 +95,9 @@ def unfused(model: Multiformer) -> Multiformer:
     for module in list(plain.modules()):
         for name, child in module.named_children():
             if isinstance(child, SelfAttention | CrossAttention):
-                setattr(module, name, PlainAttention(child))
-        if isinstance(module, Tail):
-            module.project = PlainProjection(module.project, module.num_members)  # type: ignore
-        if isinstance(module, nn.ModuleDict):
-            for name, child in module.items():
-                if isinstance(child, CrossAttention):
-                    module[name] = PlainAttention(child)
+                module.register_module(name, PlainAttention(child))
+            elif isinstance(child, Tail):
+                module.register_module(name, PlainTail(child))
+            elif isinstance(child, Linear):
+                module.register_module(name, split_linear(child, 1)[0])
     return plain

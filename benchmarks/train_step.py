@@ -28,7 +28,7 @@ from atmossl.objectives.base import Objective
 from atmossl.preflight import sample_batch
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.watch import flop_counter
-from benchmarks.reference_step import unfused
+from benchmarks.reference_step import PlainLoss, unfused
 from benchmarks.report import finish
 
 _FIELDS = {
@@ -105,7 +105,7 @@ def against_reference(device: torch.device, repeats: int) -> dict[str, Any]:
         config = configuration([*_SIZES, f"stream={stream}"])
         batch = sample_batch(config).to(device)
         model, objective = build_model(config, {}).to(device), build_objective(config, {})
-        plain = unfused(model)
+        plain, plain_loss = unfused(model), PlainLoss(losses=config.objective.losses)
         with torch.no_grad():
             pairs = zip(model(batch.views[0]).streams, plain(batch.views[0]).streams, strict=True)
             for one, two in pairs:
@@ -113,7 +113,7 @@ def against_reference(device: torch.device, repeats: int) -> dict[str, Any]:
         half, single = torch.bfloat16, torch.float32
         times = in_turns(
             {
-                "reference": training_step(plain, objective, batch, single, fused=False),
+                "reference": training_step(plain, plain_loss, batch, single, fused=False),
                 "fp32": training_step(model, objective, batch, single, fused=True),
                 "bf16": training_step(model, objective, batch, half, fused=True),
             },

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.layout import Latent, gather, scatter
+from atmossl.model.linear import Linear
 from atmossl.model.positions import merge_heads, rotate, split_heads
 
 Attention = Literal["full", "factorised", "temporal"]
@@ -121,8 +122,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attend = _ATTEND[attention]
-        self.project = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.project = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
 
     def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
         query, key, value = (
@@ -141,9 +142,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attend = _ATTEND[attention]
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(context_dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(context_dim, 2 * dim)
+        self.out = Linear(dim, dim)
         if zero_init:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)

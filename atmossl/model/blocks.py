@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from atmossl.model.attention import Attention, CrossAttention, SelfAttention
 from atmossl.model.layout import Latent, from_frames, pad_edges, to_frames
+from atmossl.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Feedforward(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(dim, hidden)
-        self.contract = nn.Linear(hidden, dim)
+        self.expand = Linear(dim, hidden)
+        self.contract = Linear(hidden, dim)
 
     def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
         return self.contract(functional.gelu(self.expand(x.features)))
@@ -54,7 +55,7 @@ class GatedConvolution(nn.Module):
     def __init__(self, dim: int, hidden: int, neighbourhood: int) -> None:
         super().__init__()
         self.expand = nn.Conv2d(dim, 2 * hidden, neighbourhood)
-        self.contract = nn.Linear(hidden, dim)
+        self.contract = Linear(hidden, dim)
         self.reach = neighbourhood // 2
 
     def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
@@ -87,13 +88,12 @@ class EncoderBlock(nn.Module):
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = sizes.feedforward(dim)
 
-    def forward(self, x: Latent, normed: dict[str, Latent]) -> Latent:
-        """`normed`: every stream's latents after that stream's `norm` of the same layer."""
-        own = x.with_features(self.norm(x.features))
+    def forward(self, x: Latent, own: Latent, others: dict[str, Latent]) -> Latent:
+        """`own`, `others`: the streams' latents after each one's `norm` of the same layer."""
         features = x.features + self.attention(own)
         for name, couple in self.coupling.items():
-            if name in normed:
-                features = features + couple(own, normed[name])
+            if name in others:
+                features = features + couple(own, others[name])
         inner = x.with_features(self.feedforward_norm(features))
         return x.with_features(features + self.feedforward(inner))
 

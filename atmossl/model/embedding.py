@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from atmossl.batch import Corruption, StreamSpec, TokenGrid, TokenIndex
 from atmossl.model.layout import from_frames, gather, pad_edges
+from atmossl.model.linear import Linear
 from atmossl.model.positions import NUM_FEATURES
 
 # what the encoder is told of a token: nothing, that it is masked, that it is coarse
@@ -45,7 +46,7 @@ class Embedding(nn.Module):
         self.values = nn.Conv2d(spec.patch * (1 if details else stencil[0]), dim, own)
         self.details = nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:]) if details else None
         context = NUM_FEATURES + _STATES * (2 * _STEPS_AROUND + 1)
-        self.position = nn.Sequential(nn.Linear(context, dim), nn.GELU(), nn.Linear(dim, 2 * dim))
+        self.position = nn.Sequential(Linear(context, dim), nn.GELU(), Linear(dim, 2 * dim))
         told = torch.zeros(len(Corruption), dtype=torch.int64)
         for corruption, state in _TOLD.items():
             told[int(corruption)] = state
@@ -162,10 +163,10 @@ class Tail(nn.Module):
     def __init__(self, *, dim: int, num_members: int, scale: Float[Tensor, "level patch"]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.project = nn.Linear(dim, num_members * scale.shape[-1])
+        self.project = Linear(dim, num_members * scale.shape[-1])
         nn.init.normal_(self.project.weight, std=0.1 * dim**-0.5)
         nn.init.zeros_(self.project.bias)
-        self.linear = nn.Linear(dim, scale.shape[-1], bias=False)
+        self.linear = Linear(dim, scale.shape[-1], bias=False)
         nn.init.zeros_(self.linear.weight)
         self.register_buffer("scale", scale.clone())
         self.num_members = num_members
@@ -182,5 +183,6 @@ class Tail(nn.Module):
             "batch query (member patch) -> batch query member patch",
             member=self.num_members,
         )
-        departures = departures + self.linear(embedded).float()[:, :, None]
-        return guess[:, :, None] + departures * self.scale[level][:, :, None]
+        scale = self.scale[level]
+        mean = torch.addcmul(guess, self.linear(embedded).float(), scale)
+        return torch.addcmul(mean[:, :, None], departures, scale[:, :, None])

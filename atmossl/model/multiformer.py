@@ -140,7 +140,9 @@ class Multiformer(nn.Module):
                 name: latent.with_features(_norm_of(blocks[name])(latent.features))
                 for name, latent in current.items()
             }
-            current = {name: blocks[name](latent, normed) for name, latent in current.items()}
+            current = {
+                name: blocks[name](latent, normed[name], normed) for name, latent in current.items()
+            }
             for name, latent in current.items():
                 layers[name].append(latent)
         return {name: StreamLatents(tuple(layers[name]), given[name]) for name in given}

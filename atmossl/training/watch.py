@@ -1,5 +1,6 @@
 """How fast a run is and what its steps cost: throughput, share of the device's rate, traces."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import (
 
 from atmossl.batch import Batch, View
 from atmossl.checkpoint_files import write_atomically
+from atmossl.model.linear import AVAILABLE as BY_ONEDNN
 
 _COUNTED_BATCHES = 4
 _BACKWARD_COST = 2  # of a forward pass, in matrix products
@@ -47,17 +49,22 @@ def _attention_backward(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
+def _linear(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    del args, kwargs
+    return 2 * math.prod(x) * weight[0]
+
+
 def flop_counter() -> FlopCounterMode:
     """torch's counter of floating-point operations in matrix products; it knows the fused
-    attention of GPUs, but not that of CPUs."""
+    attention of GPUs, but not that of CPUs, nor oneDNN's products."""
     aten: Any = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
-    )
+    counted = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    if BY_ONEDNN:
+        counted[torch.ops.mkldnn._linear_pointwise] = _linear
+    return FlopCounterMode(display=False, custom_mapping=counted)
 
 
 @torch.no_grad()

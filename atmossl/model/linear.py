@@ -1,0 +1,71 @@
+"""Linear layers that use all of a CPU.
+
+In float32 torch asks its BLAS, which leaves half of some processors' vector units idle; oneDNN,
+whose kernels torch brings along, does not. Sums are taken in another order, so that results agree
+to float32's rounding, not bit for bit. Everything else (GPUs, bfloat16, compiled graphs, small
+products) goes torch's own way.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_WORTH_IT = 2**22  # multiplications; below, the call costs more than the product
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by oneDNN where that is faster."""
+
+    def forward(self, input: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch out"]:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, differentiable once."""
+    if _by_onednn(x, weight):
+        return _OneDnn.apply(x, weight, bias)
+    return functional.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= _WORTH_IT
+        and AVAILABLE
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(x: Float[Tensor, "row inner"], y: Float[Tensor, "column inner"]) -> Tensor:
+    """x @ y.T by oneDNN, in float32 on CPUs."""
+    return _call(x, y, None)
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDnn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _call(x.contiguous(), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2).contiguous()
+        for_x = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_x = product(gradient, weight.T).view_as(x)
+        if ctx.needs_input_grad[1]:
+            for_weight = product(gradient.T, x.flatten(0, -2).T)
+        if ctx.needs_input_grad[2]:
+            for_bias = gradient.sum(dim=0)
+        return for_x, for_weight, for_bias
