@@ -18,6 +18,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from atmossl.data.catalog import Split, catalog_entry, find_file
+from atmossl.data.companions import paired
+from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
@@ -51,6 +53,7 @@ class Model:
         batch_size: int = 16,
         seed: int = 0,
         fill_missing: bool = False,
+        others: Mapping[str, xr.Dataset] | None = None,
         **choices: Any,
     ) -> xr.Dataset:
         """One task at the given init or valid times, at all that are possible by default.
@@ -58,23 +61,16 @@ class Model:
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
         or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
         (time, level, latitude, longitude) in any order. fill_missing: predict where it never has a
-        value, too. output: written there and opened lazily; in memory otherwise. Warns of what the
-        checkpoint was not trained for.
+        value, too. others: the datasets of streams with `data` of their own, by that name. output:
+        written there and opened lazily; in memory otherwise. Warns of what the checkpoint was not
+        trained for.
 
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
-        segment = open_segment(
-            "dataset",
-            dataset,
-            "the dataset",
-            variables=sorted(self.trained.variables),
-            levels=self.trained.levels,
-            may_miss=[v for s in self.trained.specs if s.missing == "mask" for v in s.variables],
-        )
         predictor = Predictor(
             trained=self.trained,
-            segment=segment,
+            segment=self._record({"": dataset, **(others or {})}),
             task=task if isinstance(task, Task) else find_task(task, choices).sampler(),
             overlap=overlap,
             tilings=tilings,
@@ -96,6 +92,29 @@ class Model:
         parts = list(predictions(predictor, chosen, layout))
         along = next(name for name in ("init_time", "time") if name in parts[0].dims)
         return xr.concat(parts, along, combine_attrs="override", data_vars="minimal")
+
+    def _record(self, datasets: Mapping[str, xr.Dataset]) -> Segment:
+        """One record of all datasets, by the streams' `data`."""
+        needed = {spec.data for spec in self.trained.specs}
+        if needed != set(datasets):
+            raise ValueError(
+                f"others={sorted(set(datasets) - {''})}: the checkpoint's streams need "
+                f"{sorted(needed - {''})} beside the dataset"
+            )
+        records = {}
+        for data, dataset in datasets.items():
+            specs = [spec for spec in self.trained.specs if spec.data == data]
+            segment = open_segment(
+                "dataset",
+                dataset,
+                f"others[{data!r}]" if data else "the dataset",
+                variables=sorted({name for spec in specs for name in spec.variables}),
+                levels=sorted({level for spec in specs for level in spec.levels}),
+                may_miss=[v for s in specs if s.missing == "mask" for v in s.variables],
+            )
+            records[data] = (segment,)
+        (segment,) = paired(records)
+        return segment
 
 
 def _engine(output: Path) -> str:

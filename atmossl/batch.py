@@ -55,6 +55,8 @@ class StreamSpec:
     `role`: `predict` streams are hidden and reconstructed, all others are context only: `input`
     of the window, `static` of the place, `forcing` known for any time.
     `missing`: what a missing value does: `refuse` raises, `mask` marks it and goes on.
+    `data`: catalog entry that it is read from; empty: that of the run, whose grid the others' share
+    windows with.
     Raises ValueError if the token does not divide the levels.
     """
 
@@ -65,6 +67,7 @@ class StreamSpec:
     role: Role = "predict"
     loss_weight: float = 1.0
     missing: Missing = "refuse"
+    data: str = ""
 
     def __post_init__(self) -> None:
         if not self.variables:

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch import Tensor
 
 from atmossl import __version__
-from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
+from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
-from atmossl.data.store import open_split
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.model.attention import CrossAttention, SelfAttention
@@ -44,22 +44,20 @@ SHARDED_UNITS = (SelfAttention, CrossAttention, *_WIDE_PARTS)  # what FSDP gathe
 
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     """The datamodule and the statistics of the training split alone."""
-    entry = catalog_entry(config.data.name, config.data.catalog)
-    variables = sorted({v for spec in config.specs for v in spec.variables})
-    levels = sorted({level for spec in config.specs for level in spec.levels})
     train, validation = (
-        open_split(
-            entry,
+        open_records(
+            config.specs,
+            config.data.name,
+            config.data.catalog,
             split,
-            variables=variables,
-            levels=levels,
             in_memory=config.data.in_memory,
             access=Access(**config.data.read.model_dump()),
-            may_miss=[v for spec in config.specs if spec.missing == "mask" for v in spec.variables],
         )
         for split in ("train", "validation")
     )
-    statistics = load_or_compute(train, transforms=config.data.transform_of())
+    transforms = config.data.transform_of()
+    of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
+    statistics = replace(of_entry.pop(""), others=of_entry)
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,
@@ -71,8 +69,8 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         seed=config.seed,
     )
     datamodule = WindowDataModule(
-        train=train,
-        validation=validation,
+        train=paired(train),
+        validation=paired(validation),
         specs=config.specs,
         normaliser=Normaliser(statistics),
         window=WindowSize(**config.data.window.model_dump()),

@@ -18,8 +18,9 @@ from atmossl.api import cautions, chosen_times
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import newest_readable, write_atomically
 from atmossl.data.catalog import catalog_entry
+from atmossl.data.companions import open_records, paired
+from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
-from atmossl.data.store import Segment, open_split
 from atmossl.inference.calibration import estimate_inflation, with_inflation
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
@@ -116,14 +117,7 @@ def open_for(
     Raises:
         ValueError: unknown entry, or a store that lacks what the checkpoint needs.
     """
-    entry = catalog_entry(data or trained.data, catalog)
-    return open_split(
-        entry,
-        split,
-        variables=sorted(trained.variables),
-        levels=trained.levels,
-        may_miss=[v for spec in trained.specs if spec.missing == "mask" for v in spec.variables],
-    )
+    return paired(open_records(trained.specs, data or trained.data, catalog, split))
 
 
 def predict(values: Mapping[str, Any]) -> Path:

@@ -13,6 +13,7 @@ from atmossl.build import build_data
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
 from atmossl.data.inspect import SegmentReport, VariableReport, advice, inspect, names_of, save_map
+from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.schema import TrainConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
@@ -45,14 +46,19 @@ def list_catalog() -> None:
 def show_statistics(values: Mapping[str, Any]) -> None:
     """Compute or read the statistics of a training run's data, and print them."""
     config: TrainConfig = parse(TrainConfig, _plain(values))
-    _, statistics = build_data(config)
+    _, own = build_data(config)
+    for name, statistics in {config.data.name: own, **own.others}.items():
+        _print_statistics(name, statistics)
+
+
+def _print_statistics(name: str, statistics: Statistics) -> None:
     fields = ("mean", "std", "step_std", "minimum", "maximum", "missing")
-    table = Table("variable", "level", *(name.replace("_", " ") for name in fields))
-    for row, name in enumerate(statistics.variables):
+    table = Table("variable", "level", *(f.replace("_", " ") for f in fields), title=name)
+    for row, variable in enumerate(statistics.variables):
         for column, level in enumerate(statistics.levels):
             numbers = [getattr(statistics, field) for field in fields]
             shown = ["" if x is None else f"{x[row, column]:.5g}" for x in numbers]
-            table.add_row(name, str(level), *shown)
+            table.add_row(variable, str(level), *shown)
     Console().print(table, f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}")
 
 

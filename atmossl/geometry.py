@@ -3,6 +3,8 @@
 Floor 0: numpy only. Float coordinates become integer cells here, once.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -132,12 +134,143 @@ def check_window_fits(grid: Grid, lat_size: int, lon_size: int) -> None:
         )
 
 
-def random_box(grid: Grid, lat_size: int, lon_size: int, rng: np.random.Generator) -> Box:
+@dataclass(frozen=True)
+class Alignment:
+    """Where windows may start: rows at multiples of `cells`, columns at those plus `lon_shift`."""
+
+    cells: int = 1
+    lon_shift: int = 0
+
+    def check(self, lat_size: int, lon_size: int) -> None:
+        """Raise ValueError if a window of that many cells does not end where others may start."""
+        for axis, size in (("lat", lat_size), ("lon", lon_size)):
+            if size % self.cells:
+                raise ValueError(
+                    f"data.window.{axis}={size} is no multiple of the {self.cells} cells that the "
+                    "windows of all streams have in common"
+                )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Along one axis, every `own` cells of a grid have the edges of `other` cells of another one.
+
+    The block at cell `offset` of the grid starts at cell `first` of the other.
+    """
+
+    own: int
+    other: int
+    offset: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """Windows of one grid that windows of another one, coarser or finer, fill exactly."""
+
+    grid: Grid
+    other: Grid
+    lat: _Blocks
+    lon: _Blocks
+
+    @classmethod
+    def of(cls, grid: Grid, other: Grid) -> "Nesting":
+        """Raises ValueError if the edges of one grid are not among those of the other, or the
+        other does not cover the grid."""
+        lat, lon = _lat_blocks(grid, other), _lon_blocks(grid, other)
+        if lat is None or lon is None:
+            axis = "latitudes" if lat is None else "longitudes"
+            raise ValueError(
+                f"the {axis} of its grid ({_described(other)}) do not nest in those of the grid "
+                f"({_described(grid)}): cells must have edges in common and cover it; regrid one "
+                "of them conservatively"
+            )
+        return cls(grid, other, lat, lon)
+
+    def box(self, box: Box) -> Box:
+        """The cells of the other grid that fill a window of the grid."""
+        columns = (box.lon_start - self.lon.offset) % self.grid.shape[1]
+        for cells, blocks in (
+            (box.lat_start, self.lat),
+            (box.lat_size, self.lat),
+            (columns, self.lon),
+            (box.lon_size, self.lon),
+        ):
+            assert cells % blocks.own == 0, f"{cells} is no multiple of {blocks.own} cells"
+        first = self.lon.first + columns // self.lon.own * self.lon.other
+        return Box(
+            self.lat.first + box.lat_start // self.lat.own * self.lat.other,
+            first % self.other.shape[1],
+            box.lat_size // self.lat.own * self.lat.other,
+            box.lon_size // self.lon.own * self.lon.other,
+        )
+
+
+def common_alignment(nestings: Sequence[Nesting]) -> Alignment:
+    """Where windows may start for all of the other grids at once.
+
+    Raises:
+        ValueError: nowhere, as their edges never coincide.
+    """
+    cells = math.lcm(*(blocks.own for n in nestings for blocks in (n.lat, n.lon)))
+    for shift in range(cells):
+        if all((shift - n.lon.offset) % n.lon.own == 0 for n in nestings):
+            return Alignment(cells, shift)
+    raise ValueError("no longitude is an edge of the cells of all grids")
+
+
+def _described(grid: Grid) -> str:
+    (num_lat, num_lon), lat, lon = grid.shape, grid.latitude, grid.longitude
+    return f"{num_lat} x {num_lon} cells with centres from {lat[0]:g} N, {lon[0]:g} E"
+
+
+def _lat_blocks(grid: Grid, other: Grid) -> _Blocks | None:
+    edges, all_others = latitude_edges(grid.latitude), latitude_edges(other.latitude)
+    first, last = (int(np.abs(all_others - edge).argmin()) for edge in edges[[0, -1]])
+    others = all_others[first : last + 1]
+    count, num_others = len(edges) - 1, len(others) - 1
+    if num_others < 1 or max(count, num_others) % min(count, num_others):
+        return None
+    blocks = min(count, num_others)
+    own, its = count // blocks, num_others // blocks
+    if np.abs(edges[::own] - others[::its]).max() > _TOLERANCE_DEG:
+        return None
+    return _Blocks(own, its, 0, first)
+
+
+def _lon_blocks(grid: Grid, other: Grid) -> _Blocks | None:
+    width, its_width = grid.longitude_spacing, other.longitude_spacing
+    own, its = max(1, round(its_width / width)), max(1, round(width / its_width))
+    count, num_others = grid.shape[1], other.shape[1]
+    if abs(own * width - its * its_width) * count > _TOLERANCE_DEG or count % own:
+        return None
+    west = grid.longitude[0] - width / 2 - (other.longitude[0] - its_width / 2)
+    for offset in range(own if grid.periodic else 1):
+        cells = ((west + offset * width + _TOLERANCE_DEG) % 360.0 - _TOLERANCE_DEG) / its_width
+        first, needed = round(cells), count // own * its
+        if abs(cells - first) * its_width > _TOLERANCE_DEG:
+            continue
+        if other.periodic or first + needed <= num_others:
+            return _Blocks(own, its, offset, first % num_others)
+    return None
+
+
+_ANYWHERE = Alignment()
+
+
+def random_box(
+    grid: Grid,
+    lat_size: int,
+    lon_size: int,
+    rng: np.random.Generator,
+    alignment: Alignment = _ANYWHERE,
+) -> Box:
     """Draw a window; any longitude if the grid is periodic, latitudes inside the grid."""
-    num_lat, num_lon = grid.shape
-    lat_start = int(rng.integers(0, num_lat - lat_size + 1))
-    lon_choices = num_lon if grid.periodic else num_lon - lon_size + 1
-    return Box(lat_start, int(rng.integers(0, lon_choices)), lat_size, lon_size)
+    (num_lat, num_lon), step = grid.shape, alignment.cells
+    lat_start = int(rng.integers(0, (num_lat - lat_size) // step + 1)) * step
+    lon_choices = num_lon // step if grid.periodic else (num_lon - lon_size) // step + 1
+    lon_start = int(rng.integers(0, lon_choices)) * step + alignment.lon_shift
+    return Box(lat_start, lon_start % num_lon, lat_size, lon_size)
 
 
 def _starts(num_cells: int, size: int, stride: int, periodic: bool, align: int) -> list[int]:

@@ -13,8 +13,8 @@ from atmossl.build import (
     forget_activations,
     optimizer_settings,
 )
-from atmossl.data.catalog import catalog_entry
-from atmossl.data.store import open_split
+from atmossl.data.companions import open_records, paired
+from atmossl.data.windows import WindowSize
 from atmossl.masking.base import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.schema import TrainConfig
@@ -45,7 +45,8 @@ def estimate(config: TrainConfig) -> Estimate:
     """Follow one step of the run on shapes alone.
 
     Raises:
-        ValueError: `data.window` asks for the whole grid of a store that cannot be opened.
+        ValueError: `data.window` asks for the whole grid of a store that cannot be opened, or a
+            stream's own data cannot.
     """
 
     def build() -> Multiformer:
@@ -88,15 +89,11 @@ def num_devices(config: TrainConfig) -> int:
 
 def sample_batch(config: TrainConfig) -> Batch:
     """A batch of the configured size with masks drawn as in training and fields of zeros."""
-    num_lat, num_lon = config.data.window.lat, config.data.window.lon
-    if not num_lat or not num_lon:
-        grid = _grid_shape(config)
-        num_lat, num_lon = num_lat or grid[0], num_lon or grid[1]
+    shapes = _window_shapes(config)
     views = []
     for number in range(config.data.batch_size):
         windows = tuple(
-            window_of_zeros(spec, config.data.window.time, num_lat, num_lon)
-            for spec in config.specs
+            window_of_zeros(spec, *shape) for spec, shape in zip(config.specs, shapes, strict=True)
         )
         rng = np.random.default_rng([config.seed, number])
         views.append(
@@ -105,12 +102,14 @@ def sample_batch(config: TrainConfig) -> Batch:
     return collate_views(views, list(range(len(views))))
 
 
-def _grid_shape(config: TrainConfig) -> tuple[int, int]:
-    entry = catalog_entry(config.data.name, config.data.catalog)
-    variables = sorted({v for spec in config.specs for v in spec.variables})
-    levels = sorted({level for spec in config.specs for level in spec.levels})
-    num_lat, num_lon = open_split(entry, "train", variables=variables, levels=levels)[0].grid.shape
-    return num_lat, num_lon
+def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
+    """Points (time, lat, lon) of every stream's window; opens stores only if they set it."""
+    window = WindowSize(**config.data.window.model_dump())
+    if window.lat and window.lon and not any(spec.data for spec in config.specs):
+        return [(window.time, window.lat, window.lon)] * len(config.specs)
+    records = open_records(config.specs, config.data.name, config.data.catalog, "train")
+    segment = paired(records)[0]
+    return [window.on(segment).points(segment, spec) for spec in config.specs]
 
 
 def window_of_zeros(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int) -> StreamWindow:

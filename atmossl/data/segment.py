@@ -1,17 +1,30 @@
 """A continuous, evenly spaced record in canonical form, and reading from it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import xarray as xr
 
 from atmossl.data.chunks import Access, MemoryChunks
 from atmossl.data.reader import AXES, Index, StoredVariable, Target, read_targets
-from atmossl.geometry import Box, Grid
+from atmossl.geometry import Alignment, Box, Grid, common_alignment
+
+if TYPE_CHECKING:
+    from atmossl.data.companions import Companion
 
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
+
+
+class Place(NamedTuple):
+    """A window of a record: `count` steps from `start` on in a box of cells."""
+
+    segment: "Segment"
+    start: int
+    count: int
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,9 @@ class Segment:
     hPa, none if it has no level axis. levels: those that were asked for.
     latitude_order, longitude_order: position in the store of every canonical row and column.
     may_miss: variables whose missing values are marked; those of others are an error.
+    companions: records of the same air for streams with `data` of their own, by catalog entry.
+    partial: cut out of a longer record at a gap or by a companion, so it may be shorter than a
+        window.
     """
 
     name: str
@@ -38,6 +54,29 @@ class Segment:
     access: Access = Access()
     first_step: int = 0
     may_miss: frozenset[str] = frozenset()
+    companions: Mapping[str, "Companion"] = field(default_factory=dict)
+    partial: bool = False
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """Where windows may start so that those of all companions share their edges."""
+        return common_alignment([companion.nesting for companion in self.companions.values()])
+
+    def place(self, data: str, start: int, count: int, box: Box) -> Place:
+        """What a window of this record is in the record of a stream with that `data`."""
+        if not data:
+            return Place(self, start, count, box)
+        companion = self.companions[data]
+        first = self.times[0] + start * self.step
+        steps = companion.steps(first, count * self.step)
+        return Place(companion.segment, steps.start, len(steps), companion.nesting.box(box))
+
+    def cells(self, data: str, box: Box) -> tuple[Box, int]:
+        """A box in the cells of a stream with that `data`, and how many close the circle there."""
+        if not data:
+            return box, self.grid.shape[1]
+        nesting = self.companions[data].nesting
+        return nesting.box(box), nesting.other.shape[1]
 
     @property
     def step(self) -> np.timedelta64:
@@ -163,12 +202,15 @@ class Segment:
                 f"{self.location}: fewer than two steps between {first} and {last}; the segment "
                 f"{self.name} covers {self.times[0]} to {self.times[-1]}"
             )
-        steps = slice(int(inside[0]), int(inside[-1]) + 1)
+        return self.steps(int(inside[0]), int(inside[-1]) + 1)
+
+    def steps(self, start: int, stop: int) -> Self:
+        """The part from one step to before another."""
         return replace(
             self,
-            dataset=self.dataset.isel(time=steps),
-            times=self.times[steps],
-            first_step=self.first_step + steps.start,
+            dataset=self.dataset.isel(time=slice(start, stop)),
+            times=self.times[start:stop],
+            first_step=self.first_step + start,
         )
 
     def to_dataset(self) -> xr.Dataset:

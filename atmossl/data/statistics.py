@@ -59,7 +59,7 @@ class Statistics:
 
     Arrays are [variable level]; a surface variable has the same values on all levels.
     minimum, maximum: of the values. missing: share of them. Statistics written before version 0.2
-    lack these three.
+    lack these three. others: of streams with `data` of their own, by catalog entry.
     """
 
     variables: tuple[str, ...]
@@ -73,6 +73,7 @@ class Statistics:
     maximum: np.ndarray | None = None
     missing: np.ndarray | None = None
     transforms: Transforms = field(default_factory=dict)
+    others: Mapping[str, "Statistics"] = field(default_factory=dict)
 
     @classmethod
     def compute(
@@ -125,9 +126,10 @@ class Statistics:
 
     def select(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level"]:
         """`mean`, `std` or `step_std` of one stream's variables and levels."""
-        rows = [self.variables.index(name) for name in spec.variables]
-        columns = [self.levels.index(level) if spec.levels else 0 for level in spec.level_values]
-        return torch.from_numpy(getattr(self, field)[np.ix_(rows, columns)]).float()
+        own = self.others[spec.data] if spec.data else self
+        rows = [own.variables.index(name) for name in spec.variables]
+        columns = [own.levels.index(level) if spec.levels else 0 for level in spec.level_values]
+        return torch.from_numpy(getattr(own, field)[np.ix_(rows, columns)]).float()
 
     def departure_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
         """Standard deviation of a one-step change in normalised units, for a stream's tokens; 1
@@ -145,6 +147,7 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "transforms": {name: asdict(value) for name, value in self.transforms.items()},
             **{key: values.tolist() for key, values in arrays.items() if values is not None},
+            **({"others": {n: s.to_dict() for n, s in self.others.items()}} if self.others else {}),
         }
 
     @classmethod
@@ -157,6 +160,7 @@ class Statistics:
             period=values["period"],
             fingerprint=values["fingerprint"],
             transforms={name: Transform(**value) for name, value in transforms.items()},
+            others={n: cls.from_dict(value) for n, value in values.get("others", {}).items()},
             **arrays,
         )
 
@@ -226,8 +230,9 @@ class Normaliser:
     def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
         return self.statistics.select(spec, field)[:, :, None, None, None]
 
-    def transform(self, variable: str) -> Transform | None:
-        return self.statistics.transforms.get(variable)
+    def transform(self, variable: str, data: str = "") -> Transform | None:
+        own = self.statistics.others[data] if data else self.statistics
+        return own.transforms.get(variable)
 
     def _transformed(
         self,
@@ -235,7 +240,7 @@ class Normaliser:
         spec: StreamSpec,
         function: Callable[[Transform, np.ndarray], np.ndarray],
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        found = {row: self.transform(name) for row, name in enumerate(spec.variables)}
+        found = {row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)}
         if not any(found.values()):
             return fields
         fields = fields.clone()

@@ -1,6 +1,7 @@
 """Windows of stores as samples, and the order in which samples are delivered."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
+from atmossl.data.companions import check_window
 from atmossl.data.reader import Index, Target, UnreadableChunk
-from atmossl.data.segment import Segment
+from atmossl.data.segment import Place, Segment
 from atmossl.data.statistics import Normaliser
 from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
@@ -33,12 +35,19 @@ class WindowSize:
         num_lat, num_lon = segment.grid.shape
         lat, lon = self.lat or num_lat, self.lon or num_lon
         check_window_fits(segment.grid, lat, lon)
-        if self.time > len(segment.times):
+        if self.time > len(segment.times) and not segment.partial:
             raise ValueError(
                 f"data.window.time={self.time} steps is longer than segment {segment.name} with "
                 f"{len(segment.times)} steps"
             )
+        check_window(segment, self.time, lat, lon)
         return WindowSize(self.time, lat, lon)
+
+    def points(self, segment: Segment, spec: StreamSpec) -> tuple[int, int, int]:
+        """Points (time, lat, lon) of a stream in such a window."""
+        box = Box(0, segment.alignment.lon_shift, self.lat, self.lon)
+        place = segment.place(spec.data, 0, self.time, box)
+        return place.count, place.box.lat_size, place.box.lon_size
 
 
 @dataclass(frozen=True)
@@ -82,17 +91,34 @@ def read_windows(
 ) -> list[tuple[StreamWindow, ...]]:
     """Normalised fields of all streams in windows of `count` steps, each at (first step, box),
     with the coordinates of their points. Chunks that several windows touch are read once."""
-    targets: dict[str, list[Target]] = {name: [] for spec in specs for name in spec.variables}
-    windows = _empty_windows(segment, specs, count, places)
-    for (start, box), streams in zip(places, windows, strict=True):
-        for window in streams:
-            refusals = [segment.missing_message(n, start, count) for n in window.spec.variables]
-            writers = _field_writers(window, normaliser, refusals)
-            for name, write in zip(window.spec.variables, writers, strict=True):
-                levels = window.spec.level_values
-                targets[name].append(segment.target(name, levels, start, count, box, write))
-    segment.read_into(targets)
+    laid = [
+        [segment.place(spec.data, start, count, box) for spec in specs] for start, box in places
+    ]
+    windows = _empty_windows(laid, specs)
+    wanted: dict[str, dict[str, list[Target]]] = {}  # by the streams' data and variable
+    for own, streams in zip(laid, windows, strict=True):
+        for place, window in zip(own, streams, strict=True):
+            if place.count == 0:  # none of the stream's steps lies in so short a window
+                continue
+            targets = wanted.setdefault(window.spec.data, {})
+            for name, target in _targets(place, window, normaliser):
+                targets.setdefault(name, []).append(target)
+    for data, targets in wanted.items():
+        record = segment.companions[data].segment if data else segment
+        record.read_into(targets)
     return windows
+
+
+def _targets(
+    place: Place, window: StreamWindow, normaliser: Normaliser
+) -> Iterator[tuple[str, Target]]:
+    """What is to be read of every variable of a stream."""
+    record, start, count, box = place
+    names, levels = window.spec.variables, window.spec.level_values
+    refusals = [record.missing_message(name, start, count) for name in names]
+    writers = _field_writers(window, normaliser, refusals)
+    for name, write in zip(names, writers, strict=True):
+        yield name, record.target(name, levels, start, count, box, write)
 
 
 def _field_writers(
@@ -108,7 +134,7 @@ def _field_writers(
             out=fields[row],
             mean=mean[row],
             std=std[row],
-            transform=normaliser.transform(name),
+            transform=normaliser.transform(name, spec.data),
             refusal=refusals[row],
             valid=None if valid is None else valid[row],
         )
@@ -117,33 +143,33 @@ def _field_writers(
 
 
 def _empty_windows(
-    segment: Segment, specs: Sequence[StreamSpec], count: int, places: Sequence[tuple[int, Box]]
+    laid: Sequence[Sequence[Place]], specs: Sequence[StreamSpec]
 ) -> list[tuple[StreamWindow, ...]]:
     """Windows with their coordinates, whose fields are still to be read, in one piece of memory:
     numpy asks for large pages where it is large, which the system clears much faster."""
-    sizes = [
-        len(spec.variables) * spec.num_levels * count * box.lat_size * box.lon_size
-        for _, box in places
-        for spec in specs
+    shapes = [
+        (len(spec.variables), spec.num_levels, place.count, place.box.lat_size, place.box.lon_size)
+        for places in laid
+        for place, spec in zip(places, specs, strict=True)
     ]
+    sizes = [math.prod(shape) for shape in shapes]
     memory = np.empty(sum(sizes), np.float32)
-    pieces = iter(np.split(memory, np.cumsum(sizes)[:-1]))
+    pieces = np.split(memory, np.cumsum(sizes)[:-1])
+    fields = iter(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
     return [
-        tuple(_empty_window(segment, spec, start, count, box, next(pieces)) for spec in specs)
-        for start, box in places
+        tuple(_empty_window(*pair, next(fields)) for pair in zip(places, specs, strict=True))
+        for places in laid
     ]
 
 
-def _empty_window(
-    segment: Segment, spec: StreamSpec, start: int, count: int, box: Box, memory: np.ndarray
-) -> StreamWindow:
+def _empty_window(place: Place, spec: StreamSpec, fields: np.ndarray) -> StreamWindow:
+    segment, start, count, box = place
     grid = segment.grid
     lat, lon = box.lat_index(), box.lon_index(grid.shape[1])
-    shape = (len(spec.variables), spec.num_levels, count, box.lat_size, box.lon_size)
     return StreamWindow(
         spec=spec,
-        fields=torch.from_numpy(memory.reshape(shape)),
-        valid=torch.ones(shape, dtype=torch.bool) if spec.missing == "mask" else None,
+        fields=torch.from_numpy(fields),
+        valid=torch.ones(fields.shape, dtype=torch.bool) if spec.missing == "mask" else None,
         time_hours=torch.from_numpy(segment.time_hours(start, count)),
         level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
         lat=torch.from_numpy(grid.latitude[lat]).float(),
@@ -203,12 +229,28 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         self.first_guess = first_guess
         self.skip_unreadable = skip_unreadable
         for spec in self.specs:
-            spec.token_shape(self.window.time, self.window.lat, self.window.lon)
+            spec.token_shape(*self.window.points(self.segments[0], spec))
         self._starts = [
             (index, start)
             for index, segment in enumerate(self.segments)
             for start in range(len(segment.times) - self.window.on(segment).time + 1)
         ]
+        self._tell_short_segments()
+
+    def _tell_short_segments(self) -> None:
+        """Say how many parts of a record are too short for a window; ValueError if all are."""
+        lengths = [len(segment.times) for segment in self.segments]
+        short = sum(length < self.window.time for length in lengths)
+        if not self._starts:
+            raise ValueError(
+                f"data.window.time={self.window.time} steps is longer than the longest unbroken "
+                f"part of {self.segments[0].location} with {max(lengths)} steps"
+            )
+        if short:
+            _LOGGER.warning(
+                "%d of %d unbroken parts of the record are shorter than data.window.time=%d steps "
+                "and give no window", short, len(lengths), self.window.time
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._starts) * self.windows_per_time
@@ -238,7 +280,8 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         places: dict[int, dict[int, tuple[int, Box]]] = {}  # by segment and position in the batch
         for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
             index, start = self._starts[key.sample_id // self.windows_per_time]
-            box = random_box(self.segments[index].grid, self.window.lat, self.window.lon, rng)
+            segment, size = self.segments[index], self.window
+            box = random_box(segment.grid, size.lat, size.lon, rng, segment.alignment)
             places.setdefault(index, {})[position] = (start, box)
         windows: dict[int, tuple[StreamWindow, ...]] = {}
         for index, found in places.items():

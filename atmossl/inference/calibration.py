@@ -55,7 +55,7 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
     """
     plan, segment = predictor.plan, predictor.segment
     hours = np.array(plan.offsets) * float(predictor.step / np.timedelta64(1, "h"))
-    levels = {v: spec.level_values for spec in predictor.trained.specs for v in spec.variables}
+    levels = {v: spec.level_values for spec in predictor.trained.own_specs for v in spec.variables}
     error: dict[str, np.ndarray] = {}
     variance: dict[str, np.ndarray] = {}
     for part in predictor.parts(list(times)):

@@ -35,12 +35,17 @@ class TrainedModel:
     digest: str
 
     @property
+    def own_specs(self) -> tuple[StreamSpec, ...]:
+        """Streams of the run's own data, whose grid predictions lie on."""
+        return tuple(spec for spec in self.specs if not spec.data)
+
+    @property
     def variables(self) -> tuple[str, ...]:
-        return tuple(name for spec in self.specs for name in spec.variables)
+        return tuple(name for spec in self.own_specs for name in spec.variables)
 
     @property
     def levels(self) -> tuple[int, ...]:
-        return tuple(sorted({level for spec in self.specs for level in spec.levels}))
+        return tuple(sorted({level for spec in self.own_specs for level in spec.levels}))
 
 
 def checkpoint_path(name: str) -> Path:
@@ -112,6 +117,7 @@ def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
         "role": spec.role,
         "loss_weight": spec.loss_weight,
         "missing": spec.missing,
+        "data": spec.data,
     }
 
 
@@ -123,7 +129,8 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
         token_size=TokenSize(**values["token_size"]),
         role=values["role"],
         loss_weight=values["loss_weight"],
-        missing=values.get("missing", "refuse"),  # checkpoints of version 0.1.0 have none
+        missing=values.get("missing", "refuse"),  # checkpoints of version 0.1.0 have none,
+        data=values.get("data", ""),  # nor this
     )
 
 

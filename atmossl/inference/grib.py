@@ -40,7 +40,7 @@ def _eccodes() -> ModuleType:
 def check_grib(predictor: Predictor) -> None:
     """Raise ValueError, before any work, for what GRIB2 cannot hold or ecCodes does not know."""
     _eccodes()
-    specs = [spec for spec in predictor.trained.specs if spec.role == "predict"]
+    specs = [spec for spec in predictor.trained.own_specs if spec.role == "predict"]
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:
         raise ValueError(f"output: no GRIB2 name for {unknown}; known: {sorted(_SHORT_NAMES)}")

@@ -78,17 +78,17 @@ class Layout:
 
     @property
     def levels(self) -> list[int]:
-        return sorted({level for spec in self.predictor.trained.specs for level in spec.levels})
+        return sorted({level for spec in self.predictor.trained.own_specs for level in spec.levels})
 
     def levels_of(self, variable: str) -> tuple[int, ...]:
         """Levels of a variable in hPa; (0,) at the surface."""
-        specs = self.predictor.trained.specs
+        specs = self.predictor.trained.own_specs
         return next(spec.level_values for spec in specs if variable in spec.variables)
 
     @property
     def variables(self) -> list[str]:
         """All that is predicted."""
-        specs = self.predictor.trained.specs
+        specs = self.predictor.trained.own_specs
         return [name for spec in specs if spec.role == "predict" for name in spec.variables]
 
     def dims(self, variable: str) -> tuple[str, ...]:

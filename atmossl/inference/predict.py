@@ -4,6 +4,7 @@ Generators over init (or valid) times and bands of latitude, so memory grows nei
 of times nor with the height of the grid.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamPrediction, StreamTokens, View, collate_views
+from atmossl.data.companions import check_window
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, Grid, TilePlan
 from atmossl.inference.blend import Fields, Mosaic, Part
@@ -93,6 +95,7 @@ class Predictor:
     @cached_property
     def tiles(self) -> TilePlan:
         self.task.check(self.grid)
+        self._check_companions()
         (num_lat, num_lon), window = self.grid.shape, self.trained.window
         return TilePlan(
             self.grid,
@@ -100,20 +103,40 @@ class Predictor:
             window.lon or num_lon,
             self.overlap,
             self._shifts,
-            self.task.align,
+            self._align,
         )
+
+    def _check_companions(self) -> None:
+        """Raise ValueError for what cannot be done with streams that read other data."""
+        if not self.segment.companions:
+            return
+        names = sorted(self.segment.companions)
+        if self.plan.refine > 1 or self._coarse_factor > 1 or self.plan.num_passes > 1:
+            raise ValueError(
+                f"task.refine, task.coarse_input and task.rollout_time need all streams on one "
+                f"grid; the checkpoint has streams with data={names}"
+            )
+        window = self.trained.window
+        num_lat, num_lon = self.grid.shape
+        check_window(self.segment, window.time, window.lat or num_lat, window.lon or num_lon)
+
+    @property
+    def _align(self) -> int:
+        """Cells that tiles have to keep together."""
+        return math.lcm(self.task.align, self.segment.alignment.cells)
 
     @property
     def _shifts(self) -> tuple[int, ...]:
         """Of the tilings, cells: within one token, coarse cells staying where they are."""
-        token, align = max(spec.token_size.lon for spec in self.trained.specs), self.task.align
+        token = max(spec.token_size.lon for spec in self.trained.own_specs)
         shifts = {number * token // self.tilings for number in range(self.tilings)}
-        return tuple(self.lon_shift + shift for shift in sorted(shifts) if shift % align == 0)
+        first = self.lon_shift + self.segment.alignment.lon_shift
+        return tuple(first + shift for shift in sorted(shifts) if shift % self._align == 0)
 
     @property
     def row_chunk(self) -> int:
         """Rows of latitude that are written at once."""
-        align = self.task.align
+        align = self._align
         return max(1, round(self.tiles.lat_size * (1 - self.overlap)) // align) * align
 
     def possible_times(self) -> np.ndarray:
@@ -199,7 +222,7 @@ class Predictor:
     def _coarse_cells(self) -> CoarseCells | None:
         if not isinstance(self.task, Downscaling):
             return None
-        levels = {v: spec.level_values for spec in self.trained.specs for v in spec.variables}
+        levels = {v: spec.level_values for spec in self.trained.own_specs for v in spec.variables}
         return CoarseCells(self.segment, self.grid, self.task, levels)
 
     def blended(self, sources: Sequence[Source]) -> Iterator[Part]:
@@ -213,12 +236,13 @@ class Predictor:
                 prediction = model(view)
             streams = [stream for stream in view.streams if stream.spec.role == "predict"]
             fields = [
-                self._fields(stream, predicted, batch)
+                (stream.spec.variables, self._fields(stream, predicted, batch))
                 for stream, predicted in zip(streams, prediction.streams, strict=True)
+                if not stream.spec.data
             ]
             for number, tile in enumerate(batch):
-                for stream, own in zip(streams, fields, strict=True):
-                    mosaic.add(stream.spec.variables, own[number], tile.box, tile.weight)
+                for variables, values in fields:
+                    mosaic.add(variables, values[number], tile.box, tile.weight)
                 if tile.complete is not None:
                     completes = tile.complete == self.grid.shape[0]
                     rows, done = mosaic.take(tile.complete)
@@ -234,7 +258,8 @@ class Predictor:
         for case, source in enumerate(sources):
             for row, numbers in enumerate(rows):
                 south = plan.tiles[numbers[0]].lat_start
-                band = reader.read(source, Box(south, 0, plan.lat_size, num_lon))
+                around = Box(south, self.segment.alignment.lon_shift, plan.lat_size, num_lon)
+                band = reader.read(source, around)
                 following = plan.tiles[rows[row + 1][0]].lat_start if row + 1 < len(rows) else None
                 complete = (
                     num_lat if following is None else following // self.row_chunk * self.row_chunk
@@ -242,7 +267,7 @@ class Predictor:
                 for number in numbers:
                     box = plan.tiles[number]
                     view, hidden = masked_view(
-                        columns(band, box.lon_index(num_lon)),
+                        columns(band, source.segment, around, box),
                         self.task,
                         first_guess=self.trained.first_guess,
                     )

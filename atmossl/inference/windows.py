@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from einops import reduce, repeat
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from atmossl.batch import StreamWindow, View
@@ -16,6 +16,8 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.base import Layout, make_view
 from atmossl.masking.tasks import Points, Task, TimePlan, points_of
 from atmossl.tokens import token_grid
+
+_TOLERANCE_HOURS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,34 @@ class WindowReader:
             len(plan.read),
             cells,
         )
-        step_hours = segment.step_hours / plan.refine
-        return tuple(self._placed(self._dated(window, step_hours), box) for window in windows)
+        return tuple(self._placed(self._dated(window, source), box) for window in windows)
 
-    def _dated(self, window: StreamWindow, step_hours: float) -> StreamWindow:
-        steps, read = torch.arange(self.trained.window.time), torch.tensor(self.plan.read)
-        latest = (torch.searchsorted(read, steps, right=True) - 1).clamp_min(0)
+    def _dated(self, window: StreamWindow, source: Source) -> StreamWindow:
+        hours = self._hours(window.spec.data, source)
+        if len(window.time_hours) == 0:
+            return _unread(window, hours)
+        latest = torch.searchsorted(window.time_hours, hours + _TOLERANCE_HOURS) - 1
+        latest = latest.clamp_min(0)
         return replace(
             window,
             fields=window.fields[..., latest, :, :],
             valid=None if window.valid is None else window.valid[..., latest, :, :],
-            time_hours=window.time_hours[0] + (steps - self.plan.read[0]) * step_hours,
+            time_hours=hours,
         )
+
+    def _hours(self, data: str, source: Source) -> Float[Tensor, "time"]:
+        """Times of all steps of a stream's window, hours since 1970-01-01T00."""
+        segment, plan, count = source.segment, self.plan, self.trained.window.time
+        if not data:
+            step_hours = segment.step_hours / plan.refine
+            read = segment.time_hours(source.start, 1)[0]
+            return read + (torch.arange(count, dtype=torch.float64) - plan.read[0]) * step_hours
+        companion = segment.companions[data]
+        first = segment.times[source.start] - plan.read[0] * segment.step
+        steps = companion.steps(first, count * segment.step)
+        record = companion.segment
+        start = record.time_hours(0, 1)[0]
+        return start + torch.arange(steps.start, steps.stop).double() * record.step_hours
 
     def _placed(self, window: StreamWindow, box: Box) -> StreamWindow:
         """Coarse cells repeated over the fine ones that lie in them."""
@@ -87,18 +105,43 @@ class WindowReader:
         )
 
 
-def columns(windows: tuple[StreamWindow, ...], lon: np.ndarray) -> tuple[StreamWindow, ...]:
-    """The windows at some of their longitudes."""
-    index = torch.from_numpy(lon)
-    return tuple(
-        replace(
-            window,
-            fields=window.fields[..., index],
-            lon=window.lon[index],
-            valid=None if window.valid is None else window.valid[..., index],
+def _unread(window: StreamWindow, hours: Float[Tensor, "time"]) -> StreamWindow:
+    """A stream of which the task reads no step: nothing but zeros, all of which the task hides.
+
+    Raises:
+        ValueError: the stream is never hidden, so that the zeros would be seen.
+    """
+    spec = window.spec
+    if spec.role != "predict":
+        raise ValueError(
+            f"the task reads no step of stream {spec.name} with data={spec.data}, whose steps are "
+            "longer than what is given; choose another init_time or a shorter task.lead_time"
         )
-        for window in windows
-    )
+    shape = (*window.fields.shape[:2], len(hours), *window.fields.shape[3:])
+    valid = None if window.valid is None else torch.zeros(shape, dtype=torch.bool)
+    return replace(window, fields=torch.zeros(shape), valid=valid, time_hours=hours)
+
+
+def columns(
+    windows: tuple[StreamWindow, ...], segment: Segment, band: Box, box: Box
+) -> tuple[StreamWindow, ...]:
+    """The windows of a band, which goes around the grid, at the longitudes of a box."""
+    found = []
+    for window in windows:
+        (whole, _), (part, num_lon) = (segment.cells(window.spec.data, b) for b in (band, box))
+        if not window.spec.data:
+            num_lon = window.fields.shape[-1]
+        offset = np.arange(part.lon_size) + part.lon_start - whole.lon_start
+        index = torch.from_numpy(offset % num_lon)
+        found.append(
+            replace(
+                window,
+                fields=window.fields[..., index],
+                lon=window.lon[index],
+                valid=None if window.valid is None else window.valid[..., index],
+            )
+        )
+    return tuple(found)
 
 
 def masked_view(

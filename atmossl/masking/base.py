@@ -24,6 +24,8 @@ from atmossl.batch import (
 )
 from atmossl.tokens import token_grid, tokenise
 
+_TOLERANCE = 1e-2  # of a number of cells
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -36,6 +38,12 @@ class Layout:
     def step_hours(self) -> float:
         """Hours between the points of the window."""
         return float(self.grid.time_extent) / self.spec.token_size.time
+
+    @property
+    def cell_degrees(self) -> tuple[float, float]:
+        """Height and width of a cell of the window."""
+        size = self.spec.token_size
+        return float(self.grid.lat_extent) / size.lat, float(self.grid.lon_extent) / size.lon
 
     def point_times(self) -> Float[Tensor, "nt point"]:
         """Times of the points of every token, in hours since 1970-01-01T00."""
@@ -59,6 +67,36 @@ def _points(centre: Tensor, extent: Tensor, count: int) -> Tensor:
     """Points of tokens, flat, from their centres and what a token spans, in float64."""
     offset = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2) / count * extent
     return (centre[:, None] + offset).flatten()
+
+
+def own_factor(layout: Layout, layouts: tuple[Layout, ...], factor: int) -> int:
+    """Cells of a stream along one coarse cell, which is `factor` cells of the run's own data; 1 if
+    the stream's cells are as large or larger.
+
+    Raises:
+        ValueError: the coarse cell is no whole number of the stream's, or not the same along both
+            axes.
+    """
+    if not layout.spec.data:
+        return factor
+    own = next(other for other in layouts if not other.spec.data)
+    cells = [factor * a / b for a, b in zip(own.cell_degrees, layout.cell_degrees, strict=True)]
+    if max(cells) <= 1 + _TOLERANCE:
+        return 1
+    if max(abs(n - round(cells[0])) for n in cells) > _TOLERANCE:
+        raise ValueError(
+            f"coarse cells of {factor} x {factor} are {cells[0]:g} x {cells[1]:g} cells of stream "
+            f"{layout.spec.name}, which reads data={layout.spec.data}; choose another factor"
+        )
+    return round(cells[0])
+
+
+def coarse_mask(corruption: Tensor, factor: int, noise_std: float = 1.0) -> StreamMask:
+    """A mask whose coarse tokens are visible ones where a coarse cell is a single cell."""
+    if factor == 1:
+        visible = torch.full_like(corruption, int(Corruption.VISIBLE))
+        corruption = torch.where(corruption == Corruption.COARSEN, visible, corruption)
+    return StreamMask(corruption, factor, noise_std)
 
 
 class MaskingSampler(Protocol):

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from atmossl.batch import Corruption, StreamMask
-from atmossl.masking.base import Layout, MaskingSampler
-from atmossl.masking.tasks import hide_times
+from atmossl.masking.base import Layout, MaskingSampler, coarse_mask, own_factor
+from atmossl.masking.tasks import hide_times, step_hours_of, window_times
 
 _KINDS = {
     "drop": Corruption.DROP,
@@ -76,11 +76,20 @@ class RandomMasking:
         self._hide_levels(corruptions, rng)
         self._hide_one_stream(corruptions, layouts, rng)
         return tuple(
-            StreamMask(torch.from_numpy(values), self.coarsen_factor, self.noise_std)
-            if layout.spec.role == "predict"
-            else layout.nothing_hidden()
+            self._mask(layout, layouts, values)
             for layout, values in zip(layouts, corruptions, strict=True)
         )
+
+    def _mask(
+        self, layout: Layout, layouts: tuple[Layout, ...], corruption: np.ndarray
+    ) -> StreamMask:
+        if layout.spec.role != "predict":
+            return layout.nothing_hidden()
+        values = torch.from_numpy(corruption)
+        if Corruption.COARSEN in values:
+            factor = own_factor(layout, layouts, self.coarsen_factor)
+            return coarse_mask(values, factor, self.noise_std)
+        return StreamMask(values, self.coarsen_factor, self.noise_std)
 
     def _split(self, hidden: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         kinds = np.array([int(_KINDS[name]) for name in self.fractions])
@@ -184,14 +193,16 @@ class TimeBlockMasking:
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        coarsest = max(layouts, key=lambda layout: layout.spec.token_size.time)
+        coarsest = max(layouts, key=lambda layout: float(layout.grid.time_extent))
         num_steps = coarsest.grid.shape[1]
         low, high = (min(bound, num_steps - 1) for bound in self.hidden_steps)
         count = int(rng.integers(low, high + 1))
         last_start = num_steps - count
         start = last_start if self.causal else int(rng.integers(0, last_start + 1))
-        times = coarsest.point_times()[start : start + count].flatten()
-        return hide_times(layouts, float(times[0]), float(times[-1]))
+        # from the window's start, where the tokens of all streams begin, if not all their steps
+        hours, extent = float(window_times(layouts)[0]), float(coarsest.grid.time_extent)
+        first, end = hours + start * extent, hours + (start + count) * extent
+        return hide_times(layouts, first, end - step_hours_of(layouts))
 
 
 @dataclass(frozen=True)

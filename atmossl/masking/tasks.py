@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import Layout
+from atmossl.masking.base import Layout, coarse_mask, own_factor
 
 Points = Bool[Tensor, "level time lat lon"]
 
@@ -121,7 +121,7 @@ def hide_times(
                 f"a token of stream {layout.spec.name} of {float(layout.grid.time_extent):g} h; "
                 "choose a multiple of the longest token"
             )
-        if bool(hidden.all()):
+        if bool(hidden.all()) and not layout.spec.data:
             raise ValueError(
                 "task hides every time step of the window; choose a shorter task.lead_time or a "
                 "longer data.window.time"
@@ -352,8 +352,9 @@ class Downscaling(Task):
     ) -> tuple[StreamMask, ...]:
         del rng
         return tuple(
-            StreamMask(
-                torch.full(layout.grid.shape, int(Corruption.COARSEN)), coarsen_factor=self.factor
+            coarse_mask(
+                torch.full(layout.grid.shape, int(Corruption.COARSEN)),
+                own_factor(layout, layouts, self.factor),
             )
             if layout.spec.role == "predict"
             else layout.nothing_hidden()

@@ -17,10 +17,10 @@ from pydantic import (
 )
 
 from atmossl.batch import Missing, Role, StreamSpec, TokenSize
-from atmossl.data.catalog import catalog_entry
+from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.forcings import FORCINGS
 from atmossl.losses import LOSSES
-from atmossl.schema.data import DataConfig
+from atmossl.schema.data import DataConfig, WindowConfig
 from atmossl.schema.masks import MASKS, Mask
 from atmossl.schema.strict import ConfigError, NotNegative, Positive, Share, Strict
 from atmossl.schema.tasks import TaskConfig, hours
@@ -51,6 +51,7 @@ class StreamConfig(Strict):
     role: Role = "predict"
     loss_weight: float = Field(default=1.0, ge=0.0)
     missing: Missing = "refuse"
+    data: str = ""
 
     def spec(self, name: str) -> StreamSpec:
         return StreamSpec(
@@ -61,6 +62,7 @@ class StreamConfig(Strict):
             role=self.role,
             loss_weight=self.loss_weight,
             missing=self.missing,
+            data=self.data,
         )
 
 
@@ -190,39 +192,51 @@ def _trainer_faults(config: TrainConfig) -> list[str]:
 
 def _stream_faults(config: TrainConfig) -> list[str]:
     """Streams against catalog and window."""
-    try:
-        entry = catalog_entry(config.data.name, config.data.catalog)
-    except ValueError as error:
-        return [str(error)]
     faults = []
     for name, stream in config.stream.items():
-        computed = sorted(set(stream.variables) & set(FORCINGS))
-        if computed and stream.role == "predict":
-            faults.append(
-                f"stream.{name}.role=predict but {computed} are computed, not observed; valid: "
-                "input, static, forcing"
-            )
-        unknown = sorted(set(stream.variables) - set(entry.variables) - set(FORCINGS))
-        if unknown:
-            valid = sorted({*entry.variables, *FORCINGS})
-            faults.append(f"stream.{name}.variables={unknown} not in the catalog; valid: {valid}")
-        levels = sorted(set(stream.levels) - set(entry.levels))
-        if levels:
-            valid_levels = list(entry.levels)
-            faults.append(
-                f"stream.{name}.levels={levels} not in the catalog; valid: {valid_levels}"
-            )
-        window = config.data.window
         try:
-            size = stream.spec(name).token_size
-            stream.spec(name).token_shape(
-                window.time, window.lat or size.lat, window.lon or size.lon
-            )
+            entry = catalog_entry(stream.data or config.data.name, config.data.catalog)
         except ValueError as error:
-            faults.append(str(error))
-    if not any(stream.role == "predict" for stream in config.stream.values()):
-        faults.append("no stream has role predict; give at least one")
+            own = [f"stream.{name}.data: {error}"] if stream.data else [str(error)]
+            faults += [fault for fault in own if fault not in faults]
+            continue
+        faults += _entry_faults(name, stream, entry)
+        if stream.data == config.data.name:
+            faults.append(f"stream.{name}.data={stream.data} is data.name; leave it out")
+        if not stream.data:  # the window's points on another grid show when it is opened
+            faults += _token_faults(name, stream, config.data.window)
+    if not any(s.role == "predict" and not s.data for s in config.stream.values()):
+        faults.append("no stream of data.name has role predict; give at least one")
     return faults
+
+
+def _entry_faults(name: str, stream: StreamConfig, entry: CatalogEntry) -> list[str]:
+    """A stream against its catalog entry."""
+    faults = []
+    computed = sorted(set(stream.variables) & set(FORCINGS))
+    if computed and stream.role == "predict":
+        faults.append(
+            f"stream.{name}.role=predict but {computed} are computed, not observed; valid: "
+            "input, static, forcing"
+        )
+    unknown = sorted(set(stream.variables) - set(entry.variables) - set(FORCINGS))
+    if unknown:
+        valid = sorted({*entry.variables, *FORCINGS})
+        faults.append(f"stream.{name}.variables={unknown} not in the catalog; valid: {valid}")
+    levels = sorted(set(stream.levels) - set(entry.levels))
+    if levels:
+        valid_levels = list(entry.levels)
+        faults.append(f"stream.{name}.levels={levels} not in the catalog; valid: {valid_levels}")
+    return faults
+
+
+def _token_faults(name: str, stream: StreamConfig, window: WindowConfig) -> list[str]:
+    try:
+        size = stream.spec(name).token_size
+        stream.spec(name).token_shape(window.time, window.lat or size.lat, window.lon or size.lon)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _model_faults(config: TrainConfig) -> list[str]:

@@ -123,7 +123,8 @@ class TrainingModule(L.LightningModule):
                     (_of_variable(weight * (x - target) ** 2, stream.spec, number)).sum()
                     for x in (predicted.members.mean(dim=2), guess)
                 ]
-                self._squares.setdefault(f"{task}/{name}", []).append(torch.stack(errors))
+                key = f"{stream.spec.name}_{name}" if stream.spec.data else name
+                self._squares.setdefault(f"{task}/{key}", []).append(torch.stack(errors))
 
     def on_validation_epoch_end(self) -> None:
         """Log RMSE over the first guess's RMSE: below 1 the model knows more than its guess."""
@@ -131,6 +132,8 @@ class TrainingModule(L.LightningModule):
         for key, squares in self._squares.items():
             total = self.trainer.strategy.reduce(torch.stack(squares).sum(dim=0), reduce_op="sum")
             assert isinstance(total, Tensor)
+            if not total[1] > 0:  # the task gives this stream as it is
+                continue
             ratio = (total[0] / total[1]).sqrt()
             ratios.setdefault(key.split("/")[0], []).append(ratio)
             self.log(f"ratio/{key}", ratio, rank_zero_only=True)

@@ -1,0 +1,145 @@
+"""Records of several stores under the same windows: streams that differ in resolution."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from atmossl.batch import StreamSpec
+from atmossl.data.catalog import Split, catalog_entry
+from atmossl.data.chunks import Access
+from atmossl.data.segment import HOUR, Segment
+from atmossl.data.store import open_split
+from atmossl.geometry import Box, Nesting
+
+_DEFAULT_ACCESS = Access()
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A record that covers the same air as a segment, and how its cells nest in those."""
+
+    segment: Segment
+    nesting: Nesting
+
+    def steps(self, first: np.datetime64, duration: np.timedelta64) -> range:
+        """Its steps from `first` on for a duration, the end not included; they may lie outside the
+        record."""
+        start, step = self.segment.times[0], self.segment.step
+        before = (start - first, start - first - duration)
+        return range(*(-int(time // step) for time in before))
+
+
+def open_records(
+    specs: Sequence[StreamSpec],
+    name: str,
+    catalog: Path | None,
+    split: Split,
+    *,
+    in_memory: bool = False,
+    access: Access = _DEFAULT_ACCESS,
+) -> dict[str, tuple[Segment, ...]]:
+    """Segments of one split of every catalog entry that the streams read, by their `data`; those
+    of entry `name` come first, as ''.
+
+    Raises:
+        ValueError: an unknown entry, or whatever `open_split` refuses.
+    """
+    records = {}
+    for data in ["", *sorted({spec.data for spec in specs} - {""})]:
+        own = [spec for spec in specs if spec.data == data]
+        records[data] = open_split(
+            catalog_entry(data or name, catalog),
+            split,
+            variables=sorted({v for spec in own for v in spec.variables}),
+            levels=sorted({level for spec in own for level in spec.levels}),
+            in_memory=in_memory,
+            access=access,
+            may_miss=[v for spec in own if spec.missing == "mask" for v in spec.variables],
+        )
+    return records
+
+
+def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
+    """The run's own segments with their companions, cut to the periods that all of them cover.
+
+    Where both entries name segments alike, as those of an ensemble, a segment goes with the one of
+    its name; otherwise with all that overlap in time.
+
+    Raises:
+        ValueError: grids that do not nest, steps that do not fit, or no common period.
+    """
+    own = list(records[""])
+    for name, others in records.items():
+        if not name:
+            continue
+        by_name = bool({other.name for other in others} & {segment.name for segment in own})
+        pairs = [
+            (segment, other)
+            for segment in own
+            for other in others
+            if other.name == segment.name or not by_name
+        ]
+        joined = [_with_companion(segment, name, other) for segment, other in pairs]
+        found = [segment for segment in joined if segment is not None]
+        if not found:
+            raise ValueError(
+                f"data={name}: its periods ({_periods(others)}) have no two steps in common with "
+                f"those of the run's own data ({_periods(own)})"
+            )
+        own = found
+    for segment in own:
+        _ = segment.alignment  # refused here if there is none
+    return tuple(own)
+
+
+def _with_companion(segment: Segment, name: str, other: Segment) -> Segment | None:
+    """The part of the segment that the other one covers; None if there is none."""
+    ratio = other.step / segment.step
+    phase = (other.times[0] - segment.times[0]) % segment.step
+    if ratio != round(ratio) or phase != np.timedelta64(0):
+        raise ValueError(
+            f"data={name}: {other.location} has steps of {other.step_hours:g} h from "
+            f"{other.times[0]}; needed: a multiple of the {segment.step_hours:g} h of "
+            f"{segment.location}, at its times from {segment.times[0]}"
+        )
+    try:
+        nesting = Nesting.of(segment.grid, other.grid)
+    except ValueError as error:
+        raise ValueError(f"data={name}: {other.location}: {error}") from error
+    # windows from here on hold all steps of the other that their length has room for
+    before, end = other.times[0] - other.step, other.times[-1] + other.step
+    inside = np.flatnonzero((segment.times > before) & (segment.times < end))
+    if len(inside) < 2:
+        return None
+    whole = len(inside) == len(segment.times)
+    part = segment if whole else segment.steps(int(inside[0]), int(inside[-1]) + 1)
+    companions = {**segment.companions, name: Companion(other, nesting)}
+    return replace(part, companions=companions, partial=segment.partial or not whole)
+
+
+def check_window(segment: Segment, count: int, lat_size: int, lon_size: int) -> None:
+    """Raise ValueError if a window does not cut the records of all companions at their edges."""
+    if segment.companions:
+        segment.alignment.check(lat_size, lon_size)
+    for name, companion in segment.companions.items():
+        other = companion.segment
+        steps = count * segment.step / other.step
+        cells = companion.nesting.box(Box(0, segment.alignment.lon_shift, lat_size, lon_size))
+        if steps != round(steps) or steps < 2:
+            raise ValueError(
+                f"data.window.time={count} steps of {segment.step_hours:g} h hold {steps:g} of the "
+                f"{other.step / HOUR:g} h of data={name}; needed: a whole number, at least 2"
+            )
+        if min(cells.lat_size, cells.lon_size) < 2:
+            raise ValueError(
+                f"data.window of {lat_size} x {lon_size} cells (latitude x longitude) holds "
+                f"{cells.lat_size} x {cells.lon_size} of data={name}; needed: at least 2 of each"
+            )
+
+
+def _periods(segments: Sequence[Segment]) -> str:
+    shown = [f"{s.name} {s.times[0]} to {s.times[-1]}" for s in segments[:3]]
+    more = f" and {len(segments) - 3} more" if len(segments) > 3 else ""
+    return "; ".join(shown) + more

@@ -1,0 +1,277 @@
+"""Streams of other resolutions: the same air in every window, whatever store it is read from."""
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atmossl.batch import StreamSpec, StreamWindow, TokenSize
+from atmossl.data.companions import check_window, open_records, paired
+from atmossl.data.segment import Segment
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.store import open_segment
+from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
+from atmossl.geometry import Box, Grid, Nesting, latitude_edges, random_box
+from atmossl.masking.base import Layout
+from atmossl.masking.places import Inpainting, LatLonBox
+from atmossl.masking.random import RandomMasking, TimeBlockMasking
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation, points_of
+from atmossl.tokens import token_grid
+from tests.synthetic import dataset
+
+NAMES = ("temperature", "u_component_of_wind")
+LEVELS = (300, 850)
+FINE = dataset(num_lat=16, num_lon=32, levels=LEVELS, steps=24)
+FINE = FINE.assign_coords(longitude=FINE.longitude + 0.5 * 360 / 32)  # edges at Greenwich
+COARSE = FINE.coarsen(latitude=2, longitude=2).mean().isel(time=slice(1, None, 2))
+SPECS = (
+    StreamSpec("fine", NAMES, LEVELS, TokenSize(1, 2, 2)),
+    StreamSpec("coarse", NAMES[:1], LEVELS, TokenSize(1, 2, 2), data="reduced"),
+)
+
+
+def opened(store: xr.Dataset, name: str = "waves") -> Segment:
+    variables = [str(v) for v in store.data_vars]
+    return open_segment(name, store, name, variables=variables, levels=LEVELS)
+
+
+def pair(fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE) -> Segment:
+    (segment,) = paired({"": [opened(fine)], "reduced": [opened(coarse)]})
+    return segment
+
+
+def windows(start: int, box: Box, count: int = 8) -> tuple[StreamWindow, ...]:
+    statistics = Statistics.compute([opened(FINE)])
+    both = {**statistics.to_dict(), "others": {"reduced": statistics.to_dict()}}
+    scale = Normaliser(Statistics.from_dict(both))
+    (found,) = read_windows(pair(), SPECS, scale, count, [(start, box)])
+    return found
+
+
+def global_grid(num_lat: int, num_lon: int, west: float = 0.0) -> Grid:
+    height, width = 180 / num_lat, 360 / num_lon
+    rows = -90 + height * (np.arange(num_lat) + 0.5)
+    return Grid(rows, west % width + width * (np.arange(num_lon) + 0.5))
+
+
+def edges(grid: Grid, box: Box) -> tuple[float, float, float, float]:
+    """South, north, west (0 to 360) and width of a box, in degrees."""
+    lat, spacing = latitude_edges(grid.latitude), grid.longitude_spacing
+    west = grid.longitude[box.lon_index(grid.shape[1])[0]] - spacing / 2
+    south, north = lat[box.lat_start], lat[box.lat_start + box.lat_size]
+    return south, north, west % 360.0, box.lon_size * spacing
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    blocks=st.tuples(st.integers(3, 6), st.integers(4, 8)),
+    lat=st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2)]),
+    lon=st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 3)]),
+    shift=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_a_nested_window_has_the_same_edges(blocks, lat, lon, shift: int, seed: int) -> None:
+    """Of global grids, whose longitudes start anywhere."""
+    rows, columns = blocks
+    fine = global_grid(rows * lat[0], columns * lon[0])
+    other = global_grid(rows * lat[1], columns * lon[1])
+    turned = (fine.longitude + shift * fine.longitude_spacing) % 360.0
+    fine = Grid(fine.latitude, np.sort(turned))
+    nesting = Nesting.of(fine, other)
+    (segment,) = paired({"": [on_grid(fine)], "other": [on_grid(other)]})
+    sizes = 2 * nesting.lat.own * nesting.lon.own, 3 * nesting.lat.own * nesting.lon.own
+    if sizes[0] > fine.shape[0] or sizes[1] > fine.shape[1]:
+        return
+    box = random_box(fine, *sizes, np.random.default_rng(seed), segment.alignment)
+    np.testing.assert_allclose(edges(fine, box), edges(other, nesting.box(box)), atol=1e-9)
+
+
+def on_grid(grid: Grid) -> Segment:
+    values = np.zeros((2, *grid.shape), np.float32)
+    values[1] = 1.0
+    coords = {
+        "time": np.array(["2001-01-01", "2001-01-02"], "datetime64[ns]"),
+        "latitude": grid.latitude,
+        "longitude": grid.longitude,
+    }
+    store = xr.Dataset({"temperature": (("time", "latitude", "longitude"), values)}, coords)
+    return open_segment("ones", store, "ones", variables=["temperature"], levels=[])
+
+
+def test_a_region_nests_in_the_globe_across_greenwich() -> None:
+    whole = global_grid(18, 36)
+    region = Grid(global_grid(36, 72).latitude[8:20], 350 + 5 * (np.arange(8) + 0.5))
+    nesting = Nesting.of(region, whole)
+    box = Box(2, 4, 6, 4)
+    assert nesting.box(box) == Box(5, 1, 3, 2)
+    for misfit in (global_grid(18, 36, west=1.0), global_grid(20, 36), global_grid(18, 40)):
+        with pytest.raises(ValueError, match="do not nest"):
+            Nesting.of(region, misfit)
+    with pytest.raises(ValueError, match="do not nest"):  # the other one covers too little
+        Nesting.of(whole, region)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("box", [Box(4, 6, 8, 12), Box(0, 28, 8, 8), Box(8, 0, 8, 32)])
+def test_windows_hold_the_same_air(start: int, box: Box) -> None:
+    """The coarse store holds means of the fine one, so its windows hold means of the fine ones."""
+    fine, coarse = windows(start, box)
+    assert coarse.fields.shape == (1, 2, 4, box.lat_size // 2, box.lon_size // 2)
+    times = fine.time_hours.tolist()
+    steps = [times.index(hour) for hour in coarse.time_hours.tolist()]
+    assert steps == list(range(1 - start % 2, 8, 2))
+    shared = fine.fields[:1][:, :, steps].unflatten(-1, (-1, 2)).mean(-1)
+    torch.testing.assert_close(
+        shared.unflatten(-2, (-1, 2)).mean(-2), coarse.fields, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(fine.lat.unflatten(0, (-1, 2)).mean(1), coarse.lat)
+    assert token_grid(fine).periodic == token_grid(coarse).periodic == (box.lon_size == 32)
+
+
+def hidden_bounds(layout: Layout, hidden: Tensor) -> dict[str, set[float]]:
+    """Coordinates of the hidden points, per axis."""
+    points = points_of(hidden, layout.spec)
+    times = layout.point_times().flatten()[points.any(dim=(0, 2, 3))]
+    return {
+        "time": set(times.tolist()),
+        "lat": set(layout.point_lat()[points.any(dim=(0, 1, 3))].tolist()),
+        "lon": set(layout.point_lon()[points.any(dim=(0, 1, 2))].tolist()),
+    }
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(
+    "task",
+    [
+        Forecast(24),
+        Forecast(18),
+        Hindcast(24),
+        TemporalInterpolation(12),
+        TimeBlockMasking((1, 2)),
+        TimeBlockMasking((1, 2), causal=True),
+    ],
+    ids=repr,
+)
+def test_tasks_hide_the_same_times_of_both(task, start: int) -> None:
+    layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(start, Box(4, 6, 8, 12)))
+    for seed in range(8):
+        masks = task(layouts, np.random.default_rng(seed))
+        fine, coarse = (
+            hidden_bounds(layout, mask.hidden)["time"]
+            for layout, mask in zip(layouts, masks, strict=True)
+        )
+        shared = set(layouts[1].point_times().flatten().tolist())
+        assert fine & shared == coarse
+
+
+def test_tasks_hide_the_same_places_of_both() -> None:
+    layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(0, Box(4, 28, 8, 8)))
+    box = LatLonBox(-22.5, 0.0, 337.5, 22.5)
+    fine, coarse = Inpainting((box,)).hidden_points(layouts)
+    halves = fine.unflatten(-1, (-1, 2)).all(-1).unflatten(-2, (-1, 2)).all(-2)
+    assert 0 < int(fine.sum()) < fine.numel()
+    assert torch.equal(halves[:, :4], coarse)
+
+
+def test_coarse_cells_are_the_same_cells() -> None:
+    layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(0, Box(4, 28, 8, 8)))
+    rng = np.random.default_rng(0)
+    by_four, by_two = Downscaling(4)(layouts, rng), Downscaling(2)(layouts, rng)
+    assert [mask.coarsen_factor for mask in by_four] == [4, 2]
+    assert bool(by_two[0].hidden.all()) and not bool(by_two[1].hidden.any())
+    drawn = RandomMasking((0.5, 0.5), {"coarsen": 1.0}, coarsen_factor=2)(layouts, rng)
+    assert bool(drawn[0].hidden.any()) and not bool(drawn[1].hidden.any())
+    with pytest.raises(ValueError, match="choose another factor"):
+        Downscaling(3)(layouts, rng)
+
+
+def test_samples_of_two_resolutions_collate_and_repeat() -> None:
+    both = Normaliser(
+        Statistics.from_dict(
+            {
+                **Statistics.compute([opened(FINE)]).to_dict(),
+                "others": {"reduced": Statistics.compute([opened(COARSE)]).to_dict()},
+            }
+        )
+    )
+    arguments = {
+        "segments": [pair()], "specs": SPECS, "normaliser": both, "seed": 1,
+        "window": WindowSize(8, 8, 8), "sampler": Forecast(24),
+    }  # fmt: skip
+    data = WindowDataset(**arguments)
+    ((view,), _), ((again,), _) = data[SampleKey(0, 3)], data[SampleKey(0, 3)]
+    fine, coarse = view.streams
+    assert fine.corruption.shape == (2, 8, 4, 4) and coarse.corruption.shape == (2, 4, 2, 2)
+    assert torch.equal(coarse.target, again.streams[1].target)
+    # each entry by its own statistics: about zero mean and unit variance over all samples
+    values = torch.cat([data[SampleKey(0, n)][0][0].streams[1].target for n in range(len(data))])
+    assert abs(float(values.mean())) < 0.5 and 0.5 < float(values.std()) < 1.5
+
+
+def test_only_common_periods_are_sampled() -> None:
+    later = COARSE.isel(time=slice(4, 9))
+    segment = pair(coarse=later)
+    assert segment.times[0] == later.time.values[0] - np.timedelta64(6, "h") and segment.partial
+    assert segment.times[-1] == later.time.values[-1] + np.timedelta64(6, "h")
+    for start in range(len(segment.times) - 3):
+        place = segment.place("reduced", start, 4, segment.whole())
+        assert place.count == 2 and 0 <= place.start <= len(later.time) - 2
+    with pytest.raises(ValueError, match="no two steps in common"):
+        pair(coarse=COARSE.assign_coords(time=COARSE.time + np.timedelta64(3650, "D")))
+
+
+def test_segments_pair_by_name() -> None:
+    """Members of an ensemble cover the same dates."""
+    fine, coarse = [opened(FINE, n) for n in "ab"], [opened(COARSE, n) for n in "ba"]
+    found = paired({"": fine, "reduced": coarse})
+    assert [(s.name, s.companions["reduced"].segment.name) for s in found] == [
+        ("a", "a"),
+        ("b", "b"),
+    ]
+    assert len(paired({"": fine, "reduced": [opened(COARSE, "c")]})) == 2
+    assert len(paired({"": fine, "reduced": coarse[:1]})) == 1
+
+
+@pytest.mark.parametrize(
+    ("coarse", "message"),
+    [
+        (COARSE.assign_coords(latitude=COARSE.latitude + 1.0), "do not nest"),
+        (COARSE.assign_coords(time=COARSE.time + np.timedelta64(1, "h")), "needed: a multiple"),
+        (FINE.isel(time=slice(None, None, 2)).isel(longitude=slice(0, 8)), "do not nest"),
+    ],
+)
+def test_what_does_not_nest_is_named(coarse: xr.Dataset, message: str) -> None:
+    with pytest.raises(ValueError, match=f"data=reduced: .*{message}"):
+        pair(coarse=coarse)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((7, 8, 8), "3.5 of the 12 h of data=reduced"),
+        ((8, 7, 8), "window.lat=7 is no multiple of the 2 cells"),
+        ((8, 2, 8), "1 x 4 of data=reduced"),
+    ],
+)
+def test_a_window_that_cuts_cells_is_named(size: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_window(pair(), *size)
+
+
+def test_statistics_of_every_entry_survive_a_checkpoint() -> None:
+    own, other = Statistics.compute([opened(FINE)]), Statistics.compute([opened(COARSE)])
+    both = Statistics.from_dict({**own.to_dict(), "others": {"reduced": other.to_dict()}})
+    again = Statistics.from_dict(both.to_dict())
+    for spec, single in zip(SPECS, (own, other), strict=True):
+        plain = StreamSpec(spec.name, spec.variables, spec.levels, spec.token_size)
+        for field in ("mean", "std", "step_std"):
+            assert torch.equal(again.select(spec, field), single.select(plain, field))
+        assert torch.equal(again.departure_scale(spec), single.departure_scale(plain))
+
+
+def test_an_unknown_entry_is_named() -> None:
+    with pytest.raises(ValueError, match="reduced"):
+        open_records(SPECS, "sample", None, "train")

@@ -1,0 +1,154 @@
+"""Predictions with a stream of a coarser store beside the one that is written."""
+
+from dataclasses import replace
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from atmossl.batch import StreamSpec, TokenSize, View
+from atmossl.data.companions import paired
+from atmossl.data.segment import Segment
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.store import open_segment
+from atmossl.data.windows import WindowSize
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import write
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
+from atmossl.tokens import detokenise
+from tests.inference.known import NAMES, Known, run_at
+from tests.synthetic import dataset
+
+LEVELS = (300, 850)
+FINE = dataset(num_lat=16, num_lon=32, levels=LEVELS, steps=20)
+# coarse cells begin at every second fine one from number 1 on: the last lies across Greenwich
+HALF = FINE.roll(longitude=-1).coarsen(latitude=2, longitude=2).mean()
+HALF = HALF.assign_coords(longitude=16.875 + 22.5 * np.arange(16))
+COARSE = HALF.isel(time=slice(1, None, 2))
+SPECS = (
+    StreamSpec("fine", NAMES, LEVELS, TokenSize(1, 2, 2)),
+    StreamSpec("coarse", NAMES[:1], LEVELS, TokenSize(1, 2, 2), data="reduced"),
+)
+
+
+def opened(store: xr.Dataset) -> Segment:
+    names = [str(v) for v in store.data_vars]
+    return open_segment("waves", store, "memory", variables=names, levels=LEVELS)
+
+
+def predictor(
+    task: Task, model: nn.Module, fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE, **changes
+) -> Predictor:
+    statistics = {name: Statistics.compute([opened(s)]) for name, s in
+                  (("", FINE), ("reduced", COARSE))}  # fmt: skip
+    trained = TrainedModel(
+        model=model,
+        specs=changes.pop("specs", SPECS),
+        normaliser=Normaliser(replace(statistics.pop(""), others=statistics)),
+        window=WindowSize(6, 8, 8),
+        first_guess=True,
+        data="waves",
+        record={},
+        digest="0",
+    )
+    (segment,) = paired({"": [opened(fine)], "reduced": [opened(coarse)]})
+    arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
+    return Predictor(trained=trained, segment=segment, task=task, **arguments)
+
+
+class Spy(nn.Module):
+    """Returns the truth, and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self.known = Known(attrgetter("target"))
+
+    def forward(self, view: View):
+        for stream in view.streams:
+            self.seen += [stream.source, stream.guess, stream.grid.time_hours, stream.grid.lon]
+        return self.known(view)
+
+
+@pytest.mark.parametrize("task", [TemporalInterpolation(6), Downscaling(4)], ids=repr)
+@pytest.mark.parametrize("step", [8, 9])
+def test_tiles_of_the_truth_blend_to_the_truth(task: Task, step: int) -> None:
+    fields = run_at(predictor(task, Known(attrgetter("target"))), step)
+    assert set(fields) == set(NAMES)
+    for name in NAMES:
+        truth = FINE[name].values[step]
+        np.testing.assert_allclose(fields[name].mean(axis=1)[0], truth, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "hidden"),
+    [
+        (Forecast(12), slice(10, None)),
+        (Hindcast(12), slice(None, 9)),
+        (TemporalInterpolation(12), slice(9, 11)),
+    ],
+    ids=repr,
+)
+def test_nothing_hidden_is_seen_in_either_resolution(task: Task, hidden: slice) -> None:
+    """Other values where the task hides leave all that the network sees as it is."""
+    spies, changed = [], FINE.copy(deep=True)
+    for name in NAMES:
+        changed[name][hidden] = 1.0
+    times = changed.time.values[hidden]
+    reduced = COARSE.copy(deep=True)
+    reduced["temperature"][np.isin(COARSE.time.values, times)] = 1.0
+    for fine, coarse in ((FINE, COARSE), (changed, reduced)):
+        spies.append(Spy())
+        run_at(predictor(task, spies[-1], fine, coarse), 9)
+    for before, after in zip(spies[0].seen, spies[1].seen, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_the_network_is_shown_the_same_air_of_both() -> None:
+    """The coarse values of a tile are the means of its fine ones, at the steps they share."""
+    used = predictor(TemporalInterpolation(6), Spy(), coarse=HALF)
+    scale = used.trained.normaliser
+    view = used.first_view(used.segment.times[9])
+    fine, coarse = (scale.inverse(_fields(stream), stream.spec)[0] for stream in view.streams)
+    means = fine.unflatten(-1, (-1, 2)).mean(-1).unflatten(-2, (-1, 2)).mean(-2)
+    torch.testing.assert_close(means, coarse, atol=1e-5, rtol=1e-5)
+    assert torch.equal(view.streams[0].grid.time_hours, view.streams[1].grid.time_hours)
+
+
+def _fields(stream) -> torch.Tensor:
+    return detokenise(stream.target, stream.spec)
+
+
+def test_what_is_written_lies_on_the_fine_grid(tmp_path) -> None:
+    used = predictor(Forecast(12), Known(attrgetter("target")))
+    write(used, used.segment.times[6:8], tmp_path / "out.zarr")
+    with xr.open_zarr(tmp_path / "out.zarr", consolidated=False) as store:
+        assert set(store.data_vars) == set(NAMES)
+        assert store.sizes["latitude"] == 16 and store.sizes["longitude"] == 32
+        now = FINE["temperature"].isel(time=slice(6, 8)).values
+        np.testing.assert_allclose(
+            store["temperature"].isel(lead_time=0).mean("member").values, now, atol=2e-5
+        )
+
+
+def test_an_input_stream_of_which_nothing_is_given_is_named() -> None:
+    """A forecast from an odd step, of which the coarse store has only later ones."""
+    inputs = (SPECS[0], replace(SPECS[1], role="input"))
+    used = predictor(Forecast(30), Known(attrgetter("target")), specs=inputs)
+    run_at(used, 9)
+    with pytest.raises(ValueError, match="reads no step of stream coarse"):
+        run_at(used, 8)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Forecast(48, rollout_hours=12), TemporalInterpolation(6, refine=2),
+     Downscaling(2, coarse_input=True)], ids=repr,
+)  # fmt: skip
+def test_what_needs_one_grid_is_refused(task: Task) -> None:
+    with pytest.raises(ValueError, match="reduced"):
+        run_at(predictor(task, Known(attrgetter("target"))), 9)
