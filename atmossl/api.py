@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.companions import paired
 from atmossl.data.segment import Segment
-from atmossl.data.store import open_segment, open_split
+from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.layout import LayoutName
@@ -68,10 +68,11 @@ class Model:
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
+        sampler = task if isinstance(task, Task) else find_task(task, choices).sampler()
         predictor = Predictor(
             trained=self.trained,
-            segment=self._record({"": dataset, **(others or {})}),
-            task=task if isinstance(task, Task) else find_task(task, choices).sampler(),
+            segment=self._record({"": dataset, **(others or {})}, sampler),
+            task=sampler,
             overlap=overlap,
             tilings=tilings,
             batch_size=batch_size,
@@ -93,8 +94,8 @@ class Model:
         along = next(name for name in ("init_time", "time") if name in parts[0].dims)
         return xr.concat(parts, along, combine_attrs="override", data_vars="minimal")
 
-    def _record(self, datasets: Mapping[str, xr.Dataset]) -> Segment:
-        """One record of all datasets, by the streams' `data`."""
+    def _record(self, datasets: Mapping[str, xr.Dataset], task: Task) -> Segment:
+        """One record of all datasets, by the streams' `data`, as the task needs it."""
         needed = {spec.data for spec in self.trained.specs}
         if needed != set(datasets):
             raise ValueError(
@@ -103,7 +104,7 @@ class Model:
             )
         records = {}
         for data, dataset in datasets.items():
-            specs = [spec for spec in self.trained.specs if spec.data == data]
+            specs = [spec for spec in self.trained.specs_for(task) if spec.data == data]
             segment = open_segment(
                 "dataset",
                 dataset,
@@ -128,20 +129,22 @@ def load(checkpoint: str | Path = "default", *, device: str | None = None) -> Mo
 
 
 def open_data(
-    name: str = "sample", split: Split = "test", catalog: str | None = None
+    name: str = "sample",
+    split: Split = "test",
+    catalog: str | None = None,
+    *,
+    segment: str | None = None,
 ) -> xr.Dataset:
-    """A split of a catalog entry that is one record, lazily where its store is lazy.
+    """A split of a catalog entry, lazily where its store is lazy; of several records, `segment`.
 
     Raises:
-        ValueError: no such entry or split, or one of several records.
+        ValueError: no such entry, split or segment, or several segments and none is named.
     """
     entry = catalog_entry(name, None if catalog is None else Path(catalog))
     segments = open_split(
         entry, split, variables=sorted(entry.variables), levels=sorted(entry.levels)
     )
-    if len(segments) != 1:
-        raise ValueError(f"split={split} of {name} has {len(segments)} segments; valid: one")
-    return segments[0].dataset
+    return only_segment(segments, segment, split).dataset
 
 
 def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
@@ -181,6 +184,8 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
         found = predictor.possible_times()[::every]
         if len(found) == 0:
             raise ValueError("init_time=all: the store is shorter than one window")
+        for time in found[1:][np.diff(found) == np.timedelta64(0)][:1]:
+            predictor.find(time)  # in several segments: says in which
         return found
     names = [times] if isinstance(times, str | np.datetime64) else list(times)
     try:
@@ -190,7 +195,7 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
     if len(found) == 0:
         raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
     for time in found:
-        predictor.window_start(time)
+        predictor.find(time)
     return found
 
 

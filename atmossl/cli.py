@@ -130,10 +130,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
     listed = [item for item in arguments if item.startswith("tasks=[")]
     values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
-    if listed:  # names of conf/task; any other value is a file of conf/tasks
+    if listed:  # names of conf/task or YAML files; any other value is a file of conf/tasks
         names = listed[-1].removeprefix("tasks=[").removesuffix("]").split(",")
         tasks = [
-            compose_config("predict", [f"task={n.strip()}", "output=_"])["task"] for n in names
+            _compose_with_task_file([f"task={name.strip()}", "output=_"])["task"] for name in names
         ]
         values = values | {"tasks": tasks}
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))

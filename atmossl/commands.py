@@ -25,6 +25,7 @@ from atmossl.inference.calibration import estimate_inflation, with_inflation
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, write
+from atmossl.masking.tasks import Task
 from atmossl.preflight import advice, estimate
 from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
 from atmossl.training.checkpoint import KeepCheckpoints
@@ -110,14 +111,27 @@ def _device(accelerator: str) -> str:
 
 
 def open_for(
-    trained: TrainedModel, data: str | None, catalog: Path | None, split: Any
+    trained: TrainedModel,
+    data: str | None,
+    catalog: Path | None,
+    split: Any,
+    *,
+    name: str | None = None,
+    task: Task | None = None,
 ) -> tuple[Segment, ...]:
     """The segments of a split with the variables and levels of a checkpoint.
 
+    name: of the only one that is wanted. task: which may fill missing values.
     Raises:
-        ValueError: unknown entry, or a store that lacks what the checkpoint needs.
+        ValueError: unknown entry or segment, or a store that lacks what the checkpoint needs.
     """
-    return paired(open_records(trained.specs, data or trained.data, catalog, split))
+    records = open_records(trained.specs_for(task), data or trained.data, catalog, split)
+    segments = paired(records)
+    chosen = tuple(one for one in segments if name in (None, one.name))
+    if not chosen:
+        have = sorted({one.name for one in segments})
+        raise ValueError(f"segment={name} is not in split={split}; valid: {have}")
+    return chosen
 
 
 def predict(values: Mapping[str, Any]) -> Path:
@@ -147,13 +161,15 @@ def predict(values: Mapping[str, Any]) -> Path:
 
 def _predictor(config: PredictConfig, *, calibrated: bool = True) -> Predictor:
     trained = load_checkpoint(config.checkpoint)
-    segments = open_for(trained, config.data, config.catalog, config.split)
-    if len(segments) != 1:
-        raise ValueError(f"split={config.split} has {len(segments)} segments; predict takes one")
+    task = config.task.sampler()
+    first, *others = open_for(
+        trained, config.data, config.catalog, config.split, name=config.segment, task=task
+    )
     return Predictor(
         trained=trained,
-        segment=segments[0],
-        task=config.task.sampler(),
+        segment=first,
+        others=tuple(others),
+        task=task,
         overlap=config.overlap,
         tilings=config.tilings,
         batch_size=config.batch_size,
@@ -178,9 +194,9 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
     predictor = _predictor(config, calibrated=False)
-    last = predictor.segment.times[-1] - predictor.plan.offsets[-1] * predictor.step
+    lead = predictor.plan.offsets[-1] * predictor.step
     times = _times(config, predictor)
-    times = times[times <= last]  # those with their truth
+    times = np.array([t for t in times if t + lead <= predictor.find(t).segment.times[-1]])
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth at the end of the lead time")
     found = estimate_inflation(predictor, times)
@@ -214,7 +230,8 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
             entry = catalog_entry(config.data or trained.data, config.catalog)
             reports = [compare_forecasts(config, entry)]
         else:
-            test = open_for(trained, config.data, config.catalog, config.split)
+            name = config.segment
+            test = open_for(trained, config.data, config.catalog, config.split, name=name)
             training = open_for(trained, config.data, config.catalog, "train")
             reports = score_tasks(config, trained, test, training, _device(config.accelerator))
         write_report(reports, provenance_of(config, trained, command), partial)

@@ -91,7 +91,7 @@ def train_specialist(task: str, checkpoint: str, folder: Path, *, tuned: bool) -
     """Train, or go on training where it stopped; returns the path of the result."""
     record = load_checkpoint(checkpoint).record["config"]
     generalist = checkpoint if tuned else None
-    return str(train(specialist_values(task, record, folder, generalist=generalist)))
+    return str(train(specialist_values(task, record, folder, generalist=generalist)).checkpoint)
 
 
 def _merged(defaults: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

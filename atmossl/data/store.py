@@ -198,6 +198,19 @@ def open_split(
     return tuple(segment.loaded() for segment in segments) if in_memory else segments
 
 
+def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> Segment:
+    """The segment of that name, or the only one there is.
+
+    Raises:
+        ValueError: no such segment, or several and no name.
+    """
+    chosen = [one for one in segments if name in (None, one.name)]
+    if len(chosen) != 1:
+        have = [one.name for one in segments]
+        raise ValueError(f"segment={name}: split={split} has {have}; choose one of them")
+    return chosen[0]
+
+
 def _open_period(
     entry: CatalogEntry,
     period: Period,

@@ -53,12 +53,13 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
     Raises:
         ValueError: a single member, or a truth that the store does not hold.
     """
-    plan, segment = predictor.plan, predictor.segment
+    plan = predictor.plan
     hours = np.array(plan.offsets) * float(predictor.step / np.timedelta64(1, "h"))
     levels = {v: spec.level_values for spec in predictor.trained.own_specs for v in spec.variables}
     error: dict[str, np.ndarray] = {}
     variance: dict[str, np.ndarray] = {}
     for part in predictor.parts(list(times)):
+        segment = predictor.find(times[part.case]).segment
         weight = predictor.grid.weights[part.rows][:, None]
         for name, values in part.fields.items():
             num_steps, num_members, num_levels = values.shape[:3]

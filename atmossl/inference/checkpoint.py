@@ -1,7 +1,7 @@
 """Loading a checkpoint for inference: it needs nothing but the file."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from atmossl.batch import StreamSpec, TokenSize
 from atmossl.checkpoint_files import read_contents, write_atomically
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
+from atmossl.masking.tasks import Task
 from atmossl.model.multiformer import Multiformer
 
 _AVERAGED = "ema.module."
@@ -42,6 +43,16 @@ class TrainedModel:
     @property
     def variables(self) -> tuple[str, ...]:
         return tuple(name for spec in self.own_specs for name in spec.variables)
+
+    def specs_for(self, task: Task | None = None) -> tuple[StreamSpec, ...]:
+        """The streams as they are to be read: if the task fills missing values, those of all
+        predicted ones are marked, not only where the model was trained to miss them."""
+        if task is None or not task.fills_missing:
+            return self.specs
+        return tuple(
+            replace(spec, missing="mask") if spec.role == "predict" else spec
+            for spec in self.specs
+        )
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -19,13 +19,12 @@ class CoarseCells:
     grid: of the prediction. levels: in hPa, of every variable.
     """
 
-    segment: Segment
     grid: Grid
     task: Downscaling
     levels: Mapping[str, tuple[int, ...]]
 
     def compare(
-        self, fields: dict[str, np.ndarray], step: int, rows: slice
+        self, fields: dict[str, np.ndarray], segment: Segment, step: int, rows: slice
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """The fields [step member level lat lon] of some rows, corrected if the task says so, and
         per variable the mean square of what their coarse cells lacked of the given ones."""
@@ -34,7 +33,8 @@ class CoarseCells:
         corrected, departure = {}, {}
         for name, values in fields.items():
             fine = torch.from_numpy(values)
-            missing = self._given(name, step, rows, weight) - coarsen(fine, weight, factor)
+            given = self._given(name, segment, step, rows, weight)
+            missing = given - coarsen(fine, weight, factor)
             area = weight.unflatten(0, (-1, factor)).sum(1)
             mean_square = (missing.double() ** 2 * area[:, None]).mean() / area.mean()
             departure[name] = float(mean_square)
@@ -43,11 +43,13 @@ class CoarseCells:
             corrected[name] = fine.numpy()
         return corrected, departure
 
-    def _given(self, name: str, step: int, rows: slice, weight: torch.Tensor) -> torch.Tensor:
+    def _given(
+        self, name: str, segment: Segment, step: int, rows: slice, weight: torch.Tensor
+    ) -> torch.Tensor:
         """Coarse cells [level lat lon] of one variable at one step of the record."""
         factor, num_lon = self.task.factor, self.grid.shape[1]
         box = Box(rows.start, 0, rows.stop - rows.start, num_lon)
         if self.task.coarse_input:
             box = Box(box.lat_start // factor, 0, box.lat_size // factor, num_lon // factor)
-        values = torch.from_numpy(self.segment.read(name, self.levels[name], step, 1, box))[:, 0]
+        values = torch.from_numpy(segment.read(name, self.levels[name], step, 1, box))[:, 0]
         return values if self.task.coarse_input else coarsen(values, weight, factor)

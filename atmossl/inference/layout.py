@@ -165,7 +165,7 @@ class Layout:
             "title": f"atmossl {type(predictor.task).__name__} prediction",
             "institution": "not stated",
             "source": f"atmossl {__version__}, checkpoint {trained.digest}",
-            "history": f"predicted from segment {predictor.segment.name}",
+            "history": f"predicted from {_named([one.name for one in predictor.segments])}",
             "references": "Lessig et al. (2023), arXiv:2308.13280",
             "comment": json.dumps(
                 {
@@ -178,6 +178,10 @@ class Layout:
                 }
             ),
         }
+
+
+def _named(segments: list[str]) -> str:
+    return f"segment{'s' if len(segments) > 1 else ''} {', '.join(segments)}"
 
 
 def _description(name: str) -> dict[str, str]:

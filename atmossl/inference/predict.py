@@ -45,7 +45,7 @@ class _Tile:
 
 @dataclass(frozen=True)
 class Predictor:
-    """One task on one segment.
+    """One task on one segment, or on several of the same grid and time step (`others`).
 
     overlap: share of a tile that its neighbour covers as well. tilings: how many tilings are
     averaged, each shifted eastwards by an equal part of a token, where the grid is a whole circle
@@ -67,6 +67,11 @@ class Predictor:
     seed: int = 0
     fill_missing: bool = False
     calibrated: bool = True
+    others: tuple[Segment, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return (self.segment, *self.others)
 
     @cached_property
     def plan(self) -> TimePlan:
@@ -140,39 +145,49 @@ class Predictor:
         return max(1, round(self.tiles.lat_size * (1 - self.overlap)) // align) * align
 
     def possible_times(self) -> np.ndarray:
-        """Reference times with all the steps around them that a window needs; so far apart that
-        no valid time is written twice."""
-        before = self._steps_before
-        last = len(self.segment.times) - len(self.plan.read) + before + 1
+        """Reference times with all the steps around them that a window needs, in order; so far
+        apart that no valid time of a segment is written twice."""
         stride = 1 if self.plan.is_forecast or self.plan.refine > 1 else len(self.plan.offsets)
-        return self.segment.times[before : max(last, before) : stride]
+        found = [segment.times[self._served(segment)][::stride] for segment in self.segments]
+        return np.sort(np.concatenate(found))
 
     @property
     def _steps_before(self) -> int:
         """Steps of the store that are read before the reference time."""
         return (self.plan.reference - self.plan.read[0]) // self.plan.refine
 
-    def window_start(self, time: np.datetime64) -> int:
-        """First step of the store that is read for a reference time.
+    def _served(self, segment: Segment) -> slice:
+        """Steps of a segment that have around them what a window needs."""
+        before = self._steps_before
+        stop = len(segment.times) - (len(self.plan.read) - 1 - before)
+        return slice(before, max(before, stop))
+
+    def find(self, time: np.datetime64) -> Source:
+        """The segment that serves a reference time, and the first step of it that is read.
 
         Raises:
-            ValueError: the time is not in the store, or there are too few steps around it.
+            ValueError: no segment has the time and the steps around it, or several have.
         """
-        index, before = self.segment.find_time(time), self._steps_before
-        after = len(self.plan.read) - 1 - before
-        last = len(self.segment.times) - 1 - after
-        if not before <= index <= last:
-            valid = [np.datetime_as_string(t, "h") for t in self.segment.times[before : last + 1]]
-            valid = f"{valid[0]} to {valid[-1]}" if valid else "none, the store is too short"
-            raise ValueError(
-                f"init_time={np.datetime_as_string(time, 'h')} lacks steps around it: the task "
-                f"needs {before} before and {max(after, 0)} after; valid: {valid}"
-            )
-        return index - before
+        holding = [one for one in self.segments if _holds(one.times[self._served(one)], time)]
+        if len(holding) == 1:
+            return Source(holding[0], holding[0].find_time(time) - self._steps_before)
+        when = f"init_time={np.datetime_as_string(time, 'h')}"
+        if holding:
+            names = [segment.name for segment in holding]
+            raise ValueError(f"{when} is in several segments; choose one: segment={names}")
+        if len(self.segments) == 1:
+            self.segment.find_time(time)  # says what it covers if it lacks the time itself
+        before = self._steps_before
+        after = max(len(self.plan.read) - 1 - before, 0)
+        valid = ", ".join(_period(one.times[self._served(one)]) for one in self.segments)
+        raise ValueError(
+            f"{when} is not there or lacks steps around it: the task needs {before} before and "
+            f"{after} after; valid: {valid}"
+        )
 
     def first_view(self, time: np.datetime64) -> View:
         """What the model is shown of the first tile; no batch axis."""
-        return next(self._tiles([Source(self.segment, self.window_start(time))])).view
+        return next(self._tiles([self.find(time)])).view
 
     def run(self, times: Sequence[np.datetime64]) -> Iterator[Fields]:
         """For every reference time, each variable's blended ensemble over all that is written."""
@@ -205,25 +220,26 @@ class Predictor:
             yield replace(part, fields=inflation.apply(part.fields, own))
 
     def _uncalibrated(self, times: Sequence[np.datetime64]) -> Iterator[Part]:
-        starts = [self.window_start(time) for time in times]
+        sources = [self.find(time) for time in times]
         if self.plan.num_passes > 1:
-            for case, start in enumerate(starts):
-                yield from roll_out(self, case, start)
+            for case, source in enumerate(sources):
+                yield from roll_out(self, case, source)
             return
         coarse = self._coarse_cells()
-        for part in self.blended([Source(self.segment, start) for start in starts]):
+        for part in self.blended(sources):
             if coarse is None:
                 yield part
             else:
-                time = starts[part.case] + self._steps_before
-                fields, departure = coarse.compare(part.fields, time, part.rows)
+                source = sources[part.case]
+                step = source.start + self._steps_before
+                fields, departure = coarse.compare(part.fields, source.segment, step, part.rows)
                 yield replace(part, fields=fields, departure=departure)
 
     def _coarse_cells(self) -> CoarseCells | None:
         if not isinstance(self.task, Downscaling):
             return None
         levels = {v: spec.level_values for spec in self.trained.own_specs for v in spec.variables}
-        return CoarseCells(self.segment, self.grid, self.task, levels)
+        return CoarseCells(self.grid, self.task, levels)
 
     def blended(self, sources: Sequence[Source]) -> Iterator[Part]:
         """Bands of latitude of one source after another, for the steps of one pass."""
@@ -253,7 +269,7 @@ class Predictor:
     def _tiles(self, sources: Sequence[Source]) -> Iterator[_Tile]:
         """Tiles of all sources in the order of writing; each band of latitude is read once."""
         plan, (num_lat, num_lon) = self.tiles, self.grid.shape
-        reader = WindowReader(self.trained, self.plan, self.grid, self._coarse_factor)
+        reader = WindowReader(self.trained, self.plan, self.grid, self._coarse_factor, self.task)
         rows = plan.rows()
         for case, source in enumerate(sources):
             for row, numbers in enumerate(rows):
@@ -288,7 +304,7 @@ class Predictor:
         hidden = hidden[..., steps, :, :].to(fields.device)
         if not bool(hidden.all()):
             given = detokenise(stream.target, spec)[..., steps, :, :]
-            fields = torch.where(hidden[:, None, None], fields, given[:, None])
+            fields = torch.where(hidden[:, None], fields, given[:, None])
         if stream.valid is not None and not self.fill_missing:
             never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
             fields = fields.masked_fill(never[:, None], float("nan"))
@@ -297,6 +313,18 @@ class Predictor:
             values,
             "batch member variable level step lat lon -> batch variable step member level lat lon",
         )
+
+
+def _holds(times: np.ndarray, time: np.datetime64) -> bool:
+    index = int(np.searchsorted(times, time))
+    return index < len(times) and times[index] == time
+
+
+def _period(times: np.ndarray) -> str:
+    if len(times) == 0:
+        return "none, the store is too short"
+    first, last = (np.datetime_as_string(time, "h") for time in times[[0, -1]])
+    return f"{first} to {last}"
 
 
 def _wanted_members(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 State = dict[str, np.ndarray]  # by variable, [level time lat lon]
 
 
-def roll_out(predictor: "Predictor", case: int, start: int) -> Iterator[Part]:
+def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part]:
     """One init time: every member's state is the start of its own next pass.
 
     A member of the tail has its own place in the distribution everywhere on the globe; going on
@@ -28,10 +28,10 @@ def roll_out(predictor: "Predictor", case: int, start: int) -> Iterator[Part]:
         ValueError: an input stream, which no pass predicts.
     """
     _check_streams(predictor)
-    plan, segment = predictor.plan, predictor.segment
+    plan, segment, start = predictor.plan, source.segment, source.start
     count, total = plan.steps_per_pass, len(plan.offsets)
     init = segment.times[start + len(plan.read) - 1]
-    sources = [Source(segment, start)]
+    sources = [source]
     states = [_read(segment, start, len(plan.read))]
     for number in range(plan.num_passes):
         fields = _joined(predictor, sources)
@@ -48,7 +48,7 @@ def roll_out(predictor: "Predictor", case: int, start: int) -> Iterator[Part]:
         latest = init + segment.step * (number + 1) * count
         order = _order(predictor.seed, init, number, num_members)
         sources = [
-            _source(predictor, state, latest, member)
+            _source(predictor, segment, state, latest, member)
             for state, member in zip(states, order, strict=True)
         ]
 
@@ -108,9 +108,10 @@ def _appended(predictor: "Predictor", state: State, fields: Fields, member: int)
     return moved
 
 
-def _source(predictor: "Predictor", state: State, latest: np.datetime64, member: int) -> Source:
+def _source(
+    predictor: "Predictor", segment: Segment, state: State, latest: np.datetime64, member: int
+) -> Source:
     """The state as a record whose last step is `latest`."""
-    segment = predictor.segment
     num_steps = next(iter(state.values())).shape[1]
     coords = {
         "time": latest + segment.step * (np.arange(num_steps) + 1 - num_steps),

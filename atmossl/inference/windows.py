@@ -34,12 +34,15 @@ class Source:
 
 @dataclass(frozen=True)
 class WindowReader:
-    """Reads windows of a task's steps. coarse: cells of `grid` along one cell of the record."""
+    """Reads windows of a task's steps. coarse: cells of `grid` along one cell of the record.
+    task: which may fill missing values.
+    """
 
     trained: TrainedModel
     plan: TimePlan
     grid: Grid
     coarse: int = 1
+    task: Task | None = None
 
     def read(self, source: Source, box: Box) -> tuple[StreamWindow, ...]:
         """All streams in a box of cells over all steps of the window; steps that are not read
@@ -53,13 +56,16 @@ class WindowReader:
         )
         windows = read_window(
             segment,
-            self.trained.specs,
+            self.trained.specs_for(self.task),
             self.trained.normaliser,
             source.start,
             len(plan.read),
             cells,
         )
-        return tuple(self._placed(self._dated(window, source), box) for window in windows)
+        return tuple(
+            replace(self._placed(self._dated(window, source), box), spec=spec)
+            for window, spec in zip(windows, self.trained.specs, strict=True)
+        )
 
     def _dated(self, window: StreamWindow, source: Source) -> StreamWindow:
         hours = self._hours(window.spec.data, source)
@@ -147,26 +153,33 @@ def columns(
 def masked_view(
     windows: tuple[StreamWindow, ...], task: Task, *, first_guess: bool
 ) -> tuple[View, tuple[Points, ...]]:
-    """The windows as tokens under the task's mask, and which points of every stream it hides.
+    """The windows as tokens under the task's mask, and which points [variable level time lat lon]
+    of every stream it hides.
 
     Hidden points of tokens that are known in part are filled before the mask is put on, so that
     nothing hidden can be seen.
     """
     windows = task.conditioned(windows)
+    task = task.seeing(windows)
     layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
     hidden = task.hidden_points(layouts)
     if hidden is not None:
-        windows = tuple(_filled(w, points) for w, points in zip(windows, hidden, strict=True))
+        windows = tuple(
+            _filled(window, points, gaps=task.fills_missing and window.spec.role == "predict")
+            for window, points in zip(windows, hidden, strict=True)
+        )
     rng = np.random.default_rng(0)  # never used by a task
     view = make_view(windows, task, rng, first_guess=first_guess)
     if hidden is None:
         hidden = tuple(points_of(stream.hidden, stream.spec) for stream in view.streams)
-    return view, hidden
+    return view, tuple(
+        points.expand(window.fields.shape) for points, window in zip(hidden, windows, strict=True)
+    )
 
 
-def _filled(window: StreamWindow, hidden: Bool[Tensor, "level time lat lon"]) -> StreamWindow:
-    """Hidden points take the mean over the known points of their token at the same level and
-    time, or 0 where there is none."""
+def _filled(window: StreamWindow, hidden: Points, *, gaps: bool) -> StreamWindow:
+    """Hidden points take the mean over the known points of their token at the same variable, level
+    and time, or 0 where there is none. gaps: missing values, too; they count as observed then."""
     size = window.spec.token_size
     tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
     known = ~hidden if window.valid is None else ~hidden & window.valid
@@ -179,4 +192,8 @@ def _filled(window: StreamWindow, hidden: Bool[Tensor, "level time lat lon"]) ->
         plat=size.lat,
         plon=size.lon,
     )
-    return replace(window, fields=torch.where(hidden, means, window.fields))
+    valid = window.valid
+    if gaps and valid is not None:
+        valid = valid | hidden
+    filled = hidden if valid is None else hidden & valid
+    return replace(window, fields=torch.where(filled, means, window.fields), valid=valid)

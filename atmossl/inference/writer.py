@@ -114,7 +114,7 @@ def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, s
     return {
         "task": repr(predictor.task),
         "checkpoint": predictor.trained.digest,
-        "data": predictor.segment.location,
+        "data": ", ".join(segment.location for segment in predictor.segments),
         "init_time": f"{len(times)} from {times[0]} to {times[-1]}",
         "overlap": str(predictor.overlap),
         "tilings": str(predictor.tilings),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -29,6 +30,13 @@ class Combined(Task):
     @property
     def align(self) -> int:
         return max(part.align for part in self.parts)
+
+    @property
+    def fills_missing(self) -> bool:
+        return any(part.fills_missing for part in self.parts)
+
+    def seeing(self, windows: tuple[StreamWindow, ...]) -> Task:
+        return replace(self, parts=tuple(part.seeing(windows) for part in self.parts))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         plans = [part.plan(num_steps, step_hours) for part in self.parts]
@@ -60,7 +68,7 @@ class Combined(Task):
             or tuple(points_of(m.hidden, s) for m, s in zip(part(layouts, rng), specs, strict=True))
             for part, points in zip(self.parts, found, strict=True)
         ]
-        return tuple(torch.stack(streams).any(dim=0) for streams in zip(*whole, strict=True))
+        return tuple(reduce(torch.logical_or, streams) for streams in zip(*whole, strict=True))
 
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
@@ -91,6 +99,13 @@ class Counterfactual(Task):
     @property
     def align(self) -> int:
         return self.task.align
+
+    @property
+    def fills_missing(self) -> bool:
+        return self.task.fills_missing
+
+    def seeing(self, windows: tuple[StreamWindow, ...]) -> Task:
+        return replace(self, task=self.task.seeing(windows))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         return self.task.plan(num_steps, step_hours)

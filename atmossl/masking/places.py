@@ -1,7 +1,7 @@
 """Tasks that hide places or variables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ from einops import reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from atmossl.batch import Corruption, StreamMask, StreamSpec
+from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import Layout
 from atmossl.masking.tasks import Points, Task, TimePlan, points_of, steps_of
@@ -119,15 +119,35 @@ class Inpainting(Task):
 
     A token with some cells hidden shows the mean of the others, as a coarse one; given cells are
     written as they are. hidden_hours: only so long in the middle of the window; at all its steps
-    by default. The middle step is written.
+    by default. missing: hide the store's missing values as well, each in its own variable.
+    gaps: those of one window, by stream; see `seeing`. The middle step is written.
     """
 
     regions: Sequence[Region]
     hidden_hours: float | None = None
+    missing: bool = False
+    gaps: tuple[Points, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.regions:
-            raise ValueError("task.boxes, task.mask_file and task.observed are empty; give one")
+        if not self.regions and not self.missing:
+            raise ValueError(
+                "task.boxes, task.mask_file, task.observed and task.stations are empty and "
+                "task.missing=false; give one"
+            )
+
+    @property
+    def fills_missing(self) -> bool:
+        return self.missing
+
+    def seeing(self, windows: tuple[StreamWindow, ...]) -> Task:
+        if not self.missing:
+            return self
+        nothing = (torch.zeros_like(window.fields, dtype=torch.bool) for window in windows)
+        gaps = (
+            none if window.valid is None or window.spec.role != "predict" else ~window.valid
+            for window, none in zip(windows, nothing, strict=True)
+        )
+        return replace(self, gaps=tuple(gaps))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         if self.hidden_hours is not None:
@@ -139,16 +159,21 @@ class Inpainting(Task):
             region.check(grid)
 
     def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...]:
-        return tuple(
+        hidden = tuple(
             self._hidden(layout)
             if layout.spec.role == "predict"
             else points_of(layout.nothing_hidden().hidden, layout.spec)
             for layout in layouts
         )
+        if self.gaps is None:
+            return hidden
+        return tuple(points | own for points, own in zip(hidden, self.gaps, strict=True))
 
     def _hidden(self, layout: Layout) -> Points:
         lat, lon = layout.point_lat().numpy(), layout.point_lon().numpy()
-        cells = np.any([region.contains(lat, lon) for region in self.regions], axis=0)
+        cells = np.zeros((len(lat), len(lon)), bool)
+        for region in self.regions:
+            cells |= region.contains(lat, lon)
         times = layout.point_times().flatten()
         steps = torch.ones(len(times), dtype=torch.bool)
         if self.hidden_hours is not None:
@@ -168,11 +193,11 @@ class Inpainting(Task):
 
 
 def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nlat nlon"]:
-    """Share of known points of every token."""
+    """Share of known points of every token, over all variables."""
     size = spec.token_size
     return reduce(
         (~hidden).double(),
-        "(level pl) (nt pt) (nlat plat) (nlon plon) -> level nt nlat nlon",
+        "... (level pl) (nt pt) (nlat plat) (nlon plon) -> level nt nlat nlon",
         "mean",
         pl=size.level,
         pt=size.time,

@@ -17,7 +17,7 @@ from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import Layout, coarse_mask, own_factor
 
-Points = Bool[Tensor, "level time lat lon"]
+Points = Bool[Tensor, "*variable level time lat lon"]
 
 _TOLERANCE_HOURS = 1e-3
 
@@ -58,6 +58,11 @@ class Task:
         """Cells that tiles have to keep together."""
         return 1
 
+    @property
+    def fills_missing(self) -> bool:
+        """Whether missing values of the store are hidden, and so predicted."""
+        return False
+
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         """Steps read and written in a window of `num_steps` that are `step_hours` apart."""
         raise NotImplementedError
@@ -77,6 +82,11 @@ class Task:
     def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         """The windows as the model is to take them."""
         return windows
+
+    def seeing(self, windows: tuple[StreamWindow, ...]) -> "Task":
+        """The task for these windows, where it depends on what they lack."""
+        del windows
+        return self
 
 
 def steps_of(key: str, hours: float, step_hours: float) -> int:

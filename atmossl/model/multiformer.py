@@ -152,7 +152,7 @@ class Multiformer(nn.Module):
         turn = rotation(gather(self.rotary[name](stream.grid), given))
         features = absolute_features(stream.grid)
         x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, given)
-        if stream.valid is not None:
+        if name in self.absent and stream.valid is not None:
             x = x + self.absent[name](gather(_flatten(_absent(stream)), given))
         return Latent(x, turn, given, stream.grid.shape, stream.grid.periodic)
 

@@ -285,6 +285,7 @@ class PredictConfig(Strict):
     data: str | None
     catalog: Path | None
     split: Literal["train", "validation", "test"]
+    segment: str | None
     init_time: str | tuple[str, ...]
     every: Positive
     overlap: float = Field(ge=0.0, lt=1.0)
@@ -321,6 +322,7 @@ class EvaluateConfig(Strict):
     data: str | None
     catalog: Path | None
     split: Literal["validation", "test"]
+    segment: str | None
     every: Positive
     ridge: bool
     bootstrap: Positive

@@ -83,7 +83,8 @@ class DownscalingConfig(Strict):
 
 class InpaintingConfig(Strict):
     """Hide `boxes` [south, north, west, east], the cells of a `mask_file`, and all cells but a
-    share `observed` or those of the `stations` file; for `hidden_time` only, if given."""
+    share `observed` or those of the `stations` file; for `hidden_time` only, if given. `missing`:
+    the store's missing values, too."""
 
     name: Literal["inpainting"]
     boxes: tuple[tuple[float, float, float, float], ...] = ()
@@ -92,6 +93,7 @@ class InpaintingConfig(Strict):
     stations: Path | None = None
     seed: NotNegative = 0
     hidden_time: Hours | None = None
+    missing: bool = False
 
     @model_validator(mode="after")
     def _regions_are_possible(self) -> "InpaintingConfig":
@@ -107,7 +109,7 @@ class InpaintingConfig(Strict):
             regions.append(AllButStations(self.observed, self.seed))
         if self.stations is not None:
             regions.append(read_stations(self.stations))
-        return Inpainting(tuple(regions), self.hidden_time)
+        return Inpainting(tuple(regions), self.hidden_time, self.missing)
 
 
 class CrossVariableConfig(Strict):

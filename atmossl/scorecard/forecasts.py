@@ -11,7 +11,7 @@ from rich.progress import track
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.segment import Segment
-from atmossl.data.store import open_split
+from atmossl.data.store import only_segment, open_split
 from atmossl.evaluation import baselines as base
 from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate
@@ -67,9 +67,8 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
         open_split(entry, split, variables=variables, levels=levels)
         for split in (config.split, "train")
     )
-    if len(truth) != 1:
-        raise ValueError(f"split={config.split} has {len(truth)} segments; evaluate takes one")
-    return score_forecasts(config, forecasts, truth[0], training)
+    chosen = only_segment(truth, config.segment, config.split)
+    return score_forecasts(config, forecasts, chosen, training)
 
 
 def _levels_of(forecast: xr.Dataset) -> set[int]:

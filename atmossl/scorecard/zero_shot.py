@@ -7,6 +7,7 @@ import xarray as xr
 from rich.progress import track
 
 from atmossl.data.segment import Segment
+from atmossl.data.store import only_segment
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.inference.checkpoint import TrainedModel
@@ -27,9 +28,14 @@ def score_tasks(
     training: Sequence[Segment],
     device: str,
 ) -> list[TaskReport]:
-    """Every task of the configuration against its rivals, a few dates at a time."""
-    if len(test) != 1:
-        raise ValueError(f"split={config.split} has {len(test)} segments; evaluate takes one")
+    """Every task of the configuration against its rivals, a few dates at a time.
+
+    Raises:
+        ValueError: two tasks of one name, one that has no truth, or one that does not fit store
+            or checkpoint; before any is scored.
+    """
+    _check_tasks(config.tasks)
+    segment = only_segment(test, config.segment, config.split).loaded()
     history = [segment.to_dataset() for segment in training]
     climate = Climate.of(history, quantiles=config.tails)
     rng = np.random.default_rng(config.seed)
@@ -38,7 +44,7 @@ def score_tasks(
             task,
             Predictor(
                 trained=trained,
-                segment=test[0].loaded(),
+                segment=segment,
                 task=task.sampler(),
                 overlap=config.overlap,
                 tilings=config.tilings,
@@ -49,10 +55,25 @@ def score_tasks(
         for task in config.tasks
     }
     times = {name: scored_times(p, config.every, name) for name, (_, p) in predictors.items()}
+    for name, (_, predictor) in predictors.items():  # refuses what does not fit store or model
+        predictor.first_view(times[name][0])
     return [
         _score_task(config, task, predictor, times[name], history, climate, rng)
         for name, (task, predictor) in predictors.items()
     ]
+
+
+def _check_tasks(tasks: Sequence[TaskConfig]) -> None:
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"tasks: {twice} are there twice; evaluate them in reports of their own")
+    for task in tasks:
+        if task.sampler().fills_missing:
+            raise ValueError(
+                f"tasks: {task.name} with missing=true fills what has no truth; to score it, hide "
+                "cells that are known: boxes, mask_file, observed or stations"
+            )
 
 
 def scored_times(predictor: Predictor, every: int, name: str) -> np.ndarray:

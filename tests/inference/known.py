@@ -44,10 +44,17 @@ class Known(nn.Module):
         return Prediction(tuple(streams))
 
 
-def segment(store: xr.Dataset = STORE) -> Segment:
+def segment(
+    store: xr.Dataset = STORE, may_miss: tuple[str, ...] = (), name: str = "waves"
+) -> Segment:
     names = [str(name) for name in store.data_vars]
     return open_segment(
-        "waves", store, "memory", variables=names, levels=store["level"].values.tolist()
+        name,
+        store,
+        "memory",
+        variables=names,
+        levels=store["level"].values.tolist(),
+        may_miss=may_miss,
     )
 
 
@@ -72,7 +79,9 @@ def predictor(
         digest="0",
     )
     arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
-    return Predictor(trained=trained, segment=segment(store), task=task, **arguments)
+    missing = [spec for spec in trained.specs_for(task) if spec.missing == "mask"]
+    record = segment(store, tuple(name for spec in missing for name in spec.variables))
+    return Predictor(trained=trained, segment=record, task=task, **arguments)
 
 
 def run_at(used: Predictor, step: int) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -90,6 +91,108 @@ def test_a_task_of_ones_own_is_a_file(folder: Path, tmp_path: Path) -> None:
         spread = found["temperature"].std("member").isel(time=0, level=0)
         inside = (abs(found.latitude) < 30) & (found.longitude <= 90)
         assert ((spread > 1e-4) == inside).all()  # float32 rounds the rest
+
+
+@pytest.fixture(scope="module")
+def gappy(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog with the same checkpoint: `test` lacks wind in a box, and `validation` is two."""
+    own = tmp_path_factory.mktemp("gappy")
+    store = STORE.copy(deep=True)
+    store["u_component_of_wind"].values[:, :, 2:5, 3:8] = np.nan
+    later = dataset(steps=12, variables=NAMES, start="2001-02-01")
+    later.to_zarr(own / "later.zarr", consolidated=False)
+    path = catalog(own, train=STORE, validation=STORE, test=store)
+    text = path.read_text().replace(
+        "validation: [{segment: validation}]", "validation: [{segment: train}, {segment: later}]"
+    )
+    also = f"    later: {{location: {own / 'later.zarr'}}}"
+    path.write_text(text.replace("  splits:", f"{also}\n  splits:"))
+    (own / "tiny.ckpt").symlink_to(folder / "tiny.ckpt")
+    return own
+
+
+def test_missing_values_are_filled(gappy: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out.zarr"
+    given = [*arguments(gappy, output), "task=inpainting", "task.boxes=[]", "every=4"]
+    assert main(["predict", *given]) == 2  # nothing is named that could be hidden
+    assert "task.missing=false" in capsys.readouterr().err
+    assert main(["predict", *given, "task.missing=true"]) == 0
+    with xr.open_zarr(output, consolidated=False) as found:
+        assert np.isfinite(found["u_component_of_wind"].values).all()
+        spread = found["u_component_of_wind"].std("member").isel(time=0, level=0).values
+        assert (spread[2:5, 3:8] > 1e-4).all() and (spread > 1e-4).sum() == 15
+        assert (found["temperature"].std("member") < 1e-4).all()
+    report = [a for a in arguments(gappy, tmp_path / "report") if not a.startswith("output")]
+    file = tmp_path / "fill.yaml"
+    file.write_text("name: inpainting\nmissing: true\n")
+    capsys.readouterr()
+    report += [f"tasks=[{file}]", f"output={tmp_path / 'report'}"]
+    assert main(["evaluate", *report]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no truth" in line
+
+
+def test_a_split_of_several_segments(gappy: Path, tmp_path: Path, capsys) -> None:
+    """Dates of both in one output; one of them by name; a date of neither in one line."""
+    both, one = tmp_path / "both.zarr", tmp_path / "one.nc"
+    split = ["task=forecast", "split=validation"]
+    dates = "init_time=[2001-01-02,2001-02-02T06]"
+    assert main(["predict", *split, dates, *arguments(gappy, both)]) == 0
+    assert main(["predict", *split, "segment=later", "every=3", *arguments(gappy, one)]) == 0
+    with xr.open_zarr(both, consolidated=False, decode_timedelta=True) as found:
+        assert found["init_time"].dt.month.values.tolist() == [1, 2]
+        later = found.isel(init_time=1).load()
+    with xr.open_dataset(one, decode_timedelta=True) as found:
+        assert (found["init_time"].dt.month == 2).all()
+        same = found.sel(init_time=later.init_time)
+        np.testing.assert_allclose(later["temperature"], same["temperature"], atol=1e-5)
+    capsys.readouterr()
+    bad = ["init_time=2001-01-20", *arguments(gappy, tmp_path / "no.zarr")]
+    assert main(["predict", *split, *bad]) == 2
+    assert "2001-02-01T12" in capsys.readouterr().err
+    assert main(["predict", *split, "segment=none", *arguments(gappy, tmp_path / "no.zarr")]) == 2
+    assert "['later', 'train']" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kind", ["mask_file", "stations"])
+def test_regions_from_files_are_predicted_and_scored(
+    folder: Path, tmp_path: Path, capsys, kind: str
+) -> None:
+    cells = np.zeros((8, 16), bool)
+    cells[2:6, 4:12] = True
+    mask = xr.Dataset(
+        {"hidden": (("latitude", "longitude"), cells.astype("int8"))},
+        {name: STORE[name] for name in ("latitude", "longitude")},
+    )
+    if kind == "mask_file":
+        file = tmp_path / "mask.nc"
+        mask.to_netcdf(file)
+    else:
+        file, places = tmp_path / "stations.csv", np.argwhere(~cells)
+        lat, lon = STORE["latitude"].values, STORE["longitude"].values
+        rows = [f"{lat[row] + 1},{lon[column] - 3}" for row, column in places]
+        file.write_text("\n".join(["latitude,longitude", *rows]))
+    task, output = tmp_path / "own.yaml", tmp_path / "out.zarr"
+    task.write_text(f"name: inpainting\n{kind}: {file}\n")
+    assert main(["predict", f"task={task}", "every=4", *arguments(folder, output)]) == 0
+    with xr.open_zarr(output, consolidated=False) as found:
+        spread = found["temperature"].std("member").isel(time=0, level=0)
+        np.testing.assert_array_equal(spread > 1e-4, cells)
+    if kind == "stations":
+        return
+    report = tmp_path / "report"
+    options = [f"tasks=[{task}]", "ridge=false", "bootstrap=10", "every=3"]
+    assert main(["evaluate", *options, *arguments(folder, report)]) == 0
+    scores = pd.read_csv(report / "scores.csv")
+    assert set(scores["source"]) == {"model", "harmonic", "climatology"}
+    mask.isel(latitude=slice(1, None)).to_netcdf(tmp_path / "other.nc")
+    task.write_text(f"name: inpainting\nmask_file: {tmp_path / 'other.nc'}\n")
+    capsys.readouterr()
+    for command, key in (("predict", f"task={task}"), ("evaluate", f"tasks=[{task}]")):
+        assert main([command, key, *arguments(folder, tmp_path / f"no-{command}.nc")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "other.nc: mask of (7, 16) cells" in line and "regrid the mask" in line
 
 
 def test_what_training_never_hid_is_noted(folder: Path, tmp_path: Path, capsys) -> None:

@@ -19,13 +19,13 @@ _BETTER, _WORSE = (33, 102, 172), (178, 24, 43)
 
 @dataclass(frozen=True)
 class Cell:
-    """A number with its interval; `clear` if the interval excludes 1."""
+    """A number with its interval; `open` if there is one and it includes 1."""
 
     text: str
     title: str
     colour: str
     dark: bool
-    clear: bool
+    open: bool
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def ratio_cell(rows: Any) -> Cell:
         return Cell("", "", "transparent", False, False)
     value = float(rows["value"].mean())
     low, high = (float(rows[end].iloc[0]) if len(rows) == 1 else np.nan for end in ("low", "high"))
-    clear = bool(low > 1.0 or high < 1.0)
+    open_ = bool(low <= 1.0 <= high)
     title = f"{value:.4f}"
     if np.isfinite(low):
         title += f", 95 % interval {low:.4f} to {high:.4f}, p = {rows['p_value'].iloc[0]:.3f}"
@@ -52,7 +52,7 @@ def ratio_cell(rows: Any) -> Cell:
     base = _BETTER if value < 1.0 else _WORSE
     mixed = [round(255 + strength * (channel - 255)) for channel in base]
     colour = f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
-    return Cell(f"{value:.2f}", title, colour, strength > 0.6, clear)
+    return Cell(f"{value:.2f}", title, colour, strength > 0.6, open_)
 
 
 def score_cards(report: TaskReport) -> list[Card]:
@@ -86,6 +86,8 @@ def region_card(report: TaskReport) -> Card | None:
     lines = []
     for region, season in places.itertuples(index=False):
         chosen = rows_where(rows, region=region, season=season)
+        if chosen["value"].isna().all():
+            continue  # nothing of the region was hidden
         cells = [ratio_cell(_mean(rows_where(chosen, rival=rival))) for rival in report.rivals]
         name = readable(region) if season == WHOLE_YEAR else f"{readable(region)}, {season}"
         lines.append((name, tuple(cells)))

@@ -9,12 +9,17 @@ import xarray as xr
 
 @dataclass(frozen=True)
 class Example:
-    """One case of one variable: truth [latitude, longitude], prediction with members if any."""
+    """One case of one variable: truth [latitude, longitude], prediction with members if any.
+
+    Attributes:
+        hidden: cells that were predicted, [latitude, longitude]; None: all.
+    """
 
     variable: str
     level: float | None
     truth: xr.DataArray
     prediction: xr.DataArray
+    hidden: xr.DataArray | None = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class TaskReport:
     """All that is known of one task, or of one comparison of forecasts.
 
     Attributes:
+        about: what is given and what is predicted, in a sentence. period: first and last case.
         table: as `verify.Tally.table` gives it. overall: as `verify.Tally.overall` does.
         diagnosed: datasets [source, ...] by diagnostic and variable.
     """
@@ -32,6 +38,8 @@ class TaskReport:
     overall: pd.DataFrame
     diagnosed: Mapping[tuple[str, str], xr.Dataset]
     examples: tuple[Example, ...]
+    about: str = ""
+    period: str = ""
 
     @property
     def rivals(self) -> list[str]:

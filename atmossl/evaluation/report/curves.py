@@ -26,10 +26,11 @@ def lead_curves(
         ValueError: the table has no such rows.
     """
     figure = Figure(figsize=(4.0 * len(scores), 3.4), layout="constrained")
+    colours = source_colours(table)
     for axes, score in zip(np.atleast_1d(figure.subplots(1, len(scores))), scores, strict=True):
         rows = select_rows(table, variable=variable, level=level, region=region, score=score)
         for source, part in rows.groupby("source", sort=False):
-            _draw_source(axes, part, str(source))
+            _draw_source(axes, part, str(source), colours[str(source)])
         _label(axes, rows, score)
     figure.suptitle(_title(variable, level, region))
     _legend_below(figure)
@@ -47,6 +48,11 @@ def spread_skill_curve(
         axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1.0)
         axes.set_ylim(bottom=0.0)
     return figure
+
+
+def source_colours(table: pd.DataFrame) -> dict[str, str]:
+    """One colour for each source, whatever scores it has."""
+    return {str(name): f"C{n % 10}" for n, name in enumerate(table["source"].unique())}
 
 
 def select_rows(
@@ -71,22 +77,24 @@ def select_rows(
     return chosen
 
 
-def _draw_source(axes: Axes, rows: pd.DataFrame, source: str) -> None:
+def _draw_source(axes: Axes, rows: pd.DataFrame, source: str, colour: str) -> None:
     if np.isnan(rows["value"].to_numpy()).all():
         return  # such as the anomaly correlation of the climatology itself
     if np.isnan(rows["lead_hours"].to_numpy()).all():
         value = rows["value"].to_numpy()
         ends = np.abs(rows[["low", "high"]].to_numpy().T - value)
-        axes.errorbar([source] * len(rows), value, yerr=ends, fmt="o", capsize=4, label=source)
+        style = {"fmt": "o", "capsize": 4, "color": colour}
+        axes.errorbar([source] * len(rows), value, yerr=ends, label=source, **style)
         return
     rows = rows.sort_values("lead_hours")
     hours = rows["lead_hours"].to_numpy()
-    (line,) = axes.plot(hours, rows["value"].to_numpy(), marker="o", markersize=4, label=source)
+    values = rows["value"].to_numpy()
+    axes.plot(hours, values, marker="o", markersize=4, label=source, color=colour)
     axes.fill_between(
         hours,
         rows["low"].to_numpy(),
         rows["high"].to_numpy(),
-        color=line.get_color(),
+        color=colour,
         alpha=0.2,
         linewidth=0.0,
     )

@@ -18,21 +18,27 @@ Panel = tuple[xr.DataArray, Scale]
 
 
 def case_panels(
-    truth: xr.DataArray, prediction: xr.DataArray, *, num_members: int = 0
+    truth: xr.DataArray,
+    prediction: xr.DataArray,
+    *,
+    num_members: int = 0,
+    hidden: xr.DataArray | None = None,
 ) -> dict[str, Panel]:
     """Fields and colours of one case by title: truth, (ensemble mean of the) prediction, its
     error, the spread of more than one member, and the first members.
 
     `truth` is [latitude, longitude] and `prediction` the same with an optional `member`; both
-    selected by time, lead and level.
+    selected by time, lead and level. Error and spread are left blank where nothing was `hidden`.
 
     Raises:
         ValueError: the arrays have other dims.
     """
     _require_one_case(truth, prediction)
+    if hidden is None:
+        hidden = xr.ones_like(truth, dtype=bool)
     has_members = "member" in prediction.dims
     mean = prediction.mean("member") if has_members else prediction
-    error = mean - truth
+    error = (mean - truth).where(hidden)
     shared = field_scale(truth, mean)
     panels = {
         "truth": (truth, shared),
@@ -40,14 +46,16 @@ def case_panels(
         "error (prediction minus truth)": (error, symmetric_scale(error)),
     }
     if prediction.sizes.get("member", 1) > 1:
-        spread = prediction.std("member", ddof=1)
+        spread = prediction.std("member", ddof=1).where(hidden)
         panels["ensemble spread"] = (spread, spread_scale(spread))
         for number in range(min(num_members, prediction.sizes["member"])):
             panels[f"member {number + 1}"] = (prediction.isel(member=number), shared)
     return panels
 
 
-def case_map(truth: xr.DataArray, prediction: xr.DataArray) -> Figure:
+def case_map(
+    truth: xr.DataArray, prediction: xr.DataArray, hidden: xr.DataArray | None = None
+) -> Figure:
     """Four panels of one case: truth, ensemble mean, its error, ensemble spread.
 
     Truth and prediction share their colours; error is centred on zero. Scalar coordinates make
@@ -58,7 +66,8 @@ def case_map(truth: xr.DataArray, prediction: xr.DataArray) -> Figure:
     """
     figure = Figure(figsize=(10.0, 6.4))
     units = str(truth.attrs.get("units", ""))
-    for number, (title, panel) in enumerate(case_panels(truth, prediction).items()):
+    panels = case_panels(truth, prediction, hidden=hidden)
+    for number, (title, panel) in enumerate(panels.items()):
         left, bottom = 0.02 + 0.5 * (number % 2), 0.5 - 0.475 * (number // 2)
         axes = figure.add_axes((left, bottom + 0.065, 0.46, 0.355))
         bar = figure.add_axes((left + 0.06, bottom + 0.05, 0.34, 0.016))

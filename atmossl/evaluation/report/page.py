@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.report.cards import region_card, score_cards
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
-from atmossl.evaluation.report.curves import lead_curves
+from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import readable, svg_bytes, webp_bytes
 from atmossl.evaluation.report.maps import case_panels, case_title, panel_map
 from atmossl.evaluation.report.panels import (
@@ -26,8 +26,20 @@ from atmossl.evaluation.report.panels import (
 from atmossl.evaluation.rows import rows_of_prefix, rows_where
 from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
 
-_CURVES = ("rmse", "crps", "acc", "spread_skill")
+_CURVES = ("rmse", "crps", "acc")
 _NUM_MEMBERS = 2
+_SPECTRA = {
+    "zonal_spectrum": ("Zonal spectra", "zonal wavenumber"),
+    "spherical_spectrum": ("Spherical spectra", "total wavenumber"),
+}
+_ABOUT = {
+    "Rank": "Flat (dashed) if members and truth are alike; high ends: too little spread.",
+    "Reliability": "On the diagonal if the event is as frequent as forecast; larger points were "
+    "forecast more often.",
+    "Zonal": "Variance by wavenumber on latitude circles over the truth's: below 1 is too smooth, "
+    "above 1 too rough.",
+    "Spherical": "Variance by total wavenumber of spherical harmonics over the truth's.",
+}
 _MAP_DPI = 110
 
 
@@ -69,7 +81,10 @@ def _section(report: TaskReport) -> dict[str, Any]:
         "task": report.task,
         "title": readable(report.task),
         "model": report.model_name,
+        "about": report.about,
+        "period": report.period,
         "num_times": max(report.table["num_times"].tolist()),
+        "has_intervals": bool(report.table["low"].notna().any()),
         "overall": report.overall.to_dict("records"),
         "cards": score_cards(report),
         "regions": region_card(report),
@@ -81,19 +96,23 @@ def _section(report: TaskReport) -> dict[str, Any]:
     }
 
 
-def _curves(report: TaskReport) -> Iterator[Picture]:
-    """Scores against lead time, if there is more than one."""
+def _curves(report: TaskReport) -> Iterator[dict[str, Any]]:
+    """Scores against lead time by variable, if there is more than one lead time."""
     rows = rows_where(report.table, season=WHOLE_YEAR)
     if rows["lead_hours"].nunique() < 2:
         return
     for example in report.examples:
-        own = rows_where(rows, variable=example.variable)
+        name, level = example.variable, example.level
+        own = rows_where(rows, variable=name)
+        pictures = []
         for score in _CURVES:
             if (own["score"] == score).any():
-                figure = lead_curves(
-                    own, variable=example.variable, level=example.level, scores=(score,)
-                )
-                yield svg_picture(figure, f"{score} of {example.variable} against lead time")
+                figure = lead_curves(own, variable=name, level=level, scores=(score,))
+                pictures.append(svg_picture(figure, f"{score} of {name} against lead time"))
+        if (own["score"] == "spread_skill").any():
+            figure = spread_skill_curve(own, variable=name, level=level)
+            pictures.append(svg_picture(figure, f"spread over skill of {name} against lead time"))
+        yield {"title": _heading(example), "pictures": pictures}
 
 
 def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
@@ -131,10 +150,17 @@ def _diagnostic_groups(report: TaskReport) -> list[dict[str, Any]]:
             group = f"Reliability of exceeding the {event}th percentile of the training record"
             figure = reliability_panel(chosen, title)
         else:
-            group = "Zonal spectra"
-            figure = spectrum_panel(chosen, title, report.model_name)
+            group, axis = _SPECTRA[diagnostic]
+            figure = spectrum_panel(chosen, title, report.model_name, axis)
         drawn.setdefault(group, []).append(svg_picture(figure, f"{group}, {title}"))
-    return [{"title": title, "pictures": pictures} for title, pictures in drawn.items()]
+    return [
+        {"title": title, "pictures": pictures, "about": _explained(title)}
+        for title, pictures in drawn.items()
+    ]
+
+
+def _explained(group: str) -> str:
+    return next(text for start, text in _ABOUT.items() if group.startswith(start))
 
 
 def _calibration_rows(table: pd.DataFrame) -> list[dict[str, str]]:
@@ -165,7 +191,7 @@ def _interval(row: dict, score: str) -> str:
 def _example(example: Example) -> dict[str, Any]:
     truth, prediction = example.truth, example.prediction
     units = str(truth.attrs.get("units", ""))
-    panels = case_panels(truth, prediction, num_members=_NUM_MEMBERS)
+    panels = case_panels(truth, prediction, num_members=_NUM_MEMBERS, hidden=example.hidden)
     pictures = [
         map_picture(panel_map(title, panel, units=units), f"{title}: {_heading(example)}")
         for title, panel in panels.items()

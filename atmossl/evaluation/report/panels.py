@@ -29,7 +29,7 @@ def rank_panel(diagnosed: xr.Dataset, title: str) -> Figure:
         axes.stairs(shares * len(shares), edges, label=str(source), fill=False, linewidth=1.6)
     axes.axhline(1.0, **_REFERENCE)
     axes.set_ylim(bottom=0.0)
-    axes.set_xlabel("rank of the truth among members")
+    axes.set_xlabel("share of members below the truth")
     axes.set_ylabel("frequency over expected")
     return _finished(figure, axes)
 
@@ -49,8 +49,8 @@ def reliability_panel(diagnosed: xr.Dataset, title: str) -> Figure:
     return _finished(figure, axes)
 
 
-def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str) -> Figure:
-    """Power by zonal wavenumber over that of the truth: 1 is as rough as the truth."""
+def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str, axis: str) -> Figure:
+    """Power by wavenumber over that of the truth: 1 is as rough as the truth."""
     figure, axes = _panel(title)
     truth = diagnosed["truth"].isel(source=0)
     wave = slice(1, None)  # wavenumber 0 is the mean, not variance
@@ -66,7 +66,7 @@ def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str) -> Figure
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-3), top=min(axes.get_ylim()[1], 30.0))
-    axes.set_xlabel("zonal wavenumber")
+    axes.set_xlabel(axis)
     axes.set_ylabel("power over the truth's")
     return _finished(figure, axes)
 

@@ -118,15 +118,6 @@ def write_csv(table: pd.DataFrame, path: Path, *, overwrite: bool = False) -> Pa
     return write_atomically(table.to_csv(index=False).encode(), path, overwrite=overwrite)
 
 
-def write_markdown(summary: pd.DataFrame, path: Path, *, overwrite: bool = False) -> Path:
-    """Write the summary as a Markdown table.
-
-    Raises:
-        FileExistsError: the path exists and `overwrite` is False.
-    """
-    return write_atomically(to_markdown(summary).encode(), path, overwrite=overwrite)
-
-
 def mean_over_levels(summary: pd.DataFrame) -> pd.DataFrame:
     """The summary's numbers averaged over levels, one row per task, variable and lead time."""
     keys = ["task", "variable", "lead_hours"]

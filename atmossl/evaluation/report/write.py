@@ -37,7 +37,8 @@ def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: 
     for report in reports:
         for example in report.examples:
             picture = folder / "maps" / f"{report.task}_{example.variable}.png"
-            save_figure(case_map(example.truth, example.prediction), picture)
+            drawn = case_map(example.truth, example.prediction, example.hidden)
+            save_figure(drawn, picture)
     write_atomically(html_page(reports, provenance).encode(), folder / "index.html")
 
 

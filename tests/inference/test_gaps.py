@@ -1,0 +1,114 @@
+"""Missing values of the store filled by the model; several records in one prediction."""
+
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+
+from atmossl.inference.predict import Predictor
+from atmossl.masking.combined import Combined, Counterfactual
+from atmossl.masking.places import Inpainting, LatLonBox
+from atmossl.masking.tasks import Downscaling, Forecast
+from tests.inference.known import NAMES, STORE, Known, predictor, run_at, segment
+from tests.inference.test_tasks import TWO_STREAMS, Spy
+from tests.synthetic import dataset
+
+GAPS = Inpainting((), missing=True)
+FILLED = 7.0  # what the known network answers, normalised
+
+
+def with_gaps():
+    """A box without temperature at all times, wind missing in some cells at one step."""
+    store = STORE.copy(deep=True)
+    store["temperature"].values[:, 1:, 2:5, 3:9] = np.nan
+    store["u_component_of_wind"].values[6, :, [1, 4], [5, 12]] = np.nan
+    return store
+
+
+def constant(stream) -> torch.Tensor:
+    return torch.full_like(stream.target, FILLED)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [GAPS, Combined((GAPS, Inpainting((LatLonBox(60, 90, 0, 360),)))), Counterfactual(GAPS, 720.0)],
+    ids=lambda task: type(task).__name__,
+)
+@pytest.mark.parametrize("specs", [TWO_STREAMS, None], ids=["streams", "one"])
+def test_what_is_missing_is_filled_and_all_else_stays(task, specs) -> None:
+    """Also where one variable of a token is missing and the other is known."""
+    store = with_gaps()
+    changes = {} if specs is None else {"specs": specs}
+    used = predictor(task, Known(constant, (0.0, 1.0)), store=store, window=(5, 8, 8), **changes)
+    fields = run_at(used, 6)
+    polar = isinstance(task, Combined) & (STORE["latitude"].values > 60)[:, None]
+    for name in NAMES:
+        truth = store[name].values[6]
+        spread = fields[name][0].std(axis=0)
+        hidden = np.isnan(truth) | polar
+        assert 0 < hidden.sum() < hidden.size
+        assert (spread[hidden] > 0.1).all()
+        given = np.broadcast_to(truth, fields[name][0].shape)[:, ~hidden]
+        np.testing.assert_allclose(fields[name][0][:, ~hidden], given, atol=2e-5)
+
+
+def test_the_network_sees_means_of_what_is_known_and_nothing_of_the_rest() -> None:
+    """A token in a gap shows the mean of its observed cells, one without any its first guess."""
+    spy, store = Spy(), with_gaps()
+    used = predictor(GAPS, spy, store=store, specs=TWO_STREAMS, window=(5, 8, 16))
+    run_at(used, 6)
+    assert all(bool(torch.isfinite(seen).all()) for seen in spy.seen)
+    shown = spy.seen[0][0, 1, 2]  # temperature at 500 hPa, the written step: [nlat nlon patch]
+    fields = torch.from_numpy(store["temperature"].values[6][None, :, None])
+    normal = used.trained.normaliser.forward(fields, TWO_STREAMS[0])[0, 1, 0]
+    weight = torch.from_numpy(used.grid.weights[2:4]).float()
+    known = normal[2:4, 2]  # of rows 2 and 3 and columns 2 and 3; the gap begins at column 3
+    filled = torch.stack([known, known.mean().expand(2)], dim=1)  # then averaged by area
+    mean = (filled.mean(dim=1) * weight).sum() / weight.sum()
+    torch.testing.assert_close(shown[1, 1], mean.expand(4))
+    torch.testing.assert_close(shown[1, 2], torch.zeros(4))  # never observed: the climate
+    torch.testing.assert_close(shown[0, 0], normal[:2, :2].flatten())
+
+
+def test_gaps_are_refused_without_the_task_that_fills_them() -> None:
+    box = Inpainting((LatLonBox(60, 90, 0, 360),))
+    with pytest.raises(ValueError, match="missing values"):
+        run_at(predictor(box, Known(attrgetter("target")), store=with_gaps()), 6)
+    with pytest.raises(ValueError, match=r"task\.missing=false"):
+        Inpainting(())
+
+
+def two_records(**changes) -> Predictor:
+    """A record and a later one."""
+    later = dataset(steps=12, start="2002-01-01", seed=3)
+    known = Known(attrgetter("target"))
+    return predictor(
+        changes.pop("task", Forecast(12)), known, others=(segment(later, name="later"),), **changes
+    )
+
+
+@pytest.mark.parametrize("task", [Forecast(12), Forecast(30, 12), Downscaling(2)])
+def test_several_records_are_one_prediction(task) -> None:
+    """The fields of each date are those of its own record alone, whatever comes before it."""
+    both = two_records(task=task)
+    times = both.possible_times()
+    assert (np.diff(times) > np.timedelta64(0)).all()
+    alone = [
+        predictor(task, both.trained.model, store=store)
+        for store in (STORE, dataset(steps=12, start="2002-01-01", seed=3))
+    ]
+    assert times.tolist() == [t for one in alone for t in one.possible_times().tolist()]
+    chosen = times[[0, -1]]
+    for fields, one, time in zip(both.run(chosen), alone, chosen, strict=True):
+        (expected,) = one.run([time])
+        for name in NAMES:
+            np.testing.assert_array_equal(fields[name], expected[name])
+
+
+def test_dates_of_no_record_or_of_two_are_named() -> None:
+    with pytest.raises(ValueError, match=r"2001-12-01T00 .*2001-01-01T12 to .*2002-01-01T12 to"):
+        two_records().find(np.datetime64("2001-12-01", "ns"))
+    twice = predictor(Forecast(12), Known(attrgetter("target")), others=(segment(name="again"),))
+    with pytest.raises(ValueError, match=r"several segments.*segment=\['waves', 'again'\]"):
+        twice.find(np.datetime64("2001-01-02", "ns"))
