@@ -61,12 +61,13 @@ class Climate:
         months = {int(m) for segment in segments for m in np.unique(segment["time"].dt.month)}
         mean = climatology(segments, monthly=len(months) == _MONTHS_OF_YEAR, prepare=prepare)
         names = [str(name) for name in mean.data_vars]
-        found = {name: _record(segments, name, prepare) for name in names}
-        return cls(
-            mean=mean,
-            quantiles=xr.Dataset({k: _quantiles(v, quantiles) for k, v in found.items()}),
-            rain={k: _rain(v) for k, v in found.items() if is_precipitation(k)},
-        )
+        found, rain = {}, {}
+        for name in names:  # one variable in memory at a time
+            record = _record(segments, name, prepare)
+            found[name] = _quantiles(record, quantiles)
+            if is_precipitation(name):
+                rain[name] = _rain(record)
+        return cls(mean=mean, quantiles=xr.Dataset(found), rain=rain)
 
 
 def is_precipitation(variable: str) -> bool:

@@ -50,8 +50,7 @@ class TrainedModel:
         if task is None or not task.fills_missing:
             return self.specs
         return tuple(
-            replace(spec, missing="mask") if spec.role == "predict" else spec
-            for spec in self.specs
+            replace(spec, missing="mask") if spec.role == "predict" else spec for spec in self.specs
         )
 
     @property

@@ -26,6 +26,7 @@ from atmossl.evaluation.forecasts import (
 )
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.schema import EvaluateConfig
+from atmossl.scorecard.about import period
 from atmossl.scorecard.verified import empty_tally, example_of, reported
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
@@ -103,7 +104,14 @@ def score_forecasts(
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
             examples[name] = example_of(case, beside, name)
-    return reported(config, tally, tuple(examples.values()), np.random.default_rng(config.seed))
+    num_lat, num_lon = common.grid.shape
+    said = (
+        f"Forecasts on what they have in common, on {num_lat} x {num_lon} cells; {first} is "
+        "compared with each other one."
+    )
+    rng = np.random.default_rng(config.seed)
+    cases = tuple(examples.values())
+    return reported(config, tally, cases, rng, about=said, period=period(common.cases))
 
 
 def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:

@@ -37,8 +37,13 @@ def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") ->
     )
 
 
-def example_of(predicted: xr.Dataset, truth: xr.Dataset, name: str) -> Example:
-    """One variable of the first case at its middle level and first lead time."""
+def example_of(
+    predicted: xr.Dataset, truth: xr.Dataset, name: str, hidden: np.ndarray | None = None
+) -> Example:
+    """One variable of the first case at its middle level and last lead time.
+
+    hidden: cells [lat, lon] that were predicted; all by default.
+    """
     field = predicted[name]
     dim = "init_time" if "init_time" in field.dims else "time"
     case = field.isel({dim: 0})
@@ -52,11 +57,18 @@ def example_of(predicted: xr.Dataset, truth: xr.Dataset, name: str) -> Example:
     true = truth[name].sel(time=time.values)
     if level is not None:
         true = true.sel(level=level)
-    return Example(name, level, true.load(), case.load())
+    cells = None if hidden is None else xr.DataArray(hidden, dims=("latitude", "longitude"))
+    return Example(name, level, true.load(), case.load(), cells)
 
 
 def reported(
-    config: EvaluateConfig, tally: Tally, examples: Sequence[Example], rng: np.random.Generator
+    config: EvaluateConfig,
+    tally: Tally,
+    examples: Sequence[Example],
+    rng: np.random.Generator,
+    *,
+    about: str,
+    period: str,
 ) -> TaskReport:
     """The table and diagnostics of a full tally."""
     bootstrap = BlockBootstrap(num_resamples=config.bootstrap)
@@ -67,6 +79,8 @@ def reported(
         tally.overall(bootstrap, rng),
         tally.diagnosed(),
         tuple(examples),
+        about,
+        period,
     )
 
 

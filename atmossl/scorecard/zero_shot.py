@@ -8,13 +8,16 @@ from rich.progress import track
 
 from atmossl.data.segment import Segment
 from atmossl.data.store import only_segment
+from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
 from atmossl.schema import EvaluateConfig, TaskConfig
+from atmossl.scorecard.about import about, period
 from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
+from atmossl.scorecard.records import is_small, record_of
 from atmossl.scorecard.rivals import Setting, build_rivals
 from atmossl.scorecard.verified import empty_tally, example_of, reported
 
@@ -35,8 +38,9 @@ def score_tasks(
             or checkpoint; before any is scored.
     """
     _check_tasks(config.tasks)
-    segment = only_segment(test, config.segment, config.split).loaded()
-    history = [segment.to_dataset() for segment in training]
+    segment = only_segment(test, config.segment, config.split)
+    segment = segment.loaded() if is_small(segment) else segment
+    history = [record_of(segment) for segment in training]
     climate = Climate.of(history, quantiles=config.tails)
     rng = np.random.default_rng(config.seed)
     predictors = {
@@ -101,7 +105,7 @@ def _score_task(
     climate: Climate,
     rng: np.random.Generator,
 ) -> TaskReport:
-    truth, plan = predictor.segment.to_dataset(), predictor.plan
+    truth, plan = record_of(predictor.segment), predictor.plan
     setting = Setting(
         task=predictor.task,
         offsets=plan.offsets,
@@ -114,19 +118,29 @@ def _score_task(
         with_ridge=config.ridge,
     )
     rivals = build_rivals(task.name, setting)
-    scored = beside(truth, hidden_cells(predictor.task, predictor.grid))
+    hidden = hidden_cells(predictor.task, predictor.grid)
     tally = empty_tally(config, task.name)
     middle = len(times) // 2
     examples: list[Example] = []
     for first, predicted in _chunks(predictor, times, task.name):
         predicted = only_hidden(predictor.task, predicted)
-        tally.add(predicted, scored, rivals(predicted), climate)
+        here = _times_of(predicted, truth)
+        answers = {name: answer.load() for name, answer in rivals(predicted).items()}
+        tally.add(predicted, beside(here, hidden), answers, climate)
         dim = "init_time" if plan.is_forecast else "time"
         place = (middle - first) * (1 if plan.is_forecast else len(plan.offsets))
         if 0 <= place < predicted.sizes[dim]:
             chosen = predicted.isel({dim: [place]})
-            examples = [example_of(chosen, truth, str(name)) for name in predicted.data_vars]
-    return reported(config, tally, examples, rng)
+            names = map(str, predicted.data_vars)
+            examples = [example_of(chosen, here, name, hidden) for name in names]
+    step_hours = float(predictor.step / np.timedelta64(1, "h"))
+    said = about(predictor.task, plan, step_hours, predictor.grid)
+    return reported(config, tally, examples, rng, about=said, period=period(times))
+
+
+def _times_of(predicted: xr.Dataset, truth: xr.Dataset) -> xr.Dataset:
+    """The truth of some predictions, in memory."""
+    return truth.sel(time=np.unique(case_times(predicted).to_numpy())).load()
 
 
 def _chunks(predictor: Predictor, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.Dataset]]:

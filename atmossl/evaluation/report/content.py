@@ -38,8 +38,8 @@ class TaskReport:
     overall: pd.DataFrame
     diagnosed: Mapping[tuple[str, str], xr.Dataset]
     examples: tuple[Example, ...]
-    about: str = ""
-    period: str = ""
+    about: str
+    period: str
 
     @property
     def rivals(self) -> list[str]:

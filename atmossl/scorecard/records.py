@@ -1,0 +1,60 @@
+"""Records as datasets: in memory if they are small, else read where and when they are needed."""
+
+import dask.array
+import numpy as np
+import xarray as xr
+from dask.delayed import delayed
+
+from atmossl.data.segment import Segment
+
+IN_MEMORY_BYTES = 512 * 2**20
+_BLOCK_BYTES = 32 * 2**20
+
+
+def is_small(segment: Segment) -> bool:
+    """Whether the record may be held in memory as a whole."""
+    return len(segment.times) * _step_bytes(segment) <= IN_MEMORY_BYTES
+
+
+def _step_bytes(segment: Segment) -> int:
+    fields = sum(len(segment.levels_of(name)) for name in segment.variables)
+    return 4 * fields * int(np.prod(segment.grid.shape))
+
+
+def record_of(segment: Segment) -> xr.Dataset:
+    """The record in canonical form, dims (time, level, latitude, longitude). A large one consists
+    of blocks of times, of which what is asked for is read and checked, and nothing is kept."""
+    if is_small(segment):
+        return segment.to_dataset()
+    step = max(1, _BLOCK_BYTES // _step_bytes(segment))
+    starts = range(0, len(segment.times), step)
+    fields = {}
+    for name in segment.variables:
+        levels = segment.levels_of(name)
+        blocks = [_block(segment, name, start, step) for start in starts]
+        dims = ("time", "latitude", "longitude") if levels == (0,) else (
+            "time", "level", "latitude", "longitude")  # fmt: skip
+        units = segment.dataset[name].attrs if name in segment.dataset else {}
+        fields[name] = (dims, dask.array.concatenate(blocks), units)
+    coords = {
+        "time": segment.times,
+        "level": list(segment.levels),
+        "latitude": segment.grid.latitude,
+        "longitude": segment.grid.longitude,
+    }
+    return xr.Dataset(fields, coords)
+
+
+def _block(segment: Segment, name: str, start: int, step: int) -> dask.array.Array:
+    """Some times of one variable, [time level lat lon], or without level at the surface."""
+    levels = segment.levels_of(name)
+    count = min(step, len(segment.times) - start)
+    values = delayed(_read)(segment, name, start, count)
+    shape = (count, *(() if levels == (0,) else (len(levels),)), *segment.grid.shape)
+    return dask.array.from_delayed(values, shape, np.float32)
+
+
+def _read(segment: Segment, name: str, start: int, count: int) -> np.ndarray:
+    levels = segment.levels_of(name)
+    values = segment.read(name, levels, start, count, segment.whole())
+    return values[0] if levels == (0,) else values.swapaxes(0, 1)
