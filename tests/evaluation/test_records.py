@@ -29,16 +29,9 @@ def table(test: Segment, train: Segment, tasks: list[dict], **changes) -> pd.Dat
     values = compose_config("evaluate", ["output=_", "bootstrap=5", "regions=[]"])
     config: EvaluateConfig = parse(EvaluateConfig, values | {"tasks": tasks} | changes)
     known = Known(attrgetter("guess"), (-0.1, 0.1))
-    trained = predictor(parse_task(tasks[0]), known).trained
+    trained = predictor(config.tasks[0].sampler(), known).trained
     reports = score_tasks(config, trained, [test], [train], "cpu")
     return pd.concat([report.table for report in reports])
-
-
-def parse_task(task: dict):
-    values = compose_config("predict", ["output=_"])
-    from atmossl.schema import PredictConfig
-
-    return parse(PredictConfig, values | {"task": task}).task.sampler()
 
 
 def test_blocks_hold_what_the_record_does(monkeypatch) -> None:
@@ -56,10 +49,10 @@ def test_blocks_hold_what_the_record_does(monkeypatch) -> None:
 @pytest.mark.e2e
 def test_numbers_do_not_depend_on_what_is_in_memory(monkeypatch) -> None:
     test, train = (segment(dataset(steps=24, seed=seed)) for seed in (1, 2))
-    first = table(test, train, TASKS)
+    first = table(test, train, TASKS, every=8)
     monkeypatch.setattr(records, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(records, "_BLOCK_BYTES", 20_000)
-    pd.testing.assert_frame_equal(first, table(test, train, TASKS))
+    pd.testing.assert_frame_equal(first, table(test, train, TASKS, every=8))
 
 
 @pytest.mark.e2e
@@ -71,11 +64,11 @@ def test_memory_does_not_grow_with_the_record(monkeypatch) -> None:
     monkeypatch.setattr("atmossl.evaluation.climate._QUANTILE_TIMES", 20)
     monkeypatch.setattr("atmossl.scorecard.zero_shot._CHUNK_BYTES", 2**20)
     peaks = []
-    for steps in (60, 240):
+    for steps in (50, 200):
         record = dataset(steps=steps, num_lat=32, num_lon=64)
         test, train = segment(record), segment(record)
         tracemalloc.start()
-        table(test, train, TASKS[:1], ridge=False, every=6)
+        table(test, train, TASKS[:1], ridge=False, every=20)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     whole = sum(record[name].nbytes for name in record.data_vars)
