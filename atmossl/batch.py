@@ -293,11 +293,14 @@ class Batch(Movable):
     """Views of the same samples: one for masked objectives, crops or pairs for others.
 
     num_skipped: samples of the batch that could not be read and are left out.
+    mean_weight: by predicted stream, the weight of what is hidden, mean over the batches that one
+        optimiser step accumulates. None: the step sees this batch alone.
     """
 
     views: tuple[View, ...]
     sample_id: Int[Tensor, "*batch"]
     num_skipped: int = 0
+    mean_weight: Float[Tensor, "stream"] | None = None
 
 
 @dataclass(frozen=True)
@@ -321,6 +324,14 @@ class Losses:
     total: Float[Tensor, ""]
     parts: tuple[tuple[str, Float[Tensor, ""]], ...]
     prediction: Prediction | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.parts)
+
+    def values(self) -> Float[Tensor, "loss"]:
+        """The total and then the parts, without their graph."""
+        return torch.stack([self.total, *(value for _, value in self.parts)]).detach()
 
 
 def collate_views(samples: list[tuple[View, ...]], sample_ids: list[int]) -> Batch:

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from atmossl.model.attention import CrossAttention, SelfAttention
 from atmossl.model.blocks import DecoderBlock, EncoderBlock, Feedforward, GatedConvolution
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.base import Objective
-from atmossl.objectives.masked import MaskedModelling
+from atmossl.objectives.masked import MaskedModelling, weigh_together
 from atmossl.schema import TrainConfig
 from atmossl.training.callbacks import CurvesAtEnd, LearningRate, StopOnNonFinite
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
@@ -79,6 +80,7 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         settings=settings,
         num_batches=config.trainer.max_steps * config.trainer.accumulate,
         validation_batches=config.trainer.validation_batches,
+        together=partial(weigh_together, latitude_weighted=config.objective.latitude_weighted),
     )
     return datamodule, statistics
 
@@ -92,20 +94,27 @@ def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Multiforme
 
 
 def build_objective(config: TrainConfig, scales: Mapping[str, Tensor]) -> Objective:
-    return MaskedModelling(scales=scales, **config.objective.model_dump())
+    return MaskedModelling(scales=scales, **config.objective.model_dump(exclude={"train_only"}))
 
 
 def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
     values = config.optimizer.model_dump(exclude={"gradient_clip"})
-    return OptimizerSettings(max_steps=config.trainer.max_steps, **values)
+    only = () if config.objective.train_only is None else (f"{config.objective.train_only}.*",)
+    return OptimizerSettings(max_steps=config.trainer.max_steps, only=only, **values)
 
 
 def build_module(
-    config: TrainConfig, statistics: Statistics, resolved: dict[str, Any], *, resumed: bool = False
+    config: TrainConfig,
+    statistics: Statistics,
+    resolved: dict[str, Any],
+    *,
+    step_hours: float | None = None,
+    resumed: bool = False,
 ) -> TrainingModule:
     """Model, objective and optimiser settings in one LightningModule.
 
     resolved: the configuration as plain values, kept in every checkpoint.
+    step_hours: time step of the training data, for the record; None: not known.
     resumed: the weights come from a checkpoint of the same run, so there is no warm start.
     """
     scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
@@ -122,6 +131,7 @@ def build_module(
         "statistics": statistics.to_dict(),
         "window": {"time": window.time, "lat": window.lat, "lon": window.lon},
         "first_guess": config.data.first_guess,
+        "step_hours": step_hours,
         "data": config.data.name,
         "config": resolved,
         "warm_start": warm_started(config, model) if warm else {},
@@ -163,6 +173,8 @@ def build_trainer(config: TrainConfig, normaliser: Normaliser) -> L.Trainer:
         units=SHARDED_UNITS,
         precision=settings.precision,
         checkpoint_format=settings.checkpoint_format,
+        async_checkpoint=settings.async_checkpoint,
+        cpu_offload=settings.cpu_offload,
         has_idle_parameters=any(spec.role == "input" for spec in config.specs),
     )
     plugins: list[Any] = [AtomicCheckpointIO(asynchronous=settings.async_checkpoint)]

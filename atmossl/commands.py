@@ -50,15 +50,22 @@ def train(values: Mapping[str, Any]) -> Trained:
     """
     values = {key: value for key, value in values.items() if key != "hydra"}
     config: TrainConfig = parse(TrainConfig, values)
+    _check_precision(config)
     output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
     resume = _resume_from(config.resume, checkpoints)
-    if resume is None and checkpoints.exists():
+    if config.resume is None and checkpoints.exists():
         raise ValueError(
             f"paths.output={output} holds a run; go on with resume=auto, or choose another folder"
         )
     _make_folder(output)
     datamodule, statistics = build_data(config)
-    module = build_module(config, statistics, _plain(values), resumed=resume is not None)
+    module = build_module(
+        config,
+        statistics,
+        _plain(values),
+        step_hours=datamodule.step_hours,
+        resumed=resume is not None,
+    )
     _tell_warm_start(module.record["warm_start"], output)
     keep_metrics(output)
     trainer = build_trainer(config, Normaliser(statistics))
@@ -108,6 +115,12 @@ def _device(accelerator: str) -> str:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu but no GPU is visible; valid here: auto, cpu")
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _check_precision(config: TrainConfig) -> None:
+    on_cpu = _device(config.trainer.accelerator) == "cpu"
+    if on_cpu and config.trainer.precision == "16-mixed":
+        raise ValueError("trainer.precision=16-mixed needs a GPU; valid here: 32-true, bf16-mixed")
 
 
 def open_for(

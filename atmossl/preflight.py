@@ -19,7 +19,7 @@ from atmossl.masking.base import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.schema import TrainConfig
 from atmossl.training.cost import StepCost, measure_step
-from atmossl.training.optimizer import make_optimizer
+from atmossl.training.optimizer import freeze, make_optimizer
 
 _STEP_HOURS = 6.0  # any: a cost does not depend on it
 _RESERVED = 0.9  # of a device's memory; the rest is its runtime's, and fragments
@@ -51,6 +51,8 @@ def estimate(config: TrainConfig) -> Estimate:
 
     def build() -> Multiformer:
         model = build_model(config, {})
+        settings = optimizer_settings(config)
+        freeze(model, settings.freeze, only=settings.only)
         forget_activations(config, model)
         return model
 
@@ -74,7 +76,12 @@ def estimate(config: TrainConfig) -> Estimate:
         hidden_share=float(torch.cat([s.hidden.flatten() for s in streams]).float().mean()),
         bytes_per_sample=sum(4 * s.target[0].numel() for s in streams),
         num_devices=devices,
-        device_bytes=cost.per_device(shards, share),
+        device_bytes=cost.per_device(
+            shards,
+            share,
+            accumulates=config.trainer.accumulate > 1,
+            offloads=config.trainer.cpu_offload,
+        ),
         batch_size=size,
     )
 
@@ -143,6 +150,8 @@ def advice(config: TrainConfig, found: Estimate, memory_gib: float) -> str:
     if trainer.strategy != "fsdp":
         ways.append("trainer.strategy=fsdp on several devices")
     elif free < per_sample:
+        if not trainer.cpu_offload:
+            ways.append("trainer.cpu_offload=true")
         ways.append(f"more than {found.num_devices} devices")
     ways.append("a smaller model or window")
     return "; or ".join(ways)

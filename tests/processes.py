@@ -38,6 +38,22 @@ def kill_at_batch(number: int) -> None:
     signal_at_batch(number, signal.SIGKILL)
 
 
+def kill_at_commit(number: int) -> None:
+    """SIGKILL this process when its n-th sharded checkpoint is written, but has no name yet."""
+    from atmossl.training import strategies
+
+    publish, count = strategies.publish, 0
+
+    def counted(partial: Path, path: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(partial, path)
+
+    strategies.publish = counted
+
+
 def signal_at_batch(number: int, sent: int) -> None:
     from atmossl.training.module import TrainingModule
 

@@ -75,6 +75,8 @@ def test_evaluation_validates() -> None:
         ("+trainer.gpus=2", "gpus"),
         ("trainer.checkpoint_format=sharded", "strategy=fsdp"),
         ("optimizer.layer_decay=0", "layer_decay"),
+        ("trainer.cpu_offload=true", "strategy=fsdp"),
+        ("objective.train_only=tail", "warm_start.checkpoints"),
     ],
 )
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:

@@ -51,17 +51,35 @@ def worker_context() -> Any:
     return context
 
 
+Together = Callable[[Sequence[Batch]], Sequence[Batch]]
+
+
 class WindowLoader(DataLoader):
     """A loader that says which samples were being read when a worker died.
 
     describe: names of the samples of the n-th batch that is delivered.
+    together: applied to every `accumulate` batches, before the first of them is delivered.
     """
 
-    def __init__(self, *args: Any, describe: Callable[[int], str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        describe: Callable[[int], str],
+        accumulate: int = 1,
+        together: Together = list,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._describe = describe
+        self._accumulate = accumulate
+        self._together = together
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batches = self._read()
+        while group := list(islice(batches, self._accumulate)):
+            yield from self._together(group)
+
+    def _read(self) -> Iterator[Batch]:
         batches = super().__iter__()
         for number in count():
             try:
@@ -98,6 +116,7 @@ class WindowDataModule(L.LightningDataModule):
     """Training windows under the pretraining masks, validation windows under each task's mask.
 
     num_batches: batches of the whole run on one device. validation_batches: per task.
+    together: what the batches of one optimiser step have to know of each other.
     A restarted run goes on with the batch after the last optimiser step.
     """
 
@@ -114,8 +133,10 @@ class WindowDataModule(L.LightningDataModule):
         settings: LoaderSettings,
         num_batches: int,
         validation_batches: int,
+        together: Together = list,
     ) -> None:
         super().__init__()
+        self.together = together
         self.settings = settings
         self.num_batches = num_batches
         self.validation_batches = validation_batches
@@ -128,6 +149,7 @@ class WindowDataModule(L.LightningDataModule):
             "first_guess": settings.first_guess,
         }
         self.num_skipped = 0
+        self.step_hours = train[0].step_hours
         self.train_set = WindowDataset(
             segments=train,
             sampler=sampler,
@@ -160,7 +182,10 @@ class WindowDataModule(L.LightningDataModule):
             first_batch=trainer.global_step * trainer.accumulate_grad_batches,
             group=self.settings.windows_per_read,
         )
-        return self._loader(self.train_set, order)
+        accumulate = trainer.accumulate_grad_batches
+        if accumulate == 1:
+            return self._loader(self.train_set, order)
+        return self._loader(self.train_set, order, accumulate=accumulate, together=self.together)
 
     def val_dataloader(self) -> list[DataLoader]:
         trainer = self.trainer
@@ -180,7 +205,7 @@ class WindowDataModule(L.LightningDataModule):
             for dataset in self.validation_sets
         ]
 
-    def _loader(self, dataset: WindowDataset, order: SampleOrder) -> DataLoader:
+    def _loader(self, dataset: WindowDataset, order: SampleOrder, **more: Any) -> DataLoader:
         workers = self.settings.num_workers
 
         def describe(number: int) -> str:
@@ -196,6 +221,7 @@ class WindowDataModule(L.LightningDataModule):
             multiprocessing_context=worker_context() if workers else None,
             persistent_workers=bool(workers),
             describe=describe,
+            **more,
         )
 
     def identity(self, sample_ids: Sequence[int]) -> str:

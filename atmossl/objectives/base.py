@@ -17,14 +17,19 @@ class Objective(Protocol):
 
 
 def global_mean(
-    values: Float[Tensor, "*batch"], weight: Float[Tensor, "*batch"]
+    values: Float[Tensor, "*batch"],
+    weight: Float[Tensor, "*batch"],
+    mean_weight: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """This rank's share of the weighted mean over the batches of all ranks: the mean of the shares
-    over the ranks is the mean over all values, however unequal the ranks' weights are; 0 where no
-    weight is left. DDP and FSDP average gradients over ranks, which then are those of one rank
-    with the whole batch. On one rank it is the plain weighted mean.
+    """This batch's share of the weighted mean over all batches of an optimiser step, on all ranks
+    and accumulated one after the other: the mean of the shares is the mean over all values, however
+    unequal the batches' weights are; 0 where no weight is left. Gradients are averaged over ranks
+    and over accumulated batches, so they are those of one batch that holds all. Where there is one
+    batch, it is the plain weighted mean.
+
+    mean_weight: of this rank's accumulated batches; None: there is one.
     """
-    total = weight.sum().detach()
+    total = weight.sum().detach() if mean_weight is None else mean_weight
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         total = total / dist.get_world_size()
         dist.all_reduce(total)

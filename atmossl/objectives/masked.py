@@ -1,7 +1,8 @@
 """Masked token modelling: predict the hidden tokens of every stream (BERT, AtmoRep; MAE when the
 hidden tokens are dropped instead of masked)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -46,48 +47,77 @@ class MaskedModelling:
         (view,) = batch.views
         prediction = model(view)
         parts, total, weights = [], 0.0, 0.0
-        for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True):
-            loss = self.stream_loss(stream, predicted)
+        streams = predicted_streams(view)
+        means = [None] * len(streams) if batch.mean_weight is None else batch.mean_weight.unbind()
+        for stream, predicted, mean in zip(streams, prediction.streams, means, strict=True):
+            loss = self.stream_loss(stream, predicted, mean)
             parts.append((stream.spec.name, loss))
             total = total + stream.spec.loss_weight * loss
             weights += stream.spec.loss_weight
         assert isinstance(total, Tensor), "no stream with role predict"
         return Losses(total / weights, tuple(parts), prediction)
 
-    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
+    def stream_loss(
+        self, stream: StreamTokens, predicted: StreamPrediction, mean_weight: Tensor | None = None
+    ) -> Tensor:
         """Mean loss over the valid hidden values of one stream, weighted by cell area."""
-        target, weight, level = hidden_values(stream)
+        target, weight, level = hidden_values(stream, latitude_weighted=self.latitude_weighted)
         members = predicted.members
         if stream.spec.name in self.scales:
-            scale = self.scales[stream.spec.name].to(target)[level]
+            scale = self.scales[stream.spec.name].to(target, non_blocking=True)[level]
             members, target = members / scale[:, :, None], target / scale
-        if not self.latitude_weighted:
-            weight = torch.ones_like(weight)
         weight = weight * predicted.queries.valid[..., None].to(weight)
         values = sum(share * LOSSES[name](members, target) for name, share in self.losses.items())
         assert isinstance(values, Tensor)
-        return global_mean(values, weight)
+        return global_mean(values, weight, mean_weight)
 
 
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
     return tuple(stream for stream in view.streams if stream.spec.role == "predict")
 
 
-def hidden_values(stream: StreamTokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Truth [batch query patch], area weights [batch query patch] and token level [batch query]
-    of the stream's queries. The weight of what was never observed is 0."""
+def hidden_values(
+    stream: StreamTokens, *, latitude_weighted: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Truth [batch query patch], weights [batch query patch] and token level [batch query] of the
+    stream's queries. The weight of what was never observed is 0."""
     assert stream.queries is not None, "collate the view first: token indices are missing"
     index = stream.queries.index
-    num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
     flat = rearrange(
         stream.target, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch"
     )
     target = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
+    level = index // (stream.grid.num_tokens // stream.grid.shape[0])
+    return target, _weights(stream, index, latitude_weighted), level
+
+
+def _weights(stream: StreamTokens, index: Tensor, latitude_weighted: bool) -> Tensor:
+    """Relative cell area, or 1, of the values of chosen tokens; 0 of what was never observed."""
+    num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
     rows = patch_weights(stream.weight, stream.spec)
     row = index // num_lon % num_lat
     weight = rows.gather(1, row[..., None].expand(-1, -1, rows.shape[-1]))
+    if not latitude_weighted:
+        weight = torch.ones_like(weight)
     if stream.valid is not None:
-        observed = stream.valid.flatten(1, 4).gather(1, index[..., None].expand_as(target))
+        observed = stream.valid.flatten(1, 4).gather(1, index[..., None].expand_as(weight))
         weight = weight * observed
-    level = index // (stream.grid.num_tokens // stream.grid.shape[0])
-    return target, weight, level
+    return weight
+
+
+def weigh_together(batches: Sequence[Batch], *, latitude_weighted: bool) -> list[Batch]:
+    """Batches of one optimiser step, each of which knows the mean weight of all of them."""
+    sums = []
+    for batch in batches:
+        (view,) = batch.views
+        sums.append([hidden_weight(s, latitude_weighted) for s in predicted_streams(view)])
+    mean = torch.tensor(sums).mean(dim=0)
+    return [replace(batch, mean_weight=mean) for batch in batches]
+
+
+def hidden_weight(stream: StreamTokens, latitude_weighted: bool) -> float:
+    """Weight of all that a stream hides."""
+    queries = stream.queries
+    assert queries is not None, "collate the view first: token indices are missing"
+    weight = _weights(stream, queries.index, latitude_weighted)
+    return float((weight * queries.valid[..., None]).sum())

@@ -84,6 +84,7 @@ class ObjectiveConfig(Strict):
     losses: dict[str, float] = Field(min_length=1)
     weighting: Literal["departure", "uniform"]
     latitude_weighted: bool
+    train_only: Literal["tail"] | None
 
     @model_validator(mode="after")
     def _losses_exist(self) -> "ObjectiveConfig":
@@ -117,6 +118,7 @@ class TrainerConfig(Strict):
     devices: Positive | Literal["auto"]
     num_nodes: Positive
     strategy: Literal["auto", "ddp", "fsdp"]
+    cpu_offload: bool
     compile: bool
     recompute: Literal["none", "selective", "full"]
     validation_interval: Positive
@@ -185,8 +187,19 @@ def _trainer_faults(config: TrainConfig) -> list[str]:
         faults.append("trainer.precision=16-mixed with strategy=fsdp; valid: 32-true, bf16-mixed")
     if trainer.strategy != "fsdp" and trainer.checkpoint_format == "sharded":
         faults.append("trainer.checkpoint_format=sharded needs trainer.strategy=fsdp; valid: file")
-    if trainer.strategy == "fsdp" and trainer.async_checkpoint:
-        faults.append("trainer.async_checkpoint=true with strategy=fsdp; valid: false")
+    if trainer.strategy != "fsdp" and trainer.cpu_offload:
+        faults.append("trainer.cpu_offload=true needs trainer.strategy=fsdp; valid: false")
+    last = sum(trainer.profile_steps)
+    if trainer.profiler != "none" and last > trainer.max_steps * trainer.accumulate:
+        faults.append(
+            f"trainer.profile_steps={list(trainer.profile_steps)} (first batch, number) end after "
+            f"the run's {trainer.max_steps * trainer.accumulate} batches"
+        )
+    if config.objective.train_only and not (config.warm_start.checkpoints or config.resume):
+        faults.append(
+            f"objective.train_only={config.objective.train_only} would leave the rest of a new "
+            "network at random; name the trained one in warm_start.checkpoints"
+        )
     return faults
 
 

@@ -22,6 +22,7 @@ from atmossl.checkpoint_files import (
     remove,
     write_atomically,
 )
+from atmossl.training.strategies import ShardedStrategy
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -141,7 +142,9 @@ class KeepCheckpoints(L.Callback):
 
     def settle(self, trainer: L.Trainer) -> None:
         """Return when the last checkpoint is on the disk."""
-        io = trainer.strategy.checkpoint_io
+        strategy, io = trainer.strategy, trainer.strategy.checkpoint_io
+        if isinstance(strategy, ShardedStrategy):
+            strategy.wait_for_checkpoint()
         if isinstance(io, AtomicCheckpointIO):
             io.wait()
         if trainer.is_global_zero:

@@ -40,20 +40,31 @@ class StepCost:
         """What the peak holds beside weights, gradients and optimiser states."""
         return self.peak - self.weights - self.optimizer - self.gradients_at_peak
 
-    def per_device(self, num_shards: int, bytes_share: float) -> int:
+    def per_device(
+        self,
+        num_shards: int,
+        bytes_share: float,
+        *,
+        accumulates: bool = False,
+        offloads: bool = False,
+    ) -> int:
         """Bytes at the peak where weights, gradients and states are cut into `num_shards`.
 
         bytes_share: of a gathered weight over a stored one, 0.5 for bfloat16.
+        accumulates: whole gradients stay on every device until the last batch of a step.
+        offloads: the shards are in the host's memory.
         Two gathered units are there at a time, one in use and one on its way; what belongs to no
         unit stays gathered from the first use on.
         """
         total = self.peak + self.averaged + self.batch
-        if num_shards == 1:
+        if num_shards == 1 and not offloads:
             return total
         spread = self.weights + self.averaged + self.optimizer + self.gradients_at_peak
         rest = self.weights - sum(self.units)
         gathered = bytes_share * (rest + 2 * max(self.units, default=0))
-        return round(total - spread * (1 - 1 / num_shards) + gathered)
+        gathered += self.gradients if accumulates else 0
+        kept = 0.0 if offloads else spread / num_shards
+        return round(total - spread + kept + gathered)
 
 
 def measure_step(

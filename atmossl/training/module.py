@@ -1,5 +1,6 @@
 """The LightningModule: it delegates to model, objective, schedule and the averaged weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from atmossl.batch import (
     Batch,
-    Losses,
     Prediction,
     StreamPrediction,
     StreamSpec,
@@ -49,11 +49,12 @@ class TrainingModule(L.LightningModule):
         self.objective = objective
         self.settings = optimizer
         self.record = record
-        freeze(model, optimizer.freeze)
+        freeze(model, optimizer.freeze, only=optimizer.only)
         self.task_names = task_names
         self.ema = AveragedModel(model, use_buffers=False)
         self.ema.requires_grad_(False)  # DDP waits for every parameter that wants a gradient
         self._squares: dict[str, list[Tensor]] = {}
+        self._step_losses: list[Tensor] = []  # of the batches that the step has accumulated
         self.gradient_norm: Tensor | None = None
         self._restored: list[dict[str, Tensor]] | None = None
 
@@ -65,18 +66,19 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.objective(self.model, batch)
-        if self._logs_at(batch_idx):
-            self._log_losses("train", losses, batch, prog_bar=True)
+        self._step_losses.append(losses.values())
+        trainer: Any = self.trainer
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return losses.total
+        # other steps log nothing, so that they wait neither for the device nor for other ranks
+        if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) == 0:
+            means = torch.stack(self._step_losses).mean(dim=0)
+            self._log_losses("train", losses.names, means, batch, prog_bar=True)
             if losses.prediction is not None:
                 with torch.no_grad():
                     self._log_levels(batch, losses.prediction)
+        self._step_losses.clear()
         return losses.total
-
-    def _logs_at(self, batch_idx: int) -> bool:
-        """Other steps log nothing, so that they wait neither for the device nor for other ranks."""
-        trainer: Any = self.trainer
-        every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
-        return (batch_idx + 1) % every == 0
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -105,7 +107,7 @@ class TrainingModule(L.LightningModule):
         del batch_idx
         task = self.task_names[dataloader_idx]
         losses = self.objective(self.ema, batch)
-        self._log_losses(f"validation/{task}", losses, batch)
+        self._log_losses(f"validation/{task}", losses.names, losses.values(), batch)
         if losses.prediction is not None:
             self._gather_errors(task, batch, losses.prediction)
         return losses.prediction
@@ -129,6 +131,7 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log RMSE over the first guess's RMSE: below 1 the model knows more than its guess."""
         ratios: dict[str, list[Tensor]] = {}
+        alike: dict[str, Any] = {"sync_dist": True}  # they are; Lightning would warn otherwise
         for key, squares in self._squares.items():
             total = self.trainer.strategy.reduce(torch.stack(squares).sum(dim=0), reduce_op="sum")
             assert isinstance(total, Tensor)
@@ -136,23 +139,25 @@ class TrainingModule(L.LightningModule):
                 continue
             ratio = (total[0] / total[1]).sqrt()
             ratios.setdefault(key.split("/")[0], []).append(ratio)
-            self.log(f"ratio/{key}", ratio, rank_zero_only=True)
+            self.log(f"ratio/{key}", ratio, **alike)
         for task, values in ratios.items():
-            self.log(f"ratio/{task}", torch.stack(values).mean(), prog_bar=True)
+            self.log(f"ratio/{task}", torch.stack(values).mean(), prog_bar=True, **alike)
         if ratios:
             mean = torch.stack([torch.stack(values).mean() for values in ratios.values()]).mean()
-            self.log("ratio/mean", mean)
+            self.log("ratio/mean", mean, **alike)
         self._squares.clear()
 
-    def _log_losses(self, stage: str, losses: Losses, batch: Batch, **kwargs: Any) -> None:
+    def _log_losses(
+        self, stage: str, names: Sequence[str], values: Tensor, batch: Batch, **kwargs: Any
+    ) -> None:
         common = {
             "batch_size": len(batch.sample_id),
             "add_dataloader_idx": False,
             "sync_dist": True,
         }
-        self.log(f"{stage}/loss", losses.total.detach(), **common, **kwargs)
-        for name, value in losses.parts:
-            self.log(f"{stage}/loss_{name}", value.detach(), **common)
+        self.log(f"{stage}/loss", values[0], **common, **kwargs)
+        for name, value in zip(names, values[1:], strict=True):
+            self.log(f"{stage}/loss_{name}", value, **common)
 
     def _log_levels(self, batch: Batch, prediction: Prediction) -> None:
         """RMSE of the ensemble mean by stream and level, in standard deviations, of all ranks."""

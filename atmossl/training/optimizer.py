@@ -1,7 +1,7 @@
 """Which parameters are trained, how fast, by which optimiser."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -20,6 +20,7 @@ _BEFORE_ENCODER = re.compile(r"(?:^|\.)embedding\.")
 class OptimizerSettings:
     """freeze: patterns of parameter names, such as `encoder.0.*`, that are not trained.
 
+    only: patterns of the only parameters that are trained; all of them if empty.
     factors: of the learning rate by such a pattern; the first that matches counts.
     layer_decay: factor of the learning rate from one encoder layer to the one below it (Clark et
         al. 2020, ELECTRA); the embeddings are below the first.
@@ -36,17 +37,22 @@ class OptimizerSettings:
     ema_decay: float
     max_steps: int
     freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     factors: Mapping[str, float] | None = None
     layer_decay: float = 1.0
 
 
-def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Take the parameters whose names match out of the training; returns their names.
+def freeze(model: nn.Module, patterns: Iterable[str], *, only: Sequence[str] = ()) -> list[str]:
+    """Take the parameters whose names match out of the training, and those that match none of
+    `only`, if there is any; returns their names.
 
     Raises:
-        ValueError: a pattern that matches nothing.
+        ValueError: a pattern that matches nothing, or no parameter is left.
     """
-    frozen = []
+    names = [name for name, _ in model.named_parameters()]
+    frozen = [name for name in names if only and not any(fnmatchcase(name, p) for p in only)]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     for pattern in patterns:
         matching = {n: p for n, p in model.named_parameters() if fnmatchcase(n, pattern)}
         if not matching:
@@ -54,6 +60,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         for name, parameter in matching.items():
             parameter.requires_grad_(False)
             frozen.append(name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("optimizer.freeze leaves no parameter to train")
     return frozen
 
 

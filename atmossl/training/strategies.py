@@ -1,10 +1,13 @@
 """How a model is spread over devices: replicated (DDP) or sharded (FSDP2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,8 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from atmossl.checkpoint_files import (
     METADATA,
@@ -27,7 +36,6 @@ from atmossl.checkpoint_files import (
     publish,
     read_contents,
     remove,
-    write_atomically,
 )
 
 CheckpointFormat = Literal["file", "sharded"]
@@ -42,6 +50,10 @@ class ShardedStrategy(ModelParallelStrategy):
         the optimiser, stay float32.
     checkpoint_format: `file`, gathered on the first rank; or `sharded`, a folder that every rank
         writes its part of. Either can be read by any number of devices and any strategy.
+    async_checkpoint: write shards while training goes on, from a copy on the host; the next save
+        waits for the one before. Of a file, the strategy's checkpoint_io knows.
+    cpu_offload: keep the shards of weights, gradients and states on the host, which takes the
+        optimiser's step, too.
     """
 
     def __init__(
@@ -50,12 +62,19 @@ class ShardedStrategy(ModelParallelStrategy):
         units: tuple[type[nn.Module], ...],
         compute_dtype: torch.dtype | None,
         checkpoint_format: CheckpointFormat,
+        async_checkpoint: bool,
+        cpu_offload: bool,
     ) -> None:
         super().__init__(save_distributed_checkpoint=checkpoint_format == "sharded")
         self.units = units
         self.policy = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        self.offloads = cpu_offload
+        self._pool = ThreadPoolExecutor(1) if async_checkpoint else None
+        self._saving_group: Any = None
+        self._pending: Future | None = None
+        self._sharded: list[FSDPModule] = []
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -68,13 +87,38 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def shard(self, models: Sequence[nn.Module]) -> None:
         """Shard every model alike, once."""
-        mesh = self.device_mesh["data_parallel"]
+        pin = self.root_device.type == "cuda"
+        how: dict[str, Any] = {
+            "mesh": self.device_mesh["data_parallel"],
+            "mp_policy": self.policy,
+            "offload_policy": CPUOffloadPolicy(pin) if self.offloads else OffloadPolicy(),
+        }
         for model in models:
             if isinstance(model, FSDPModule):
                 continue
             for part in [part for part in model.modules() if isinstance(part, self.units)]:
-                fully_shard(part, mesh=mesh, mp_policy=self.policy)
-            fully_shard(model, mesh=mesh, mp_policy=self.policy)
+                fully_shard(part, **how)
+            self._sharded.append(fully_shard(model, **how))
+
+    def model_to_device(self) -> None:
+        """All of it; of an offloaded model only the buffers, which are not sharded."""
+        if not self.offloads:
+            super().model_to_device()
+            return
+        for part in self._module.modules():
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                setattr(part, name, buffer.to(self.root_device))
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Gradients of accumulated batches are added up on every rank, and reduced once."""
+        for model in self._sharded:
+            model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for model in self._sharded:
+                model.set_requires_gradient_sync(True)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         sharded = self._save_distributed_checkpoint
@@ -95,25 +139,54 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                write_atomically(path, lambda partial: torch.save(checkpoint, partial))
+                self.checkpoint_io.save_checkpoint(checkpoint, path)
             return
+        self.wait_for_checkpoint()
         partial = partial_path(path)
         if self.is_global_zero:
             remove(partial)
+            partial.mkdir(parents=True)
         self.barrier()
         tensors = {"state_dict": checkpoint.pop("state_dict")}
         states = checkpoint.pop("optimizer_states", [])
         tensors |= {f"optimizer_{number}": state for number, state in enumerate(states)}
-        save(tensors, checkpoint_id=partial)
         if self.is_global_zero:
             torch.save(checkpoint, partial / METADATA)
+        if self._pool is not None:
+            self._save_later(tensors, partial, path)
+            return
+        save(tensors, checkpoint_id=partial)
+        if self.is_global_zero:
             publish(partial, path)
         self.barrier()
+
+    def _save_later(self, tensors: dict[str, Any], partial: Path, path: Path) -> None:
+        """Copy to the host now, write in a thread; the first rank's is done after all others'."""
+        assert self._pool is not None
+        if self._saving_group is None:  # the training's own groups are busy meanwhile
+            self._saving_group = dist.new_group(backend="gloo")
+        written = async_save(tensors, checkpoint_id=partial, process_group=self._saving_group)
+        assert isinstance(written, Future)
+
+        def commit() -> None:
+            written.result()
+            if self.is_global_zero:
+                publish(partial, path)
+
+        self._pending = self._pool.submit(commit)
+
+    def wait_for_checkpoint(self) -> None:
+        """Return on all ranks when the last checkpoint is on the disk; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+            self.barrier()
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         del weights_only  # always
+        self.wait_for_checkpoint()
         path = Path(self.broadcast(str(checkpoint_path)))
         return self._load_shards(path) if path.is_dir() else self._load_file(path)
 
@@ -132,7 +205,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         module, contents = self._module, read_contents(path)
-        options = StateDictOptions(full_state_dict=True)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=self.offloads)
         set_model_state_dict(module, contents.pop("state_dict"), options=options)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         for optimizer, saved in zip(self.optimizers, contents["optimizer_states"], strict=True):
@@ -150,6 +223,8 @@ def choose_strategy(
     units: tuple[type[nn.Module], ...],
     precision: str,
     checkpoint_format: CheckpointFormat,
+    async_checkpoint: bool,
+    cpu_offload: bool,
     has_idle_parameters: bool,
 ) -> Any:
     """The Lightning strategy of a configuration.
@@ -160,7 +235,11 @@ def choose_strategy(
     if name == "fsdp":
         dtype = torch.bfloat16 if precision == "bf16-mixed" else None
         return ShardedStrategy(
-            units=units, compute_dtype=dtype, checkpoint_format=checkpoint_format
+            units=units,
+            compute_dtype=dtype,
+            checkpoint_format=checkpoint_format,
+            async_checkpoint=async_checkpoint,
+            cpu_offload=cpu_offload,
         )
     if name == "ddp":
         return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=has_idle_parameters)

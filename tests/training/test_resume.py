@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.curves import read_metrics
-from tests.processes import kill_at_batch, run, training
+from tests.processes import kill_at_batch, kill_at_commit, run, training
 
 pytestmark = pytest.mark.e2e
 STEPS, ACCUMULATE, INTERVAL = 14, 2, 3
@@ -61,7 +61,26 @@ def test_a_run_killed_at_random_steps_ends_as_the_unbroken_one(tmp_path: Path) -
             assert run(arguments(broken, "resume=auto"), cache=tmp_path, before=before) < 0
     assert run(arguments(broken, "resume=auto"), cache=tmp_path) == 0
 
-    runs = (tmp_path / "whole", broken)
+    assert_same_end(tmp_path / "whole", broken)
+
+
+def test_a_run_killed_while_shards_are_written_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    """SIGKILL between the last byte of the checkpoint of step 6, written beside training, and its
+    name; the first two are those of step 3 and of the validation."""
+    beside = ("trainer.strategy=fsdp", "trainer.checkpoint_format=sharded",
+              "trainer.async_checkpoint=true", f"trainer.max_steps={2 * INTERVAL + 1}")  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(arguments(whole, *beside), cache=tmp_path) == 0
+    before = (kill_at_commit, (3,))
+    assert run(arguments(broken, *beside), cache=tmp_path, before=before) == -signal.SIGKILL
+    folder = broken / "checkpoints"
+    assert [p.name for p in checkpoints_in(folder)] == [f"step-{INTERVAL}.ckpt", "best.ckpt"]
+    assert (folder / f".partial-step-{2 * INTERVAL}.ckpt").exists()
+    assert run(arguments(broken, *beside, "resume=auto"), cache=tmp_path) == 0
+    assert_same_end(whole, broken)
+
+
+def assert_same_end(*runs: Path) -> None:
     one, two = (read_contents(folder / "checkpoints" / "last.ckpt") for folder in runs)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"):
         assert differing(one[key], two[key]) == [], key

@@ -1,0 +1,179 @@
+"""`atmossl train` from the command line on: fields trained apart are coupled, grown, tuned at the
+tail; what a run tells its loggers."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import atmossl
+from atmossl.batch import View, collate_views
+from atmossl.cli import main
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.masking.base import make_view
+from atmossl.masking.tasks import Forecast
+from atmossl.training.curves import read_metrics
+from tests.processes import run
+from tests.synthetic import catalog, dataset, window
+
+pytestmark = pytest.mark.e2e
+TOKEN = "token_size: {time: 1, lat: 2, lon: 2, level: %d}, role: predict"
+NO_STEP = "optimizer.learning_rate=1e-30"  # leaves float32 weights as they are, bit for bit
+
+
+def stream(name: str, *variables: str, levels: tuple[int, ...] = (300, 850)) -> str:
+    token = TOKEN % len(levels)
+    return f"+stream.{name}={{variables: {list(variables)}, levels: {list(levels)}, {token}}}"
+
+
+T, U = stream("t", "temperature"), stream("u", "u_component_of_wind")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Catalogs of a coarse and of a fine grid, and runs `t` and `u` of one field each; `u` with
+    everything that tells how it goes."""
+    folder = tmp_path_factory.mktemp("growth")
+    for name, num_lat in (("coarse", 8), ("fine", 16)):
+        (folder / name).mkdir()
+        store = dataset(num_lat=num_lat, num_lon=2 * num_lat, steps=16)
+        catalog(folder / name, train=store, validation=store, test=store)
+    assert train(folder, "t", T) == 0
+    told = ("logger.tensorboard=true", "logger.wandb=true", "trainer.pictures=true",
+            "trainer.profiler=torch", "trainer.profile_steps=[0,2]")  # fmt: skip
+    assert train(folder, "u", U, *told) == 0
+    return folder
+
+
+def train(folder: Path, name: str, *more: str, grid: str = "coarse") -> int:
+    """A tiny run of two steps and a validation."""
+    arguments = [
+        "train", "experiment=quickstart", "model=tiny", "optimizer=adamw", "~stream.atmosphere",
+        "data.name=waves", f"data.catalog={folder / grid / 'catalog.yaml'}",
+        "data.window={time: 5, lat: 8, lon: 0}", "data.batch_size=2", "optimizer.warmup_steps=1",
+        "trainer.max_steps=2", "trainer.validation_interval=2", "trainer.validation_batches=1",
+        "trainer.log_interval=1", "trainer.accelerator=cpu", "trainer.pictures=false",
+        f"paths.output={folder / name}", *more,
+    ]  # fmt: skip
+    return run(arguments, cache=folder / "cache", WANDB_MODE="offline")
+
+
+def from_runs(folder: Path, *names: str) -> str:
+    return f"warm_start.checkpoints=[{','.join(str(checkpoint(folder, name)) for name in names)}]"
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    return folder / name / "checkpoints" / "last.ckpt"
+
+
+def load(folder: Path, name: str) -> TrainedModel:
+    return load_checkpoint(str(checkpoint(folder, name)))
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load(folder, name).model.state_dict()
+
+
+def report(folder: Path, name: str) -> dict[str, list[str]]:
+    return yaml.safe_load((folder / name / "warm_start.yaml").read_text())
+
+
+def view_of(trained: TrainedModel) -> View:
+    """One window of noise, the same field in every model, of which the last step is hidden."""
+    seeds = {"t": 1, "u": 2}
+    windows = tuple(window(spec, seed=seeds[spec.name]) for spec in trained.specs)
+    sample = make_view(windows, Forecast(6), np.random.default_rng(0))
+    return collate_views([(sample,)], [0]).views[0]
+
+
+def predicted(trained: TrainedModel) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        streams = trained.model(view_of(trained)).streams
+    return {spec.name: s.members for spec, s in zip(trained.specs, streams, strict=True)}
+
+
+def test_fields_trained_apart_start_coupled_with_what_they_predicted_alone(folder: Path) -> None:
+    more = (from_runs(folder, "t", "u"), NO_STEP, "trainer.max_steps=2")
+    assert train(folder, "coupled", T, U, *more) == 0
+    together = predicted(load(folder, "coupled"))
+    for name in ("t", "u"):
+        alone = predicted(load(folder, name))[name]
+        torch.testing.assert_close(together[name], alone, rtol=1e-5, atol=1e-6)
+    found = report(folder, "coupled")
+    assert found["initialised"] and all(".coupling." in name for name in found["initialised"])
+    assert found["grown"] == found["left"] == []
+    assert len(found["loaded"]) + len(found["initialised"]) == sum(
+        not name.endswith("scale") for name in weights(folder, "coupled")
+    )
+
+
+def test_a_run_grows_by_variable_level_and_resolution_around_frozen_layers(folder: Path) -> None:
+    wider = stream("air", "u_component_of_wind", "temperature", levels=(300, 500, 850))
+    more = (from_runs(folder, "t"), "+warm_start.rename={t: air}", "optimizer.freeze=[encoder.0.*]")
+    assert train(folder, "grown", wider, *more, grid="fine") == 0
+    found = report(folder, "grown")
+    assert {name.split(".")[0] for name in found["grown"]} == {"embedding", "query", "tail"}
+    assert found["initialised"] == found["left"] == []
+    old, new = weights(folder, "t"), weights(folder, "grown")
+    for name in found["loaded"]:
+        same = torch.equal(new[name], old[name.replace(".air.", ".t.")])
+        assert same == name.startswith("encoder.0."), name
+
+
+def test_tuning_the_tail_leaves_all_other_weights_and_lowers_the_loss(folder: Path) -> None:
+    more = (from_runs(folder, "t"), "objective.train_only=tail", "objective.losses={crps: 1.0}",
+            "optimizer.learning_rate=1e-2", "trainer.max_steps=12")  # fmt: skip
+    assert train(folder, "tail", T, *more) == 0
+    old, new = weights(folder, "t"), weights(folder, "tail")
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert moved and all(name.startswith("tail.") for name in moved)
+    saved = torch.load(checkpoint(folder, "tail"), weights_only=True)["optimizer_states"][0]
+    parameters = [n for n, _ in load(folder, "tail").model.named_parameters()]
+    assert len(saved["state"]) == sum(name.startswith("tail.") for name in parameters)
+    losses = read_metrics(folder / "tail" / "metrics.csv")["validation/forecast/loss"].dropna()
+    assert losses.iloc[-1] < 0.98 * losses.iloc[0]
+
+
+def test_a_tail_without_a_trained_network_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = f"paths.output={folder / 'none'}"
+    assert main(["train", "objective.train_only=tail", output]) == 2
+    assert "warm_start.checkpoints" in capsys.readouterr().err
+    more = ("trainer.precision=16-mixed", "trainer.accelerator=cpu")
+    assert main(["train", *more, output]) == 2
+    assert "16-mixed needs a GPU; valid here: 32-true" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
+def test_a_prediction_at_another_time_step_than_the_trained_one_is_told(folder: Path) -> None:
+    model = atmossl.load(checkpoint(folder, "t"), device="cpu")
+    assert model.trained.record["step_hours"] == 6.0
+    with pytest.warns(UserWarning, match="not trained for steps of 3 h; training had 6 h"):
+        model.predict("forecast", dataset(step_hours=3, steps=8), ["2001-01-01T15"], lead_time="3h")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.predict("forecast", dataset(steps=8), ["2001-01-02"], lead_time="6h")
+    assert not any("steps of" in str(one.message) for one in caught)
+    del model.trained.record["step_hours"]  # as in checkpoints before it was recorded
+    model.predict("forecast", dataset(step_hours=3, steps=8), ["2001-01-01T15"], lead_time="3h")
+
+
+def test_a_run_shows_its_reconstructions_and_traces_its_steps(folder: Path) -> None:
+    told = folder / "u"
+    (events,) = (told / "tensorboard").glob("events.*")
+    found = EventAccumulator(str(events), {"images": 0}).Reload()
+    (image,) = found.Images("reconstruction/forecast")
+    assert image.step == 2 and image.width > 500
+    assert "train/loss" in found.Tags()["scalars"]
+    media = "offline-run-*/files/media/images/reconstruction"
+    (png,) = (told / "wandb").glob(f"{media}/forecast_*.png")
+    assert png.read_bytes() == (told / "pictures" / "forecast" / "step-2.png").read_bytes()
+    trace = json.loads((told / "profile" / "trace-rank0.json").read_text())
+    assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
+    assert "Self CPU" in (told / "profile" / "costs-rank0.txt").read_text()
