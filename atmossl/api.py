@@ -188,8 +188,9 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
             predictor.find(time)  # in several segments: says in which
         return found
     names = [times] if isinstance(times, str | np.datetime64) else list(times)
+    parse = predictor.segment.calendar.parse
     try:
-        found = np.unique(np.array(names, "datetime64[ns]"))
+        found = np.unique(np.array([parse(name) for name in names], predictor.segment.times.dtype))
     except ValueError as error:
         raise ValueError(f"init_time={names}: {error}; valid: ISO dates, or all") from error
     if len(found) == 0:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average
 Role = Literal["predict", "input", "static", "forcing"]
 Missing = Literal["refuse", "mask"]
 
@@ -139,7 +140,8 @@ class TokenGrid(Movable):
 
     time_hours: token centres in hours since 1970-01-01T00; `time_extent` hours that a token spans.
     lat, lon: token centres in degrees; `*_extent` degrees that a token spans.
-    level_hpa: mean level of a token.
+    level_hpa: mean level of a token. year_hours: length of a year, from 1970 on; every calendar
+        has its own.
     """
 
     time_hours: Float[Tensor, "*batch nt"]
@@ -150,6 +152,7 @@ class TokenGrid(Movable):
     lat_extent: Float[Tensor, "*batch"]
     lon_extent: Float[Tensor, "*batch"]
     periodic: bool = False  # the window closes the circle: its last longitude meets its first
+    year_hours: float = YEAR_HOURS
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -172,6 +175,7 @@ class StreamWindow(Movable):
 
     time_hours: hours since 1970-01-01T00. lat, lon: degrees. level_hpa: pressure, 0 at the surface.
     valid: True where a value was observed; fields are 0 elsewhere. None: everywhere.
+    year_hours: length of a year of the record's calendar.
     """
 
     spec: StreamSpec
@@ -182,6 +186,7 @@ class StreamWindow(Movable):
     lon: Float[Tensor, "*batch lon"]
     weight: Float[Tensor, "*batch lat"]  # relative cell area, mean 1 over the whole grid
     valid: Bool[Tensor, "*batch variable level time lat lon"] | None = None
+    year_hours: float = YEAR_HOURS
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def token_grid(window: StreamWindow) -> TokenGrid:
         lat_extent=_spacing(window.lat) * size.lat,
         lon_extent=spacing * size.lon,
         periodic=abs(turn - 360.0) < _TOLERANCE_DEG,
+        year_hours=window.year_hours,
     )
 
 

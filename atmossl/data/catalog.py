@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Split = Literal["train", "validation", "test"]
+Gaps = Literal["error", "split"]
 StoreFormat = Literal["auto", "zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"]
 _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
 
@@ -38,6 +39,8 @@ class CatalogEntry(_Strict):
 
     variables: canonical name -> name in the store. levels: pressure levels in hPa.
     coordinates: canonical coordinate (time, level, latitude, longitude) -> name in the store.
+    gaps: what missing time steps do: `error`, or `split` the record into its unbroken parts, so
+        that no window spans a gap.
     """
 
     description: str
@@ -46,6 +49,7 @@ class CatalogEntry(_Strict):
     variables: dict[str, str]
     levels: tuple[int, ...] = ()
     coordinates: dict[str, str] = Field(default_factory=dict)
+    gaps: Gaps = "error"
     licence: str
     citation: str
 

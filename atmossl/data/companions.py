@@ -96,13 +96,18 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
 
 def _with_companion(segment: Segment, name: str, other: Segment) -> Segment | None:
     """The part of the segment that the other one covers; None if there is none."""
+    if other.calendar != segment.calendar:
+        raise ValueError(
+            f"data={name}: {other.location} has calendar {other.calendar.name}; needed: that of "
+            f"{segment.location}, {segment.calendar.name}"
+        )
     ratio = other.step / segment.step
     phase = (other.times[0] - segment.times[0]) % segment.step
     if ratio != round(ratio) or phase != np.timedelta64(0):
         raise ValueError(
-            f"data={name}: {other.location} has steps of {other.step_hours:g} h from "
-            f"{other.times[0]}; needed: a multiple of the {segment.step_hours:g} h of "
-            f"{segment.location}, at its times from {segment.times[0]}"
+            f"data={name}: {other.location} has steps of {other.step_hours:g} h, "
+            f"{other.period}; needed: a multiple of the {segment.step_hours:g} h of "
+            f"{segment.location}, at its times, {segment.period}"
         )
     try:
         nesting = Nesting.of(segment.grid, other.grid)
@@ -140,6 +145,6 @@ def check_window(segment: Segment, count: int, lat_size: int, lon_size: int) -> 
 
 
 def _periods(segments: Sequence[Segment]) -> str:
-    shown = [f"{s.name} {s.times[0]} to {s.times[-1]}" for s in segments[:3]]
+    shown = [f"{s.name} {s.period}" for s in segments[:3]]
     more = f" and {len(segments) - 3} more" if len(segments) > 3 else ""
     return "; ".join(shown) + more

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.chunks import Region
 
 SOLAR_CONSTANT = 1361.0  # W m-2 at one astronomical unit (Kopp and Lean 2011)
@@ -68,9 +69,7 @@ def _of_longitude(function: Callable[[np.ndarray], np.ndarray]) -> Field:
 
 def _of_year(function: Callable[[np.ndarray], np.ndarray]) -> Field:
     def field(times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-        start = times.astype("datetime64[Y]")
-        length = ((start + 1).astype("datetime64[ns]") - start.astype("datetime64[ns]")) / _DAY
-        share = (times - start.astype("datetime64[ns]")) / _DAY / length
+        share = STANDARD.year_share(times)
         return _everywhere(times, latitude, longitude, function(2 * np.pi * share)[:, None, None])
 
     return field
@@ -98,6 +97,9 @@ FORCINGS: dict[str, Field] = {
 }
 
 
+_OF_YEAR = ("sin_year", "cos_year")
+
+
 @dataclass(frozen=True)
 class ComputedChunks:
     """A forcing on the times and the grid of a store, in the store's order, computed when read."""
@@ -106,6 +108,7 @@ class ComputedChunks:
     times: np.ndarray
     latitude: np.ndarray
     longitude: np.ndarray
+    calendar: Calendar = STANDARD
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -113,6 +116,5 @@ class ComputedChunks:
 
     def read(self, region: Region) -> np.ndarray:
         times, latitude, longitude = region
-        return FORCINGS[self.name](
-            self.times[times], self.latitude[latitude], self.longitude[longitude]
-        )
+        earthly = self.calendar.on_earth(self.times[times], by_hour=self.name not in _OF_YEAR)
+        return FORCINGS[self.name](earthly, self.latitude[latitude], self.longitude[longitude])

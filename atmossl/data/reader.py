@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 
+from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.chunks import Access, ChunkedArray, read_with_retries
 
 Index = tuple[slice, ...]
@@ -47,6 +48,7 @@ class StoredVariable:
     array: ChunkedArray
     dims: tuple[str, ...]
     times: np.ndarray
+    calendar: Calendar = STANDARD
 
     def chunk_length(self, axis: str) -> int | None:
         return self.array.chunks[self.dims.index(axis)] if axis in self.dims else None
@@ -61,7 +63,8 @@ class UnreadableChunk(ValueError):
         when, length = "", variable.chunk_length("time")
         if length is not None:
             steps = variable.times[numbers["time"] * length :][:length]
-            when = f" between {steps[0]} and {steps[-1]}"
+            first, last = (variable.calendar.show(step, "s") for step in (steps[0], steps[-1]))
+            when = f" between {first} and {last}"
         why = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         super().__init__(
             f"{variable.location}: cannot read {variable.name}{when}, chunk ({place}) is corrupt "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 import xarray as xr
 
+from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.chunks import Access, MemoryChunks
 from atmossl.data.reader import AXES, Index, StoredVariable, Target, read_targets
 from atmossl.geometry import Alignment, Box, Grid, common_alignment
@@ -36,6 +37,7 @@ class Segment:
     latitude_order, longitude_order: position in the store of every canonical row and column.
     may_miss: variables whose missing values are marked; those of others are an error.
     companions: records of the same air for streams with `data` of their own, by catalog entry.
+    calendar: of its dates; see there what `times` are.
     partial: cut out of a longer record at a gap or by a companion, so it may be shorter than a
         window.
     """
@@ -55,6 +57,7 @@ class Segment:
     first_step: int = 0
     may_miss: frozenset[str] = frozenset()
     companions: Mapping[str, "Companion"] = field(default_factory=dict)
+    calendar: Calendar = STANDARD
     partial: bool = False
 
     @cached_property
@@ -89,18 +92,23 @@ class Segment:
     def time_hours(self, start: int, count: int) -> np.ndarray:
         """Hours since 1970-01-01T00 of the steps, float64."""
         chosen = self.times[start : start + count]
-        return (chosen - np.datetime64(0, "ns")) / HOUR
+        elapsed = chosen - np.zeros(1, chosen.dtype)
+        return elapsed / HOUR.astype(elapsed.dtype)  # year 1 in nanoseconds would overflow
 
     def find_time(self, time: np.datetime64, key: str = "init_time") -> int:
         """Index of a time; ValueError names the covered period if it is not there."""
         index = int(np.searchsorted(self.times, time))
         if index == len(self.times) or self.times[index] != time:
             raise ValueError(
-                f"{key}={np.datetime_as_string(time, 'h')} is not in segment {self.name}; valid: "
-                f"every {self.step_hours:g} h from {np.datetime_as_string(self.times[0], 'h')} to "
-                f"{np.datetime_as_string(self.times[-1], 'h')}"
+                f"{key}={self.calendar.show(time)} is not in segment {self.name}; valid: "
+                f"every {self.step_hours:g} h from {self.period}"
             )
         return index
+
+    @property
+    def period(self) -> str:
+        """Its first and last date, for messages."""
+        return f"{self.calendar.show(self.times[0])} to {self.calendar.show(self.times[-1])}"
 
     def target(
         self,
@@ -156,10 +164,10 @@ class Segment:
         return out
 
     def missing_message(self, variable: str, start: int, count: int) -> str:
+        first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
         return (
-            f"{self.location}: {variable} has missing values between {self.times[start]} and "
-            f"{self.times[start + count - 1]}; fill them, choose another period, or give its "
-            "stream missing=mask"
+            f"{self.location}: {variable} has missing values between {first} and {last}; fill "
+            "them, choose another period, or give its stream missing=mask"
         )
 
     def whole(self) -> Box:
@@ -173,7 +181,8 @@ class Segment:
             values = self.read(name, levels, 0, len(self.times), self.whole())
             dims = AXES if levels != (0,) else AXES[1:]
             array = MemoryChunks(values if levels != (0,) else values[0])
-            stored[name] = StoredVariable(name, self.location, array, dims, self.times)
+            own = StoredVariable(name, self.location, array, dims, self.times, self.calendar)
+            stored[name] = own
         return replace(
             self,
             stored=stored,
@@ -194,15 +203,19 @@ class Segment:
         Raises:
             ValueError: fewer than two steps lie in the period.
         """
-        first = np.datetime64(start, "ns") if start else self.times[0]
-        last = np.datetime64(end, "ns") if end else self.times[-1]
-        inside = np.flatnonzero((self.times >= first) & (self.times <= last))
+        inside = self.inside(start, end)
         if len(inside) < 2:
             raise ValueError(
-                f"{self.location}: fewer than two steps between {first} and {last}; the segment "
-                f"{self.name} covers {self.times[0]} to {self.times[-1]}"
+                f"{self.location}: fewer than two steps between {start or 'its start'} and "
+                f"{end or 'its end'}; the segment {self.name} covers {self.period}"
             )
         return self.steps(int(inside[0]), int(inside[-1]) + 1)
+
+    def inside(self, start: str, end: str) -> np.ndarray:
+        """Numbers of the steps in a period, both ends included; an empty end is open."""
+        first = self.calendar.parse(start) if start else self.times[0]
+        last = self.calendar.parse(end) if end else self.times[-1]
+        return np.flatnonzero((self.times >= first) & (self.times <= last))
 
     def steps(self, start: int, stop: int) -> Self:
         """The part from one step to before another."""
@@ -226,7 +239,7 @@ class Segment:
                 dims = ("time", "level", "latitude", "longitude")
                 fields[name] = (dims, values.swapaxes(0, 1), units)
         coords = {
-            "time": self.times,
+            "time": self.calendar.dates(self.times),
             "level": list(self.levels),
             "latitude": self.grid.latitude,
             "longitude": self.grid.longitude,

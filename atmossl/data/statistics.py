@@ -36,6 +36,8 @@ def fingerprint(segments: Sequence[Segment], transforms: Transforms = _NO_TRANSF
         for values in (segment.times, segment.grid.latitude, segment.grid.longitude):
             digest.update(np.ascontiguousarray(values).tobytes())
         digest.update(json.dumps([segment.variables, segment.levels]).encode())
+        if not segment.calendar.plain:
+            digest.update(segment.calendar.name.encode())
         for name in segment.variables:
             if name in FORCINGS:  # follows from times and grid
                 continue
@@ -119,7 +121,7 @@ class Statistics:
             minimum=table(lambda m: m.minimum),
             maximum=table(lambda m: m.maximum),
             missing=table(lambda m: m.missing / m.count),
-            period="; ".join(f"{s.name} {s.times[0]} to {s.times[-1]}" for s in segments),
+            period="; ".join(f"{s.name} {s.period}" for s in segments),
             fingerprint=fingerprint(segments, transforms),
             transforms={n: t for n, t in transforms.items() if n in first.variables},
         )

@@ -4,13 +4,16 @@ Canonical: variables by their ERA5 names, dims (time, level, latitude, longitude
 longitudes ascending, longitudes in [0, 360). Nothing is read at open but coordinates.
 """
 
+import logging
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import xarray as xr
 
 from atmossl.data.backends import OpenedStore, open_store
-from atmossl.data.catalog import CatalogEntry, Period, Split, resolve_location
+from atmossl.data.calendars import Calendar
+from atmossl.data.catalog import CatalogEntry, Gaps, Period, Split, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.reader import StoredVariable
@@ -25,6 +28,7 @@ _COORDINATES = {
     "longitude": ("longitude", "lon"),
 }
 _DEFAULT_ACCESS = Access()
+_LOGGER = logging.getLogger(__name__)
 
 
 def open_segment(
@@ -45,6 +49,34 @@ def open_segment(
         ValueError: names the store and what does not fit: a missing variable, level or
             coordinate, wrong units, duplicate or unevenly spaced times, an irregular grid.
     """
+    (segment,) = open_parts(
+        name,
+        store,
+        location,
+        variables=variables,
+        levels=levels,
+        variable_names=variable_names,
+        coordinates=coordinates,
+        access=access,
+        may_miss=may_miss,
+    )
+    return segment
+
+
+def open_parts(
+    name: str,
+    store: OpenedStore | xr.Dataset,
+    location: str,
+    *,
+    variables: Sequence[str],
+    levels: Sequence[int],
+    variable_names: dict[str, str] | None = None,
+    coordinates: dict[str, str] | None = None,
+    access: Access = _DEFAULT_ACCESS,
+    may_miss: Sequence[str] = (),
+    gaps: Gaps = "error",
+) -> tuple[Segment, ...]:
+    """As `open_segment`, but in the unbroken parts of the record where `gaps` is `split`."""
     opened = store if isinstance(store, OpenedStore) else OpenedStore(store)
     dataset = opened.dataset
     names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
@@ -52,22 +84,24 @@ def open_segment(
     for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
     stored_levels = _checked_levels(dataset, levels, location)
-    times = _checked_times(dataset, location)
+    times, calendar = _checked_times(dataset, location)
+    parts = _unbroken(times, gaps, calendar, location)
     latitude_order, longitude_order, grid = _canonical_grid(dataset, location)
 
     def stored(variable: str) -> StoredVariable:
         if variable not in names:
-            places = (dataset[axis].values for axis in ("latitude", "longitude"))
-            computed = ComputedChunks(variable, times, *places)
+            latitude, longitude = dataset["latitude"].values, dataset["longitude"].values
+            computed = ComputedChunks(variable, times, latitude, longitude, calendar)
             dims = ("time", "latitude", "longitude")
-            return StoredVariable(variable, location, computed, dims, times)
+            return StoredVariable(variable, location, computed, dims, times, calendar)
         array = dataset[variable]
         chunks = opened.arrays.get(names[variable])
         if chunks is None:
             chunks = chunked_array(array, opened.array(names[variable]), access, location)
-        return StoredVariable(variable, location, chunks, tuple(map(str, array.dims)), times)
+        dims = tuple(map(str, array.dims))
+        return StoredVariable(variable, location, chunks, dims, times, calendar)
 
-    return Segment(
+    whole = Segment(
         name=name,
         location=location,
         dataset=dataset,
@@ -81,7 +115,10 @@ def open_segment(
         stored={variable: stored(variable) for variable in variables},
         access=access,
         may_miss=frozenset(may_miss),
+        calendar=calendar,
+        partial=len(parts) > 1,
     )
+    return tuple(whole.steps(*part) for part in parts)
 
 
 def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dataset:
@@ -123,27 +160,54 @@ def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -
     return tuple(have)
 
 
-def _checked_times(dataset: xr.Dataset, location: str) -> np.ndarray:
-    times = dataset["time"].values
-    if not np.issubdtype(times.dtype, np.datetime64):
-        raise ValueError(
-            f"{location}: time has type {times.dtype}; needed: standard calendar dates"
-        )
-    times = times.astype("datetime64[ns]")
+def _checked_times(dataset: xr.Dataset, location: str) -> tuple[np.ndarray, Calendar]:
+    """Times in ascending order, each of them once."""
+    values = dataset["time"].values
+    calendar = Calendar.of(values)
+    if calendar is None:
+        raise ValueError(f"{location}: time has type {values.dtype}; needed: dates of a calendar")
+    times = calendar.encode(values)
     if len(times) < 2:
         raise ValueError(f"{location}: only {len(times)} time steps; at least 2 are needed")
+    steps = np.diff(times) / HOUR
+    if (steps == 0).any():
+        twice = calendar.show(times[1:][steps == 0][0], "s")
+        raise ValueError(f"{location}: time {twice} is duplicate")
+    if (steps < 0).any():
+        at = int(np.flatnonzero(steps < 0)[0])
+        raise ValueError(
+            f"{location}: times are not in ascending order after {calendar.show(times[at], 's')}"
+        )
+    return times, calendar
+
+
+def _unbroken(
+    times: np.ndarray, gaps: Gaps, calendar: Calendar, location: str
+) -> list[tuple[int, int]]:
+    """First step, and the one after the last, of every part with uniform time steps.
+
+    Raises:
+        ValueError: there are several, and gaps are errors, or none has two steps.
+    """
     steps = np.diff(times)
-    if (steps == np.timedelta64(0)).any():
+    lengths, counts = np.unique(steps, return_counts=True)
+    if len(lengths) == 1:
+        return [(0, len(times))]
+    usual = lengths[counts.argmax()]
+    breaks = np.flatnonzero(steps != usual)
+    if gaps == "error":
+        at = int(breaks[0])
         raise ValueError(
-            f"{location}: time {times[1:][steps == np.timedelta64(0)][0]} is duplicate"
+            f"{location}: time steps are not uniform: {steps[at] / HOUR:g} h instead of "
+            f"{usual / HOUR:g} h after {calendar.show(times[at], 's')}, the first of "
+            f"{len(breaks)} gaps; `gaps: split` in the catalog entry leaves them out"
         )
-    if (steps != steps[0]).any() or steps[0] < np.timedelta64(0):
-        at = int(np.flatnonzero(steps != steps[0])[0]) if (steps != steps[0]).any() else 0
-        raise ValueError(
-            f"{location}: time steps are not uniform: {steps[0] / HOUR:g} h at first, "
-            f"{steps[at] / HOUR:g} h after {times[at]}"
-        )
-    return times
+    bounds = [0, *(int(n) + 1 for n in breaks), len(times)]
+    parts = [part for part in pairwise(bounds) if part[1] - part[0] > 1]
+    lost = len(times) - sum(end - start for start, end in parts)
+    if lost:
+        _LOGGER.warning("%s: %d steps have a gap on either side and are left out", location, lost)
+    return parts
 
 
 def _canonical_grid(dataset: xr.Dataset, location: str) -> tuple[np.ndarray, np.ndarray, Grid]:
@@ -187,13 +251,16 @@ def open_split(
     if unknown:
         raise ValueError(f"stream variables {unknown} are not in the catalog entry; valid: {valid}")
     segments = tuple(
-        _open_period(entry, period, variables, levels, access, may_miss)
+        segment
         for period in entry.splits[split]
+        for segment in _open_period(entry, period, variables, levels, access, may_miss)
     )
     for segment in segments[1:]:
-        if segment.step != segments[0].step or not segment.grid.matches(segments[0].grid):
+        first = segments[0]
+        alike = segment.step == first.step and segment.calendar == first.calendar
+        if not alike or not segment.grid.matches(first.grid):
             raise ValueError(
-                f"{segment.location} has another grid or time step than {segments[0].location}"
+                f"{segment.location} has another grid, time step or calendar than {first.location}"
             )
     return tuple(segment.loaded() for segment in segments) if in_memory else segments
 
@@ -218,9 +285,10 @@ def _open_period(
     levels: Sequence[int],
     access: Access,
     may_miss: Sequence[str],
-) -> Segment:
+) -> list[Segment]:
+    """The unbroken parts of a segment in a period."""
     source = entry.segments[period.segment]
-    segment = open_segment(
+    parts = open_parts(
         period.segment,
         open_store(source),
         resolve_location(source.location),
@@ -230,5 +298,7 @@ def _open_period(
         coordinates=entry.coordinates,
         access=access,
         may_miss=may_miss,
+        gaps=entry.gaps,
     )
-    return segment.between(period.start, period.end)
+    found = [part for part in parts if len(part.inside(period.start, period.end)) > 1]
+    return [part.between(period.start, period.end) for part in found or parts[:1]]

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class _FieldWriter:
     mean: np.ndarray
     std: np.ndarray
     transform: Transform | None
-    refusal: str
+    refusal: Callable[[], str]
     valid: np.ndarray | None = None
 
     def __call__(self, values: np.ndarray, index: Index) -> None:
@@ -77,7 +78,7 @@ class _FieldWriter:
         if observed.all():
             return
         if self.valid is None:
-            raise ValueError(self.refusal)
+            raise ValueError(self.refusal())
         self.valid[index] = observed
         place[~observed] = 0.0
 
@@ -115,14 +116,14 @@ def _targets(
     """What is to be read of every variable of a stream."""
     record, start, count, box = place
     names, levels = window.spec.variables, window.spec.level_values
-    refusals = [record.missing_message(name, start, count) for name in names]
+    refusals = [partial(record.missing_message, name, start, count) for name in names]
     writers = _field_writers(window, normaliser, refusals)
     for name, write in zip(names, writers, strict=True):
         yield name, record.target(name, levels, start, count, box, write)
 
 
 def _field_writers(
-    window: StreamWindow, normaliser: Normaliser, refusals: Sequence[str]
+    window: StreamWindow, normaliser: Normaliser, refusals: Sequence[Callable[[], str]]
 ) -> list[_FieldWriter]:
     """One per variable, which write into the window's own memory."""
     spec = window.spec
@@ -175,6 +176,7 @@ def _empty_window(place: Place, spec: StreamSpec, fields: np.ndarray) -> StreamW
         lat=torch.from_numpy(grid.latitude[lat]).float(),
         lon=torch.from_numpy(grid.longitude[lon]).float(),
         weight=torch.from_numpy(grid.weights[lat]).float(),
+        year_hours=segment.calendar.year_hours,
     )
 
 
@@ -305,7 +307,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         """Segment and start time of a sample."""
         index, start = self._starts[sample_id // self.windows_per_time]
         segment = self.segments[index]
-        return f"{segment.name} {np.datetime_as_string(segment.times[start], 'h')}"
+        return f"{segment.name} {segment.calendar.show(segment.times[start])}"
 
 
 class SampleOrder(Sampler[list[SampleKey]]):

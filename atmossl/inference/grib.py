@@ -40,6 +40,9 @@ def _eccodes() -> ModuleType:
 def check_grib(predictor: Predictor) -> None:
     """Raise ValueError, before any work, for what GRIB2 cannot hold or ecCodes does not know."""
     _eccodes()
+    if not predictor.segment.calendar.plain:
+        name = predictor.segment.calendar.name
+        raise ValueError(f"output: .grib2 has no calendar {name}; write .zarr or .nc")
     specs = [spec for spec in predictor.trained.own_specs if spec.role == "predict"]
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:

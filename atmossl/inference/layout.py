@@ -98,10 +98,11 @@ class Layout:
 
     def coordinates(self) -> dict[str, np.ndarray]:
         grid = self.predictor.grid
+        dates = self.predictor.segment.calendar.dates
         found = {
-            "init_time": self.times,
+            "init_time": dates(self.times),
             "lead_time": self.steps.astype("timedelta64[ns]"),
-            "time": self.valid_times,
+            "time": dates(self.valid_times),
             "member": np.arange(self.num_members),
             "level": np.array(self.levels, np.int64),
             "latitude": grid.latitude,
@@ -207,6 +208,12 @@ def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:
             whole = bool((values.values.astype("datetime64[h]") == values.values).all())
             unit = "hours" if whole else "seconds"
             found[key] = {"units": f"{unit} since 1900-01-01T00:00:00", "dtype": "int64"}
+        elif kind == "O":
+            found[key] = {
+                "units": "seconds since 1900-01-01T00:00:00",
+                "calendar": values.values[0].calendar,
+                "dtype": "int64",
+            }
         elif kind == "m":
             whole = bool((values.values % _HOUR == np.timedelta64(0)).all())
             found[key] = {"units": "hours" if whole else "seconds", "dtype": "int64"}

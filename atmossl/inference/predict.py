@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamPrediction, StreamTokens, View, collate_views
+from atmossl.data.calendars import Calendar
 from atmossl.data.companions import check_window
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, Grid, TilePlan
@@ -171,7 +172,8 @@ class Predictor:
         holding = [one for one in self.segments if _holds(one.times[self._served(one)], time)]
         if len(holding) == 1:
             return Source(holding[0], holding[0].find_time(time) - self._steps_before)
-        when = f"init_time={np.datetime_as_string(time, 'h')}"
+        calendar = self.segment.calendar
+        when = f"init_time={calendar.show(time)}"
         if holding:
             names = [segment.name for segment in holding]
             raise ValueError(f"{when} is in several segments; choose one: segment={names}")
@@ -179,7 +181,7 @@ class Predictor:
             self.segment.find_time(time)  # says what it covers if it lacks the time itself
         before = self._steps_before
         after = max(len(self.plan.read) - 1 - before, 0)
-        valid = ", ".join(_period(one.times[self._served(one)]) for one in self.segments)
+        valid = ", ".join(_period(one.times[self._served(one)], calendar) for one in self.segments)
         raise ValueError(
             f"{when} is not there or lacks steps around it: the task needs {before} before and "
             f"{after} after; valid: {valid}"
@@ -320,10 +322,10 @@ def _holds(times: np.ndarray, time: np.datetime64) -> bool:
     return index < len(times) and times[index] == time
 
 
-def _period(times: np.ndarray) -> str:
+def _period(times: np.ndarray, calendar: Calendar) -> str:
     if len(times) == 0:
         return "none, the store is too short"
-    first, last = (np.datetime_as_string(time, "h") for time in times[[0, -1]])
+    first, last = (calendar.show(time) for time in times[[0, -1]])
     return f"{first} to {last}"
 
 

@@ -114,7 +114,9 @@ def _source(
     """The state as a record whose last step is `latest`."""
     num_steps = next(iter(state.values())).shape[1]
     coords = {
-        "time": latest + segment.step * (np.arange(num_steps) + 1 - num_steps),
+        "time": segment.calendar.dates(
+            latest + segment.step * (np.arange(num_steps) + 1 - num_steps)
+        ),
         "level": list(segment.levels),
         "latitude": segment.grid.latitude,
         "longitude": segment.grid.longitude,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from atmossl.batch import TokenGrid
 
 HOURS_PER_DAY = 24.0
-HOURS_PER_YEAR = 24.0 * 365.2425
 _WAVENUMBERS = (1, 2, 3, 4, 6, 8)
 NUM_FEATURES = 4 * len(_WAVENUMBERS) + 2 + 4 + 3 + 3
 
@@ -40,7 +39,7 @@ def absolute_features(grid: TokenGrid) -> Float[Tensor, "batch token feature"]:
     """
     hours, level, lat, lon = _flat(grid)
     lon_rad, lat_rad = torch.deg2rad(lon), torch.deg2rad(lat)
-    year = 2 * math.pi * (hours % HOURS_PER_YEAR) / HOURS_PER_YEAR
+    year = 2 * math.pi * (hours % grid.year_hours) / grid.year_hours
     solar = 2 * math.pi * (hours % HOURS_PER_DAY) / HOURS_PER_DAY + lon_rad
     waves = torch.tensor(_WAVENUMBERS, device=lon.device, dtype=lon_rad.dtype)
     angles = torch.cat([lon_rad[..., None] * waves, lat_rad[..., None] * waves], dim=-1)

@@ -39,6 +39,12 @@ def score_tasks(
     """
     _check_tasks(config.tasks)
     segment = only_segment(test, config.segment, config.split)
+    if not segment.calendar.plain:
+        raise ValueError(
+            f"split={config.split}: scores by season and hour need the standard calendar, "
+            f"{segment.location} has {segment.calendar.name}; valid: predict, or convert the "
+            "store with xarray's convert_calendar"
+        )
     segment = segment.loaded() if is_small(segment) else segment
     history = [record_of(segment) for segment in training]
     climate = Climate.of(history, quantiles=config.tails)

@@ -1,0 +1,66 @@
+"""Predictions from records of other calendars, and from records with gaps."""
+
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+
+import cftime
+import numpy as np
+import pytest
+import xarray as xr
+
+from atmossl.api import chosen_times
+from atmossl.data.store import open_parts
+from atmossl.inference.grib import check_grib
+from atmossl.inference.writer import write
+from atmossl.masking.tasks import Forecast, TemporalInterpolation
+from tests.inference.known import NAMES, STORE, Known, predictor
+
+DATES = xr.date_range("0001-02-27", periods=12, freq="6h", calendar="noleap", use_cftime=True)
+MODEL = STORE.assign_coords(time=DATES)
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "nc"])
+@pytest.mark.parametrize("task", [Forecast(24, rollout_hours=12), TemporalInterpolation(6)])
+def test_predictions_are_dated_in_the_records_calendar(task, suffix: str, tmp_path: Path) -> None:
+    used = predictor(task, Known(attrgetter("guess"), (0.0, 0.0)), store=MODEL)
+    times = chosen_times(used, ["0001-02-28T18", "0001-03-01T00"])
+    write(used, times, tmp_path / f"out.{suffix}")
+    opened = xr.open_zarr if suffix == "zarr" else xr.open_dataset
+    more = {"consolidated": False} if suffix == "zarr" else {}
+    with opened(tmp_path / f"out.{suffix}", decode_timedelta=True, **more) as store:
+        dim = "init_time" if "init_time" in store.dims else "time"
+        assert store[dim].values.tolist() == [
+            cftime.DatetimeNoLeap(1, 2, 28, 18), cftime.DatetimeNoLeap(1, 3, 1),
+        ]  # fmt: skip
+        if dim == "init_time":  # the guess is the state at the init time, at all lead times
+            now = MODEL["temperature"].isel(time=[7, 8]).values
+            for step in range(4):
+                found = store["temperature"].isel(lead_time=step, member=0).values
+                np.testing.assert_allclose(found, now, atol=2e-5)
+
+
+def test_the_part_of_a_record_that_holds_the_dates_is_predicted() -> None:
+    gappy = STORE.isel(time=[0, 1, 2, 3, 4, 7, 8, 9, 10, 11])
+    parts = open_parts("waves", gappy, "memory", variables=NAMES, levels=(300, 500, 850),
+                       gaps="split")  # fmt: skip
+    used = predictor(TemporalInterpolation(6), Known(attrgetter("target")))
+    used = replace(used, segment=parts[0], others=parts[1:])
+    times = used.possible_times()
+    np.testing.assert_array_equal(times, STORE.time.values[[2, 9]])
+    for time, fields in zip(times, used.run(list(times)), strict=True):
+        truth = STORE["temperature"].sel(time=time).values
+        np.testing.assert_allclose(fields["temperature"].mean(axis=1)[0], truth, atol=2e-5)
+    with pytest.raises(ValueError, match="lacks steps around it"):
+        chosen_times(used, str(STORE.time.values[8]))
+
+
+def test_dates_that_do_not_exist_are_named() -> None:
+    used = predictor(Forecast(12), Known(attrgetter("target")), store=MODEL)
+    for date in ("0001-02-29", "soon"):
+        with pytest.raises(ValueError, match=f"init_time=.*{date}.*noleap"):
+            chosen_times(used, date)
+    with pytest.raises(ValueError, match="0001-02-27T00 is not there or lacks steps around it"):
+        chosen_times(used, "0001-02-27")
+    with pytest.raises(ValueError, match=r"\.grib2 has no calendar noleap"):
+        check_grib(used)
