@@ -32,6 +32,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
+            atmossl export checkpoint=PATH,PATH output=mean.ckpt    mean of the weights
   data      atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
             atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
   config    atmossl config show | validate [key=value ...]      of a training run
@@ -207,7 +208,7 @@ def _export(arguments: Sequence[str]) -> None:
     from atmossl.inference.checkpoint import export
 
     checkpoint, output = _keyword(arguments, ["checkpoint", "output"])
-    export(checkpoint, Path(output))
+    export(checkpoint.split(","), Path(output))
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

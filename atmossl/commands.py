@@ -207,11 +207,10 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
     predictor = _predictor(config, calibrated=False)
-    lead = predictor.plan.offsets[-1] * predictor.step
     times = _times(config, predictor)
-    times = np.array([t for t in times if t + lead <= predictor.find(t).segment.times[-1]])
+    times = np.array([time for time in times if predictor.knows_truth(time)])
     if len(times) == 0:
-        raise ValueError(f"init_time={config.init_time}: no truth at the end of the lead time")
+        raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     found = estimate_inflation(predictor, times)
     contents = read_checkpoint(config.checkpoint)
     record = with_inflation(contents["atmossl"], type(predictor.task).__name__, found)

@@ -1,6 +1,7 @@
 """Loading a checkpoint for inference: it needs nothing but the file."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from atmossl.masking.tasks import Task
 from atmossl.model.multiformer import Multiformer
 
 _AVERAGED = "ema.module."
+_MUST_AGREE = ("streams", "model", "statistics", "window", "first_guess")
 
 
 @dataclass(frozen=True)
@@ -144,22 +146,38 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
     )
 
 
-def export(name: str, output: Path) -> None:
+def export(names: Sequence[str], output: Path) -> None:
     """Write the averaged weights and the record alone, atomically: what inference needs.
 
-    Weights are kept in half precision (11 bits of mantissa); loading makes them float32 again.
+    Of several checkpoints, stages of one run say, the mean of their weights and the last one's
+    record (a model soup, Wortsman et al. 2022). Weights are kept in half precision (11 bits of
+    mantissa); loading makes them float32 again.
 
     Raises:
-        ValueError: the output exists.
+        ValueError: the output exists, or checkpoints of different models.
     """
     if output.exists():
         raise ValueError(f"output={output} exists; choose another path or remove it")
-    contents = read_checkpoint(name)
+    checkpoints = {name: read_checkpoint(name) for name in names}
+    last = checkpoints[names[-1]]
+    for name, contents in checkpoints.items():
+        for key in _MUST_AGREE if len(names) > 1 else ():
+            if contents["atmossl"][key] != last["atmossl"][key]:
+                raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
     weights = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in contents["state_dict"].items()
+        key: _mean([contents["state_dict"][key] for contents in checkpoints.values()])
+        for key in last["state_dict"]
         if key.startswith(_AVERAGED)
     }
-    record = {key: value for key, value in contents["atmossl"].items() if key != "rng"}
-    contents = {"state_dict": weights, "atmossl": record}
-    write_atomically(output, lambda partial: torch.save(contents, partial))
+    record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
+    if len(names) > 1:
+        record["mean_of"] = [_digest(checkpoint_path(name)) for name in names]
+    exported = {"state_dict": weights, "atmossl": record}
+    write_atomically(output, lambda partial: torch.save(exported, partial))
+
+
+def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In half precision; what is no weight is the last one's."""
+    if not values[-1].is_floating_point():
+        return values[-1]
+    return torch.stack([value.float() for value in values]).mean(dim=0).half()

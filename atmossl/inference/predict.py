@@ -187,6 +187,12 @@ class Predictor:
             f"{after} after; valid: {valid}"
         )
 
+    def knows_truth(self, time: np.datetime64) -> bool:
+        """Whether the record holds all that would be written for a reference time."""
+        steps = (min(0, *self.plan.offsets), max(0, *self.plan.offsets))
+        known = self.find(time).segment.times
+        return known[0] <= time + steps[0] * self.step and time + steps[1] * self.step <= known[-1]
+
     def first_view(self, time: np.datetime64) -> View:
         """What the model is shown of the first tile; no batch axis."""
         return next(self._tiles([self.find(time)])).view

@@ -92,11 +92,8 @@ def scored_times(predictor: Predictor, every: int, name: str) -> np.ndarray:
     Raises:
         ValueError: there is none.
     """
-    plan, segment = predictor.plan, predictor.segment
-    times = predictor.possible_times()
-    last = times + max(0, *plan.offsets) * segment.step
-    first = times + min(0, *plan.offsets) * segment.step
-    times = times[(last <= segment.times[-1]) & (first >= segment.times[0])][::every]
+    possible = predictor.possible_times()
+    times = np.array([time for time in possible if predictor.knows_truth(time)])[::every]
     if len(times) == 0:
         raise ValueError(f"task {name}: no date of the store has all the steps that it needs")
     return times

@@ -95,11 +95,12 @@ def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
     assert again.returncode == 2 and "exists" in again.stderr
 
 
-def test_an_exported_checkpoint_is_smaller_and_loads(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_exported_checkpoint_is_smaller_and_loads(run: Path, tmp_path: Path, times: int) -> None:
     whole, small = run / "checkpoints" / "last.ckpt", tmp_path / "small.ckpt"
-    assert (
-        atmossl("export", f"checkpoint={whole}", f"output={small}", cache=tmp_path).returncode == 0
-    )
+    names = ",".join([str(whole)] * times)
+    done = atmossl("export", f"checkpoint={names}", f"output={small}", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert small.stat().st_size < 0.5 * whole.stat().st_size
     done = atmossl("info", f"checkpoint={small}", cache=tmp_path)
     assert done.returncode == 0 and "temperature" in done.stdout

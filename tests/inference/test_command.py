@@ -239,6 +239,15 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
     assert main(["calibrate", *task, *arguments(folder, tmp_path / "b.ckpt")]) == 2  # split=test
 
 
+def test_a_hindcast_is_calibrated_where_its_truth_is_known(folder: Path, tmp_path: Path) -> None:
+    """It could be asked at the first time of the store, but its truth lies before that."""
+    new = tmp_path / "new.ckpt"
+    given = ["task=hindcast", "split=validation", *arguments(folder, new)]
+    assert main(["calibrate", *given]) == 0
+    spread = torch.load(new, weights_only=True)["atmossl"]["spread"]["Hindcast"]
+    assert np.isfinite(spread["factors"]["temperature"]).all()
+
+
 @pytest.mark.e2e
 def test_a_killed_prediction_goes_on(folder: Path, tmp_path: Path) -> None:
     """SIGKILL once the first date is written; `resume=true` ends with what one run gives."""

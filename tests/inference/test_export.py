@@ -1,0 +1,37 @@
+"""The mean of several checkpoints' weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atmossl.inference.checkpoint import export, read_checkpoint
+
+
+def saved(path: Path, weight: torch.Tensor, **changes) -> str:
+    same = {key: 0 for key in ("streams", "model", "statistics", "window", "first_guess")}
+    state = {"ema.module.weight": weight, "ema.n_averaged": torch.tensor(3), "weight": weight + 9}
+    record = {**same, "step": 7, "rng": [1, 2], **changes}
+    torch.save({"state_dict": state, "atmossl": record}, path)
+    return str(path)
+
+
+def test_exported_weights_are_the_mean_of_the_averaged_ones(tmp_path: Path) -> None:
+    weights = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    names = [saved(tmp_path / f"{n}.ckpt", own.float()) for n, own in enumerate(weights)]
+    export(names, tmp_path / "mean.ckpt")
+    contents = read_checkpoint(str(tmp_path / "mean.ckpt"))
+    assert list(contents["state_dict"]) == ["ema.module.weight"]
+    found = contents["state_dict"]["ema.module.weight"].double()
+    torch.testing.assert_close(found, weights.mean(dim=0), atol=2e-3, rtol=1e-3)
+    assert len(set(contents["atmossl"]["mean_of"])) == 3 and "rng" not in contents["atmossl"]
+
+
+def test_checkpoints_of_different_models_have_no_mean(tmp_path: Path) -> None:
+    names = [
+        saved(tmp_path / "a.ckpt", torch.zeros(2), model={"dim": 8}),
+        saved(tmp_path / "b.ckpt", torch.zeros(2), model={"dim": 16}),
+    ]
+    with pytest.raises(ValueError, match=r"a\.ckpt: its model"):
+        export(names, tmp_path / "mean.ckpt")
+    assert not (tmp_path / "mean.ckpt").exists()
