@@ -14,6 +14,7 @@ from atmossl.evaluation.regions import Region, boxes, find_regions
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.scores import DEFAULT_SCORES
+from atmossl.evaluation.spherical import SphericalSpectrum
 from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.schema import EvaluateConfig
@@ -33,7 +34,7 @@ def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") ->
         model_name=model_name,
         regions=regions_of(config),
         scores=(*DEFAULT_SCORES, Outliers(), *event_scores(low, high)),
-        diagnostics=(RankHistogram(), Reliability(high), ZonalSpectrum()),
+        diagnostics=(RankHistogram(), Reliability(high), ZonalSpectrum(), SphericalSpectrum()),
     )
 
 
