@@ -1,5 +1,7 @@
 """Records as datasets: in memory if they are small, else read where and when they are needed."""
 
+from functools import partial
+
 import dask.array
 import numpy as np
 import xarray as xr
@@ -49,7 +51,8 @@ def _block(segment: Segment, name: str, start: int, step: int) -> dask.array.Arr
     """Some times of one variable, [time level lat lon], or without level at the surface."""
     levels = segment.levels_of(name)
     count = min(step, len(segment.times) - start)
-    values = delayed(_read)(segment, name, start, count)
+    # bound beforehand, or dask would look for collections in the segment, and hash its store
+    values = delayed(partial(_read, segment, name, start, count), traverse=False)()
     shape = (count, *(() if levels == (0,) else (len(levels),)), *segment.grid.shape)
     return dask.array.from_delayed(values, shape, np.float32)
 
