@@ -19,6 +19,7 @@ from atmossl import __version__
 from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule
+from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
@@ -43,8 +44,11 @@ _WIDE_PARTS = (Feedforward, GatedConvolution)
 SHARDED_UNITS = (SelfAttention, CrossAttention, *_WIDE_PARTS)  # what FSDP gathers at a time
 
 
-def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
-    """The datamodule and the statistics of the training split alone."""
+Records = dict[str, tuple[Segment, ...]]
+
+
+def open_splits(config: TrainConfig) -> tuple[Records, Records]:
+    """Segments of training and of validation, by the `data` of the streams that read them."""
     train, validation = (
         open_records(
             config.specs,
@@ -56,6 +60,12 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         )
         for split in ("train", "validation")
     )
+    return train, validation
+
+
+def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
+    """The datamodule and the statistics of the training split alone."""
+    train, validation = open_splits(config)
     transforms = config.data.transform_of()
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
     statistics = replace(of_entry.pop(""), others=of_entry)

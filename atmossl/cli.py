@@ -34,6 +34,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
             atmossl export checkpoint=PATH,PATH output=mean.ckpt    mean of the weights
   data      atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
+            atmossl data stats climatologies=[month,cell_month] output=climate [--force]
             atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
   config    atmossl config show | validate [key=value ...]      of a training run
   info      atmossl info checkpoint=PATH
@@ -147,7 +148,9 @@ def _data(arguments: Sequence[str]) -> None:
     if action == "list":
         data_commands.list_catalog()
     elif action == "stats":
-        data_commands.show_statistics(compose_config("train", overrides))
+        keys = [item for item in overrides if item != "--force"]
+        forced = ["force=true"] if len(keys) < len(overrides) else []
+        data_commands.show_statistics(compose_config("stats", [*keys, *forced]))
     elif action == "ingest":
         data_commands.run_ingest(compose_config("ingest", [_open_ended(o) for o in overrides]))
     elif action == "inspect" and overrides and "=" not in overrides[0]:

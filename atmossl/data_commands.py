@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from atmossl.build import build_data
+from atmossl.build import open_splits
 from atmossl.data.catalog import catalog_entry, load_catalog
+from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
 from atmossl.data.inspect import SegmentReport, VariableReport, advice, inspect, names_of, save_map
-from atmossl.data.statistics import Statistics
+from atmossl.data.segment import Segment
+from atmossl.data.statistics import Statistics, load_or_compute
 from atmossl.data.windows import WindowSize
-from atmossl.schema import TrainConfig, parse
+from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
 
 _COLUMNS = (
@@ -44,22 +46,61 @@ def list_catalog() -> None:
 
 
 def show_statistics(values: Mapping[str, Any]) -> None:
-    """Compute or read the statistics of a training run's data, and print them."""
-    config: TrainConfig = parse(TrainConfig, _plain(values))
-    _, own = build_data(config)
-    for name, statistics in {config.data.name: own, **own.others}.items():
-        _print_statistics(name, statistics)
+    """Compute or read the statistics of a training run's data, print them, and write the
+    climatologies that are wanted."""
+    config: StatsConfig = parse(StatsConfig, _plain(values))
+    train, _ = open_splits(config)
+    for data, segments in train.items():
+        name = data or config.data.name
+        _print_statistics(name, _statistics(segments, config))
+        for kind in config.climatologies:
+            assert config.output is not None, "checked by the schema"
+            file = f"{data}-{kind}.zarr" if data else f"{kind}.zarr"
+            _write_climatology(segments, kind, config.output / file, config)
+
+
+def _statistics(segments: Sequence[Segment], config: StatsConfig) -> Statistics:
+    steps = sum(len(segment.times) for segment in segments) * len(segments[0].variables)
+    with Progress() as bar:
+        task = bar.add_task("statistics", total=steps)
+        found = load_or_compute(
+            segments,
+            transforms=config.data.transform_of(),
+            progress=lambda count: bar.advance(task, count),
+            force=config.force,
+        )
+        bar.update(task, completed=steps)  # those that were there are not read again
+    return found
 
 
 def _print_statistics(name: str, statistics: Statistics) -> None:
     fields = ("mean", "std", "step_std", "minimum", "maximum", "missing")
-    table = Table("variable", "level", *(f.replace("_", " ") for f in fields), title=name)
+    columns = ("variable", "level", *(f.replace("_", " ") for f in fields))
+    table = Table(*columns, title=name, show_edge=False, pad_edge=False)
+    table.columns[0].no_wrap = True
     for row, variable in enumerate(statistics.variables):
         for column, level in enumerate(statistics.levels):
             numbers = [getattr(statistics, field) for field in fields]
-            shown = ["" if x is None else f"{x[row, column]:.5g}" for x in numbers]
+            shown = ["" if x is None else f"{x[row, column]:.4g}" for x in numbers]
             table.add_row(variable, str(level), *shown)
     Console().print(table, f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}")
+
+
+def _write_climatology(
+    train: Sequence[Segment], kind: Kind, path: Path, config: StatsConfig
+) -> None:
+    with Progress() as bar:
+        task = bar.add_task(kind)
+        written = write_climatology(
+            train,
+            kind,
+            path,
+            memory_bytes=config.memory_mib * 2**20,
+            force=config.force,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    state = "written" if written else "there already, of this state of the store"
+    Console().print(f"climatology: {path}, {state}", highlight=False)
 
 
 def run_ingest(values: Mapping[str, Any]) -> Path:

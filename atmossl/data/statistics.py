@@ -1,13 +1,11 @@
 """Training-period statistics: one streaming pass, saved with a fingerprint, refused when stale."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -16,41 +14,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamSpec
-from atmossl.data.forcings import FORCINGS
+from atmossl.data.fingerprint import (
+    NO_TRANSFORMS,
+    Transforms,
+    fingerprint,
+    identity,
+    stale_message,
+)
 from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
 from atmossl.data.transforms import Transform
 from atmossl.tokens import patch_values
 
-_FORMAT = 1
 _ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
-Transforms = Mapping[str, Transform]
-_NO_TRANSFORMS: Transforms = MappingProxyType({})
-
-
-def fingerprint(segments: Sequence[Segment], transforms: Transforms = _NO_TRANSFORMS) -> str:
-    """Hash of what the statistics depend on: period, grid, variables, levels, encoding, the first
-    and last fields of every segment, and the transforms."""
-    digest = hashlib.sha256(f"format {_FORMAT}".encode())
-    for segment in segments:
-        for values in (segment.times, segment.grid.latitude, segment.grid.longitude):
-            digest.update(np.ascontiguousarray(values).tobytes())
-        digest.update(json.dumps([segment.variables, segment.levels]).encode())
-        if not segment.calendar.plain:
-            digest.update(segment.calendar.name.encode())
-        for name in segment.variables:
-            if name in FORCINGS:  # follows from times and grid
-                continue
-            array = segment.dataset[name]
-            digest.update(f"{name} {array.shape} {array.dtype}".encode())
-            steps = (0, len(segment.times) - 1) if "time" in array.dims else ()
-            for step in steps:
-                digest.update(array.isel(time=step).values.tobytes())
-            if not steps:
-                digest.update(array.values.tobytes())
-    for name, transform in sorted(transforms.items()):
-        digest.update(f"{name} {transform}".encode())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class Statistics:
     def compute(
         cls,
         segments: Sequence[Segment],
-        transforms: Transforms = _NO_TRANSFORMS,
+        transforms: Transforms = NO_TRANSFORMS,
         partial: Path | None = None,
         progress: Callable[[int], object] = int,
     ) -> Self:
@@ -189,24 +165,34 @@ def cache_folder() -> Path:
 def load_or_compute(
     segments: Sequence[Segment],
     folder: Path | None = None,
-    transforms: Transforms = _NO_TRANSFORMS,
+    transforms: Transforms = NO_TRANSFORMS,
     progress: Callable[[int], object] = int,
+    force: bool = False,
 ) -> Statistics:
     """Statistics of these segments from the cache, or computed now and saved there atomically.
 
-    The file's name is the fingerprint, so a changed store never meets old statistics. A pass that
-    was stopped goes on where it was.
+    Those that are missing are computed. Those that were computed from another state of a store
+    are refused, or with `force` computed anew: a store that changes below a training is news. A
+    pass that was stopped goes on where it was, if the store is still the same.
+
+    Raises:
+        ValueError: the store has changed since; names the file, and what to do.
     """
-    folder = folder or cache_folder()
-    path = folder / f"statistics-{fingerprint(segments, transforms)}.json"
+    now = fingerprint(segments, transforms)
+    path = (folder or cache_folder()) / f"statistics-{identity(segments, transforms)}.json"
     if path.exists():
-        return Statistics.from_dict(json.loads(path.read_text()))
-    statistics = Statistics.compute(segments, transforms, path.with_suffix(".partial"), progress)
-    folder.mkdir(parents=True, exist_ok=True)
+        found = Statistics.from_dict(json.loads(path.read_text()))
+        if found.fingerprint == now:
+            return found
+        if not force:
+            raise ValueError(stale_message(path, segments, found.fingerprint, now))
+    partial = path.with_suffix(f".{now}.partial")
+    statistics = Statistics.compute(segments, transforms, partial, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}")
     written.write_text(json.dumps(statistics.to_dict(), indent=1))
     written.replace(path)
-    shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     return statistics
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 
 from atmossl.batch import Missing, Role, StreamSpec, TokenSize
 from atmossl.data.catalog import CatalogEntry, catalog_entry
+from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig, WindowConfig
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "EvaluateConfig",
     "PredictConfig",
+    "StatsConfig",
     "TaskConfig",
     "TrainConfig",
     "hours",
@@ -201,6 +203,22 @@ def _trainer_faults(config: TrainConfig) -> list[str]:
             "network at random; name the trained one in warm_start.checkpoints"
         )
     return faults
+
+
+class StatsConfig(TrainConfig):
+    """Everything that `atmossl data stats` obeys: a training run's data, and what is wanted of
+    them. See `atmossl.data.climatology.write_climatology`."""
+
+    climatologies: tuple[Kind, ...]
+    output: Path | None
+    memory_mib: Positive
+    force: bool
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> "StatsConfig":
+        if self.climatologies and self.output is None:
+            raise ValueError("climatologies need output=FOLDER")
+        return self
 
 
 def _stream_faults(config: TrainConfig) -> list[str]:

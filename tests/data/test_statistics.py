@@ -1,12 +1,16 @@
 """Statistics against float64 numpy, over the training period alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from atmossl.data import moments
+from atmossl.data.catalog import catalog_entry
+from atmossl.data.fingerprint import fingerprint, identity
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
-from atmossl.data.store import open_segment
+from atmossl.data.store import open_segment, open_split
 from tests.synthetic import dataset, spec
 
 NAMES = ("temperature", "u_component_of_wind")
@@ -52,15 +56,42 @@ def test_normalisation_goes_back() -> None:
     torch.testing.assert_close(back, fields, rtol=1e-5, atol=1e-5)
 
 
-def test_saved_statistics_are_read_and_stale_ones_are_not(tmp_path) -> None:
+def test_saved_statistics_are_read_and_stale_ones_are_refused(tmp_path) -> None:
     first = load_or_compute([segment(dataset())], tmp_path)
     again = load_or_compute([segment(dataset())], tmp_path)
-    other = load_or_compute([segment(dataset(seed=9))], tmp_path)
     np.testing.assert_array_equal(first.mean, again.mean)
+    changed = dataset()
+    changed["temperature"][12] += 1.0  # in the middle
+    with pytest.raises(ValueError, match=r"statistics-.*\.json was computed from another state"):
+        load_or_compute([segment(changed)], tmp_path)
+    other = load_or_compute([segment(changed)], tmp_path, force=True)
     assert first.fingerprint == again.fingerprint != other.fingerprint
-    assert len(list(tmp_path.iterdir())) == 2
+    assert other.mean[0, 0] != first.mean[0, 0]
+    np.testing.assert_array_equal(load_or_compute([segment(changed)], tmp_path).mean, other.mean)
+    load_or_compute([segment(changed).between("2001-01-02", "2001-01-04")], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # another period is another question
     back = Statistics.from_dict(first.to_dict())
     np.testing.assert_array_equal(back.std, first.std)
+
+
+def test_checksums_of_ingest_enter_the_fingerprint_within_the_period() -> None:
+    """A change anywhere in the period is seen, one outside of it does not matter."""
+    store, seen = dataset(steps=40), []
+    for changed in (None, "temperature-8", "temperature-32"):
+        notes = {f"temperature-{start}": "a" for start in range(0, 40, 8)}
+        store.attrs["checksums"] = notes | ({changed: "b"} if changed else {})
+        seen.append(fingerprint([segment(store).between("2001-01-01", "2001-01-05")]))
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_embedded_data_are_never_stale() -> None:
+    entry = catalog_entry("sample")
+    one = open_split(entry, "test", variables=NAMES, levels=LEVELS)[0]
+    changed = one.dataset.load().copy(deep=True)
+    changed["temperature"][0] += 1.0
+    assert identity([one]) != identity([replace(one, dataset=changed)])
+    elsewhere = replace(one, location="/data/run.zarr")
+    assert identity([elsewhere]) == identity([replace(elsewhere, dataset=changed)])
 
 
 def test_a_constant_field_is_refused() -> None:

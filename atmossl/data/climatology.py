@@ -1,0 +1,348 @@
+"""Climatologies of the training period: mean, standard deviation and count by slots of the
+calendar, never by the target's own year.
+
+A piece is one variable on some levels in some slots. All years of a piece are read once, block by
+block, and merged in float64 about their own means (Chan, Golub and LeVeque 1983), so that memory
+holds one piece and one block. A finished piece is noted; a run that was killed goes on with those
+that are not.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from atmossl import __version__
+from atmossl.data.fingerprint import fingerprint, stale_message
+from atmossl.data.segment import Segment
+from atmossl.data.variables import VARIABLES
+
+Kind = Literal["global", "month", "cell_month", "cell_day_hour"]
+_SUM_BYTES = 24  # count, mean and squares of one cell in float64
+_BLOCK_BYTES = 40  # one value as read, in float64, and what is worked out of it
+_PIECE_BYTES = 192 * 2**20  # sums of a piece at most, also where there is more memory
+_SHARES = 3  # of the memory: sums, block, and what is worked out of either
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Parts of the year that are told apart.
+
+    coords: axes of the slots, slowest first. cells: per grid point, else area-weighted."""
+
+    coords: Mapping[str, np.ndarray]
+    cells: bool
+
+    @classmethod
+    def of(cls, kind: Kind, segments: Sequence[Segment]) -> "Slots":
+        if kind == "global":
+            return cls({}, cells=False)
+        if kind == "cell_day_hour":
+            hours = np.unique(np.concatenate([_dates(segment).hour for segment in segments]))
+            return cls({"dayofyear": np.arange(1, 367), "hour": hours}, cells=True)
+        return cls({"month": np.arange(1, 13)}, cells=kind == "cell_month")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(values) for values in self.coords.values())
+
+    def places(self, segment: Segment) -> np.ndarray:
+        """Position of every step along the axes of the slots, [axis time]."""
+        dates = _dates(segment)
+        found = [np.searchsorted(v, getattr(dates, axis)) for axis, v in self.coords.items()]
+        return np.array(found, dtype=np.int64).reshape(len(self.coords), len(segment.times))
+
+
+def _dates(segment: Segment) -> Any:
+    """Parts of the dates of a segment, of any calendar: `month`, `dayofyear`, `hour`."""
+    return xr.DataArray(segment.calendar.dates(segment.times), dims="time").dt
+
+
+@dataclass(frozen=True)
+class Piece:
+    """levels: positions among the segment's. slots: ranges along the calendar's axes."""
+
+    variable: str
+    levels: tuple[int, int]
+    slots: tuple[tuple[int, int], ...]
+
+    @property
+    def note(self) -> str:
+        starts = "-".join(str(start) for start, _ in (self.levels, *self.slots))
+        return f"{self.variable}-{starts}.json"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.slots)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Running count, mean and squared departures from it, [slot level lat lon], changed in place:
+    the one object here that would not fit into memory twice."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    square: np.ndarray
+
+    @classmethod
+    def zeros(cls, shape: Sequence[int]) -> "Sums":
+        return cls(*(np.zeros(shape) for _ in range(3)))
+
+    def add(self, slots: np.ndarray, values: np.ndarray) -> None:
+        """values: [level time lat lon] in float64, NaN where missing. slots: [time]."""
+        for slot in np.unique(slots):
+            chosen = values[:, slots == slot]
+            seen = np.isfinite(chosen)
+            count = seen.sum(1)
+            mean = np.where(seen, chosen, 0.0).sum(1) / np.maximum(count, 1)
+            square = (np.where(seen, chosen - mean[:, None], 0.0) ** 2).sum(1)
+            total = self.count[slot] + count
+            share = count / np.maximum(total, 1)
+            apart = mean - self.mean[slot]
+            self.square[slot] += square + apart**2 * self.count[slot] * share
+            self.mean[slot] += apart * share
+            self.count[slot] = total
+
+    def over_area(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, standard deviation and count [slot level] of all cells together.
+
+        weights: of the area [lat].
+        """
+        weight = self.count * weights[:, None]
+        total = weight.sum((-2, -1))
+        with np.errstate(invalid="ignore"):  # a slot without values has none of either
+            mean = (self.mean * weight).sum((-2, -1)) / total
+            apart = np.where(weight > 0, self.mean - mean[..., None, None], 0.0)
+            square = (self.square * weights[:, None] + apart**2 * weight).sum((-2, -1))
+            return mean, np.sqrt(square / total), self.count.sum((-2, -1))
+
+    def per_cell(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, standard deviation and count [slot level lat lon]."""
+        with np.errstate(invalid="ignore"):
+            std = np.sqrt(self.square / self.count)
+        return np.where(self.count > 0, self.mean, np.nan), std, self.count
+
+
+def write_climatology(
+    segments: Sequence[Segment],
+    kind: Kind,
+    output: Path,
+    *,
+    memory_bytes: int,
+    force: bool = False,
+    progress: Callable[[int, int], object] = max,
+) -> bool:
+    """Write one climatology as a zarr store, or go on writing it; False if it was there.
+
+    Variables have their own name for the mean, with `_std` and `_count` for the rest; NaN and 0
+    where a slot has no values. progress: told (pieces done, pieces in all).
+
+    Raises:
+        ValueError: what is there was computed from another state of the store, and no `force`.
+    """
+    now = fingerprint(segments)
+    if _is_current(output, segments, now, force):
+        return False
+    scheme = Slots.of(kind, segments)
+    partial = output.with_name(f".{output.name}.{now}.partial")
+    journal, store = partial / "journal", partial / "store.zarr"
+    pieces = list(_pieces(segments[0], scheme, memory_bytes))
+    _begin(segments, scheme, pieces, kind, now, store, journal)
+    group = zarr.open_group(store, mode="r+")
+    for done, piece in enumerate(pieces):
+        progress(done, len(pieces))
+        if not (journal / piece.note).exists():
+            _write_piece(group, segments, scheme, piece, memory_bytes)
+            (journal / piece.note).touch()
+    progress(len(pieces), len(pieces))
+    if output.exists():
+        shutil.rmtree(output)
+    store.replace(output)
+    for left in output.parent.glob(f".{output.name}.*.partial"):  # of other states, too
+        shutil.rmtree(left)
+    return True
+
+
+def _is_current(output: Path, segments: Sequence[Segment], now: str, force: bool) -> bool:
+    if not output.exists():
+        return False
+    try:
+        found = zarr.open_group(output, mode="r").attrs.get("fingerprint")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{output} is there and is no climatology; choose another output"
+        ) from error
+    if found is None:
+        raise ValueError(f"{output} is there and is no climatology; choose another output")
+    if found != now and not force:
+        raise ValueError(stale_message(output, segments, str(found), now))
+    return found == now
+
+
+def _pieces(segment: Segment, scheme: Slots, memory_bytes: int) -> Iterator[Piece]:
+    """Pieces that fit into their share of the memory. Levels that a chunk of the store holds stay
+    together as far as they can, and so do slots that follow each other in time."""
+    cells = segment.grid.shape[0] * segment.grid.shape[1]
+    room = max(1, min(memory_bytes // _SHARES, _PIECE_BYTES) // (_SUM_BYTES * cells))
+    for name in varying(segment):
+        num_levels = len(segment.levels_of(name))
+        chunk = segment.stored[name].chunk_length("level") or 1
+        levels = min(chunk, num_levels, room)
+        lengths, left = [], room // levels
+        for size in reversed(scheme.shape):  # the fastest axis first
+            lengths.append(min(size, max(1, left)))
+            left = left // size
+        axes = [(num_levels, levels), *zip(scheme.shape, reversed(lengths), strict=True)]
+        ranges = [
+            [(start, min(start + length, size)) for start in range(0, size, length)]
+            for size, length in axes
+        ]
+        for level, *slots in itertools.product(*ranges):
+            yield Piece(name, level, tuple(slots))
+
+
+def varying(segment: Segment) -> list[str]:
+    """Variables that have a time axis in the store: neither static nor computed."""
+    return [
+        name
+        for name in segment.variables
+        if name in segment.dataset and "time" in segment.dataset[name].dims
+    ]
+
+
+def _begin(
+    segments: Sequence[Segment],
+    scheme: Slots,
+    pieces: Sequence[Piece],
+    kind: Kind,
+    now: str,
+    store: Path,
+    journal: Path,
+) -> None:
+    """Make the empty store, unless it was begun for the same pieces."""
+    names = json.dumps([piece.note for piece in pieces])
+    begun = journal / "pieces"
+    if begun.exists() and begun.read_text() == names:
+        return
+    shutil.rmtree(store.parent, ignore_errors=True)  # begun with other pieces, or not even begun
+    journal.mkdir(parents=True)
+    first = segments[0]
+    coords: dict[str, np.ndarray] = dict(scheme.coords)
+    if first.levels and any("level" in first.stored[name].dims for name in varying(first)):
+        coords["level"] = np.array(first.levels)
+    if scheme.cells:
+        coords |= {"latitude": first.grid.latitude, "longitude": first.grid.longitude}
+    attributes = {
+        "source": f"atmossl {__version__} data stats",
+        "climatology": kind,
+        "period": "; ".join(f"{s.name} {s.period}" for s in segments),
+        "fingerprint": now,
+    }
+    xr.Dataset(coords=coords, attrs=attributes).to_zarr(store, mode="w", consolidated=False)
+    group = zarr.open_group(store, mode="r+")
+    for name in varying(first):
+        piece = next(piece for piece in pieces if piece.variable == name)
+        _make_arrays(group, first, scheme, piece)
+    written = begun.with_name(f"pieces.{os.getpid()}")
+    written.write_text(names)
+    written.replace(begun)
+
+
+def _make_arrays(group: zarr.Group, segment: Segment, scheme: Slots, piece: Piece) -> None:
+    """Mean, standard deviation and count of a variable; a piece, the first one, is a chunk."""
+    dims, shape, chunks = list(scheme.coords), list(scheme.shape), list(piece.shape)
+    if "level" in segment.stored[piece.variable].dims:
+        dims.append("level")
+        shape.append(len(segment.levels))
+        chunks.append(piece.levels[1])
+    if scheme.cells:
+        dims += ["latitude", "longitude"]
+        shape += segment.grid.shape
+        chunks += segment.grid.shape
+    known = VARIABLES.get(piece.variable)
+    units = segment.dataset[piece.variable].attrs.get("units") or (known.units if known else "")
+    for suffix, dtype, fill in (
+        ("", "float32" if scheme.cells else "float64", np.nan),
+        ("_std", "float32" if scheme.cells else "float64", np.nan),
+        ("_count", "int64", 0),
+    ):
+        group.create_array(
+            f"{piece.variable}{suffix}",
+            shape=tuple(shape),
+            chunks=tuple(chunks) if shape else (),
+            dtype=dtype,
+            fill_value=fill,
+            dimension_names=dims,
+            attributes={"units": "1" if suffix == "_count" else units},
+        )
+
+
+def _write_piece(
+    group: zarr.Group,
+    segments: Sequence[Segment],
+    scheme: Slots,
+    piece: Piece,
+    memory_bytes: int,
+) -> None:
+    levels = segments[0].levels_of(piece.variable)[slice(*piece.levels)]
+    shape = (int(np.prod(piece.shape)), len(levels), *segments[0].grid.shape)
+    sums = Sums.zeros(shape)
+    length = max(1, memory_bytes // _SHARES // (_BLOCK_BYTES * int(np.prod(shape[1:]))))
+    for segment in segments:
+        for steps, slots in _blocks(segment, scheme, piece, length):
+            read = segment.read(piece.variable, levels, int(steps[0]), len(steps), segment.whole())
+            sums.add(slots, read.astype(np.float64))
+    if not sums.count.any():
+        return  # as the fill values say
+    found = sums.per_cell() if scheme.cells else sums.over_area(segments[0].grid.weights)
+    place = tuple(slice(*r) for r in piece.slots)
+    on_levels = "level" in segments[0].stored[piece.variable].dims
+    if on_levels:
+        place = (*place, slice(*piece.levels))
+    for suffix, values in zip(("", "_std", "_count"), found, strict=True):
+        values = values if on_levels else values[:, 0]
+        array = group[f"{piece.variable}{suffix}"]
+        assert isinstance(array, zarr.Array)
+        array[place or Ellipsis] = values.reshape(*piece.shape, *values.shape[1:])
+
+
+def _blocks(
+    segment: Segment, scheme: Slots, piece: Piece, length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Steps that follow each other and belong to the piece, at most `length`, and their slots
+    within it."""
+    places = scheme.places(segment)
+    bounds = np.array(piece.slots, dtype=np.int64).reshape(-1, 2)
+    inside = ((places >= bounds[:, :1]) & (places < bounds[:, 1:])).all(axis=0)
+    steps = np.flatnonzero(inside)
+    if not len(steps):
+        return
+    own = places[:, steps] - bounds[:, :1]
+    slots = np.zeros_like(steps)
+    for place, size in zip(own, piece.shape, strict=True):
+        slots = slots * size + place
+    runs = np.flatnonzero(np.diff(steps) != 1) + 1
+    for run in np.split(np.arange(len(steps)), runs):
+        for start in range(0, len(run), length):
+            chosen = run[start : start + length]
+            yield steps[chosen], slots[chosen]
+
+
+def at_times(climatology: xr.Dataset, times: xr.DataArray) -> xr.Dataset:
+    """The values of a climatology at times of any dims, by the calendar alone.
+
+    Raises:
+        KeyError: an hour that the record did not have.
+    """
+    axes = [axis for axis in ("month", "dayofyear", "hour") if axis in climatology.dims]
+    chosen = {axis: getattr(times.dt, axis) for axis in axes}
+    return climatology.sel(chosen).drop_vars(axes)
