@@ -15,8 +15,9 @@ from atmossl.data.backends import open_store
 from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.companions import paired
+from atmossl.data.fingerprint import fingerprint
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics, fingerprint
+from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_parts, open_segment, open_split
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize
 from atmossl.masking.tasks import Forecast
