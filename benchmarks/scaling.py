@@ -40,7 +40,7 @@ from benchmarks.train_step import configuration, in_turns, training_step
 
 _GRIDS = ((4, 8, 8), (4, 8, 16), (8, 8, 16), (8, 16, 16), (8, 16, 32))  # 1x to 16x tokens
 # with the neighbourhood of its convolutions
-_KINDS: dict[Attention, int] = {"full": 1, "factorised": 1, "temporal": 3}
+_KINDS: dict[Attention, int] = {"full": 1, "factorised": 1, "windowed": 1, "temporal": 3}
 _RUN = ("experiment=quickstart", "optimizer=adamw", "optimizer.warmup_steps=1", "data.batch_size=4")
 _GPUS = (8, 64, 512)
 

@@ -60,6 +60,7 @@ def test_evaluation_validates() -> None:
         ("model.num_members=1", "num_members"),
         ("model.neighbourhood=4", "neighbourhood"),
         ("model.attention=sparse", "factorised"),
+        ("model.attention_window=[2,0,2]", "attention_window"),
         ("data.window.lat=15", "token_size.lat"),
         ("optimizer.warmup_steps=1000", "warmup_steps"),
         ("optimizer.schedule=linear", "cosine"),
@@ -87,6 +88,14 @@ def test_what_does_not_fit_is_named(override: str, message: str) -> None:
 def test_temporal_attention_wants_convolutions_beside_it() -> None:
     with pytest.raises(ValueError, match="neighbourhood"):
         composed("model.attention=temporal", "model.neighbourhood=1")
+
+
+def test_two_kinds_of_heads_want_an_even_number() -> None:
+    for kind in ("factorised", "windowed"):
+        with pytest.raises(
+            ValueError, match=f"num_heads=3 must be even for model.attention={kind}"
+        ):
+            composed(f"model.attention={kind}", "model.num_heads=3", "model.dim=96")
 
 
 def test_all_faults_come_at_once() -> None:

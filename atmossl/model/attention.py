@@ -1,11 +1,13 @@
-"""Attention of tokens to tokens: exact over all of them, or factorised along the grid's axes."""
+"""Attention of tokens to tokens: to all of them, along the grid's axes, or within windows."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,7 +15,7 @@ from atmossl.model.layout import Latent, gather, scatter
 from atmossl.model.linear import Linear
 from atmossl.model.positions import merge_heads, rotate, split_heads
 
-Attention = Literal["full", "factorised", "temporal"]
+Attention = Literal["full", "factorised", "temporal", "windowed"]
 Attend = Callable[[Tensor, Tensor, Tensor, Latent, Latent], Tensor]
 
 
@@ -83,7 +85,7 @@ def _attend_along_axes(
     """The first `num_columns` heads attend within columns, the others within planes."""
     if x.shape != context.shape:
         return attend_fully(query, key, value, x, context)
-    sizes = dict(zip(("level", "nt", "nlat", "nlon"), x.shape, strict=True))
+    sizes = _sizes(x.shape)
     grids = (_whole(query, x), _whole(key, context), _whole(value, context))
     present = (
         None if context.chosen.complete else context.chosen.chosen.flatten(1)[:, None, :, None]
@@ -101,6 +103,10 @@ def _attend_along_axes(
     return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
 
 
+def _sizes(shape: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("level", "nt", "nlat", "nlon"), shape, strict=True))
+
+
 def _whole(heads: Float[Tensor, "batch head token feature"], x: Latent) -> Tensor:
     """The heads on the whole token grid, 0 where a token is absent."""
     if x.chosen.complete:
@@ -108,20 +114,129 @@ def _whole(heads: Float[Tensor, "batch head token feature"], x: Latent) -> Tenso
     return split_heads(scatter(merge_heads(heads), x.chosen), heads.shape[1])
 
 
-_ATTEND: dict[Attention, Attend] = {
-    "full": attend_fully,
-    "factorised": attend_factorised,
-    "temporal": attend_temporally,
-}
+@dataclass(frozen=True)
+class Cut:
+    """How a token grid falls into windows of `size` (time, lat, lon) tokens, all levels in each.
+
+    shift: tokens that the grid moves up before it is cut. Along an axis that does not close, the
+    first window is the smaller for it; on a closed circle the last tokens come first.
+    """
+
+    shape: tuple[int, int, int, int]
+    size: tuple[int, int, int]
+    shift: tuple[int, int, int]
+    periodic: bool
+
+    @classmethod
+    def of(cls, x: Latent, size: tuple[int, int, int], *, shifted: bool) -> "Cut":
+        """An axis that fits into one window is not cut."""
+        axes = x.shape[1:]
+        fitting = tuple(min(pair) for pair in zip(size, axes, strict=True))
+        shift = tuple(
+            one // 2 if shifted and tokens > one else 0
+            for one, tokens in zip(fitting, axes, strict=True)
+        )
+        return cls(x.shape, fitting, shift, x.periodic)  # type: ignore[arg-type]
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """Empty places before and after the tokens along time, lat and lon."""
+        before = (*self.shift[:2], 0 if self.periodic else self.shift[2])
+        axes = zip(before, self.shape[1:], self.size, strict=True)
+        return tuple((empty, -(empty + tokens) % size) for empty, tokens, size in axes)
+
+    @property
+    def exact(self) -> bool:
+        return not any(map(any, self.edges))
+
+    def split(
+        self, grid: Shaped[Tensor, "batch head token feature"]
+    ) -> Shaped[Tensor, "windows head place feature"]:
+        """Every window as a sample of its own; empty places hold 0."""
+        axes = rearrange(grid, f"{_GRID} -> b h level nt nlat nlon f", **_sizes(self.shape))
+        if self.periodic and self.shift[2]:
+            axes = axes.roll(self.shift[2], dims=5)
+        if not self.exact:
+            time, lat, lon = self.edges
+            axes = functional.pad(axes, (0, 0, *lon, *lat, *time))
+        return rearrange(axes, f"{_CUT} -> {_WINDOWS}", **self._places)
+
+    def join(
+        self, windows: Shaped[Tensor, "windows head place feature"]
+    ) -> Shaped[Tensor, "batch head token feature"]:
+        """Undoes `split`."""
+        counts = (
+            (sum(edge) + tokens) // size
+            for edge, tokens, size in zip(self.edges, self.shape[1:], self.size, strict=True)
+        )
+        named = dict(zip(("nt", "nlat", "nlon"), counts, strict=True))
+        axes = rearrange(windows, f"{_WINDOWS} -> {_CUT}", **self._places, **named)
+        for dim, ((before, _), tokens) in enumerate(zip(self.edges, self.shape[1:], strict=True)):
+            axes = axes.narrow(dim + 3, before, tokens)
+        if self.periodic and self.shift[2]:
+            axes = axes.roll(-self.shift[2], dims=5)
+        return rearrange(axes, f"b h level nt nlat nlon f -> {_GRID}")
+
+    @property
+    def _places(self) -> dict[str, int]:
+        sizes = zip(("wt", "wlat", "wlon"), self.size, strict=True)
+        return {"level": self.shape[0], **dict(sizes)}
+
+
+_CUT = "b h level (nt wt) (nlat wlat) (nlon wlon) f"
+_WINDOWS = "(b nt nlat nlon) h (level wt wlat wlon) f"
+
+
+def attend_in_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Latent,
+    context: Latent,
+    *,
+    size: tuple[int, int, int],
+) -> Tensor:
+    """Half of the heads attend within windows of `size` (time, lat, lon) tokens, half within
+    windows shifted by half of it, so that each layer joins neighbouring windows (shifted windows
+    after Liu et al. 2021, Swin Transformer, there in alternate layers): the cost grows with tokens
+    times a window. Grids of different shapes attend fully.
+    """
+    if x.shape != context.shape:
+        return attend_fully(query, key, value, x, context)
+    grids = (_whole(query, x), _whole(key, context), _whole(value, context))
+    half = query.shape[1] // 2
+    attended = []
+    for heads, shifted in ((slice(half), False), (slice(half, None), True)):
+        cut = Cut.of(x, size, shifted=shifted)
+        q, k, v = (cut.split(grid[:, heads]) for grid in grids)
+        valid = None
+        if not (cut.exact and context.chosen.complete):
+            present = context.chosen.chosen.flatten(1)[:, None, :, None]
+            valid = cut.split(present)[:, 0, :, 0]
+        attended.append(cut.join(attend(q, k, v, valid)))
+    out = torch.cat(attended, dim=1)
+    return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
+
+
+def attend_by(attention: Attention, window: tuple[int, int, int]) -> Attend:
+    """The function behind a name; `window` (time, lat, lon) counts for `windowed` alone."""
+    if attention == "windowed":
+        return partial(attend_in_windows, size=window)
+    kinds: dict[str, Attend] = {
+        "full": attend_fully,
+        "factorised": attend_factorised,
+        "temporal": attend_temporally,
+    }
+    return kinds[attention]
 
 
 class SelfAttention(nn.Module):
     """Attention of a stream to itself."""
 
-    def __init__(self, *, dim: int, num_heads: int, attention: Attention) -> None:
+    def __init__(self, *, dim: int, num_heads: int, attend: Attend) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attend = _ATTEND[attention]
+        self.attend = attend
         self.project = Linear(dim, 3 * dim)
         self.out = Linear(dim, dim)
 
@@ -137,11 +252,11 @@ class CrossAttention(nn.Module):
     """Attention of one set of tokens to another; `zero_init` starts it as a no-op."""
 
     def __init__(
-        self, *, dim: int, context_dim: int, num_heads: int, attention: Attention, zero_init: bool
+        self, *, dim: int, context_dim: int, num_heads: int, attend: Attend, zero_init: bool
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attend = _ATTEND[attention]
+        self.attend = attend
         self.query = Linear(dim, dim)
         self.key_value = Linear(context_dim, 2 * dim)
         self.out = Linear(dim, dim)

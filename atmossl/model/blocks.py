@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.model.attention import Attention, CrossAttention, SelfAttention
+from atmossl.model.attention import Attend, CrossAttention, SelfAttention
 from atmossl.model.layout import Latent, from_frames, pad_edges, to_frames
 from atmossl.model.linear import Linear
 
@@ -15,6 +15,7 @@ from atmossl.model.linear import Linear
 class BlockSizes:
     """What all blocks of a network share.
 
+    attend: which tokens see which (`model.attention`).
     ratio: width of a feedforward layer over that of the latents.
     neighbourhood: tokens along latitude and longitude that a feedforward layer sees, an odd number;
         1 is the plain layer of a transformer, more the gated convolution of `GatedConvolution`.
@@ -22,7 +23,7 @@ class BlockSizes:
 
     num_heads: int
     ratio: float
-    attention: Attention
+    attend: Attend
     neighbourhood: int
 
     def feedforward(self, dim: int) -> nn.Module:
@@ -74,13 +75,13 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, *, dim: int, sizes: BlockSizes, coupled_dims: dict[str, int]) -> None:
         super().__init__()
-        heads, attention = sizes.num_heads, sizes.attention
+        heads, attend = sizes.num_heads, sizes.attend
         self.norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim=dim, num_heads=heads, attention=attention)
+        self.attention = SelfAttention(dim=dim, num_heads=heads, attend=attend)
         self.coupling = nn.ModuleDict(
             {
                 name: CrossAttention(
-                    dim=dim, context_dim=other, num_heads=heads, attention=attention, zero_init=True
+                    dim=dim, context_dim=other, num_heads=heads, attend=attend, zero_init=True
                 )
                 for name, other in coupled_dims.items()
             }
@@ -103,13 +104,13 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, *, dim: int, sizes: BlockSizes) -> None:
         super().__init__()
-        heads, attention = sizes.num_heads, sizes.attention
+        heads, attend = sizes.num_heads, sizes.attend
         self.norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim=dim, num_heads=heads, attention=attention)
+        self.attention = SelfAttention(dim=dim, num_heads=heads, attend=attend)
         self.cross_norm = nn.LayerNorm(dim)
         self.memory_norm = nn.LayerNorm(dim)
         self.cross = CrossAttention(
-            dim=dim, context_dim=dim, num_heads=heads, attention=attention, zero_init=False
+            dim=dim, context_dim=dim, num_heads=heads, attend=attend, zero_init=False
         )
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = sizes.feedforward(dim)

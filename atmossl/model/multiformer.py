@@ -21,7 +21,7 @@ from atmossl.batch import (
     TokenIndex,
     View,
 )
-from atmossl.model.attention import Attention
+from atmossl.model.attention import Attention, attend_by
 from atmossl.model.blocks import BlockSizes, DecoderBlock, EncoderBlock
 from atmossl.model.embedding import Embedding, Tail
 from atmossl.model.layout import Latent, gather, scatter
@@ -50,6 +50,7 @@ class Multiformer(nn.Module):
     dim: latent width; `dims` overrides it by stream name. Decoder layer j reads an encoder layer,
     the last one first, evenly spread over them.
     attention, neighbourhood: kind of attention and reach of a feedforward layer (`BlockSizes`).
+    attention_window: (time, lat, lon) tokens of a window of `windowed` attention.
     stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
     details: embed departures from the surroundings as well (`Embedding`).
     scales: per stream, [level, patch] typical departure from the first guess.
@@ -67,6 +68,7 @@ class Multiformer(nn.Module):
         num_members: int,
         feedforward_ratio: float = 4.0,
         attention: Attention = "full",
+        attention_window: tuple[int, int, int] = (4, 4, 4),
         neighbourhood: int = 1,
         stencil: tuple[int, int, int] = (1, 1, 1),
         details: bool = False,
@@ -77,7 +79,8 @@ class Multiformer(nn.Module):
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
         _check_sizes(widths, num_heads, (*stencil, neighbourhood), dims or {})
-        sizes = BlockSizes(num_heads, feedforward_ratio, attention, neighbourhood)
+        attend = attend_by(attention, attention_window)
+        sizes = BlockSizes(num_heads, feedforward_ratio, attend, neighbourhood)
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         head_dims = {name: width // num_heads for name, width in widths.items()}
         scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}

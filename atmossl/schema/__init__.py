@@ -76,7 +76,8 @@ class ModelConfig(Strict):
     num_heads: Positive
     num_members: Positive
     feedforward_ratio: float = Field(gt=0.0)
-    attention: Literal["full", "factorised", "temporal"]
+    attention: Literal["full", "factorised", "temporal", "windowed"]
+    attention_window: tuple[Positive, Positive, Positive]
     neighbourhood: Positive
     stencil: tuple[Positive, Positive, Positive]
     details: bool
@@ -280,10 +281,10 @@ def _model_faults(config: TrainConfig) -> list[str]:
         faults.append(f"model.stencil={list(model.stencil)} must be odd along every axis")
     if model.neighbourhood % 2 == 0:
         faults.append(f"model.neighbourhood={model.neighbourhood} must be odd")
-    if model.attention == "factorised" and model.num_heads % 2:
+    if model.attention in ("factorised", "windowed") and model.num_heads % 2:
         faults.append(
-            f"model.num_heads={model.num_heads} must be even for model.attention=factorised: half "
-            "of the heads attend along time, half along space"
+            f"model.num_heads={model.num_heads} must be even for "
+            f"model.attention={model.attention}: its two kinds of heads share them"
         )
     if model.attention == "temporal" and model.neighbourhood == 1:
         faults.append(

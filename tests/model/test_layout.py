@@ -1,5 +1,7 @@
 """Lists, grids and frames hold the same tokens; attention along axes is masked attention."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from atmossl.batch import TokenIndex
-from atmossl.model.attention import attend_factorised, attend_temporally
+from atmossl.model.attention import attend_factorised, attend_in_windows, attend_temporally
 from atmossl.model.blocks import GatedConvolution
 from atmossl.model.layout import Latent, from_frames, gather, scatter, to_frames
 
@@ -53,14 +55,24 @@ def reference(
     present: torch.Tensor,
     num_columns: int,
 ) -> torch.Tensor:
-    """Exact attention of single tokens, float64, with the axes written as a mask."""
-    place = torch.arange(144) % 24
-    plane = torch.arange(144) // 24
+    """With the axes written as a mask: columns for the first heads, planes for the others."""
+    place, plane = torch.arange(144) % 24, torch.arange(144) // 24
     same_place, same_plane = (x[:, None] == x[None] for x in (place, plane))
+    allowed = [same_place if head < num_columns else same_plane for head in range(4)]
+    return masked(query, key, value, present, allowed)
+
+
+def masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    present: torch.Tensor,
+    allowed: list[torch.Tensor],
+) -> torch.Tensor:
+    """Exact attention of single tokens, float64; `allowed`: [query key] of every head."""
     heads = []
     for head in range(4):
-        allowed = same_place if head < num_columns else same_plane
-        visible = allowed[None] & present[:, None]
+        visible = allowed[head][None] & present[:, None]
         score = query[:, head] @ key[:, head].mT / query.shape[-1] ** 0.5
         weight = torch.exp(score) * visible
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-300)
@@ -73,19 +85,66 @@ def reference(
 )
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1])
 def test_attention_along_axes_is_masked_attention(function, num_columns: int, rate: float) -> None:
+    compare(function, lambda *tensors: reference(*tensors, num_columns), rate)
+
+
+def compare(function, expected, rate: float, *, periodic: bool = False) -> None:
+    """`function` on lists of chosen tokens against `expected` on the whole grid."""
     generator = torch.Generator().manual_seed(1)
-    chosen, context = chosen_tokens(0.6, 3), chosen_tokens(rate, 4)
+    chosen, context = chosen_tokens(min(1.0, rate + 0.2), 3), chosen_tokens(rate, 4)
     query, key, value = torch.randn(3, 2, 4, 144, 8, dtype=torch.float64, generator=generator)
-    expected = reference(query, key, value, context.chosen.flatten(1), num_columns)
 
     def listed(heads: torch.Tensor, index: TokenIndex) -> torch.Tensor:
         return torch.stack([gather(heads[:, n], index) for n in range(4)], dim=1)
 
-    x = latent(torch.zeros(2, chosen.index.shape[1], 8), chosen)
-    memory = latent(torch.zeros(2, context.index.shape[1], 8), context)
+    x = latent(torch.zeros(2, chosen.index.shape[1], 8), chosen, periodic=periodic)
+    memory = latent(torch.zeros(2, context.index.shape[1], 8), context, periodic=periodic)
     out = function(listed(query, chosen), listed(key, context), listed(value, context), x, memory)
     valid = chosen.valid[:, None, :, None]
-    torch.testing.assert_close(out * valid, listed(expected, chosen) * valid)
+    whole = expected(query, key, value, context.chosen.flatten(1))
+    torch.testing.assert_close(out * valid, listed(whole, chosen) * valid)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("size", [(2, 2, 3), (3, 3, 4), (1, 2, 5), (9, 9, 9)])
+def test_attention_in_windows_is_masked_attention(
+    size: tuple[int, int, int], periodic: bool, rate: float
+) -> None:
+    """Each token's window, worked out from its place alone."""
+    places = [(n // 24 % 3, n // 6 % 4, n % 6) for n in range(144)]
+
+    def window_of(place: tuple[int, int, int], shifted: bool) -> tuple[int, ...]:
+        found = []
+        for axis, (position, tokens) in enumerate(zip(place, SHAPE[1:], strict=True)):
+            edge = min(size[axis], tokens)
+            moved = position + (edge // 2 if shifted and tokens > edge else 0)
+            found.append((moved % tokens if periodic and axis == 2 else moved) // edge)
+        return tuple(found)
+
+    allowed = []
+    for head in range(4):
+        windows = [window_of(place, head >= 2) for place in places]
+        allowed.append(torch.tensor([[one == two for two in windows] for one in windows]))
+    compare(
+        partial(attend_in_windows, size=size),
+        lambda *tensors: masked(*tensors, allowed),
+        rate,
+        periodic=periodic,
+    )
+
+
+def test_shifted_windows_cross_the_seam_where_the_circle_closes() -> None:
+    value = torch.zeros(1, 2, 144, 1)
+    value[:, :, 5] = 1.0  # the last longitude of the first row
+    everything = chosen_tokens(2.0, batch=1)
+    seen = {}
+    for periodic in (False, True):
+        x = latent(torch.zeros(1, 144, 8), everything, periodic=periodic)
+        zeros = torch.zeros(1, 2, 144, 8)
+        out = attend_in_windows(zeros, zeros, value, x, x, size=(3, 4, 2))
+        seen[periodic] = out[0, 1, 0, 0] > 0
+    assert seen[True] and not seen[False]
 
 
 def test_a_gated_convolution_turns_with_the_circle() -> None:

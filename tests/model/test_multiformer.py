@@ -22,7 +22,11 @@ STREAMS = (
 )
 
 
-VARIANTS = ({}, {"attention": "factorised", "neighbourhood": 3, "num_decoder_layers": 3})
+VARIANTS = (
+    {},
+    {"attention": "factorised", "neighbourhood": 3, "num_decoder_layers": 3},
+    {"attention": "windowed", "attention_window": (2, 2, 3)},
+)
 
 
 def network(**changes) -> Multiformer:
