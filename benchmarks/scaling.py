@@ -20,6 +20,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,13 @@ def in_process(function: Callable[..., None], *arguments: Any, ranks: int = 1) -
     ]
     for process in started:
         process.start()
-    found = [queue.get() for _ in started]
+    found = []
+    while len(found) < ranks:
+        try:
+            found.append(queue.get(timeout=1.0))
+        except Empty:
+            if any(process.exitcode for process in started):
+                raise SystemExit("a process of the benchmark failed; see above") from None
     for process in started:
         process.join()
     return found
@@ -133,7 +140,7 @@ def measure_ranks(queue: Any, rank: int, ranks: int, port: int, repeats: int) ->
     model = DistributedDataParallel(build_model(config, {}), gradient_as_bucket_view=True)
     handed = 0
 
-    def count(state: Any, bucket: Any) -> Any:
+    def count(state, bucket):  # without types, for torch compares them with its own
         del state
         nonlocal handed
         handed += bucket.buffer().numel() * bucket.buffer().element_size()

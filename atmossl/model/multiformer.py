@@ -93,19 +93,7 @@ class Multiformer(nn.Module):
             {name: RotaryPositions(head_dim=size) for name, size in head_dims.items()}
         )
         self.embedding = nn.ModuleDict({spec.name: embedding(spec) for spec in streams})
-        self.encoder = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    name: EncoderBlock(
-                        dim=width,
-                        sizes=sizes,
-                        coupled_dims={n: w for n, w in widths.items() if n != name},
-                    )
-                    for name, width in widths.items()
-                }
-            )
-            for _ in range(num_layers)
-        )
+        self.encoder = nn.ModuleList(_encoder_layer(widths, sizes) for _ in range(num_layers))
         predicted = [spec for spec in streams if spec.role == "predict"]
         self.query = nn.ModuleDict({spec.name: embedding(spec) for spec in predicted})
         self.decoder = nn.ModuleDict()
@@ -192,6 +180,15 @@ class Multiformer(nn.Module):
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
         return queries.index // (stream.grid.num_tokens // stream.grid.shape[0])
+
+
+def _encoder_layer(widths: Mapping[str, int], sizes: BlockSizes) -> nn.ModuleDict:
+    """A block for every stream, which looks at all others."""
+    blocks = {}
+    for name, width in widths.items():
+        others = {other: size for other, size in widths.items() if other != name}
+        blocks[name] = EncoderBlock(dim=width, sizes=sizes, coupled_dims=others)
+    return nn.ModuleDict(blocks)
 
 
 def _gappy(streams: tuple[StreamSpec, ...]) -> list[StreamSpec]:
