@@ -25,6 +25,7 @@ from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.model.attention import CrossAttention, SelfAttention
 from atmossl.model.blocks import DecoderBlock, EncoderBlock, Feedforward, GatedConvolution
+from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import MaskedModelling, weigh_together
@@ -110,6 +111,7 @@ def build_objective(config: TrainConfig, scales: Mapping[str, Tensor]) -> Object
 def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
     values = config.optimizer.model_dump(exclude={"gradient_clip"})
     only = () if config.objective.train_only is None else (f"{config.objective.train_only}.*",)
+    only = LOW_RANK if config.warm_start.low_rank.rank else only
     return OptimizerSettings(max_steps=config.trainer.max_steps, only=only, **values)
 
 
@@ -146,6 +148,7 @@ def build_module(
         "config": resolved,
         "warm_start": warm_started(config, model) if warm else {},
     }
+    slim_down(config, model)
     names = tuple(task.name for task in config.tasks)
     module = TrainingModule(
         model=model,
@@ -162,6 +165,13 @@ def forget_activations(config: TrainConfig, model: Multiformer) -> None:
     """Apply `trainer.recompute` to the trained model; its averaged copy needs no such thing."""
     blocks = (EncoderBlock, DecoderBlock)
     recompute(model, config.trainer.recompute, blocks=blocks, wide_parts=_WIDE_PARTS)
+
+
+def slim_down(config: TrainConfig, model: Multiformer) -> None:
+    """Apply `warm_start.low_rank` to a model that has its weights."""
+    choice = config.warm_start.low_rank
+    if choice.rank:
+        add_low_rank(model, choice.layers, choice.rank)
 
 
 def warm_started(config: TrainConfig, model: Multiformer) -> dict[str, Any]:

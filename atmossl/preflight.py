@@ -12,6 +12,7 @@ from atmossl.build import (
     build_objective,
     forget_activations,
     optimizer_settings,
+    slim_down,
 )
 from atmossl.data.companions import open_records, paired
 from atmossl.data.windows import WindowSize
@@ -51,6 +52,7 @@ def estimate(config: TrainConfig) -> Estimate:
 
     def build() -> Multiformer:
         model = build_model(config, {})
+        slim_down(config, model)
         settings = optimizer_settings(config)
         freeze(model, settings.freeze, only=settings.only)
         forget_activations(config, model)

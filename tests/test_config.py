@@ -78,6 +78,7 @@ def test_evaluation_validates() -> None:
         ("optimizer.layer_decay=0", "layer_decay"),
         ("trainer.cpu_offload=true", "strategy=fsdp"),
         ("objective.train_only=tail", "warm_start.checkpoints"),
+        ("warm_start.low_rank.rank=4", "warm_start.checkpoints"),
     ],
 )
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:

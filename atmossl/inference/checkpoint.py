@@ -15,6 +15,7 @@ from atmossl.checkpoint_files import read_contents, write_atomically
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.masking.tasks import Task
+from atmossl.model.low_rank import merged
 from atmossl.model.multiformer import Multiformer
 
 _AVERAGED = "ema.module."
@@ -96,7 +97,7 @@ def load_checkpoint(name: str) -> TrainedModel:
         if key.startswith(_AVERAGED)
     }
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(merged(weights))
     except RuntimeError as error:
         raise ValueError(f"checkpoint={name}: weights do not fit its record: {error}") from error
     return TrainedModel(
@@ -164,9 +165,10 @@ def export(names: Sequence[str], output: Path) -> None:
         for key in _MUST_AGREE if len(names) > 1 else ():
             if contents["atmossl"][key] != last["atmossl"][key]:
                 raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
+    states = [merged(contents["state_dict"]) for contents in checkpoints.values()]
     weights = {
-        key: _mean([contents["state_dict"][key] for contents in checkpoints.values()])
-        for key in last["state_dict"]
+        key: _mean([state[key] for state in states])
+        for key in states[-1]
         if key.startswith(_AVERAGED)
     }
     record = {key: value for key, value in last["atmossl"].items() if key != "rng"}

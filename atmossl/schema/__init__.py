@@ -23,8 +23,15 @@ from atmossl.data.forcings import FORCINGS
 from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig, WindowConfig
 from atmossl.schema.masks import MASKS, Mask
-from atmossl.schema.strict import ConfigError, NotNegative, Positive, Share, Strict
+from atmossl.schema.strict import ConfigError, NotNegative, Positive, Strict
 from atmossl.schema.tasks import TaskConfig, hours
+from atmossl.schema.training import (
+    LoggerConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    WarmStartConfig,
+    trainer_faults,
+)
 
 __all__ = [
     "MASKS",
@@ -97,59 +104,6 @@ class ObjectiveConfig(Strict):
         return self
 
 
-class OptimizerConfig(Strict):
-    algorithm: Literal["adamw", "muon"]
-    learning_rate: float = Field(gt=0.0)
-    weight_decay: float = Field(ge=0.0)
-    betas: tuple[Share, Share]
-    schedule: Literal["cosine", "exponential", "constant"]
-    warmup_steps: NotNegative
-    final_fraction: Share
-    decay_every: Positive
-    gradient_clip: float = Field(gt=0.0)
-    ema_decay: Share
-    freeze: tuple[str, ...]
-    factors: dict[str, float]
-    layer_decay: float = Field(gt=0.0, le=1.0)
-
-
-class TrainerConfig(Strict):
-    max_steps: Positive
-    accumulate: Positive
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
-    accelerator: Literal["auto", "cpu", "gpu"]
-    devices: Positive | Literal["auto"]
-    num_nodes: Positive
-    strategy: Literal["auto", "ddp", "fsdp"]
-    cpu_offload: bool
-    compile: bool
-    recompute: Literal["none", "selective", "full"]
-    validation_interval: Positive
-    validation_batches: Positive
-    checkpoint_interval: Positive
-    keep_checkpoints: Positive
-    checkpoint_format: Literal["file", "sharded"]
-    async_checkpoint: bool
-    log_interval: Positive
-    nonfinite_limit: Positive
-    pictures: bool
-    profiler: Literal["none", "torch"]
-    profile_steps: tuple[NotNegative, Positive]
-
-
-class WarmStartConfig(Strict):
-    """checkpoints: whose weights a new run starts from; rename: their streams to the run's."""
-
-    checkpoints: tuple[str, ...]
-    rename: dict[str, str]
-
-
-class LoggerConfig(Strict):
-    tensorboard: bool
-    wandb: bool
-    wandb_project: str
-
-
 class PathsConfig(Strict):
     output: Path
 
@@ -178,32 +132,25 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         faults = [fault for check in CHECKS for fault in check(self)]
+        faults += trainer_faults(self.trainer)
         if faults:
             raise ValueError(" | ".join(faults))
         return self
 
 
-def _trainer_faults(config: TrainConfig) -> list[str]:
-    """Strategy against precision and checkpoints."""
-    trainer, faults = config.trainer, []
-    if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
-        faults.append("trainer.precision=16-mixed with strategy=fsdp; valid: 32-true, bf16-mixed")
-    if trainer.strategy != "fsdp" and trainer.checkpoint_format == "sharded":
-        faults.append("trainer.checkpoint_format=sharded needs trainer.strategy=fsdp; valid: file")
-    if trainer.strategy != "fsdp" and trainer.cpu_offload:
-        faults.append("trainer.cpu_offload=true needs trainer.strategy=fsdp; valid: false")
-    last = sum(trainer.profile_steps)
-    if trainer.profiler != "none" and last > trainer.max_steps * trainer.accumulate:
-        faults.append(
-            f"trainer.profile_steps={list(trainer.profile_steps)} (first batch, number) end after "
-            f"the run's {trainer.max_steps * trainer.accumulate} batches"
-        )
-    if config.objective.train_only and not (config.warm_start.checkpoints or config.resume):
-        faults.append(
-            f"objective.train_only={config.objective.train_only} would leave the rest of a new "
-            "network at random; name the trained one in warm_start.checkpoints"
-        )
-    return faults
+def _tuning_faults(config: TrainConfig) -> list[str]:
+    """Parts of a network that are trained alone."""
+    only, rank = config.objective.train_only, config.warm_start.low_rank.rank
+    chosen = [] if only is None else [f"objective.train_only={only}"]
+    chosen += [f"warm_start.low_rank.rank={rank}"] if rank else []
+    if len(chosen) > 1:
+        return [f"{' and '.join(chosen)} exclude each other; choose one"]
+    if chosen and not config.warm_start.checkpoints:
+        return [
+            f"{chosen[0]} would leave the rest of a new network at random; name the trained one in "
+            "warm_start.checkpoints"
+        ]
+    return []
 
 
 class StatsConfig(TrainConfig):
@@ -306,7 +253,7 @@ def _model_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
-CHECKS = (_stream_faults, _model_faults, _trainer_faults)
+CHECKS = (_stream_faults, _model_faults, _tuning_faults)
 
 
 class PredictConfig(Strict):

@@ -139,6 +139,29 @@ def test_tuning_the_tail_leaves_all_other_weights_and_lowers_the_loss(folder: Pa
     assert losses.iloc[-1] < 0.98 * losses.iloc[0]
 
 
+def test_low_rank_tuning_leaves_the_weights_and_is_merged_where_it_is_read(folder: Path) -> None:
+    more = (from_runs(folder, "t"), "warm_start.low_rank.rank=3", "optimizer.learning_rate=1e-2",
+            "trainer.checkpoint_interval=1")  # fmt: skip
+    assert train(folder, "slim", T, *more, "trainer.max_steps=1", "optimizer.warmup_steps=0") == 0
+    assert train(folder, "slim", T, *more, "trainer.max_steps=3", "resume=auto") == 0
+    saved = torch.load(checkpoint(folder, "slim"), weights_only=True)
+    old, held = weights(folder, "t"), saved["state_dict"]
+    assert all(torch.equal(held[f"model.{name}"], value) for name, value in old.items())
+    thin = [name for name in held if name.startswith("model.") and name.endswith((".up", ".down"))]
+    assert len(saved["optimizer_states"][0]["state"]) == len(thin) > 0
+    assert all(held[name].any() for name in thin)
+    output = folder / "slim.ckpt"
+    assert main(["export", f"checkpoint={checkpoint(folder, 'slim')}", f"output={output}"]) == 0
+    exported, new = load_checkpoint(str(output)).model.state_dict(), weights(folder, "slim")
+    assert exported.keys() == new.keys() == old.keys()
+    for name, value in new.items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-3, atol=1e-4)
+    layers = [name.removeprefix("model.").removesuffix(".up") for name in thin]
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert moved == {f"{name}.weight" for name in layers if not name.endswith(".down")}
+    assert moved and all(name.startswith(("encoder.", "decoder.")) for name in moved)
+
+
 def test_a_tail_without_a_trained_network_is_refused(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

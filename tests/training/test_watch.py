@@ -100,6 +100,9 @@ def test_shards_and_replicas_need_what_they_hold() -> None:
     rest = cost.weights - sum(cost.units) + 2 * max(cost.units)
     assert many == pytest.approx(cost.activations + cost.batch + rest, rel=0.01)
     assert many < cost.per_device(8, 1.0) < whole
+    kept = cost.per_device(8, 1.0, accumulates=True)
+    assert kept == cost.per_device(8, 1.0) + cost.gradients
+    assert cost.per_device(1, 1.0, offloads=True) == pytest.approx(many, rel=0.01)
 
 
 def test_a_trace_of_chosen_steps_is_written(tmp_path) -> None:
