@@ -1,6 +1,7 @@
 """The command line: train, predict, calibrate, evaluate, data, config, info."""
 
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -162,9 +163,12 @@ def _data(arguments: Sequence[str]) -> None:
 
 
 def _open_ended(override: str) -> str:
-    """Mappings of `ingest` take any key, which Hydra calls appending."""
-    open_ended = ("variables.", "select.", "filters.", "workers.slurm.")
-    return f"++{override}" if override.startswith(open_ended) else override
+    """Mappings of `ingest` take any key, which Hydra calls appending; a key that begins with a
+    digit, such as 2m_temperature, it takes in braces alone."""
+    override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
+    open_ended = ("variables", "select", "filters", "workers.slurm")
+    starts = tuple(f"{key}{end}" for key in open_ended for end in (".", "="))
+    return f"++{override}" if override.startswith(starts) else override
 
 
 def _config(arguments: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -13,23 +14,20 @@ from atmossl.build import open_splits
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
-from atmossl.data.inspect import SegmentReport, VariableReport, advice, inspect, names_of, save_map
+from atmossl.data.inspect import (
+    SegmentReport,
+    VariableReport,
+    advice,
+    inspect,
+    names_of,
+    save_map,
+    time_advice,
+)
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics, load_or_compute
 from atmossl.data.windows import WindowSize
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
-
-_COLUMNS = (
-    "shape",
-    "chunks",
-    "type",
-    "GiB",
-    "range in sample",
-    "missing",
-    "limits",
-    "decoded / needed",
-)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,19 +150,28 @@ def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]
 def _print_segment(console: Console, report: SegmentReport, window: WindowSize) -> None:
     time = report.time
     console.print(f"\n{report.name}: {report.location}", style="bold", highlight=False)
+    dates = [time.calendar.show(t) for t in (time.start, time.end)]
+    notes = [] if time.calendar.plain else [f"calendar {time.calendar.name}"]
+    notes += [] if time.gaps or time.duplicates else ["no gaps or duplicates"]
+    notes += [] if time.ascending else ["not in ascending order"]
     console.print(
-        f"{time.num_steps} steps of {time.step_hours:g} h from {_hour(time.start)} to "
-        f"{_hour(time.end)}{'' if time.ascending else ', not in ascending order'}",
+        f"{time.num_steps} steps of {time.step_hours:g} h from {dates[0]} to {dates[1]}"
+        f"{''.join(f', {note}' for note in notes)}",
         highlight=False,
     )
-    _print_times(console, "gap", [f"{count} steps after {_hour(t)}" for t, count in time.gaps])
-    _print_times(console, "duplicate", [_hour(t) for t in time.duplicates])
-    table = Table("variable", *_COLUMNS, show_edge=False, pad_edge=False)
-    table.columns[0].no_wrap = True
+    gaps = [f"{count} steps after {time.calendar.show(t)}" for t, count in time.gaps]
+    _print_times(console, "gap", gaps)
+    _print_times(console, "duplicate", [time.calendar.show(t) for t in time.duplicates])
+    table = Table("variable", "units", "range in sample", "missing", "limits", box=SIMPLE_HEAD)
+    table.pad_edge = False
+    for column in table.columns:
+        column.overflow = "fold"  # in a narrow window, rather than cut off
     for variable in report.variables:
         table.add_row(*_row(variable))
     console.print(table)
-    for line in [line for v in report.variables for line in advice(v, window)]:
+    _print_storage(console, report.variables)
+    advices = [*time_advice(time), *(line for v in report.variables for line in advice(v, window))]
+    for line in advices:
         console.print(f"advice: {line}", highlight=False)
 
 
@@ -172,15 +179,33 @@ def _row(variable: VariableReport) -> list[str]:
     low, high = variable.limits
     return [
         variable.name,
-        " x ".join(f"{size}" for size in variable.shape),
-        " x ".join(f"{size}" for size in variable.chunks),
-        variable.dtype,
-        f"{variable.gibibytes:.3g}",
+        variable.units,
         f"{variable.minimum:.4g} to {variable.maximum:.4g}",
         f"{variable.missing:.2%}",
         "within" if variable.within_limits else f"OUTSIDE {low:g} to {high:g}",
-        f"{np.prod(list(variable.decoded_over_needed.values())):.1f}",
     ]
+
+
+def _print_storage(console: Console, variables: Sequence[VariableReport]) -> None:
+    """Shape, chunks and the cost of a window, once for all variables that are stored alike."""
+    alike: dict[tuple, list[VariableReport]] = {}
+    for one in variables:
+        alike.setdefault((one.dims, one.shape, one.chunks, one.dtype, one.levels), []).append(one)
+    for (dims, shape, chunks, dtype, levels), found in alike.items():
+        first = found[0]
+        ratio = float(np.prod(list(first.decoded_over_needed.values())))
+        axes = ", ".join(f"{dim} {size}" for dim, size in zip(dims, shape, strict=True))
+        lines = [
+            f"stored: {', '.join(one.name for one in found)}",
+            f"  axes: {axes}",
+            f"  chunks: {' x '.join(map(str, chunks))} of {dtype}",
+            f"  size: {first.gibibytes:.3g} GiB each, as float32",
+            f"  a window touches {first.reads:.1f} chunks, decodes {ratio:.1f} times its values",
+        ]
+        if levels:
+            lines.insert(2, f"  levels: {', '.join(f'{level:g}' for level in levels)}")
+        for line in lines:
+            console.print(line, highlight=False)
 
 
 def _print_times(console: Console, what: str, lines: Sequence[str], limit: int = 5) -> None:
@@ -188,7 +213,3 @@ def _print_times(console: Console, what: str, lines: Sequence[str], limit: int =
         console.print(f"{what}: {line}", highlight=False)
     if len(lines) > limit:
         console.print(f"and {len(lines) - limit} more {what}s", highlight=False)
-
-
-def _hour(time: np.datetime64) -> str:
-    return str(np.datetime_as_string(time, "h"))

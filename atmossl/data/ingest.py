@@ -26,6 +26,7 @@ from dask.config import set as dask_settings
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
+from atmossl.data.calendars import Calendar
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.variables import VARIABLES
 
@@ -192,7 +193,9 @@ def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, jou
 
 
 def _shape_of(dataset: xr.Dataset) -> str:
-    times = np.ascontiguousarray(dataset["time"].values).tobytes()
+    dates = dataset["time"].values
+    calendar = Calendar.of(dates)
+    times = (dates if calendar is None else calendar.encode(dates)).tobytes()
     return f"{dict(dataset.sizes)} {sorted(map(str, dataset.data_vars))} {times.hex()}"
 
 

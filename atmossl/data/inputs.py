@@ -12,7 +12,7 @@ import xarray as xr
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.store import rename_coordinates
-from atmossl.data.variables import SHORT_NAMES
+from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
 
 _GRIB = (".grib", ".grib2", ".grb", ".grb2")
 _PASCAL_PER_HPA = 100.0
@@ -101,12 +101,29 @@ def _canonical(
                     f"input {file}: {stored} is there more than once; choose with filters, such "
                     "as filters.typeOfLevel=isobaricInhPa"
                 )
+            array = _converted(array, canonical, file)
             found[canonical] = _canonical_array(array, selection, file)
     missing = sorted(set(names) - set(found))
     if missing or not found:
         have = sorted(str(name) for dataset in opened for name in dataset.data_vars)
-        raise ValueError(f"input {file}: variables {missing or 'known here'} not among {have}")
-    return xr.merge([a.rename(n) for n, a in found.items()], join="outer", compat="override")
+        hint = "" if missing else f"; name them, such as variables.temperature={have[0]}"
+        raise ValueError(
+            f"input {file}: variables {missing or 'known here'} not among {have}{hint}"
+        )
+    merged = xr.merge([a.rename(n) for n, a in found.items()], join="outer", compat="override")
+    return merged.drop_attrs(deep=False)  # those of the first variable
+
+
+def _converted(array: xr.DataArray, canonical: str, file: str) -> xr.DataArray:
+    """In the units of the variable; ValueError if there is no way to them."""
+    units = array.attrs.get("units")
+    known = conversion(canonical, units)
+    if known is None:
+        check_units(canonical, units, f"input {file}")
+        return array
+    factor, offset = known
+    attributes = {**array.attrs, "units": VARIABLES[canonical].units}
+    return (array.astype(np.float64) * factor + offset).assign_attrs(attributes)
 
 
 def _canonical_name(stored: str, names: dict[str, str]) -> str | None:

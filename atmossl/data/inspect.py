@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cartopy.crs as ccrs
 import numpy as np
@@ -12,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from atmossl.data.backends import OpenedStore, open_store
+from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.store import rename_coordinates
@@ -24,7 +27,8 @@ _MUCH = 2.0  # times what a window needs
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """gaps: (last time before, number of steps missing). step_hours: the most frequent one."""
+    """gaps: (last time before, number of steps missing). step_hours: the most frequent one.
+    longest: steps of the longest part without a gap. Times are those of the calendar."""
 
     start: np.datetime64
     end: np.datetime64
@@ -33,6 +37,8 @@ class TimeAxis:
     gaps: tuple[tuple[np.datetime64, int], ...]
     duplicates: tuple[np.datetime64, ...]
     ascending: bool
+    longest: int
+    calendar: Calendar
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class VariableReport:
     picture: xr.DataArray
 
     @property
+    def units(self) -> str:
+        return str(self.picture.attrs.get("units", ""))
+
+    @property
     def within_limits(self) -> bool:
         return self.limits[0] <= self.minimum and self.maximum <= self.limits[1]
 
@@ -68,17 +78,24 @@ class SegmentReport:
     variables: tuple[VariableReport, ...]
 
 
-def time_axis(times: np.ndarray) -> TimeAxis:
-    """What the times of a record look like; they need not be in order."""
-    times = times.astype("datetime64[ns]")
+def time_axis(dates: np.ndarray, location: str = "the record") -> TimeAxis:
+    """What the times of a record look like; they need not be in order.
+
+    Raises:
+        ValueError: they are no dates.
+    """
+    calendar = Calendar.of(dates)
+    if calendar is None:
+        raise ValueError(f"{location}: time has type {dates.dtype}; needed: dates of a calendar")
+    times = calendar.encode(dates)
     ordered = np.sort(times)
     steps = np.diff(ordered)
     positive = steps[steps > np.timedelta64(0)]
     values, counts = np.unique(positive, return_counts=True)
     step = values[counts.argmax()] if len(values) else np.timedelta64(0, "ns")
-    gaps = [
-        (ordered[n], round(float(steps[n] / step)) - 1) for n in np.flatnonzero(steps > 1.5 * step)
-    ]
+    broken = np.flatnonzero(steps > 1.5 * step)
+    gaps = [(ordered[n], round(float(steps[n] / step)) - 1) for n in broken]
+    bounds = [0, *(broken + 1), len(ordered)]
     return TimeAxis(
         start=ordered[0],
         end=ordered[-1],
@@ -87,7 +104,25 @@ def time_axis(times: np.ndarray) -> TimeAxis:
         gaps=tuple(gaps) if len(values) else (),
         duplicates=tuple(ordered[1:][steps == np.timedelta64(0)]),
         ascending=bool((np.diff(times) > np.timedelta64(0)).all()),
+        longest=int(max(end - start for start, end in pairwise(bounds))),
+        calendar=calendar,
     )
+
+
+def time_advice(time: TimeAxis) -> list[str]:
+    """What to do about times that training refuses."""
+    found = []
+    if time.gaps:
+        found.append(
+            f"`gaps: split` in the catalog entry trains on the {len(time.gaps) + 1} unbroken "
+            f"parts, of which the longest has {time.longest} steps; missing times are an error "
+            "otherwise"
+        )
+    if time.duplicates:
+        found.append("duplicate times are refused; drop them: dataset.drop_duplicates('time')")
+    if not time.ascending and not time.duplicates:
+        found.append("times that do not ascend are refused; sort them: dataset.sortby('time')")
+    return found
 
 
 def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[SegmentReport]:
@@ -108,7 +143,8 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
             _variable(canonical, stored, dataset[stored], opened, window, samples)
             for canonical, stored in entry.variables.items()
         )
-        reports.append(SegmentReport(name, location, time_axis(dataset["time"].values), variables))
+        time = time_axis(dataset["time"].values, location)
+        reports.append(SegmentReport(name, location, time, variables))
     return reports
 
 
@@ -197,7 +233,7 @@ def save_map(variable: VariableReport, path: Path) -> None:
     field = variable.picture
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(projection=ccrs.PlateCarree(central_longitude=180))
+    axes: Any = figure.add_subplot(projection=ccrs.PlateCarree(central_longitude=180))
     shown = axes.pcolormesh(
         field["longitude"].values,
         field["latitude"].values,
@@ -205,12 +241,19 @@ def save_map(variable: VariableReport, path: Path) -> None:
         transform=ccrs.PlateCarree(),
         shading="nearest",
     )
+    lines = axes.gridlines(draw_labels=True, linewidth=0.3, color="0.5")
+    lines.top_labels = lines.right_labels = False
     level = f", {field['level'].item():g} hPa" if "level" in field.coords else ""
-    when = f", {np.datetime_as_string(field['time'].values, 'h')}" if "time" in field.coords else ""
+    when = f", {_date(field['time'].values)}" if "time" in field.coords else ""
     axes.set_title(f"{variable.name}{level}{when}", fontsize=10)
     units = field.attrs.get("units", "")
     figure.colorbar(shown, ax=axes, shrink=0.8, label=units)
     figure.savefig(path, dpi=110)
+
+
+def _date(time: np.ndarray) -> str:
+    calendar = Calendar.of(time)
+    return "" if calendar is None else calendar.show(calendar.encode(time.reshape(1))[0])
 
 
 def names_of(reports: Sequence[SegmentReport]) -> list[str]:

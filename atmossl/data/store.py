@@ -141,6 +141,11 @@ def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str
         found = [name for name in choices if name in dataset.dims]
         if found:
             names[found[0]] = canonical
+        elif canonical == "time" and any(n in dataset.coords for n in choices):
+            raise ValueError(
+                f"{location}: its time is a single date, not a dimension; `atmossl data ingest` "
+                "joins a folder of such files to one store"
+            )
         elif canonical != "level":
             raise ValueError(
                 f"{location}: no dimension for {canonical}, tried {list(choices)}; the store has "

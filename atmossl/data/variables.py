@@ -12,10 +12,10 @@ class Variable:
     physical_range: tuple[float, float] = (float("-inf"), float("inf"))
 
 
+_KELVIN = ("kelvin", "Kelvin", "degK", "deg K", "degree_K", "degrees K", "degrees_kelvin")
+
 VARIABLES: dict[str, Variable] = {
-    "temperature": Variable(
-        "K", "air_temperature", "Temperature", ("kelvin", "Kelvin"), (130.0, 350.0)
-    ),
+    "temperature": Variable("K", "air_temperature", "Temperature", _KELVIN, (130.0, 350.0)),
     "u_component_of_wind": Variable(
         "m s-1", "eastward_wind", "U component of wind", ("m s**-1", "m/s"), (-200.0, 200.0)
     ),
@@ -39,7 +39,9 @@ VARIABLES: dict[str, Variable] = {
         "s-1", "atmosphere_relative_vorticity", "Relative vorticity", ("s**-1", "1/s")
     ),
     "divergence": Variable("s-1", "divergence_of_wind", "Divergence", ("s**-1", "1/s")),
-    "2m_temperature": Variable("K", "air_temperature", "2 metre temperature", ("kelvin",)),
+    "2m_temperature": Variable(
+        "K", "air_temperature", "2 metre temperature", _KELVIN, (180.0, 340.0)
+    ),
     "mean_sea_level_pressure": Variable(
         "Pa", "air_pressure_at_mean_sea_level", "Mean sea level pressure", ("pascal",)
     ),
@@ -56,7 +58,24 @@ VARIABLES |= {
         "Pa", "surface_air_pressure", "Surface pressure", ("pascal",), (3e4, 1.2e5)
     ),
     "sea_surface_temperature": Variable(
-        "K", "sea_surface_temperature", "Sea surface temperature", ("kelvin",), (265.0, 320.0)
+        "K", "sea_surface_temperature", "Sea surface temperature", _KELVIN, (265.0, 320.0)
+    ),
+    "sea_ice_cover": Variable(
+        "1", "sea_ice_area_fraction", "Sea ice area fraction", ("(0 - 1)", "0 - 1"), (0.0, 1.0)
+    ),
+    "specific_cloud_liquid_water_content": Variable(
+        "kg kg-1",
+        "mass_fraction_of_cloud_liquid_water_in_air",
+        "Specific cloud liquid water content",
+        ("kg kg**-1", "kg/kg", "1"),
+        (-1e-4, 0.1),
+    ),
+    "specific_cloud_ice_water_content": Variable(
+        "kg kg-1",
+        "mass_fraction_of_cloud_ice_in_air",
+        "Specific cloud ice water content",
+        ("kg kg**-1", "kg/kg", "1"),
+        (-1e-4, 0.1),
     ),
     "total_precipitation": Variable(
         "m", "lwe_thickness_of_precipitation_amount", "Total precipitation", (), (-1e-4, 1.0)
@@ -97,8 +116,36 @@ SHORT_NAMES: dict[str, str] = {
     "sst": "sea_surface_temperature",
     "tp": "total_precipitation",
     "lsm": "land_sea_mask",
+    "siconc": "sea_ice_cover",
+    "ci": "sea_ice_cover",
+    "clwc": "specific_cloud_liquid_water_content",
+    "ciwc": "specific_cloud_ice_water_content",
     "tisr": "toa_incident_solar_radiation",
 } | {name: name for name in VARIABLES}
+
+
+# Factor and offset from other units to those of a variable.
+_CELSIUS, _FAHRENHEIT = (1.0, 273.15), (5.0 / 9.0, 273.15 - 32.0 * 5.0 / 9.0)
+_CONVERSIONS: dict[str, dict[str, tuple[float, float]]] = {
+    "K": {
+        **dict.fromkeys(("degC", "deg C", "C", "celsius", "Celsius", "degrees_C"), _CELSIUS),
+        **dict.fromkeys(("degree_Celsius", "degrees_Celsius", "degrees C", "°C"), _CELSIUS),
+        **dict.fromkeys(("degF", "deg F", "F", "fahrenheit", "Fahrenheit", "°F"), _FAHRENHEIT),
+    },
+    "Pa": dict.fromkeys(("hPa", "mbar", "mb", "millibar", "millibars"), (100.0, 0.0)),
+    "m": dict.fromkeys(("mm", "kg m-2", "kg m**-2", "kg/m2"), (1e-3, 0.0)),
+    "kg kg-1": dict.fromkeys(("g kg-1", "g kg**-1", "g/kg"), (1e-3, 0.0)),
+    "1": dict.fromkeys(("%", "percent"), (1e-2, 0.0)),
+}
+
+
+def conversion(variable: str, units: str | None) -> tuple[float, float] | None:
+    """Factor and offset from these units to those of the variable; None if there is no need, or no
+    way that is known here."""
+    known = VARIABLES.get(variable)
+    if known is None or units is None or units in (known.units, *known.unit_aliases):
+        return None
+    return _CONVERSIONS.get(known.units, {}).get(units.strip())
 
 
 def check_units(variable: str, units: str | None, location: str) -> None:
@@ -112,5 +159,5 @@ def check_units(variable: str, units: str | None, location: str) -> None:
     if units != known.units and units not in known.unit_aliases:
         raise ValueError(
             f"{location}: variable {variable} has units {units!r}; valid: "
-            f"{[known.units, *known.unit_aliases]}. Convert the store first"
+            f"{[known.units, *known.unit_aliases]}. `atmossl data ingest` converts usual ones"
         )

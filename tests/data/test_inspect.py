@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from atmossl.cli import main
 from atmossl.data.catalog import load_catalog
@@ -44,6 +45,27 @@ def test_decoded_over_needed_is_the_mean_over_all_offsets(tmp_path) -> None:
     (report,) = inspect(load_catalog(path)["waves"], WindowSize(6, 0, 0), samples=1)
     counts = [len({step // 5 for step in range(start, start + 6)}) for start in range(40)]
     assert report.variables[0].decoded_over_needed["time"] == pytest.approx(np.mean(counts) * 5 / 6)
+
+
+@pytest.mark.parametrize("calendar", ["standard", "noleap"])
+def test_the_report_fits_eighty_columns(tmp_path, capsys, monkeypatch, calendar: str) -> None:
+    """Nothing is cut off, and gaps, duplicates and limits come with advice."""
+    names = ["toa_incident_solar_radiation", "specific_cloud_liquid_water_content", "temperature"]
+    store = dataset(variables=("temperature",), steps=12)
+    store = xr.Dataset({name: store["temperature"] + 400.0 * (name == names[2]) for name in names})
+    dates = xr.date_range("2000-02-27", periods=20, freq="6h", calendar=calendar)
+    store = store.assign_coords(time=dates[[0, 1, 2, 5, 6, 6, 7, 8, 9, 13, 14, 15]])
+    path = catalog(tmp_path, train=store)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["data", "inspect", "waves", f"catalog={path}", f"output={tmp_path}/maps"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    for name in (*names, "OUTSIDE", "chunks: 12 x 3 x 8 x 16", "levels: 300, 500, 850"):
+        assert any(name in line for line in lines), (name, printed)
+    assert "…" not in printed
+    assert "gap: 2 steps after 2000-02-27T12" in printed and "duplicate: 2000-02-28T12" in printed
+    assert "on the 3 unbroken parts, of which the longest has 6 steps" in " ".join(printed.split())
+    assert ("calendar noleap" in printed) == (calendar == "noleap")
 
 
 def test_the_command_prints_and_draws(tmp_path, capsys) -> None:

@@ -1,0 +1,111 @@
+"""Inputs whose units and names are not ours, and files that others wrote."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from atmossl.cli import main
+from atmossl.data.inputs import open_input
+from atmossl.data.store import open_segment
+from atmossl.data.variables import VARIABLES, conversion
+from tests.synthetic import dataset
+
+# Any folder with files of the packages hvsampledata and neuralgcm, below or right in it.
+SAMPLES = Path(os.environ.get("ATMOSSL_NETCDF_SAMPLES", "nowhere"))
+AIR, TL31 = "air_temperature_small.nc", "era5_tl31_19590102T00.nc"
+needs_samples = pytest.mark.skipif(
+    not SAMPLES.is_dir(), reason="set ATMOSSL_NETCDF_SAMPLES to NetCDF files of others"
+)
+
+
+@pytest.mark.parametrize(
+    ("variable", "units", "given", "wanted"),
+    [
+        ("temperature", "degC", -40.0, 233.15),
+        ("2m_temperature", "degF", -40.0, 233.15),
+        ("sea_surface_temperature", "fahrenheit", 212.0, 373.15),
+        ("mean_sea_level_pressure", "hPa", 1013.25, 101325.0),
+        ("specific_humidity", "g kg-1", 5.0, 0.005),
+        ("total_precipitation", "mm", 12.0, 0.012),
+        ("land_sea_mask", "%", 25.0, 0.25),
+    ],
+)
+def test_usual_units_are_converted(variable, units, given, wanted, tmp_path: Path) -> None:
+    record = dataset(variables=("temperature",), steps=3).isel(level=0, drop=True)
+    record["temperature"] = xr.full_like(record["temperature"], given)
+    record["temperature"].attrs["units"] = units
+    record.to_netcdf(tmp_path / "in.nc")
+    found = open_input(str(tmp_path / "in.nc"), {variable: "temperature"}, {}, {})[variable]
+    np.testing.assert_allclose(found.values, wanted, rtol=1e-6)
+    assert found.attrs["units"] == VARIABLES[variable].units
+    assert conversion(variable, found.attrs["units"]) is None
+
+
+def test_units_without_a_way_to_ours_are_named(tmp_path: Path) -> None:
+    record = dataset(variables=("temperature",), steps=3)
+    record["temperature"].attrs["units"] = "furlong"
+    record.to_netcdf(tmp_path / "in.nc")
+    with pytest.raises(ValueError, match=r"in\.nc: variable temperature has units 'furlong'"):
+        open_input(str(tmp_path / "in.nc"), {}, {}, {})
+
+
+def test_a_single_date_is_told_to_be_joined() -> None:
+    one = dataset(steps=3).isel(time=0)
+    with pytest.raises(ValueError, match="data ingest. joins"):
+        open_segment("waves", one, "one.nc", variables=["temperature"], levels=[300])
+
+
+def test_another_calendar_is_ingested(tmp_path: Path, capsys) -> None:
+    times = xr.date_range("0001-02-27", periods=12, freq="6h", calendar="noleap", use_cftime=True)
+    record = dataset(variables=("temperature",), steps=12).assign_coords(time=times)
+    record.to_netcdf(tmp_path / "in.nc")
+    command = ["data", "ingest", f"input={tmp_path / 'in.nc'}", f"output={tmp_path / 'out.zarr'}",
+               "start=0001-02-27T12", "end=0001-03-01T00"]  # fmt: skip
+    assert main(command) == 0, capsys.readouterr().err
+    with xr.open_zarr(tmp_path / "out.zarr", consolidated=False) as store:
+        assert store.time.values.tolist() == times[2:9].tolist()
+        expected = (
+            record["temperature"].isel(time=slice(2, 9)).transpose(*store["temperature"].dims)
+        )
+        np.testing.assert_array_equal(store["temperature"].values, expected.values)
+
+
+def sample(name: str) -> Path:
+    found = sorted(SAMPLES.rglob(name))
+    if not found:
+        pytest.skip(f"no {name} below ATMOSSL_NETCDF_SAMPLES")
+    return found[0]
+
+
+@needs_samples
+def test_the_air_temperature_of_ncep_is_ingested(tmp_path: Path, capsys) -> None:
+    """`air` in degK, latitudes from north to south, no level."""
+    file, output = sample(AIR), tmp_path / "air.zarr"
+    assert main(["data", "ingest", f"input={file}", f"output={output}"]) == 2
+    assert "variables.temperature=air" in capsys.readouterr().err
+    named = "variables.2m_temperature=air"
+    assert main(["data", "ingest", f"input={file}", f"output={output}", named]) == 0
+    segment = open_segment(
+        "air", xr.open_zarr(output, consolidated=False), "air", variables=["2m_temperature"],
+        levels=[],
+    )  # fmt: skip
+    values = segment.read("2m_temperature", (0,), 0, 20, segment.whole())[0]
+    with xr.open_dataset(file) as source:
+        np.testing.assert_allclose(values, source["air"].values[:, ::-1], rtol=1e-6)
+    assert not segment.grid.periodic and segment.step_hours == 6.0
+
+
+@needs_samples
+def test_the_gaussian_era5_of_neuralgcm_is_ingested(tmp_path: Path) -> None:
+    """One date without a time axis, axes in another order, TL31."""
+    file, output = sample(TL31), tmp_path / "era5.zarr"
+    assert main(["data", "ingest", f"input={file}", f"output={output}", "levels=[500,850]"]) == 0
+    with xr.open_zarr(output, consolidated=False) as store, xr.open_dataset(file) as source:
+        assert {"temperature", "sea_ice_cover", "specific_cloud_ice_water_content"} <= set(store)
+        assert store.sizes["time"] == 1 and "units" not in store.attrs
+        found = store["temperature"].isel(time=0)
+        wanted = source["temperature"].sel(level=[500, 850]).transpose(*found.dims)
+        np.testing.assert_array_equal(found.values, wanted.values)
