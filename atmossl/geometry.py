@@ -28,10 +28,17 @@ def latitude_edges(latitude_deg: np.ndarray) -> np.ndarray:
 def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
     """Exact relative area [lat] of each latitude band, with mean 1.
 
-    The area of a band is proportional to the difference of sin(latitude) at its edges.
+    The area of a band is proportional to the difference of sin(latitude) at its edges. Bands of a
+    whole Gaussian grid have the areas of Gauss-Legendre quadrature, which integrates spherical
+    harmonics exactly.
     """
     if len(latitude_deg) == 1:
         return np.ones(1)
+    if np.ptp(np.diff(latitude_deg)) > _TOLERANCE_DEG:  # a Gaussian grid is never even
+        nodes, weights = np.polynomial.legendre.leggauss(len(latitude_deg))
+        ascending = np.sort(latitude_deg)  # the weights are the same from both poles
+        if np.allclose(ascending, np.rad2deg(np.arcsin(nodes)), atol=_TOLERANCE_DEG):
+            return weights / weights.mean()
     weights = np.abs(np.diff(np.sin(np.deg2rad(latitude_edges(latitude_deg)))))
     return weights / weights.mean()
 

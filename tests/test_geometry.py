@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
-from atmossl.geometry import Grid, TilePlan, area_weights, check_window_fits, random_box
+from atmossl.geometry import (
+    Grid,
+    TilePlan,
+    area_weights,
+    check_window_fits,
+    latitude_edges,
+    random_box,
+)
+from atmossl.masking.places import LatLonBox
 
 
 def global_grid(num_lat: int, num_lon: int) -> Grid:
@@ -21,6 +30,67 @@ def test_area_weights_of_a_regular_grid_are_proportional_to_the_cosine(num_lat: 
     ratio = area_weights(latitude) / np.cos(np.deg2rad(latitude))
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-10)
     assert area_weights(latitude).mean() == pytest.approx(1.0)
+
+
+def gaussian(num_lat: int) -> np.ndarray:
+    """Latitudes of a Gaussian grid, in the precision of a file."""
+    nodes, _ = np.polynomial.legendre.leggauss(num_lat)
+    return np.rad2deg(np.arcsin(nodes)).astype(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("num_lat", [4, 32, 73, 320])
+def test_weights_of_a_gaussian_grid_integrate_polynomials_exactly(num_lat: int) -> None:
+    """The mean of x^k over [-1, 1], where x is the sine of the latitude, is 1 / (k + 1) or 0."""
+    latitude = gaussian(num_lat)
+    weights, x = area_weights(latitude), np.sin(np.deg2rad(latitude))
+    assert weights.mean() == pytest.approx(1.0) and (weights > 0).all()
+    np.testing.assert_array_equal(area_weights(latitude[::-1]), weights)
+    for degree in range(min(2 * num_lat, 24)):
+        exact = 0.0 if degree % 2 else 1 / (degree + 1)
+        assert np.mean(weights * x**degree) == pytest.approx(exact, abs=2e-6)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_spherical_harmonics_are_orthonormal_on_a_gaussian_grid(order: int) -> None:
+    latitude, longitude = gaussian(32), np.deg2rad(np.arange(64) * 360 / 64)
+    weights = np.repeat(area_weights(latitude)[:, None], 64, axis=1)
+    polar = np.deg2rad(90 - latitude)[:, None]
+    found = [special.sph_harm_y(n, order, polar, longitude) for n in range(order, 16)]
+    for row, one in enumerate(found):
+        for column, other in enumerate(found):
+            product = 4 * np.pi * np.mean(weights * one * other.conj())
+            assert product == pytest.approx(float(row == column), abs=1e-5)
+
+
+def test_part_of_a_gaussian_grid_has_bands_between_midpoints() -> None:
+    latitude = gaussian(32)[4:12]
+    bands = np.diff(np.sin(np.deg2rad(latitude_edges(latitude))))
+    np.testing.assert_allclose(area_weights(latitude), bands / bands.mean(), rtol=1e-12)
+    whole = area_weights(gaussian(32))[5:11]
+    inner = area_weights(latitude)[1:-1]
+    np.testing.assert_allclose(inner / inner.mean(), whole / whole.mean(), rtol=2e-3)
+
+
+def test_boxes_and_tiles_on_a_gaussian_grid() -> None:
+    """Rows at both poles, columns across Greenwich and the dateline."""
+    grid = Grid(gaussian(32), np.arange(64) * 360 / 64)
+    assert grid.periodic and grid.shape == (32, 64)
+    drawn = [random_box(grid, 8, 16, np.random.default_rng(seed)) for seed in range(300)]
+    assert {box.lat_start for box in drawn} == set(range(25))
+    assert {box.lon_start for box in drawn} == set(range(64))
+    plan = TilePlan(grid, 8, 16)
+    total = np.zeros(grid.shape)
+    for box, weight in zip(plan.tiles, plan.weights, strict=True):
+        total[np.ix_(box.lat_index(), box.lon_index(64))] += weight
+    np.testing.assert_allclose(total, 1.0, atol=1e-12)
+    across = LatLonBox(80, 90, 170, 190).contains(grid.latitude, grid.longitude)
+    rows, columns = np.nonzero(across.any(axis=1))[0], np.nonzero(across.any(axis=0))[0]
+    assert rows.tolist() == [30, 31] and columns.tolist() == [31, 32, 33]
+    pole = LatLonBox(-90, -85, 350, 10).contains(grid.latitude, grid.longitude)
+    assert np.nonzero(pole.any(axis=1))[0].tolist() == [0]
+    assert np.nonzero(pole.any(axis=0))[0].tolist() == [0, 1, 63]
+    with pytest.raises(ValueError, match="does not nest"):
+        grid.refined(2)
 
 
 def test_points_on_the_poles_own_half_a_cell() -> None:
