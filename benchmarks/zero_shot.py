@@ -16,10 +16,12 @@ from typing import Any
 
 import pandas as pd
 
+from atmossl.api import find_task
 from atmossl.cli import compose_config
-from atmossl.commands import evaluate, train
+from atmossl.commands import evaluate, open_for, train
 from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.predict import Predictor
 from benchmarks.report import finish
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -28,6 +30,13 @@ TASKS: dict[str, dict[str, Any]] = {
     "temporal_interpolation": {"hidden_time": "6h"},
     "downscaling": {"factor": 4},
     "inpainting": {"boxes": [[20.0, 50.0, 120.0, 170.0], [-50.0, -20.0, 200.0, 250.0]]},
+    "cross_variable": {"variables": ["specific_humidity"]},
+    "combined": {
+        "parts": [
+            {"name": "forecast", "lead_time": "12h"},
+            {"name": "inpainting", "boxes": [[20.0, 50.0, 120.0, 170.0]]},
+        ]
+    },
 }
 # The mask that a specialist of each task is trained with.
 SPECIALISTS: dict[str, dict[str, Any]] = {
@@ -104,6 +113,26 @@ def _merged(defaults: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **record, **nested}
 
 
+def refusals(checkpoint: str) -> dict[str, str]:
+    """Why a task cannot be asked of a checkpoint, for those that cannot."""
+    trained, found = load_checkpoint(checkpoint), {}
+    (segment,) = open_for(trained, None, None, "test")
+    for name, choices in TASKS.items():
+        predictor = Predictor(
+            trained=trained,
+            segment=segment,
+            task=find_task({"name": name, **choices}, {}).sampler(),
+            overlap=0.5,
+            batch_size=1,
+            device="cpu",
+        )
+        try:
+            predictor.first_view(predictor.possible_times()[0])
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def errors(report: Path, task: str) -> pd.Series:
     """RMSE on the globe by variable, level and lead time."""
     table = pd.read_csv(report / "scores.csv")
@@ -156,11 +185,15 @@ def main() -> None:
     digest = load_checkpoint(arguments.checkpoint).digest
     runs: Path = arguments.runs / digest
     name = f"report-every{arguments.every}" + ("" if arguments.ridge else "-noridge")
-    report = score(arguments.checkpoint, list(TASKS), runs / name, arguments)
+    refused = refusals(arguments.checkpoint)
+    tasks = [task for task in TASKS if task not in refused]
+    report = score(arguments.checkpoint, tasks, runs / f"all-{name}", arguments)
     found = json.loads((report / "figures.json").read_text())
     figures: dict[str, Any] = {"checkpoint": digest, "every": arguments.every}
-    for task in TASKS:
+    for task in tasks:
         figures |= against_baselines(found, task)
+    for task, reason in refused.items():
+        figures |= {f"{task}_vs_best_baseline": None, f"{task}_reason": reason}
     if arguments.specialists is not None:
         for task in arguments.specialists or SPECIALISTS:
             arguments.ridge = False

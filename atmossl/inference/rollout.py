@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from atmossl.data.forcings import FORCINGS
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
 from atmossl.inference.blend import Fields, Part
@@ -24,8 +25,10 @@ def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part
     with the same one would push it further out at each pass. So who takes which member of the next
     pass is drawn anew, by (seed, init time, pass), each member once.
 
+    What is static stays, and what is computed from time and place is so at every date.
+
     Raises:
-        ValueError: an input stream, which no pass predicts.
+        ValueError: an input stream that no pass predicts.
     """
     _check_streams(predictor)
     plan, segment, start = predictor.plan, source.segment, source.start
@@ -60,12 +63,16 @@ def _order(seed: int, init: np.datetime64, number: int, num_members: int) -> lis
 
 
 def _check_streams(predictor: "Predictor") -> None:
-    inputs = [spec.name for spec in predictor.trained.specs if spec.role != "predict"]
-    if inputs:
+    unknown = [
+        spec.name
+        for spec in predictor.trained.specs
+        if spec.role not in ("predict", "static") and not set(spec.variables) <= set(FORCINGS)
+    ]
+    if unknown:
         raise ValueError(
             f"task.rollout_time={predictor.plan.steps_per_pass * predictor.segment.step_hours:g} h "
-            f"is shorter than task.lead_time, but streams {inputs} are input only and nothing "
-            "predicts them; valid: a lead time within one pass"
+            f"is shorter than task.lead_time, but streams {unknown} are input only and nothing "
+            "predicts or computes them; valid: a lead time within one pass"
         )
 
 
@@ -88,6 +95,7 @@ def _read(segment: Segment, start: int, count: int) -> State:
     return {
         name: segment.read(name, segment.levels_of(name), start, count, segment.whole())
         for name in segment.variables
+        if name not in FORCINGS
     }
 
 
@@ -95,11 +103,14 @@ def _appended(predictor: "Predictor", state: State, fields: Fields, member: int)
     """The state moved on: its steps and those of the pass, of which the latest are kept; two at
     least, which make a record."""
     kept = max(2, len(predictor.plan.read))
-    moved = {}
+    moved = {
+        name: np.repeat(values[:, -1:], kept, axis=1)  # static, or moved on below
+        for name, values in state.items()
+    }
     for spec in predictor.trained.specs:
         levels = predictor.segment.levels
         rows = [levels.index(level) if level else 0 for level in spec.level_values]
-        for name in spec.variables:
+        for name in spec.variables if spec.role == "predict" else ():
             new = fields[name][:, member].swapaxes(0, 1)  # [level time lat lon]
             held = state[name]
             whole = np.zeros((held.shape[0], *new.shape[1:]), np.float32)
@@ -134,5 +145,6 @@ def _source(
         segment.location,
         variables=segment.variables,
         levels=segment.levels,
+        may_miss=sorted(segment.may_miss),
     )
     return Source(record, num_steps - len(predictor.plan.read), member)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamWindow, View
+from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.segment import Segment
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
@@ -46,7 +47,8 @@ class WindowReader:
 
     def read(self, source: Source, box: Box) -> tuple[StreamWindow, ...]:
         """All streams in a box of cells over all steps of the window; steps that are not read
-        repeat the last one before, and are hidden by the task."""
+        repeat the last one before, and are hidden by the task. What is computed from time and
+        place has its true values at all steps."""
         factor, segment, plan = self.coarse, source.segment, self.plan
         cells = Box(
             box.lat_start // factor,
@@ -63,9 +65,29 @@ class WindowReader:
             cells,
         )
         return tuple(
-            replace(self._placed(self._dated(window, source), box), spec=spec)
+            replace(
+                self._computed(self._placed(self._dated(window, source), box), source), spec=spec
+            )
             for window, spec in zip(windows, self.trained.specs, strict=True)
         )
+
+    def _computed(self, window: StreamWindow, source: Source) -> StreamWindow:
+        rows = [n for n, name in enumerate(window.spec.variables) if name in FORCINGS]
+        if not rows or window.spec.data:
+            return window
+        segment, steps = source.segment, np.arange(self.trained.window.time) - self.plan.read[0]
+        times = segment.times[source.start] + steps * (segment.step // self.plan.refine)
+        places = (window.lat.double().numpy(), window.lon.double().numpy())
+        everything = (slice(None),) * 3
+        raw = torch.zeros_like(window.fields)
+        for row in rows:
+            name = window.spec.variables[row]
+            chunks = ComputedChunks(name, times, *places, segment.calendar)
+            raw[row] = torch.from_numpy(chunks.read(everything).copy()).to(raw)
+        true = self.trained.normaliser.forward(raw, window.spec)
+        fields = window.fields.clone()
+        fields[rows] = true[rows]
+        return replace(window, fields=fields)
 
     def _dated(self, window: StreamWindow, source: Source) -> StreamWindow:
         hours = self._hours(window.spec.data, source)

@@ -95,8 +95,14 @@ def test_acc_is_the_weighted_correlation_of_anomalies(dataset, centred_on):
     weights = np.repeat(area_weights(case.truth["latitude"].to_numpy()), 16)
     covariance = np.cov(predicted.to_numpy().ravel(), observed.to_numpy().ravel(), aweights=weights)
     expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
-    found = AnomalyCorrelation().per_time(case, area_weights_like(case.truth, GLOBAL))["acc"][0, 0]
-    assert float(found) == pytest.approx(expected, abs=1e-6)
+    means = AnomalyCorrelation().per_time(case, area_weights_like(case.truth, GLOBAL))["acc"]
+    assert float(means[0, 0]) == pytest.approx(expected, abs=1e-6)
+    assert case.climatology is not None
+    anomalies = [x.astype(np.float64) - case.climatology for x in (case.ensemble_mean, case.truth)]
+    everywhere = area_weights_like(case.truth, GLOBAL) * xr.ones_like(case.truth[0, 0])
+    cells = ["latitude", "longitude"]
+    by_library = xskillscore.pearson_r(*anomalies, dim=cells, weights=everywhere.transpose(*cells))
+    np.testing.assert_allclose(means, by_library.transpose(*means.dims), atol=1e-6)
 
 
 def test_acc_is_one_for_truth_and_missing_for_climatology(dataset):

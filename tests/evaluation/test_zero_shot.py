@@ -8,7 +8,7 @@ import pytest
 
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.schema import TrainConfig, parse
-from benchmarks.zero_shot import SPECIALISTS, against_baselines, specialist_values
+from benchmarks.zero_shot import SPECIALISTS, against_baselines, refusals, specialist_values
 
 
 def as_json(mask) -> str:
@@ -32,6 +32,13 @@ def test_a_specialist_is_the_checkpoint_s_run_with_one_mask(task, tmp_path: Path
     assert [*map(as_json, (alone.masking, tuned.masking))] == [as_json(sampler)] * 2
     assert tuned.trainer.max_steps == alone.trainer.max_steps // 10
     assert tuned.warm_start.checkpoints == ("default",)
+
+
+def test_a_task_that_a_checkpoint_cannot_do_is_said_to_be_so():
+    """The reference has all variables in the tokens of one stream."""
+    refused = refusals("default")
+    assert set(refused) == {"cross_variable"}
+    assert "cuts through the tokens of stream atmosphere" in refused["cross_variable"]
 
 
 def test_best_baseline_is_the_one_that_is_hardest_to_beat():

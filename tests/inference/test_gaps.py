@@ -1,18 +1,23 @@
 """Missing values of the store filled by the model; several records in one prediction."""
 
+from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
 
+from atmossl.data.forcings import FORCINGS
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.store import open_segment
 from atmossl.inference.predict import Predictor
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast
+from atmossl.tokens import detokenise
 from tests.inference.known import NAMES, STORE, Known, predictor, run_at, segment
 from tests.inference.test_tasks import TWO_STREAMS, Spy
-from tests.synthetic import dataset
+from tests.synthetic import dataset, spec
 
 GAPS = Inpainting((), missing=True)
 FILLED = 7.0  # what the known network answers, normalised
@@ -77,6 +82,51 @@ def test_gaps_are_refused_without_the_task_that_fills_them() -> None:
         run_at(predictor(box, Known(attrgetter("target")), store=with_gaps()), 6)
     with pytest.raises(ValueError, match=r"task\.missing=false"):
         Inpainting(())
+
+
+@pytest.mark.parametrize("task", [Forecast(12), Forecast(36, 12), GAPS])
+def test_what_is_computed_has_its_true_values_at_every_date(task) -> None:
+    """Also after the init time, in every pass of a rollout, and beyond the end of the record; a
+    static field stays."""
+    spy, name = Spy(), "toa_incident_solar_radiation"
+    height = STORE["temperature"].isel(time=0, level=0, drop=True).rename("geopotential")
+    store = STORE.assign(specific_humidity=height.drop_attrs())
+    specs = (
+        spec("air", variables=NAMES, token=(1, 2, 2)),
+        spec("sun", variables=(name,), levels=(), token=(1, 2, 2), role="forcing"),
+        spec("land", variables=("specific_humidity",), levels=(), token=(1, 2, 2), role="static"),
+    )
+    record = open_segment(
+        "waves",
+        store,
+        "memory",
+        variables=[*NAMES, "specific_humidity", name],
+        levels=(300, 500, 850),
+    )
+    used = predictor(task, spy, window=(5, 8, 16), batch_size=1)
+    trained = replace(
+        used.trained, specs=specs, normaliser=Normaliser(Statistics.compute([record]))
+    )
+    used = replace(used, trained=trained, segment=record)
+    time = record.times[6 if task is GAPS else -1]
+    list(used.run([time]))
+    shown = zip(spy.seen[0::12], spy.seen[4::12], spy.seen[8::12], spy.seen[6::12], strict=True)
+    calls = list(shown)
+    assert len(calls) == 1 + 2 * (getattr(task, "lead_hours", 0) == 36) * 2  # two members go on
+    for _, sun, land, hours in calls:
+        times = np.datetime64(0, "ns") + (hours[0].numpy() * 3600e9).astype("timedelta64[ns]")
+        expected = FORCINGS[name](times, store["latitude"].values, store["longitude"].values)
+        found = trained.normaliser.inverse(detokenise(sun, specs[1])[0], specs[1])[0, 0]
+        np.testing.assert_allclose(found, expected, atol=20.0)  # of up to 4e6 J m-2
+        same = trained.normaliser.inverse(detokenise(land, specs[2])[0], specs[2])[0, 0]
+        np.testing.assert_allclose(same, np.stack([height.values] * 5), atol=1e-5)
+
+
+def test_a_rollout_of_inputs_that_nothing_tells_is_refused() -> None:
+    specs = (spec("t", variables=NAMES[:1], token=(1, 2, 2)),
+             spec("u", variables=NAMES[1:], token=(1, 2, 2), role="input"))  # fmt: skip
+    with pytest.raises(ValueError, match=r"streams \['u'\] are input only"):
+        run_at(predictor(Forecast(24, 12), Known(attrgetter("target")), specs=specs), 6)
 
 
 def two_records(**changes) -> Predictor:

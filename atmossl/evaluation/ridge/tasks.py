@@ -119,8 +119,22 @@ class TemporalInterpolation:
         return (0.5 * (block.at(-1) + block.at(1)))[:, None]
 
 
+class _Around:
+    """The anchor's own step, from itself and `neighbours` steps on each side."""
+
+    neighbours: int
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        return tuple(range(-self.neighbours, self.neighbours + 1))
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]:
+        return (0,)
+
+
 @dataclass(frozen=True)
-class Downscaling:
+class Downscaling(_Around):
     """All fine values of a block from block means, `neighbours` steps on each side and now.
 
     Trivially, bicubic interpolation of the block means. Every dataset handed in is at full
@@ -139,14 +153,6 @@ class Downscaling:
                 f"neighbours={self.neighbours}"
             )
 
-    @property
-    def input_offsets(self) -> tuple[int, ...]:
-        return tuple(range(-self.neighbours, self.neighbours + 1))
-
-    @property
-    def target_offsets(self) -> tuple[int, ...]:
-        return (0,)
-
     def trivial(self, block: Block) -> Targets:
         coarsening = Coarsening(block.grid, self.factor)
         means = coarsening.block_mean(block.at(0))
@@ -154,7 +160,7 @@ class Downscaling:
 
 
 @dataclass(frozen=True)
-class CrossVariable:
+class CrossVariable(_Around):
     """Hidden channels from the others around the cell, `neighbours` steps on each side and now.
 
     Trivially, nothing: a strong penalty falls back to the mean of the latitude row.
@@ -171,14 +177,6 @@ class CrossVariable:
                 f"hide one channel or more and take 0 neighbours or more, got "
                 f"hidden_channels={self.hidden_channels}, neighbours={self.neighbours}"
             )
-
-    @property
-    def input_offsets(self) -> tuple[int, ...]:
-        return tuple(range(-self.neighbours, self.neighbours + 1))
-
-    @property
-    def target_offsets(self) -> tuple[int, ...]:
-        return (0,)
 
     def trivial(self, block: Block) -> Targets:
         return np.zeros_like(block.at(0))[:, None]
