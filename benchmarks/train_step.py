@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from atmossl.batch import Batch
+from atmossl.batch import Batch, collate_views
 from atmossl.build import build_data, build_model, build_module, build_objective
 from atmossl.cli import compose_config
-from atmossl.data.datamodule import Collate
 from atmossl.data.windows import SampleKey
 from atmossl.objectives.base import Objective
 from atmossl.preflight import sample_batch
@@ -141,7 +140,8 @@ def main() -> None:
     datamodule, stats = build_data(config)
     module = build_module(config, stats, {}).to(device)
     samples = [datamodule.train_set[SampleKey(0, n)] for n in range(config.data.batch_size)]
-    batch = Collate(len(samples))(samples).to(device)
+    views, ids = zip(*samples, strict=True)
+    batch = collate_views(list(views), list(ids)).to(device)
     mixed = config.trainer.precision != "32-true"
     dtype = torch.bfloat16 if mixed else torch.float32
     step = training_step(module.model, module.objective, batch, dtype, fused=True)

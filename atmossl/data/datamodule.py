@@ -1,99 +1,22 @@
 """Loaders for training and for the validation of every task."""
 
 import logging
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import count, islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
 
-from atmossl.batch import Batch, StreamSpec, collate_views
+from atmossl.batch import Batch, StreamSpec
+from atmossl.data.loader import Collate, Together, WindowLoader, worker_context
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
 from atmossl.masking.base import MaskingSampler
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Samples to a batch, which knows how many of `batch_size` were skipped.
-
-    Raises ValueError if none is left.
-    """
-
-    batch_size: int
-
-    def __call__(self, samples: list) -> Batch:
-        if not samples:
-            raise ValueError(
-                f"none of {self.batch_size} samples of a batch could be read; the warnings before "
-                "name the chunks. data.unreadable=raise stops at the first"
-            )
-        views, ids = zip(*samples, strict=True)
-        batch = collate_views(list(views), list(ids))
-        return replace(batch, num_skipped=self.batch_size - len(samples))
-
-
-class WorkerDied(RuntimeError):
-    """A worker process ended, by lack of memory for example."""
-
-
-def worker_context() -> Any:
-    """Workers are forked from a server that has imported what they need and holds no threads:
-    they start fast, share its memory, and inherit nothing of the training process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "atmossl.data.windows"])
-    return context
-
-
-Together = Callable[[Sequence[Batch]], Sequence[Batch]]
-
-
-class WindowLoader(DataLoader):
-    """A loader that says which samples were being read when a worker died.
-
-    describe: names of the samples of the n-th batch that is delivered.
-    together: applied to every `accumulate` batches, before the first of them is delivered.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        describe: Callable[[int], str],
-        accumulate: int = 1,
-        together: Together = list,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._describe = describe
-        self._accumulate = accumulate
-        self._together = together
-
-    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batches = self._read()
-        while group := list(islice(batches, self._accumulate)):
-            yield from self._together(group)
-
-    def _read(self) -> Iterator[Batch]:
-        batches = super().__iter__()
-        for number in count():
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error):
-                    raise
-                raise WorkerDied(
-                    f"{error}; the batch awaited was {self._describe(number)}. Workers need "
-                    "memory: lower data.num_workers, data.batch_size or data.prefetch"
-                ) from error
-            yield batch
 
 
 @dataclass(frozen=True)

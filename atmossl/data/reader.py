@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
+from typing import Self
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class StoredVariable:
 class UnreadableChunk(ValueError):
     """A chunk that is corrupt or out of reach; names store, variable, chunk and times."""
 
-    def __init__(self, variable: StoredVariable, chunk: tuple[int, ...], cause: Exception) -> None:
+    @classmethod
+    def of(cls, variable: StoredVariable, chunk: tuple[int, ...], cause: Exception) -> Self:
         numbers = dict(zip(AXES, chunk, strict=True))
         place = ", ".join(f"{axis} {numbers[axis]}" for axis in variable.dims)
         when, length = "", variable.chunk_length("time")
@@ -66,7 +68,7 @@ class UnreadableChunk(ValueError):
             first, last = (variable.calendar.show(step, "s") for step in (steps[0], steps[-1]))
             when = f" between {first} and {last}"
         why = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-        super().__init__(
+        return cls(
             f"{variable.location}: cannot read {variable.name}{when}, chunk ({place}) is corrupt "
             f"or out of reach ({why})"
         )
@@ -148,7 +150,7 @@ def _read_chunk(
         region = tuple(bounds[dim] for dim in variable.dims)
         values = read_with_retries(variable.array, region, retries, access.retry_wait_s)
     except Exception as error:
-        raise UnreadableChunk(variable, chunk, error) from error
+        raise UnreadableChunk.of(variable, chunk, error) from error
     values = _canonical(values, variable.dims)
     for part in parts:
         inside = tuple(map(_as_slice, part.source, first))

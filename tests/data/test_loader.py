@@ -1,13 +1,15 @@
 """Exactly once, through real worker processes; and a worker that dies is told of."""
 
 import os
+from collections.abc import Callable, Iterator
 from itertools import islice
 
-import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from atmossl.data.datamodule import WindowLoader, WorkerDied, worker_context
+from atmossl.data.loader import WindowLoader, WorkerDied, worker_context
 from atmossl.data.windows import SampleKey, SampleOrder
 
 
@@ -27,37 +29,63 @@ def as_list(keys: list[SampleKey]) -> list[tuple[int, int]]:
     return [tuple(key) for key in keys]
 
 
-def loader(order: SampleOrder, workers: int, dataset: Dataset) -> WindowLoader:
+class Replaceable:
+    """A batch sampler that another takes the place of while worker processes live on."""
+
+    order: SampleOrder
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return iter(self.order)
+
+
+def loader(order: SampleOrder | Replaceable, workers: int, dataset: Dataset) -> WindowLoader:
     return WindowLoader(
         dataset,
-        batch_sampler=order,
+        batch_sampler=order,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
         prefetch_factor=2 if workers else None,
+        persistent_workers=bool(workers),
         multiprocessing_context=worker_context() if workers else None,
         collate_fn=as_list,
         describe=lambda number: f"batch {number}",
     )
 
 
+@pytest.fixture(scope="module")
+def delivered_by() -> Callable[[SampleOrder, int], Iterator[list[tuple[int, int]]]]:
+    """Batches of an order through 0, 1 or 2 worker processes, which are started once."""
+    samplers = [Replaceable() for _ in range(3)]
+    loaders = [loader(sampler, workers, Echo()) for workers, sampler in enumerate(samplers)]
+
+    def batches(order: SampleOrder, workers: int) -> Iterator[list[tuple[int, int]]]:
+        samplers[workers].order = order
+        return iter(loaders[workers])
+
+    return batches
+
+
 @pytest.mark.distributed
-def test_ranks_workers_and_restarts_deliver_every_sample_once_in_order() -> None:
-    """A run of several ranks, stopped and gone on with other numbers of workers, delivers what
-    one rank of one process would."""
-    seed, num_ranks = 5, 2
-    rng = np.random.default_rng(seed)
-    batch_size = int(rng.integers(1, 4))
-    group = int(rng.integers(1, 3))
-    num_samples = group * int(rng.integers(5, 12))
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_ranks_workers_and_restarts_deliver_every_sample_once_in_order(
+    delivered_by: Callable, data: st.DataObject
+) -> None:
+    """A run of several ranks, stopped anywhere and gone on with another number of workers,
+    delivers what one rank of one process would."""
+    draw = data.draw
+    num_ranks, batch_size = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    group = draw(st.integers(1, 3))
+    num_samples = group * draw(st.integers(4, 8))
     num_batches = 2 * num_samples // (num_ranks * batch_size) + 1
-    common = {"num_samples": num_samples, "seed": seed, "group": group}
+    common = {"num_samples": num_samples, "seed": draw(st.integers(0, 99)), "group": group}
     delivered: list[list[list[tuple[int, int]]]] = []
     for rank in range(num_ranks):
-        stop, workers = int(rng.integers(0, num_batches + 1)), rank
         ranked = {**common, "batch_size": batch_size, "num_batches": num_batches, "rank": rank}
+        stop = draw(st.integers(0, num_batches))
         first = SampleOrder(**ranked, num_ranks=num_ranks)
         rest = SampleOrder(**ranked, num_ranks=num_ranks, first_batch=stop)
-        before = list(islice(loader(first, workers, Echo()), stop))
-        after = list(loader(rest, 1 - workers, Echo()))
+        before = list(islice(delivered_by(first, draw(st.integers(0, 2))), stop))
+        after = list(delivered_by(rest, draw(st.integers(0, 2))))
         delivered.append(before + after)
     together = [key for batches in zip(*delivered, strict=True) for b in batches for key in b]
     single = SampleOrder(**common, batch_size=1, num_batches=len(together))
