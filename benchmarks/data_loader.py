@@ -3,151 +3,72 @@
 python -m benchmarks.data_loader
 
 Store: hourly, 1 degree, 3 fields x 5 levels, zarr v3, blosc/zstd; every chunk holds 24 steps of
-one level of the globe. Windows are AtmoRep's, 36 h x 54 x 108 points, normalised. A floor reads
-and decodes exactly the chunks that the same windows touch, and keeps nothing: once with zarr, once
-with tensorstore; the faster one counts. Loader and floors take turns on the same windows, and
-figures are medians over these turns. Where other programs share the machine, the fractions of CPU
-seconds say more than those by the clock. The long store repeats the chunks of the short one as hard
-links, so that both lie in the page cache alike. The HTTP server runs in a process of its own,
+one level of the globe. Windows are AtmoRep's, 36 h x 54 x 108 points: what is measured is the way
+from the store to normalised float32 arrays [field, level, time, lat, lon] with coordinates, checked
+for missing values. A floor reads and decodes exactly the chunks that the same windows touch, whole,
+and throws the values away: with zarr chunk by chunk, with zarr in as many threads as there are
+cores, and with tensorstore all at once; in each comparison the fastest of them counts. The loader
+can be faster than that: it copies windows out of memory that it decodes into again and again, where
+a plain read has the system clear fresh memory for every chunk. Masks and tokens are not part of
+the comparison; `masked_samples_per_s` includes them.
+
+One process: loader and floors take turns on the same reads, and fractions are medians over reads
+of the fastest floor's time over the loader's. Two workers: whole passes through torch's loader with
+two worker processes, windows handed over to the main process, against two processes that run a
+floor, each on half of the reads. Where other programs share the machine, fractions of CPU seconds
+say more than those by the clock.
+
+The long store repeats the chunks of the short one as hard links, so that both lie in the page cache
+alike, and is read at the same hours of other days. The HTTP server runs in a process of its own,
 waits 20 ms before every answer, and sends no more than a set rate over all its connections.
 """
 
 import argparse
 import multiprocessing
-import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
-import xarray as xr
-import zarr
-from zarr.codecs import BloscCodec, BloscShuffle
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from atmossl.batch import StreamSpec, TokenSize
-from atmossl.data.backends import open_store
-from atmossl.data.catalog import SegmentEntry
+from atmossl.batch import Movable, StreamWindow
 from atmossl.data.chunks import Access, ChunkedArray, Region
+from atmossl.data.loader import WindowLoader, worker_context
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import open_segment
-from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
-from atmossl.geometry import Box, random_box
+from atmossl.data.transfer import Packed
+from atmossl.data.windows import SampleKey, WindowDataset, read_windows
 from atmossl.masking.random import RandomMasking
 from benchmarks.http_server import limited_server
 from benchmarks.report import finish
+from benchmarks.window_store import (
+    CHUNK,
+    CHUNK_BYTES,
+    SPECS,
+    WINDOW,
+    Floors,
+    Places,
+    draws,
+    make_store,
+    normaliser,
+    opened,
+    touched,
+)
 
-NAMES = ("temperature", "u_component_of_wind", "v_component_of_wind")
-LEVELS = (300, 500, 700, 850, 1000)
-CHUNK = (24, 1, 180, 360)
-WINDOW = WindowSize(36, 54, 108)
-SPECS = tuple(StreamSpec(name, (name,), LEVELS, TokenSize(3, 18, 18)) for name in NAMES)
-Places = list[tuple[int, Box]]
-Chunks = list[tuple[str, int, int]]  # variable, number along time, level
-
-
-def make_store(path: Path, days: int, source: Path | None = None) -> None:
-    """Travelling waves with noise; or the chunks of a shorter store again and again."""
-    rng = np.random.default_rng(0)
-    latitude, longitude = np.arange(CHUNK[2]) - 89.5, np.arange(float(CHUNK[3]))
-    times = np.datetime64("2000-01-01", "ns") + np.arange(24 * days) * np.timedelta64(1, "h")
-    coords = {"time": times, "level": list(LEVELS), "latitude": latitude, "longitude": longitude}
-    xr.Dataset(coords=coords).to_zarr(path, consolidated=False)
-    group = zarr.open_group(path, mode="r+")
-    wave = 20 * np.cos(np.deg2rad(latitude))[:, None]
-    for name in NAMES:
-        array = group.create_array(
-            name,
-            shape=(len(times), len(LEVELS), *CHUNK[2:]),
-            chunks=CHUNK,
-            dtype="float32",
-            fill_value=np.nan,
-            compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.shuffle),
-            dimension_names=["time", "level", "latitude", "longitude"],
-        )
-        for number in range(days):
-            if source is not None:
-                _link_chunks(source / name / "c", path / name / "c", number)
-                continue
-            phase = 3 * np.deg2rad(longitude) - 0.1 * (24 * number + np.arange(24))[:, None]
-            values = (wave * np.sin(phase)[:, None])[:, None]
-            noise = 4 * rng.random((24, len(LEVELS), *CHUNK[2:]), np.float32)
-            array[24 * number : 24 * (number + 1)] = (values + noise).astype(np.float32)
-    zarr.consolidate_metadata(path)
-
-
-def _link_chunks(source: Path, target: Path, number: int) -> None:
-    days = len(list(source.iterdir()))
-    for level in range(len(LEVELS)):
-        link = target / str(number) / str(level) / "0" / "0"
-        link.parent.mkdir(parents=True)
-        os.link(source / str(number % days) / str(level) / "0" / "0", link)
-
-
-def opened(location: str, access: Access) -> Segment:
-    store = open_store(SegmentEntry(location=location))
-    return open_segment("benchmark", store, location, variables=NAMES, levels=LEVELS, access=access)
-
-
-def normaliser() -> Normaliser:
-    ones = np.ones((len(NAMES), len(LEVELS)))
-    return Normaliser(Statistics(NAMES, LEVELS, 0 * ones, 10 * ones, ones, "none", "none"))
-
-
-def draws(segment: Segment, count: int, per_time: int, seed: int) -> list[Places]:
-    """Start times and boxes of `count` reads of `per_time` windows each."""
-    rng = np.random.default_rng(seed)
-    starts = rng.integers(0, len(segment.times) - WINDOW.time + 1, count)
-    return [
-        [(int(s), random_box(segment.grid, WINDOW.lat, WINDOW.lon, rng)) for _ in range(per_time)]
-        for s in starts
-    ]
-
-
-def touched(places: Places) -> Chunks:
-    """Chunks that hold some of the windows' points, counted point by point."""
-    numbers = {
-        step // CHUNK[0] for start, _ in places for step in range(start, start + WINDOW.time)
-    }
-    return [(n, t, level) for n in NAMES for t in sorted(numbers) for level in range(len(LEVELS))]
-
-
-class Floors:
-    """Reading and decoding whole chunks, and nothing else."""
-
-    def __init__(self, path: Path) -> None:
-        group = zarr.open_group(path, mode="r")
-        self.zarr = {name: group[name] for name in NAMES}
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-        kvstores = {n: {"driver": "file", "path": f"{path / n}/"} for n in NAMES}
-        self.tensorstore = {
-            name: tensorstore.open(
-                {"driver": "zarr3", "kvstore": kvstores[name]}, context=context, read=True
-            ).result()
-            for name in NAMES
-        }
-
-    def by_zarr(self, chunks: Chunks) -> None:
-        for name, number, level in chunks:
-            array = self.zarr[name]
-            assert isinstance(array, zarr.Array)
-            array[CHUNK[0] * number : CHUNK[0] * (number + 1), level]
-
-    def by_tensorstore(self, chunks: Chunks) -> None:
-        reads = [
-            self.tensorstore[name][CHUNK[0] * n : CHUNK[0] * (n + 1), level].read()
-            for name, n, level in chunks
-        ]
-        while reads:
-            reads.pop(0).result()  # and the values are freed
+_FLOORS = ("zarr", "zarr_in_threads", "tensorstore")
+_PASSES = 3  # through the loader with workers, the first to warm up
+Times = dict[str, list[float]]
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
@@ -157,44 +78,139 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(path: Path, count: int, per_time: int, seed: int) -> dict[str, list[float]]:
+def measure(path: Path, count: int, per_time: int, seed: int) -> Times:
     """Seconds per read of loader and floors, in turns, and peak memory of the loader alone."""
     segment, scale = opened(str(path), Access()), normaliser()
+    by_zarr = opened(str(path), Access(engine="zarr"))
     reads = draws(segment, count, per_time, seed)
-    read_windows(segment, SPECS, scale, WINDOW.time, reads[0])  # starts threads, opens files
     for places in reads:
         read_windows(segment, SPECS, scale, WINDOW.time, places)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    floors = Floors(path)
-    found: dict[str, list[float]] = {"peak_mib": [peak]}
-    for places in reads:
+    found: Times = {"peak_mib": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]}
+    floors = Floors(path).all()
+    for number, places in enumerate(reads):
         chunks = touched(places)
         turns = {
             "loader": lambda p=places: read_windows(segment, SPECS, scale, WINDOW.time, p),
-            "zarr": lambda c=chunks: floors.by_zarr(c),
-            "tensorstore": lambda c=chunks: floors.by_tensorstore(c),
+            "loader_by_zarr": lambda p=places: read_windows(by_zarr, SPECS, scale, WINDOW.time, p),
+            **{name: lambda f=floor, c=chunks: f(c) for name, floor in floors.items()},
         }
-        for name, turn in turns.items():
-            wall, cpu = timed(turn)
+        names = list(turns)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            wall, cpu = timed(turns[name])
             found.setdefault(name, []).append(wall)
             found.setdefault(f"{name}_cpu", []).append(cpu)
     return found
 
 
+def fraction(found: Times, kind: str = "", loader: str = "loader") -> float:
+    """Median over the reads of the fastest floor's time over the loader's; `_cpu`: of CPU seconds,
+    which other programs on the machine hardly change."""
+    floors = zip(*(found[f"{name}{kind}"] for name in _FLOORS), strict=True)
+    return statistics.median(
+        min(floor) / own for floor, own in zip(floors, found[f"{loader}{kind}"], strict=True)
+    )
+
+
+def in_fresh_process(function: Callable[..., Times], *arguments: Any) -> Times:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@dataclass(frozen=True)
+class Windows(Movable):
+    """One read, and the resident memory of the process that did it in MiB."""
+
+    windows: tuple[tuple[StreamWindow, ...], ...]
+    resident_mib: Tensor
+
+
+class Reads(Dataset[Windows]):
+    """Item n: the windows of the n-th read."""
+
+    def __init__(self, path: Path, reads: Sequence[Places]) -> None:
+        self.segment, self.scale = opened(str(path), Access()), normaliser()
+        self.reads = reads
+
+    def __getitem__(self, number: int) -> Windows:
+        read = read_windows(self.segment, SPECS, self.scale, WINDOW.time, self.reads[number])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return Windows(tuple(read), torch.tensor(pages * resource.getpagesize() / 2**20))
+
+
+def packed(items: list[Windows]) -> Packed[Windows]:
+    return Packed.of(items[0])
+
+
+@cache
+def _floors(path: Path) -> Floors:
+    return Floors(path)
+
+
+def run_floor(path: Path, name: str, reads: Sequence[Places]) -> None:
+    for places in reads:
+        _floors(path).all()[name](touched(places))
+
+
+def two_workers(path: Path, count: int, per_time: int) -> dict[str, float]:
+    """Seconds of a pass of the loader with two workers and of the fastest floor in two processes,
+    medians over passes; and by how much the workers grew over the passes after the first."""
+    dataset = Reads(path, draws(opened(str(path), Access()), count, per_time, seed=4))
+    loader = WindowLoader(
+        dataset,
+        batch_sampler=[[n] for n in range(count)],
+        num_workers=2,
+        prefetch_factor=1,
+        persistent_workers=True,
+        collate_fn=packed,
+        multiprocessing_context=worker_context(),
+        describe=str,
+    )
+    seconds: dict[str, list[float]] = {}
+    memory: list[float] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        for _ in range(_PASSES):
+            resident: list[float] = []
+            wall, _ = timed(lambda r=resident: r.extend(float(b.resident_mib) for b in loader))  # pyright: ignore[reportAttributeAccessIssue]
+            seconds.setdefault("loader", []).append(wall)
+            memory.append(max(resident))
+            for name in _FLOORS:
+                shares = [dataset.reads[n::2] for n in range(2)]
+                wall, _ = timed(lambda f=name, s=shares: _together(pool, path, f, s))
+                seconds.setdefault(name, []).append(wall)
+    middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    floor = min(middle[name] for name in _FLOORS)
+    return {"loader": middle["loader"], "floor": floor, "growth_mib": memory[-1] - memory[0]}
+
+
+def _together(
+    pool: ProcessPoolExecutor, path: Path, floor: str, shares: Sequence[Sequence[Places]]
+) -> None:
+    futures = [pool.submit(run_floor, path, floor, share) for share in shares]
+    for future in futures:
+        future.result()
+
+
 def compare_lengths(short: Path, long: Path, count: int) -> tuple[float, float]:
     """Samples per second from the long store over those from the short one, read in turns; by the
     clock and by CPU seconds."""
-    scale, times = normaliser(), []
+    scale, rng = normaliser(), np.random.default_rng(5)
     segments = [opened(str(path), Access()) for path in (short, long)]
-    reads = [draws(segment, count + 1, 1, seed=3) for segment in segments]
-    for both in zip(*reads, strict=True):
-        turns = [
+    lengths = [len(segment.times) for segment in segments]
+    times = []
+    for ((start, box),) in draws(segments[0], count + 1, 1, seed=3):
+        later = lengths[0] * int(rng.integers(1, lengths[1] // lengths[0]))
+        places = [[(start, box)], [(start + later, box)]]
+        turns = list(zip(segments, places, strict=True))
+        both = [
             timed(lambda s=s, p=p: read_windows(s, SPECS, scale, WINDOW.time, p))
-            for s, p in zip(segments, both, strict=True)
+            for s, p in (turns if len(times) % 2 else turns[::-1])
         ]
-        times.append(turns)
-    seconds = np.median(np.array(times[1:]), axis=0)  # [store, clock or CPU]
-    return float(seconds[0, 0] / seconds[1, 0]), float(seconds[0, 1] / seconds[1, 1])
+        times.append(both if len(times) % 2 else both[::-1])
+    ratios = np.array(times[1:])[:, 0] / np.array(times[1:])[:, 1]  # [read, clock or CPU]
+    wall, cpu = np.median(ratios, axis=0)
+    return float(wall), float(cpu)
 
 
 def masked_seconds(path: Path, count: int) -> float:
@@ -234,16 +250,8 @@ def decoded_over(path: Path, per_time: int) -> tuple[float, float]:
     for places in draws(segment, 6, per_time, seed=1):
         for window in read_windows(segment, SPECS, normaliser(), WINDOW.time, places):
             window_bytes += sum(stream.fields.nbytes for stream in window)
-        chunk_bytes += len(touched(places)) * 4 * int(np.prod(CHUNK))
+        chunk_bytes += len(touched(places)) * CHUNK_BYTES
     return sum(total) / chunk_bytes, sum(total) / window_bytes
-
-
-def http_seconds(url: str, reads: Sequence[Places]) -> float:
-    segment = opened(url, Access(threads=16))
-    (wall, _) = timed(
-        lambda: [read_windows(segment, SPECS, normaliser(), WINDOW.time, p) for p in reads]
-    )
-    return wall
 
 
 def http_fraction(folder: Path, name: str, bytes_per_s: float) -> float:
@@ -255,78 +263,81 @@ def http_fraction(folder: Path, name: str, bytes_per_s: float) -> float:
         for n, t, level in touched(places)
     )
     with limited_server(folder, 0.02, bytes_per_s) as address:
-        return size / bytes_per_s / http_seconds(f"{address}/{name}", reads)
+        segment: Segment = opened(f"{address}/{name}", Access(threads=16))
+        seconds, _ = timed(
+            lambda: [read_windows(segment, SPECS, normaliser(), WINDOW.time, p) for p in reads]
+        )
+    return size / bytes_per_s / seconds
 
 
-def fraction(found: dict[str, list[float]], kind: str = "") -> float:
-    """Median over the reads of the best floor's time over the loader's; `_cpu`: of CPU seconds,
-    which other programs on the machine hardly change."""
-    names = ("zarr", "tensorstore", "loader")
-    floors = zip(*(found[f"{name}{kind}"] for name in names), strict=True)
-    return statistics.median(min(a, b) / loader for a, b, loader in floors)
+def one_process(short: Path, reads: int) -> Iterator[tuple[str, float]]:
+    tell(f"one process, {reads} reads of one window and of 16")
+    one = in_fresh_process(measure, short, reads, 1, 0)
+    sixteen = in_fresh_process(measure, short, reads, 16, 0)
+    for name, found in (("one_window", one), ("16_windows", sixteen)):
+        yield f"floor_fraction_{name}_per_time", fraction(found)
+        yield f"floor_cpu_fraction_{name}_per_time", fraction(found, "_cpu")
+        yield f"floor_fraction_{name}_by_zarr", fraction(found, loader="loader_by_zarr")
+    seconds = {name: statistics.median(values) for name, values in one.items()}
+    yield "samples_per_s", 1 / seconds["loader"]
+    yield "samples_per_s_16_windows_per_time", 16 / statistics.median(sixteen["loader"])
+    yield "cpu_s_per_sample", seconds["loader_cpu"]
+    yield "cpu_s_per_sample_16_windows_per_time", statistics.median(sixteen["loader_cpu"]) / 16
+    for name in _FLOORS:
+        yield f"floor_seconds_{name}", seconds[name]
+        yield f"floor_cpu_seconds_{name}", seconds[f"{name}_cpu"]
+    yield "peak_memory_mib", max(one["peak_mib"][0], sixteen["peak_mib"][0])
 
 
-def in_processes(
-    number: int, path: Path, count: int, per_time: int
-) -> list[dict[str, list[float]]]:
-    """`measure` in fresh processes at the same time."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(number, mp_context=context) as pool:
-        found = [pool.submit(measure, path, count, per_time, seed) for seed in range(number)]
-        return [future.result() for future in found]
+def with_workers(short: Path, reads: int) -> Iterator[tuple[str, float]]:
+    growth = []
+    for name, per_time, count in (("one_window", 1, 2 * reads), ("16_windows", 16, reads)):
+        tell(f"two workers, {_PASSES} passes of {count} reads, {per_time} per time")
+        found = two_workers(short, count, per_time)
+        yield f"floor_fraction_{name}_per_time_2_workers", found["floor"] / found["loader"]
+        rate = count * per_time / found["loader"]
+        yield f"samples_per_s_{name}_per_time_2_workers", rate
+        growth.append(found["growth_mib"])
+    yield "worker_growth_mib", max(growth)
 
 
-def figures(folder: Path, days: int, reads: int, rate: float) -> dict[str, Any]:
+def figures(folder: Path, days: int, reads: int, rate: float) -> Iterator[tuple[str, float]]:
     short, long = folder / "short.zarr", folder / "long.zarr"
+    tell(f"making a store of {days} days")
     make_store(short, days)
     make_store(long, 10 * days, source=short)
-    (one,) = in_processes(1, short, reads, 1)
-    (sixteen,) = in_processes(1, short, reads, 16)
-    both = in_processes(2, short, reads, 1)
-    seconds = statistics.median(one["loader"])
-    long_ratio, long_cpu_ratio = compare_lengths(short, long, reads)
-    over_touched, over_needed = decoded_over(short, 1)
-    return {
-        "floor_fraction_one_window_per_time": round(fraction(one), 3),
-        "floor_fraction_16_windows_per_time": round(fraction(sixteen), 3),
-        "floor_fraction_2_processes": round(statistics.mean(map(fraction, both)), 3),
-        "floor_cpu_fraction_one_window_per_time": round(fraction(one, "_cpu"), 3),
-        "floor_cpu_fraction_16_windows_per_time": round(fraction(sixteen, "_cpu"), 3),
-        "decoded_over_touched": round(over_touched, 3),
-        "decoded_over_needed": round(over_needed, 2),
-        "samples_per_s": round(1 / seconds, 2),
-        "samples_per_s_16_windows_per_time": round(16 / statistics.median(sixteen["loader"]), 2),
-        "samples_per_s_2_processes": round(
-            sum(1 / statistics.median(found["loader"]) for found in both), 2
-        ),
-        "masked_samples_per_s": round(1 / masked_seconds(short, reads), 2),
-        "cpu_s_per_sample": round(statistics.median(one["loader_cpu"]), 4),
-        "floor_cpu_s_per_sample": round(
-            min(statistics.median(one[f"{n}_cpu"]) for n in ("zarr", "tensorstore")), 4
-        ),
-        "floor_seconds_zarr": round(statistics.median(one["zarr"]), 4),
-        "floor_seconds_tensorstore": round(statistics.median(one["tensorstore"]), 4),
-        "peak_memory_mib": round(max(one["peak_mib"][0], sixteen["peak_mib"][0])),
-        "long_store_ratio": round(long_ratio, 3),
-        "long_store_cpu_ratio": round(long_cpu_ratio, 3),
-        "http_bandwidth_fraction": round(http_fraction(folder, "short.zarr", rate), 3),
-        "http_bytes_per_s": rate,
-        "days": days,
-    }
+    yield from one_process(short, reads)
+    yield from with_workers(short, reads)
+    tell("long store, decoded bytes, masks")
+    yield from zip(
+        ("long_store_ratio", "long_store_cpu_ratio"),
+        compare_lengths(short, long, 2 * reads),
+        strict=True,
+    )
+    yield from zip(
+        ("decoded_over_touched", "decoded_over_needed"), decoded_over(short, 1), strict=True
+    )
+    yield "masked_samples_per_s", 1 / masked_seconds(short, reads)
+    tell(f"HTTP at {rate / 1e6:g} MB/s")
+    yield "http_bandwidth_fraction", http_fraction(folder, "short.zarr", rate)
+
+
+def tell(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--days", type=int, default=30)
-    parser.add_argument("--reads", type=int, default=24)
+    parser.add_argument("--reads", type=int, default=12)
     parser.add_argument("--http-rate", type=float, default=50e6, help="bytes per second")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+    settings = {"days": arguments.days, "reads": arguments.reads, "chunk": CHUNK}
     with tempfile.TemporaryDirectory() as folder:
-        finish(
-            "data_loader",
-            figures(Path(folder), arguments.days, arguments.reads, arguments.http_rate),
-        )
+        found = figures(Path(folder), arguments.days, arguments.reads, arguments.http_rate)
+        rounded = {name: float(f"{value:.4g}") for name, value in found}
+    finish("data_loader", rounded | settings | {"http_bytes_per_s": arguments.http_rate})
 
 
 if __name__ == "__main__":
