@@ -1,5 +1,6 @@
 """What a training step costs, found without running it: shapes only, no data and no device."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.hooks import RemovableHandle
 
 from atmossl.batch import Batch
 from atmossl.objectives.base import Objective
@@ -83,6 +85,9 @@ def measure_step(
         optimizer = make_optimizer(model)
         parameters = list(model.parameters())
         tracker = MemTracker()
+        for frozen in (p for p in parameters if not p.requires_grad):
+            # or it would ask them for their gradients
+            tracker._param_to_grad_hook_handles[frozen] = (_no_hook(), _no_hook())
         tracker.track_external(model, optimizer)
         dtype = _DTYPES.get(precision)
         flops = sum(model_flops(model, view) for view in shapes.views)
@@ -111,6 +116,10 @@ def measure_step(
             units=tuple(_bytes(m.parameters()) for m in model.modules() if isinstance(m, units)),
             batch=_batch_bytes(batch),
         )
+
+
+def _no_hook() -> RemovableHandle:
+    return RemovableHandle(OrderedDict())
 
 
 def _bytes(tensors: Any) -> int:

@@ -25,8 +25,9 @@ from atmossl.model.blocks import CrossAttention, Feedforward, SelfAttention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.tokens import tokenise
-from atmossl.training.cost import measure_step
+from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.module import level_sums
+from atmossl.training.optimizer import freeze
 from atmossl.training.pictures import draw, reconstructions
 from atmossl.training.watch import TraceSteps, model_flops
 from tests.synthetic import dataset, spec, window
@@ -87,6 +88,27 @@ def test_the_estimate_counts_what_a_real_step_holds() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         objective(model, batch()).total.backward()
     assert 0.5 * kept < cost.activations < 2.0 * kept  # `kept` has weights, and views twice
+
+
+def test_what_is_frozen_costs_neither_gradients_nor_states() -> None:
+    def build(*only: str) -> Multiformer:
+        model = Multiformer(streams=(STREAM,), **SIZES)
+        freeze(model, (), only=only)
+        return model
+
+    def cost(*only: str) -> StepCost:
+        return measure_step(
+            lambda: build(*only), MaskedModelling(losses={"fair_crps": 1.0}),
+            lambda m: torch.optim.AdamW(p for p in m.parameters() if p.requires_grad), batch(),
+            precision="32-true", units=UNITS,
+        )  # fmt: skip
+
+    whole, tail = cost(), cost("tail.*")
+    size = sum(p.numel() for p in build().tail.parameters())
+    assert tail.gradients == 4 * size
+    assert tail.optimizer == pytest.approx(8 * size, rel=0.05)
+    assert tail.weights == whole.weights and tail.flops == whole.flops
+    assert tail.activations < whole.activations
 
 
 def test_shards_and_replicas_need_what_they_hold() -> None:
