@@ -112,7 +112,8 @@ def states_around(
 ) -> Float[Tensor, "batch level nt nlat nlon state"]:
     """One-hot states of a token and of the tokens up to two steps before and after it at the same
     place; all 0 beyond the window's edge."""
-    states = functional.one_hot(told, _STATES).float()
+    kinds = torch.arange(_STATES, device=told.device)  # one_hot would read the largest on the host
+    states = (told[..., None] == kinds).float()
     padded = functional.pad(states, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
     shifted = [padded[:, :, n : n + told.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
     return torch.cat(shifted, dim=-1)
