@@ -4,6 +4,7 @@ kernel, one linear map for each member of the ensemble instead of one for all, t
 layer, and losses as their formulas read."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,10 @@ class PlainTail(nn.Module):
 class PlainLoss(MaskedModelling):
     """AtmoRep's two losses of an ensemble (their weights are 1), each as its formula reads."""
 
-    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
+    def stream_loss(
+        self, stream: StreamTokens, predicted: StreamPrediction, mean_weight: Any = None
+    ) -> Tensor:
+        del mean_weight  # over ranks and accumulated batches, of which there are none here
         target, weight, _ = hidden_values(stream)
         members, valid = predicted.members, predicted.queries.valid[..., None]
         squared = ((members - target[:, :, None]) ** 2).mean(dim=2)

@@ -13,7 +13,8 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def training_step(
     return step
 
 
-def in_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def in_turns(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """The least time of each step."""
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(repeats + 1):  # the first warms up, and is slower
@@ -110,9 +111,14 @@ def against_reference(device: torch.device, repeats: int) -> dict[str, Any]:
             for one, two in pairs:
                 torch.testing.assert_close(one.members, two.members, rtol=1e-3, atol=1e-4)
         half, single = torch.bfloat16, torch.float32
+        square = torch.randn(2048, 2048, device=device)
+        reference = training_step(plain, plain_loss, batch, single, fused=False)
+        with flop_counter() as counter:  # of the products that are needed, none done anew
+            reference()
         times = in_turns(
             {
-                "reference": training_step(plain, plain_loss, batch, single, fused=False),
+                "product": partial(torch.mm, square, square),
+                "reference": reference,
                 "fp32": training_step(model, objective, batch, single, fused=True),
                 "bf16": training_step(model, objective, batch, half, fused=True),
             },
@@ -122,6 +128,9 @@ def against_reference(device: torch.device, repeats: int) -> dict[str, Any]:
             f"speedup_vs_reference{suffix}": round(times["reference"] / times["fp32"], 3),
             f"speedup_bf16_vs_reference{suffix}": round(times["reference"] / times["bf16"], 3),
             f"speedup_bf16_vs_fp32{suffix}": round(times["fp32"] / times["bf16"], 3),
+            f"reference_size_matmul_fraction_fp32{suffix}": round(
+                counter.get_total_flops() / times["fp32"] / (2 * 2048**3 / times["product"]), 4
+            ),
             f"reference_parameters{suffix}": sum(p.numel() for p in model.parameters()),
             f"reference_size_seconds_fp32{suffix}": round(times["fp32"], 3),
             f"reference_size_seconds_bf16{suffix}": round(times["bf16"], 3),
