@@ -1,8 +1,10 @@
 """What others wrote becomes one store: right values, restartable, verified."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,79 @@ def test_a_stopped_run_writes_only_what_is_missing(tmp_path, monkeypatch) -> Non
     compare(output)
     with pytest.raises(ValueError, match="exists"):
         ingest(source, output, LAYOUT, one, quiet)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_killed_process_loses_only_its_open_regions(tmp_path) -> None:
+    """SIGKILL in the middle: what was noted is never written again, the result is the same."""
+    record = dataset(steps=80)
+    record.to_netcdf(tmp_path / "waves.nc")
+    source, layout = Source(str(tmp_path / "waves.nc")), Layout(1, 0, 0, 0, 0, 3)
+    ingest(source, tmp_path / "whole.zarr", layout, THREADS, quiet)
+    output, folder = tmp_path / "out.zarr", tmp_path / ".out.zarr.partial"
+    script = f"""
+from pathlib import Path
+from atmossl.data.ingest import *
+ingest({source}, Path({str(output)!r}), {layout}, {THREADS}, print)
+"""
+    running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    while len(list((folder / "journal").glob("*.json"))) < 20:
+        assert running.poll() is None, "ended before it could be killed"
+        time.sleep(0.001)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    noted = [path.stem.rpartition("-") for path in (folder / "journal").glob("*.json")]
+    assert 20 <= len(noted) < 160 and not output.exists()
+
+    def states(store: Path) -> list[tuple[int, int]]:
+        chunks = [(store / name / "c" / start / "0" / "0" / "0").stat() for name, _, start in noted]
+        return [(chunk.st_ino, chunk.st_mtime_ns) for chunk in chunks]
+
+    before = states(folder / "store.zarr")
+    ingest(source, output, layout, THREADS, quiet)
+    assert states(output) == before
+    checksums = [
+        zarr.open_group(tmp_path / f"{n}.zarr").attrs["checksums"] for n in ("out", "whole")
+    ]
+    assert checksums[0] == checksums[1] and verify(output) == len(checksums[0]) == 160
+    compare(output, record)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr", "waves.nc", "whole.zarr"]
+
+
+SBATCH = """#!/bin/bash
+# runs the job here and now
+job="$(mktemp "$SLURM_STUB/job.XXXXXX")"
+cp "${@: -1}" "$job"
+setsid bash "$job" >"$job.log" 2>&1 &
+echo "Submitted batch job $!"
+"""
+SCANCEL = """#!/bin/bash
+for job in "$@"; do kill -- "-$job"; echo "$job" >>"$SLURM_STUB/cancelled"; done
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # pipes of the stub's jobs
+def test_slurm_jobs_write_the_same_store(tmp_path, monkeypatch) -> None:
+    """The real dask-jobqueue and real workers, below an sbatch that runs jobs on this machine."""
+    pytest.importorskip("dask_jobqueue")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STUB", str(tmp_path / "bin"))
+    settings = {"queue": "weather", "cores": 1, "memory": "1GB", "walltime": "00:05:00"}
+    workers = Workers("slurm", 2, settings | {"interface": "lo", "local_directory": str(tmp_path)})
+    (tmp_path / "in").mkdir()
+    ingest(Source(str(netcdf(tmp_path / "in"))), tmp_path / "out.zarr", LAYOUT, workers, quiet)
+    compare(tmp_path / "out.zarr")
+    jobs = [path for path in programs.glob("job.*") if path.suffix != ".log"]
+    assert len([job for job in jobs if "#SBATCH -p weather" in job.read_text()]) == 2
+    assert len((programs / "cancelled").read_text().split()) == 2  # none is left behind
 
 
 def test_a_store_that_was_changed_fails_its_checksums(tmp_path) -> None:
