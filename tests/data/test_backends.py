@@ -1,11 +1,13 @@
 """Every kind of store gives the same values, and what cannot be read says so."""
 
 import functools
+import http.client
 import json
 import threading
+import time
 import warnings
 from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -186,28 +188,86 @@ def test_an_http_store_that_goes_on_failing_is_named(tmp_path) -> None:
             open_store(SegmentEntry(location=url.replace("waves", "nothing_there")))
 
 
-def test_s3_reads_alike(tmp_path, monkeypatch) -> None:
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    import s3fs
+class FaultyProxy(BaseHTTPRequestHandler):
+    """In front of an S3 server: late, and every chunk of one variable fails `faults` times, with
+    an error or with half its bytes."""
 
+    port, faults, seen = 0, 0, {}
+
+    def do_GET(self) -> None:
+        time.sleep(0.02)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request(self.command, self.path, headers=dict(self.headers))
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        chunk = f"{NAMES[0]}/c/" in self.path and self.command == "GET"
+        count = self.seen[self.path] = self.seen.get(self.path, 0) + chunk
+        faulty = chunk and count <= self.faults
+        self.send_response(503 if faulty and count % 2 else answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if faulty else body)
+        self.close_connection = faulty
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+@contextmanager
+def s3_server(folder: Path, faults: int):
+    """Storage options for bucket `weather`, which holds the store in the folder."""
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    inner = moto.ThreadedMotoServer("127.0.0.1", port=0)
+    inner.start()
+    port = inner.get_host_and_port()[1]
+    direct = {"client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
+    files = s3fs.S3FileSystem(**direct)
+    files.makedirs("weather", exist_ok=True)  # moto keeps buckets beyond a server
+    files.put(str(folder / "waves.zarr"), "weather/waves.zarr", recursive=True)
+    kind = type("Proxy", (FaultyProxy,), {"port": port, "faults": faults, "seen": {}})
+    outer = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=outer.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield {
+            "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{outer.server_address[1]}"},
+            "config_kwargs": {"retries": {"max_attempts": 1}},  # ours are what is tested
+        }
+    finally:
+        outer.shutdown()
+        outer.server_close()
+        thread.join()
+        inner.stop()
+
+
+@pytest.mark.parametrize("faults", [0, 2, 99])
+def test_s3_is_tried_again_and_then_named(tmp_path, monkeypatch, faults: int) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "test")
-    server = moto.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        port = server.get_host_and_port()[1]
-        options = {"client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
-        files = s3fs.S3FileSystem(**options)
-        files.mkdir("weather")
-        RECORD.to_zarr(tmp_path / "waves.zarr", consolidated=True)
-        files.put(str(tmp_path / "waves.zarr"), "weather/waves.zarr", recursive=True)
-        location = "s3://weather/waves.zarr"
+    RECORD.to_zarr(tmp_path / "waves.zarr", consolidated=True)
+    location = "s3://weather/waves.zarr"
+    with s3_server(tmp_path, faults) as options:
         store = open_store(SegmentEntry(location=location, storage_options=options))
-        segment = open_segment("waves", store, location, variables=NAMES, levels=(300, 850))
-        check(segment)
-    finally:
-        server.stop()
+        access = Access(retries=2, retry_wait_s=0.01)
+        segment = open_segment(
+            "waves", store, location, variables=NAMES, levels=(300, 850), access=access
+        )
+        if faults <= access.retries:
+            check(segment)
+            return
+        with pytest.raises(ValueError) as refused:
+            segment.read(NAMES[0], (300,), 0, 2, segment.whole())
+    message = str(refused.value)
+    assert message.startswith(f"{location}: cannot read {NAMES[0]} between 2001-01-01")
+    assert "chunk (time 0, level 0, latitude 0, longitude 0)" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("format", ["zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"])
