@@ -245,6 +245,10 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
             name = config.segment
             test = open_for(trained, config.data, config.catalog, config.split, name=name)
             training = open_for(trained, config.data, config.catalog, "train")
+            if config.ridge and any(segment.may_miss for segment in test):
+                Console(stderr=True).print(
+                    "note: no ridge regression, which needs fields without missing values"
+                )
             reports = score_tasks(config, trained, test, training, _device(config.accelerator))
         write_report(reports, provenance_of(config, trained, command), partial)
         partial.replace(config.output)

@@ -4,6 +4,7 @@ Events are exceedances of a quantile of the training record at every cell, so th
 rare everywhere. Pointwise scores come from the library `scores`.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,13 +131,16 @@ class Seeps:
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         rain = case.rain
         assert rain is not None, "SEEPS needs the climate of rain, got None"
-        penalty = seeps(
-            case.ensemble_mean * rain.to_mm,
-            case.truth * rain.to_mm,
-            rain.dry,
-            rain.heavy_mm,
-            preserve_dims="all",
-        )
+        with warnings.catch_warnings():
+            # such cells have no score, which is meant
+            warnings.filterwarnings("ignore", "`prob_dry` contains values that are exactly equal")
+            penalty = seeps(
+                case.ensemble_mean * rain.to_mm,
+                case.truth * rain.to_mm,
+                rain.dry,
+                rain.heavy_mm,
+                preserve_dims="all",
+            )
         return xr.Dataset({"mean": weighted_mean(penalty, weights)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:

@@ -222,9 +222,10 @@ class AnomalyCorrelation:
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         assert case.climatology is not None, "acc needs a climatology, got None"
-        valid = case.truth.notnull()
-        predicted = (case.ensemble_mean - case.climatology).where(valid)
+        predicted = case.ensemble_mean - case.climatology
         observed = case.truth.astype(np.float64) - case.climatology
+        valid = predicted.notnull() & observed.notnull()  # means and products of the same cells
+        predicted, observed = predicted.where(valid), observed.where(valid)
         # Rounding leaves a prediction equal to the climatology with anomalies of about 1e-5.
         noise = 1e-6 * abs(case.climatology).mean(_CELL)
         flat = predicted.std(_CELL) <= noise

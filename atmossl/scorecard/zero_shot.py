@@ -118,7 +118,7 @@ def _score_task(
         truth=truth,
         history=history,
         climate=climate,
-        with_ridge=config.ridge,
+        with_ridge=config.ridge and not predictor.segment.may_miss,
     )
     rivals = build_rivals(task.name, setting)
     hidden = hidden_cells(predictor.task, predictor.grid)

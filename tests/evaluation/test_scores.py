@@ -169,3 +169,48 @@ def test_missing_truth_is_left_out_of_every_score(dataset):
         np.testing.assert_allclose(_value(score, half), _value(score, cut), rtol=1e-6)
     acc = AnomalyCorrelation()
     np.testing.assert_allclose(_value(acc, half), _value(acc, cut), rtol=1e-6)
+
+
+def test_scores_with_gaps_are_those_of_the_library_over_what_is_known(dataset):
+    """Weights of missing cells count neither above nor below the line, whatever their number."""
+    case = _random_case(dataset)
+    rng = np.random.default_rng(0)
+    known = case.truth.copy(data=rng.random(case.truth.shape)) > 0.4
+    truth = case.truth.where(known)
+    truth[1] = np.nan  # a date without any truth
+    gappy = Case(case.prediction, truth, case.climatology)
+    weights = area_weights_like(truth, GLOBAL)
+    for time in (0, 2, 3):
+        for level in range(truth.sizes["level"]):
+            where = {"time": time, "level": level}
+            cells = known.isel(where).to_numpy()
+            own = weights.broadcast_like(truth).isel(where).transpose("latitude", "longitude")
+            weight = xr.DataArray(own.to_numpy()[cells], dims="cell")
+            weight = weight / weight.mean()
+            flat = {}
+            for name, field in (("truth", case.truth), ("members", case.prediction)):
+                values = field.isel(where).transpose(..., "latitude", "longitude").to_numpy()
+                dims = ("member", "cell")[2 - (values.ndim - 1) :]
+                flat[name] = xr.DataArray(values[..., cells], dims=dims)
+            mean = flat["members"].mean("member").astype(np.float64)
+            crps = crps_for_ensemble(
+                flat["members"], flat["truth"], "member", method="fair", weights=weight
+            )
+            expected = {
+                Rmse(): rmse(mean, flat["truth"], weights=weight),
+                FairCrps(): crps if isinstance(crps, xr.DataArray) else crps["temperature"],
+                AnomalyCorrelation(): _correlation(case, where, cells, own.to_numpy()),
+            }
+            for score, reference in expected.items():
+                means = score.per_time(gappy, weights).isel(where)
+                np.testing.assert_allclose(score.value(means), reference, rtol=1e-5)
+    assert np.isnan(Rmse().per_time(gappy, weights)["squared_error"].isel(time=1)).all()
+
+
+def _correlation(case: Case, where: dict, cells: np.ndarray, weights: np.ndarray) -> float:
+    anomalies = [
+        (field.isel(where) - case.climatology.isel(where)).transpose("latitude", "longitude")
+        for field in (case.prediction.mean("member").astype(np.float64), case.truth)
+    ]
+    covariance = np.cov([a.to_numpy()[cells] for a in anomalies], aweights=weights[cells], ddof=0)
+    return covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
