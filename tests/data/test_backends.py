@@ -11,15 +11,17 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 import zarr
 
 from atmossl.data.backends import open_store
-from atmossl.data.catalog import SegmentEntry
+from atmossl.data.catalog import SegmentEntry, load_catalog
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
+from atmossl.geometry import Box
 from tests.synthetic import dataset
 
 NAMES = ("temperature", "u_component_of_wind")
@@ -280,34 +282,70 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path, format: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_catalog_entries_match_the_stores_metadata() -> None:
-    """Names, units and levels of the public stores, as their documentation gives them."""
-    from atmossl.data.catalog import load_catalog
-    from atmossl.data.variables import check_units
+# What the public stores' own metadata say, written down by hand: order of dimensions, sizes, levels
+# and first and last time (WeatherBench 2's and ARCO-ERA5's documentation).
+_WB2_LEVELS = [50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 850, 925, 1000]
+_ARCO_LEVELS = [
+    *(1, 2, 3, 5, 7, 10, 20, 30, 50, 70, *range(100, 251, 25), *range(300, 751, 50)),
+    *range(775, 1001, 25),
+]
+_WB2_DIMS = ("time", "level", "longitude", "latitude")
+_PUBLIC = {
+    "weatherbench2_64x32": {
+        "dims": _WB2_DIMS,
+        "time": pd.date_range("1959-01-01", "2021-12-31T18", freq="6h"),
+        "level": _WB2_LEVELS,
+        "latitude": np.arange(-87.1875, 90, 5.625),
+        "longitude": np.arange(0, 360, 5.625),
+    },
+    "weatherbench2_240x121": {
+        "dims": _WB2_DIMS,
+        "time": pd.date_range("1959-01-01", "2021-12-31T18", freq="6h"),
+        "level": _WB2_LEVELS,
+        "latitude": np.linspace(-90, 90, 121),
+        "longitude": np.arange(0, 360, 1.5),
+    },
+    "arco_era5": {
+        "dims": ("time", "level", "latitude", "longitude"),
+        "time": pd.date_range("1900-01-01", "2050-12-31T23", freq="h"),
+        "level": _ARCO_LEVELS,
+        "latitude": np.linspace(90, -90, 721),
+        "longitude": np.arange(0, 360, 0.25),
+    },
+}
+_PUBLIC_UNITS = {
+    "temperature": "K",
+    "u_component_of_wind": "m s**-1",
+    "v_component_of_wind": "m s**-1",
+    "geopotential": "m**2 s**-2",
+    "specific_humidity": "kg kg**-1",
+}
 
-    units = {
-        "temperature": "K",
-        "u_component_of_wind": "m s**-1",
-        "v_component_of_wind": "m s**-1",
-        "geopotential": "m**2 s**-2",
-        "specific_humidity": "kg kg**-1",
-    }
-    for name in ("arco_era5", "weatherbench2_64x32", "weatherbench2_240x121"):
-        entry = load_catalog()[name]
-        times = np.array(["2000-01-01T00", "2000-01-01T06"], "datetime64[ns]")
-        coords = {"time": times, "level": list(entry.levels), "latitude": [1.0, 0.0, -1.0]}
-        coords["longitude"] = np.arange(0.0, 360, 90)
-        fields = {
-            stored: (tuple(coords), np.zeros((2, len(entry.levels), 3, 4), "f4"), {"units": unit})
-            for stored, unit in units.items()
-        }
-        open_segment(
-            name,
-            xr.Dataset(fields, coords),
-            name,
-            variables=list(entry.variables),
-            levels=entry.levels,
-            variable_names=entry.variables,
-        )
-        for variable, unit in units.items():
-            check_units(variable, unit, name)
+
+@pytest.mark.parametrize("name", _PUBLIC)
+def test_catalog_entries_match_the_stores_metadata(name: str) -> None:
+    """Every split of the entry opens on a store of that shape, whose values take no memory."""
+    layout = dict(_PUBLIC[name])
+    dims = layout.pop("dims")
+    assert len(_ARCO_LEVELS) == 37 and len(_PUBLIC["arco_era5"]["time"]) == 1323648
+    assert len(_PUBLIC["weatherbench2_64x32"]["time"]) == 92044
+    shape = tuple(len(layout[dim]) for dim in dims)
+    nothing = np.broadcast_to(np.float32(0), shape)
+    fields = {stored: (dims, nothing, {"units": unit}) for stored, unit in _PUBLIC_UNITS.items()}
+    entry = load_catalog()[name]
+    segment = open_segment(
+        name,
+        xr.Dataset(fields, layout),
+        name,
+        variables=list(entry.variables),
+        levels=entry.levels,
+        variable_names=entry.variables,
+    )
+    assert segment.grid.shape == (len(layout["latitude"]), len(layout["longitude"]))
+    assert (np.diff(segment.grid.latitude) > 0).all() and segment.grid.periodic
+    found = segment.read("temperature", entry.levels, 5, 2, Box(0, 0, 2, 3))
+    assert found.shape == (len(entry.levels), 2, 2, 3)
+    for periods in entry.splits.values():
+        for period in periods:
+            for end in (period.start, period.end):
+                assert np.datetime64(end) in segment.times, (name, end)
