@@ -85,8 +85,8 @@ def specialist_values(
         "tasks": [{"name": task, **TASKS[task]}],
         "paths": {"output": str(folder)},
         "resume": "auto",
-        "warm_start": {"checkpoints": [], "rename": {}},
     }
+    values["warm_start"] |= {"checkpoints": [], "rename": {}}
     if generalist is not None:
         steps = max(10, values["trainer"]["max_steps"] // 10)
         warmup = min(values["optimizer"]["warmup_steps"], steps // 10)

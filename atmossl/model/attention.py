@@ -187,6 +187,7 @@ _CUT = "b h level (nt wt) (nlat wlat) (nlon wlon) f"
 _WINDOWS = "(b nt nlat nlon) h (level wt wlat wlon) f"
 
 
+@torch.compiler.disable  # sizes of windows, as symbols, keep the compiler busy without end
 def attend_in_windows(
     query: Tensor,
     key: Tensor,

@@ -4,8 +4,9 @@ After AtmoRep's multiformer (Lessig et al. 2023, arXiv 2308.13280, section on th
 The contract that any other network has to meet is `encode(view)` and `decode(latents, view)`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -108,11 +109,12 @@ class Multiformer(nn.Module):
             {s.name: nn.Linear(s.patch, widths[s.name], bias=False) for s in _gappy(streams)}
         )
 
-    def compile_blocks(self) -> None:
-        """Compile every block on its own: one graph serves all blocks of equal shape."""
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile every block on its own: one graph serves all blocks of equal shape, and any
+        number of tokens, so that the next batch's other number does not compile again."""
         for module in self.modules():
             if isinstance(module, EncoderBlock | DecoderBlock):
-                module.compile(dynamic=True)
+                module.compile(dynamic=True, backend=backend)
 
     def forward(self, view: View) -> Prediction:
         return self.decode(self.encode(view), view)
