@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -187,7 +187,6 @@ _CUT = "b h level (nt wt) (nlat wlat) (nlon wlon) f"
 _WINDOWS = "(b nt nlat nlon) h (level wt wlat wlon) f"
 
 
-@torch.compiler.disable  # sizes of windows, as symbols, keep the compiler busy without end
 def attend_in_windows(
     query: Tensor,
     key: Tensor,
@@ -222,7 +221,8 @@ def attend_in_windows(
 def attend_by(attention: Attention, window: tuple[int, int, int]) -> Attend:
     """The function behind a name; `window` (time, lat, lon) counts for `windowed` alone."""
     if attention == "windowed":
-        return partial(attend_in_windows, size=window)
+        # sizes of windows, as symbols, would keep the compiler busy without end
+        return cast(Attend, torch.compiler.disable(partial(attend_in_windows, size=window)))
     kinds: dict[str, Attend] = {
         "full": attend_fully,
         "factorised": attend_factorised,
