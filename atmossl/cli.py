@@ -56,6 +56,12 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(find_file("conf")), version_base="1.3"):
             config = compose(name, list(overrides))
             return _to_plain(config)
+    except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
+        given = [item for item in overrides if "{" in item]
+        raise ValueError(
+            f"{' '.join(given)}: needed: names of files in conf/, not mappings; set single keys "
+            "(GROUP.KEY=VALUE) or write a file"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
         raise ValueError(
