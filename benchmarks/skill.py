@@ -64,7 +64,7 @@ def train(folder: Path, overrides: list[str]) -> str:
         current = str(Path(temporary) / "mean.ckpt")
         run("export", f"checkpoint={stages[1]},{stages[2]}", f"output={current}")
         for task in CALIBRATED:
-            given = (f"task={task}", f"checkpoint={current}", "split=validation", "every=2")
+            given = (f"task={task}", f"checkpoint={current}", "split=validation", "every=4")
             current = str(Path(temporary) / f"{task}.ckpt")
             run("calibrate", *given, f"output={current}")
         Path(current).replace(finished)

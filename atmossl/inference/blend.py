@@ -27,43 +27,71 @@ class Part:
 
 
 class Mosaic:
-    """Sum of weighted tiles of one case, over the bands of latitude that are still open."""
+    """Weighted mean of the tiles of one case, over the bands of latitude that are still open.
+
+    Members of the same number in two tiles are hardly related, so their mean has less spread than
+    either. Each member's departure from the ensemble mean is therefore scaled where tiles overlap,
+    such that the variance over members is the weighted mean of the tiles' variances; the ensemble
+    mean is the weighted mean of theirs.
+    """
 
     def __init__(self, num_lon: int) -> None:
         self.num_lon = num_lon
         self.south = 0  # first row that is held
         self._fields: Fields = {}
+        self._variance: Fields = {}  # over members, kept as one member
 
     def add(
         self, names: tuple[str, ...], values: np.ndarray, tile: Box, weight: np.ndarray
     ) -> None:
         """Add [variable step member level lat lon], of which the lat and lon are the tile's."""
-        weighted = values * weight.astype(np.float32)
+        share = weight.astype(np.float32)
+        self._add(self._fields, names, values * share, tile)
+        self._add(self._variance, names, values.var(axis=2, keepdims=True) * share, tile)
+
+    def _add(self, fields: Fields, names: tuple[str, ...], weighted: np.ndarray, tile: Box) -> None:
         top = tile.lat_start + tile.lat_size - self.south
         rows = slice(tile.lat_start - self.south, top)
         first = tile.lon_start
         before = min(tile.lon_size, self.num_lon - first)  # columns before the circle closes
         for name, own in zip(names, weighted, strict=True):
-            field = self._room(name, own.shape, top)
+            field = self._room(fields, name, own.shape, top)
             field[..., rows, first : first + before] += own[..., :before]
             if before < tile.lon_size:
                 field[..., rows, : tile.lon_size - before] += own[..., before:]
 
-    def _room(self, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
+    def _room(self, fields: Fields, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
         """The variable's field with at least so many rows."""
-        field = self._fields.get(name)
+        field = fields.get(name)
         held = 0 if field is None else field.shape[-2]
         if field is None or held < num_rows:
             grown = np.zeros((*shape[:-2], num_rows, self.num_lon), np.float32)
             if field is not None:
                 grown[..., :held, :] = field
-            self._fields[name] = field = grown
+            fields[name] = field = grown
         return field
 
     def take(self, end: int) -> tuple[slice, Fields]:
         """Rows up to `end`, to which no more tiles come; they are forgotten here."""
         rows, count = slice(self.south, max(end, self.south)), max(end - self.south, 0)
-        done = {name: field[..., :count, :] for name, field in self._fields.items()}
-        self._fields = {name: field[..., count:, :].copy() for name, field in self._fields.items()}
+        done = {
+            name: _with_variance(field[..., :count, :], self._variance[name][..., :count, :])
+            for name, field in self._fields.items()
+        }
+        self._fields = _rows_from(self._fields, count)
+        self._variance = _rows_from(self._variance, count)
         self.south = rows.stop
         return rows, done
+
+
+def _rows_from(fields: Fields, first: int) -> Fields:
+    return {name: field[..., first:, :].copy() for name, field in fields.items()}
+
+
+def _with_variance(members: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Departures of members (axis 1) from their mean scaled to the given variance."""
+    departure = members - members.mean(axis=1, keepdims=True)
+    present = (departure**2).mean(axis=1, keepdims=True)
+    ratio = np.divide(variance, present, out=np.ones_like(present), where=present > 0)
+    # added, so that members stay as they are, to the last bit, where nothing is to be scaled
+    return members + (np.sqrt(ratio) - 1) * departure
