@@ -4,6 +4,11 @@ The way of one sample, from a store to a written field (`tests/test_one_sample.p
 
     open_split -> read_window -> make_view (tokenise, mask, corrupt) -> collate_views
     -> objective(model, batch) -> detokenise -> Normaliser.inverse -> dataset
+
+A prediction goes it tile by tile, in `inference/` (`Predictor` holds the steps together):
+
+    Predictor.find -> WindowReader.read -> masked_view -> model -> detokenise
+    -> Normaliser.inverse -> Mosaic (blends) -> SpreadInflation (calibrates) -> write
 """
 
 # First of all: ecCodes, which xarray loads to open a NetCDF file wherever cfgrib is installed,
@@ -19,9 +24,9 @@ def load(checkpoint="default", *, device=None):
     return _api().load(checkpoint, device=device)
 
 
-def open_data(name="sample", split="test", catalog=None):
+def open_data(name="sample", split="test", catalog=None, *, segment=None):
     """A split of a catalog entry as an xarray dataset; see `api.open_data`."""
-    return _api().open_data(name, split, catalog)
+    return _api().open_data(name, split, catalog, segment=segment)
 
 
 def _api():

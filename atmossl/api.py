@@ -18,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from atmossl.data.catalog import Split, catalog_entry, find_file
-from atmossl.data.companions import paired
+from atmossl.data.companions import Needs, paired
 from atmossl.data.segment import Segment
 from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step
@@ -104,14 +104,14 @@ class Model:
             )
         records = {}
         for data, dataset in datasets.items():
-            specs = [spec for spec in self.trained.specs_for(task) if spec.data == data]
+            needs = Needs.of([s for s in self.trained.specs_for(task) if s.data == data])
             segment = open_segment(
                 "dataset",
                 dataset,
                 f"others[{data!r}]" if data else "the dataset",
-                variables=sorted({name for spec in specs for name in spec.variables}),
-                levels=sorted({level for spec in specs for level in spec.levels}),
-                may_miss=[v for s in specs if s.missing == "mask" for v in s.variables],
+                variables=needs.variables,
+                levels=needs.levels,
+                may_miss=needs.may_miss,
             )
             records[data] = (segment,)
         (segment,) = paired(records)

@@ -58,6 +58,8 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             return _to_plain(config)
     except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
         given = [item for item in overrides if "{" in item]
+        if not given:
+            raise
         raise ValueError(
             f"{' '.join(given)}: needed: names of files in conf/, not mappings; set single keys "
             "(GROUP.KEY=VALUE) or write a file"

@@ -207,8 +207,7 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
     predictor = _predictor(config, calibrated=False)
-    times = _times(config, predictor)
-    times = np.array([time for time in times if predictor.knows_truth(time)])
+    times = predictor.with_truth(_times(config, predictor))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     found = estimate_inflation(predictor, times)
@@ -242,8 +241,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
             entry = catalog_entry(config.data or trained.data, config.catalog)
             reports = [compare_forecasts(config, entry)]
         else:
-            name = config.segment
-            test = open_for(trained, config.data, config.catalog, config.split, name=name)
+            test = open_for(trained, config.data, config.catalog, config.split)
             training = open_for(trained, config.data, config.catalog, "train")
             if config.ridge and any(segment.may_miss for segment in test):
                 Console(stderr=True).print(

@@ -6,7 +6,7 @@ Floor 0: numpy only. Float coordinates become integer cells here, once.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -25,6 +25,13 @@ def latitude_edges(latitude_deg: np.ndarray) -> np.ndarray:
     return np.concatenate([[first], inner, [last]])
 
 
+@cache
+def gaussian_latitudes(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latitudes of a whole Gaussian grid, degrees ascending, and their Gauss-Legendre weights."""
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return np.rad2deg(np.arcsin(nodes)), weights
+
+
 def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
     """Exact relative area [lat] of each latitude band, with mean 1.
 
@@ -35,9 +42,9 @@ def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
     if len(latitude_deg) == 1:
         return np.ones(1)
     if np.ptp(np.diff(latitude_deg)) > _TOLERANCE_DEG:  # a Gaussian grid is never even
-        nodes, weights = np.polynomial.legendre.leggauss(len(latitude_deg))
+        gaussian, weights = gaussian_latitudes(len(latitude_deg))
         ascending = np.sort(latitude_deg)  # the weights are the same from both poles
-        if np.allclose(ascending, np.rad2deg(np.arcsin(nodes)), atol=_TOLERANCE_DEG):
+        if np.allclose(ascending, gaussian, atol=_TOLERANCE_DEG):
             return weights / weights.mean()
     weights = np.abs(np.diff(np.sin(np.deg2rad(latitude_edges(latitude_deg)))))
     return weights / weights.mean()

@@ -7,5 +7,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh dev
-export OMP_NUM_THREADS=1 # the processes share the cores; threads of each would wait for each other
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

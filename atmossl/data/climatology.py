@@ -9,7 +9,6 @@ that are not.
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import xarray as xr
 import zarr
 
 from atmossl import __version__
+from atmossl.checkpoint_files import write_atomically
 from atmossl.data.fingerprint import fingerprint, stale_message
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES
@@ -252,9 +252,7 @@ def _begin(
     for name in varying(first):
         piece = next(piece for piece in pieces if piece.variable == name)
         _make_arrays(group, first, scheme, piece)
-    written = begun.with_name(f"pieces.{os.getpid()}")
-    written.write_text(names)
-    written.replace(begun)
+    write_atomically(begun, lambda partial: partial.write_text(names))
 
 
 def _make_arrays(group: zarr.Group, segment: Segment, scheme: Slots, piece: Piece) -> None:

@@ -31,6 +31,23 @@ class Companion:
         return range(*(-int(time // step) for time in before))
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What streams read of one store."""
+
+    variables: list[str]
+    levels: list[int]
+    may_miss: list[str]
+
+    @classmethod
+    def of(cls, specs: Sequence[StreamSpec]) -> "Needs":
+        return cls(
+            sorted({name for spec in specs for name in spec.variables}),
+            sorted({level for spec in specs for level in spec.levels}),
+            [name for spec in specs if spec.missing == "mask" for name in spec.variables],
+        )
+
+
 def open_records(
     specs: Sequence[StreamSpec],
     name: str,
@@ -48,15 +65,15 @@ def open_records(
     """
     records = {}
     for data in ["", *sorted({spec.data for spec in specs} - {""})]:
-        own = [spec for spec in specs if spec.data == data]
+        needs = Needs.of([spec for spec in specs if spec.data == data])
         records[data] = open_split(
             catalog_entry(data or name, catalog),
             split,
-            variables=sorted({v for spec in own for v in spec.variables}),
-            levels=sorted({level for spec in own for level in spec.levels}),
+            variables=needs.variables,
+            levels=needs.levels,
             in_memory=in_memory,
             access=access,
-            may_miss=[v for spec in own if spec.missing == "mask" for v in spec.variables],
+            may_miss=needs.may_miss,
         )
     return records
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import xarray as xr
@@ -227,21 +227,29 @@ class Segment:
         )
 
     def to_dataset(self) -> xr.Dataset:
-        """The record as a canonical dataset in memory, dims (time, level, latitude, longitude)."""
-        fields = {}
-        for name in self.variables:
-            levels = self.levels_of(name)
-            units = self.dataset[name].attrs if name in self.dataset else {}
-            values = self.read(name, levels, 0, len(self.times), self.whole())
-            if levels == (0,):
-                fields[name] = (("time", "latitude", "longitude"), values[0], units)
+        """The record as a canonical dataset in memory; see `dataset_of`."""
+        count, everywhere = len(self.times), self.whole()
+        fields = {
+            name: self.read(name, self.levels_of(name), 0, count, everywhere)
+            for name in self.variables
+        }
+        return self.dataset_of(fields, self.times)
+
+    def dataset_of(self, fields: Mapping[str, Any], times: np.ndarray) -> xr.Dataset:
+        """A canonical dataset, dims (time, level, latitude, longitude), of arrays [level time lat
+        lon] of any library on the record's grid and levels, at times of its calendar."""
+        canonical = {}
+        for name, values in fields.items():
+            attributes = self.dataset[name].attrs if name in self.dataset else {}
+            if self.levels_of(name) == (0,):
+                canonical[name] = (("time", "latitude", "longitude"), values[0], attributes)
             else:
                 dims = ("time", "level", "latitude", "longitude")
-                fields[name] = (dims, values.swapaxes(0, 1), units)
+                canonical[name] = (dims, values.swapaxes(0, 1), attributes)
         coords = {
-            "time": self.calendar.dates(self.times),
+            "time": self.calendar.dates(times),
             "level": list(self.levels),
             "latitude": self.grid.latitude,
             "longitude": self.grid.longitude,
         }
-        return xr.Dataset(fields, coords)
+        return xr.Dataset(canonical, coords)

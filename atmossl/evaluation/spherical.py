@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from atmossl.evaluation.scores import Case
+from atmossl.geometry import gaussian_latitudes
 
 Geometry = Literal["F1", "CC", "GL"]  # ducc0's names of the latitudes
 _TOLERANCE_DEG = 1e-2
@@ -24,11 +25,10 @@ def geometry_of(latitude: np.ndarray, longitude: np.ndarray) -> Geometry | None:
     count, spacing = len(latitude), 360.0 / len(longitude)
     if np.abs(np.diff(longitude) - spacing).max() > _TOLERANCE_DEG:
         return None
-    nodes, _ = np.polynomial.legendre.leggauss(count)
     found: dict[Geometry, np.ndarray] = {
         "F1": -90.0 + 180.0 / count * (np.arange(count) + 0.5),
         "CC": np.linspace(-90.0, 90.0, count),
-        "GL": np.rad2deg(np.arcsin(nodes)),
+        "GL": gaussian_latitudes(count)[0],
     }
     for name, rows in found.items():
         if np.abs(rows - latitude).max() < _TOLERANCE_DEG:

@@ -55,7 +55,7 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
     """
     plan = predictor.plan
     hours = np.array(plan.offsets) * float(predictor.step / np.timedelta64(1, "h"))
-    levels = {v: spec.level_values for spec in predictor.trained.own_specs for v in spec.variables}
+    levels = predictor.trained.level_values
     error: dict[str, np.ndarray] = {}
     variance: dict[str, np.ndarray] = {}
     for part in predictor.parts(list(times)):

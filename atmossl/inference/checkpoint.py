@@ -57,6 +57,11 @@ class TrainedModel:
         )
 
     @property
+    def level_values(self) -> dict[str, tuple[int, ...]]:
+        """Levels of every variable in hPa; (0,) at the surface."""
+        return {name: spec.level_values for spec in self.own_specs for name in spec.variables}
+
+    @property
     def levels(self) -> tuple[int, ...]:
         return tuple(sorted({level for spec in self.own_specs for level in spec.levels}))
 
@@ -162,7 +167,7 @@ def export(names: Sequence[str], output: Path) -> None:
     checkpoints = {name: read_checkpoint(name) for name in names}
     last = checkpoints[names[-1]]
     for name, contents in checkpoints.items():
-        for key in _MUST_AGREE if len(names) > 1 else ():
+        for key in _MUST_AGREE:
             if contents["atmossl"][key] != last["atmossl"][key]:
                 raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
     states = [merged(contents["state_dict"]) for contents in checkpoints.values()]

@@ -78,12 +78,11 @@ class Layout:
 
     @property
     def levels(self) -> list[int]:
-        return sorted({level for spec in self.predictor.trained.own_specs for level in spec.levels})
+        return list(self.predictor.trained.levels)
 
     def levels_of(self, variable: str) -> tuple[int, ...]:
         """Levels of a variable in hPa; (0,) at the surface."""
-        specs = self.predictor.trained.own_specs
-        return next(spec.level_values for spec in specs if variable in spec.variables)
+        return self.predictor.trained.level_values[variable]
 
     @property
     def variables(self) -> list[str]:

@@ -50,8 +50,8 @@ class Predictor:
 
     overlap: share of a tile that its neighbour covers as well. tilings: how many tilings are
     averaged, each shifted eastwards by an equal part of a token, where the grid is a whole circle
-    and the task lets tiles lie anywhere. batch_size: tiles in one call of
-    the model, of any time or member. seed: of the order in which members go on in a rollout.
+    and the task lets tiles lie anywhere. batch_size: tiles in one call of the model, of any time or
+    member. seed: of the order in which members go on in a rollout.
     fill_missing: predict also where a variable is missing in the whole window, which is NaN in
     the output otherwise, such as sea-surface temperature on land.
     calibrated: apply the spread inflation that the checkpoint holds for the task.
@@ -187,11 +187,15 @@ class Predictor:
             f"{after} after; valid: {valid}"
         )
 
-    def knows_truth(self, time: np.datetime64) -> bool:
-        """Whether the record holds all that would be written for a reference time."""
-        steps = (min(0, *self.plan.offsets), max(0, *self.plan.offsets))
-        known = self.find(time).segment.times
-        return known[0] <= time + steps[0] * self.step and time + steps[1] * self.step <= known[-1]
+    def with_truth(self, times: np.ndarray) -> np.ndarray:
+        """Those of the reference times for which the record holds all that would be written."""
+        first, last = (end(0, *self.plan.offsets) * self.step for end in (min, max))
+
+        def known(time: np.datetime64) -> bool:
+            record = self.find(time).segment.times
+            return record[0] <= time + first and time + last <= record[-1]
+
+        return np.array([time for time in times if known(time)], times.dtype)
 
     def first_view(self, time: np.datetime64) -> View:
         """What the model is shown of the first tile; no batch axis."""
@@ -246,8 +250,7 @@ class Predictor:
     def _coarse_cells(self) -> CoarseCells | None:
         if not isinstance(self.task, Downscaling):
             return None
-        levels = {v: spec.level_values for spec in self.trained.own_specs for v in spec.variables}
-        return CoarseCells(self.grid, self.task, levels)
+        return CoarseCells(self.grid, self.task, self.trained.level_values)
 
     def blended(self, sources: Sequence[Source]) -> Iterator[Part]:
         """Bands of latitude of one source after another, for the steps of one pass."""

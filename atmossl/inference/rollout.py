@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.segment import Segment
@@ -124,24 +123,10 @@ def _source(
 ) -> Source:
     """The state as a record whose last step is `latest`."""
     num_steps = next(iter(state.values())).shape[1]
-    coords = {
-        "time": segment.calendar.dates(
-            latest + segment.step * (np.arange(num_steps) + 1 - num_steps)
-        ),
-        "level": list(segment.levels),
-        "latitude": segment.grid.latitude,
-        "longitude": segment.grid.longitude,
-    }
-    fields = {}
-    for name, values in state.items():
-        has_level = segment.levels_of(name) != (0,)
-        dims = ("level",) if has_level else ()
-        fields[name] = (
-            (*dims, "time", "latitude", "longitude"), values if has_level else values[0]
-        )  # fmt: skip
+    times = latest + segment.step * (np.arange(num_steps) + 1 - num_steps)
     record = open_segment(
         f"{segment.name} rolled out",
-        xr.Dataset(fields, coords),
+        segment.dataset_of(state, times),
         segment.location,
         variables=segment.variables,
         levels=segment.levels,

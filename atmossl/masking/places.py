@@ -169,11 +169,15 @@ class Inpainting(Task):
             return hidden
         return tuple(points | own for points, own in zip(hidden, self.gaps, strict=True))
 
-    def _hidden(self, layout: Layout) -> Points:
-        lat, lon = layout.point_lat().numpy(), layout.point_lon().numpy()
-        cells = np.zeros((len(lat), len(lon)), bool)
+    def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        """Hidden cells [lat lon] among those of the given centres, degrees, gaps apart."""
+        hidden = np.zeros((len(lat), len(lon)), bool)
         for region in self.regions:
-            cells |= region.contains(lat, lon)
+            hidden |= region.contains(lat, lon)
+        return hidden
+
+    def _hidden(self, layout: Layout) -> Points:
+        cells = self.cells(layout.point_lat().numpy(), layout.point_lon().numpy())
         times = layout.point_times().flatten()
         steps = torch.ones(len(times), dtype=torch.bool)
         if self.hidden_hours is not None:

@@ -13,9 +13,8 @@ from atmossl.masking.places import CrossVariable, Inpainting
 def hidden_cells(task: Any, grid: Grid) -> np.ndarray | None:
     """Hidden cells [lat, lon] of a task that hides places at the time that it writes, else None."""
     match task:
-        case Inpainting(regions=regions):
-            lat, lon = grid.latitude, grid.longitude
-            return np.any([region.contains(lat, lon) for region in regions], axis=0)
+        case Inpainting():
+            return task.cells(grid.latitude, grid.longitude)
         case Counterfactual(task=inner):
             return hidden_cells(inner, grid)
     return None

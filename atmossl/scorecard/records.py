@@ -30,34 +30,21 @@ def record_of(segment: Segment) -> xr.Dataset:
         return segment.to_dataset()
     step = max(1, _BLOCK_BYTES // _step_bytes(segment))
     starts = range(0, len(segment.times), step)
-    fields = {}
-    for name in segment.variables:
-        levels = segment.levels_of(name)
-        blocks = [_block(segment, name, start, step) for start in starts]
-        dims = ("time", "latitude", "longitude") if levels == (0,) else (
-            "time", "level", "latitude", "longitude")  # fmt: skip
-        units = segment.dataset[name].attrs if name in segment.dataset else {}
-        fields[name] = (dims, dask.array.concatenate(blocks), units)
-    coords = {
-        "time": segment.times,
-        "level": list(segment.levels),
-        "latitude": segment.grid.latitude,
-        "longitude": segment.grid.longitude,
+    fields = {
+        name: dask.array.concatenate([_block(segment, name, start, step) for start in starts], 1)
+        for name in segment.variables
     }
-    return xr.Dataset(fields, coords)
+    return segment.dataset_of(fields, segment.times)
 
 
 def _block(segment: Segment, name: str, start: int, step: int) -> dask.array.Array:
-    """Some times of one variable, [time level lat lon], or without level at the surface."""
-    levels = segment.levels_of(name)
+    """Some times of one variable, [level time lat lon]."""
     count = min(step, len(segment.times) - start)
     # bound beforehand, or dask would look for collections in the segment, and hash its store
     values = delayed(partial(_read, segment, name, start, count), traverse=False)()
-    shape = (count, *(() if levels == (0,) else (len(levels),)), *segment.grid.shape)
+    shape = (len(segment.levels_of(name)), count, *segment.grid.shape)
     return dask.array.from_delayed(values, shape, np.float32)
 
 
 def _read(segment: Segment, name: str, start: int, count: int) -> np.ndarray:
-    levels = segment.levels_of(name)
-    values = segment.read(name, levels, start, count, segment.whole())
-    return values[0] if levels == (0,) else values.swapaxes(0, 1)
+    return segment.read(name, segment.levels_of(name), start, count, segment.whole())

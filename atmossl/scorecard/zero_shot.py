@@ -92,8 +92,7 @@ def scored_times(predictor: Predictor, every: int, name: str) -> np.ndarray:
     Raises:
         ValueError: there is none.
     """
-    possible = predictor.possible_times()
-    times = np.array([time for time in possible if predictor.knows_truth(time)])[::every]
+    times = predictor.with_truth(predictor.possible_times())[::every]
     if len(times) == 0:
         raise ValueError(f"task {name}: no date of the store has all the steps that it needs")
     return times
