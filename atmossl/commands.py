@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from atmossl.data.catalog import catalog_entry
 from atmossl.data.companions import open_records, paired
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
-from atmossl.inference.calibration import estimate_inflation, with_inflation
+from atmossl.inference.calibration import Calibration, estimate_inflation
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, write
@@ -172,7 +172,7 @@ def predict(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def _predictor(config: PredictConfig, *, calibrated: bool = True) -> Predictor:
+def _predictor(config: PredictConfig) -> Predictor:
     trained = load_checkpoint(config.checkpoint)
     task = config.task.sampler()
     first, *others = open_for(
@@ -189,7 +189,6 @@ def _predictor(config: PredictConfig, *, calibrated: bool = True) -> Predictor:
         device=_device(config.accelerator),
         seed=config.seed,
         fill_missing=config.missing == "fill",
-        calibrated=calibrated,
     )
 
 
@@ -206,13 +205,16 @@ def calibrate(values: Mapping[str, Any]) -> Path:
         raise ValueError(f"output={config.output} must end in .ckpt and not exist")
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
-    predictor = _predictor(config, calibrated=False)
+    predictor = _predictor(config)
+    task = predictor.task.one_pass()
+    record = Calibration(predictor.trained.record, task).without_own()
+    predictor = replace(predictor, task=task, trained=replace(predictor.trained, record=record))
     times = predictor.with_truth(_times(config, predictor))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     found = estimate_inflation(predictor, times)
     contents = read_checkpoint(config.checkpoint)
-    record = with_inflation(contents["atmossl"], type(predictor.task).__name__, found)
+    record = Calibration(contents["atmossl"], task).replaced(found)
     write_atomically(config.output, lambda path: torch.save({**contents, "atmossl": record}, path))
     for name, factors in found.factors.items():
         text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))

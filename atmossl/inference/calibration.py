@@ -2,7 +2,8 @@
 
 The factor makes the mean variance of the members, times (M + 1) / M, equal to the mean square error
 of their mean (Fortin et al. 2014), on dates that the model was not trained on. It is kept in the
-checkpoint's record and applied around the ensemble mean, which stays as it is.
+checkpoint's record and applied around the ensemble mean, which stays as it is. In a rollout every
+pass is inflated, so that members go on from calibrated states.
 """
 
 from collections.abc import Mapping
@@ -10,54 +11,152 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from atmossl.inference.blend import Fields
+from atmossl.masking.combined import Combined, Counterfactual
+from atmossl.masking.tasks import Downscaling, Task
 
 if TYPE_CHECKING:
     from atmossl.inference.predict import Predictor
 
-Record = dict[str, dict[str, Any]]  # by task: hours of the steps, and by variable [step][level]
+
+def kind_of(task: Task) -> str:
+    """The name that factors are kept under: all tasks of a kind share them. A union is a kind of
+    its own, whatever the order of its parts, and a counterfactual is its task."""
+    match task:
+        case Combined(parts=parts):
+            return "+".join(sorted(kind_of(part) for part in parts))
+        case Counterfactual(task=inner):
+            return kind_of(inner)
+    return type(task).__name__
 
 
 @dataclass(frozen=True)
 class SpreadInflation:
-    """Factors of one task. hours: [step] from the reference time. factors: [step level]."""
+    """Factors of one kind. hours: [step] from the reference time. factors: [step level]."""
 
     hours: np.ndarray
     factors: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], task: str) -> "SpreadInflation | None":
-        """From a checkpoint's record; None if it was not calibrated for the task."""
-        own = record.get("spread", {}).get(task)
+    def of(cls, record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
+        """From a checkpoint's record; None if it was not calibrated for the kind."""
+        own = record.get("spread", {}).get(kind)
         if own is None:
             return None
         factors = {name: np.array(values) for name, values in own["factors"].items()}
         return cls(np.array(own["hours"]), factors)
 
-    def apply(self, fields: Fields, hours: np.ndarray) -> Fields:
-        """Fields [step member level lat lon] at the given hours; factors are linear between the
-        calibrated lead times and constant beyond them."""
+    def at(self, name: str, hours: np.ndarray) -> np.ndarray:
+        """Factors [step level], linear between the calibrated lead times and constant beyond."""
+        by_level = [np.interp(hours, self.hours, column) for column in self.factors[name].T]
+        return np.stack(by_level, axis=1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a checkpoint's record says of the spread of one task.
+
+    A union takes at each cell the largest factor of those parts that hide something there, and
+    what it was calibrated for itself on top of it.
+    """
+
+    record: Mapping[str, Any]
+    task: Task
+
+    def apply(self, fields: Fields, hours: np.ndarray, lat: np.ndarray, lon: np.ndarray) -> Fields:
+        """Fields [step member level lat lon] at the given hours from the reference time and the
+        given cell centres, degrees."""
         inflated = {}
         for name, values in fields.items():
-            by_level = [np.interp(hours, self.hours, column) for column in self.factors[name].T]
-            factor = np.stack(by_level, axis=1)[:, None, :, None, None].astype(np.float32)
+            factor = _factor(self.record, self.task, name, hours, lat, lon)
+            if factor is None:
+                inflated[name] = values
+                continue
             mean = values.mean(axis=1, keepdims=True)
-            inflated[name] = mean + factor * (values - mean)
+            inflated[name] = mean + factor[:, None].astype(np.float32) * (values - mean)
         return inflated
+
+    def without_own(self) -> dict[str, Any]:
+        """The record as if the task's kind had not been calibrated."""
+        spread = self.record.get("spread", {})
+        left = {kind: own for kind, own in spread.items() if kind != kind_of(self.task)}
+        return {**self.record, "spread": left}
+
+    def replaced(self, found: SpreadInflation) -> dict[str, Any]:
+        """The record with these factors for the task's kind, others kept."""
+        own = {
+            "hours": found.hours.tolist(),
+            "factors": {name: values.tolist() for name, values in found.factors.items()},
+        }
+        return {**self.record, "spread": {**self.record.get("spread", {}), kind_of(self.task): own}}
+
+
+def _factor(
+    record: Mapping[str, Any],
+    task: Task,
+    name: str,
+    hours: np.ndarray,
+    lat: np.ndarray,
+    lon: np.ndarray,
+) -> Float[np.ndarray, "step level lat lon"] | None:
+    """Factors of one variable, with lat and lon of 1 if they are the same everywhere."""
+    if isinstance(task, Counterfactual):
+        return _factor(record, task.task, name, hours, lat, lon)
+    found = SpreadInflation.of(record, kind_of(task))
+    own = None if found is None else found.at(name, hours)[:, :, None, None]
+    if not isinstance(task, Combined):
+        return own
+    largest = None
+    for part in task.parts:
+        factor = _factor(record, part, name, hours, lat, lon)
+        if factor is not None:
+            there = np.where(part.cells(lat, lon), factor, -np.inf)
+            largest = there if largest is None else np.maximum(largest, there)
+    if largest is None:
+        return own
+    inherited = np.where(np.isfinite(largest), largest, 1.0)
+    return inherited if own is None else inherited * own
+
+
+@dataclass
+class _Sums:
+    """Over dates and predicted cells that have a truth, [step level]: square errors of the ensemble
+    mean, and the variances that they should equal."""
+
+    error: np.ndarray
+    variance: np.ndarray
+
+    def add(self, row: int, members: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> None:
+        """One step: [member level lat lon], [level lat lon] and [lat 1]."""
+        predicted = np.ptp(members, axis=0) > 0  # given values are the same in all members
+        share = np.where(predicted & np.isfinite(truth), weight, 0.0)
+        finite_size = (len(members) + 1) / len(members)
+        square = np.nan_to_num(members.mean(axis=0) - truth).astype(np.float64) ** 2
+        variance = np.nan_to_num(members.var(axis=0, ddof=1)).astype(np.float64) * finite_size
+        self.error[row] += (square * share).sum(axis=(1, 2))
+        self.variance[row] += (variance * share).sum(axis=(1, 2))
+
+    def factors(self) -> np.ndarray:
+        """1 where nothing was predicted."""
+        ratio = np.divide(
+            self.error, self.variance, out=np.ones_like(self.error), where=self.variance > 0
+        )
+        return np.sqrt(ratio)
 
 
 def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInflation:
     """Factors from all given times, in one pass over their parts.
 
     Raises:
-        ValueError: a single member, or a truth that the store does not hold.
+        ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
+    _check_truth(predictor.task)
     plan = predictor.plan
     hours = np.array(plan.offsets) * float(predictor.step / np.timedelta64(1, "h"))
     levels = predictor.trained.level_values
-    error: dict[str, np.ndarray] = {}
-    variance: dict[str, np.ndarray] = {}
+    sums: dict[str, _Sums] = {}
     for part in predictor.parts(list(times)):
         segment = predictor.find(times[part.case]).segment
         weight = predictor.grid.weights[part.rows][:, None]
@@ -65,31 +164,24 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
             num_steps, num_members, num_levels = values.shape[:3]
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            mean = values.mean(axis=1)
-            spread = values.var(axis=1, ddof=1) * (num_members + 1) / num_members
-            for sums in (error, variance):
-                sums.setdefault(name, np.zeros((len(plan.offsets), num_levels)))
+            shape = (len(plan.offsets), num_levels)
+            own = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
             for step in range(num_steps):
                 row = part.step + step
-                valid = times[part.case] + plan.offsets[row] * predictor.step
-                truth = segment.read(
-                    name, levels[name], segment.find_time(valid), 1, segment.whole()
-                )[:, 0, part.rows]
-                square = (mean[step] - truth).astype(np.float64) ** 2
-                error[name][row] += (square * weight).sum(axis=(1, 2))
-                variance[name][row] += (spread[step] * weight).sum(axis=(1, 2))
-    factors = {
-        name: np.sqrt(error[name] / np.where(variance[name] > 0, variance[name], np.inf))
-        for name in error
-    }
+                valid = segment.find_time(times[part.case] + plan.offsets[row] * predictor.step)
+                truth = segment.read(name, levels[name], valid, 1, segment.whole())[:, 0, part.rows]
+                own.add(row, values[step], truth, weight)
+    if not any(own.variance.any() for own in sums.values()):
+        raise ValueError("calibrate: the store has no truth where the task predicts")
     order = np.argsort(hours)
-    return SpreadInflation(hours[order], {name: values[order] for name, values in factors.items()})
+    return SpreadInflation(hours[order], {name: own.factors()[order] for name, own in sums.items()})
 
 
-def with_inflation(record: Mapping[str, Any], task: str, found: SpreadInflation) -> dict[str, Any]:
-    """The record of a checkpoint with the factors of one task, others kept."""
-    own = {
-        "hours": found.hours.tolist(),
-        "factors": {name: values.tolist() for name, values in found.factors.items()},
-    }
-    return {**record, "spread": {**record.get("spread", {}), task: own}}
+def _check_truth(task: Task) -> None:
+    why = None
+    if isinstance(task, Counterfactual):
+        why = "a counterfactual has no truth; calibrate its task, whose factors it takes"
+    elif isinstance(task, Downscaling) and task.coarse_input:
+        why = "task.coarse_input=true has no truth; calibrate the task on a fine store"
+    if why is not None:
+        raise ValueError(f"calibrate: {why}")

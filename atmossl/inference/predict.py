@@ -22,7 +22,7 @@ from atmossl.data.companions import check_window
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, Grid, TilePlan
 from atmossl.inference.blend import Fields, Mosaic, Part
-from atmossl.inference.calibration import SpreadInflation
+from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.consistency import CoarseCells
 from atmossl.inference.rollout import roll_out
@@ -40,7 +40,6 @@ class _Tile:
     weight: np.ndarray
     view: View
     hidden: tuple[Points, ...]
-    member: int | None
     complete: int | None
 
 
@@ -54,7 +53,6 @@ class Predictor:
     member. seed: of the order in which members go on in a rollout.
     fill_missing: predict also where a variable is missing in the whole window, which is NaN in
     the output otherwise, such as sea-surface temperature on land.
-    calibrated: apply the spread inflation that the checkpoint holds for the task.
     """
 
     trained: TrainedModel
@@ -67,7 +65,6 @@ class Predictor:
     lon_shift: int = 0
     seed: int = 0
     fill_missing: bool = False
-    calibrated: bool = True
     others: tuple[Segment, ...] = ()
 
     @property
@@ -189,11 +186,11 @@ class Predictor:
 
     def with_truth(self, times: np.ndarray) -> np.ndarray:
         """Those of the reference times for which the record holds all that would be written."""
-        first, last = (end(0, *self.plan.offsets) * self.step for end in (min, max))
+        written = np.array(self.plan.offsets) * self.step
 
         def known(time: np.datetime64) -> bool:
             record = self.find(time).segment.times
-            return record[0] <= time + first and time + last <= record[-1]
+            return all(_holds(record, valid) for valid in time + written)
 
         return np.array([time for time in times if known(time)], times.dtype)
 
@@ -220,18 +217,6 @@ class Predictor:
         Raises:
             ValueError: a time without its steps, or a task that does not fit store or model.
         """
-        record = self.trained.record if self.calibrated else {}
-        inflation = SpreadInflation.of(record, type(self.task).__name__)
-        hours = np.array(self.plan.offsets) * float(self.step / np.timedelta64(1, "h"))
-        for part in self._uncalibrated(times):
-            if inflation is None:
-                yield part
-                continue
-            count = len(next(iter(part.fields.values())))
-            own = hours[part.step : part.step + count]
-            yield replace(part, fields=inflation.apply(part.fields, own))
-
-    def _uncalibrated(self, times: Sequence[np.datetime64]) -> Iterator[Part]:
         sources = [self.find(time) for time in times]
         if self.plan.num_passes > 1:
             for case, source in enumerate(sources):
@@ -254,19 +239,9 @@ class Predictor:
 
     def blended(self, sources: Sequence[Source]) -> Iterator[Part]:
         """Bands of latitude of one source after another, for the steps of one pass."""
-        model = self.trained.model.to(self.device)
         tiles, mosaic = self._tiles(sources), Mosaic(self.grid.shape[1])
         while batch := list(islice(tiles, self.batch_size)):
-            views = collate_views([(tile.view,) for tile in batch], [t.case for t in batch])
-            view = views.to(self.device).views[0]
-            with torch.inference_mode():
-                prediction = model(view)
-            streams = [stream for stream in view.streams if stream.spec.role == "predict"]
-            fields = [
-                (stream.spec.variables, self._fields(stream, predicted, batch))
-                for stream, predicted in zip(streams, prediction.streams, strict=True)
-                if not stream.spec.data
-            ]
+            fields = self._predicted(batch)
             for number, tile in enumerate(batch):
                 for variables, values in fields:
                     mosaic.add(variables, values[number], tile.box, tile.weight)
@@ -274,8 +249,32 @@ class Predictor:
                     completes = tile.complete == self.grid.shape[0]
                     rows, done = mosaic.take(tile.complete)
                     if rows.stop > rows.start:
-                        yield Part(tile.case, 0, rows, done, completes, {})
+                        members = self._members_of(sources[tile.case], done, rows)
+                        yield Part(tile.case, 0, rows, members, completes, {})
                     mosaic = Mosaic(self.grid.shape[1]) if completes else mosaic
+
+    def _predicted(self, batch: list[_Tile]) -> list[tuple[tuple[str, ...], np.ndarray]]:
+        """Variables and fields [batch variable step member level lat lon] of every stream."""
+        views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
+        view = views.to(self.device).views[0]
+        with torch.inference_mode():
+            prediction = self.trained.model.to(self.device)(view)
+        streams = [stream for stream in view.streams if stream.spec.role == "predict"]
+        return [
+            (stream.spec.variables, self._fields(stream, predicted, batch))
+            for stream, predicted in zip(streams, prediction.streams, strict=True)
+            if not stream.spec.data
+        ]
+
+    def _members_of(self, source: Source, fields: Fields, rows: slice) -> Fields:
+        """The blended ensemble with calibrated spread, or the one member of it that a source asks
+        for: single members of tiles that overlap would average out."""
+        hours = np.array(self.plan.pass_offsets) * (self.step / np.timedelta64(1, "h"))
+        calibration = Calibration(self.trained.record, self.task)
+        fields = calibration.apply(fields, hours, self.grid.latitude[rows], self.grid.longitude)
+        if source.member is None:
+            return fields
+        return {name: values[:, [source.member]] for name, values in fields.items()}
 
     def _tiles(self, sources: Sequence[Source]) -> Iterator[_Tile]:
         """Tiles of all sources in the order of writing; each band of latitude is read once."""
@@ -299,7 +298,7 @@ class Predictor:
                         first_guess=self.trained.first_guess,
                     )
                     last = complete if number == numbers[-1] else None
-                    yield _Tile(case, box, plan.weights[number], view, hidden, source.member, last)
+                    yield _Tile(case, box, plan.weights[number], view, hidden, last)
 
     def _fields(
         self, stream: StreamTokens, predicted: StreamPrediction, batch: list[_Tile]
@@ -308,8 +307,7 @@ class Predictor:
         as given elsewhere."""
         spec = stream.spec
         steps = [self.plan.reference + offset for offset in self.plan.pass_offsets]
-        members = _wanted_members(predicted.members, batch)
-        fields = detokenise(_in_place(members, predicted, stream), spec)[..., steps, :, :]
+        fields = detokenise(_in_place(predicted, stream), spec)[..., steps, :, :]
         number = [tile.view.names().index(spec.name) for tile in batch]
         hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
         hidden = hidden[..., steps, :, :].to(fields.device)
@@ -338,24 +336,12 @@ def _period(times: np.ndarray, calendar: Calendar) -> str:
     return f"{first} to {last}"
 
 
-def _wanted_members(
-    members: Float[Tensor, "batch query member patch"], batch: list[_Tile]
-) -> Tensor:
-    """One member per tile where the tiles name one, all otherwise."""
-    chosen = [tile.member for tile in batch if tile.member is not None]
-    if not chosen:
-        return members
-    index = torch.tensor(chosen, device=members.device)[:, None, None, None]
-    return members.gather(2, index.expand(-1, members.shape[1], 1, members.shape[-1]))
-
-
 def _in_place(
-    members: Float[Tensor, "batch query member patch"],
-    predicted: StreamPrediction,
-    stream: StreamTokens,
+    predicted: StreamPrediction, stream: StreamTokens
 ) -> Float[Tensor, "batch member level nt nlat nlon patch"]:
     """Queries back at their tokens, zeros where nothing was asked."""
-    queries, (num_level, num_time, num_lat, num_lon) = predicted.queries, stream.grid.shape
+    members, queries = predicted.members, predicted.queries
+    num_level, num_time, num_lat, num_lon = stream.grid.shape
     everywhere = members.new_zeros(
         (members.shape[0], stream.grid.num_tokens + 1, *members.shape[2:])
     )

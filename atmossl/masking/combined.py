@@ -119,6 +119,9 @@ class Counterfactual(Task):
                 f"{last[0]:g} to {last[1]:g} degrees north; take a region, or 0"
             )
 
+    def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        return self.task.cells(lat, lon)
+
     def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
         return self.task.hidden_points(self._true(layouts))
 

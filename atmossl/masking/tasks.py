@@ -5,7 +5,7 @@ and writes. A region that would cut through the tokens of a stream in time is re
 streams hide the same air. Tasks that hide places or variables are in `masking.places`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,10 @@ class Task:
     def check(self, grid: Grid) -> None:
         """Raise ValueError if the task cannot be put onto a store's grid."""
 
+    def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+        """Cells [lat lon] of the given centres, degrees, at which the task may hide something."""
+        return np.ones((len(lat), len(lon)), bool)
+
     def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
         """Hidden points of every stream, for a task that hides less than whole tokens."""
         del layouts
@@ -82,6 +86,10 @@ class Task:
     def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         """The windows as the model is to take them."""
         return windows
+
+    def one_pass(self) -> "Task":
+        """The task without passes that go on from earlier ones."""
+        return self
 
     def seeing(self, windows: tuple[StreamWindow, ...]) -> "Task":
         """The task for these windows, where it depends on what they lack."""
@@ -205,6 +213,9 @@ class Forecast(Task):
     @property
     def pass_hours(self) -> float:
         return min(self.lead_hours, self.rollout_hours or self.lead_hours)
+
+    def one_pass(self) -> "Forecast":
+        return replace(self, lead_hours=self.pass_hours)
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         total = steps_of("task.lead_time", self.lead_hours, step_hours)

@@ -1,6 +1,7 @@
 """Networks whose prediction is known, and predictors that use them on travelling waves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,6 +43,20 @@ class Known(nn.Module):
             members = torch.stack([values + offset for offset in self.offsets], dim=2)
             streams.append(StreamPrediction(members, stream.queries))
         return Prediction(tuple(streams))
+
+
+class Diffusing(nn.Module):
+    """The last state plus noise of normalised variance 1, new in every point, member and tile."""
+
+    def __init__(self, num_members: int) -> None:
+        super().__init__()
+        self.known = Known(lambda stream: stream.guess, (0.0,) * num_members)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, view):
+        (still,) = self.known(view).streams
+        noise = torch.randn(still.members.shape, generator=self.generator)
+        return Prediction((replace(still, members=still.members + noise),))
 
 
 def segment(

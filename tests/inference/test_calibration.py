@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from atmossl.inference.calibration import SpreadInflation, estimate_inflation, with_inflation
-from atmossl.masking.tasks import Forecast, TemporalInterpolation
-from tests.inference.known import Known, predictor
+from atmossl.inference.calibration import Calibration, SpreadInflation, estimate_inflation
+from atmossl.masking.combined import Combined, Counterfactual
+from atmossl.masking.places import Inpainting, LatLonBox
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
+from tests.inference.known import STORE, Diffusing, Known, predictor, run_at
 
 
 class Overconfident(nn.Module):
@@ -36,30 +38,87 @@ def test_inflation_brings_spread_to_error() -> None:
     for factors in found.factors.values():
         assert factors.shape == (1, 3)  # step level
         np.testing.assert_allclose(factors, expected, rtol=0.1)  # of 8 times 128 cells
-    record = with_inflation({"kept": 1}, "TemporalInterpolation", found)
+    record = Calibration({"kept": 1}, used.task).replaced(found)
     assert record["kept"] == 1
     trained = replace(used.trained, record=record)
     again = estimate_inflation(replace(used, trained=trained), times)
     for factors in again.factors.values():
         np.testing.assert_allclose(factors, 1.0, atol=1e-4)
-    free = estimate_inflation(replace(used, trained=trained, calibrated=False), times)
+    record = Calibration(record, used.task).without_own()
+    free = estimate_inflation(replace(used, trained=replace(trained, record=record)), times)
     np.testing.assert_allclose(free.factors["temperature"], found.factors["temperature"])
-    assert SpreadInflation.of(record, "Forecast") is None
+    assert SpreadInflation.of(record, "TemporalInterpolation") is None
+
+
+GRID = (np.array([-60.0, 0.0, 70.0]), np.arange(4) * 90.0)
+BOX = Inpainting((LatLonBox(60, 90, 0, 360),))
+FACTORS = {
+    "spread": {
+        "Forecast": {"hours": [6.0, 12.0], "factors": {"t": [[1.0, 2.0], [3.0, 2.0]]}},
+        "Inpainting": {"hours": [0.0], "factors": {"t": [[1.5, 1.5]]}},
+    }
+}
+
+
+def ratios(record: dict, task: Task, hours: list[float]) -> np.ndarray:
+    """How far the members of a random ensemble are moved from their mean, [step level lat]."""
+    fields = np.random.default_rng(0).standard_normal((len(hours), 5, 2, 3, 4)).astype(np.float32)
+    found = Calibration(record, task).apply({"t": fields}, np.array(hours), *GRID)["t"]
+    np.testing.assert_allclose(found.mean(axis=1), fields.mean(axis=1), atol=1e-6)
+    ratio = found.std(axis=1) / fields.std(axis=1)
+    np.testing.assert_allclose(np.ptp(ratio, axis=-1), 0, atol=1e-5)  # along a circle of latitude
+    return ratio.mean(axis=-1)
 
 
 def test_factors_are_linear_between_lead_times_and_keep_the_mean() -> None:
-    factors = {"temperature": np.array([[1.0, 2.0], [3.0, 2.0]])}
-    inflation = SpreadInflation(np.array([6.0, 12.0]), factors)
-    fields = np.random.default_rng(0).standard_normal((4, 5, 2, 3, 4)).astype(np.float32)
-    hours = np.array([3.0, 6.0, 9.0, 24.0])
-    found = inflation.apply({"temperature": fields}, hours)["temperature"]
-    np.testing.assert_allclose(found.mean(axis=1), fields.mean(axis=1), atol=1e-6)
-    ratio = found.std(axis=1) / fields.std(axis=1)  # [step level lat lon]
-    expected = [[1, 2], [1, 2], [2, 2], [3, 2]]
-    np.testing.assert_allclose(ratio.mean(axis=(2, 3)), expected, rtol=1e-5)
+    found = ratios(FACTORS, Forecast(24), [3.0, 6.0, 9.0, 24.0])
+    expected = np.array([[1, 2], [1, 2], [2, 2], [3, 2]])
+    np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, axis=2), rtol=1e-5)
+
+
+def test_a_union_takes_at_each_cell_the_largest_factor_of_what_hides_there() -> None:
+    """The box holds the northernmost row of three; what is calibrated for the union itself comes
+    on top, in any order of the parts."""
+    union = Combined((Forecast(12), BOX))
+    inherited = np.array([[[1, 1, 1.5], [2, 2, 2]], [[3, 3, 3], [2, 2, 2]]])  # [step level lat]
+    np.testing.assert_allclose(ratios(FACTORS, union, [6, 12]), inherited, rtol=1e-5)
+    own = SpreadInflation(np.zeros(1), {"t": np.full((1, 2), 4.0)})
+    record = Calibration(FACTORS, union).replaced(own)
+    told = Counterfactual(Combined((BOX, Forecast(6))), 720.0)
+    np.testing.assert_allclose(ratios(record, told, [6, 12]), 4 * inherited, rtol=1e-5)
+    assert Calibration(record, union).without_own() == FACTORS
+    other = Combined((BOX, Hindcast(6)))  # of which the gap alone is calibrated
+    np.testing.assert_allclose(ratios(FACTORS, other, [-6.0]), [[[1, 1, 1.5]] * 2], rtol=1e-5)
 
 
 def test_one_member_has_no_spread() -> None:
     used = predictor(Forecast(6), Known(lambda stream: stream.guess, (0.0,)))
     with pytest.raises(ValueError, match="one member"):
         estimate_inflation(used, used.possible_times()[:1])
+
+
+def test_every_pass_of_a_rollout_is_inflated() -> None:
+    """Members that diffuse go on from calibrated states: variances are the factor's square more."""
+    used = predictor(Forecast(12, 6), Diffusing(6), window=(5, 8, 16), overlap=0.0)
+    factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
+    record = Calibration({}, used.task).replaced(SpreadInflation(np.array([6.0]), factors))
+    used = replace(used, trained=replace(used.trained, record=record))
+    scale = used.trained.normaliser.statistics.std[0][:, None, None]
+    variance = (run_at(used, 6)["temperature"] / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(variance, [4, 8], rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (Counterfactual(Forecast(6), 720.0), "a counterfactual has no truth"),
+        (Downscaling(2, coarse_input=True), "coarse_input=true has no truth"),
+        (Inpainting((), missing=True), "no truth where the task predicts"),
+    ],
+)
+def test_a_task_without_truth_is_not_calibrated(task: Task, message: str) -> None:
+    store = STORE.copy(deep=True)
+    store["temperature"].values[:, 1:, 2:5, 3:9] = np.nan
+    used = predictor(task, Overconfident(), store=store if task.fills_missing else STORE)
+    with pytest.raises(ValueError, match=message):
+        estimate_inflation(used, used.segment.times[6:7])

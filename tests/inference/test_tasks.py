@@ -14,7 +14,7 @@ from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import AllButStations, CellMask, CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.known import NAMES, STORE, Known, predictor, run_at, segment
+from tests.inference.known import NAMES, STORE, Diffusing, Known, predictor, run_at, segment
 from tests.synthetic import dataset, spec
 
 BOX = LatLonBox(-40, 20, 300, 100)  # across Greenwich
@@ -212,6 +212,15 @@ def test_rollout_continues_every_member_by_its_own() -> None:
         orders.append(tuple(taken.round(1)))
     assert len(set(orders)) > 1  # not the same member each time
     np.testing.assert_array_equal(members_of(used, 6), fields)  # by seed alone
+
+
+def test_rollout_members_diffuse_as_far_where_tiles_overlap_as_in_one() -> None:
+    """Variances of independent Gaussian steps add up: k after k passes."""
+    used = predictor(Forecast(12, 6), Diffusing(12), window=(5, 4, 8), batch_size=100)
+    assert len(used.tiles.tiles) > 8  # every cell lies in several
+    scale = used.trained.normaliser.statistics.std[0][:, None, None]
+    variance = (members_of(used, 6) / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(variance, [1, 2], rtol=0.1)
 
 
 @pytest.mark.parametrize(("lead", "rollout"), [(30, 12), (18, 18), (24, 6)])
