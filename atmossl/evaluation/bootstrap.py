@@ -6,7 +6,7 @@ start, so that each case is drawn equally often (Politis and Romano 1992, in Exp
 of Bootstrap). Scores are recombined from means: root and ratio are taken after the draw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,11 +39,21 @@ class BlockBootstrap:
         if not 0.0 < self.confidence < 1.0:
             raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
 
-    def draw(self, num_times: int, rng: np.random.Generator) -> Float[np.ndarray, "resample time"]:
-        """How often each case is drawn in each resample; rows sum to num_times."""
+    def draw(
+        self, lengths: Sequence[int], rng: np.random.Generator
+    ) -> Float[np.ndarray, "resample time"]:
+        """How often each case is drawn in each resample; rows sum to the number of cases.
+
+        lengths: of the series that the cases form, one after another. Each series is a circle of
+        its own, so that no block runs from one into the next.
+        """
+        num_times = sum(lengths)
         num_blocks = -(-num_times // self.block_length)
-        starts = rng.integers(0, num_times, size=(self.num_resamples, num_blocks))
-        cases = (starts[:, :, None] + np.arange(self.block_length)) % num_times
+        starts = rng.integers(0, num_times, size=(self.num_resamples, num_blocks, 1))
+        length = np.repeat(lengths, lengths)
+        first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        within = starts - first[starts] + np.arange(self.block_length)
+        cases = first[starts] + within % length[starts]
         cases = cases.reshape(self.num_resamples, -1)[:, :num_times]
         rows = np.arange(self.num_resamples)[:, None] * num_times
         counts = np.bincount((rows + cases).ravel(), minlength=self.num_resamples * num_times)

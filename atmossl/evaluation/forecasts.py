@@ -142,8 +142,7 @@ def _checkable(
     cases: np.ndarray, leads: np.ndarray | None, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The cases all of whose valid times the truth has; lead times without any case go first."""
-    offsets = np.array([0], "timedelta64[ns]") if leads is None else leads
-    known = np.isin(cases[:, None] + offsets[None, :], times)
+    known = _known(cases, leads, times)
     reached = known.any(axis=0)
     whole = known[:, reached].all(axis=1)
     if not reached.any() or not whole.any():
@@ -152,6 +151,19 @@ def _checkable(
             f"forecasts from {cases[0]} to {cases[-1]}; choose another split or data"
         )
     return cases[whole], None if leads is None else leads[reached]
+
+
+def _known(cases: np.ndarray, leads: np.ndarray | None, times: np.ndarray) -> np.ndarray:
+    """Which valid times [case lead] are among some times."""
+    offsets = np.array([0], "timedelta64[ns]") if leads is None else leads
+    return np.isin(cases[:, None] + offsets[None, :], times)
+
+
+def cases_within(common: Common, times: np.ndarray, elsewhere: np.ndarray) -> np.ndarray:
+    """The cases all of whose valid times are among the given ones; not those that start at a time
+    of another record, `elsewhere`, and run into this one."""
+    inside = _known(common.cases, common.lead_times, times).all(axis=1)
+    return common.cases[inside & ~np.isin(common.cases, np.setdiff1d(elsewhere, times))]
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Tally:
     _parts: dict[tuple[str, str, str], list[xr.Dataset]] = field(default_factory=dict)
     _units: dict[str, str] = field(default_factory=dict)
     _months: dict[str, list[xr.DataArray]] = field(default_factory=dict)
+    _lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     _dim: str = ""
 
     def add(
@@ -72,9 +73,11 @@ class Tally:
         truth: xr.Dataset,
         baselines: Mapping[str, xr.Dataset],
         climate: Climate | None = None,
+        series: str = "",
     ) -> None:
         """Take some cases of some variables; all sources are scored on the predictions' cases.
 
+        series: the record that the cases are from; those of one record come one after another.
         Where the truth is missing nothing is scored. Without a climate, the anomaly correlation
         and all that needs quantiles are left out.
 
@@ -94,6 +97,8 @@ class Tally:
         for name in map(str, predictions.data_vars):
             self._units[name] = str(beside[name].attrs.get("units", ""))
             self._months.setdefault(name, []).append(month)
+            lengths = self._lengths.setdefault(name, {})
+            lengths[series] = lengths.get(series, 0) + month.sizes[self._dim]
             for source, dataset in sources.items():
                 case = _case(dataset[name], beside[name], climate)
                 self._add_case(name, source, case, weights)
@@ -113,14 +118,11 @@ class Tally:
         the cases cover more than one.
         """
         frames = []
-        draws: dict[int, np.ndarray] = {}
+        draws = self._draws(bootstrap, rng)
         for variable, units in self._units.items():
             months = xr.concat(self._months[variable], self._dim)
-            count = months.sizes[self._dim]
-            if count not in draws:
-                draws[count] = bootstrap.draw(count, rng)
             for season, chosen in _seasons(months).items():
-                plan = _Plan(self._dim, chosen, draws[count], bootstrap)
+                plan = _Plan(self._dim, chosen, draws[variable], bootstrap)
                 parts = [
                     frame.assign(variable=variable, units=units, season=season)
                     for frame in self._frames(plan, variable)
@@ -128,6 +130,15 @@ class Tally:
                 frames += parts
         table = pd.concat(frames, ignore_index=True).assign(task=self.task)
         return table.loc[:, list(COLUMNS)]
+
+    def _draws(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Of every variable; those of the same cases share them."""
+        drawn: dict[tuple[int, ...], np.ndarray] = {}
+        for lengths in self._lengths.values():
+            key = tuple(lengths.values())
+            if key not in drawn:
+                drawn[key] = bootstrap.draw(key, rng)
+        return {name: drawn[tuple(own.values())] for name, own in self._lengths.items()}
 
     def _frames(self, plan: "_Plan", variable: str) -> Iterator[pd.DataFrame]:
         means = self._means(variable)
@@ -147,14 +158,10 @@ class Tally:
     def overall(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
         """Ratio of RMSE to each rival's on the globe, one number: the mean over variables, levels
         and lead times, with its interval (columns rival, value, low, high, p_value)."""
-        counts = {
-            variable: sum(months.sizes[self._dim] for months in parts)
-            for variable, parts in self._months.items()
-        }
-        draws = {count: bootstrap.draw(count, rng) for count in sorted(set(counts.values()))}
+        draws = self._draws(bootstrap, rng)
         found: dict[str, list[tuple[xr.DataArray, xr.DataArray]]] = {}
-        for variable, count in counts.items():
-            plan = _Plan(self._dim, None, draws[count], bootstrap)
+        for variable in self._units:
+            plan = _Plan(self._dim, None, draws[variable], bootstrap)
             means = self._means(variable)
             for (source, name), theirs in means.items():
                 if name == Rmse().name and source != self.model_name:
@@ -168,7 +175,7 @@ class Tally:
             )
             low, high = (float(limit) for limit in bootstrap.limits(samples))
             p_value = float(bootstrap.p_value(samples, null=1.0))
-            if not bootstrap.is_possible(min(counts.values())):
+            if not bootstrap.is_possible(min(counts.shape[1] for counts in draws.values())):
                 low = high = p_value = np.nan
             rows.append((rival, float(value), low, high, p_value))
         return pd.DataFrame(rows, columns=["rival", "value", "low", "high", "p_value"])

@@ -1,7 +1,9 @@
 """Forecast stores of several models on what they have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -11,13 +13,14 @@ from rich.progress import track
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.segment import Segment
-from atmossl.data.store import only_segment, open_split
+from atmossl.data.store import open_split
 from atmossl.evaluation import baselines as base
 from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.forecasts import (
     Common,
     canonical_forecast,
+    cases_within,
     common_ground,
     on_grid,
     on_labels,
@@ -27,6 +30,7 @@ from atmossl.evaluation.forecasts import (
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.about import period
+from atmossl.scorecard.records import chosen_segments
 from atmossl.scorecard.verified import empty_tally, example_of, reported
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
@@ -68,8 +72,7 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
         open_split(entry, split, variables=variables, levels=levels)
         for split in (config.split, "train")
     )
-    chosen = only_segment(truth, config.segment, config.split)
-    return score_forecasts(config, forecasts, chosen, training)
+    return score_forecasts(config, forecasts, chosen_segments(truth, config), training)
 
 
 def _levels_of(forecast: xr.Dataset) -> set[int]:
@@ -79,28 +82,50 @@ def _levels_of(forecast: xr.Dataset) -> set[int]:
 def score_forecasts(
     config: EvaluateConfig,
     forecasts: Mapping[str, xr.Dataset],
-    truth: Segment,
-    training: tuple[Segment, ...],
+    truth: Sequence[Segment],
+    training: Sequence[Segment],
 ) -> TaskReport:
-    """A tally of all forecasts, part by part."""
-    record = lazy_dataset(truth)
-    common = common_ground(forecasts, record, config.every)
+    """A tally of all forecasts, part by part; every case against one segment of the truth.
+
+    Raises:
+        ValueError: segments of the truth that overlap in time, or nothing in common.
+    """
+    records = [lazy_dataset(segment) for segment in sorted(truth, key=lambda one: one.times[0])]
+    whole = _joined(records, [segment.name for segment in truth])
+    common = common_ground(forecasts, whole, config.every)
+    times = whole["time"].to_numpy()
+    series = [
+        (record, cases)
+        for record in records
+        if len(cases := cases_within(common, record["time"].to_numpy(), times))
+    ]
+    if not series:
+        raise ValueError("time: every case runs from one segment of the truth into the next")
+    common = replace(common, cases=np.concatenate([cases for _, cases in series]))
+    prepare = partial(_on_common, common=common)
     history = [
         on_labels(lazy_dataset(segment)[list(common.variables)], common) for segment in training
     ]
-    prepare = partial(_on_common, common=common)
     climate = Climate.of(history, quantiles=config.tails, prepare=prepare)
+    # of all cases or of none, since scores are paired
+    persists = bool(np.isin(common.cases, times).all())
     first = next(iter(forecasts))
     tally = empty_tally(config, "forecasts", first)
     examples: dict[str, Example] = {}
     middle = common.cases[len(common.cases) // 2]
-    for part in track(parts_of(forecasts, common), description="forecasts"):
+    parts = [
+        (part, record, str(number))
+        for number, (record, cases) in enumerate(series)
+        for part in parts_of(forecasts, replace(common, cases=cases))
+    ]
+    for part, record, name_of_series in track(parts, description="forecasts"):
         datasets, name = read_part(forecasts, common, part), part.variable
         ours = datasets.pop(first)
-        times = np.unique(np.concatenate([ours[common.dim], case_times(ours).to_numpy().ravel()]))
-        known = np.intersect1d(times, record["time"].to_numpy())
+        needed = np.concatenate([ours[common.dim], case_times(ours).to_numpy().ravel()])
+        known = np.intersect1d(needed, record["time"].to_numpy())
         beside = _on_common(record[[name]].sel(time=known), common)
-        tally.add(ours, beside, datasets | _trivial(ours, beside, climate), climate)
+        rivals = datasets | _trivial(ours, beside, climate, persists=persists)
+        tally.add(ours, beside, rivals, climate, name_of_series)
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
             examples[name] = example_of(case, beside, name)
@@ -114,19 +139,32 @@ def score_forecasts(
     return reported(config, tally, cases, rng, about=said, period=period(common.cases))
 
 
+def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
+    """Records of the truth, which are in order, as one."""
+    ends = [(record["time"].to_numpy()[0], record["time"].to_numpy()[-1]) for record in records]
+    if any(start <= end for (_, end), (start, _) in pairwise(ends)):
+        raise ValueError(
+            f"segment=null: {list(names)} overlap in time, so that a forecast has more than one "
+            "truth; choose one of them"
+        )
+    return records[0] if len(records) == 1 else xr.concat(records, "time", join="exact")
+
+
 def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:
     chosen = on_labels(dataset[[v for v in common.variables if v in dataset]], common)
     return on_grid(chosen, common.grid)
 
 
-def _trivial(ours: xr.Dataset, truth: xr.Dataset, climate: Climate) -> dict[str, xr.Dataset]:
-    """Persistence, if the truth has the init times, and climatology."""
+def _trivial(
+    ours: xr.Dataset, truth: xr.Dataset, climate: Climate, *, persists: bool
+) -> dict[str, xr.Dataset]:
+    """Persistence, where the truth has the init times, and climatology."""
     mean = climate.mean[[str(name) for name in ours.data_vars]]
     if "init_time" not in ours.dims:
         return {"climatology": base.climatology_at(mean, ours["time"])}
     init, lead = ours["init_time"], ours["lead_time"]
     found = {"climatology": base.climatology_forecast(mean, init, lead)}
-    if np.isin(init.to_numpy(), truth["time"].to_numpy()).all():
+    if persists:
         found["persistence"] = base.persistence(truth, init, lead)
     return found
 

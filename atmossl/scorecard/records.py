@@ -1,5 +1,6 @@
 """Records as datasets: in memory if they are small, else read where and when they are needed."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import dask.array
@@ -8,9 +9,23 @@ import xarray as xr
 from dask.delayed import delayed
 
 from atmossl.data.segment import Segment
+from atmossl.schema import EvaluateConfig
 
 IN_MEMORY_BYTES = 512 * 2**20
 _BLOCK_BYTES = 32 * 2**20
+
+
+def chosen_segments(segments: Sequence[Segment], config: EvaluateConfig) -> list[Segment]:
+    """Those that the configuration scores: all of the split, or the one that it names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    chosen = [one for one in segments if config.segment in (None, one.name)]
+    if not chosen:
+        have = sorted({one.name for one in segments})
+        raise ValueError(f"segment={config.segment} is not in split={config.split}; valid: {have}")
+    return chosen
 
 
 def is_small(segment: Segment) -> bool:

@@ -1,11 +1,13 @@
 """What a model has to beat in each task, from the same inputs; fitted on training segments only.
 
 A builder makes a task's rivals once (a ridge regression is fitted then); they answer chunk by
-chunk. A new task is a new entry of `BUILDERS`; one without an entry is compared to climatology.
+chunk, from the predictions, of which they take the labels, and the record that these are of. A new
+task is a new entry of `BUILDERS`; one without an entry is compared to climatology.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,18 @@ import xarray as xr
 
 from atmossl.evaluation import baselines as base
 from atmossl.evaluation import ridge, spatial
-from atmossl.evaluation.alignment import grid_of
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
+from atmossl.geometry import Grid
 from atmossl.scorecard.hidden import hidden_cells
 
 Answers = dict[str, xr.Dataset]
-Rivals = Callable[[xr.Dataset], Answers]
+Rivals = Callable[[xr.Dataset, xr.Dataset], Answers]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What rivals may know: the task, the truth that the model read from, the training record.
+    """What rivals may know: the task, the grid of the truth, the training record.
 
     Attributes:
         task: its mask, with the choices that were made.
@@ -37,15 +39,15 @@ class Setting:
     reference: int
     num_steps: int
     step: np.timedelta64
-    truth: xr.Dataset
+    grid: Grid
     history: Sequence[xr.Dataset]
     climate: Climate
     with_ridge: bool
 
-    def fitted(self, problem: ridge.RidgeTask) -> Callable[[np.ndarray], Answers]:
+    def fitted(self, problem: ridge.RidgeTask) -> Callable[[xr.Dataset, np.ndarray], Answers]:
         """The ridge regression of the training record, or none."""
         model = ridge.fit_ridge(self.history, problem) if self.with_ridge else None
-        return lambda times: {"ridge": model.predict(self.truth, times)} if model else {}
+        return lambda truth, times: {"ridge": model.predict(truth, times)} if model else {}
 
     def climatology(self, predicted: xr.Dataset) -> xr.Dataset:
         if "init_time" in predicted.dims:
@@ -60,19 +62,20 @@ def forecast(setting: Setting) -> Rivals:
     history = min(3, setting.reference + 1)
     regression = setting.fitted(ridge.Forecast(history=history, leads=setting.offsets))
 
-    def rivals(predicted: xr.Dataset) -> Answers:
-        return _persisting(setting, predicted) | regression(predicted["init_time"].to_numpy())
+    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+        ridged = regression(truth, predicted["init_time"].to_numpy())
+        return _persisting(setting, predicted, truth) | ridged
 
     return rivals
 
 
 def hindcast(setting: Setting) -> Rivals:
     """Persistence backwards, and climatology."""
-    return lambda predicted: _persisting(setting, predicted)
+    return partial(_persisting, setting)
 
 
-def _persisting(setting: Setting, predicted: xr.Dataset) -> Answers:
-    still = base.persistence(setting.truth, predicted["init_time"], predicted["lead_time"])
+def _persisting(setting: Setting, predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    still = base.persistence(truth, predicted["init_time"], predicted["lead_time"])
     return {"persistence": still, "climatology": setting.climatology(predicted)}
 
 
@@ -84,11 +87,11 @@ def temporal_interpolation(setting: Setting) -> Rivals:
         setting.fitted(ridge.TemporalInterpolation(neighbours=neighbours)) if count == 1 else None
     )
 
-    def rivals(predicted: xr.Dataset) -> Answers:
+    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
         lines = [
             base.linear_in_time(
-                setting.truth,
+                truth,
                 times[number::count],
                 before=(number + 1) * setting.step,
                 after=(count - number) * setting.step,
@@ -97,7 +100,7 @@ def temporal_interpolation(setting: Setting) -> Rivals:
         ]
         line = xr.concat(lines, "time").sortby("time")
         found = {"linear": line, "climatology": setting.climatology(predicted)}
-        return found | (regression(times.to_numpy()) if regression else {})
+        return found | (regression(truth, times.to_numpy()) if regression else {})
 
     return rivals
 
@@ -109,32 +112,31 @@ def downscaling(setting: Setting) -> Rivals:
         ridge.Downscaling(factor=factor, neighbours=min(1, setting.reference))
     )
 
-    def rivals(predicted: xr.Dataset) -> Answers:
+    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
-        coarse = spatial.coarsen(setting.truth.sel(time=times), factor)
+        coarse = spatial.coarsen(truth.sel(time=times), factor)
         found = {
-            name: function(coarse, setting.truth)
+            name: function(coarse, truth)
             for name, function in (
                 ("bicubic", spatial.bicubic),
                 ("bilinear", spatial.bilinear),
                 ("conservative", spatial.conservative),
             )
         }
-        return found | regression(times.to_numpy())
+        return found | regression(truth, times.to_numpy())
 
     return rivals
 
 
 def inpainting(setting: Setting) -> Rivals:
     """Harmonic infill, climatology, and a ridge regression on the nearest visible cells."""
-    grid = grid_of(setting.truth)
-    hidden = hidden_cells(setting.task, grid)
+    hidden = hidden_cells(setting.task, setting.grid)
     assert hidden is not None, setting.task
-    harmonic = HarmonicInfill(grid, hidden)
+    harmonic = HarmonicInfill(setting.grid, hidden)
     regression = LocalRidge.fit(setting.history, hidden) if setting.with_ridge else None
 
-    def rivals(predicted: xr.Dataset) -> Answers:
-        given = setting.truth.sel(time=predicted["time"])
+    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+        given = truth.sel(time=predicted["time"])
         found = {"harmonic": harmonic(given), "climatology": setting.climatology(predicted)}
         return found | ({"ridge": regression(given)} if regression else {})
 
@@ -143,7 +145,7 @@ def inpainting(setting: Setting) -> Rivals:
 
 def cross_variable(setting: Setting) -> Rivals:
     """Climatology, and a ridge regression on the variables and levels that were given."""
-    task, levels = setting.task, ridge.Channels.of(setting.truth).levels
+    task, levels = setting.task, ridge.Channels.of(setting.history[0]).levels
     channels = [
         (name, level) for name, own in levels.items() for level in (own if len(own) else (None,))
     ]
@@ -156,27 +158,26 @@ def cross_variable(setting: Setting) -> Rivals:
     neighbours = min(1, setting.reference)
     regression = setting.fitted(ridge.CrossVariable(hidden, neighbours=neighbours))
 
-    def rivals(predicted: xr.Dataset) -> Answers:
+    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         found = {"climatology": setting.climatology(predicted)}
-        return found | regression(predicted["time"].to_numpy())
+        return found | regression(truth, predicted["time"].to_numpy())
 
     return rivals
 
 
 def combined(setting: Setting) -> Rivals:
     """Persistence, of a state with its gaps filled, for a union with a forecast; climatology."""
-    grid = grid_of(setting.truth)
-    gaps = [hidden_cells(part, grid) for part in setting.task.parts]
+    gaps = [hidden_cells(part, setting.grid) for part in setting.task.parts]
     gaps = [gap for gap in gaps if gap is not None]
 
-    def rivals(predicted: xr.Dataset) -> Answers:
+    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         found = {"climatology": setting.climatology(predicted)}
         if "init_time" not in predicted.dims:
             return found
         init, lead = predicted["init_time"], predicted["lead_time"]
-        start = setting.truth.sel(time=init.to_numpy())
+        start = truth.sel(time=init.to_numpy())
         if gaps:
-            start = HarmonicInfill(grid, np.any(gaps, axis=0))(start)
+            start = HarmonicInfill(setting.grid, np.any(gaps, axis=0))(start)
         return {"persistence": base.persistence(start, init, lead)} | found
 
     return rivals
@@ -184,7 +185,7 @@ def combined(setting: Setting) -> Rivals:
 
 def climatology(setting: Setting) -> Rivals:
     """The least that any task has to beat."""
-    return lambda predicted: {"climatology": setting.climatology(predicted)}
+    return lambda predicted, truth: {"climatology": setting.climatology(predicted)}  # noqa: ARG005
 
 
 BUILDERS: dict[str, Callable[[Setting], Rivals]] = {

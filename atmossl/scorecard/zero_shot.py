@@ -1,27 +1,36 @@
 """A checkpoint's zero-shot tasks on held-out dates."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 from rich.progress import track
 
 from atmossl.data.segment import Segment
-from atmossl.data.store import only_segment
 from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.content import Example, TaskReport
+from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
 from atmossl.schema import EvaluateConfig, TaskConfig
 from atmossl.scorecard.about import about, period
 from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
-from atmossl.scorecard.records import is_small, record_of
-from atmossl.scorecard.rivals import Setting, build_rivals
+from atmossl.scorecard.records import chosen_segments, is_small, record_of
+from atmossl.scorecard.rivals import Rivals, Setting, build_rivals
 from atmossl.scorecard.verified import empty_tally, example_of, reported
 
 _CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A task on one record: the dates that are scored."""
+
+    predictor: Predictor
+    times: np.ndarray
 
 
 def score_tasks(
@@ -33,25 +42,21 @@ def score_tasks(
 ) -> list[TaskReport]:
     """Every task of the configuration against its rivals, a few dates at a time.
 
+    All segments of the split are scored, or the one that the configuration names: each by itself,
+    all in one table.
+
     Raises:
         ValueError: two tasks of one name, one that has no truth, or one that does not fit store
             or checkpoint; before any is scored.
     """
     _check_tasks(config.tasks)
-    segment = only_segment(test, config.segment, config.split)
-    if not segment.calendar.plain:
-        raise ValueError(
-            f"split={config.split}: scores by season and hour need the standard calendar, "
-            f"{segment.location} has {segment.calendar.name}; valid: predict, or convert the "
-            "store with xarray's convert_calendar"
-        )
-    segment = segment.loaded() if is_small(segment) else segment
+    segments = [_ready(segment, config) for segment in chosen_segments(test, config)]
     history = [record_of(segment) for segment in training]
     climate = Climate.of(history, quantiles=config.tails)
     rng = np.random.default_rng(config.seed)
-    predictors = {
-        task.name: (
-            task,
+    runs: list[list[_Run]] = []
+    for task in config.tasks:
+        predictors = [
             Predictor(
                 trained=trained,
                 segment=segment,
@@ -60,17 +65,26 @@ def score_tasks(
                 tilings=config.tilings,
                 batch_size=config.batch_size,
                 device=device,
-            ),
-        )
-        for task in config.tasks
-    }
-    times = {name: scored_times(p, config.every, name) for name, (_, p) in predictors.items()}
-    for name, (_, predictor) in predictors.items():  # refuses what does not fit store or model
-        predictor.first_view(times[name][0])
+            )
+            for segment in segments
+        ]
+        runs.append(scored_runs(predictors, config.every, task.name))
+    for of_task in runs:  # refuses what does not fit store or model
+        of_task[0].predictor.first_view(of_task[0].times[0])
     return [
-        _score_task(config, task, predictor, times[name], history, climate, rng)
-        for name, (task, predictor) in predictors.items()
+        _score_task(config, task, of_task, history, climate, rng)
+        for task, of_task in zip(config.tasks, runs, strict=True)
     ]
+
+
+def _ready(segment: Segment, config: EvaluateConfig) -> Segment:
+    if not segment.calendar.plain:
+        raise ValueError(
+            f"split={config.split}: scores by season and hour need the standard calendar, "
+            f"{segment.location} has {segment.calendar.name}; valid: predict, or convert the "
+            "store with xarray's convert_calendar"
+        )
+    return segment.loaded() if is_small(segment) else segment
 
 
 def _check_tasks(tasks: Sequence[TaskConfig]) -> None:
@@ -86,58 +100,73 @@ def _check_tasks(tasks: Sequence[TaskConfig]) -> None:
             )
 
 
-def scored_times(predictor: Predictor, every: int, name: str) -> np.ndarray:
-    """Every n-th time that has its truth in the store.
+def scored_runs(predictors: Sequence[Predictor], every: int, name: str) -> list[_Run]:
+    """Of each predictor every n-th time that has its truth in the store; without those that have
+    none.
 
     Raises:
-        ValueError: there is none.
+        ValueError: all have none.
     """
-    times = predictor.with_truth(predictor.possible_times())[::every]
-    if len(times) == 0:
+    runs = []
+    for predictor in predictors:
+        times = predictor.with_truth(predictor.possible_times())[::every]
+        runs += [_Run(predictor, times)] if len(times) else []
+    if not runs:
         raise ValueError(f"task {name}: no date of the store has all the steps that it needs")
-    return times
+    return runs
 
 
 def _score_task(
     config: EvaluateConfig,
     task: TaskConfig,
-    predictor: Predictor,
-    times: np.ndarray,
+    runs: Sequence[_Run],
     history: Sequence[xr.Dataset],
     climate: Climate,
     rng: np.random.Generator,
 ) -> TaskReport:
-    truth, plan = record_of(predictor.segment), predictor.plan
+    predictor = runs[0].predictor
+    plan = predictor.plan
     setting = Setting(
         task=predictor.task,
         offsets=plan.offsets,
         reference=plan.reference,
         num_steps=predictor.trained.window.time,
         step=predictor.segment.step,
-        truth=truth,
+        grid=predictor.grid,
         history=history,
         climate=climate,
         with_ridge=config.ridge and not predictor.segment.may_miss,
     )
     rivals = build_rivals(task.name, setting)
-    hidden = hidden_cells(predictor.task, predictor.grid)
     tally = empty_tally(config, task.name)
+    examples = [_tallied(tally, run, rivals, climate, str(n)) for n, run in enumerate(runs)]
+    step_hours = float(predictor.step / np.timedelta64(1, "h"))
+    said = about(predictor.task, plan, step_hours, predictor.grid)
+    covered = "; ".join(period(run.times) for run in runs)
+    return reported(config, tally, examples[0], rng, about=said, period=covered)
+
+
+def _tallied(
+    tally: Tally, run: _Run, rivals: Rivals, climate: Climate, series: str
+) -> list[Example]:
+    """Score all dates of one record; its middle one is the example of every variable."""
+    predictor, times = run.predictor, run.times
+    truth, plan = record_of(predictor.segment), predictor.plan
+    hidden = hidden_cells(predictor.task, predictor.grid)
     middle = len(times) // 2
     examples: list[Example] = []
-    for first, predicted in _chunks(predictor, times, task.name):
+    for first, predicted in _chunks(predictor, times, tally.task):
         predicted = only_hidden(predictor.task, predicted)
         here = _times_of(predicted, truth)
-        answers = {name: answer.load() for name, answer in rivals(predicted).items()}
-        tally.add(predicted, beside(here, hidden), answers, climate)
+        answers = {name: one.load() for name, one in rivals(predicted, truth).items()}
+        tally.add(predicted, beside(here, hidden), answers, climate, series)
         dim = "init_time" if plan.is_forecast else "time"
         place = (middle - first) * (1 if plan.is_forecast else len(plan.offsets))
         if 0 <= place < predicted.sizes[dim]:
             chosen = predicted.isel({dim: [place]})
             names = map(str, predicted.data_vars)
             examples = [example_of(chosen, here, name, hidden) for name in names]
-    step_hours = float(predictor.step / np.timedelta64(1, "h"))
-    said = about(predictor.task, plan, step_hours, predictor.grid)
-    return reported(config, tally, examples, rng, about=said, period=period(times))
+    return examples
 
 
 def _times_of(predicted: xr.Dataset, truth: xr.Dataset) -> xr.Dataset:

@@ -1,6 +1,7 @@
 """`atmossl evaluate forecasts=[..]` on stores in WeatherBench 2's layout, written here."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,23 @@ import xarray as xr
 
 from atmossl.cli import compose_config
 from atmossl.commands import evaluate
+from atmossl.data.store import open_segment
+from atmossl.evaluation.forecasts import canonical_forecast
+from atmossl.evaluation.rows import rows_where
 from atmossl.geometry import area_weights
+from atmossl.schema import EvaluateConfig, parse
+from atmossl.scorecard.forecasts import score_forecasts
 from tests.evaluation.test_forecasts import forecast_of, weatherbench2
-from tests.synthetic import catalog, dataset
+from tests.synthetic import catalog
+from tests.synthetic import dataset as waves
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A catalog, our forecast with three members, and theirs, on a finer grid and with a bias."""
     folder = tmp_path_factory.mktemp("compare")
-    truth = dataset(steps=40, start="2001-02-20")
-    catalog(folder, train=dataset(steps=40, seed=1), validation=truth, test=truth)
+    truth = waves(steps=40, start="2001-02-20")
+    catalog(folder, train=waves(steps=40, seed=1), validation=truth, test=truth)
     rng = np.random.default_rng(0)
     ours = forecast_of(truth).expand_dims(member=3)
     ours = ours.map(lambda field: field + 0.1 * rng.standard_normal(field.shape))
@@ -122,3 +129,27 @@ def test_bad_input_is_named_before_any_work(folder: Path):
     with pytest.raises(ValueError, match="tails"):
         run(folder, "other", f"forecasts=[{ours}]", "tails=[0.9,0.1]")
     assert not (folder / "other").exists()
+
+
+def test_a_forecast_is_held_against_one_segment_of_the_truth(dataset):
+    """The truth in two segments, the second another run: cases that run from one into the next are
+    left out, and those of each have its errors."""
+    truth = dataset(num_times=40, variables=["temperature"], levels=[500.0])
+    first, second = (
+        open_segment(name, part, "memory", variables=["temperature"], levels=[500])
+        for name, part in (
+            ("first", truth.isel(time=slice(0, 18))),
+            ("second", truth.isel(time=slice(18, 40)) + 1),
+        )
+    )
+    values = compose_config("evaluate", ["output=_", "bootstrap=5", "regions=[]"])
+    config: EvaluateConfig = parse(EvaluateConfig, values)
+    forecasts = {"ours": canonical_forecast(forecast_of(truth), "ours")}
+    report = score_forecasts(config, forecasts, [second, first], [first])
+    mae = rows_where(report.table, score="mae", season="all", lead_hours=6.0)
+    assert set(mae["source"]) == {"ours", "persistence", "climatology"}
+    assert set(mae["num_times"]) == {16 + 20}  # init times 0 to 15 and 18 to 37, of two leads
+    np.testing.assert_allclose(rows_where(mae, source="ours")["value"], 20 / 36, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"'first', 'again'\] overlap in time"):
+        again = replace(second, times=second.times - np.timedelta64(6, "h"), name="again")
+        score_forecasts(config, forecasts, [first, again], [first])

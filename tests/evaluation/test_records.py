@@ -11,6 +11,7 @@ import xarray as xr
 
 from atmossl.cli import compose_config
 from atmossl.data.segment import Segment
+from atmossl.evaluation.rows import rows_where
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import records, score_tasks
 from atmossl.scorecard.records import record_of
@@ -25,13 +26,16 @@ TASKS = [
 ]
 
 
-def table(test: Segment, train: Segment, tasks: list[dict], **changes) -> pd.DataFrame:
+def table(
+    test: Segment | list[Segment], train: Segment, tasks: list[dict], **changes
+) -> pd.DataFrame:
     """Scores of a network that answers the first guess, with two members."""
+    tests = [test] if isinstance(test, Segment) else test
     values = compose_config("evaluate", ["output=_", "bootstrap=5", "regions=[]"])
     config: EvaluateConfig = parse(EvaluateConfig, values | {"tasks": tasks} | changes)
     known = Known(attrgetter("guess"), (-0.1, 0.1))
     trained = predictor(config.tasks[0].sampler(), known).trained
-    reports = score_tasks(config, trained, [test], [train], "cpu")
+    reports = score_tasks(config, trained, tests, [train], "cpu")
     return pd.concat([report.table for report in reports])
 
 
@@ -54,6 +58,27 @@ def test_numbers_do_not_depend_on_what_is_in_memory(monkeypatch) -> None:
     monkeypatch.setattr(records, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(records, "_BLOCK_BYTES", 20_000)
     pd.testing.assert_frame_equal(first, table(test, train, TASKS[::3], every=8))
+
+
+def test_segments_are_scored_each_by_itself_in_one_table() -> None:
+    """Two runs of the same dates: their mean square errors weighed by their cases, as if no other
+    run were there; one that is too short for the task has none."""
+    train = segment(dataset(steps=24, seed=3))
+    runs = [segment(dataset(steps=steps, seed=seed), name=str(seed)) for steps, seed in
+            ((14, 1), (21, 2), (3, 4))]  # fmt: skip
+    given = {"tasks": TASKS[1:2], "ridge": False, "every": 4, "tilings": 1}
+    keys = ["source", "variable", "level", "lead_hours"]
+    both, first, second = (
+        rows_where(table(tests, train, **given), score="rmse", season="all").set_index(keys)
+        for tests in (runs, runs[:1], [runs[1], runs[2]])
+    )
+    assert set(first["num_times"]) == {3} and set(second["num_times"]) == {5}
+    expected = (3 * first["value"] ** 2 + 5 * second["value"] ** 2) / 8
+    np.testing.assert_allclose(both["value"] ** 2, expected, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"segment=x is not in split=test; valid: \['1', '2', '4'\]"
+    ):
+        table(runs, train, TASKS[:1], segment="x")
 
 
 @pytest.mark.e2e

@@ -17,18 +17,20 @@ from tests.evaluation.test_forecasts import forecast_of
 BOX = Inpainting((LatLonBox(-30.0, 30.0, 330.0, 60.0),))
 
 
-def setting(task, *, offsets: tuple[int, ...] = (0,), spoil: np.ndarray | None = None) -> Setting:
-    """On noise of two runs; `spoil` are cells of the truth that no rival may look at."""
-    history, truth = [make_dataset(num_times=40, seed=1)], make_dataset(num_times=12, seed=2)
-    if spoil is not None:
-        truth = truth.where(~xr.DataArray(spoil, dims=("latitude", "longitude")), 1e6)
+def truth_of_a_run() -> xr.Dataset:
+    return make_dataset(num_times=12, seed=2)
+
+
+def setting(task, *, offsets: tuple[int, ...] = (0,)) -> Setting:
+    """Trained on noise of another run."""
+    history = [make_dataset(num_times=40, seed=1)]
     return Setting(
         task=task,
         offsets=offsets,
         reference=2,
         num_steps=5,
         step=STEP,
-        truth=truth,
+        grid=grid_of(history[0]),
         history=history,
         climate=Climate.of(history, quantiles=(0.05, 0.95)),
         with_ridge=True,
@@ -64,7 +66,8 @@ def test_rivals_never_look_at_hidden_cells(name):
     predicted = make_dataset(num_times=12)
     if name == "combined":
         predicted = forecast_of(predicted)
-    answers = build_rivals(name, setting(task, spoil=hidden))(predicted)
+    truth = truth_of_a_run().where(~hidden_mask(hidden), 1e6)
+    answers = build_rivals(name, setting(task))(predicted, truth)
     expected = {"inpainting": {"harmonic", "climatology", "ridge"}}
     assert set(answers) == expected.get(name, {"persistence", "climatology"})
     for answer in answers.values():
@@ -79,20 +82,24 @@ def test_a_hindcast_s_persistence_is_the_state_after_it():
     predicted = forecast_of(make_dataset(num_times=12)).isel(init_time=slice(2, 6))
     predicted = predicted.assign_coords(lead_time=-predicted["lead_time"].to_numpy())
     here = setting(Hindcast(12.0), offsets=(-2, -1))
-    answer = build_rivals("hindcast", here)(predicted)["persistence"]["temperature"]
+    answer = build_rivals("hindcast", here)(predicted, truth_of_a_run())["persistence"][
+        "temperature"
+    ]
     for lead in range(2):
-        np.testing.assert_array_equal(answer[:, lead], here.truth["temperature"][2:6])
+        np.testing.assert_array_equal(answer[:, lead], truth_of_a_run()["temperature"][2:6])
 
 
 def test_a_task_without_rivals_of_its_own_has_climatology():
     predicted = make_dataset(num_times=3)
-    answers = build_rivals("counterfactual", setting(Counterfactual(BOX)))(predicted)
+    answers = build_rivals("counterfactual", setting(Counterfactual(BOX)))(
+        predicted, truth_of_a_run()
+    )
     assert set(answers) == {"climatology"}
 
 
 def test_hidden_variables_have_a_ridge_on_the_rest():
     predicted = make_dataset(num_times=12).isel(time=slice(2, 6))[["temperature"]]
     task = CrossVariable(("temperature",))
-    answers = build_rivals("cross_variable", setting(task))(predicted)
+    answers = build_rivals("cross_variable", setting(task))(predicted, truth_of_a_run())
     assert set(answers) == {"climatology", "ridge"}
     assert answers["ridge"].sizes["time"] == 4
