@@ -195,11 +195,13 @@ class StreamMask(Movable):
 
     `coarsen_factor`: cells of the fine grid that one coarse cell averages, along lat and lon.
     `noise_std`: of the noise on `NOISE` tokens, in units of the normalised field.
+    `points`: True for the hidden points, where tokens are hidden in part. None: whole tokens.
     """
 
     corruption: Int[Tensor, "*batch level nt nlat nlon"]
     coarsen_factor: int = 1
     noise_std: float = 1.0
+    points: Bool[Tensor, "*variable level time lat lon"] | None = None
 
     @property
     def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:
@@ -260,6 +262,8 @@ class StreamTokens(Movable):
     guess: first guess of every token, made from the visible source alone (`masking.base`).
     given, queries: tokens for the encoder and tokens to predict, set by `collate_views`.
     valid: True where the target was observed. None: everywhere.
+    asked: values of hidden tokens that are to be predicted; the others are shown as they are. None:
+        all.
     """
 
     spec: StreamSpec
@@ -272,6 +276,7 @@ class StreamTokens(Movable):
     given: TokenIndex | None = None
     queries: TokenIndex | None = None
     valid: Bool[Tensor, "*batch level nt nlat nlon patch"] | None = None
+    asked: Bool[Tensor, "*batch level nt nlat nlon patch"] | None = None
 
     @property
     def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:

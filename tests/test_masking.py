@@ -70,6 +70,8 @@ def test_whole_levels_and_streams_are_hidden_with_their_probability() -> None:
     assert np.mean([a.hidden.all() or b.hidden.all() for a, b in masks]) == pytest.approx(
         0.3, abs=0.06
     )
+    chosen = draws(RandomMasking((0.0, 0.0), hide_stream=1.0, streams=["b"]), shapes, 20)
+    assert all(bool(b.hidden.all()) and not bool(a.hidden.any()) for a, b in chosen)
     masks = draws(RandomMasking((0.1, 0.1), hide_level=0.4), shapes, 600)
     levels = [bool(a.hidden.flatten(1).all(dim=1).any()) for a, _ in masks]
     assert np.mean(levels) == pytest.approx(0.4, abs=0.06)
@@ -80,6 +82,7 @@ def test_whole_levels_and_streams_are_hidden_with_their_probability() -> None:
     [
         RandomMasking(hide_level=0.5, hide_stream=0.9),
         BlockMasking(),
+        BlockMasking(cells=True),
         TimeBlockMasking(),
         Forecast(6),
         TemporalInterpolation(6),
@@ -198,6 +201,11 @@ def test_coarsening_keeps_the_area_mean() -> None:
         (lambda: Downscaling(1), "factor"),
         (lambda: TimeBlockMasking((0, 1)), "hidden_steps"),
         (lambda: BlockMasking(corruption="keep"), "corruption"),
+        (lambda: BlockMasking(corruption="drop", cells=True), "cells=false"),
+        (
+            lambda: RandomMasking(streams=["sea"])(layouts(spec()), np.random.default_rng(0)),
+            r"\['sea'\]; valid: \['air'\]",
+        ),
         (lambda: Forecast(7)(layouts(spec()), np.random.default_rng(0)), "no multiple"),
         (lambda: Forecast(24)(layouts(spec()), np.random.default_rng(0)), "every time step"),
     ],

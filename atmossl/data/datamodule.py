@@ -14,7 +14,7 @@ from atmossl.data.loader import Collate, Together, WindowLoader, worker_context
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
-from atmossl.masking.base import MaskingSampler
+from atmossl.masking.base import FirstGuess, MaskingSampler
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class LoaderSettings:
     windows_per_time: int
     windows_per_read: int
     skip_unreadable: bool
-    first_guess: bool
+    first_guess: FirstGuess
     seed: int
 
 

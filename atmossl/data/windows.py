@@ -18,7 +18,7 @@ from atmossl.data.segment import Place, Segment
 from atmossl.data.statistics import Normaliser
 from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
-from atmossl.masking.base import MaskingSampler, make_view
+from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         sampler: MaskingSampler,
         seed: int,
         windows_per_time: int = 1,
-        first_guess: bool = True,
+        first_guess: FirstGuess = True,
         skip_unreadable: bool = False,
     ) -> None:
         self.segments = tuple(segments)
@@ -228,7 +228,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         self.sampler = sampler
         self.seed = seed
         self.windows_per_time = windows_per_time
-        self.first_guess = first_guess
+        self.first_guess: FirstGuess = first_guess
         self.skip_unreadable = skip_unreadable
         for spec in self.specs:
             spec.token_shape(*self.window.points(self.segments[0], spec))

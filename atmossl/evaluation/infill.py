@@ -6,54 +6,25 @@ level at the same time alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import KDTree
 
 from atmossl.evaluation.alignment import grid_of
-from atmossl.geometry import Grid, latitude_edges
+from atmossl.geometry import Grid
+from atmossl.masking.infill import laplacian, solve_hidden
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIT_TIMES = 2000
 _BATCH_BYTES = 128 * 2**20
 
 
-def laplacian(grid: Grid) -> scipy.sparse.csr_matrix:
-    """Graph Laplacian [cell, cell] of the five-point stencil on the sphere, times the cells' areas.
-
-    A link's weight is the length of the common edge over the distance of the centres. Longitude
-    wraps if the grid closes the circle; there is no link across a pole.
-    """
-    num_lat, num_lon = grid.shape
-    cell = np.arange(num_lat * num_lon).reshape(grid.shape)
-    edges = np.deg2rad(latitude_edges(grid.latitude))
-    height, width = np.diff(edges), np.deg2rad(grid.longitude_spacing)
-    east = np.repeat(height / (width * np.cos(np.deg2rad(grid.latitude))), num_lon)
-    distance = np.diff(np.deg2rad(grid.latitude))
-    north = np.repeat(width * np.cos(edges[1:-1]) / distance, num_lon)
-    neighbour = np.roll(cell, -1, axis=1)
-    closed = slice(None) if grid.periodic else slice(-1)
-    links = [
-        (cell[:, closed].ravel(), neighbour[:, closed].ravel(),
-         east.reshape(grid.shape)[:, closed].ravel()),
-        (cell[:-1].ravel(), cell[1:].ravel(), north),
-    ]  # fmt: skip
-    rows, columns, weights = (np.concatenate(parts) for parts in zip(*links, strict=True))
-    size = cell.size
-    one_way = scipy.sparse.coo_matrix((weights, (rows, columns)), (size, size))
-    both = (one_way + one_way.T).tocsr()
-    return (scipy.sparse.diags(np.asarray(both.sum(axis=1)).ravel()) - both).tocsr()
-
-
 @dataclass(frozen=True)
 class HarmonicInfill:
     """The smoothest surface through the visible cells: Laplace's equation in the hidden ones.
-
-    Source: Bertalmio et al. (2000), Image inpainting, section 2, for the linear case.
 
     Raises:
         ValueError: nothing is visible.
@@ -67,15 +38,11 @@ class HarmonicInfill:
 
     def __call__(self, fields: xr.Dataset) -> xr.Dataset:
         """Fields [..., latitude, longitude] whose hidden cells are filled, never looked at."""
-        inside = self.hidden.ravel()
-        matrix = laplacian(self.grid)
-        solve = scipy.sparse.linalg.factorized(matrix[inside][:, inside].tocsc())
-        outside = matrix[inside][:, ~inside]
-
-        def fill(values: Float[np.ndarray, "field cell"]) -> Float[np.ndarray, "field hidden"]:
-            return -solve(outside @ values[:, ~inside].T).T
-
-        return _filled(fields, inside, fill)
+        grid, inside = self.grid, self.hidden.ravel()
+        matrix = laplacian(
+            grid.latitude, grid.shape[1], grid.longitude_spacing, periodic=grid.periodic
+        )
+        return _filled(fields, inside, partial(solve_hidden, matrix, inside))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from atmossl.batch import StreamSpec, TokenSize
 from atmossl.checkpoint_files import read_contents, write_atomically
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
+from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
 from atmossl.model.low_rank import merged
 from atmossl.model.multiformer import Multiformer
@@ -33,7 +34,7 @@ class TrainedModel:
     specs: tuple[StreamSpec, ...]
     normaliser: Normaliser
     window: WindowSize
-    first_guess: bool
+    first_guess: FirstGuess
     data: str
     record: dict[str, Any]
     digest: str

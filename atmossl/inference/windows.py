@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from einops import reduce, repeat
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,8 +14,8 @@ from atmossl.data.segment import Segment
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.masking.base import Layout, make_view
-from atmossl.masking.tasks import Points, Task, TimePlan, points_of
+from atmossl.masking.base import FirstGuess, Layout, Points, make_view
+from atmossl.masking.tasks import Task, TimePlan, points_of
 from atmossl.tokens import token_grid
 
 _TOLERANCE_HOURS = 1e-6
@@ -173,25 +173,18 @@ def columns(
 
 
 def masked_view(
-    windows: tuple[StreamWindow, ...], task: Task, *, first_guess: bool
+    windows: tuple[StreamWindow, ...], task: Task, *, first_guess: FirstGuess
 ) -> tuple[View, tuple[Points, ...]]:
     """The windows as tokens under the task's mask, and which points [variable level time lat lon]
-    of every stream it hides.
-
-    Hidden points of tokens that are known in part are filled before the mask is put on, so that
-    nothing hidden can be seen.
-    """
+    of every stream it hides."""
     windows = task.conditioned(windows)
     task = task.seeing(windows)
     layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
     hidden = task.hidden_points(layouts)
-    if hidden is not None:
-        windows = tuple(
-            _filled(window, points, gaps=task.fills_missing and window.spec.role == "predict")
-            for window, points in zip(windows, hidden, strict=True)
-        )
+    if hidden is not None and task.fills_missing:
+        windows = tuple(map(_without_gaps, windows, hidden))
     rng = np.random.default_rng(0)  # never used by a task
-    view = make_view(windows, task, rng, first_guess=first_guess)
+    view = make_view(windows, task, rng, first_guess=first_guess, hidden_points=hidden)
     if hidden is None:
         hidden = tuple(points_of(stream.hidden, stream.spec) for stream in view.streams)
     return view, tuple(
@@ -199,23 +192,8 @@ def masked_view(
     )
 
 
-def _filled(window: StreamWindow, hidden: Points, *, gaps: bool) -> StreamWindow:
-    """Hidden points take the mean over the known points of their token at the same variable, level
-    and time, or 0 where there is none. gaps: missing values, too; they count as observed then."""
-    size = window.spec.token_size
-    tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
-    known = ~hidden if window.valid is None else ~hidden & window.valid
-    known = known.to(window.fields)
-    sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
-    counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
-    means = repeat(
-        sums / counts.clamp_min(1),
-        "... nlat nlon -> ... (nlat plat) (nlon plon)",
-        plat=size.lat,
-        plon=size.lon,
-    )
-    valid = window.valid
-    if gaps and valid is not None:
-        valid = valid | hidden
-    filled = hidden if valid is None else hidden & valid
-    return replace(window, fields=torch.where(filled, means, window.fields), valid=valid)
+def _without_gaps(window: StreamWindow, hidden: Points) -> StreamWindow:
+    """Missing values that are hidden count as observed: they are to be predicted."""
+    if window.valid is None or window.spec.role != "predict":
+        return window
+    return replace(window, valid=window.valid | hidden)

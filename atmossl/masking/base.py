@@ -4,11 +4,12 @@ A sampler is a pure function: stream specs and token grids of one window, and a 
 mask per stream. Streams of role `input` are never hidden.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from einops import reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
@@ -22,9 +23,17 @@ from atmossl.batch import (
     TokenGrid,
     View,
 )
+from atmossl.masking.infill import fill_from_surroundings
 from atmossl.tokens import token_grid, tokenise
 
 _TOLERANCE = 1e-2  # of a number of cells
+
+Points = Bool[Tensor, "*variable level time lat lon"]
+
+SURROUNDINGS = "surroundings"
+# Of hidden values: none, which is the climatological mean; from other steps of the same place; or
+# that, and for places that are never shown from the places around.
+FirstGuess = bool | Literal["surroundings"]
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,17 @@ def make_view(
     sampler: MaskingSampler,
     rng: np.random.Generator,
     *,
-    first_guess: bool = True,
+    first_guess: FirstGuess = True,
+    hidden_points: tuple[Points, ...] | None = None,
 ) -> View:
-    """Tokens of all streams of one window under one draw of the sampler."""
+    """Tokens of all streams of one window under one draw of the sampler.
+
+    hidden_points: of every stream, for a sampler that does not tell them with its masks.
+    """
     layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
     masks = sampler(layouts, rng)
+    if hidden_points is not None:
+        masks = [replace(m, points=p) for m, p in zip(masks, hidden_points, strict=True)]
     streams = tuple(
         corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
         for window, layout, mask in zip(windows, layouts, masks, strict=True)
@@ -130,16 +145,22 @@ def corrupt(
     mask: StreamMask,
     rng: np.random.Generator,
     *,
-    first_guess: bool = True,
+    first_guess: FirstGuess = True,
 ) -> StreamTokens:
     """What the encoder sees of a window (`source`), its first guess, and the truth (`target`).
 
     A token that is masked or dropped shows its first guess, never its values, and so does a value
-    that was never observed. Without `first_guess` the guess is 0, the climatological mean.
+    that was never observed. Without `first_guess` the guess is 0, the climatological mean. Known
+    points of a token that is hidden in part are shown where the guess is made from `surroundings`;
+    otherwise the token shows their mean.
     """
-    size = window.spec.token_size
+    size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
     corruption = _at_points(mask.corruption, window)
     source = window.fields.clone()
+    if mask.points is not None:
+        source = fill_hidden_points(window, mask.points)
+        if shows_parts:
+            corruption = _shown_in_part(corruption, mask.points, window)
     coarsened = corruption == Corruption.COARSEN
     guess_coarse, present = None, window.valid
     if bool(coarsened.any()):
@@ -158,11 +179,12 @@ def corrupt(
     shown = (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
     if present is not None:
         shown = shown & present
-    guess = interpolate_in_time(source, shown) if first_guess else torch.zeros_like(source)
+    guess = _first_guess(source, shown, window, grid, first_guess)
     if first_guess and guess_coarse is not None:
         whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
         guess = torch.where(whole & coarsened, guess_coarse, guess)
     source = torch.where(shown, source, guess)
+    asked = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
     return StreamTokens(
         spec=window.spec,
         source=tokenise(source, size),
@@ -172,7 +194,67 @@ def corrupt(
         grid=grid,
         weight=window.weight,
         valid=None if window.valid is None else tokenise(window.valid, size),
+        asked=None if asked is None else tokenise(asked, size),
     )
+
+
+def _first_guess(
+    source: Tensor, shown: Tensor, window: StreamWindow, grid: TokenGrid, kind: FirstGuess
+) -> Tensor:
+    if not kind:
+        return torch.zeros_like(source)
+    guess = interpolate_in_time(source, shown)
+    if kind != SURROUNDINGS:
+        return guess
+    return fill_from_surroundings(
+        guess,
+        shown.any(dim=-3),
+        lat=window.lat,
+        lon_spacing=float(grid.lon_extent) / window.spec.token_size.lon,
+        periodic=grid.periodic,
+    )
+
+
+def _shown_in_part(corruption: Tensor, points: Points, window: StreamWindow) -> Tensor:
+    """Corruption at points, where those that a token hides in part of itself are masked and its
+    others visible."""
+    known = share_known(points, window.spec)
+    partly = _at_points((known > 0) & (known < 1), window)
+    own = torch.where(points, int(Corruption.MASK), int(Corruption.VISIBLE))
+    return torch.where(partly, own, corruption)
+
+
+def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nlat nlon"]:
+    """Share of known points of every token, over all variables."""
+    size = spec.token_size
+    return reduce(
+        (~hidden).double(),
+        "... (level pl) (nt pt) (nlat plat) (nlon plon) -> level nt nlat nlon",
+        "mean",
+        pl=size.level,
+        pt=size.time,
+        plat=size.lat,
+        plon=size.lon,
+    )
+
+
+def fill_hidden_points(window: StreamWindow, hidden: Points) -> Tensor:
+    """Fields whose hidden points take the mean over the known points of their token at the same
+    variable, level and time, or 0 where there is none."""
+    size = window.spec.token_size
+    tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
+    known = ~hidden if window.valid is None else ~hidden & window.valid
+    known = known.to(window.fields)
+    sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
+    counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
+    means = repeat(
+        sums / counts.clamp_min(1),
+        "... nlat nlon -> ... (nlat plat) (nlon plon)",
+        plat=size.lat,
+        plon=size.lon,
+    )
+    filled = hidden if window.valid is None else hidden & window.valid
+    return torch.where(filled, means, window.fields)
 
 
 def _at_points(tokens: Tensor, window: StreamWindow) -> Tensor:

@@ -6,14 +6,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from einops import reduce, repeat
-from jaxtyping import Bool, Float
+from einops import repeat
+from jaxtyping import Bool
 from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import Layout
-from atmossl.masking.tasks import Points, Task, TimePlan, points_of, steps_of
+from atmossl.masking.base import Layout, Points, share_known
+from atmossl.masking.tasks import Task, TimePlan, points_of, steps_of
 
 
 class Region(Protocol):
@@ -191,33 +191,19 @@ class Inpainting(Task):
     ) -> tuple[StreamMask, ...]:
         del rng
         return tuple(
-            _mask_of_points(hidden, layout.spec)
+            mask_of_points(hidden, layout.spec)
             for hidden, layout in zip(self.hidden_points(layouts), layouts, strict=True)
         )
 
 
-def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nlat nlon"]:
-    """Share of known points of every token, over all variables."""
-    size = spec.token_size
-    return reduce(
-        (~hidden).double(),
-        "... (level pl) (nt pt) (nlat plat) (nlon plon) -> level nt nlat nlon",
-        "mean",
-        pl=size.level,
-        pt=size.time,
-        plat=size.lat,
-        plon=size.lon,
-    )
-
-
-def _mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
+def mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
     """Tokens that are known whole stay visible; those known in part are coarse, if square."""
     known, size = share_known(hidden, spec), spec.token_size
     square = size.lat == size.lon > 1
     corruption = torch.full(known.shape, int(Corruption.VISIBLE))
     corruption[known < 1] = int(Corruption.COARSEN if square else Corruption.MASK)
     corruption[known == 0] = int(Corruption.MASK)
-    return StreamMask(corruption, coarsen_factor=size.lat if square else 1)
+    return StreamMask(corruption, coarsen_factor=size.lat if square else 1, points=hidden)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Masking samplers of pretraining: random tokens, tubes, blocks, time blocks, and mixtures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 
 from atmossl.batch import Corruption, StreamMask
 from atmossl.masking.base import Layout, MaskingSampler, coarse_mask, own_factor
-from atmossl.masking.tasks import hide_times, step_hours_of, window_times
+from atmossl.masking.places import mask_of_points
+from atmossl.masking.tasks import hide_times, points_of, step_hours_of, window_times
 
 _KINDS = {
     "drop": Corruption.DROP,
@@ -38,7 +39,10 @@ class RandomMasking:
     synced: hide the same places and times in all streams.
     tube: hide a place at all times or not at all (VideoMAE, Tong et al. 2022).
     hide_level, hide_stream: probability that one whole level of a stream, or one whole stream,
-        is masked on top.
+        is masked on top. streams: names of those that it is one of; none: all predicted ones.
+
+    Raises:
+        ValueError: `streams` names one that is not predicted, when a mask is drawn.
     """
 
     rate: tuple[float, float] = (0.5, 0.9)
@@ -47,6 +51,7 @@ class RandomMasking:
     tube: bool = False
     hide_level: float = 0.0
     hide_stream: float = 0.0
+    streams: Sequence[str] = ()
     coarsen_factor: int = 2
     noise_std: float = 0.5
 
@@ -106,9 +111,13 @@ class RandomMasking:
         self, corruptions: list[np.ndarray], layouts: tuple[Layout, ...], rng: np.random.Generator
     ) -> None:
         hide, choice = rng.random() < self.hide_stream, rng.random()
-        predicted = [i for i, layout in enumerate(layouts) if layout.spec.role == "predict"]
+        predicted = {x.spec.name: i for i, x in enumerate(layouts) if x.spec.role == "predict"}
+        unknown = sorted(set(self.streams) - set(predicted))
+        if unknown:
+            raise ValueError(f"masking.streams has unknown {unknown}; valid: {sorted(predicted)}")
         if hide and len(layouts) > 1:
-            corruptions[predicted[int(choice * len(predicted))]][:] = int(Corruption.MASK)
+            names = list(self.streams or predicted)
+            corruptions[predicted[names[int(choice * len(names))]]][:] = int(Corruption.MASK)
 
 
 def _lowest(score: np.ndarray, rate: float) -> np.ndarray:
@@ -140,16 +149,20 @@ class BlockMasking:
     2016; block masking of BEiT and I-JEPA), the same box of air in every stream.
 
     num_blocks: boxes per sample. share: range of a box's share of the window, per axis.
+    cells: boxes end at any cell, as gaps do, and hide tokens in part; at whole tokens otherwise.
     """
 
     num_blocks: int = 2
     share: tuple[float, float] = (0.25, 0.5)
     corruption: str = "mask"
+    cells: bool = False
 
     def __post_init__(self) -> None:
         _check_range("masking.share", self.share)
         if self.corruption not in ("mask", "drop"):
             raise ValueError(f"masking.corruption={self.corruption!r}; valid: mask, drop")
+        if self.cells and self.corruption != "mask":
+            raise ValueError("masking.corruption=drop takes whole tokens: masking.cells=false")
 
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
@@ -163,14 +176,24 @@ class BlockMasking:
     def _mask(self, layout: Layout, boxes: list) -> StreamMask:
         if layout.spec.role != "predict":
             return layout.nothing_hidden()
-        values = layout.nothing_hidden().corruption
-        for size, start in boxes:
-            lat, lon = (
-                slice(int(first * count), max(int(first * count) + 1, round((first + s) * count)))
-                for first, s, count in zip(start, size, layout.grid.shape[2:], strict=True)
-            )
-            values[:, :, lat, lon] = int(_KINDS[self.corruption])
-        return StreamMask(values)
+        nothing = layout.nothing_hidden()
+        if self.cells:
+            points = points_of(nothing.hidden, layout.spec)
+            for lat, lon in _places(boxes, points.shape[-2:]):
+                points[..., lat, lon] = True
+            return mask_of_points(points, layout.spec)
+        for lat, lon in _places(boxes, layout.grid.shape[2:]):
+            nothing.corruption[:, :, lat, lon] = int(_KINDS[self.corruption])
+        return nothing
+
+
+def _places(boxes: list, counts: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Rows and columns of boxes of given sizes and starts, shares of the axes."""
+    for size, start in boxes:
+        yield tuple(
+            slice(int(first * count), max(int(first * count) + 1, round((first + s) * count)))
+            for first, s, count in zip(start, size, counts, strict=True)
+        )
 
 
 @dataclass(frozen=True)

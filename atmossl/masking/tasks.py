@@ -15,9 +15,7 @@ from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import Layout, coarse_mask, own_factor
-
-Points = Bool[Tensor, "*variable level time lat lon"]
+from atmossl.masking.base import Layout, Points, coarse_mask, own_factor
 
 _TOLERANCE_HOURS = 1e-3
 

@@ -92,16 +92,17 @@ def hidden_values(
 
 
 def _weights(stream: StreamTokens, index: Tensor, latitude_weighted: bool) -> Tensor:
-    """Relative cell area, or 1, of the values of chosen tokens; 0 of what was never observed."""
+    """Relative cell area, or 1, of the values of chosen tokens; 0 of what was never observed or
+    is not asked for."""
     num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
     rows = patch_weights(stream.weight, stream.spec)
     row = index // num_lon % num_lat
     weight = rows.gather(1, row[..., None].expand(-1, -1, rows.shape[-1]))
     if not latitude_weighted:
         weight = torch.ones_like(weight)
-    if stream.valid is not None:
-        observed = stream.valid.flatten(1, 4).gather(1, index[..., None].expand_as(weight))
-        weight = weight * observed
+    for counts in (stream.valid, stream.asked):
+        if counts is not None:
+            weight = weight * counts.flatten(1, 4).gather(1, index[..., None].expand_as(weight))
     return weight
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from atmossl.data import ingest
 from atmossl.data.chunks import Engine
 from atmossl.data.transforms import Kind, Transform
+from atmossl.masking.base import FirstGuess
 from atmossl.schema.strict import NotNegative, Positive, Strict
 
 
@@ -46,7 +47,7 @@ class DataConfig(Strict):
     read: ReadConfig
     unreadable: Literal["raise", "skip"]
     transforms: dict[str, TransformConfig]
-    first_guess: bool
+    first_guess: FirstGuess
 
     def transform_of(self) -> dict[str, Transform]:
         return {name: Transform(t.kind, t.scale) for name, t in self.transforms.items()}
