@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
-from atmossl.losses import LOSSES
+from atmossl.losses import LOSSES, Ensemble
 from atmossl.objectives.base import global_mean
 from atmossl.tokens import patch_weights
 
@@ -67,7 +67,8 @@ class MaskedModelling:
             scale = self.scales[stream.spec.name].to(target, non_blocking=True)[level]
             members, target = members / scale[:, :, None], target / scale
         weight = weight * predicted.queries.valid[..., None].to(weight)
-        values = sum(share * LOSSES[name](members, target) for name, share in self.losses.items())
+        ensemble = Ensemble(members)
+        values = sum(share * LOSSES[name](ensemble, target) for name, share in self.losses.items())
         assert isinstance(values, Tensor)
         return global_mean(values, weight, mean_weight)
 
