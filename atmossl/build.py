@@ -23,8 +23,8 @@ from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
-from atmossl.model.attention import CrossAttention, SelfAttention
-from atmossl.model.blocks import DecoderBlock, EncoderBlock, Feedforward, GatedConvolution
+from atmossl.model.blocks import DecoderBlock, Feedforward, GatedConvolution
+from atmossl.model.encoder import EncoderLayer
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.base import Objective
@@ -42,7 +42,7 @@ from atmossl.training.warm_start import renamed, warm_start
 from atmossl.training.watch import Throughput, TraceSteps
 
 _WIDE_PARTS = (Feedforward, GatedConvolution)
-SHARDED_UNITS = (SelfAttention, CrossAttention, *_WIDE_PARTS)  # what FSDP gathers at a time
+SHARDED_UNITS = (EncoderLayer, DecoderBlock)  # what FSDP gathers at a time
 
 
 Records = dict[str, tuple[Segment, ...]]
@@ -163,8 +163,7 @@ def build_module(
 
 def forget_activations(config: TrainConfig, model: Multiformer) -> None:
     """Apply `trainer.recompute` to the trained model; its averaged copy needs no such thing."""
-    blocks = (EncoderBlock, DecoderBlock)
-    recompute(model, config.trainer.recompute, blocks=blocks, wide_parts=_WIDE_PARTS)
+    recompute(model, config.trainer.recompute, blocks=SHARDED_UNITS, wide_parts=_WIDE_PARTS)
 
 
 def slim_down(config: TrainConfig, model: Multiformer) -> None:

@@ -1,7 +1,7 @@
 """The same network written plainly, as the yardstick of a training step: three linear maps for
 queries, keys and values instead of one, attention as two products and a softmax instead of a fused
-kernel, one linear map for each member of the ensemble instead of one for all, torch's own linear
-layer, and losses as their formulas read."""
+kernel, one linear map for each member of the ensemble instead of one for all, one stream after the
+other, torch's own linear layer, and losses as their formulas read."""
 
 import copy
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atmossl.batch import StreamPrediction, StreamTokens
 from atmossl.model.attention import CrossAttention, SelfAttention
 from atmossl.model.embedding import Tail
+from atmossl.model.encoder import EncoderLayer, Plan
 from atmossl.model.layout import Latent
 from atmossl.model.linear import Linear
 from atmossl.model.multiformer import Multiformer
@@ -53,8 +54,10 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Latent, context: Latent | None = None) -> Tensor:
         context = x if context is None else context
-        query = rotate(split_heads(self.query(x.features), self.num_heads), x.turn)
-        key = rotate(split_heads(self.key(context.features), self.num_heads), context.turn)
+        query = split_heads(self.query(x.features), self.num_heads)
+        key = split_heads(self.key(context.features), self.num_heads)
+        width = query.shape[-1]
+        query, key = rotate(query, x.place.turns[width]), rotate(key, context.place.turns[width])
         value = split_heads(self.value(context.features), self.num_heads)
         return self.out(merge_heads(plain_attention(query, key, value, context.valid)))
 
@@ -93,12 +96,39 @@ class PlainLoss(MaskedModelling):
         return (values * weight * valid).sum() / (weight * valid).sum()
 
 
+class PlainLayer(nn.Module):
+    """One encoder layer, stream by stream."""
+
+    def __init__(self, fused: EncoderLayer) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(dict(fused.items()))
+
+    def forward(self, batches: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
+        streams = dict(plan.streams(batches))
+        normed = {
+            name: Latent(self.blocks[name].norm(x.features), x.place) for name, x in streams.items()
+        }
+        after = {name: self._block(name, x, normed) for name, x in streams.items()}
+        return plan.batches(after)
+
+    def _block(self, name: str, x: Latent, normed: dict[str, Latent]) -> Latent:
+        block: Any = self.blocks[name]
+        features = x.features + block.attention(normed[name])
+        for other, couple in block.coupling.items():
+            if other in normed:
+                features = features + couple(normed[name], normed[other])
+        inner = Latent(block.feedforward_norm(features), x.place)
+        return Latent(features + block.feedforward(inner), x.place)
+
+
 def unfused(model: Multiformer) -> Multiformer:
     """A copy that computes the same, plainly; `attention=full` only."""
     plain = copy.deepcopy(model)
     for module in list(plain.modules()):
         for name, child in module.named_children():
-            if isinstance(child, SelfAttention | CrossAttention):
+            if isinstance(child, EncoderLayer):
+                module.register_module(name, PlainLayer(child))
+            elif isinstance(child, SelfAttention | CrossAttention):
                 module.register_module(name, PlainAttention(child))
             elif isinstance(child, Tail):
                 module.register_module(name, PlainTail(child))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.layout import Latent, gather, scatter
-from atmossl.model.linear import Linear
+from atmossl.model.linear import Linear, linear_each
 from atmossl.model.positions import merge_heads, rotate, split_heads
 
 Attention = Literal["full", "factorised", "temporal", "windowed"]
@@ -43,8 +43,6 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tenso
         if visible is not None:
             score = score.masked_fill(~visible, -torch.inf)
         return score.softmax(dim=-1).to(value.dtype) @ value
-    if visible is not None:
-        visible = visible.expand(-1, 1, query.shape[2], -1)
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
@@ -83,12 +81,14 @@ def _attend_along_axes(
     query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, num_columns: int
 ) -> Tensor:
     """The first `num_columns` heads attend within columns, the others within planes."""
-    if x.shape != context.shape:
+    if x.place.shape != context.place.shape:
         return attend_fully(query, key, value, x, context)
-    sizes = _sizes(x.shape)
+    sizes = _sizes(x.place.shape)
     grids = (_whole(query, x), _whole(key, context), _whole(value, context))
     present = (
-        None if context.chosen.complete else context.chosen.chosen.flatten(1)[:, None, :, None]
+        None
+        if context.place.chosen.complete
+        else context.place.chosen.chosen.flatten(1)[:, None, :, None]
     )
     attended = []
     for axes, heads in ((_COLUMNS, slice(num_columns)), (_PLANES, slice(num_columns, None))):
@@ -100,7 +100,7 @@ def _attend_along_axes(
             valid = rearrange(present, f"{_GRID} -> {axes}", **sizes)[:, 0, :, 0]
         attended.append(rearrange(attend(q, k, v, valid), f"{axes} -> {_GRID}", **sizes))
     out = torch.cat(attended, dim=1)
-    return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
+    return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
 
 
 def _sizes(shape: tuple[int, int, int, int]) -> dict[str, int]:
@@ -109,9 +109,9 @@ def _sizes(shape: tuple[int, int, int, int]) -> dict[str, int]:
 
 def _whole(heads: Float[Tensor, "batch head token feature"], x: Latent) -> Tensor:
     """The heads on the whole token grid, 0 where a token is absent."""
-    if x.chosen.complete:
+    if x.place.chosen.complete:
         return heads
-    return split_heads(scatter(merge_heads(heads), x.chosen), heads.shape[1])
+    return split_heads(scatter(merge_heads(heads), x.place.chosen), heads.shape[1])
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class Cut:
     @classmethod
     def of(cls, x: Latent, size: tuple[int, int, int], *, shifted: bool) -> "Cut":
         """An axis that fits into one window is not cut."""
-        axes = x.shape[1:]
+        axes = x.place.shape[1:]
         fitting = tuple(min(pair) for pair in zip(size, axes, strict=True))
         shift = tuple(
             one // 2 if shifted and tokens > one else 0
             for one, tokens in zip(fitting, axes, strict=True)
         )
-        return cls(x.shape, fitting, shift, x.periodic)  # type: ignore[arg-type]
+        return cls(x.place.shape, fitting, shift, x.place.periodic)  # type: ignore[arg-type]
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:
@@ -201,7 +201,7 @@ def attend_in_windows(
     after Liu et al. 2021, Swin Transformer, there in alternate layers): the cost grows with tokens
     times a window. Grids of different shapes attend fully.
     """
-    if x.shape != context.shape:
+    if x.place.shape != context.place.shape:
         return attend_fully(query, key, value, x, context)
     grids = (_whole(query, x), _whole(key, context), _whole(value, context))
     half = query.shape[1] // 2
@@ -210,12 +210,12 @@ def attend_in_windows(
         cut = Cut.of(x, size, shifted=shifted)
         q, k, v = (cut.split(grid[:, heads]) for grid in grids)
         valid = None
-        if not (cut.exact and context.chosen.complete):
-            present = context.chosen.chosen.flatten(1)[:, None, :, None]
+        if not (cut.exact and context.place.chosen.complete):
+            present = context.place.chosen.chosen.flatten(1)[:, None, :, None]
             valid = cut.split(present)[:, 0, :, 0]
         attended.append(cut.join(attend(q, k, v, valid)))
     out = torch.cat(attended, dim=1)
-    return split_heads(gather(merge_heads(out), x.chosen), out.shape[1])
+    return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
 
 
 def attend_by(attention: Attention, window: tuple[int, int, int]) -> Attend:
@@ -241,12 +241,16 @@ class SelfAttention(nn.Module):
         self.project = Linear(dim, 3 * dim)
         self.out = Linear(dim, dim)
 
-    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
+    def forward(self, x: Latent, *alike: "SelfAttention") -> Float[Tensor, "batch token feature"]:
+        """`alike`: the layers of the other streams, where `x` holds several of them."""
+        layers = (self, *alike)
+        projected = linear_each(x.features, [layer.project for layer in layers])
         query, key, value = (
-            split_heads(part, self.num_heads) for part in self.project(x.features).chunk(3, dim=-1)
+            split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1)
         )
-        attended = self.attend(rotate(query, x.turn), rotate(key, x.turn), value, x, x)
-        return self.out(merge_heads(attended))
+        turn = x.place.turns[query.shape[-1]]
+        attended = self.attend(rotate(query, turn), rotate(key, turn), value, x, x)
+        return linear_each(merge_heads(attended), [layer.out for layer in layers])
 
 
 class CrossAttention(nn.Module):
@@ -265,11 +269,16 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Latent, context: Latent) -> Float[Tensor, "batch token feature"]:
-        key, value = (
-            split_heads(part, self.num_heads)
-            for part in self.key_value(context.features).chunk(2, dim=-1)
-        )
-        query = rotate(split_heads(self.query(x.features), self.num_heads), x.turn)
-        attended = self.attend(query, rotate(key, context.turn), value, x, context)
-        return self.out(merge_heads(attended))
+    def forward(
+        self, x: Latent, context: Latent, *alike: "CrossAttention"
+    ) -> Float[Tensor, "batch token feature"]:
+        """`alike`: the layers of the other pairs, where `x` and `context` hold several of them."""
+        layers = (self, *alike)
+        queries = linear_each(x.features, [layer.query for layer in layers])
+        pairs = linear_each(context.features, [layer.key_value for layer in layers])
+        key, value = (split_heads(part, self.num_heads) for part in pairs.chunk(2, dim=-1))
+        width = key.shape[-1]
+        query = rotate(split_heads(queries, self.num_heads), x.place.turns[width])
+        key = rotate(key, context.place.turns[width])
+        attended = self.attend(query, key, value, x, context)
+        return linear_each(merge_heads(attended), [layer.out for layer in layers])

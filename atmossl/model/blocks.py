@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.attention import Attend, CrossAttention, SelfAttention
-from atmossl.model.layout import Latent, from_frames, pad_edges, to_frames
-from atmossl.model.linear import Linear
+from atmossl.model.layout import Latent, Place, from_frames, joined, pad_edges, to_frames
+from atmossl.model.linear import Linear, linear_each
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class Feedforward(nn.Module):
         self.expand = Linear(dim, hidden)
         self.contract = Linear(hidden, dim)
 
-    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
-        return self.contract(functional.gelu(self.expand(x.features)))
+    def forward(self, x: Latent, *alike: "Feedforward") -> Float[Tensor, "batch token feature"]:
+        """`alike`: the layers of the other streams, where `x` holds several of them."""
+        layers = (self, *alike)
+        hidden = functional.gelu(linear_each(x.features, [layer.expand for layer in layers]))
+        return linear_each(hidden, [layer.contract for layer in layers])
 
 
 class GatedConvolution(nn.Module):
@@ -59,18 +62,27 @@ class GatedConvolution(nn.Module):
         self.contract = Linear(hidden, dim)
         self.reach = neighbourhood // 2
 
-    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
-        frames = to_frames(x.features, x.chosen)
-        frames = pad_edges(frames, self.reach, self.reach, periodic=x.periodic)
+    def forward(
+        self, x: Latent, *alike: "GatedConvolution"
+    ) -> Float[Tensor, "batch token feature"]:
+        """`alike`: the layers of the other streams, where `x` holds several of them. A convolution
+        is one large product already, and streams need not share their frames."""
+        layers = (self, *alike)
+        gated = [layer._gate(part) for layer, part in zip(layers, x.split(), strict=True)]
+        return linear_each(joined(gated), [layer.contract for layer in layers])
+
+    def _gate(self, x: Latent) -> Float[Tensor, "batch token hidden"]:
+        chosen = x.place.chosen
+        frames = to_frames(x.features, chosen)
+        frames = pad_edges(frames, self.reach, self.reach, periodic=x.place.periodic)
         gate, values = self.expand(frames).chunk(2, dim=1)
-        return self.contract(from_frames(functional.gelu(gate) * values, x.chosen))
+        return from_frames(functional.gelu(gate) * values, chosen)
 
 
 class EncoderBlock(nn.Module):
-    """One layer of one stream: self-attention and coupling to every other stream, feedforward.
+    """Weights of one encoder layer of one stream, which `EncoderLayer` puts to work.
 
-    `coupled_dims`: width of every other stream, by its name. A stream that is absent at
-    inference is left out of the coupling.
+    `coupled_dims`: width of every other stream, by its name.
     """
 
     def __init__(self, *, dim: int, sizes: BlockSizes, coupled_dims: dict[str, int]) -> None:
@@ -89,15 +101,6 @@ class EncoderBlock(nn.Module):
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = sizes.feedforward(dim)
 
-    def forward(self, x: Latent, own: Latent, others: dict[str, Latent]) -> Latent:
-        """`own`, `others`: the streams' latents after each one's `norm` of the same layer."""
-        features = x.features + self.attention(own)
-        for name, couple in self.coupling.items():
-            if name in others:
-                features = features + couple(own, others[name])
-        inner = x.with_features(self.feedforward_norm(features))
-        return x.with_features(features + self.feedforward(inner))
-
 
 class DecoderBlock(nn.Module):
     """One layer of a decoder: queries attend to each other, then to one encoder layer."""
@@ -115,10 +118,15 @@ class DecoderBlock(nn.Module):
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = sizes.feedforward(dim)
 
-    def forward(self, queries: Latent, memory: Latent) -> Latent:
-        x = queries.features
-        x = x + self.attention(queries.with_features(self.norm(x)))
-        context = memory.with_features(self.memory_norm(memory.features))
-        x = x + self.cross(queries.with_features(self.cross_norm(x)), context)
-        inner = queries.with_features(self.feedforward_norm(x))
-        return queries.with_features(x + self.feedforward(inner))
+    def forward(
+        self,
+        x: Float[Tensor, "batch query feature"],
+        memory: Float[Tensor, "batch token feature"],
+        place: Place,
+        memory_place: Place,
+    ) -> Float[Tensor, "batch query feature"]:
+        """Tensors come and go bare, for FSDP looks for them in arguments and results."""
+        x = x + self.attention(Latent(self.norm(x), place))
+        context = Latent(self.memory_norm(memory), memory_place)
+        x = x + self.cross(Latent(self.cross_norm(x), place), context)
+        return x + self.feedforward(Latent(self.feedforward_norm(x), place))

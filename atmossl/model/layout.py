@@ -4,8 +4,10 @@ Linear layers work on lists [batch token feature], attention along axes on grids
 on frames: all tokens of one level and time step of one sample. Absent tokens are zeros.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,25 +17,66 @@ from atmossl.batch import TokenIndex
 
 
 @dataclass(frozen=True)
-class Latent:
-    """Latent tokens of one stream, their rotation, and which tokens of the grid they are.
+class Place:
+    """Which tokens of a grid some latents are, and the rotations that their positions ask for.
 
+    turns: by the width of a head; one stream's keys have the width of the stream that looks at it.
     shape: (level, nt, nlat, nlon) of the token grid; periodic: its longitudes close the circle.
+    parts: where several streams are one batch, the place of each.
     """
 
-    features: Float[Tensor, "batch token feature"]
-    turn: Float[Tensor, "2 batch 1 token head_feature"]
+    turns: Mapping[int, Float[Tensor, "2 batch 1 token head_feature"]]
     chosen: TokenIndex
     shape: tuple[int, int, int, int]
     periodic: bool
+    parts: tuple["Place", ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence["Place"]) -> "Place":
+        """Of several streams that are alike, as one batch."""
+        first, *others = parts
+        if not others:
+            return first
+        turns = {
+            width: torch.cat([part.turns[width] for part in parts], dim=1) for width in first.turns
+        }
+        chosen = TokenIndex.joined([part.chosen for part in parts])
+        return cls(turns, chosen, first.shape, first.periodic, tuple(parts))
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent tokens of one stream, or of several as one batch, and where they are."""
+
+    features: Float[Tensor, "batch token feature"]
+    place: Place
 
     @property
     def valid(self) -> Bool[Tensor, "batch token"] | None:
         """Which tokens are no padding; None: all."""
-        return None if self.chosen.complete else self.chosen.valid
+        chosen = self.place.chosen
+        return None if chosen.complete else chosen.valid
 
-    def with_features(self, features: Tensor) -> "Latent":
-        return Latent(features, self.turn, self.chosen, self.shape, self.periodic)
+    def split(self) -> tuple["Latent", ...]:
+        """Every stream of the batch on its own."""
+        places = self.place.parts or (self.place,)
+        pairs = zip(self.features.chunk(len(places)), places, strict=True)
+        return tuple(Latent(features, place) for features, place in pairs)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first axis; one part as it is, not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def alike(latents: Mapping[str, Latent]) -> tuple[tuple[str, ...], ...]:
+    """The streams' names, those together whose latents can be one batch."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, x in latents.items():
+        place = x.place
+        key = (x.features.shape, place.shape, place.periodic, place.chosen.complete)
+        groups.setdefault(key, []).append(name)
+    return tuple(tuple(names) for names in groups.values())
 
 
 def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:

@@ -23,9 +23,10 @@ from atmossl.batch import (
     View,
 )
 from atmossl.model.attention import Attention, attend_by
-from atmossl.model.blocks import BlockSizes, DecoderBlock, EncoderBlock
+from atmossl.model.blocks import BlockSizes, DecoderBlock
 from atmossl.model.embedding import Embedding, Tail
-from atmossl.model.layout import Latent, gather, scatter
+from atmossl.model.encoder import EncoderLayer, Plan
+from atmossl.model.layout import Latent, Place, gather, scatter
 from atmossl.model.positions import (
     RotaryPositions,
     absolute_features,
@@ -83,7 +84,7 @@ class Multiformer(nn.Module):
         attend = attend_by(attention, attention_window)
         sizes = BlockSizes(num_heads, feedforward_ratio, attend, neighbourhood)
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
-        head_dims = {name: width // num_heads for name, width in widths.items()}
+        head_dims = sorted({width // num_heads for width in widths.values()})
         scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}
 
         def embedding(spec: StreamSpec) -> Embedding:
@@ -91,10 +92,10 @@ class Multiformer(nn.Module):
             return Embedding(spec=spec, dim=width, stencil=stencil, details=details, scale=scale)
 
         self.rotary = nn.ModuleDict(
-            {name: RotaryPositions(head_dim=size) for name, size in head_dims.items()}
+            {str(size): RotaryPositions(head_dim=size) for size in head_dims}
         )
         self.embedding = nn.ModuleDict({spec.name: embedding(spec) for spec in streams})
-        self.encoder = nn.ModuleList(_encoder_layer(widths, sizes) for _ in range(num_layers))
+        self.encoder = nn.ModuleList(EncoderLayer(widths, sizes) for _ in range(num_layers))
         predicted = [spec for spec in streams if spec.role == "predict"]
         self.query = nn.ModuleDict({spec.name: embedding(spec) for spec in predicted})
         self.decoder = nn.ModuleDict()
@@ -113,7 +114,7 @@ class Multiformer(nn.Module):
         """Compile every block on its own: one graph serves all blocks of equal shape, and any
         number of tokens, so that the next batch's other number does not compile again."""
         for module in self.modules():
-            if isinstance(module, EncoderBlock | DecoderBlock):
+            if isinstance(module, EncoderLayer | DecoderBlock):
                 module.compile(dynamic=True, backend=backend)
 
     def forward(self, view: View) -> Prediction:
@@ -121,33 +122,35 @@ class Multiformer(nn.Module):
 
     def encode(self, view: View) -> dict[str, StreamLatents]:
         """Latents of the given tokens of every stream in the view, after every layer."""
-        given, current, layers = {}, {}, {}
+        latents, given, layers = {}, {}, {}
         for stream in view.streams:
             name = stream.spec.name
             assert stream.given is not None, "collate the view first: token indices are missing"
             given[name], layers[name] = stream.given, []
-            current[name] = self._embed(stream, stream.given)
-        for blocks in self.encoder:
-            assert isinstance(blocks, nn.ModuleDict)
-            normed = {
-                name: latent.with_features(_norm_of(blocks[name])(latent.features))
-                for name, latent in current.items()
-            }
-            current = {
-                name: blocks[name](latent, normed[name], normed) for name, latent in current.items()
-            }
-            for name, latent in current.items():
+            latents[name] = self._embed(stream, stream.given)
+        plan = Plan.of(latents)
+        batches = plan.batches(latents)
+        for layer in self.encoder:
+            batches = layer(batches, plan)
+            for name, latent in plan.streams(batches):
                 layers[name].append(latent)
         return {name: StreamLatents(tuple(layers[name]), given[name]) for name in given}
 
     def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
         name = stream.spec.name
-        turn = rotation(gather(self.rotary[name](stream.grid), given))
         features = absolute_features(stream.grid)
         x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, given)
         if name in self.absent and stream.valid is not None:
             x = x + self.absent[name](gather(_flatten(_absent(stream)), given))
-        return Latent(x, turn, given, stream.grid.shape, stream.grid.periodic)
+        return Latent(x, self._place(stream, given))
+
+    def _place(self, stream: StreamTokens, chosen: TokenIndex) -> Place:
+        grid = stream.grid
+        turns = {
+            int(width): rotation(gather(rotary(grid), chosen))
+            for width, rotary in self.rotary.items()
+        }
+        return Place(turns, chosen, grid.shape, grid.periodic)
 
     def decode(self, latents: dict[str, StreamLatents], view: View) -> Prediction:
         """Ensemble of patches for every hidden token of the view's predicted streams."""
@@ -163,17 +166,17 @@ class Multiformer(nn.Module):
         name, queries = stream.spec.name, stream.queries
         assert queries is not None, "collate the view first: token indices are missing"
         guess = gather(_flatten(stream.guess), queries)
-        turn = rotation(gather(self.rotary[name](stream.grid), queries))
         features = absolute_features(stream.grid)
         embedded = self.query[name](stream.guess, features, stream.corruption, stream.grid, queries)
         own = gather(scatter(latents.layers[-1].features, latents.given), queries)
-        x = Latent(embedded + own, turn, queries, stream.grid.shape, stream.grid.periodic)
+        place, x = self._place(stream, queries), embedded + own
         blocks = self.decoder[name]
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
-            x = block(x, latents.layers[self._memory_layer(number)])
+            memory = latents.layers[self._memory_layer(number)]
+            x = block(x, memory.features, place, memory.place)
         level = self._token_level(stream, queries)
-        return StreamPrediction(self.tail[name](x.features, embedded, guess, level), queries)
+        return StreamPrediction(self.tail[name](x, embedded, guess, level), queries)
 
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
@@ -182,15 +185,6 @@ class Multiformer(nn.Module):
     @staticmethod
     def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
         return queries.index // (stream.grid.num_tokens // stream.grid.shape[0])
-
-
-def _encoder_layer(widths: Mapping[str, int], sizes: BlockSizes) -> nn.ModuleDict:
-    """A block for every stream, which looks at all others."""
-    blocks = {}
-    for name, width in widths.items():
-        others = {other: size for other, size in widths.items() if other != name}
-        blocks[name] = EncoderBlock(dim=width, sizes=sizes, coupled_dims=others)
-    return nn.ModuleDict(blocks)
 
 
 def _gappy(streams: tuple[StreamSpec, ...]) -> list[StreamSpec]:
@@ -202,11 +196,6 @@ def _absent(stream: StreamTokens) -> Tensor:
     assert stream.valid is not None
     told = (stream.corruption != Corruption.MASK) & (stream.corruption != Corruption.DROP)
     return (~stream.valid & told[..., None]).to(stream.source)
-
-
-def _norm_of(block: nn.Module) -> nn.LayerNorm:
-    assert isinstance(block, EncoderBlock)
-    return block.norm
 
 
 def _scale_of(spec: StreamSpec, scales: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from atmossl.batch import TokenIndex
 from atmossl.model.attention import attend_factorised, attend_in_windows, attend_temporally
 from atmossl.model.blocks import GatedConvolution
-from atmossl.model.layout import Latent, from_frames, gather, scatter, to_frames
+from atmossl.model.layout import Latent, Place, from_frames, gather, scatter, to_frames
 
 SHAPE = (2, 3, 4, 6)  # level nt nlat nlon
 
@@ -23,7 +23,7 @@ def chosen_tokens(rate: float, seed: int = 0, batch: int = 2) -> TokenIndex:
 
 def latent(features: torch.Tensor, chosen: TokenIndex, *, periodic: bool = False) -> Latent:
     turn = torch.zeros(2, len(features), 1, features.shape[1], features.shape[2])
-    return Latent(features, turn, chosen, SHAPE, periodic)
+    return Latent(features, Place({features.shape[2]: turn}, chosen, SHAPE, periodic))
 
 
 @given(rate=st.floats(0.0, 1.0), seed=st.integers(0, 99))

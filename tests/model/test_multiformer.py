@@ -25,7 +25,7 @@ STREAMS = (
 VARIANTS = (
     {},
     {"attention": "factorised", "neighbourhood": 3, "num_decoder_layers": 3},
-    {"attention": "windowed", "attention_window": (2, 2, 3)},
+    {"attention": "windowed", "attention_window": (2, 2, 3), "dims": {"wind": 24}},
 )
 
 

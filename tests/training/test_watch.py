@@ -21,7 +21,8 @@ from atmossl.geometry import Box
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.model.blocks import CrossAttention, Feedforward, SelfAttention
+from atmossl.model.blocks import DecoderBlock
+from atmossl.model.encoder import EncoderLayer
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.tokens import tokenise
@@ -34,7 +35,7 @@ from tests.synthetic import dataset, spec, window
 
 STREAM = spec(token=(1, 2, 4))
 SIZES = {"dim": 16, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2, "num_members": 4}
-UNITS = (SelfAttention, CrossAttention, Feedforward)
+UNITS = (EncoderLayer, DecoderBlock)
 
 
 def batch(size: int = 2) -> Batch:
