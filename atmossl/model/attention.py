@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Latent, Latent], Tensor]
 
 
 _FEW_KEYS = 16  # below, plain products are several times as fast as a fused kernel
+_MOST_ROWS = 2**16 - 1  # samples in one launch of a GPU's fused kernels
 
 
 def attend(
@@ -43,7 +45,11 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tenso
         if visible is not None:
             score = score.masked_fill(~visible, -torch.inf)
         return score.softmax(dim=-1).to(value.dtype) @ value
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    if len(query) <= _MOST_ROWS:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    masks = repeat(None) if visible is None else visible.split(_MOST_ROWS)
+    parts = zip(*(x.split(_MOST_ROWS) for x in (query, key, value)), masks, strict=False)
+    return torch.cat([functional.scaled_dot_product_attention(*part) for part in parts])
 
 
 def attend_fully(query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent) -> Tensor:

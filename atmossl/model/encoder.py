@@ -41,11 +41,13 @@ class Plan:
     pairs: tuple[Pairs, ...]
 
     @classmethod
-    def of(cls, latents: Mapping[str, Latent]) -> "Plan":
-        """A stream that is absent is left out of the coupling."""
+    def of(cls, latents: Mapping[str, Latent], *, together: bool) -> "Plan":
+        """`together`: streams that are alike are one batch. A stream that is absent is left out of
+        the coupling."""
         places = {name: latent.place for name, latent in latents.items()}
+        sorted_names = alike(latents) if together else tuple((name,) for name in latents)
         groups = tuple(
-            Group(names, Place.joined([places[name] for name in names])) for names in alike(latents)
+            Group(names, Place.joined([places[name] for name in names])) for names in sorted_names
         )
         pairs = []
         for number, group in enumerate(groups):

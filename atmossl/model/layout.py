@@ -70,7 +70,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def alike(latents: Mapping[str, Latent]) -> tuple[tuple[str, ...], ...]:
-    """The streams' names, those together whose latents can be one batch."""
+    """The streams' names, those together whose latents have the same shapes."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, x in latents.items():
         place = x.place

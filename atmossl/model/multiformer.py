@@ -128,7 +128,8 @@ class Multiformer(nn.Module):
             assert stream.given is not None, "collate the view first: token indices are missing"
             given[name], layers[name] = stream.given, []
             latents[name] = self._embed(stream, stream.given)
-        plan = Plan.of(latents)
+        # a CPU is busy with one stream, and would only copy; a GPU waits for launches
+        plan = Plan.of(latents, together=view.streams[0].source.device.type != "cpu")
         batches = plan.batches(latents)
         for layer in self.encoder:
             batches = layer(batches, plan)

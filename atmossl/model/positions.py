@@ -41,8 +41,8 @@ def absolute_features(grid: TokenGrid) -> Float[Tensor, "batch token feature"]:
     lon_rad, lat_rad = torch.deg2rad(lon), torch.deg2rad(lat)
     year = 2 * math.pi * (hours % grid.year_hours) / grid.year_hours
     solar = 2 * math.pi * (hours % HOURS_PER_DAY) / HOURS_PER_DAY + lon_rad
-    waves = torch.tensor(_WAVENUMBERS, device=lon.device, dtype=lon_rad.dtype)
-    angles = torch.cat([lon_rad[..., None] * waves, lat_rad[..., None] * waves], dim=-1)
+    # by numbers, not by a tensor of them, whose way to a device would be waited for
+    angles = torch.stack([x * n for x in (lon_rad, lat_rad) for n in _WAVENUMBERS], dim=-1)
     zonal_scale = torch.cos(lat_rad)
     cyclic = torch.stack([year, solar], dim=-1)
     height = torch.log(level.clamp_min(1.0) / 500.0)

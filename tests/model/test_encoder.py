@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from atmossl.batch import TokenIndex
 from atmossl.model import linear
@@ -58,7 +59,7 @@ def one_by_one(blocks: EncoderLayer, streams: dict[str, Latent]) -> dict[str, to
 
 
 def compare(blocks: EncoderLayer, streams: dict[str, Latent]) -> Plan:
-    plan = Plan.of(streams)
+    plan = Plan.of(streams, together=True)
     together = dict(plan.streams(blocks(plan.batches(streams), plan)))
     expected = one_by_one(blocks, streams)
     assert together.keys() == expected.keys()
@@ -118,3 +119,19 @@ def test_joined_indices_are_those_of_one_batch(counts: tuple[int, int]) -> None:
     if all(counts):
         assert torch.equal(found.frames.kept, expected.frames.kept)
         assert torch.equal(found.frames.slot, expected.frames.slot)
+
+
+def test_three_streams_take_no_more_products_than_two(monkeypatch) -> None:
+    """Counted by operation, as a GPU would launch them: alike streams share them all."""
+    monkeypatch.setattr(linear, "_batched", lambda *_: True)
+    counts = []
+    for names in (("air", "wind"), ("air", "wind", "humidity")):
+        streams, blocks = latents((144, 144), names), layer()
+        plan = Plan.of(streams, together=True)
+        batches = plan.batches(streams)
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            blocks(batches, plan)
+        calls = {event.key: event.count for event in recorded.key_averages()}
+        fused = [n for name, n in calls.items() if name == "aten::scaled_dot_product_attention"]
+        counts.append((calls["aten::baddbmm"], sum(fused), "aten::addmm" in calls))
+    assert counts == [(7, 2, False)] * 2

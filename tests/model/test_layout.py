@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from atmossl.batch import TokenIndex
-from atmossl.model.attention import attend_factorised, attend_in_windows, attend_temporally
+from atmossl.model import attention
+from atmossl.model.attention import (
+    attend,
+    attend_factorised,
+    attend_in_windows,
+    attend_temporally,
+)
 from atmossl.model.blocks import GatedConvolution
 from atmossl.model.layout import Latent, Place, from_frames, gather, scatter, to_frames
 
@@ -132,6 +138,16 @@ def test_attention_in_windows_is_masked_attention(
         rate,
         periodic=periodic,
     )
+
+
+def test_more_samples_than_a_gpu_launches_at_once_are_split(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 7, 2, 20, 8, dtype=torch.float64, generator=generator)
+    valid = torch.rand(7, 20, generator=generator) < 0.5
+    expected = [attend(query, key, value, present) for present in (None, valid)]
+    monkeypatch.setattr(attention, "_MOST_ROWS", 3)
+    for present, at_once in zip((None, valid), expected, strict=True):
+        torch.testing.assert_close(attend(query, key, value, present), at_once)
 
 
 def test_shifted_windows_cross_the_seam_where_the_circle_closes() -> None:
