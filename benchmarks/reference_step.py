@@ -105,9 +105,10 @@ class PlainLayer(nn.Module):
 
     def forward(self, batches: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
         streams = dict(plan.streams(batches))
-        normed = {
-            name: Latent(self.blocks[name].norm(x.features), x.place) for name, x in streams.items()
-        }
+        normed = {}
+        for name, x in streams.items():
+            block: Any = self.blocks[name]
+            normed[name] = Latent(block.norm(x.features), x.place)
         after = {name: self._block(name, x, normed) for name, x in streams.items()}
         return plan.batches(after)
 

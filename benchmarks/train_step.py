@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from atmossl.batch import Batch
@@ -233,7 +232,7 @@ def top_costs(step: Callable[[], object], device: torch.device, count: int = 8) 
     for event in recorded.key_averages():
         if not on_gpu:
             times[event.key] = event.self_cpu_time_total
-        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+        elif event.device_type.name == "CUDA" and not event.is_user_annotation:
             times[event.key] = event.self_device_time_total
     total = sum(times.values())
     costly = sorted(times, key=lambda name: -times[name])[:count]
