@@ -125,7 +125,7 @@ class DecoderBlock(nn.Module):
         place: Place,
         memory_place: Place,
     ) -> Float[Tensor, "batch query feature"]:
-        """Tensors come and go bare, for FSDP looks for them in arguments and results."""
+        """`x`: the queries. Tensors come and go bare, so that FSDP finds them in what comes out."""
         x = x + self.attention(Latent(self.norm(x), place))
         context = Latent(self.memory_norm(memory), memory_place)
         x = x + self.cross(Latent(self.cross_norm(x), place), context)
