@@ -102,8 +102,9 @@ class Grid:
         edges = latitude_edges(self.latitude)
         if np.ptp(np.diff(edges)) > _TOLERANCE_DEG:
             raise ValueError(
-                f"latitude bands of {np.diff(edges).min():g} to {np.diff(edges).max():g} degrees: "
-                "a finer regular grid does not nest in them"
+                f"latitude bands of {np.diff(edges).min():g} to {np.diff(edges).max():g} degrees, "
+                "as those of a Gaussian grid or of rows on the poles: a finer regular grid does "
+                "not nest in them; regrid to bands of one height"
             )
         count = len(self.latitude) * factor
         height, width = (edges[-1] - edges[0]) / count, self.longitude_spacing / factor

@@ -197,6 +197,7 @@ def _finish(partial: Path, output: Path, progress: _Progress) -> None:
     packed = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         with xr.open_zarr(partial, consolidated=False, decode_timedelta=True) as store:
+            store = store[sorted(map(str, store.data_vars))]  # folders are listed in any order
             if output.suffix == ".nc":
                 plain = store.drop_encoding()
                 plain.to_netcdf(packed, engine="netcdf4", encoding=encoding(plain))

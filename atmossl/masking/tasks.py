@@ -5,6 +5,7 @@ and writes. A region that would cut through the tokens of a stream in time is re
 streams hide the same air. Tasks that hide places or variables are in `masking.places`.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -361,6 +362,15 @@ class Downscaling(Task):
     @property
     def align(self) -> int:
         return self.factor
+
+    def check(self, grid: Grid) -> None:
+        if any(size % self.factor for size in grid.shape):
+            common = math.gcd(*grid.shape)
+            valid = [factor for factor in range(2, common + 1) if common % factor == 0]
+            raise ValueError(
+                f"task.factor={self.factor} does not divide the store's {grid.shape[0]} x "
+                f"{grid.shape[1]} cells; valid: {valid}"
+            )
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         del step_hours

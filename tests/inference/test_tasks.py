@@ -1,5 +1,6 @@
 """What every task shows the network, what it writes, and how members go on in a rollout."""
 
+from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 
@@ -9,6 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from atmossl.geometry import gaussian_latitudes
 from atmossl.inference.predict import Predictor
 from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
@@ -115,6 +117,7 @@ def test_cross_variable_hides_one_stream_and_needs_no_value_of_it() -> None:
         (Forecast(48, 30), "rollout_time"),
         (Hindcast(30), "lead_time"),
         (TemporalInterpolation(6, steps=(0, 1)), "valid: 1 to 3"),
+        (Downscaling(3), r"task\.factor=3 does not .* 8 x 16 cells; valid: \[2, 4, 8\]"),
         (Inpainting((LatLonBox(10.0, 10.5, 0, 360),)), "no cell"),
         (Counterfactual(Forecast(6), shift_lat=45.0), "across a pole"),
     ],
@@ -279,10 +282,22 @@ def test_a_coarse_store_gives_what_coarsening_gives() -> None:
     coarse = predictor(Downscaling(2, coarse_input=True), model, store=coarse_store())
     assert coarse.grid.matches(fine.grid)
     np.testing.assert_allclose(members_of(coarse, 6), members_of(fine, 6), atol=5e-5)
-    lat = coarse_store().assign_coords(latitude=[-80.0, -20.0, 21.0, 80.0])
-    uneven = predictor(Downscaling(2, coarse_input=True), model, store=lat)
-    with pytest.raises(ValueError, match="does not nest"):
+
+
+@pytest.mark.parametrize(
+    "latitude", [gaussian_latitudes(4)[0], np.linspace(-90, 90, 4)], ids=["gaussian", "poles"]
+)
+def test_a_coarse_store_in_which_no_even_grid_nests_is_refused(latitude: np.ndarray) -> None:
+    """Bands between rows of a Gaussian grid, or of one with rows on the poles, differ in height;
+    the same rows coarsened from a fine store are no trouble."""
+    task, model = Downscaling(2, coarse_input=True), Known(attrgetter("source"), (0.0,))
+    uneven = predictor(task, model, store=coarse_store().assign_coords(latitude=latitude))
+    with pytest.raises(ValueError, match=r"coarse_input: .* degrees.*does not nest.*of one height"):
         run_at(uneven, 6)
+    fine = STORE.assign_coords(latitude=gaussian_latitudes(8)[0])
+    (part,) = predictor(replace(task, coarse_input=False), model, store=fine,
+                        window=(5, 8, 8)).parts([STORE.time.values[6]])  # fmt: skip
+    assert part.departure["temperature"] < 1e-8
 
 
 def test_consistency_is_measured_and_enforced() -> None:

@@ -14,6 +14,12 @@ import xskillscore
 import zarr
 from compliance_checker.runner import CheckSuite, ComplianceChecker
 
+from atmossl.evaluation.alignment import case_times, truth_for
+from atmossl.evaluation.baselines import climatology_at
+from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.forecasts import canonical_forecast
+from atmossl.evaluation.scores import AnomalyCorrelation, FairCrps, Rmse
+from atmossl.evaluation.verify import verify
 from atmossl.inference.blend import Part
 from atmossl.inference.layout import Layout
 from atmossl.inference.predict import Predictor
@@ -155,44 +161,58 @@ def test_cfgrib_reads_what_is_written_as_grib(tmp_path: Path) -> None:
         write(forecaster(Hindcast(12)), times_of(used), tmp_path / "past.grib2")
 
 
-def test_libraries_score_the_output_as_we_do(tmp_path: Path) -> None:
-    """RMSE of the mean and CRPS by `scores` and `xskillscore`, from the file, against the formulas
-    written out."""
-    used = forecaster(Forecast(6))
-    write(used, times_of(used), tmp_path / "out.zarr")
-    forecast = opened(tmp_path / "out.zarr")["temperature"].isel(lead_time=0).astype(float)
-    truth = STORE["temperature"].isel(time=slice(5, 9)).astype(float)
-    truth = truth.rename(time="init_time").assign_coords(init_time=forecast.init_time)
-    truth = truth.assign_coords(latitude=forecast.latitude, longitude=forecast.longitude)
-    weights = xr.DataArray(used.grid.weights, coords={"latitude": forecast.latitude})
-    mean, dims = forecast.mean("member"), ["init_time", "latitude", "longitude"]
-    everywhere = weights * xr.ones_like(truth.isel(level=0))
-    rmse = np.sqrt((((mean - truth) ** 2) * weights).mean(dims))
-    xr.testing.assert_allclose(
-        rmse, scores.continuous.rmse(mean, truth, reduce_dims=dims, weights=weights)
-    )
-    xr.testing.assert_allclose(
-        rmse,
-        xskillscore.rmse(mean, truth, dim=dims, weights=everywhere),
-    )
-    members = forecast.transpose("member", ...).values
-    crps = np.abs(
-        members
-        - truth.transpose(*forecast.dims[:1], ...)
-        .transpose(*[d for d in forecast.dims if d != "member"])
-        .values
-    ).mean(axis=0)
-    crps = crps - np.abs(members[:, None] - members[None]).mean(axis=(0, 1)) / 2
-    found = xskillscore.crps_ensemble(truth, forecast, member_dim="member", dim=[])
-    np.testing.assert_allclose(
-        found.transpose(*[d for d in forecast.dims if d != "member"]), crps, atol=1e-9
-    )
-    ensemble = scores.probability.crps_for_ensemble(
-        forecast, truth, "member", method="ecdf", preserve_dims="all"
-    )
-    np.testing.assert_allclose(
-        ensemble.transpose(*[d for d in forecast.dims if d != "member"]), crps, atol=1e-9
-    )
+@pytest.mark.parametrize("suffix", [".zarr", ".nc", ".grib2"])
+def test_libraries_score_the_written_file_as_we_do(tmp_path: Path, suffix: str) -> None:
+    """RMSE, ACC and fair CRPS of our table against two libraries, all from the file."""
+    used, path = forecaster(Forecast(12)), tmp_path / f"out{suffix}"
+    write(used, times_of(used), path)
+    raw = opened(path) if suffix != ".grib2" else opened_grib(path)
+    forecast = canonical_forecast(raw, path.name).astype(float)
+    climate = Climate.of([STORE], quantiles=(0.05, 0.95))
+    scored = (Rmse(), AnomalyCorrelation(), FairCrps())
+    rng = np.random.default_rng(0)
+    table = verify(forecast, STORE, {}, climate, task="forecast", rng=rng, scores=scored)
+    keys = ["variable", "level", "lead_hours", "score"]
+    ours = table.set_index(keys)["value"].to_xarray()
+    for name in NAMES:
+        field = forecast[name]
+        cells, cases = ["latitude", "longitude"], {"preserve_dims": ["level", "lead_time"]}
+        truth = truth_for(forecast, STORE)[name].astype(float).transpose(
+            *(dim for dim in field.dims if dim != "member")
+        )  # fmt: skip
+        weights = xr.DataArray(used.grid.weights, coords={"latitude": forecast.latitude})
+        mean, case = field.mean("member"), truth.isel(level=0, lead_time=0, drop=True)
+        whole = weights * xr.ones_like(case)  # [init_time latitude longitude]
+        ensemble = scores.probability.crps_for_ensemble(
+            field, truth, "member", method="fair", weights=weights, **cases
+        )
+        one = {"dim": ["init_time", *cells], "weights": whole}
+        away = xskillscore.mae(field, truth.broadcast_like(field), **one).mean("member")
+        crude = xskillscore.crps_ensemble(truth, field, dim=[]).weighted(weights)
+        crude = crude.mean(one["dim"])  # members also against themselves
+        count = field.sizes["member"]
+        normal = climatology_at(climate.mean[[name]], case_times(forecast))[name]
+        one_case = {"dim": cells, "weights": whole.isel(init_time=0, drop=True)}
+        correlation = xskillscore.pearson_r(mean - normal, truth - normal, **one_case)
+        found = {
+            "rmse": (
+                scores.continuous.rmse(mean, truth, weights=weights, **cases),
+                xskillscore.rmse(mean, truth, **one),
+            ),
+            "crps": (ensemble, away - (away - crude) * count / (count - 1)),
+            "acc": (correlation.mean("init_time"),),
+        }
+        for score, by_library in found.items():
+            expected = ours.sel(variable=name, score=score, drop=True)
+            for theirs in by_library:
+                theirs = theirs.transpose("level", "lead_time").sortby("level")
+                np.testing.assert_allclose(theirs, expected, rtol=1e-6, err_msg=score)
+
+
+def opened_grib(path: Path) -> xr.Dataset:
+    cfgrib = pytest.importorskip("cfgrib")
+    read = cfgrib.open_dataset(path, backend_kwargs={"indexpath": ""})
+    return read.rename(t="temperature", u="u_component_of_wind").load()
 
 
 def test_streams_on_other_levels_share_a_level_axis(tmp_path: Path) -> None:
