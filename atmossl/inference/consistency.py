@@ -27,7 +27,7 @@ class CoarseCells:
         self, fields: dict[str, np.ndarray], segment: Segment, step: int, rows: slice
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """The fields [step member level lat lon] of some rows, corrected if the task says so, and
-        per variable the mean square of what their coarse cells lacked of the given ones."""
+        per variable the mean square of what their coarse cells lack of the given ones then."""
         factor = self.task.factor
         weight = torch.from_numpy(self.grid.weights[rows]).float()
         corrected, departure = {}, {}
@@ -35,11 +35,12 @@ class CoarseCells:
             fine = torch.from_numpy(values)
             given = self._given(name, segment, step, rows, weight)
             missing = given - coarsen(fine, weight, factor)
+            if self.task.consistent:
+                fine = fine + repeat_coarse(missing, factor)
+                missing = given - coarsen(fine, weight, factor)
             area = weight.unflatten(0, (-1, factor)).sum(1)
             mean_square = (missing.double() ** 2 * area[:, None]).mean() / area.mean()
             departure[name] = float(mean_square)
-            if self.task.consistent:
-                fine = fine + repeat_coarse(missing, factor)
             corrected[name] = fine.numpy()
         return corrected, departure
 
