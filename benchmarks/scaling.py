@@ -8,8 +8,8 @@ over the most that tensors take in two steps; `memory_estimate_over_resident`: o
 grows by, libraries' workspaces included. `weak_efficiency_2_ranks`: time of a step on one rank with
 one thread over that of two gloo ranks with one each and twice the batch, by the clock on the wall,
 so the machine must be idle. `bytes_over_minimum`: bytes that a rank hands to all-reduce in a step
-over those of its gradients. `projection` extends this to many GPUs by assumed rates; it is no
-measurement.
+over those of its gradients. `projection` extends this to many GPUs by assumed rates
+(`benchmarks.projection`); it is no measurement.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from queue import Empty
 from typing import Any
 
@@ -38,6 +39,7 @@ from atmossl.model.attention import Attention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.preflight import estimate, sample_batch, window_of_zeros
+from benchmarks.projection import Cluster, Step, table
 from benchmarks.report import finish
 from benchmarks.train_step import configuration, in_turns, training_step
 
@@ -46,6 +48,12 @@ _GRIDS = ((4, 8, 8), (4, 8, 16), (8, 8, 16), (8, 16, 16), (8, 16, 32))  # 1x to 
 _KINDS: dict[Attention, int] = {"full": 1, "factorised": 1, "windowed": 1, "temporal": 3}
 _RUN = ("experiment=quickstart", "optimizer=adamw", "optimizer.warmup_steps=1", "data.batch_size=4")
 _GPUS = (8, 64, 512)
+_PROJECTED = ("experiment=arco_large", "trainer.devices=1")
+_DEVICE_FLOPS = 4e14  # a recent GPU's in bfloat16, as far as large products reach it
+_CLUSTERS = {
+    "eight adapters of 400 Gbit/s per node": Cluster(8, 4e11, 8 * 5e10, 1e-6, 5e-6),
+    "one adapter of 200 Gbit/s per node": Cluster(8, 4e11, 2.5e10, 1e-6, 5e-6),
+}
 
 
 def tokens_batch(grid: tuple[int, int, int]) -> tuple[StreamSpec, Batch]:
@@ -182,22 +190,24 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def projection(
-    *, parameters: float, flops: float, device_flops: float, bandwidth: float, latency: float
-) -> dict[str, dict[str, float]]:
-    """Projected weak-scaling efficiency. A ring hands 2 (n - 1) / n of the gradients' bytes to the
-    network for DDP; FSDP2 gathers bfloat16 weights twice and scatters gradients once, together
-    (2 + 2 + 4) / 8 of the same. Communication hides behind the backward pass, two thirds of a step.
-    """
-    step = flops / device_flops
-    table: dict[str, dict[str, float]] = {}
-    for name, factor in (("ddp", 2 * 4.0), ("fsdp2", 2.0 + 2.0 + 4.0)):
-        table[name] = {}
-        for count in _GPUS:
-            ring = factor * parameters * (count - 1) / count / bandwidth
-            exposed = max(0.0, ring + latency * math.log2(count) - 2 / 3 * step)
-            table[name][str(count)] = round(step / (step + exposed), 3)
-    return table
+def projection(bytes_over_minimum: float) -> dict[str, Any]:
+    """Weak-scaling efficiency of the large model on nodes of eight GPUs, by network."""
+    cost = estimate(configuration(_PROJECTED)).cost
+    step = Step(
+        seconds=cost.flops / _DEVICE_FLOPS,
+        parameters=sum(cost.parameters.values()),
+        units=len(cost.units) + 1,  # and the rest
+        overhead=bytes_over_minimum,
+    )
+    return {
+        "by_network": {name: table(step, cluster, _GPUS) for name, cluster in _CLUSTERS.items()},
+        "assumed": {
+            "run": _PROJECTED,
+            "device_flops_per_s": _DEVICE_FLOPS,
+            "clusters": {name: asdict(cluster) for name, cluster in _CLUSTERS.items()},
+        },
+        "step": asdict(step),
+    }
 
 
 def main() -> None:
@@ -216,11 +226,7 @@ def main() -> None:
     together = in_process(measure_ranks, free_port(), repeats, ranks=2)
     figures["weak_efficiency_2_ranks"] = round(alone / max(t for t, _ in together), 3)
     figures["bytes_over_minimum"] = round(together[0][1], 4)
-    assumed = {
-        "parameters": 1e9, "flops": 6e9 * 4320 * 4, "device_flops": 4e14, "bandwidth": 2.5e10,
-        "latency": 2e-5,
-    }  # fmt: skip
-    figures["projection"] = projection(**assumed) | {"assumed": assumed}
+    figures["projection"] = projection(figures["bytes_over_minimum"])
     finish("scaling", figures)
 
 
