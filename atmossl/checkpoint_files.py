@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,27 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     remove(partial)
-    write(partial)
-    publish(partial, path)
+    try:
+        write(partial)
+        publish(partial, path)
+    except BaseException:
+        with suppress(OSError):  # half a file would keep a full disk full
+            remove(partial)
+        raise
+
+
+def save_contents(contents: Any, path: Path) -> None:
+    """Write tensors and plain values as one file.
+
+    Raises:
+        OSError: in the system's words; torch says of a full disk only that a position is off.
+    """
+    try:
+        torch.save(contents, path)
+    except RuntimeError as error:
+        with path.open("ab", buffering=0) as file:  # asks once more
+            file.write(bytes(2**20))
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def publish(partial: Path, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: train, predict, calibrate, evaluate, data, config, info."""
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from atmossl.data.catalog import find_file
+from atmossl.lineage import end_with_parent, is_started_by_first_rank
 
 _USAGE = """atmossl COMMAND [key=value ...]
 
@@ -87,6 +89,8 @@ def _to_plain(config: Any) -> dict[str, Any]:
 def _train(arguments: Sequence[str]) -> None:
     from atmossl.commands import train
 
+    if is_started_by_first_rank(os.environ):
+        end_with_parent()
     if not {"-m", "--multirun"} & set(arguments):
         train(compose_config("train", arguments))
         return

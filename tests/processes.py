@@ -1,7 +1,9 @@
 """Training in processes of its own: started fast, killed for real, several ranks together."""
 
+import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -33,9 +35,20 @@ def stub(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def kill_at_batch(number: int) -> None:
-    """SIGKILL this process in its training batch of that number, before its backward pass."""
-    signal_at_batch(number, signal.SIGKILL)
+def kill_at_batch(number: int, children: Path | None = None) -> None:
+    """SIGKILL this process in its training batch of that number, before its backward pass.
+
+    children: where to note the ids of the processes that it has started by then.
+    """
+    signal_at_batch(number, signal.SIGKILL, children)
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process that is more than its parent's memory of it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def kill_at_commit(number: int) -> None:
@@ -54,7 +67,12 @@ def kill_at_commit(number: int) -> None:
     strategies.publish = counted
 
 
-def signal_at_batch(number: int, sent: int) -> None:
+def full_disk(size: int) -> None:
+    """No file of this process can grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def signal_at_batch(number: int, sent: int, children: Path | None = None) -> None:
     from atmossl.training.module import TrainingModule
 
     step, count = TrainingModule.training_step, 0
@@ -63,6 +81,9 @@ def signal_at_batch(number: int, sent: int) -> None:
         nonlocal count
         count += 1
         if count == number:
+            if children is not None:
+                started = [process.pid for process in multiprocessing.active_children()]
+                children.write_text(json.dumps(started))
             os.kill(os.getpid(), sent)
         return step(self, batch, batch_idx)
 
@@ -76,8 +97,9 @@ def _main(
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), 1)
+    for number, file in ((1, os.devnull), (2, environment.get("ERRORS"))):
+        if file is not None:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     from atmossl.cli import main
 
     if before is not None:
@@ -109,7 +131,7 @@ def run_ranks(
 ) -> list[int]:
     """Exit codes of several ranks that train together over gloo, as torchrun would start them.
 
-    before: what only rank 0 calls.
+    before: what only rank 0 calls. What rank N says of errors goes to `errors-N` in the cache.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,6 +143,7 @@ def run_ranks(
             before=before if rank == 0 else None,
             RANK=str(rank),
             LOCAL_RANK=str(rank),
+            ERRORS=str(cache / f"errors-{rank}"),
             WORLD_SIZE=str(ranks),
             GROUP_RANK="0",
             LOCAL_WORLD_SIZE=str(ranks),

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from atmossl.batch import Batch, collate_views
 from atmossl.data.transfer import Packed
+from atmossl.lineage import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ def worker_context() -> Any:
     return context
 
 
+def _start_worker(number: int) -> None:
+    """A worker's parent is the server that forked it, which ends with the training process."""
+    del number
+    end_with_parent()
+
+
 Together = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
@@ -64,7 +71,7 @@ class WindowLoader(DataLoader):
         together: Together = list,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, worker_init_fn=_start_worker, **kwargs)
         self._describe = describe
         self._accumulate = accumulate
         self._together = together

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -20,8 +19,10 @@ from atmossl.checkpoint_files import (
     link_atomically,
     read_contents,
     remove,
+    save_contents,
     write_atomically,
 )
+from atmossl.training.distributed import failing_together
 from atmossl.training.strategies import ShardedStrategy
 
 
@@ -30,9 +31,12 @@ class AtomicCheckpointIO(CheckpointIO):
 
     asynchronous: copy the tensors to the host, then write while training goes on; the next save
         waits for the one before.
+    Only the first rank saves, so what goes wrong is raised by `wait` alone, where all ranks can be
+    told of it.
     """
 
     def __init__(self, *, asynchronous: bool) -> None:
+        self.asynchronous = asynchronous
         self._pool = ThreadPoolExecutor(1) if asynchronous else None
         self._pending: Future | None = None
 
@@ -40,14 +44,12 @@ class AtomicCheckpointIO(CheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         del storage_options
-        if self._pool is None:
-            write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
-            return
         self.wait()
+        if self._pool is None:
+            self._pending = _done(lambda: _write(checkpoint, Path(path)))
+            return
         copied = pytree.tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), checkpoint)
-        self._pending = self._pool.submit(
-            write_atomically, Path(path), lambda partial: torch.save(copied, partial)
-        )
+        self._pending = self._pool.submit(_write, copied, Path(path))
 
     def wait(self) -> None:
         """Return when everything is written; raises what went wrong while writing."""
@@ -69,6 +71,20 @@ class AtomicCheckpointIO(CheckpointIO):
         self.wait()
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _write(contents: dict[str, Any], path: Path) -> None:
+    write_atomically(path, lambda partial: save_contents(contents, partial))
+
+
+def _done(work: Callable[[], None]) -> Future:
+    """The result of work that is done now, or why it failed."""
+    future: Future = Future()
+    try:
+        future.set_result(work())
+    except OSError as error:
+        future.set_exception(error)
+    return future
 
 
 class KeepCheckpoints(L.Callback):
@@ -121,7 +137,7 @@ class KeepCheckpoints(L.Callback):
         if score is not None and (self.best is None or float(score) < self.best):
             self.best = float(score)
             if self.healthy():
-                trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+                self._write(trainer, self.folder / "best.ckpt")
         if trainer.global_step % self.interval == 0:
             self.save(trainer)
 
@@ -134,21 +150,27 @@ class KeepCheckpoints(L.Callback):
         """Save the present state once, and remove what is older than the newest `keep`."""
         if trainer.global_step == self._saved or not self.healthy():
             return
-        path = self.folder / f"step-{trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        self._write(trainer, self.folder / f"step-{trainer.global_step}.ckpt")
         self._saved = trainer.global_step
-        if trainer.is_global_zero:
-            self._tidy()
+
+    def _write(self, trainer: L.Trainer, path: Path) -> None:
+        """Save, once the checkpoint before is on the disk. All ranks fail if one of them does."""
+        self.settle(trainer)
+        trainer.save_checkpoint(path, weights_only=False)
+        io = trainer.strategy.checkpoint_io
+        if not (isinstance(io, AtomicCheckpointIO) and io.asynchronous):
+            self.settle(trainer)
 
     def settle(self, trainer: L.Trainer) -> None:
-        """Return when the last checkpoint is on the disk."""
+        """Return on all ranks when the last checkpoint is on the disk."""
         strategy, io = trainer.strategy, trainer.strategy.checkpoint_io
         if isinstance(strategy, ShardedStrategy):
             strategy.wait_for_checkpoint()
-        if isinstance(io, AtomicCheckpointIO):
-            io.wait()
-        if trainer.is_global_zero:
-            self._tidy()
+        with failing_together(f"saving in {self.folder}"):
+            if isinstance(io, AtomicCheckpointIO):
+                io.wait()
+            if trainer.is_global_zero:
+                self._tidy()
 
     def _tidy(self) -> None:
         steps = [path for path in checkpoints_in(self.folder) if path.name != "best.ckpt"]

@@ -1,6 +1,7 @@
-"""Tensors that may be spread over ranks, seen as whole ones."""
+"""What ranks have in common: tensors spread over them, seen as whole ones, and failures."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,30 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Te
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.masked_fill_(bad, 0.0)
     return norm
+
+
+@contextmanager
+def failing_together(doing: str) -> Generator[None]:
+    """Make what goes wrong on some rank go wrong on all of them, after the block: ranks would wait
+    for ever for one that has left. In the block there must be no collective.
+
+    Raises:
+        OSError: on every rank, with the first failing rank's number and words.
+    """
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    told = None if failure is None else failure.strerror or str(failure)
+    words: list[str | None] = [told]
+    if dist.is_initialized():
+        words = [None] * dist.get_world_size()
+        dist.all_gather_object(words, told)
+    for rank, found in enumerate(words):
+        if found is not None:
+            where = f" on rank {rank}" if len(words) > 1 else ""
+            raise OSError(f"{doing} failed{where}: {found}") from failure
 
 
 def random_states() -> list[dict[str, Tensor]]:

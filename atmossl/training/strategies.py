@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,7 +37,9 @@ from atmossl.checkpoint_files import (
     publish,
     read_contents,
     remove,
+    save_contents,
 )
+from atmossl.training.distributed import failing_together
 
 CheckpointFormat = Literal["file", "sharded"]
 
@@ -143,22 +146,22 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         self.wait_for_checkpoint()
         partial = partial_path(path)
-        if self.is_global_zero:
-            remove(partial)
-            partial.mkdir(parents=True)
-        self.barrier()
         tensors = {"state_dict": checkpoint.pop("state_dict")}
         states = checkpoint.pop("optimizer_states", [])
         tensors |= {f"optimizer_{number}": state for number, state in enumerate(states)}
-        if self.is_global_zero:
-            torch.save(checkpoint, partial / METADATA)
+        with failing_together(f"saving {path}"):
+            if self.is_global_zero:
+                remove(partial)
+                partial.mkdir(parents=True)
+                save_contents(checkpoint, partial / METADATA)
         if self._pool is not None:
             self._save_later(tensors, partial, path)
             return
-        save(tensors, checkpoint_id=partial)
-        if self.is_global_zero:
-            publish(partial, path)
-        self.barrier()
+        with as_system_error():
+            save(tensors, checkpoint_id=partial)
+        with failing_together(f"saving {path}"):
+            if self.is_global_zero:
+                publish(partial, path)
 
     def _save_later(self, tensors: dict[str, Any], partial: Path, path: Path) -> None:
         """Copy to the host now, write in a thread; the first rank's is done after all others'."""
@@ -169,7 +172,8 @@ class ShardedStrategy(ModelParallelStrategy):
         assert isinstance(written, Future)
 
         def commit() -> None:
-            written.result()
+            with as_system_error():
+                written.result()
             if self.is_global_zero:
                 publish(partial, path)
 
@@ -179,8 +183,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """Return on all ranks when the last checkpoint is on the disk; raises what went wrong."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
-            self.barrier()
+            with failing_together("saving a checkpoint"):
+                pending.result()
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -215,6 +219,17 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done in `load_checkpoint`."""
+
+
+@contextmanager
+def as_system_error() -> Generator[None]:
+    """Torch tells all ranks what failed on some of them, but as what is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        words = f"rank {rank} could not write its shards; is the disk full? {reason}"
+        raise OSError(words) from error
 
 
 def choose_strategy(

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from atmossl.checkpoint_files import read_contents
+from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.training.curves import read_metrics
-from tests.processes import CONTEXT, HANGS_AFTER_SECONDS, run, run_ranks, training
+from tests.processes import CONTEXT, HANGS_AFTER_SECONDS, full_disk, run, run_ranks, training
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 GLOBAL_BATCH = 4
@@ -110,6 +110,26 @@ def test_what_two_sharded_ranks_saved_goes_on_on_one_and_back(cache: Path) -> No
         off = (two["state_dict"][name] - expected).double().square().mean().sqrt()
         assert float(off) < 1e-4, name
     np.testing.assert_allclose(column(moved, "train/loss"), column(whole, "train/loss"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_full_disk_on_one_rank_ends_all_of_them_with_its_words(
+    kind: str, cache: Path, tmp_path: Path
+) -> None:
+    """Rank 0 alone cannot write the first checkpoint; the other one must not wait for it."""
+    sharded = ("trainer.checkpoint_format=sharded",) if kind == "fsdp" else ()
+    folder = cache / f"full-{kind}"
+    started = arguments(
+        folder, 2, f"trainer.strategy={kind}", *sharded, "trainer.checkpoint_interval=1",
+        "trainer.max_steps=3", "logger.tensorboard=false",
+    )  # fmt: skip
+    store = {"ATMOSSL_CACHE": str(cache)}
+    codes = run_ranks(started, 2, cache=tmp_path, before=(full_disk, (50_000,)), **store)
+    assert codes == [1, 1]
+    one, two = ((tmp_path / f"errors-{rank}").read_text().splitlines()[-1] for rank in (0, 1))
+    assert one == two and one.startswith("atmossl train: ") and "rank 0" in one
+    assert ("File too large" if kind == "ddp" else "disk full") in one
+    assert checkpoints_in(folder / "checkpoints") == []
 
 
 def muon_steps(folder: Path, rank: int, ranks: int) -> None:

@@ -1,7 +1,9 @@
 """A run that is killed and resumed again and again ends as the unbroken one, bit for bit."""
 
+import json
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.curves import read_metrics
-from tests.processes import kill_at_batch, kill_at_commit, run, training
+from tests.processes import is_alive, kill_at_batch, kill_at_commit, run, training
 
 pytestmark = pytest.mark.e2e
 STEPS, ACCUMULATE, INTERVAL = 14, 2, 3
@@ -50,9 +52,13 @@ def test_a_run_killed_at_random_steps_ends_as_the_unbroken_one(tmp_path: Path) -
     rng = random.Random(0)  # within [one checkpoint further, before the end]
     for number, more in enumerate(([], ["resume=auto"], ["resume=auto", "data.num_workers=1"])):
         at = rng.randint(INTERVAL * ACCUMULATE + 1, (INTERVAL + 1) * ACCUMULATE)
-        before = (kill_at_batch, (at,))
+        before = (kill_at_batch, (at, tmp_path / "children"))
         code = run(arguments(broken, *more), cache=tmp_path, before=before)
         assert code == -signal.SIGKILL
+        workers = json.loads((tmp_path / "children").read_text())
+        assert len(workers) == (number == 2)
+        time.sleep(0.5 * len(workers))  # torch's own watch would take 5 s
+        assert not any(map(is_alive, workers))
         newest = checkpoints_in(broken / "checkpoints")[0]
         assert newest.name == f"step-{(number + 1) * INTERVAL}.ckpt"
         if number == 1:
