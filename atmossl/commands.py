@@ -292,7 +292,9 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
         ValueError: `check`, and the run does not fit; with advice.
     """
     config: TrainConfig = parse(TrainConfig, _plain(values))
-    found, rate = estimate(config), _matmul_rate(config)
+    wanted, here = config.trainer.accelerator, torch.cuda.is_available()
+    on_host = wanted == "cpu" or (wanted == "auto" and not here and memory_gib is None)
+    found, rate = estimate(config, on_host=on_host), _matmul_rate(config)
     cost, memory = found.cost, memory_gib or _device_memory_gib()
     table = Table("what", "value", show_header=False)
     rows = {f"parameters of {part}": f"{count:,}" for part, count in cost.parameters.items()}
@@ -311,17 +313,19 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
         "activations": cost.activations,
     }
     rows |= {f"{kind}, unsharded": _mib(size) for kind, size in kinds.items()}
-    rows[f"memory per device, {config.trainer.strategy}"] = _mib(found.device_bytes)
-    rows["memory of a device"] = f"{memory:.1f} GiB"
+    rows[f"tensors per device, {config.trainer.strategy}"] = _mib(found.device_bytes)
+    what = "process with its libraries" if on_host else "device with its runtime"
+    rows[f"memory of a {what}"] = _mib(found.process_bytes)
+    rows["there is"] = f"{memory:.1f} GiB"
     speed = 0.5 * rate / cost.flops * found.batch_size
     rows["samples/s per device at half this device's rate"] = f"{speed:.3g}"
-    rows["data rate per device then"] = f"{_mib(int(speed * found.bytes_per_sample))}/s"
+    rows["data rate per device then"] = f"{speed * found.bytes_per_sample / 2**20:.3g} MiB/s"
     for key, value in rows.items():
         table.add_row(key, value)
     Console().print(table)
     if found.fits(memory):
         return
-    message = f"needs {_mib(found.device_bytes)} of {memory:.1f} GiB per device; try "
+    message = f"needs {_mib(found.process_bytes)} of {memory:.1f} GiB per device; try "
     message += advice(config, found, memory)
     if check:
         raise ValueError(message)

@@ -1,5 +1,7 @@
 """What a training run will cost, before a device is taken."""
 
+import resource
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +25,18 @@ from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.optimizer import freeze, make_optimizer
 
 _STEP_HOURS = 6.0  # any: a cost does not depend on it
-_RESERVED = 0.9  # of a device's memory; the rest is its runtime's, and fragments
+_GPU_SHARE = 0.9  # of its memory for tensors; the rest is its runtime's, and fragments
+# Of tensors: what malloc keeps of those that were freed. It holds on to blocks of up to 32 MiB, and
+# those of one layer do not fit the holes of another (measured by benchmarks.scaling)
+_HOST_HOLDS = 1.8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """tokens: per sample, by stream. bytes_per_sample: of the fields that a loader reads."""
+    """tokens: per sample, by stream. bytes_per_sample: of the fields that a loader reads.
+
+    device_bytes: of tensors at the peak. on_host: whether the device is a CPU.
+    """
 
     cost: StepCost
     tokens: dict[str, int]
@@ -37,14 +45,35 @@ class Estimate:
     num_devices: int
     device_bytes: int
     batch_size: int
+    on_host: bool
+
+    @property
+    def process_bytes(self) -> int:
+        """Tensors, what the allocator keeps beside them, and the runtime: on the host that of this
+        process, which has loaded what a training process does."""
+        if self.on_host:
+            return resident_bytes() + round(_HOST_HOLDS * self.device_bytes)
+        return round(self.device_bytes / _GPU_SHARE)
+
+    def room(self, memory_gib: float) -> float:
+        """Bytes that tensors may take of a device's memory."""
+        whole = memory_gib * 2**30
+        return (whole - resident_bytes()) / _HOST_HOLDS if self.on_host else _GPU_SHARE * whole
 
     def fits(self, memory_gib: float) -> bool:
-        return self.device_bytes <= _RESERVED * memory_gib * 2**30
+        return self.device_bytes <= self.room(memory_gib)
 
 
-def estimate(config: TrainConfig) -> Estimate:
+def resident_bytes() -> int:
+    """Memory that this process holds at its peak so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def estimate(config: TrainConfig, *, on_host: bool) -> Estimate:
     """Follow one step of the run on shapes alone.
 
+    on_host: whether it will run on a CPU.
     Raises:
         ValueError: `data.window` asks for the whole grid of a store that cannot be opened, or a
             stream's own data cannot.
@@ -85,6 +114,7 @@ def estimate(config: TrainConfig) -> Estimate:
             offloads=config.trainer.cpu_offload,
         ),
         batch_size=size,
+        on_host=on_host,
     )
 
 
@@ -138,7 +168,7 @@ def advice(config: TrainConfig, found: Estimate, memory_gib: float) -> str:
     """What to change so that a run fits, cheapest first."""
     cost, trainer = found.cost, config.trainer
     fixed = found.device_bytes - cost.activations - cost.batch
-    free = _RESERVED * memory_gib * 2**30 - fixed
+    free = found.room(memory_gib) - fixed
     per_sample = (cost.activations + cost.batch) / found.batch_size
     ways = []
     if trainer.precision == "32-true":

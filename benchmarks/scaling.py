@@ -4,8 +4,8 @@
 
 `step_time_exponent_*`: slope of log time over log tokens from 256 to 4096 tokens, CPU seconds of
 the process on one thread (GPU: time). `memory_estimate_over_measured`: the preflight's estimate
-over the most that tensors take in two steps; `memory_estimate_over_resident`: over what the process
-grows by, libraries' workspaces included. `weak_efficiency_2_ranks`: time of a step on one rank with
+over the most that tensors take in two steps; `memory_estimate_over_resident`: its estimate of the
+whole process over what that holds at most. `weak_efficiency_2_ranks`: time of a step on one rank with
 one thread over that of two gloo ranks with one each and twice the batch, by the clock on the wall,
 so the machine must be idle. `bytes_over_minimum`: bytes that a rank hands to all-reduce in a step
 over those of its gradients. `projection` extends this to many GPUs by assumed rates
@@ -15,13 +15,11 @@ over those of its gradients. `projection` extends this to many GPUs by assumed r
 import argparse
 import math
 import multiprocessing
-import os
-import resource
 import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from queue import Empty
 from typing import Any
 
@@ -38,7 +36,7 @@ from atmossl.masking.random import RandomMasking
 from atmossl.model.attention import Attention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
-from atmossl.preflight import estimate, sample_batch, window_of_zeros
+from atmossl.preflight import estimate, resident_bytes, sample_batch, window_of_zeros
 from benchmarks.projection import Cluster, Step, table
 from benchmarks.report import finish
 from benchmarks.train_step import configuration, in_turns, training_step
@@ -124,26 +122,28 @@ def in_process(function: Callable[..., None], *arguments: Any, ranks: int = 1) -
     return found
 
 
+def estimate_memory(queue: Any, rank: int, ranks: int) -> None:
+    """The preflight's bytes of tensors and of the process, without an average of the weights."""
+    del rank, ranks
+    found = estimate(configuration(_RUN), on_host=True)
+    plain = replace(found, device_bytes=found.cost.peak)
+    queue.put((plain.device_bytes, plain.process_bytes))
+
+
 def measure_memory(queue: Any, rank: int, ranks: int) -> None:
     """The most bytes that torch's tensors take from the model's making to the end of the second
-    step, and what the process grows by, which has the libraries' own workspaces in it."""
+    step, and that the process holds, libraries and freed blocks included."""
     del rank, ranks
     torch.set_num_threads(1)
     config = configuration(_RUN)
     batch, objective = sample_batch(config), build_objective(config, {})
-    before = _resident()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step = training_step(build_model(config, {}), objective, batch, torch.float32, fused=True)
         for _ in range(2):
             step()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    held = resident_bytes()
     events = profiler.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
-    queue.put((max(_allocated(events)), grown))
-
-
-def _resident() -> int:
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    queue.put((max(_allocated(events)), held))
 
 
 def _allocated(events: Iterable[Any]) -> Iterator[int]:
@@ -192,7 +192,7 @@ def free_port() -> int:
 
 def projection(bytes_over_minimum: float) -> dict[str, Any]:
     """Weak-scaling efficiency of the large model on nodes of eight GPUs, by network."""
-    cost = estimate(configuration(_PROJECTED)).cost
+    cost = estimate(configuration(_PROJECTED), on_host=False).cost
     step = Step(
         seconds=cost.flops / _DEVICE_FLOPS,
         parameters=sum(cost.parameters.values()),
@@ -218,9 +218,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = growth(device, arguments.repeats)
     ((measured, resident),) = in_process(measure_memory)
-    cost = estimate(configuration(_RUN)).cost
-    figures["memory_estimate_over_measured"] = round(cost.peak / measured, 3)
-    figures["memory_estimate_over_resident"] = round(cost.peak / resident, 3)
+    ((tensors, process),) = in_process(estimate_memory)
+    figures["memory_estimate_over_measured"] = round(tensors / measured, 3)
+    figures["memory_estimate_over_resident"] = round(process / resident, 3)
     repeats = 2 * arguments.repeats
     ((alone, _),) = in_process(measure_ranks, free_port(), repeats)
     together = in_process(measure_ranks, free_port(), repeats, ranks=2)

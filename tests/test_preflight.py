@@ -1,0 +1,52 @@
+"""`atmossl info` says what a run needs, and refuses with advice that helps."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from atmossl import commands
+from atmossl.cli import compose_config, main
+from atmossl.preflight import Estimate, estimate, resident_bytes
+from atmossl.schema import TrainConfig, parse
+
+RUN = (
+    "experiment=quickstart", "model=tiny", "model.num_layers=1", "model.num_decoder_layers=1",
+    "data.window={time: 5, lat: 8, lon: 16}", "trainer.precision=bf16-mixed", "optimizer=adamw",
+    "stream.atmosphere.variables=[temperature]",
+)  # fmt: skip
+
+
+def found(*more: str) -> Estimate:
+    values = compose_config("train", [*RUN, *more])
+    values.pop("hydra", None)
+    config: TrainConfig = parse(TrainConfig, values)
+    return estimate(config, on_host=False)
+
+
+def test_a_run_that_does_not_fit_is_refused_with_advice_that_makes_it_fit(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU with two thirds of the memory that a batch of 16 needs."""
+    whole = found("data.batch_size=16")
+    monkeypatch.setattr(commands, "estimate", lambda *_, **__: whole)
+    enough, lacking = ((share * whole.process_bytes) / 2**30 for share in (1.01, 0.67))
+    arguments = ["info", *RUN, "data.batch_size=16", "trainer.accelerator=gpu", "--check"]
+    assert main([*arguments, f"memory={enough}"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, f"memory={lacking}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "try trainer.recompute=full; or" in told
+    advised = re.findall(r"data\.batch_size=\d+|trainer\.accumulate=\d+", told)
+    assert len(advised) == 2
+    assert found(*advised).fits(lacking)
+
+
+def test_a_process_on_the_host_needs_more_than_its_tensors() -> None:
+    plain = Estimate(None, {}, 0.5, 0, 1, 2**30, 1, on_host=True)  # pyright: ignore
+    libraries = resident_bytes()
+    assert plain.process_bytes >= libraries + 1.5 * 2**30
+    assert plain.fits(1.001 * plain.process_bytes / 2**30)
+    assert not plain.fits(0.99 * plain.process_bytes / 2**30)
+    on_gpu = replace(plain, on_host=False)
+    assert on_gpu.fits(on_gpu.process_bytes / 2**30) and not on_gpu.fits(1.0)
