@@ -5,10 +5,10 @@
 `step_time_exponent_*`: slope of log time over log tokens from 256 to 4096 tokens, CPU seconds of
 the process on one thread (GPU: time). `memory_estimate_over_measured`: the preflight's estimate
 over the most that tensors take in two steps; `memory_estimate_over_resident`: its estimate of the
-whole process over what that holds at most. `weak_efficiency_2_ranks`: time of a step on one rank with
-one thread over that of two gloo ranks with one each and twice the batch, by the clock on the wall,
-so the machine must be idle. `bytes_over_minimum`: bytes that a rank hands to all-reduce in a step
-over those of its gradients. `projection` extends this to many GPUs by assumed rates
+whole process over what that holds at most. `weak_efficiency_2_ranks`: time of a step on one rank
+with one thread over that of two gloo ranks with one each and twice the batch, by the clock on the
+wall, so the machine must be idle. `bytes_over_minimum`: bytes that a rank hands to all-reduce in a
+step over those of its gradients. `projection` extends this to many GPUs by assumed rates
 (`benchmarks.projection`); it is no measurement.
 """
 
