@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,21 @@ def stub(folder: Path, name: str, script: str) -> None:
 def kill_at_batch(number: int, children: Path | None = None) -> None:
     """SIGKILL this process in its training batch of that number, before its backward pass.
 
-    children: where to note the ids of the processes that it has started by then.
+    children: where to note the ids of the processes that it has started by then. They are stopped,
+        so that none of them can look for itself whether its parent is there.
     """
     signal_at_batch(number, signal.SIGKILL, children)
+
+
+def all_end(processes: Sequence[int], within_seconds: float = 60.0) -> bool:
+    """Whether none of them is left, once they have had the time; kills those that are."""
+    limit = time.monotonic() + within_seconds
+    while any(map(is_alive, processes)) and time.monotonic() < limit:
+        time.sleep(0.01)
+    left = [process for process in processes if is_alive(process)]
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    return not left
 
 
 def is_alive(process: int) -> bool:
@@ -84,6 +97,8 @@ def signal_at_batch(number: int, sent: int, children: Path | None = None) -> Non
             if children is not None:
                 started = [process.pid for process in multiprocessing.active_children()]
                 children.write_text(json.dumps(started))
+                for process in started:
+                    os.kill(process, signal.SIGSTOP)
             os.kill(os.getpid(), sent)
         return step(self, batch, batch_idx)
 

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from atmossl.lineage import is_started_by_first_rank
-from tests.processes import is_alive
+from tests.processes import all_end, is_alive
 
 CHILD = "from atmossl.lineage import end_with_parent; end_with_parent(); print(1, flush=True); "
 CHILD += "import time; time.sleep(60)"
@@ -30,11 +29,8 @@ def test_a_child_ends_with_a_parent_that_is_killed() -> None:
     assert is_alive(child)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    waited = time.monotonic()
-    while is_alive(child) and time.monotonic() < waited + 20:
-        time.sleep(0.01)
     parent.stdout.close()
-    assert not is_alive(child)
+    assert all_end([child], within_seconds=20)
 
 
 @pytest.mark.parametrize(
