@@ -70,10 +70,10 @@ def resident_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def estimate(config: TrainConfig, *, on_host: bool) -> Estimate:
+def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     """Follow one step of the run on shapes alone.
 
-    on_host: whether it will run on a CPU.
+    on_host: whether it will run on a CPU; its tensors are the same.
     Raises:
         ValueError: `data.window` asks for the whole grid of a store that cannot be opened, or a
             stream's own data cannot.

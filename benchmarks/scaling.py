@@ -192,7 +192,7 @@ def free_port() -> int:
 
 def projection(bytes_over_minimum: float) -> dict[str, Any]:
     """Weak-scaling efficiency of the large model on nodes of eight GPUs, by network."""
-    cost = estimate(configuration(_PROJECTED), on_host=False).cost
+    cost = estimate(configuration(_PROJECTED)).cost
     step = Step(
         seconds=cost.flops / _DEVICE_FLOPS,
         parameters=sum(cost.parameters.values()),

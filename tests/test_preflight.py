@@ -21,7 +21,7 @@ def found(*more: str) -> Estimate:
     values = compose_config("train", [*RUN, *more])
     values.pop("hydra", None)
     config: TrainConfig = parse(TrainConfig, values)
-    return estimate(config, on_host=False)
+    return estimate(config)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_advice_that_makes_it_fit(
