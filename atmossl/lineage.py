@@ -1,10 +1,13 @@
 """Processes that must not outlive the one that started them."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Mapping
+from multiprocessing.connection import wait
+from threading import Thread
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "RANK")  # others than Lightning
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -22,6 +25,19 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was faster
         os._exit(1)
+
+
+def end_with_creator() -> None:
+    """End this process of `multiprocessing` when the one that asked for it ends. Its parent may be
+    a server that forks for several processes and outlives them."""
+    creator = multiprocessing.parent_process()
+    if creator is not None:
+        Thread(target=_exit_after, args=(creator.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def is_started_by_first_rank(environment: Mapping[str, str]) -> bool:

@@ -39,8 +39,7 @@ def stub(folder: Path, name: str, script: str) -> None:
 def kill_at_batch(number: int, children: Path | None = None) -> None:
     """SIGKILL this process in its training batch of that number, before its backward pass.
 
-    children: where to note the ids of the processes that it has started by then. They are stopped,
-        so that none of them can look for itself whether its parent is there.
+    children: where to note the ids of the processes that it has started by then.
     """
     signal_at_batch(number, signal.SIGKILL, children)
 
@@ -97,8 +96,6 @@ def signal_at_batch(number: int, sent: int, children: Path | None = None) -> Non
             if children is not None:
                 started = [process.pid for process in multiprocessing.active_children()]
                 children.write_text(json.dumps(started))
-                for process in started:
-                    os.kill(process, signal.SIGSTOP)
             os.kill(os.getpid(), sent)
         return step(self, batch, batch_idx)
 

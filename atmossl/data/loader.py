@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from atmossl.batch import Batch, collate_views
 from atmossl.data.transfer import Packed
-from atmossl.lineage import end_with_parent
+from atmossl.lineage import end_with_creator
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def worker_context() -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """A worker's parent is the server that forked it, which ends with the training process."""
+    """Torch's own watch looks at the server that forked the worker, every 5 seconds."""
     del number
-    end_with_parent()
+    end_with_creator()
 
 
 Together = Callable[[Sequence[Batch]], Sequence[Batch]]
