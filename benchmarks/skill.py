@@ -2,17 +2,27 @@
 
 python -m benchmarks.skill                        # trains first: hours on two cores
 python -m benchmarks.skill --checkpoint default   # only scores
+python -m benchmarks.skill --streams              # trains the checkpoint `default_streams`
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from atmossl.cli import main as atmossl
 from benchmarks.report import finish
 
+STAGES = (
+    "reference",
+    "reference_second",
+    "reference_third",
+    "reference_fourth",
+    "reference_fifth",
+)
+AFTER_MEAN = 4  # the stage that starts from the mean of the two before
 CALIBRATED = ("forecast", "hindcast", "temporal_interpolation", "downscaling", "inpainting")
 
 
@@ -49,22 +59,45 @@ def run(*arguments: str) -> None:
 
 
 def train(folder: Path, overrides: list[str]) -> str:
-    """The three stages of the reference experiment, each going on where it stopped, and the mean
-    of the last two, its spread calibrated on the validation run; returns that checkpoint."""
-    stages = [str(folder / stage / "checkpoints" / "last.ckpt") for stage in ("1", "2", "3")]
-    for number, experiment in enumerate(("reference", "reference_second", "reference_third")):
-        options = [f"experiment={experiment}", f"paths.output={folder / str(number + 1)}"]
-        if number:
-            options.append(f"warm_start.checkpoints=[{stages[number - 1]}]")
-        run("train", *options, "resume=auto", *overrides)
-    finished = folder / "reference.ckpt"
+    """The stages of the reference experiment, each going on where it stopped; the fourth starts
+    from the mean of the two before. Of the last two the mean, the last counting twice, calibrated
+    on the validation run; returns that checkpoint."""
+    mean = folder / "mean.ckpt"
+    start, stages = "", []
+    for number, experiment in enumerate(STAGES, start=1):
+        if number == AFTER_MEAN and not mean.exists():
+            run("export", f"checkpoint={','.join(stages[-2:])}", f"output={mean}")
+        start = str(mean) if number == AFTER_MEAN else start
+        options = [f"warm_start.checkpoints=[{start}]"] if start else []
+        output = folder / str(number)
+        run(
+            "train", f"experiment={experiment}", f"paths.output={output}", *options, "resume=auto",
+            *overrides,
+        )  # fmt: skip
+        start = str(output / "checkpoints" / "last.ckpt")
+        stages.append(start)
+    mixed = ",".join((*stages[-2:], stages[-1]))
+    return calibrated(mixed, folder / "reference.ckpt", CALIBRATED)
+
+
+def train_streams(folder: Path, overrides: list[str]) -> str:
+    """The experiment with two streams, as the package's checkpoint `default_streams`."""
+    output = folder / "streams"
+    options = [f"paths.output={output}", "resume=auto", *overrides]
+    run("train", "experiment=reference_streams", *options)
+    last = str(output / "checkpoints" / "last.ckpt")
+    return calibrated(last, folder / "reference_streams.ckpt", (*CALIBRATED, "cross_variable"))
+
+
+def calibrated(checkpoint: str, finished: Path, tasks: Sequence[str]) -> str:
+    """Export a checkpoint, calibrated for some tasks, unless that is there already; its path."""
     if finished.exists():
         return str(finished)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        current = str(Path(temporary) / "mean.ckpt")
-        run("export", f"checkpoint={stages[1]},{stages[2]}", f"output={current}")
-        for task in CALIBRATED:
-            given = (f"task={task}", f"checkpoint={current}", "split=validation", "every=4")
+    with tempfile.TemporaryDirectory(dir=finished.parent) as temporary:
+        current = str(Path(temporary) / "exported.ckpt")
+        run("export", f"checkpoint={checkpoint}", f"output={current}")
+        for task in tasks:
+            given = (f"task={task}", f"checkpoint={current}", "split=validation", "every=12")
             current = str(Path(temporary) / f"{task}.ckpt")
             run("calibrate", *given, f"output={current}")
         Path(current).replace(finished)
@@ -74,13 +107,17 @@ def train(folder: Path, overrides: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", help="score this one instead of training; or `default`")
+    parser.add_argument(
+        "--streams", action="store_true", help="train the checkpoint with two streams instead"
+    )
     parser.add_argument("--every", type=int, default=1, help="score every n-th date")
     parser.add_argument("overrides", nargs="*", help="key=value for the training")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint
         if checkpoint is None:
-            checkpoint = train(Path("runs/benchmark_skill"), arguments.overrides)
+            stages = train_streams if arguments.streams else train
+            checkpoint = stages(Path("runs/benchmark_skill"), arguments.overrides)
         report = Path(folder) / "report"
         run("evaluate", f"checkpoint={checkpoint}", f"output={report}", f"every={arguments.every}")
         found = json.loads((report / "figures.json").read_text())
@@ -88,7 +125,7 @@ def main() -> None:
     figures["per_variable"] = {
         name: required_figures(values) for name, values in found["per_variable"].items()
     }
-    finish("skill", figures)
+    finish("skill_streams" if arguments.streams else "skill", figures)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from atmossl.masking.tasks import Task
 from atmossl.model.low_rank import merged
 from atmossl.model.multiformer import Multiformer
 
+# The reference checkpoint, and one with two streams, either of which can be hidden whole.
+PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
 _AVERAGED = "ema.module."
-_MUST_AGREE = ("streams", "model", "statistics", "window", "first_guess")
+_MUST_AGREE = ("streams", "model", "statistics", "window")
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,18 @@ class TrainedModel:
 
 
 def checkpoint_path(name: str) -> Path:
-    """`default` is the reference checkpoint of the package, anything else a path.
+    """A checkpoint of the package by its name (`PACKAGED`), anything else is a path.
 
     Raises:
         ValueError: there is no such file.
     """
-    if name == "default":
-        path = Path(str(resources.files("atmossl"))) / "assets" / "reference.ckpt"
+    if name in PACKAGED:
+        path = Path(str(resources.files("atmossl"))) / "assets" / PACKAGED[name]
     else:
         path = Path(name)
     if not path.exists():
-        raise ValueError(f"checkpoint={name}: no file {path}; give a path, or `default`")
+        names = " or ".join(f"`{known}`" for known in PACKAGED)
+        raise ValueError(f"checkpoint={name}: no file {path}; give a path, or {names}")
     return path
 
 
@@ -157,8 +160,8 @@ def export(names: Sequence[str], output: Path) -> None:
     """Write the averaged weights and the record alone, atomically: what inference needs.
 
     Of several checkpoints, stages of one run say, the mean of their weights and the last one's
-    record (a model soup, Wortsman et al. 2022). Weights are kept in half precision (11 bits of
-    mantissa); loading makes them float32 again.
+    record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
+    half precision (11 bits of mantissa); loading makes them float32 again.
 
     Raises:
         ValueError: the output exists, or checkpoints of different models.
@@ -171,7 +174,9 @@ def export(names: Sequence[str], output: Path) -> None:
         for key in _MUST_AGREE:
             if contents["atmossl"][key] != last["atmossl"][key]:
                 raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
-    states = [merged(contents["state_dict"]) for contents in checkpoints.values()]
+        if bool(contents["atmossl"]["first_guess"]) != bool(last["atmossl"]["first_guess"]):
+            raise ValueError(f"checkpoint={name}: its first_guess is not that of {names[-1]}")
+    states = [merged(checkpoints[name]["state_dict"]) for name in names]
     weights = {
         key: _mean([state[key] for state in states])
         for key in states[-1]

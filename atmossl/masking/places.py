@@ -246,7 +246,7 @@ class CrossVariable(Task):
             raise ValueError(
                 f"task.variables={list(self.variables)} cuts through the tokens of stream "
                 f"{spec.name}, which hold {list(spec.variables)} together; hide them all, or use a "
-                "checkpoint with a stream of their own, such as stream=dynamics_humidity"
+                "checkpoint with a stream of their own, such as checkpoint=default_streams"
             )
         levels = torch.tensor([level in self.levels or not self.levels for level in
                                spec.level_values])  # fmt: skip

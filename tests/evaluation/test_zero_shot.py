@@ -39,6 +39,8 @@ def test_a_task_that_a_checkpoint_cannot_do_is_said_to_be_so():
     refused = refusals("default")
     assert set(refused) == {"cross_variable"}
     assert "cuts through the tokens of stream atmosphere" in refused["cross_variable"]
+    assert "checkpoint=default_streams" in refused["cross_variable"]
+    assert refusals("default_streams") == {}
 
 
 def test_best_baseline_is_the_one_that_is_hardest_to_beat():

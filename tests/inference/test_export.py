@@ -27,6 +27,20 @@ def test_exported_weights_are_the_mean_of_the_averaged_ones(tmp_path: Path) -> N
     assert len(set(contents["atmossl"]["mean_of"])) == 3 and "rng" not in contents["atmossl"]
 
 
+def test_a_checkpoint_named_twice_counts_twice_and_the_last_one_s_first_guess_is_kept(
+    tmp_path: Path,
+) -> None:
+    first = saved(tmp_path / "a.ckpt", torch.full((2,), 3.0), first_guess=True)
+    last = saved(tmp_path / "b.ckpt", torch.full((2,), 6.0), first_guess="surroundings")
+    export([first, last, last], tmp_path / "mean.ckpt")
+    contents = read_checkpoint(str(tmp_path / "mean.ckpt"))
+    assert contents["state_dict"]["ema.module.weight"].tolist() == [5.0, 5.0]
+    assert contents["atmossl"]["first_guess"] == "surroundings"
+    none = saved(tmp_path / "c.ckpt", torch.zeros(2), first_guess=False)
+    with pytest.raises(ValueError, match=r"c\.ckpt: its first_guess"):
+        export([none, last], tmp_path / "other.ckpt")
+
+
 def test_checkpoints_of_different_models_have_no_mean(tmp_path: Path) -> None:
     names = [
         saved(tmp_path / "a.ckpt", torch.zeros(2), model={"dim": 8}),
