@@ -1,7 +1,5 @@
 """Stored arrays, read chunk by chunk: through zarr, tensorstore, or whatever xarray opened."""
 
-import math
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +14,15 @@ from xarray.conventions import decode_cf_variable
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
-Engine = Literal["auto", "zarr", "tensorstore"]
+from atmossl.data.chunk_files import ChunkFiles, Scratch
+
+Engine = Literal["auto", "files", "tensorstore", "zarr"]
 Region = tuple[slice, ...]
 _PACKING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "dtype", "_Unsigned")
-_LARGEST_SCRATCH = 1 << 26  # bytes that a thread keeps between reads
+_NEEDS = {
+    "files": "reads local zarr folders with blosc, zstd or no compression and without shards only",
+    "tensorstore": "reads local zarr folders only, where tensorstore is installed",
+}
 _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 
 
@@ -27,8 +30,9 @@ _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 class Access:
     """How stores are read.
 
-    engine: `tensorstore` decodes outside Python, local zarr folders only; `auto` takes it where it
-        is installed and can. threads: chunks of one process in flight at once.
+    engine: `files` decodes chunks where they are wanted, `tensorstore` those of any codec, both
+        from local zarr folders only; `auto` takes the first of files, tensorstore and zarr that can
+        read the store. threads: chunks of one process in flight at once.
     retries: further tries of a remote chunk, the first after `retry_wait_s` seconds, then twice
         as long each time.
     """
@@ -51,22 +55,7 @@ class ChunkedArray(Protocol):
         ...
 
 
-class _Scratch(threading.local):
-    """Memory of every reading thread that decoded values go to. Fresh memory for every chunk
-    costs as much as half its decoding: the system clears it page by page."""
-
-    memory = np.empty(0, np.uint8)
-
-    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        size = math.prod(shape) * dtype.itemsize
-        if size > _LARGEST_SCRATCH:
-            return np.empty(shape, dtype)
-        if size > len(self.memory):
-            self.memory = np.empty(size, np.uint8)
-        return self.memory[:size].view(dtype).reshape(shape)
-
-
-_scratch = _Scratch()
+_scratch = Scratch()
 
 
 def _lengths(region: Region) -> tuple[int, ...]:
@@ -112,6 +101,27 @@ class ZarrChunks:
         values = _scratch.array(_lengths(region), np.dtype(self.array.dtype))
         out = default_buffer_prototype().nd_buffer.from_numpy_array(values)
         self.array.get_basic_selection(region, out=out)
+        return self.packing.undo(values) if self.packing else values
+
+
+@dataclass(frozen=True)
+class FileChunks:
+    """Read and decoded here, from local zarr folders with blosc, zstd or no compression."""
+
+    files: ChunkFiles
+    packing: Packing | None
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        return self.files.array.chunks
+
+    def read(self, region: Region) -> np.ndarray:
+        number = tuple(part.start // size for part, size in zip(region, self.chunks, strict=True))
+        values = _scratch.array(self.chunks, np.dtype(self.files.array.dtype))
+        self.files.read(number, values)
+        origin = (n * size for n, size in zip(number, self.chunks, strict=True))
+        inside = (slice(p.start - n, p.stop - n) for p, n in zip(region, origin, strict=True))
+        values = values[tuple(inside)]
         return self.packing.undo(values) if self.packing else values
 
 
@@ -193,19 +203,25 @@ def chunked_array(
     """The fastest reader for an opened variable; `stored` is its zarr array if it has one.
 
     Raises:
-        ValueError: tensorstore is asked for and cannot read this store.
+        ValueError: the engine that is asked for cannot read this store.
     """
     if stored is None:
         return XarrayChunks(array)
+    packing, files = Packing.of(array), ChunkFiles.of(stored)
     local = isinstance(stored.store, LocalStore)
-    if access.engine == "tensorstore" and not (local and _has_tensorstore()):
-        why = "is not installed" if local else "reads local zarr folders only"
+    can = {"files": files is not None, "tensorstore": local and _has_tensorstore(), "zarr": True}
+    engine = next(name for name in can if can[name]) if access.engine == "auto" else access.engine
+    if not can[engine]:
+        valid = ", ".join(name for name in ("auto", *can) if can.get(name, True))
         raise ValueError(
-            f"data.engine=tensorstore {why}, and the store is {location}; valid: auto, zarr"
+            f"data.read.engine={engine} {_NEEDS[engine]}, and the store is {location}; "
+            f"valid: {valid}"
         )
-    packing = Packing.of(array)
-    if access.engine == "zarr" or not local or not _has_tensorstore():
+    if engine == "zarr":
         return ZarrChunks(stored, packing)
+    if engine == "files":
+        assert files is not None
+        return FileChunks(files, packing)
     assert isinstance(stored.store, LocalStore)
     return TensorstoreChunks(
         folder=str(Path(stored.store.root) / stored.path),

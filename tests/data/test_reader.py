@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
 import torch
@@ -10,10 +11,12 @@ import xarray as xr
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, BloscShuffle, GzipCodec, ZstdCodec
 
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
-from atmossl.data.chunks import Access, MemoryChunks
+from atmossl.data.chunk_files import ChunkFiles
+from atmossl.data.chunks import Access, FileChunks, MemoryChunks
 from atmossl.data.reader import StoredVariable, UnreadableChunk
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
@@ -25,6 +28,12 @@ from tests.synthetic import dataset, spec
 
 NAMES = ("temperature", "u_component_of_wind")
 LEVELS = (300, 500, 850)
+COMPRESSORS = {  # of zarr v2 and v3
+    "blosc": (numcodecs.Blosc("lz4"), BloscCodec(cname="lz4", shuffle=BloscShuffle.shuffle)),
+    "zstd": (numcodecs.Zstd(), ZstdCodec()),
+    "gzip": (numcodecs.GZip(), GzipCodec()),
+    "none": (None, None),
+}
 NO_WAIT = Access(retry_wait_s=0.0)
 
 
@@ -59,8 +68,8 @@ def test_any_layout_reads_as_xarray_does(tmp_path_factory, data: st.DataObject) 
     chunks = tuple(
         data.draw(st.integers(-(-stored.sizes[dim] // 4), stored.sizes[dim])) for dim in dims
     )
-    version = data.draw(st.sampled_from([2, 3]))
-    encoding = {"chunks": chunks}
+    version, compressor = (data.draw(st.sampled_from(of)) for of in ([2, 3], list(COMPRESSORS)))
+    encoding = {"chunks": chunks, "compressors": COMPRESSORS[compressor][version - 2]}
     if version == 3 and data.draw(st.booleans()):
         factors = [data.draw(st.integers(1, 3)) for _ in dims]
         encoding["shards"] = tuple(c * f for c, f in zip(chunks, factors, strict=True))
@@ -68,8 +77,11 @@ def test_any_layout_reads_as_xarray_does(tmp_path_factory, data: st.DataObject) 
     stored.to_zarr(
         path, zarr_format=version, encoding=dict.fromkeys(NAMES, encoding), consolidated=False
     )
-    engine = data.draw(st.sampled_from(["zarr", "tensorstore"]))
+    engine = data.draw(st.sampled_from(["auto", "zarr", "tensorstore"]))
     segment = opened(path, access=Access(engine=engine, threads=data.draw(st.integers(1, 3))))
+    read_here = isinstance(segment.stored[NAMES[0]].array, FileChunks)
+    own = "shards" not in encoding and compressor in ("blosc", "zstd", "none")
+    assert read_here == (engine == "auto" and own)
     levels = data.draw(st.lists(st.sampled_from(LEVELS), min_size=1, unique=True))
     box = Box(
         data.draw(st.integers(0, 3)),
@@ -183,7 +195,7 @@ def damaged(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("engine", ["zarr", "tensorstore"])
+@pytest.mark.parametrize("engine", ["files", "zarr", "tensorstore"])
 def test_an_unreadable_chunk_is_named(tmp_path, engine: str) -> None:
     path = damaged(tmp_path)
     segment = opened(path, access=Access(engine=engine))
@@ -193,6 +205,27 @@ def test_an_unreadable_chunk_is_named(tmp_path, engine: str) -> None:
     ):
         segment.read("temperature", LEVELS, 2, 4, segment.whole())
     segment.read("temperature", LEVELS, 8, 4, segment.whole())
+
+
+@pytest.mark.parametrize("compressor", ["blosc", "zstd", "none"])
+def test_a_chunk_file_that_is_not_one_whole_chunk_is_refused(tmp_path, compressor: str) -> None:
+    """Never values of the chunk that was read before into the same memory."""
+    path, codec = tmp_path / "one.zarr", COMPRESSORS[compressor][1]
+    array = zarr.create_array(path, shape=(3, 4), chunks=(1, 4), dtype="f4", compressors=codec)
+    array[:2] = np.arange(8.0).reshape(2, 4)
+    files, out = ChunkFiles.of(array), np.empty((1, 4), np.float32)
+    assert files is not None
+    good = (path / "c" / "0" / "0").read_bytes()
+    short = zarr.create_array(tmp_path / "short", shape=2, chunks=2, dtype="f4", compressors=codec)
+    short[:] = 1.0
+    other = (tmp_path / "short" / "c" / "0").read_bytes()
+    for bad in (good[:-1], good + b"\0", other, b"", good[:3]):
+        (path / "c" / "0" / "0").write_bytes(bad)
+        files.read((1, 0), out)
+        with pytest.raises((ValueError, RuntimeError)):
+            files.read((0, 0), out)
+    files.read((2, 0), out)  # never written
+    assert (out == 0).all()
 
 
 def test_unreadable_samples_are_skipped_on_request(tmp_path, caplog) -> None:
@@ -246,7 +279,7 @@ def test_tensorstore_is_refused_where_it_cannot_read() -> None:
     group = zarr.open_group(zarr.storage.MemoryStore(), mode="w")
     dataset().to_zarr(group.store, mode="w", consolidated=False)
     store = OpenedStore(xr.open_zarr(group.store, consolidated=False), group)
-    with pytest.raises(ValueError, match="data.engine=tensorstore"):
+    with pytest.raises(ValueError, match="data.read.engine=tensorstore"):
         open_segment(
             "waves",
             store,
