@@ -10,7 +10,7 @@ Axis legend, used in every shape of the package:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, Self
@@ -22,6 +22,7 @@ from torch import Tensor
 YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average
 Role = Literal["predict", "input", "static", "forcing"]
 Missing = Literal["refuse", "mask"]
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # memory for a shape, as `torch.empty` gives
 
 
 class Corruption(IntEnum):
@@ -365,28 +366,32 @@ class Losses:
         return torch.stack([self.total, *(value for _, value in self.parts)]).detach()
 
 
-def collate_views(samples: list[tuple[View, ...]], sample_ids: list[int]) -> Batch:
+def collate_views(
+    samples: list[tuple[View, ...]], sample_ids: list[int], empty: Empty | None = None
+) -> Batch:
     """Batch of samples, each a tuple of views, with the token indices of every stream.
 
     Counts are taken here, on the host, so that no step waits for the device.
     """
-    views = collate(samples)
+    views = collate(samples, empty)
     indexed = tuple(View(tuple(stream.indexed() for stream in view.streams)) for view in views)
     return Batch(indexed, torch.tensor(sample_ids))
 
 
-def collate(samples: list) -> Any:
+def collate(samples: list, empty: Empty | None = None) -> Any:
     """Stack a list of equal frozen dataclasses (`Movable`) along a new first axis.
 
     Non-tensor members (specs, factors) must be equal and are taken from the first.
+    empty: where the stacks are to lie.
     """
     first: Any = samples[0]
     if isinstance(first, Tensor):
-        return torch.stack(samples)
+        place = empty((len(samples), *first.shape), first.dtype) if empty else None
+        return torch.stack(samples, out=place)
     if isinstance(first, tuple):
-        return tuple(collate(list(items)) for items in zip(*samples, strict=True))
+        return tuple(collate(list(items), empty) for items in zip(*samples, strict=True))
     if isinstance(first, Movable):
         assert is_dataclass(first)
-        parts = {f.name: collate([getattr(s, f.name) for s in samples]) for f in fields(first)}
-        return replace(first, **parts)
+        members = {f.name: [getattr(s, f.name) for s in samples] for f in fields(first)}
+        return replace(first, **{name: collate(own, empty) for name, own in members.items()})
     return first

@@ -45,10 +45,10 @@ from torch.utils.data import Dataset
 
 from atmossl.batch import Movable, StreamWindow
 from atmossl.data.chunks import Access, ChunkedArray, Region
-from atmossl.data.loader import WindowLoader, worker_context
+from atmossl.data.loader import Collate, WindowLoader, worker_context
 from atmossl.data.segment import Segment
-from atmossl.data.transfer import Packed
-from atmossl.data.windows import SampleKey, WindowDataset, read_windows
+from atmossl.data.transfer import Arena, Packed
+from atmossl.data.windows import SampleKey, SampleOrder, WindowDataset, read_windows
 from atmossl.masking.random import RandomMasking
 from benchmarks.http_server import limited_server
 from benchmarks.report import finish
@@ -57,6 +57,7 @@ from benchmarks.window_store import (
     CHUNK_BYTES,
     SPECS,
     WINDOW,
+    WINDOW_BYTES,
     Floors,
     Places,
     draws,
@@ -125,21 +126,25 @@ class Windows(Movable):
     resident_mib: Tensor
 
 
-class Reads(Dataset[Windows]):
-    """Item n: the windows of the n-th read."""
+class Reads(Dataset[Packed[Windows]]):
+    """Item n: the windows of the n-th read, read into the memory that they are handed over in."""
 
     def __init__(self, path: Path, reads: Sequence[Places]) -> None:
         self.segment, self.scale = opened(str(path), Access()), normaliser()
         self.reads = reads
 
-    def __getitem__(self, number: int) -> Windows:
-        read = read_windows(self.segment, SPECS, self.scale, WINDOW.time, self.reads[number])
+    def __getitem__(self, number: int) -> Packed[Windows]:
+        places = self.reads[number]
+        arena = Arena(len(places) * WINDOW_BYTES + (1 << 20))  # and some room for coordinates
+        read = read_windows(self.segment, SPECS, self.scale, WINDOW.time, places, arena.bytes)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return Windows(tuple(read), torch.tensor(pages * resource.getpagesize() / 2**20))
+        resident = torch.tensor(pages * resource.getpagesize() / 2**20)
+        return Packed.of(Windows(tuple(read), resident), arena)
 
 
-def packed(items: list[Windows]) -> Packed[Windows]:
-    return Packed.of(items[0])
+def only_item(items: list[Packed[Windows]]) -> Packed[Windows]:
+    (item,) = items
+    return item
 
 
 @cache
@@ -162,7 +167,7 @@ def two_workers(path: Path, count: int, per_time: int) -> dict[str, float]:
         num_workers=2,
         prefetch_factor=1,
         persistent_workers=True,
-        collate_fn=packed,
+        collate_fn=only_item,
         multiprocessing_context=worker_context(),
         describe=str,
     )
@@ -213,9 +218,8 @@ def compare_lengths(short: Path, long: Path, count: int) -> tuple[float, float]:
     return float(wall), float(cpu)
 
 
-def masked_seconds(path: Path, count: int) -> float:
-    """Median seconds of a sample with mask, tokens and first guess."""
-    dataset = WindowDataset(
+def masked(path: Path) -> WindowDataset:
+    return WindowDataset(
         segments=[opened(str(path), Access())],
         specs=SPECS,
         normaliser=normaliser(),
@@ -223,9 +227,33 @@ def masked_seconds(path: Path, count: int) -> float:
         sampler=RandomMasking(),
         seed=0,
     )
-    rng = np.random.default_rng(0)
-    keys = [SampleKey(0, int(n)) for n in rng.integers(0, len(dataset), count)]
-    return statistics.median(timed(lambda k=k: dataset[k])[0] for k in keys)
+
+
+def masked_seconds(path: Path, count: int) -> tuple[float, float]:
+    """Median seconds of a sample with mask, tokens and first guess; by the clock and of all
+    cores."""
+    dataset, rng = masked(path), np.random.default_rng(0)
+    keys = [SampleKey(0, int(n)) for n in rng.integers(0, len(dataset), count + 1)]
+    times = [timed(lambda k=k: dataset[k]) for k in keys][1:]
+    wall, cpu = np.median(times, axis=0)
+    return float(wall), float(cpu)
+
+
+def masked_rate_of_workers(path: Path, count: int) -> float:
+    """Masked samples per second of batches of 4 through two workers, once they are at work."""
+    dataset = masked(path)
+    order = SampleOrder(num_samples=len(dataset), batch_size=4, num_batches=count + 4, seed=0)
+    loader = WindowLoader(
+        dataset,
+        batch_sampler=order,  # pyright: ignore[reportArgumentType]
+        num_workers=2,
+        prefetch_factor=1,
+        collate_fn=Collate(4),
+        multiprocessing_context=worker_context(),
+        describe=str,
+    )
+    arrivals = [time.perf_counter() for _ in loader]
+    return 4 * count / (arrivals[-1] - arrivals[-1 - count])
 
 
 class _Counting:
@@ -317,7 +345,9 @@ def figures(folder: Path, days: int, reads: int, rate: float) -> Iterator[tuple[
     yield from zip(
         ("decoded_over_touched", "decoded_over_needed"), decoded_over(short, 1), strict=True
     )
-    yield "masked_samples_per_s", 1 / masked_seconds(short, reads)
+    wall, cpu = masked_seconds(short, reads)
+    yield from (("masked_samples_per_s", 1 / wall), ("masked_cpu_s_per_sample", cpu))
+    yield "masked_samples_per_s_2_workers", masked_rate_of_workers(short, reads)
     tell(f"HTTP at {rate / 1e6:g} MB/s")
     yield "http_bandwidth_fraction", http_fraction(folder, "short.zarr", rate)
 

@@ -27,6 +27,7 @@ CHUNK = (24, 1, 180, 360)
 CHUNK_BYTES = 4 * int(np.prod(CHUNK))
 WINDOW = WindowSize(36, 54, 108)
 SPECS = tuple(StreamSpec(name, (name,), LEVELS, TokenSize(3, 18, 18)) for name in NAMES)
+WINDOW_BYTES = 4 * len(NAMES) * len(LEVELS) * WINDOW.time * WINDOW.lat * WINDOW.lon
 Places = list[tuple[int, Box]]
 Chunks = list[tuple[str, int, int]]  # variable, number along time, level
 

@@ -100,7 +100,7 @@ def _read_file(path: Path) -> np.ndarray:
         encoded = _encoded.array((os.fstat(file.fileno()).st_size,), np.dtype(np.uint8))
         filled = 0
         while filled < len(encoded):
-            count = file.readinto(memoryview(encoded)[filled:])
+            count = file.readinto(encoded.data[filled:])
             if not count:
                 raise OSError(f"{path} ends after {filled} of {len(encoded)} bytes")
             filled += count
@@ -110,7 +110,7 @@ def _read_file(path: Path) -> np.ndarray:
 def _decode_blosc(encoded: np.ndarray, out: np.ndarray) -> None:
     if len(encoded) < 16:
         raise ValueError(f"{len(encoded)} bytes are no blosc header")
-    decoded_size, _, size = _BLOSC_HEADER.unpack_from(encoded)
+    decoded_size, _, size = _BLOSC_HEADER.unpack_from(encoded.data)
     _check("encoded", len(encoded), size)
     _check("decoded", decoded_size, len(out))
     numcodecs.blosc.decompress(encoded, out)

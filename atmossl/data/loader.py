@@ -1,6 +1,7 @@
 """Batches through worker processes. Workers import this module, so Lightning stays out of it."""
 
 import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -9,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, get_worker_info
 
 from atmossl.batch import Batch, collate_views
-from atmossl.data.transfer import Packed
+from atmossl.data.transfer import Arena, Packed
 from atmossl.lineage import end_with_creator
 
 
@@ -29,9 +30,12 @@ class Collate:
                 "name the chunks. data.unreadable=raise stops at the first"
             )
         views, ids = zip(*samples, strict=True)
-        batch = collate_views(list(views), list(ids))
-        batch = replace(batch, num_skipped=self.batch_size - len(samples))
-        return batch if get_worker_info() is None else Packed.of(batch)
+        skipped = self.batch_size - len(samples)
+        if get_worker_info() is None:
+            return replace(collate_views(list(views), list(ids)), num_skipped=skipped)
+        arena = Arena.of_samples([view for own in views for view in own])
+        batch = collate_views(list(views), list(ids), arena.empty)
+        return Packed.of(replace(batch, num_skipped=skipped), arena)
 
 
 class WorkerDied(ChildProcessError):
@@ -83,6 +87,7 @@ class WindowLoader(DataLoader):
 
     def _read(self) -> Iterator[Batch]:
         batches = super().__iter__()
+        mapped = deque(maxlen=self.num_workers * ((self.prefetch_factor or 0) + 2))
         for number in count():
             try:
                 batch = next(batches)
@@ -99,7 +104,10 @@ class WindowLoader(DataLoader):
                     f"{error}; the batch awaited was {self._describe(number)}. Workers need "
                     "memory: lower data.num_workers, data.batch_size or data.prefetch"
                 ) from error
-            yield batch.unpack() if isinstance(batch, Packed) else batch
+            if isinstance(batch, Packed):
+                mapped.append(batch.segment)
+                batch = batch.unpack()
+            yield batch
 
 
 def _in_own_words(error: ValueError) -> ValueError:

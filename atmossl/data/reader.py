@@ -30,6 +30,9 @@ class Target:
     write: Callable[[np.ndarray, Index], None]
 
 
+_Piece = tuple[int, range, slice]  # see `_split`
+
+
 @dataclass(frozen=True)
 class _Part:
     """The share of one target that lies in one chunk."""
@@ -86,10 +89,11 @@ def read_targets(wanted: Sequence[tuple[StoredVariable, Sequence[Target]]], acce
         UnreadableChunk: the first chunk that could not be read, after the retries.
         ValueError: whatever a target's `write` refuses.
     """
+    pieces = _Pieces()
     jobs = [
         (variable, chunk, parts, access)
         for variable, targets in wanted
-        for chunk, parts in by_chunk(variable, targets).items()
+        for chunk, parts in by_chunk(variable, targets, pieces).items()
     ]
     if len(jobs) == 1 or access.threads == 1:
         for job in jobs:
@@ -104,21 +108,31 @@ def read_targets(wanted: Sequence[tuple[StoredVariable, Sequence[Target]]], acce
         future.result()
 
 
+class _Pieces(dict[tuple[bytes, int | None], list[_Piece]]):
+    """Pieces of positions that were split before: those of one window are the same for all
+    variables."""
+
+    def of(self, positions: np.ndarray, length: int | None) -> list[_Piece]:
+        key = (positions.tobytes(), length)
+        if key not in self:
+            self[key] = _split(positions, length)
+        return self[key]
+
+
 def by_chunk(
-    variable: StoredVariable, targets: Sequence[Target]
+    variable: StoredVariable, targets: Sequence[Target], pieces: _Pieces
 ) -> dict[tuple[int, ...], list[_Part]]:
     """Parts of all targets by the number of their chunk along AXES."""
     lengths = [variable.chunk_length(axis) for axis in AXES]
     parts: dict[tuple[int, ...], list[_Part]] = {}
     for target in targets:
-        pieces = map(_split, target.positions, lengths)
-        for combination in itertools.product(*pieces):
+        for combination in itertools.product(*map(pieces.of, target.positions, lengths)):
             chunk, source, into = zip(*combination, strict=True)
             parts.setdefault(chunk, []).append(_Part(target, source, into))
     return parts
 
 
-def _split(positions: np.ndarray, length: int | None) -> list[tuple[int, range, slice]]:
+def _split(positions: np.ndarray, length: int | None) -> list[_Piece]:
     """Positions along one axis by chunk, as evenly spaced runs, which copy nothing: number of the
     chunk, positions in the store and in the target."""
     if length is None:
@@ -141,10 +155,10 @@ def _read_chunk(
     variable: StoredVariable, chunk: tuple[int, ...], parts: Sequence[_Part], access: Access
 ) -> None:
     """Read what the parts need of one chunk, and hand every part its values."""
-    axes = range(len(AXES))
-    first = [min(min(p.source[axis][0], p.source[axis][-1]) for p in parts) for axis in axes]
-    last = [max(max(p.source[axis][0], p.source[axis][-1]) for p in parts) for axis in axes]
-    bounds = dict(zip(AXES, map(slice, first, (n + 1 for n in last)), strict=True))
+    ends = np.array([[(run[0], run[-1]) for run in part.source] for part in parts])
+    first = ends.min(axis=(0, 2)).tolist()
+    stop = (ends.max(axis=(0, 2)) + 1).tolist()
+    bounds = dict(zip(AXES, map(slice, first, stop), strict=True))
     retries = access.retries if "://" in variable.location else 0
     try:
         region = tuple(bounds[dim] for dim in variable.dims)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
 from atmossl.data.companions import check_window
+from atmossl.data.memory import Pool
 from atmossl.data.reader import Index, Target, UnreadableChunk
 from atmossl.data.segment import Place, Segment
 from atmossl.data.statistics import Normaliser
@@ -21,6 +22,8 @@ from atmossl.geometry import Box, check_window_fits, random_box
 from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 
 _LOGGER = logging.getLogger(__name__)
+_POOL = Pool()
+Memory = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,15 @@ def read_windows(
     normaliser: Normaliser,
     count: int,
     places: Sequence[tuple[int, Box]],
+    memory: Memory = _POOL.take,
 ) -> list[tuple[StreamWindow, ...]]:
     """Normalised fields of all streams in windows of `count` steps, each at (first step, box),
-    with the coordinates of their points. Chunks that several windows touch are read once."""
+    with the coordinates of their points. Chunks that several windows touch are read once.
+    memory: gives as many bytes as it is asked for, which the fields of all windows lie in."""
     laid = [
         [segment.place(spec.data, start, count, box) for spec in specs] for start, box in places
     ]
-    windows = _empty_windows(laid, specs)
+    windows = _empty_windows(laid, specs, memory)
     wanted: dict[str, dict[str, list[Target]]] = {}  # by the streams' data and variable
     for own, streams in zip(laid, windows, strict=True):
         for place, window in zip(own, streams, strict=True):
@@ -144,7 +149,7 @@ def _field_writers(
 
 
 def _empty_windows(
-    laid: Sequence[Sequence[Place]], specs: Sequence[StreamSpec]
+    laid: Sequence[Sequence[Place]], specs: Sequence[StreamSpec], memory: Memory
 ) -> list[tuple[StreamWindow, ...]]:
     """Windows with their coordinates, whose fields are still to be read, in one piece of memory:
     numpy asks for large pages where it is large, which the system clears much faster."""
@@ -154,8 +159,7 @@ def _empty_windows(
         for place, spec in zip(places, specs, strict=True)
     ]
     sizes = [math.prod(shape) for shape in shapes]
-    memory = np.empty(sum(sizes), np.float32)
-    pieces = np.split(memory, np.cumsum(sizes)[:-1])
+    pieces = np.split(memory(4 * sum(sizes)).view(np.float32), np.cumsum(sizes)[:-1])
     fields = iter(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
     return [
         tuple(_empty_window(*pair, next(fields)) for pair in zip(places, specs, strict=True))

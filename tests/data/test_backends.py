@@ -9,6 +9,7 @@ import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -135,13 +136,15 @@ def test_anemois_layout_reads_alike(tmp_path) -> None:
 
 
 class Faulty(SimpleHTTPRequestHandler):
-    """Serves a folder; every chunk fails `faults` times, with an error or half its bytes."""
+    """Serves a folder, late and in small pieces as over a narrow link; every chunk fails `faults`
+    times, with an error or half its bytes."""
 
     faults = 0
     seen: dict[str, int] = {}
 
     def do_GET(self) -> None:
         self.seen[self.path] = self.seen.get(self.path, 0) + 1
+        time.sleep(0.02)
         chunk = "/c/" in self.path and NAMES[0] in self.path
         if not chunk or self.seen[self.path] > self.faults:
             super().do_GET()
@@ -154,6 +157,12 @@ class Faulty(SimpleHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(whole[: len(whole) // 2])
             self.close_connection = True
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        while piece := source.read(4096):
+            outputfile.write(piece)
+            outputfile.flush()
+            time.sleep(0.0005)
 
     def log_message(self, format: str, *args: object) -> None:
         del format, args

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atmossl.batch import Batch, Movable
+from atmossl.batch import Batch, Movable, collate
+from atmossl.data import transfer
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access
 from atmossl.data.loader import Collate, WindowLoader, worker_context
+from atmossl.data.memory import Pool
 from atmossl.data.reader import UnreadableChunk
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.transfer import Packed
+from atmossl.data.transfer import Arena, Packed
 from atmossl.data.windows import SampleKey, SampleOrder, WindowDataset, WindowSize
 from atmossl.masking.random import RandomMasking
 from tests.synthetic import dataset, spec
@@ -121,6 +125,47 @@ def test_packing_keeps_every_type_shape_and_value() -> None:
         assert before.dtype == after.dtype and torch.equal(before, after)
 
 
+def test_packing_copies_only_what_lies_elsewhere() -> None:
+    rng = np.random.default_rng(1)
+    samples = [Mixed(*(torch.from_numpy(rng.random(n)) for n in (3, 4, 5, 0, 1)), ()) for _ in "ab"]
+    for spare, kept in ((400, True), (-64, False)):
+        arena = Arena(2 * 64 * 5 + spare)
+        batch = collate(samples, arena.empty)
+        packed = Packed.of(batch, arena)
+        same = packed.memory.data_ptr() == arena.segment.data_ptr()
+        assert same or not kept
+        for before, after in zip(tensors(batch), tensors(packed.unpack()), strict=True):
+            assert torch.equal(before, after)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), max_size=40))
+def test_memory_is_used_again_but_never_while_somebody_views_it(steps: list) -> None:
+    """Up to six holders, each of a view of a view, as an array or a tensor."""
+    pool, held = Pool(), {}
+    for number, (size, holder) in enumerate(steps):
+        memory = pool.take(8 * size).view(np.int64)
+        memory[:] = number
+        view = memory.reshape(-1, size)[:, size // 2 :]
+        held[holder] = (number, torch.from_numpy(view).flatten()[:5] if holder % 2 else view[:5])
+        del memory, view
+        assert all((values == of).all() for of, values in held.values())
+    held.clear()
+    address = pool.take(1000).ctypes.data
+    assert pool.take(800).ctypes.data == address
+
+
+@pytest.mark.distributed
+def test_a_batch_that_is_kept_stays_as_it_is(tmp_path) -> None:
+    samples = windows(tmp_path)
+    alone, kept = list(loader(samples, None, 12)), []
+    for number, batch in enumerate(loader(samples, worker_context(), 12)):
+        if number % 3 == 0:
+            kept.append(batch)
+    for one, other in zip(alone[::3], kept, strict=True):
+        assert all(map(torch.equal, tensors(one), tensors(other)))
+
+
 @pytest.mark.distributed
 def test_a_worker_tells_of_an_unreadable_chunk_in_one_line(tmp_path) -> None:
     samples = windows(tmp_path, damage=True)
@@ -155,10 +200,10 @@ class WithMemory(Dataset):
 class CollateWithMemory:
     collate: Collate
 
-    def __call__(self, samples: tuple[list, float]) -> tuple[Packed[Batch], float]:
+    def __call__(self, samples: tuple[list, float]) -> tuple[Packed[Batch], float, int]:
         packed = self.collate(samples[0])
         assert isinstance(packed, Packed)
-        return packed, samples[1]
+        return packed, samples[1], len(transfer._segments._owned)
 
 
 @pytest.mark.distributed
@@ -173,5 +218,6 @@ def test_a_worker_does_not_grow_over_epochs(tmp_path) -> None:
         collate_fn=CollateWithMemory(Collate(3)),
         describe=str,
     )
-    memory = [resident for _, resident in batches]
+    memory, segments = zip(*(made[1:] for made in batches), strict=True)
     assert max(memory[150:]) < max(memory[50:100]) + 2
+    assert max(segments) <= 2 + 3  # those prefetched, on their way, here, and being made
