@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import Corruption
-from atmossl.masking.base import Layout, coarsen, interpolate_in_time, make_view
+from atmossl.batch import Corruption, TokenSize
+from atmossl.masking.base import Layout, coarsen, make_view
+from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
-from atmossl.tokens import detokenise, token_grid
+from atmossl.tokens import detokenise, token_grid, tokenise
 from tests.synthetic import spec, window
 
 KINDS = ("drop", "mask", "noise", "coarsen", "keep")
@@ -176,6 +177,23 @@ def test_the_first_guess_is_exact_for_fields_linear_in_time() -> None:
     torch.testing.assert_close(guess[:, :, 5], fields[:, :, 4])
     nothing = interpolate_in_time(fields, torch.zeros_like(shown))
     assert bool((nothing == 0).all())
+
+
+@pytest.mark.parametrize("size", [TokenSize(3, 2, 4), TokenSize(1, 1, 1), TokenSize(2, 4, 2, 2)])
+def test_the_first_guess_of_tokens_is_numpys_interpolation_at_every_point(size: TokenSize) -> None:
+    stream = replace(spec(), token_size=size, variables=("a", "b"), levels=(300, 500))
+    rng = np.random.default_rng(size.time)
+    fields = torch.from_numpy(rng.standard_normal((2, 2, 12, 4, 8), np.float32))
+    tokens = tokenise(fields, size)
+    shown = torch.from_numpy(rng.random(tokens.shape[:-1]) < 0.3)
+    points = detokenise(shown[..., None].expand(tokens.shape), stream).reshape(4, 12, 32)
+    guess = detokenise(guess_tokens(tokens, shown, size), stream).reshape(4, 12, 32)
+    values, steps = fields.reshape(4, 12, 32), np.arange(12)
+    for row in range(4):
+        for place in range(32):
+            seen, column = points[row, :, place].numpy(), values[row, :, place].numpy()
+            known = np.interp(steps, steps[seen], column[seen]) if seen.any() else 0 * steps
+            np.testing.assert_allclose(guess[row, :, place], known, rtol=0, atol=1e-5)
 
 
 def test_coarsening_keeps_the_area_mean() -> None:

@@ -23,8 +23,9 @@ from atmossl.batch import (
     TokenGrid,
     View,
 )
+from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
 from atmossl.masking.infill import fill_from_surroundings
-from atmossl.tokens import token_grid, tokenise
+from atmossl.tokens import detokenise, token_grid, tokenise
 
 _TOLERANCE = 1e-2  # of a number of cells
 
@@ -176,10 +177,12 @@ def corrupt(
     if bool(noisy.any()):
         noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
         source = torch.where(noisy, source + torch.from_numpy(noise), source)
-    shown = (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
+    shown = _is_shown(corruption)
     if present is not None:
         shown = shown & present
-    guess = _first_guess(source, shown, window, grid, first_guess)
+    whole_tokens = present is None and (mask.points is None or not shows_parts)
+    tokens = _is_shown(mask.corruption) if whole_tokens else None
+    guess = _first_guess(source, shown, tokens, window, grid, first_guess)
     if first_guess and guess_coarse is not None:
         whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
         guess = torch.where(whole & coarsened, guess_coarse, guess)
@@ -198,12 +201,26 @@ def corrupt(
     )
 
 
+def _is_shown(corruption: Tensor) -> Tensor:
+    return (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
+
+
 def _first_guess(
-    source: Tensor, shown: Tensor, window: StreamWindow, grid: TokenGrid, kind: FirstGuess
+    source: Tensor,
+    shown: Tensor,
+    tokens: Tensor | None,
+    window: StreamWindow,
+    grid: TokenGrid,
+    kind: FirstGuess,
 ) -> Tensor:
+    """tokens: which of them are shown, where they are shown or hidden as a whole."""
     if not kind:
         return torch.zeros_like(source)
-    guess = interpolate_in_time(source, shown)
+    if tokens is None:
+        guess = interpolate_in_time(source, shown)
+    else:
+        size = window.spec.token_size
+        guess = detokenise(guess_tokens(tokenise(source, size), tokens, size), window.spec)
     if kind != SURROUNDINGS:
         return guess
     return fill_from_surroundings(
@@ -263,30 +280,6 @@ def _at_points(tokens: Tensor, window: StreamWindow) -> Tensor:
     for axis, count in enumerate((size.level, size.time, size.lat, size.lon)):
         tokens = tokens.repeat_interleave(count, dim=axis)
     return tokens
-
-
-def interpolate_in_time(
-    source: Float[Tensor, "variable level time lat lon"],
-    shown: Bool[Tensor, "*variable level time lat lon"],
-) -> Float[Tensor, "variable level time lat lon"]:
-    """Shown values as they are; others linear in time between shown ones of the same place, the
-    nearest one beyond the first or last, and 0 where a place is never shown."""
-    num_times = shown.shape[-3]
-    step = torch.arange(num_times)[:, None, None].expand(shown.shape)
-    never = num_times  # later and earlier than every step
-    before = torch.where(shown, step, -1).cummax(dim=-3).values
-    after = torch.where(shown, step, never).flip(-3).cummin(dim=-3).values.flip(-3)
-    has_before, has_after = before >= 0, after < never
-    before_or_after = torch.where(has_before, before, after).clamp(0, num_times - 1)
-    after_or_before = torch.where(has_after, after, before).clamp(0, num_times - 1)
-
-    def at(index: Tensor) -> Tensor:
-        return source.gather(-3, index.expand_as(source))
-
-    span = (after_or_before - before_or_after).clamp_min(1)
-    share = ((step - before_or_after) / span).clamp(0.0, 1.0)
-    blended = torch.lerp(at(before_or_after), at(after_or_before), share.expand_as(source))
-    return torch.where(has_before | has_after, blended, torch.zeros_like(blended))
 
 
 def coarsen(

@@ -16,7 +16,8 @@ from atmossl.data.transforms import Transform
 from atmossl.data.windows import WindowSize, read_window
 from atmossl.inference.checkpoint import TrainedModel, spec_from_dict, spec_to_dict
 from atmossl.inference.predict import Predictor
-from atmossl.masking.base import interpolate_in_time, make_view
+from atmossl.masking.base import make_view
+from atmossl.masking.first_guess import interpolate_in_time
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Downscaling, TemporalInterpolation
 from atmossl.model.multiformer import Multiformer
