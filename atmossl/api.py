@@ -54,6 +54,7 @@ class Model:
         seed: int = 0,
         fill_missing: bool = False,
         others: Mapping[str, xr.Dataset] | None = None,
+        data: str = "",
         **choices: Any,
     ) -> xr.Dataset:
         """One task at the given init or valid times, at all that are possible by default.
@@ -61,8 +62,9 @@ class Model:
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
         or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
         (time, level, latitude, longitude) in any order. fill_missing: predict where it never has a
-        value, too. others: the datasets of streams with `data` of their own, by that name. output:
-        written there and opened lazily; in memory otherwise. Warns of what the checkpoint was not
+        value, too. others: the datasets of streams with `data` of their own, by that name. data: of
+        the streams that are returned, on their own cells and at their own steps. output: all are
+        written there, and opened lazily; in memory otherwise. Warns of what the checkpoint was not
         trained for.
 
         Raises:
@@ -80,6 +82,9 @@ class Model:
             seed=seed,
             fill_missing=fill_missing,
         )
+        if data not in ("", *predictor.coverage):
+            have = sorted(predictor.coverage)
+            raise ValueError(f"data={data!r} is predicted by no stream; valid: '' or one of {have}")
         chosen = chosen_times(predictor, times)
         for caution in cautions(predictor, chosen[0]):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
@@ -87,12 +92,15 @@ class Model:
             write(predictor, chosen, Path(output), names=layout)
             if Path(output).suffix == ".grib2":
                 return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
+            engine, group = _engine(Path(output)), data or None
             return xr.open_dataset(
-                output, chunks={}, decode_timedelta=True, engine=_engine(Path(output))
+                output, chunks={}, decode_timedelta=True, engine=engine, group=group
             )
-        parts = list(predictions(predictor, chosen, layout))
+        parts = list(predictions(predictor, chosen, layout, data))
+        if not parts:
+            raise ValueError(f"data={data!r} has no step at what is predicted")
         along = next(name for name in ("init_time", "time") if name in parts[0].dims)
-        return xr.concat(parts, along, combine_attrs="override", data_vars="minimal")
+        return xr.concat(parts, along, combine_attrs="override", data_vars="minimal", join="outer")
 
     def _record(self, datasets: Mapping[str, xr.Dataset], task: Task) -> Segment:
         """One record of all datasets, by the streams' `data`, as the task needs it."""

@@ -249,6 +249,14 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
                 Console(stderr=True).print(
                     "note: no ridge regression, which needs fields without missing values"
                 )
+            others = sorted({s.data for s in trained.specs if s.role == "predict"} - {""})
+            if others:
+                Console(stderr=True).print(
+                    f"note: streams with data={others} are not scored here; predict writes them "
+                    "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores",
+                    markup=False,
+                    soft_wrap=True,
+                )
             reports = score_tasks(config, trained, test, training, _device(config.accelerator))
         write_report(reports, provenance_of(config, trained, command), partial)
         partial.replace(config.output)

@@ -112,6 +112,12 @@ class Grid:
         columns = np.arange(len(self.longitude) * factor) + 0.5
         return Grid(edges[0] + height * (np.arange(count) + 0.5), west + width * columns)
 
+    def part(self, box: "Box") -> "Grid":
+        """The cells of a box, longitudes going on past 360 where it crosses the end of the grid."""
+        columns = np.arange(box.lon_start, box.lon_start + box.lon_size)
+        turns, index = np.divmod(columns, self.shape[1])
+        return Grid(self.latitude[box.lat_index()], self.longitude[index] + 360.0 * turns)
+
     def matches(self, other: "Grid") -> bool:
         """True if both grids have the same cells within a thousandth of a degree."""
         return self.shape == other.shape and bool(

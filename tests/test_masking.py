@@ -10,7 +10,7 @@ from atmossl.batch import Corruption, TokenSize
 from atmossl.masking.base import Layout, coarsen, make_view
 from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
-from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
+from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation, points_of
 from atmossl.tokens import detokenise, token_grid, tokenise
 from tests.synthetic import spec, window
 
@@ -58,6 +58,35 @@ def test_synced_streams_hide_the_same_places_others_do_not() -> None:
         assert torch.equal(first.hidden, second.hidden)
     first, second = draws(RandomMasking((0.5, 0.5)), shapes, 1)[0]
     assert not torch.equal(first.hidden, second.hidden)
+
+
+TOKENS = [((1, 2, 4), (1, 4, 2)), ((1, 2, 4), (2, 2, 8)), ((2, 4, 4), (1, 2, 8), (4, 2, 4))]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    "sampler",
+    [RandomMasking((0.2, 0.9), synced=True), RandomMasking((0.5, 0.5), synced=True, tube=True),
+     BlockMasking(), BlockMasking(1, (0.1, 0.9)), TimeBlockMasking((1, 2))], ids=repr,
+)  # fmt: skip
+def test_random_masks_hide_the_same_air_whatever_the_token(sampler, tokens) -> None:
+    """Point by point, also of streams with fewer levels; some of it stays visible."""
+    streams = [spec(str(n), token=size, levels=(300, 500)) for n, size in enumerate(tokens)]
+    shapes = layouts(*streams, spec("given", role="input"), time=8, lat=16, lon=32)
+    shares = []
+    for masks in draws(sampler, shapes, 30):
+        first, *others = (points_of(m.hidden, s) for m, s in zip(masks[:-1], streams, strict=True))
+        assert all(torch.equal(first, other) for other in others)
+        assert not bool(masks[-1].hidden.any())
+        shares.append(float(first.float().mean()))
+    assert 0 < min(shares) < 1
+
+
+def test_streams_without_a_common_edge_are_named() -> None:
+    shapes = layouts(spec("a", token=(1, 4, 8)), spec("b", token=(1, 6, 8)), lat=12)
+    for sampler in (RandomMasking(synced=True), BlockMasking()):
+        with pytest.raises(ValueError, match=r"masking.*'a': \(3, 2\), 'b': \(2, 2\)"):
+            draws(sampler, shapes, 1)
 
 
 def test_tubes_hide_a_place_at_all_times() -> None:

@@ -1,6 +1,6 @@
 """Tiles into fields of the whole grid, kept only as long as more tiles can come."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,17 +13,19 @@ Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in it
 class Part:
     """What is ready to be written of one case, which is one init or valid time.
 
-    step: first of the plan's offsets that the fields hold. rows: latitudes that they cover.
-    completes: whether nothing is left of the case. departure: mean square per variable of what the
-    coarsened prediction lacks of the given coarse cells, for downscaling.
+    leads: times of the steps that the fields hold, from the reference time. rows: latitudes that
+    they cover. completes: whether nothing is left of the case. departure: mean square per variable
+    of what the coarsened prediction lacks of the given coarse cells, for downscaling.
+    data: of the streams that the fields belong to, on whose cells and at whose steps they are.
     """
 
     case: int
-    step: int
+    leads: np.ndarray
     rows: slice
     fields: Fields
     completes: bool
-    departure: dict[str, float]
+    departure: dict[str, float] = field(default_factory=dict)
+    data: str = ""
 
 
 class Mosaic:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from atmossl.data.segment import HOUR
 from atmossl.inference.blend import Fields
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.tasks import Downscaling, Task
@@ -153,22 +154,24 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
         ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
     _check_truth(predictor.task)
-    plan = predictor.plan
-    hours = np.array(plan.offsets) * float(predictor.step / np.timedelta64(1, "h"))
+    leads = predictor.leads
+    hours = leads / HOUR
     levels = predictor.trained.level_values
     sums: dict[str, _Sums] = {}
     for part in predictor.parts(list(times)):
+        if part.data:
+            continue  # streams of other stores keep the spread that they have
         segment = predictor.find(times[part.case]).segment
         weight = predictor.grid.weights[part.rows][:, None]
         for name, values in part.fields.items():
-            num_steps, num_members, num_levels = values.shape[:3]
+            num_members, num_levels = values.shape[1:3]
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            shape = (len(plan.offsets), num_levels)
+            shape = (len(leads), num_levels)
             own = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
-            for step in range(num_steps):
-                row = part.step + step
-                valid = segment.find_time(times[part.case] + plan.offsets[row] * predictor.step)
+            for step, lead in enumerate(part.leads):
+                row = int(np.flatnonzero(leads == lead)[0])
+                valid = segment.find_time(times[part.case] + lead)
                 truth = segment.read(name, levels[name], valid, 1, segment.whole())[:, 0, part.rows]
                 own.add(row, values[step], truth, weight)
     if not any(own.variance.any() for own in sums.values()):

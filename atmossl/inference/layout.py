@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import dask.array
@@ -9,7 +10,9 @@ import numpy as np
 import xarray as xr
 
 from atmossl import __version__
+from atmossl.batch import StreamSpec
 from atmossl.data.variables import VARIABLES
+from atmossl.geometry import Grid
 from atmossl.inference.blend import Fields
 from atmossl.inference.predict import Predictor
 
@@ -52,12 +55,16 @@ class Layout:
     Forecasts and hindcasts are (init_time, lead_time, member, level, latitude, longitude), all
     others (time, member, level, latitude, longitude); surface variables lack the level. Raises
     ValueError if a valid time would be written twice or out of order.
+
+    data: of the streams that are written, on the cells and at the steps of their own store: lead
+    times are those of any case, NaN in the others; there may be none.
     """
 
     predictor: Predictor
     times: np.ndarray
     num_members: int
     names: LayoutName = "cf"
+    data: str = ""
 
     def __post_init__(self) -> None:
         if not self.predictor.plan.is_forecast and (np.diff(self.valid_times) <= 0).any():
@@ -67,28 +74,52 @@ class Layout:
                 f"{len(self.steps)}"
             )
 
-    @property
+    @cached_property
+    def _written(self) -> list[np.ndarray]:
+        """Of every case, the times from the reference time to its steps."""
+        used = self.predictor
+        return [used.leads_of(self.data, time, used.leads) for time in self.times]
+
+    @cached_property
     def steps(self) -> np.ndarray:
-        """Time from the reference time to every written step."""
-        return np.array(self.predictor.plan.offsets) * self.predictor.step
+        """Times from the reference time to the steps that any case has."""
+        return self.predictor.leads[np.isin(self.predictor.leads, np.concatenate(self._written))]
+
+    @cached_property
+    def valid_times(self) -> np.ndarray:
+        leads = self._written
+        return np.concatenate([time + own for time, own in zip(self.times, leads, strict=True)])
 
     @property
-    def valid_times(self) -> np.ndarray:
-        return (self.times[:, None] + self.steps).ravel()
+    def is_empty(self) -> bool:
+        return len(self.steps) == 0
+
+    @property
+    def specs(self) -> list[StreamSpec]:
+        return [spec for spec in self.predictor.trained.specs if spec.data == self.data]
 
     @property
     def levels(self) -> list[int]:
-        return list(self.predictor.trained.levels)
+        return sorted({level for spec in self.specs for level in spec.levels})
 
     def levels_of(self, variable: str) -> tuple[int, ...]:
         """Levels of a variable in hPa; (0,) at the surface."""
-        return self.predictor.trained.level_values[variable]
+        return {name: s.level_values for s in self.specs for name in s.variables}[variable]
 
     @property
     def variables(self) -> list[str]:
         """All that is predicted."""
-        specs = self.predictor.trained.own_specs
-        return [name for spec in specs if spec.role == "predict" for name in spec.variables]
+        return [name for spec in self.specs if spec.role == "predict" for name in spec.variables]
+
+    @property
+    def grid(self) -> Grid:
+        return self.predictor.grid_of(self.data)
+
+    def where(self, case: int, leads: np.ndarray) -> tuple[int | slice | np.ndarray, ...]:
+        """Place of some steps of a case along the first dimensions."""
+        if self.predictor.plan.is_forecast:
+            return case, _numbers(np.isin(self.steps, leads))
+        return (_numbers(np.isin(self.valid_times, self.times[case] + leads)),)
 
     def dims(self, variable: str) -> tuple[str, ...]:
         times = ("init_time", "lead_time") if self.predictor.plan.is_forecast else ("time",)
@@ -96,7 +127,7 @@ class Layout:
         return (*times, "member", *levels, "latitude", "longitude")
 
     def coordinates(self) -> dict[str, np.ndarray]:
-        grid = self.predictor.grid
+        grid = self.grid
         dates = self.predictor.segment.calendar.dates
         found = {
             "init_time": dates(self.times),
@@ -150,11 +181,14 @@ class Layout:
 
     def chunks(self, variable: str) -> tuple[int, ...]:
         """What is written at once: one pass of one case, some rows."""
-        plan = self.predictor.plan
+        plan, rows = self.predictor.plan, self.predictor.row_chunk
         num_steps = min(plan.steps_per_pass, len(plan.offsets))
         sizes = {name: len(values) for name, values in self.coordinates().items()}
         sizes |= {"init_time": 1, "lead_time": num_steps, "time": len(plan.offsets)}
-        sizes["latitude"] = min(self.predictor.row_chunk, sizes["latitude"])
+        if self.data:  # which of its steps a pass has differs from case to case
+            sizes |= {"lead_time": 1, "time": 1}
+            rows = self.predictor.coverage[self.data].row(rows)
+        sizes["latitude"] = min(rows, sizes["latitude"])
         return tuple(sizes[dim] for dim in self.dims(variable))
 
     def _attributes(self) -> dict[str, str]:
@@ -178,6 +212,13 @@ class Layout:
                 }
             ),
         }
+
+
+def _numbers(chosen: np.ndarray) -> slice | np.ndarray:
+    """Numbers of what is chosen, as a slice if they follow one another."""
+    numbers = np.flatnonzero(chosen)
+    first, end = int(numbers[0]), int(numbers[-1]) + 1
+    return slice(first, end) if len(numbers) == end - first else numbers
 
 
 def _named(segments: list[str]) -> str:

@@ -8,39 +8,22 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 
 import numpy as np
-import torch
-from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor
 
-from atmossl.batch import StreamPrediction, StreamTokens, View, collate_views
+from atmossl.batch import View
 from atmossl.data.calendars import Calendar
 from atmossl.data.companions import check_window
 from atmossl.data.segment import Segment
-from atmossl.geometry import Box, Grid, TilePlan
-from atmossl.inference.blend import Fields, Mosaic, Part
-from atmossl.inference.calibration import Calibration
+from atmossl.geometry import Grid, TilePlan
+from atmossl.inference.blend import Fields, Part
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.consistency import CoarseCells
+from atmossl.inference.coverage import Coverage, leads_within
 from atmossl.inference.rollout import roll_out
-from atmossl.inference.windows import Source, WindowReader, columns, masked_view
-from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan
-from atmossl.tokens import detokenise
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """One tile of one case. complete: rows that are final once it is in, for the last of a row."""
-
-    case: int
-    box: Box
-    weight: np.ndarray
-    view: View
-    hidden: tuple[Points, ...]
-    complete: int | None
+from atmossl.inference.tiles import blended, first_view
+from atmossl.inference.windows import Source
+from atmossl.masking.tasks import Downscaling, Task, TimePlan
 
 
 @dataclass(frozen=True)
@@ -84,16 +67,39 @@ class Predictor:
     @cached_property
     def grid(self) -> Grid:
         """Of the prediction: the store's, or one that nests in it."""
-        coarse = self._coarse_factor
+        coarse = self.coarse_factor
         try:
             return self.segment.grid.refined(coarse) if coarse > 1 else self.segment.grid
         except ValueError as error:
             raise ValueError(f"task.coarse_input: {self.segment.location}: {error}") from error
 
     @property
-    def _coarse_factor(self) -> int:
+    def coarse_factor(self) -> int:
+        """Cells of the prediction along one cell of the store."""
         task = self.task
         return task.factor if isinstance(task, Downscaling) and task.coarse_input else 1
+
+    @cached_property
+    def leads(self) -> np.ndarray:
+        """Time from the reference time to every step that is written."""
+        return np.array(self.plan.offsets) * self.step
+
+    @cached_property
+    def coverage(self) -> dict[str, Coverage]:
+        """By `data`, what is written of streams with data of their own that are predicted."""
+        found = {spec.data for spec in self.trained.specs if spec.role == "predict"}
+        return {data: Coverage.of(self.segment, data) for data in sorted(found - {""})}
+
+    def grid_of(self, data: str) -> Grid:
+        """The cells that the streams with that `data` are predicted on."""
+        return self.coverage[data].grid if data else self.grid
+
+    def leads_of(self, data: str, time: np.datetime64, leads: np.ndarray) -> np.ndarray:
+        """Those of the leads from a reference time at which the streams with that `data` have
+        steps."""
+        if not data:
+            return leads
+        return leads_within(self.find(time).segment.companions[data], time, leads)
 
     @cached_property
     def tiles(self) -> TilePlan:
@@ -114,10 +120,10 @@ class Predictor:
         if not self.segment.companions:
             return
         names = sorted(self.segment.companions)
-        if self.plan.refine > 1 or self._coarse_factor > 1 or self.plan.num_passes > 1:
+        if self.plan.refine > 1 or self.coarse_factor > 1:
             raise ValueError(
-                f"task.refine, task.coarse_input and task.rollout_time need all streams on one "
-                f"grid; the checkpoint has streams with data={names}"
+                "task.refine and task.coarse_input change the cells or steps of a single store; "
+                f"the checkpoint has streams with data={names}, whose own would stay"
             )
         window = self.trained.window
         num_lat, num_lon = self.grid.shape
@@ -186,27 +192,27 @@ class Predictor:
 
     def with_truth(self, times: np.ndarray) -> np.ndarray:
         """Those of the reference times for which the record holds all that would be written."""
-        written = np.array(self.plan.offsets) * self.step
 
         def known(time: np.datetime64) -> bool:
             record = self.find(time).segment.times
-            return all(_holds(record, valid) for valid in time + written)
+            return all(_holds(record, valid) for valid in time + self.leads)
 
         return np.array([time for time in times if known(time)], times.dtype)
 
     def first_view(self, time: np.datetime64) -> View:
         """What the model is shown of the first tile; no batch axis."""
-        return next(self._tiles([self.find(time)])).view
+        return first_view(self, self.find(time))
 
-    def run(self, times: Sequence[np.datetime64]) -> Iterator[Fields]:
-        """For every reference time, each variable's blended ensemble over all that is written."""
+    def run(self, times: Sequence[np.datetime64], data: str = "") -> Iterator[Fields]:
+        """For every reference time, each variable's blended ensemble over all that is written of
+        the streams with that `data`."""
         whole: Fields = {}
         for part in self.parts(times):
-            for name, values in part.fields.items():
-                steps, members, levels = len(self.plan.offsets), *values.shape[1:3]
-                shape = (steps, members, levels, *self.grid.shape)
+            for name, values in part.fields.items() if part.data == data else ():
+                leads = self.leads_of(data, times[part.case], self.leads)
+                shape = (len(leads), *values.shape[1:3], *self.grid_of(data).shape)
                 target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
-                target[part.step : part.step + len(values), :, :, part.rows] = values
+                target[np.isin(leads, part.leads), :, :, part.rows] = values
             if part.completes:
                 yield whole
                 whole = {}
@@ -223,8 +229,8 @@ class Predictor:
                 yield from roll_out(self, case, source)
             return
         coarse = self._coarse_cells()
-        for part in self.blended(sources):
-            if coarse is None:
+        for part in blended(self, sources):
+            if coarse is None or part.data:
                 yield part
             else:
                 source = sources[part.case]
@@ -237,92 +243,6 @@ class Predictor:
             return None
         return CoarseCells(self.grid, self.task, self.trained.level_values)
 
-    def blended(self, sources: Sequence[Source]) -> Iterator[Part]:
-        """Bands of latitude of one source after another, for the steps of one pass."""
-        tiles, mosaic = self._tiles(sources), Mosaic(self.grid.shape[1])
-        while batch := list(islice(tiles, self.batch_size)):
-            fields = self._predicted(batch)
-            for number, tile in enumerate(batch):
-                for variables, values in fields:
-                    mosaic.add(variables, values[number], tile.box, tile.weight)
-                if tile.complete is not None:
-                    completes = tile.complete == self.grid.shape[0]
-                    rows, done = mosaic.take(tile.complete)
-                    if rows.stop > rows.start:
-                        members = self._members_of(sources[tile.case], done, rows)
-                        yield Part(tile.case, 0, rows, members, completes, {})
-                    mosaic = Mosaic(self.grid.shape[1]) if completes else mosaic
-
-    def _predicted(self, batch: list[_Tile]) -> list[tuple[tuple[str, ...], np.ndarray]]:
-        """Variables and fields [batch variable step member level lat lon] of every stream."""
-        views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
-        view = views.to(self.device).views[0]
-        with torch.inference_mode():
-            prediction = self.trained.model.to(self.device)(view)
-        streams = [stream for stream in view.streams if stream.spec.role == "predict"]
-        return [
-            (stream.spec.variables, self._fields(stream, predicted, batch))
-            for stream, predicted in zip(streams, prediction.streams, strict=True)
-            if not stream.spec.data
-        ]
-
-    def _members_of(self, source: Source, fields: Fields, rows: slice) -> Fields:
-        """The blended ensemble with calibrated spread, or the one member of it that a source asks
-        for: single members of tiles that overlap would average out."""
-        hours = np.array(self.plan.pass_offsets) * (self.step / np.timedelta64(1, "h"))
-        calibration = Calibration(self.trained.record, self.task)
-        fields = calibration.apply(fields, hours, self.grid.latitude[rows], self.grid.longitude)
-        if source.member is None:
-            return fields
-        return {name: values[:, [source.member]] for name, values in fields.items()}
-
-    def _tiles(self, sources: Sequence[Source]) -> Iterator[_Tile]:
-        """Tiles of all sources in the order of writing; each band of latitude is read once."""
-        plan, (num_lat, num_lon) = self.tiles, self.grid.shape
-        reader = WindowReader(self.trained, self.plan, self.grid, self._coarse_factor, self.task)
-        rows = plan.rows()
-        for case, source in enumerate(sources):
-            for row, numbers in enumerate(rows):
-                south = plan.tiles[numbers[0]].lat_start
-                around = Box(south, self.segment.alignment.lon_shift, plan.lat_size, num_lon)
-                band = reader.read(source, around)
-                following = plan.tiles[rows[row + 1][0]].lat_start if row + 1 < len(rows) else None
-                complete = (
-                    num_lat if following is None else following // self.row_chunk * self.row_chunk
-                )
-                for number in numbers:
-                    box = plan.tiles[number]
-                    view, hidden = masked_view(
-                        columns(band, source.segment, around, box),
-                        self.task,
-                        first_guess=self.trained.first_guess,
-                    )
-                    last = complete if number == numbers[-1] else None
-                    yield _Tile(case, box, plan.weights[number], view, hidden, last)
-
-    def _fields(
-        self, stream: StreamTokens, predicted: StreamPrediction, batch: list[_Tile]
-    ) -> Float[np.ndarray, "batch variable step member level lat lon"]:
-        """Windows in the variables' own units over the steps of one pass: predicted where hidden,
-        as given elsewhere."""
-        spec = stream.spec
-        steps = [self.plan.reference + offset for offset in self.plan.pass_offsets]
-        fields = detokenise(_in_place(predicted, stream), spec)[..., steps, :, :]
-        number = [tile.view.names().index(spec.name) for tile in batch]
-        hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
-        hidden = hidden[..., steps, :, :].to(fields.device)
-        if not bool(hidden.all()):
-            given = detokenise(stream.target, spec)[..., steps, :, :]
-            fields = torch.where(hidden[:, None], fields, given[:, None])
-        if stream.valid is not None and not self.fill_missing:
-            never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
-            fields = fields.masked_fill(never[:, None], float("nan"))
-        values = self.trained.normaliser.inverse(fields.cpu(), spec).numpy()
-        return rearrange(
-            values,
-            "batch member variable level step lat lon -> batch variable step member level lat lon",
-        )
-
 
 def _holds(times: np.ndarray, time: np.datetime64) -> bool:
     index = int(np.searchsorted(times, time))
@@ -334,26 +254,3 @@ def _period(times: np.ndarray, calendar: Calendar) -> str:
         return "none, the store is too short"
     first, last = (calendar.show(time) for time in times[[0, -1]])
     return f"{first} to {last}"
-
-
-def _in_place(
-    predicted: StreamPrediction, stream: StreamTokens
-) -> Float[Tensor, "batch member level nt nlat nlon patch"]:
-    """Queries back at their tokens, zeros where nothing was asked."""
-    members, queries = predicted.members, predicted.queries
-    num_level, num_time, num_lat, num_lon = stream.grid.shape
-    everywhere = members.new_zeros(
-        (members.shape[0], stream.grid.num_tokens + 1, *members.shape[2:])
-    )
-    # padding goes to a spare token at the end, which is cut off
-    spare = torch.full_like(queries.index, stream.grid.num_tokens)
-    index = torch.where(queries.valid, queries.index, spare)[..., None, None]
-    everywhere.scatter_(1, index.expand_as(members), members)
-    return rearrange(
-        everywhere[:, :-1],
-        "batch (level nt nlat nlon) member patch -> batch member level nt nlat nlon patch",
-        level=num_level,
-        nt=num_time,
-        nlat=num_lat,
-        nlon=num_lon,
-    )

@@ -1,20 +1,26 @@
 """Long leads: passes of the model that each go on from the members of the pass before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atmossl.data.companions import Companion
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
+from atmossl.geometry import Box, Nesting
 from atmossl.inference.blend import Fields, Part
+from atmossl.inference.coverage import Coverage
+from atmossl.inference.tiles import blended
 from atmossl.inference.windows import Source
 
 if TYPE_CHECKING:
     from atmossl.inference.predict import Predictor
 
 State = dict[str, np.ndarray]  # by variable, [level time lat lon]
+States = dict[str, State]  # by `data` of the streams; their last steps are the latest there are
 
 
 def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part]:
@@ -24,30 +30,33 @@ def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part
     with the same one would push it further out at each pass. So who takes which member of the next
     pass is drawn anew, by (seed, init time, pass), each member once.
 
-    What is static stays, and what is computed from time and place is so at every date.
+    What is static stays, and what is computed from time and place is so at every date. Streams
+    with data of their own go on at the steps of their own store.
 
     Raises:
         ValueError: an input stream that no pass predicts.
     """
     _check_streams(predictor)
-    plan, segment, start = predictor.plan, source.segment, source.start
-    count, total = plan.steps_per_pass, len(plan.offsets)
-    init = segment.times[start + len(plan.read) - 1]
-    sources = [source]
-    states = [_read(segment, start, len(plan.read))]
+    plan, segment = predictor.plan, source.segment
+    step, total = predictor.step, len(plan.offsets)
+    init = segment.times[source.start + len(plan.read) - 1]
+    sources, states = [source], [_states(predictor, segment, source)]
     for number in range(plan.num_passes):
-        fields = _joined(predictor, sources)
-        left = min(count, total - number * count)
-        written = {name: values[:left] for name, values in fields.items()}
+        begin = number * plan.steps_per_pass * step
+        joined = _joined(predictor, sources)
         completes = number + 1 == plan.num_passes
-        rows = slice(0, predictor.grid.shape[0])
-        yield Part(case, number * count, rows, written, completes, {})
+        for data, found in joined.items():
+            leads = begin + found.leads
+            leads = leads[leads <= total * step]
+            written = {name: values[: len(leads)] for name, values in found.fields.items()}
+            rows = slice(0, predictor.grid_of(data).shape[0])
+            yield Part(case, leads, rows, written, completes and not data, data=data)
         if completes:
             return
-        num_members = next(iter(fields.values())).shape[1]
+        num_members = next(iter(joined[""].fields.values())).shape[1]
         states = states * num_members if number == 0 else states
-        states = [_appended(predictor, states[m], fields, m) for m in range(num_members)]
-        latest = init + segment.step * (number + 1) * count
+        states = [_appended(predictor, states[m], joined, m) for m in range(num_members)]
+        latest = init + begin + plan.steps_per_pass * step
         order = _order(predictor.seed, init, number, num_members)
         sources = [
             _source(predictor, segment, state, latest, member)
@@ -75,61 +84,109 @@ def _check_streams(predictor: "Predictor") -> None:
         )
 
 
-def _joined(predictor: "Predictor", sources: list[Source]) -> Fields:
-    """Whole fields of one pass; those of several sources are joined along the members."""
-    shape, joined = predictor.grid.shape, {}
-    for part in predictor.blended(sources):
+@dataclass(frozen=True)
+class Joined:
+    """Whole fields of one pass, and times of their steps from its start."""
+
+    leads: np.ndarray
+    fields: Fields
+
+
+def _joined(predictor: "Predictor", sources: list[Source]) -> dict[str, Joined]:
+    """By the streams' `data`, what a pass predicts; members of all sources one after another."""
+    joined: dict[str, Joined] = {}
+    for part in blended(predictor, sources):
+        found = joined.setdefault(part.data, Joined(part.leads, {}))
+        fields, shape = found.fields, predictor.grid_of(part.data).shape
         for name, values in part.fields.items():
             own = values.shape[1]
-            if name not in joined:
-                size = (len(values), own * len(sources), values.shape[2], *shape)
-                joined[name] = np.zeros(size, np.float32)
+            if name not in fields:
+                size = (len(part.leads), own * len(sources), values.shape[2], *shape)
+                fields[name] = np.zeros(size, np.float32)
             members = slice(part.case * own, (part.case + 1) * own)
-            joined[name][:, members, :, part.rows] = values
+            fields[name][:, members, :, part.rows] = values
     return joined
 
 
-def _read(segment: Segment, start: int, count: int) -> State:
-    """The steps of the first pass, at all levels of the record."""
+def _states(predictor: "Predictor", segment: Segment, source: Source) -> States:
+    """The steps of every record that the first pass reads, at all its levels."""
+    count = len(predictor.plan.read)
+    states = {"": _read(segment, source.start, count, segment.whole())}
+    for data, companion in segment.companions.items():
+        steps = companion.steps(segment.times[source.start], count * segment.step)
+        known = max(1, len(steps))  # what is static is known even if none of the steps is
+        start = max(0, steps.stop - known)
+        states[data] = _read(companion.segment, start, known, Coverage.of(segment, data).whole)
+    return states
+
+
+def _read(record: Segment, start: int, count: int, box: Box) -> State:
     return {
-        name: segment.read(name, segment.levels_of(name), start, count, segment.whole())
-        for name in segment.variables
+        name: record.read(name, record.levels_of(name), start, count, box)
+        for name in record.variables
         if name not in FORCINGS
     }
 
 
-def _appended(predictor: "Predictor", state: State, fields: Fields, member: int) -> State:
-    """The state moved on: its steps and those of the pass, of which the latest are kept; two at
-    least, which make a record."""
-    kept = max(2, len(predictor.plan.read))
-    moved = {
-        name: np.repeat(values[:, -1:], kept, axis=1)  # static, or moved on below
-        for name, values in state.items()
-    }
-    for spec in predictor.trained.specs:
-        levels = predictor.segment.levels
-        rows = [levels.index(level) if level else 0 for level in spec.level_values]
-        for name in spec.variables if spec.role == "predict" else ():
-            new = fields[name][:, member].swapaxes(0, 1)  # [level time lat lon]
-            held = state[name]
-            whole = np.zeros((held.shape[0], *new.shape[1:]), np.float32)
-            whole[rows] = new
-            moved[name] = np.concatenate([held, whole], axis=1)[:, -kept:]
+def _appended(
+    predictor: "Predictor", states: States, joined: Mapping[str, Joined], member: int
+) -> States:
+    """The states moved on: their steps and those of the pass, of which the latest are kept."""
+    segment, moved = predictor.segment, {}
+    for data, state in states.items():
+        record = segment.companions[data].segment if data else segment
+        fields = joined[data].fields if data in joined else {}
+        kept = _kept(predictor, record)
+        # static, or moved on below
+        moved[data] = {name: _last(values[:, -1:], kept) for name, values in state.items()}
+        for spec in predictor.trained.specs:
+            rows = [record.levels.index(level) if level else 0 for level in spec.level_values]
+            for name in spec.variables if spec.data == data and spec.role == "predict" else ():
+                held = state[name]
+                if name in fields:
+                    new = fields[name][:, member].swapaxes(0, 1)  # [level time lat lon]
+                    whole = np.zeros((held.shape[0], *new.shape[1:]), np.float32)
+                    whole[rows] = new
+                    held = np.concatenate([held, whole], axis=1)
+                moved[data][name] = _last(held, kept)
     return moved
 
 
+def _kept(predictor: "Predictor", record: Segment) -> int:
+    """Steps of a record that a pass can read; two at least, which make a record."""
+    read = len(predictor.plan.read) * predictor.segment.step
+    return max(2, -int(-read // record.step))
+
+
+def _last(values: np.ndarray, count: int) -> np.ndarray:
+    """The latest steps of [level time lat lon], the first one repeated if they are fewer: before
+    it nothing is read."""
+    return np.take(values, np.arange(-count, 0).clip(-values.shape[1]), axis=1)
+
+
 def _source(
-    predictor: "Predictor", segment: Segment, state: State, latest: np.datetime64, member: int
+    predictor: "Predictor", segment: Segment, states: States, latest: np.datetime64, member: int
 ) -> Source:
-    """The state as a record whose last step is `latest`."""
-    num_steps = next(iter(state.values())).shape[1]
-    times = latest + segment.step * (np.arange(num_steps) + 1 - num_steps)
-    record = open_segment(
-        f"{segment.name} rolled out",
-        segment.dataset_of(state, times),
-        segment.location,
-        variables=segment.variables,
-        levels=segment.levels,
-        may_miss=sorted(segment.may_miss),
+    """The states as records whose last steps are the latest ones up to a time."""
+    own = _rolled(segment, states[""], latest, _kept(predictor, segment))
+    companions = {}
+    for data, companion in segment.companions.items():
+        record = replace(companion.segment, grid=Coverage.of(segment, data).grid)
+        last = latest - (latest - record.times[0]) % record.step
+        rolled = _rolled(record, states[data], last, _kept(predictor, record))
+        companions[data] = Companion(rolled, Nesting.of(own.grid, rolled.grid))
+    start = len(own.times) - len(predictor.plan.read)
+    return Source(replace(own, companions=companions), start, member)
+
+
+def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> Segment:
+    """A record of some steps that ends at a time."""
+    times = last + record.step * (np.arange(count) + 1 - count)
+    return open_segment(
+        f"{record.name} rolled out",
+        record.dataset_of(state, times),
+        record.location,
+        variables=record.variables,
+        levels=record.levels,
+        may_miss=sorted(record.may_miss),
     )
-    return Source(record, num_steps - len(predictor.plan.read), member)

@@ -73,16 +73,15 @@ class WindowReader:
 
     def _computed(self, window: StreamWindow, source: Source) -> StreamWindow:
         rows = [n for n, name in enumerate(window.spec.variables) if name in FORCINGS]
-        if not rows or window.spec.data:
+        if not rows:
             return window
-        segment, steps = source.segment, np.arange(self.trained.window.time) - self.plan.read[0]
-        times = segment.times[source.start] + steps * (segment.step // self.plan.refine)
+        calendar, times = source.segment.calendar, self._times(window.spec.data, source)
         places = (window.lat.double().numpy(), window.lon.double().numpy())
         everything = (slice(None),) * 3
         raw = torch.zeros_like(window.fields)
         for row in rows:
             name = window.spec.variables[row]
-            chunks = ComputedChunks(name, times, *places, segment.calendar)
+            chunks = ComputedChunks(name, times, *places, calendar)
             raw[row] = torch.from_numpy(chunks.read(everything).copy()).to(raw)
         true = self.trained.normaliser.forward(raw, window.spec)
         fields = window.fields.clone()
@@ -109,12 +108,25 @@ class WindowReader:
             step_hours = segment.step_hours / plan.refine
             read = segment.time_hours(source.start, 1)[0]
             return read + (torch.arange(count, dtype=torch.float64) - plan.read[0]) * step_hours
-        companion = segment.companions[data]
-        first = segment.times[source.start] - plan.read[0] * segment.step
-        steps = companion.steps(first, count * segment.step)
-        record = companion.segment
+        record, steps = segment.companions[data].segment, self._steps(data, source)
         start = record.time_hours(0, 1)[0]
         return start + torch.arange(steps.start, steps.stop).double() * record.step_hours
+
+    def _times(self, data: str, source: Source) -> np.ndarray:
+        """The same as times of the record's calendar."""
+        segment, plan = source.segment, self.plan
+        if data:
+            record = segment.companions[data].segment
+            return record.times[0] + np.array(self._steps(data, source)) * record.step
+        steps = np.arange(self.trained.window.time) - plan.read[0]
+        return segment.times[source.start] + steps * (segment.step // plan.refine)
+
+    def _steps(self, data: str, source: Source) -> range:
+        """Steps of a companion's record in the window; they may lie outside the record."""
+        segment = source.segment
+        first = segment.times[source.start] - self.plan.read[0] * segment.step
+        companion = segment.companions[data]
+        return companion.steps(first, self.trained.window.time * segment.step)
 
     def _placed(self, window: StreamWindow, box: Box) -> StreamWindow:
         """Coarse cells repeated over the fine ones that lie in them."""

@@ -86,19 +86,24 @@ def write(
         OSError: the disk is full or gone; what is written stays, and `resume` goes on from it.
     """
     check_output(output, resume=resume)
-    Layout(predictor, times, 1, names)  # refuses times before any work
+    grids = _layouts(predictor, times, 1, names)  # refuses times before any work
     if output.suffix == ".grib2":
         from atmossl.inference.grib import check_grib
 
         check_grib(predictor)
+        if len(grids) > 1:
+            raise ValueError(
+                f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
+                "file holds one grid here; write .zarr or .nc"
+            )
     partial = partial_of(output)
     progress = _begun(partial, _request(predictor, times, names))
     advance(float(progress.cases))
     try:
         for part in _written(predictor, times, partial, names, progress):
-            num_steps = next(iter(part.fields.values())).shape[0]
             rows = (part.rows.stop - part.rows.start) / predictor.grid.shape[0]
-            advance(rows * num_steps / len(predictor.plan.offsets))
+            share = rows * len(part.leads) / len(predictor.leads)
+            advance(0.0 if part.data else share)
         _finish(partial, output, progress)
     except OSError as error:
         raise OSError(
@@ -149,18 +154,17 @@ def _written(
 ) -> Iterator[Part]:
     """Every part, once it is in the store."""
     done = progress.cases
-    group, layout = None, None
+    layouts: dict[str, Layout] = {}
+    groups: dict[str, zarr.Group] = {}
     for part in predictor.parts(list(times[done:])):
-        if group is None or layout is None:
+        if not layouts:
             num_members = next(iter(part.fields.values())).shape[1]
-            layout = Layout(predictor, times, num_members, names)
+            layouts = _layouts(predictor, times, num_members, names)
             if done == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                empty = layout.dataset()
-                empty.to_zarr(partial, compute=False, encoding=encoding(empty), consolidated=False)
+                _make_empty(partial, layouts)
                 progress.save()
-            group = zarr.open_group(partial, mode="r+")
-        _put(group, layout, part, done + part.case)
+            groups = {data: zarr.open_group(partial, path=data, mode="r+") for data in layouts}
+        _put(groups[part.data], layouts[part.data], part, done + part.case)
         progress.add(part)
         if part.completes:
             progress.cases = done + part.case + 1
@@ -168,53 +172,98 @@ def _written(
         yield part
 
 
+def _layouts(
+    predictor: Predictor, times: np.ndarray, num_members: int, names: LayoutName
+) -> dict[str, Layout]:
+    """By the streams' `data`, which is the name of their group: the root, and one group for every
+    other grid of which anything is written.
+
+    Raises:
+        ValueError: times that do not fit, or a group that would have the name of a variable.
+    """
+    layouts = {
+        data: Layout(predictor, times, num_members, names, data)
+        for data in ("", *predictor.coverage)
+    }
+    root = layouts[""]
+    taken = {*root.variables, *root.coordinates()} & set(predictor.coverage)
+    if taken:
+        raise ValueError(
+            f"output: the group of streams with data={sorted(taken)} would have the name of a "
+            "variable or coordinate; name the catalog entry otherwise"
+        )
+    return {data: layout for data, layout in layouts.items() if not layout.is_empty}
+
+
+def _make_empty(partial: Path, layouts: dict[str, Layout]) -> None:
+    """A store of missing values."""
+    shutil.rmtree(partial, ignore_errors=True)
+    for data, layout in layouts.items():
+        empty = layout.dataset()
+        empty.to_zarr(
+            partial,
+            group=data or None,
+            mode="a" if data else "w",
+            compute=False,
+            encoding=encoding(empty),
+            consolidated=False,
+        )
+
+
 def _put(group: zarr.Group, layout: Layout, part: Part, case: int) -> None:
-    plan = layout.predictor.plan
+    where = layout.where(case, part.leads)
     for name, values in part.fields.items():
-        steps = slice(part.step, part.step + len(values))
-        if plan.is_forecast:
-            where: tuple[int | slice, ...] = (case, steps)
-        else:
-            first = case * len(plan.offsets)
-            where = (slice(first + steps.start, first + steps.stop),)
         array = group[name]
         assert isinstance(array, zarr.Array)
         everything = (slice(None),) * (array.ndim - len(where) - 2)
-        array[(*where, *everything, part.rows)] = layout.place(name, values)
+        place = (*where, *everything, part.rows, slice(None))
+        array[place] = layout.place(name, values)
 
 
 def _finish(partial: Path, output: Path, progress: _Progress) -> None:
     """The complete store under its name, in the format that its ending asks for."""
     group = zarr.open_group(partial, mode="r+")
+    grids = sorted(group.group_keys())
     for name, total in progress.squares.items():
         group[name].attrs["rms_departure_from_coarse_cells"] = (total / progress.rows) ** 0.5
     if output.suffix == ".zarr":
         with warnings.catch_warnings():  # that not every reader of format 3 knows of it
             warnings.simplefilter("ignore", UserWarning)
-            zarr.consolidate_metadata(partial)
+            for data in (*grids, ""):
+                zarr.consolidate_metadata(partial, path=data)
         partial.replace(output)
         return
     packed = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        with xr.open_zarr(partial, consolidated=False, decode_timedelta=True) as store:
-            store = store[sorted(map(str, store.data_vars))]  # folders are listed in any order
-            if output.suffix == ".nc":
-                plain = store.drop_encoding()
-                plain.to_netcdf(packed, engine="netcdf4", encoding=encoding(plain))
-            else:
-                from atmossl.inference.grib import write_grib
-
-                write_grib(store, packed)
+        for data in ("", *grids):
+            _pack(partial, data, packed, output.suffix)
         packed.replace(output)
     finally:
         packed.unlink(missing_ok=True)
     shutil.rmtree(partial)
 
 
+def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
+    """One group of the store as a group of a NetCDF file, or as GRIB2."""
+    with xr.open_zarr(partial, group=group, consolidated=False, decode_timedelta=True) as store:
+        store = store[sorted(map(str, store.data_vars))]  # folders are listed in any order
+        if suffix == ".nc":
+            plain = store.drop_encoding()
+            form, mode = encoding(plain), "a" if group else "w"
+            plain.to_netcdf(packed, mode, group=group or None, engine="netcdf4", encoding=form)
+        else:
+            from atmossl.inference.grib import write_grib
+
+            write_grib(store, packed)
+
+
 def predictions(
-    predictor: Predictor, times: np.ndarray, names: LayoutName = "cf"
+    predictor: Predictor, times: np.ndarray, names: LayoutName = "cf", data: str = ""
 ) -> Iterator[xr.Dataset]:
-    """One whole dataset after another, for every reference time, in memory."""
-    for number, fields in enumerate(predictor.run(list(times))):
-        num_members = next(iter(fields.values())).shape[1]
-        yield Layout(predictor, times[number : number + 1], num_members, names).dataset(fields)
+    """One whole dataset after another, in memory, for every reference time at which the streams
+    with that `data` have steps to write."""
+    for number, fields in enumerate(predictor.run(list(times), data)):
+        if fields:
+            num_members = next(iter(fields.values())).shape[1]
+            case = times[number : number + 1]
+            yield Layout(predictor, case, num_members, names, data).dataset(fields)

@@ -1,5 +1,6 @@
 """Masking samplers of pretraining: random tokens, tubes, blocks, time blocks, and mixtures."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ class RandomMasking:
 
     rate: range of the share of hidden tokens, drawn per sample (and per stream if not `synced`).
     fractions: how hidden tokens are split over `drop`, `mask`, `noise`, `coarsen`, `keep`.
-    synced: hide the same places and times in all streams.
+    synced: hide the same air in all streams, in the smallest blocks that are whole tokens of each.
     tube: hide a place at all times or not at all (VideoMAE, Tong et al. 2022).
     hide_level, hide_stream: probability that one whole level of a stream, or one whole stream,
         is masked on top. streams: names of those that it is one of; none: all predicted ones.
@@ -69,15 +70,17 @@ class RandomMasking:
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        shared = _SharedDraw(layouts, rng) if self.synced else None
+        common = _common("masking.synced", _token_counts(layouts)) if self.synced else None
+        score = rng.random(common) if common else None
         shared_rate = rng.uniform(*self.rate)
         corruptions = []
         for layout in layouts:
-            score = shared.at(layout) if shared else rng.random(layout.grid.shape)
-            if self.tube:
-                score = np.broadcast_to(score[:, :1], score.shape)
-            rate = shared_rate if self.synced else rng.uniform(*self.rate)
-            corruptions.append(self._split(_lowest(score, rate), rng))
+            if score is not None:
+                hidden = _spread(self._lowest(score, shared_rate), layout)
+            else:
+                own = rng.random(layout.grid.shape)
+                hidden = self._lowest(own, rng.uniform(*self.rate))
+            corruptions.append(self._split(hidden, rng))
         self._hide_levels(corruptions, rng)
         self._hide_one_stream(corruptions, layouts, rng)
         return tuple(
@@ -95,6 +98,15 @@ class RandomMasking:
             factor = own_factor(layout, layouts, self.coarsen_factor)
             return coarse_mask(values, factor, self.noise_std)
         return StreamMask(values, self.coarsen_factor, self.noise_std)
+
+    def _lowest(self, score: np.ndarray, rate: float) -> np.ndarray:
+        """True for a share of the scores, the lowest ones, or all that tie with them (tubes)."""
+        if self.tube:
+            score = np.broadcast_to(score[:, :1], score.shape)
+        count = round(rate * score.size)
+        if count == 0:
+            return np.zeros(score.shape, bool)
+        return score <= np.partition(score, count - 1, axis=None)[count - 1]
 
     def _split(self, hidden: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         kinds = np.array([int(_KINDS[name]) for name in self.fractions])
@@ -120,33 +132,48 @@ class RandomMasking:
             corruptions[predicted[names[int(choice * len(names))]]][:] = int(Corruption.MASK)
 
 
-def _lowest(score: np.ndarray, rate: float) -> np.ndarray:
-    """True for the round(rate * n) lowest scores, or all that tie with them (tubes)."""
-    count = round(rate * score.size)
-    if count == 0:
-        return np.zeros(score.shape, bool)
-    return score <= np.partition(score, count - 1, axis=None)[count - 1]
+def _token_counts(layouts: tuple[Layout, ...]) -> dict[str, tuple[int, ...]]:
+    """Tokens [level time lat lon] of every predicted stream."""
+    return {x.spec.name: x.grid.shape for x in layouts if x.spec.role == "predict"}
 
 
-class _SharedDraw:
-    """Scores on the finest tokens of all streams, looked up by every stream at its own tokens."""
+def _common(key: str, counts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """How many blocks there are along every axis of a window, the last two latitude and longitude,
+    if they are the smallest that are whole tokens, or cells, of all streams: what is hidden in them
+    is the same air in each.
 
-    def __init__(self, layouts: tuple[Layout, ...], rng: np.random.Generator) -> None:
-        self.shape = tuple(max(axis) for axis in zip(*(x.grid.shape for x in layouts), strict=True))
-        self.score = rng.random(self.shape)
+    Raises:
+        ValueError: names the key, as streams have no edges in common.
+    """
+    common = tuple(math.gcd(*axis) for axis in zip(*counts.values(), strict=True))
+    lacking = [
+        axis
+        for number, axis in ((-2, "lat"), (-1, "lon"))
+        if common[number] == 1 and max(count[number] for count in counts.values()) > 1
+    ]
+    if lacking:
+        places = {name: count[-2:] for name, count in counts.items()}
+        raise ValueError(
+            f"{key}: streams have {places} tokens of latitude and longitude, without an edge in "
+            f"common along {lacking}; choose token sizes that are multiples of each other"
+        )
+    return common
 
-    def at(self, layout: Layout) -> np.ndarray:
-        index = [
-            (np.arange(count) + 0.5) * finest // count
-            for count, finest in zip(layout.grid.shape, self.shape, strict=True)
-        ]
-        return self.score[np.ix_(*(values.astype(int) for values in index))]
+
+def _spread(blocks: np.ndarray, layout: Layout) -> np.ndarray:
+    """Values of common blocks at the tokens of a stream; False for one that is not predicted."""
+    if layout.spec.role != "predict":
+        return np.zeros(layout.grid.shape, bool)
+    for axis, tokens in enumerate(layout.grid.shape):
+        blocks = blocks.repeat(tokens // blocks.shape[axis], axis)
+    return blocks
 
 
 @dataclass(frozen=True)
 class BlockMasking:
     """Hide boxes of neighbouring tokens at all times and levels (context encoder, Pathak et al.
-    2016; block masking of BEiT and I-JEPA), the same box of air in every stream.
+    2016; block masking of BEiT and I-JEPA), the same air in every stream: boxes of the smallest
+    blocks that are whole tokens of each, or whole cells.
 
     num_blocks: boxes per sample. share: range of a box's share of the window, per axis.
     cells: boxes end at any cell, as gaps do, and hide tokens in part; at whole tokens otherwise.
@@ -171,19 +198,29 @@ class BlockMasking:
         for _ in range(self.num_blocks):
             size = rng.uniform(*self.share, size=2)
             boxes.append((size, rng.random(2) * (1 - size)))
-        return tuple(self._mask(layout, boxes) for layout in layouts)
+        predicted = [layout for layout in layouts if layout.spec.role == "predict"]
+        counts = {layout.spec.name: self._counts(layout) for layout in predicted}
+        hidden = np.zeros(_common("masking", counts), bool)
+        for lat, lon in _places(boxes, hidden.shape):
+            hidden[lat, lon] = True
+        return tuple(self._mask(layout, hidden) for layout in layouts)
 
-    def _mask(self, layout: Layout, boxes: list) -> StreamMask:
-        if layout.spec.role != "predict":
-            return layout.nothing_hidden()
+    def _counts(self, layout: Layout) -> tuple[int, ...]:
+        """Rows and columns of a stream at which boxes may end."""
+        num_lat, num_lon = layout.grid.shape[2:]
+        size = layout.spec.token_size
+        return (num_lat * size.lat, num_lon * size.lon) if self.cells else (num_lat, num_lon)
+
+    def _mask(self, layout: Layout, hidden: np.ndarray) -> StreamMask:
         nothing = layout.nothing_hidden()
+        if layout.spec.role != "predict":
+            return nothing
+        for axis, count in enumerate(self._counts(layout)):
+            hidden = hidden.repeat(count // hidden.shape[axis], axis)
         if self.cells:
-            points = points_of(nothing.hidden, layout.spec)
-            for lat, lon in _places(boxes, points.shape[-2:]):
-                points[..., lat, lon] = True
+            points = points_of(nothing.hidden, layout.spec) | torch.from_numpy(hidden)
             return mask_of_points(points, layout.spec)
-        for lat, lon in _places(boxes, layout.grid.shape[2:]):
-            nothing.corruption[:, :, lat, lon] = int(_KINDS[self.corruption])
+        nothing.corruption[:, :, torch.from_numpy(hidden)] = int(_KINDS[self.corruption])
         return nothing
 
 

@@ -17,7 +17,7 @@ from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_wind
 from atmossl.geometry import Box, Grid, Nesting, latitude_edges, random_box
 from atmossl.masking.base import Layout
 from atmossl.masking.places import Inpainting, LatLonBox
-from atmossl.masking.random import RandomMasking, TimeBlockMasking
+from atmossl.masking.random import BlockMasking, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation, points_of
 from atmossl.tokens import token_grid
 from tests.synthetic import dataset
@@ -165,6 +165,23 @@ def test_tasks_hide_the_same_times_of_both(task, start: int) -> None:
         )
         shared = set(layouts[1].point_times().flatten().tolist())
         assert fine & shared == coarse
+
+
+@pytest.mark.parametrize("sampler", [BlockMasking(), RandomMasking(synced=True)], ids=repr)
+def test_random_masks_hide_the_same_air_of_both(sampler) -> None:
+    """What is hidden of the fine store, at the steps of the coarse one, in means over its cells."""
+    for start in (0, 3):
+        layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(start, Box(4, 28, 8, 8)))
+        times = [layout.point_times().flatten().tolist() for layout in layouts]
+        shared = [times[0].index(hour) for hour in times[1]]
+        for seed in range(20):
+            masks = sampler(layouts, np.random.default_rng(seed))
+            fine, coarse = (
+                points_of(m.hidden, x.spec) for m, x in zip(masks, layouts, strict=True)
+            )
+            cells = fine[..., shared, :, :].unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+            assert torch.equal(cells.all(-1).all(-2), coarse)
+            assert torch.equal(cells.any(-1).any(-2), coarse)
 
 
 def test_tasks_hide_the_same_places_of_both() -> None:
