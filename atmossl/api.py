@@ -92,10 +92,8 @@ class Model:
             write(predictor, chosen, Path(output), names=layout)
             if Path(output).suffix == ".grib2":
                 return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
-            engine, group = _engine(Path(output)), data or None
-            return xr.open_dataset(
-                output, chunks={}, decode_timedelta=True, engine=engine, group=group
-            )
+            opened = {"engine": _engine(Path(output)), "group": data or None, "chunks": {}}
+            return xr.open_dataset(output, decode_timedelta=True, **opened)
         parts = list(predictions(predictor, chosen, layout, data))
         if not parts:
             raise ValueError(f"data={data!r} has no step at what is predicted")

@@ -140,7 +140,7 @@ def open_for(
     """
     records = open_records(trained.specs_for(task), data or trained.data, catalog, split)
     segments = paired(records)
-    chosen = tuple(one for one in segments if name in (None, one.name))
+    chosen = tuple(one for one in segments if one.is_called(name))
     if not chosen:
         have = sorted({one.name for one in segments})
         raise ValueError(f"segment={name} is not in split={split}; valid: {have}")
@@ -245,9 +245,11 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
         else:
             test = open_for(trained, config.data, config.catalog, config.split)
             training = open_for(trained, config.data, config.catalog, "train")
-            if config.ridge and any(segment.may_miss for segment in test):
+            gappy = sorted({name for segment in test for name in segment.may_miss})
+            if config.ridge and gappy:
                 Console(stderr=True).print(
-                    "note: no ridge regression, which needs fields without missing values"
+                    f"note: no ridge regression of {gappy}, which may have missing values",
+                    markup=False,
                 )
             others = sorted({s.data for s in trained.specs if s.role == "predict"} - {""})
             if others:

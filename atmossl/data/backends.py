@@ -13,8 +13,9 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ZipStore
 
 from atmossl.data.catalog import SegmentEntry, resolve_location
-from atmossl.data.chunks import ChunkedArray
+from atmossl.data.chunks import Access, ChunkedArray
 
+_DEFAULT_ACCESS = Access()
 _NETCDF = (".nc", ".nc4")
 
 
@@ -35,8 +36,8 @@ class OpenedStore:
         return found if isinstance(found, zarr.Array) else None
 
 
-def open_store(entry: SegmentEntry) -> OpenedStore:
-    """Open a store.
+def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
+    """Open a store; a remote one that fails is tried again.
 
     Raises:
         ValueError: there is no such store, it cannot be opened, or a package is missing.
@@ -46,7 +47,8 @@ def open_store(entry: SegmentEntry) -> OpenedStore:
         raise ValueError(f"store {location} does not exist")
     kind = _format_of(location) if entry.format == "auto" else entry.format
     try:
-        return _OPENERS[kind](location, entry.storage_options)
+        retries = access.retries_of(location)
+        return retries.call(lambda: _OPENERS[kind](location, entry.storage_options))
     except ImportError as error:
         raise ValueError(
             f"store {location} of format {kind} needs a package that is not installed ({error}); "
@@ -113,20 +115,29 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
 
 
 def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
-    """options: `branch` (default main), `tag` or `snapshot_id`; for s3 the arguments of
+    """options: `branch` (default main), `tag` or `snapshot_id`; `virtual_chunks`: prefixes of the
+    files outside of the repository that it may read, of s3 anonymously; for s3 the arguments of
     `icechunk.s3_storage` besides bucket and prefix."""
     import icechunk
 
     if "://" not in location and not Path(location).is_dir():
         raise NotADirectoryError("an icechunk repository is a folder")
     version = {k: options[k] for k in ("branch", "tag", "snapshot_id") if k in options}
-    others = {k: v for k, v in options.items() if k not in version}
+    elsewhere = {
+        prefix: icechunk.s3_credentials(anonymous=True) if prefix.startswith("s3://") else None
+        for prefix in options.get("virtual_chunks", ())
+    }
+    others = {k: v for k, v in options.items() if k not in (*version, "virtual_chunks")}
     if location.startswith("s3://"):
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
         storage = icechunk.s3_storage(bucket=bucket, prefix=prefix, **others)
     else:
         storage = icechunk.local_filesystem_storage(location)
-    session = icechunk.Repository.open(storage).readonly_session(**version or {"branch": "main"})
+    repository = icechunk.Repository.open(
+        storage,
+        authorize_virtual_chunk_access=icechunk.containers_credentials(elsewhere) or None,
+    )
+    session = repository.readonly_session(**version or {"branch": "main"})
     return _with_group(session.store)
 
 

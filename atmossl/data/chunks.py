@@ -1,7 +1,7 @@
 """Stored arrays, read chunk by chunk: through zarr, tensorstore, or whatever xarray opened."""
 
-import time
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from atmossl.data.chunk_files import ChunkFiles, Scratch
+from atmossl.data.retries import Retries
 
 Engine = Literal["auto", "files", "tensorstore", "zarr"]
 Region = tuple[slice, ...]
@@ -33,14 +34,17 @@ class Access:
     engine: `files` decodes chunks where they are wanted, `tensorstore` those of any codec, both
         from local zarr folders only; `auto` takes the first of files, tensorstore and zarr that can
         read the store. threads: chunks of one process in flight at once.
-    retries: further tries of a remote chunk, the first after `retry_wait_s` seconds, then twice
-        as long each time.
+    retries: further tries of whatever a remote store fails at, its opening, metadata or chunks;
+        the first after `retry_wait_s` seconds, then twice as long each time.
     """
 
     engine: Engine = "auto"
     threads: int = 4
     retries: int = 3
     retry_wait_s: float = 0.5
+
+    def retries_of(self, location: str) -> Retries:
+        return Retries.of(location, self.retries, self.retry_wait_s)
 
 
 class ChunkedArray(Protocol):
@@ -53,6 +57,26 @@ class ChunkedArray(Protocol):
         """Values of a region inside one chunk, unpacked, NaN where they are missing. They may lie
         in memory that the next read of the same thread writes over."""
         ...
+
+
+class SharedChunks(ABC):
+    """A chunked array that is a part of a stored one, whose chunks hold other variables, too."""
+
+    @property
+    @abstractmethod
+    def decoded_with(self) -> Hashable:
+        """The same for all that lie in the same chunks; their regions have the same bounds."""
+
+    @property
+    @abstractmethod
+    def chunks(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def read_all(self, arrays: Sequence[Any], regions: Sequence[Region]) -> list[np.ndarray]:
+        """Regions of several such arrays inside one chunk, which is decoded once."""
+
+    def read(self, region: Region) -> np.ndarray:
+        return self.read_all([self], [region])[0]
 
 
 _scratch = Scratch()
@@ -240,14 +264,11 @@ def _has_tensorstore() -> bool:
     return True
 
 
-def read_with_retries(array: ChunkedArray, region: Region, retries: int, wait: float) -> np.ndarray:
-    """Read a region; after an error try again, waiting twice as long each time."""
-    for left in range(retries, -1, -1):
-        try:
-            return array.read(region)
-        except Exception:
-            if left == 0:
-                raise
-            time.sleep(wait)
-            wait *= 2
-    raise AssertionError(f"{retries} retries made no try")
+def zarr_array_of(array: ChunkedArray) -> zarr.Array | None:
+    """The zarr array that values are read from; None if they come from anything else."""
+    if isinstance(array, TensorstoreChunks):
+        return zarr.open_array(array.folder, mode="r")
+    if isinstance(array, FileChunks):
+        return array.files.array
+    found = getattr(array, "array", None)
+    return found if isinstance(found, zarr.Array) else None

@@ -21,7 +21,7 @@ import zarr
 
 from atmossl import __version__
 from atmossl.checkpoint_files import write_atomically
-from atmossl.data.fingerprint import fingerprint, stale_message
+from atmossl.data.fingerprint import agree, fingerprint, stale_message
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES
 
@@ -183,9 +183,10 @@ def _is_current(output: Path, segments: Sequence[Segment], now: str, force: bool
         ) from error
     if found is None:
         raise ValueError(f"{output} is there and is no climatology; choose another output")
-    if found != now and not force:
+    current = agree(str(found), now)
+    if not current and not force:
         raise ValueError(stale_message(output, segments, str(found), now))
-    return found == now
+    return current
 
 
 def _pieces(segment: Segment, scheme: Slots, memory_bytes: int) -> Iterator[Piece]:
@@ -246,6 +247,8 @@ def _begin(
         "climatology": kind,
         "period": "; ".join(f"{s.name} {s.period}" for s in segments),
         "fingerprint": now,
+        "variables": list(first.variables),
+        "levels": list(first.levels),
     }
     xr.Dataset(coords=coords, attrs=attributes).to_zarr(store, mode="w", consolidated=False)
     group = zarr.open_group(store, mode="r+")
@@ -333,6 +336,40 @@ def _blocks(
         for start in range(0, len(run), length):
             chosen = run[start : start + length]
             yield steps[chosen], slots[chosen]
+
+
+def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
+    """Means [month ... latitude longitude] that `write_climatology` left of these segments.
+
+    Raises:
+        ValueError: no climatology of kind cell_month, one of other variables, levels or another
+            state of the store, or months without values.
+    """
+    key, first = f"climatology={path}", segments[0]
+    try:
+        found = xr.open_zarr(path, consolidated=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{key}: no such store") from error
+    if found.attrs.get("climatology") != "cell_month":
+        raise ValueError(
+            f"{key} is no climatology by cell and month; make one with `atmossl data stats "
+            "climatologies=[cell_month] output=FOLDER` and the keys of the training"
+        )
+    for what, ours in (("variables", first.variables), ("levels", first.levels)):
+        theirs = found.attrs.get(what, [])
+        if list(theirs) != list(ours):
+            raise ValueError(f"{key} has {what} {list(theirs)}; needed: {list(ours)}")
+    now = fingerprint(segments)
+    if not agree(str(found.attrs["fingerprint"]), now):
+        raise ValueError(stale_message(path, segments, str(found.attrs["fingerprint"]), now))
+    names = varying(first)
+    count = found[f"{names[0]}_count"]
+    seen = (count > 0).any([dim for dim in count.dims if dim != "month"])
+    if not bool(seen.all()):
+        empty = found["month"].values[~seen.values].tolist()
+        raise ValueError(f"{key} has no values in months {empty}; leave it out")
+    means = found[names].load()
+    return means.transpose("month", ...)
 
 
 def at_times(climatology: xr.Dataset, times: xr.DataArray) -> xr.Dataset:

@@ -91,12 +91,12 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
     for name, others in records.items():
         if not name:
             continue
-        by_name = bool({other.name for other in others} & {segment.name for segment in own})
+        by_name = bool({o.record_name for o in others} & {s.record_name for s in own})
         pairs = [
             (segment, other)
             for segment in own
             for other in others
-            if other.name == segment.name or not by_name
+            if other.record_name == segment.record_name or not by_name
         ]
         joined = [_with_companion(segment, name, other) for segment, other in pairs]
         found = [segment for segment in joined if segment is not None]

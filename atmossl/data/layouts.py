@@ -1,6 +1,6 @@
 """Zarr layouts that are no CF dataset: AtmoRep's, and that of anemoi-datasets."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from atmossl.data.chunks import ChunkedArray, Region
+from atmossl.data.chunks import ChunkedArray, Region, SharedChunks
 
 Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]
 _ATMOREP_NAMES = {
@@ -29,7 +29,7 @@ _ATMOREP_NAMES = {
 
 
 @dataclass(frozen=True)
-class OnePosition:
+class OnePosition(SharedChunks):
     """A chunked array at one position of one of its axes, which drops out."""
 
     array: zarr.Array
@@ -40,10 +40,18 @@ class OnePosition:
     def chunks(self) -> tuple[int, ...]:
         return self.array.chunks[: self.axis] + self.array.chunks[self.axis + 1 :]
 
-    def read(self, region: Region) -> np.ndarray:
-        one = slice(self.position, self.position + 1)
-        values = self.array[(*region[: self.axis], one, *region[self.axis :])]
-        return np.asarray(values).squeeze(self.axis)
+    @property
+    def decoded_with(self) -> Hashable:
+        return id(self.array), self.position // self.array.chunks[self.axis]
+
+    def read_all(
+        self, arrays: Sequence["OnePosition"], regions: Sequence[Region]
+    ) -> list[np.ndarray]:
+        positions, region = [one.position for one in arrays], regions[0]
+        first = min(positions)
+        wanted = slice(first, max(positions) + 1)
+        block = np.asarray(self.array[(*region[: self.axis], wanted, *region[self.axis :])])
+        return [block.take(position - first, self.axis) for position in positions]
 
 
 def atmorep(group: zarr.Group) -> Adapted:
@@ -91,7 +99,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
 
 
 @dataclass(frozen=True)
-class AnemoiField:
+class AnemoiField(SharedChunks):
     """One parameter of an anemoi dataset, [time level lat lon] or [time lat lon].
 
     positions: of its levels along the axis of variables.
@@ -107,24 +115,37 @@ class AnemoiField:
         levels = (len(self.positions),) if self.on_levels else ()
         return (self.array.chunks[0], *levels, *self.grid)
 
-    def read(self, region: Region) -> np.ndarray:
-        time, lat, lon = region[0], region[-2], region[-1]
-        levels = region[1] if self.on_levels else slice(0, 1)
+    @property
+    def decoded_with(self) -> Hashable:
+        return id(self.array), frozenset(n // self.array.chunks[1] for n in self.positions)
+
+    def read_all(
+        self, arrays: Sequence["AnemoiField"], regions: Sequence[Region]
+    ) -> list[np.ndarray]:
+        time, lat, lon = regions[0][0], regions[0][-2], regions[0][-1]
         num_lon = self.grid[1]
         cells = slice(lat.start * num_lon, lat.stop * num_lon)
-        wanted = self.positions[levels]
-        first, last = min(wanted), max(wanted) + 1
-        values = np.asarray(self.array[time, first:last, 0, cells])  # one read of every chunk
-        values = values[:, [position - first for position in wanted]]
-        values = values.reshape(*values.shape[:2], lat.stop - lat.start, num_lon)[..., lon]
-        return values if self.on_levels else values[:, 0]
+        wanted = [one._wanted(region) for one, region in zip(arrays, regions, strict=True)]
+        first = min(min(positions) for positions in wanted)
+        last = max(max(positions) for positions in wanted)
+        block = np.asarray(self.array[time, first : last + 1, 0, cells])
+        block = block.reshape(*block.shape[:2], lat.stop - lat.start, num_lon)[..., lon]
+        return [
+            block[:, [position - first for position in positions]]
+            if one.on_levels
+            else block[:, positions[0] - first]
+            for one, positions in zip(arrays, wanted, strict=True)
+        ]
+
+    def _wanted(self, region: Region) -> tuple[int, ...]:
+        return self.positions[region[1]] if self.on_levels else self.positions
 
 
 def anemoi(group: zarr.Group) -> Adapted:
     """Stores of anemoi-datasets: `data[time, variable, ensemble, cell]` with `dates`,
     `latitudes`, `longitudes` and the attribute `variables`: names such as `2t` and `t_500`, which
     become a variable `t` on levels. The first member is taken. A chunk that holds several
-    parameters is decoded once for each of them; `atmossl data ingest` makes a store without that.
+    parameters is decoded once for all that are wanted.
 
     Raises:
         ValueError: the cells are no regular latitude-longitude grid, row by row.

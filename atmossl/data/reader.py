@@ -5,7 +5,7 @@ memory holds the windows and as many chunks as there are threads.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from atmossl.data.calendars import STANDARD, Calendar
-from atmossl.data.chunks import Access, ChunkedArray, read_with_retries
+from atmossl.data.chunks import Access, ChunkedArray, SharedChunks
 
 Index = tuple[slice, ...]
 AXES: tuple[str, ...] = ("level", "time", "latitude", "longitude")
@@ -77,6 +77,10 @@ class UnreadableChunk(ValueError):
         )
 
 
+Chunk = tuple[int, ...]
+_Member = tuple[StoredVariable, Sequence[_Part]]
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="atmossl-read")
@@ -90,11 +94,13 @@ def read_targets(wanted: Sequence[tuple[StoredVariable, Sequence[Target]]], acce
         ValueError: whatever a target's `write` refuses.
     """
     pieces = _Pieces()
-    jobs = [
-        (variable, chunk, parts, access)
-        for variable, targets in wanted
-        for chunk, parts in by_chunk(variable, targets, pieces).items()
-    ]
+    members: dict[tuple[Hashable, Chunk], list[_Member]] = {}  # what is decoded together
+    for variable, targets in wanted:
+        array = variable.array
+        with_it = array.decoded_with if isinstance(array, SharedChunks) else variable.name
+        for chunk, parts in by_chunk(variable, targets, pieces).items():
+            members.setdefault((with_it, chunk), []).append((variable, parts))
+    jobs = [(chunk, found, access) for (_, chunk), found in members.items()]
     if len(jobs) == 1 or access.threads == 1:
         for job in jobs:
             _read_chunk(*job)
@@ -151,24 +157,33 @@ def _split(positions: np.ndarray, length: int | None) -> list[_Piece]:
     return pieces
 
 
-def _read_chunk(
-    variable: StoredVariable, chunk: tuple[int, ...], parts: Sequence[_Part], access: Access
-) -> None:
-    """Read what the parts need of one chunk, and hand every part its values."""
+def _read_chunk(chunk: Chunk, members: Sequence[_Member], access: Access) -> None:
+    """Read what the parts of all variables need of one chunk, and hand every part its values."""
+    first_variable = members[0][0]
+    parts = [part for _, own in members for part in own]
     ends = np.array([[(run[0], run[-1]) for run in part.source] for part in parts])
     first = ends.min(axis=(0, 2)).tolist()
     stop = (ends.max(axis=(0, 2)) + 1).tolist()
     bounds = dict(zip(AXES, map(slice, first, stop), strict=True))
-    retries = access.retries if "://" in variable.location else 0
+    regions = [tuple(bounds[dim] for dim in variable.dims) for variable, _ in members]
+    arrays = [variable.array for variable, _ in members]
+    retries = access.retries_of(first_variable.location)
     try:
-        region = tuple(bounds[dim] for dim in variable.dims)
-        values = read_with_retries(variable.array, region, retries, access.retry_wait_s)
+        found = retries.call(lambda: _read_all(arrays, regions))
     except Exception as error:
-        raise UnreadableChunk.of(variable, chunk, error) from error
-    values = _canonical(values, variable.dims)
-    for part in parts:
-        inside = tuple(map(_as_slice, part.source, first))
-        part.target.write(values[inside], part.into)
+        raise UnreadableChunk.of(first_variable, chunk, error) from error
+    for (variable, own), values in zip(members, found, strict=True):
+        canonical = _canonical(values, variable.dims)
+        for part in own:
+            inside = tuple(map(_as_slice, part.source, first))
+            part.target.write(canonical[inside], part.into)
+
+
+def _read_all(arrays: Sequence[ChunkedArray], regions: Sequence[Index]) -> list[np.ndarray]:
+    first = arrays[0]
+    if isinstance(first, SharedChunks):
+        return first.read_all(arrays, regions)
+    return [array.read(region) for array, region in zip(arrays, regions, strict=True)]
 
 
 def _canonical(values: np.ndarray, dims: Sequence[str]) -> np.ndarray:

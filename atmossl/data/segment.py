@@ -40,6 +40,7 @@ class Segment:
     calendar: of its dates; see there what `times` are.
     partial: cut out of a longer record at a gap or by a companion, so it may be shorter than a
         window.
+    part: of a record with gaps, its first date, which is the end of its name; else empty.
     """
 
     name: str
@@ -59,6 +60,16 @@ class Segment:
     companions: Mapping[str, "Companion"] = field(default_factory=dict)
     calendar: Calendar = STANDARD
     partial: bool = False
+    part: str = ""
+
+    @property
+    def record_name(self) -> str:
+        """Name of the record in the catalog, which all parts of one with gaps have in common."""
+        return self.name.removesuffix(f"@{self.part}") if self.part else self.name
+
+    def is_called(self, name: str | None) -> bool:
+        """Whether a name means this segment: its own, that of its record, or None for any."""
+        return name in (None, self.name, self.record_name)
 
     @cached_property
     def alignment(self) -> Alignment:

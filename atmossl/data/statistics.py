@@ -17,6 +17,7 @@ from atmossl.batch import StreamSpec
 from atmossl.data.fingerprint import (
     NO_TRANSFORMS,
     Transforms,
+    agree,
     fingerprint,
     identity,
     stale_message,
@@ -182,7 +183,7 @@ def load_or_compute(
     path = (folder or cache_folder()) / f"statistics-{identity(segments, transforms)}.json"
     if path.exists():
         found = Statistics.from_dict(json.loads(path.read_text()))
-        if found.fingerprint == now:
+        if agree(found.fingerprint, now):
             return found
         if not force:
             raise ValueError(stale_message(path, segments, found.fingerprint, now))

@@ -6,6 +6,7 @@ longitudes ascending, longitudes in [0, 360). Nothing is read at open but coordi
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -76,7 +77,8 @@ def open_parts(
     may_miss: Sequence[str] = (),
     gaps: Gaps = "error",
 ) -> tuple[Segment, ...]:
-    """As `open_segment`, but in the unbroken parts of the record where `gaps` is `split`."""
+    """As `open_segment`, but in the unbroken parts of the record where `gaps` is `split`. Several
+    are named by record and first date, `NAME@2001-01-05T00`."""
     opened = store if isinstance(store, OpenedStore) else OpenedStore(store)
     dataset = opened.dataset
     names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
@@ -118,7 +120,18 @@ def open_parts(
         calendar=calendar,
         partial=len(parts) > 1,
     )
-    return tuple(whole.steps(*part) for part in parts)
+    return _named_parts(whole, parts)
+
+
+def _named_parts(whole: Segment, parts: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
+    """Parts from one step to before another; each of several with its first date in its name."""
+    if len(parts) == 1:
+        return (whole.steps(*parts[0]),)
+    found = []
+    for part in parts:
+        date = whole.calendar.show(whole.times[part[0]], "m").removesuffix(":00")
+        found.append(replace(whole.steps(*part), name=f"{whole.name}@{date}", part=date))
+    return tuple(found)
 
 
 def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dataset:
@@ -271,14 +284,14 @@ def open_split(
 
 
 def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> Segment:
-    """The segment of that name, or the only one there is.
+    """The segment of that name, or the only one there is; a record with gaps has several.
 
     Raises:
         ValueError: no such segment, or several and no name.
     """
-    chosen = [one for one in segments if name in (None, one.name)]
+    chosen = [one for one in segments if one.is_called(name)]
     if len(chosen) != 1:
-        have = [one.name for one in segments]
+        have = [one.name for one in chosen or segments]
         raise ValueError(f"segment={name}: split={split} has {have}; choose one of them")
     return chosen[0]
 
@@ -295,7 +308,7 @@ def _open_period(
     source = entry.segments[period.segment]
     parts = open_parts(
         period.segment,
-        open_store(source),
+        open_store(source, access),
         resolve_location(source.location),
         variables=variables,
         levels=levels,

@@ -54,13 +54,16 @@ class Climate:
         *,
         quantiles: Sequence[float],
         prepare: Prepare = lambda block: block,
+        mean: xr.Dataset | None = None,
     ) -> "Climate":
-        """The mean is by month if the record covers every month, else over all times.
+        """The mean, if it is not given, is by month if the record covers every month, else over
+        all times.
 
         What is read goes through `prepare` (such as regridding) before anything is worked out.
         """
-        months = {int(m) for segment in segments for m in np.unique(segment["time"].dt.month)}
-        mean = climatology(segments, monthly=len(months) == _MONTHS_OF_YEAR, prepare=prepare)
+        if mean is None:
+            months = {int(m) for segment in segments for m in np.unique(segment["time"].dt.month)}
+            mean = climatology(segments, monthly=len(months) == _MONTHS_OF_YEAR, prepare=prepare)
         names = [str(name) for name in mean.data_vars]
         found, rain = {}, {}
         for name in names:  # one variable in memory at a time

@@ -4,9 +4,8 @@ Both fill the same hidden cells at every time, from the visible cells of the sam
 level at the same time alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import xarray as xr
@@ -37,12 +36,35 @@ class HarmonicInfill:
         _require_visible(self.hidden)
 
     def __call__(self, fields: xr.Dataset) -> xr.Dataset:
-        """Fields [..., latitude, longitude] whose hidden cells are filled, never looked at."""
+        """Fields [..., latitude, longitude] whose hidden cells are filled, never looked at. The
+        surface goes through missing cells as through hidden ones, but they stay missing."""
         grid, inside = self.grid, self.hidden.ravel()
         matrix = laplacian(
             grid.latitude, grid.shape[1], grid.longitude_spacing, periodic=grid.periodic
         )
-        return _filled(fields, inside, partial(solve_hidden, matrix, inside))
+
+        def fill(values: Float[np.ndarray, "field cell"]) -> Float[np.ndarray, "field hidden"]:
+            filled = np.full((len(values), int(inside.sum())), np.nan)
+            for rows, lacking in _alike(~np.isfinite(values) & ~inside):
+                free = inside | lacking
+                if not free.all():
+                    filled[rows] = solve_hidden(matrix, free, values[rows])[:, inside[free]]
+            return filled
+
+        return _filled(fields, inside, fill)
+
+
+def _alike(
+    lacking: Bool[np.ndarray, "field cell"],
+) -> Iterator[tuple[np.ndarray, Bool[np.ndarray, " cell"]]]:
+    """Numbers of the fields that lack the same cells, and those cells."""
+    packed = np.packbits(lacking, axis=1)
+    if not packed.any():  # as most do
+        yield np.arange(len(lacking)), lacking[0]
+        return
+    _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    for number, example in enumerate(first):
+        yield np.flatnonzero(kind.ravel() == number), lacking[example]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 `conservative` repeats the block mean (its area mean over a block is exact); `bilinear` and
 `bicubic` are Lagrange polynomials through the 2 or 4 nearest block centres along each axis, which
 allow uneven latitudes. Edges are treated as `sphere` says: longitude wraps, rows are reflected
-across the pole.
+across the pole. Missing cells count for nothing: means and lines are over what is there.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from atmossl.evaluation.sphere import Halo, polar_sign
 from atmossl.geometry import Grid, area_weights
 
 _LINEAR, _CUBIC = 2, 4
+_NOTHING = 1e-9  # of a sum of weights that is 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Coarsening:
     def block_mean(
         self, fields: Float[np.ndarray, "*batch lat lon"]
     ) -> Float[np.ndarray, "*batch block_lat block_lon"]:
-        """Mean over every block by cell area, in float64."""
+        """Mean over the cells of every block that are there, by their area, in float64."""
         weights = rearrange(
             area_weights(self.fine.latitude), "(block cell) -> block cell", cell=self.factor
         )
@@ -65,7 +66,12 @@ class Coarsening:
             lat=self.factor,
             lon=self.factor,
         )
-        return np.einsum("...ijkl,ij->...ik", blocks, weights / self.factor)
+        there = np.isfinite(blocks)
+        if there.all():
+            return np.einsum("...ijkl,ij->...ik", blocks, weights / self.factor)
+        total = np.einsum("...ijkl,ij->...ik", np.where(there, blocks, 0.0), weights / self.factor)
+        share = np.einsum("...ijkl,ij->...ik", there.astype(float), weights / self.factor)
+        return np.divide(total, share, out=np.full_like(total, np.nan), where=share > 0)
 
     def repeat_blocks(
         self, fields: Float[np.ndarray, "*batch block_lat block_lon"]
@@ -84,10 +90,30 @@ class Coarsening:
         num_points: int,
         sign: float | np.ndarray,
     ) -> Float[np.ndarray, "*batch lat lon"]:
-        """Lagrange interpolation through `num_points` block centres along each axis."""
+        """Lagrange interpolation through `num_points` block centres along each axis. Where some of
+        them are missing it is linear between those that are there, by their weights."""
+        there = np.isfinite(fields)
+        if there.all():
+            return self._apply(fields, num_points, sign, np.asarray)
+        total = self._apply(np.where(there, fields, 0.0), _LINEAR, sign, np.asarray)
+        share = self._apply(there.astype(float), _LINEAR, 1.0, np.asarray)
+        linear = np.divide(total, share, out=np.full_like(total, np.nan), where=share > _NOTHING)
+        if num_points == _LINEAR:
+            return linear
+        lacking = self._apply((~there).astype(float), num_points, 1.0, np.abs)
+        smooth = self._apply(np.where(there, fields, 0.0), num_points, sign, np.asarray)
+        return np.where(lacking > _NOTHING, linear, smooth)
+
+    def _apply(
+        self,
+        fields: Float[np.ndarray, "*batch block_lat block_lon"],
+        num_points: int,
+        sign: float | np.ndarray,
+        of_weights: Callable[[np.ndarray], np.ndarray],
+    ) -> Float[np.ndarray, "*batch lat lon"]:
         halo = Halo(self.coarse, num_points // 2, num_points // 2)
-        along_lat = lagrange_matrix(halo.latitude, self.fine.latitude, num_points)
-        along_lon = lagrange_matrix(halo.longitude, self.fine.longitude, num_points)
+        along_lat = of_weights(lagrange_matrix(halo.latitude, self.fine.latitude, num_points))
+        along_lon = of_weights(lagrange_matrix(halo.longitude, self.fine.longitude, num_points))
         wide = halo.extend(fields, sign)
         return np.einsum("yi,...ij,xj->...yx", along_lat, wide, along_lon, optimize=True)
 

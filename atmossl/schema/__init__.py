@@ -289,7 +289,8 @@ class EvaluateConfig(Strict):
 
     forecasts: stores to score instead of the checkpoint's tasks; the first is compared with the
         others. boxes: name -> south, north, west, east in degrees. tails: quantiles of the
-        training record below and above which events and extremes are scored.
+        training record below and above which events and extremes are scored. climatology: by cell
+        and month, that `data stats` left of the same training data; worked out anew without.
     """
 
     checkpoint: str
@@ -303,6 +304,7 @@ class EvaluateConfig(Strict):
     split: Literal["validation", "test"]
     segment: str | None
     every: Positive
+    climatology: Path | None
     ridge: bool
     bootstrap: Positive
     overlap: float = Field(ge=0.0, lt=1.0)
@@ -311,6 +313,15 @@ class EvaluateConfig(Strict):
     accelerator: Literal["auto", "cpu", "gpu"]
     seed: NotNegative
     output: Path
+
+    @model_validator(mode="after")
+    def _climatology_is_of_the_training(self) -> "EvaluateConfig":
+        if self.climatology is not None and self.forecasts:
+            raise ValueError(
+                f"climatology={self.climatology} is of the checkpoint's own variables and grid; "
+                "with forecasts=[...] leave it out"
+            )
+        return self
 
 
 def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:

@@ -21,7 +21,7 @@ def chosen_segments(segments: Sequence[Segment], config: EvaluateConfig) -> list
     Raises:
         ValueError: there is none of that name.
     """
-    chosen = [one for one in segments if config.segment in (None, one.name)]
+    chosen = [one for one in segments if one.is_called(config.segment)]
     if not chosen:
         have = sorted({one.name for one in segments})
         raise ValueError(f"segment={config.segment} is not in split={config.split}; valid: {have}")

@@ -32,6 +32,7 @@ class Setting:
         task: its mask, with the choices that were made.
         offsets: steps written, from the reference step; reference: that step in the window of
             `num_steps`.
+        complete: variables that never miss a value, which alone a regression sees and predicts.
     """
 
     task: Any
@@ -43,11 +44,29 @@ class Setting:
     history: Sequence[xr.Dataset]
     climate: Climate
     with_ridge: bool
+    complete: tuple[str, ...]
 
-    def fitted(self, problem: ridge.RidgeTask) -> Callable[[xr.Dataset, np.ndarray], Answers]:
-        """The ridge regression of the training record, or none."""
-        model = ridge.fit_ridge(self.history, problem) if self.with_ridge else None
-        return lambda truth, times: {"ridge": model.predict(truth, times)} if model else {}
+    @property
+    def known(self) -> list[xr.Dataset]:
+        """The training record of the complete variables."""
+        return [record[list(self.complete)] for record in self.history]
+
+    @property
+    def regresses(self) -> bool:
+        return self.with_ridge and len(self.complete) > 0
+
+    def fitted(self, problem: ridge.RidgeTask | None) -> Rivals:
+        """The ridge regression of the training record, or none; missing for other variables."""
+        if problem is None or not self.regresses:
+            return lambda predicted, truth: {}  # noqa: ARG005
+        model = ridge.fit_ridge(self.known, problem)
+        dim = "init_time" if problem.is_forecast else "time"
+
+        def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+            answer = model.predict(truth[list(self.complete)], predicted[dim].to_numpy())
+            return {"ridge": beside_missing(answer, predicted)}
+
+        return rivals
 
     def climatology(self, predicted: xr.Dataset) -> xr.Dataset:
         if "init_time" in predicted.dims:
@@ -57,14 +76,20 @@ class Setting:
         return base.climatology_at(self.climate.mean, predicted["time"])
 
 
+def beside_missing(answer: xr.Dataset, predicted: xr.Dataset) -> xr.Dataset:
+    """An answer, missing for the variables that are predicted and that it lacks."""
+    one = predicted.isel(member=0, drop=True) if "member" in predicted.dims else predicted
+    lacking = [name for name in one.data_vars if name not in answer]
+    return answer.assign({name: xr.full_like(one[name], np.nan) for name in lacking})
+
+
 def forecast(setting: Setting) -> Rivals:
     """Persistence, climatology, and a ridge regression on the last three states."""
     history = min(3, setting.reference + 1)
     regression = setting.fitted(ridge.Forecast(history=history, leads=setting.offsets))
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
-        ridged = regression(truth, predicted["init_time"].to_numpy())
-        return _persisting(setting, predicted, truth) | ridged
+        return _persisting(setting, predicted, truth) | regression(predicted, truth)
 
     return rivals
 
@@ -83,9 +108,8 @@ def temporal_interpolation(setting: Setting) -> Rivals:
     """The line in time between the known states, climatology, and a ridge regression."""
     count = len(setting.offsets)
     neighbours = min(2, setting.num_steps - setting.reference - count)
-    regression = (
-        setting.fitted(ridge.TemporalInterpolation(neighbours=neighbours)) if count == 1 else None
-    )
+    problem = ridge.TemporalInterpolation(neighbours=neighbours) if count == 1 else None
+    regression = setting.fitted(problem)
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
@@ -100,7 +124,7 @@ def temporal_interpolation(setting: Setting) -> Rivals:
         ]
         line = xr.concat(lines, "time").sortby("time")
         found = {"linear": line, "climatology": setting.climatology(predicted)}
-        return found | (regression(truth, times.to_numpy()) if regression else {})
+        return found | regression(predicted, truth)
 
     return rivals
 
@@ -123,7 +147,7 @@ def downscaling(setting: Setting) -> Rivals:
                 ("conservative", spatial.conservative),
             )
         }
-        return found | regression(truth, times.to_numpy())
+        return found | regression(predicted, truth)
 
     return rivals
 
@@ -133,19 +157,22 @@ def inpainting(setting: Setting) -> Rivals:
     hidden = hidden_cells(setting.task, setting.grid)
     assert hidden is not None, setting.task
     harmonic = HarmonicInfill(setting.grid, hidden)
-    regression = LocalRidge.fit(setting.history, hidden) if setting.with_ridge else None
+    names = list(setting.complete)
+    regression = LocalRidge.fit(setting.known, hidden) if setting.regresses else None
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         given = truth.sel(time=predicted["time"])
         found = {"harmonic": harmonic(given), "climatology": setting.climatology(predicted)}
-        return found | ({"ridge": regression(given)} if regression else {})
+        if regression is not None:
+            found["ridge"] = beside_missing(regression(given[names]), predicted)
+        return found
 
     return rivals
 
 
 def cross_variable(setting: Setting) -> Rivals:
     """Climatology, and a ridge regression on the variables and levels that were given."""
-    task, levels = setting.task, ridge.Channels.of(setting.history[0]).levels
+    task, levels = setting.task, ridge.Channels.of(setting.known[0]).levels
     channels = [
         (name, level) for name, own in levels.items() for level in (own if len(own) else (None,))
     ]
@@ -156,11 +183,11 @@ def cross_variable(setting: Setting) -> Rivals:
         and (not task.levels or level in task.levels)
     )
     neighbours = min(1, setting.reference)
-    regression = setting.fitted(ridge.CrossVariable(hidden, neighbours=neighbours))
+    problem = ridge.CrossVariable(hidden, neighbours=neighbours) if hidden else None
+    regression = setting.fitted(problem)
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
-        found = {"climatology": setting.climatology(predicted)}
-        return found | regression(truth, predicted["time"].to_numpy())
+        return {"climatology": setting.climatology(predicted)} | regression(predicted, truth)
 
     return rivals
 

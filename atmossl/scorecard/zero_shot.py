@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from rich.progress import track
 
+from atmossl.data.climatology import read_monthly
 from atmossl.data.segment import Segment
 from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate
@@ -52,7 +53,8 @@ def score_tasks(
     _check_tasks(config.tasks)
     segments = [_ready(segment, config) for segment in chosen_segments(test, config)]
     history = [record_of(segment) for segment in training]
-    climate = Climate.of(history, quantiles=config.tails)
+    mean = read_monthly(config.climatology, training) if config.climatology else None
+    climate = Climate.of(history, quantiles=config.tails, mean=mean)
     rng = np.random.default_rng(config.seed)
     runs: list[list[_Run]] = []
     for task in config.tasks:
@@ -125,17 +127,18 @@ def _score_task(
     rng: np.random.Generator,
 ) -> TaskReport:
     predictor = runs[0].predictor
-    plan = predictor.plan
+    plan, segment = predictor.plan, predictor.segment
     setting = Setting(
         task=predictor.task,
         offsets=plan.offsets,
         reference=plan.reference,
         num_steps=predictor.trained.window.time,
-        step=predictor.segment.step,
+        step=segment.step,
         grid=predictor.grid,
         history=history,
         climate=climate,
-        with_ridge=config.ridge and not predictor.segment.may_miss,
+        with_ridge=config.ridge,
+        complete=tuple(v for v in segment.variables if v not in segment.may_miss),
     )
     rivals = build_rivals(task.name, setting)
     tally = empty_tally(config, task.name)

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 import zarr
+from zarr.storage import LocalStore
 
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry, load_catalog
@@ -27,17 +28,24 @@ from tests.synthetic import dataset
 
 NAMES = ("temperature", "u_component_of_wind")
 RECORD = dataset(steps=12)
+ACCESS = Access(retries=2, retry_wait_s=0.01)
 
 
-def opened(location: str, format: str = "auto", names: dict[str, str] | None = None) -> Segment:
+def opened(
+    location: str,
+    format: str = "auto",
+    names: dict[str, str] | None = None,
+    options: dict | None = None,
+) -> Segment:
+    entry = SegmentEntry(location=location, format=format, storage_options=options or {})
     return open_segment(
         "waves",
-        open_store(SegmentEntry(location=location, format=format)),
+        open_store(entry, ACCESS),
         location,
         variables=NAMES,
         levels=(300, 850),
         variable_names=names,
-        access=Access(retries=2, retry_wait_s=0.01),
+        access=ACCESS,
     )
 
 
@@ -98,6 +106,48 @@ def test_references_to_other_files_read_alike(tmp_path) -> None:
     check(opened(str(path)))
 
 
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs")
+@pytest.mark.parametrize("kind", ["kerchunk", "icechunk"])
+def test_references_that_virtualizarr_writes_read_alike(tmp_path, kind: str) -> None:
+    """To compressed NetCDF files that xarray wrote, joined along time."""
+    virtualizarr = pytest.importorskip("virtualizarr")
+    parser = pytest.importorskip("virtualizarr.parsers").HDFParser()
+    registry = pytest.importorskip("obspec_utils.registry").ObjectStoreRegistry
+    obstore = pytest.importorskip("obstore.store")
+    packed = {name: {"zlib": True, "chunksizes": (2, 3, 8, 16)} for name in NAMES}
+    parts = []
+    for part in range(2):
+        file = tmp_path / f"{part}.nc"
+        RECORD.isel(time=slice(6 * part, 6 * part + 6)).to_netcdf(file, encoding=packed)
+        parts.append(
+            virtualizarr.open_virtual_dataset(
+                url=f"file://{file}",
+                registry=registry({"file://": obstore.LocalStore()}),
+                parser=parser,
+                loadable_variables=["time", "level", "latitude", "longitude"],
+            )
+        )
+    whole = xr.concat(parts, "time", coords="minimal", compat="override", join="override")
+    if kind == "kerchunk":
+        whole.vz.to_kerchunk(str(tmp_path / "waves.json"), format="json")
+        check(opened(str(tmp_path / "waves.json")))
+        return
+    icechunk = pytest.importorskip("icechunk")
+    prefix = f"file://{tmp_path}/"
+    config = icechunk.RepositoryConfig.default()
+    files = icechunk.local_filesystem_store(f"{tmp_path}/")
+    config.set_virtual_chunk_container(icechunk.VirtualChunkContainer(prefix, files))
+    storage = icechunk.local_filesystem_storage(str(tmp_path / "ice"))
+    session = icechunk.Repository.create(storage, config).writable_session("main")
+    whole.vz.to_icechunk(session.store)
+    session.commit("references")
+    location = str(tmp_path / "ice")
+    check(opened(location, "icechunk", options={"virtual_chunks": [prefix]}))
+    closed = opened(location, "icechunk")
+    with pytest.raises(ValueError, match=f"{location}: cannot read temperature .*authorize"):
+        closed.read("temperature", (300,), 0, 2, closed.whole())
+
+
 def test_atmoreps_layout_reads_alike(tmp_path) -> None:
     group = zarr.open_group(tmp_path / "atmorep.zarr", mode="w")
     fields = np.stack([RECORD[name].values for name in NAMES], axis=1)
@@ -113,7 +163,49 @@ def test_atmoreps_layout_reads_alike(tmp_path) -> None:
     check(segment)
 
 
-def test_anemois_layout_reads_alike(tmp_path) -> None:
+def read_together(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys of the chunks that one read of both variables fetches; its values are checked."""
+    fetched, get = [], LocalStore.get
+
+    async def noted(self, key, *arguments, **options):
+        fetched.append(key)
+        return await get(self, key, *arguments, **options)
+
+    out = {name: np.empty((2, 6, 8, 16), np.float32) for name in NAMES}
+    places = ((300, 850), 3, 6, segment.whole())
+    targets = {
+        name: [segment.target(name, *places, functools.partial(_put, out[name]))] for name in NAMES
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "get", noted)
+        segment.read_into(targets)
+    for name in NAMES:
+        expected = RECORD[name].isel(time=slice(3, 9)).sel(level=[300, 850])
+        np.testing.assert_array_equal(out[name], expected.transpose("level", "time", ...))
+    return [key for key in fetched if "data/c/" in key]
+
+
+def _put(out: np.ndarray, values: np.ndarray, index: tuple[slice, ...]) -> None:
+    out[index] = values
+
+
+@pytest.mark.parametrize(("together", "count"), [(2, 3), (1, 6)])
+def test_fields_of_one_chunk_are_decoded_once(tmp_path, monkeypatch, together, count) -> None:
+    """Chunks of four steps, all levels and one field or both."""
+    group = zarr.open_group(tmp_path / "atmorep.zarr", mode="w")
+    fields = np.stack([RECORD[name].values for name in NAMES], axis=1)
+    group.create_array("data", data=fields, chunks=(4, together, 3, 8, 16))
+    for name, coordinate in (("time", "time"), ("lats", "latitude"), ("lons", "longitude")):
+        values = RECORD[coordinate].values
+        values = values.astype("datetime64[s]").astype("int64") if name == "time" else values
+        group.create_array(name, data=values)
+    group.attrs.update(fields=["temperature", "velocity_u"], levels=[300, 500, 850])
+    segment = opened(str(tmp_path / "atmorep.zarr"), "atmorep")
+    fetched = read_together(segment, monkeypatch)
+    assert len(fetched) == len(set(fetched)) == count
+
+
+def test_anemois_layout_reads_alike(tmp_path, monkeypatch) -> None:
     names, rows = [], []
     for short, name in (("t", NAMES[0]), ("u", NAMES[1])):
         for level in (850, 300, 500):  # in no order
@@ -129,24 +221,30 @@ def test_anemois_layout_reads_alike(tmp_path) -> None:
     group.create_array("longitudes", data=lon.ravel())
     group.create_array("dates", data=RECORD["time"].values.astype("datetime64[s]").astype("int64"))
     group.attrs["variables"] = names
-    check(opened(str(tmp_path / "anemoi.zarr"), "anemoi", {NAMES[0]: "t", NAMES[1]: "u"}))
+    segment = opened(str(tmp_path / "anemoi.zarr"), "anemoi", {NAMES[0]: "t", NAMES[1]: "u"})
+    check(segment)
+    fetched = read_together(segment, monkeypatch)
+    assert len(fetched) == len(set(fetched)) == 6  # of one step each, for both variables
     group["latitudes"][3] = 12.3
     with pytest.raises(ValueError, match="no regular latitude-longitude grid"):
         open_store(SegmentEntry(location=str(tmp_path / "anemoi.zarr"), format="anemoi"))
 
 
-class Faulty(SimpleHTTPRequestHandler):
-    """Serves a folder, late and in small pieces as over a narrow link; every chunk fails `faults`
-    times, with an error or half its bytes."""
+CHUNKS = f"{NAMES[0]}/c/"
+METADATA = "waves.zarr/zarr.json"
 
-    faults = 0
+
+class Faulty(SimpleHTTPRequestHandler):
+    """Serves a folder, late and in small pieces as over a narrow link; what `failing` is part of
+    fails `faults` times, with an error or half its bytes."""
+
+    faults, failing = 0, ""
     seen: dict[str, int] = {}
 
     def do_GET(self) -> None:
         self.seen[self.path] = self.seen.get(self.path, 0) + 1
         time.sleep(0.02)
-        chunk = "/c/" in self.path and NAMES[0] in self.path
-        if not chunk or self.seen[self.path] > self.faults:
+        if self.failing not in self.path or self.seen[self.path] > self.faults:
             super().do_GET()
         elif self.seen[self.path] % 2:
             self.send_error(503)
@@ -169,8 +267,8 @@ class Faulty(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path, faults: int):
-    kind = type("Handler", (Faulty,), {"faults": faults, "seen": {}})
+def served(folder: Path, faults: int, failing: str = CHUNKS):
+    kind = type("Handler", (Faulty,), {"faults": faults, "failing": failing, "seen": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -189,6 +287,21 @@ def test_http_errors_and_truncated_bodies_are_tried_again(tmp_path, faults: int)
         check(opened(url))
 
 
+@pytest.mark.parametrize("failing", [METADATA, "latitude/c/"])
+def test_http_metadata_and_coordinates_are_tried_again(tmp_path, failing: str) -> None:
+    RECORD.to_zarr(tmp_path / "waves.zarr", consolidated=True)
+    with served(tmp_path, 2, failing) as url:
+        check(opened(url))
+    with served(tmp_path, 99, failing) as url:
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match=rf"store {url} cannot be opened as zarr \(.*503"):
+            open_store(SegmentEntry(location=url), Access(retries=2, retry_wait_s=0.1))
+        assert time.monotonic() - begun >= 0.1 + 0.2
+        with pytest.raises(ValueError, match="nothing_there"):  # at once
+            open_store(SegmentEntry(location=url.replace("waves", "nothing_there")),
+                       Access(retries=1, retry_wait_s=1000.0))  # fmt: skip
+
+
 def test_an_http_store_that_goes_on_failing_is_named(tmp_path) -> None:
     RECORD.to_zarr(tmp_path / "waves.zarr", consolidated=True)
     with served(tmp_path, 99) as url:
@@ -200,10 +313,10 @@ def test_an_http_store_that_goes_on_failing_is_named(tmp_path) -> None:
 
 
 class FaultyProxy(BaseHTTPRequestHandler):
-    """In front of an S3 server: late, and every chunk of one variable fails `faults` times, with
-    an error or with half its bytes."""
+    """In front of an S3 server: late, and what `failing` is part of fails `faults` times, with an
+    error or with half its bytes."""
 
-    port, faults, seen = 0, 0, {}
+    port, faults, failing, seen = 0, 0, "", {}
 
     def do_GET(self) -> None:
         time.sleep(0.02)
@@ -212,7 +325,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         body = answer.read()
         connection.close()
-        chunk = f"{NAMES[0]}/c/" in self.path and self.command == "GET"
+        chunk = self.failing in self.path and self.command == "GET"
         count = self.seen[self.path] = self.seen.get(self.path, 0) + chunk
         faulty = chunk and count <= self.faults
         self.send_response(503 if faulty and count % 2 else answer.status)
@@ -230,7 +343,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_server(folder: Path, faults: int):
+def s3_server(folder: Path, faults: int, failing: str):
     """Storage options for bucket `weather`, which holds the store in the folder."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
@@ -241,7 +354,9 @@ def s3_server(folder: Path, faults: int):
     files = s3fs.S3FileSystem(**direct)
     files.makedirs("weather", exist_ok=True)  # moto keeps buckets beyond a server
     files.put(str(folder / "waves.zarr"), "weather/waves.zarr", recursive=True)
-    kind = type("Proxy", (FaultyProxy,), {"port": port, "faults": faults, "seen": {}})
+    kind = type(
+        "Proxy", (FaultyProxy,), {"port": port, "faults": faults, "failing": failing, "seen": {}}
+    )
     outer = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=outer.serve_forever, daemon=True)
     thread.start()
@@ -257,21 +372,31 @@ def s3_server(folder: Path, faults: int):
         inner.stop()
 
 
-@pytest.mark.parametrize("faults", [0, 2, 99])
-def test_s3_is_tried_again_and_then_named(tmp_path, monkeypatch, faults: int) -> None:
+@pytest.mark.parametrize(
+    ("faults", "failing"), [(0, CHUNKS), (2, CHUNKS), (99, CHUNKS), (2, METADATA), (99, METADATA)]
+)
+def test_s3_is_tried_again_and_then_named(tmp_path, monkeypatch, faults: int, failing: str) -> None:
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "test")
     RECORD.to_zarr(tmp_path / "waves.zarr", consolidated=True)
     location = "s3://weather/waves.zarr"
-    with s3_server(tmp_path, faults) as options:
-        store = open_store(SegmentEntry(location=location, storage_options=options))
-        access = Access(retries=2, retry_wait_s=0.01)
+    with s3_server(tmp_path, faults, failing) as options:
+        entry = SegmentEntry(location=location, storage_options=options)
+        if failing == METADATA and faults > ACCESS.retries:
+            with pytest.raises(ValueError, match=f"store {location} cannot be opened as zarr"):
+                open_store(entry, ACCESS)
+            return
         segment = open_segment(
-            "waves", store, location, variables=NAMES, levels=(300, 850), access=access
+            "waves",
+            open_store(entry, ACCESS),
+            location,
+            variables=NAMES,
+            levels=(300, 850),
+            access=ACCESS,
         )
-        if faults <= access.retries:
+        if faults <= ACCESS.retries:
             check(segment)
             return
         with pytest.raises(ValueError) as refused:

@@ -18,7 +18,7 @@ from atmossl.data.companions import paired
 from atmossl.data.fingerprint import fingerprint
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import open_parts, open_segment, open_split
+from atmossl.data.store import only_segment, open_parts, open_segment, open_split
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize
 from atmossl.masking.tasks import Forecast
 from atmossl.model.positions import absolute_features
@@ -187,6 +187,13 @@ def test_no_window_spans_a_gap() -> None:
         opened(gappy)
     parts = open_parts("waves", gappy, "memory", variables=NAMES, levels=[500], gaps="split")
     assert [len(part.times) for part in parts] == [9, 4, 4]
+    names = ["waves@2001-01-01T00", "waves@2001-01-03T18", "waves@2001-01-06T00"]
+    assert [part.name for part in parts] == names
+    assert [only_segment(parts, name, "test") for name in names] == list(parts)
+    assert all(part.is_called("waves") for part in parts)
+    with pytest.raises(ValueError, match="choose one of them") as refused:
+        only_segment(parts, "waves", "test")
+    assert all(name in str(refused.value) for name in names)
     statistics = Statistics.compute(parts)
     values = np.concatenate([whole["temperature"].values[p] for p in
                              (slice(0, 9), slice(11, 15), slice(20, 24))])  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from atmossl.cli import main
-from atmossl.data.climatology import Kind, at_times, write_climatology
+from atmossl.data.climatology import Kind, at_times, read_monthly, write_climatology
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
 from atmossl.evaluation.baselines import climatology_at
@@ -207,3 +207,33 @@ def test_the_command_writes_and_refuses(tmp_path, monkeypatch, capsys) -> None:
     assert main(["data", "stats", *keys, wanted, "--force"]) == 0
     assert main(["data", "stats", *keys, "climatologies=[yearly]"]) == 2
     assert "climatologies" in capsys.readouterr().err
+
+
+def test_evaluation_reads_what_stats_left(tmp_path, monkeypatch) -> None:
+    """The same as worked out from the record; another store, levels or kind are named."""
+    year = dataset(steps=80, step_hours=120, num_lat=4, num_lon=8, levels=LEVELS)
+    used, path = [segment(year)], tmp_path / "cell_month.zarr"
+    write_climatology(used, "cell_month", path, memory_bytes=2**30)
+    history = [used[0].to_dataset()]
+    computed = Climate.of(history, quantiles=(0.1, 0.9))
+    mean = read_monthly(path, used)
+    monkeypatch.setattr("atmossl.evaluation.climate.climatology", None)  # not called again
+    read = Climate.of(history, quantiles=(0.1, 0.9), mean=mean)
+    for name in NAMES:
+        assert read.mean[name].dims == computed.mean[name].dims
+        np.testing.assert_allclose(read.mean[name], computed.mean[name], rtol=1e-6, atol=1e-6)
+    changed = year.copy(deep=True)
+    changed["temperature"][40] += 1.0
+    other = open_segment("waves", year, "memory", variables=NAMES, levels=LEVELS[:1])
+    write_climatology(used, "month", tmp_path / "month.zarr", memory_bytes=2**30)
+    seasons = [segment(store) for store in records()]
+    write_climatology(seasons, "cell_month", tmp_path / "short.zarr", memory_bytes=2**30)
+    for file, segments, message in (
+        (path, [segment(changed)], "another state of memory"),
+        (path, [other], r"has levels \[300, 850\]; needed: \[300\]"),
+        (tmp_path / "month.zarr", used, "no climatology by cell and month"),
+        (tmp_path / "nothing.zarr", used, "no such store"),
+        (tmp_path / "short.zarr", seasons, r"no values in months \[1, 4, 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_monthly(file, segments)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from atmossl.data import moments
-from atmossl.data.catalog import catalog_entry
-from atmossl.data.fingerprint import fingerprint, identity
+from atmossl.data.backends import open_store
+from atmossl.data.catalog import SegmentEntry, catalog_entry
+from atmossl.data.chunks import Access
+from atmossl.data.fingerprint import _spread_chunks, agree, fingerprint, identity
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
 from atmossl.data.store import open_segment, open_split
 from tests.synthetic import dataset, spec
@@ -82,6 +84,36 @@ def test_checksums_of_ingest_enter_the_fingerprint_within_the_period() -> None:
         store.attrs["checksums"] = notes | ({changed: "b"} if changed else {})
         seen.append(fingerprint([segment(store).between("2001-01-01", "2001-01-05")]))
     assert seen[0] == seen[2] != seen[1]
+
+
+@pytest.mark.parametrize("engine", ["zarr", "auto"])
+@pytest.mark.parametrize("form", [2, 3])
+def test_a_chunk_anywhere_that_has_another_size_is_seen(tmp_path, engine: str, form: int) -> None:
+    """Away from first, middle and last field; another period, and another folder, do not matter."""
+    store, seen = dataset(steps=48), []
+    changed = store.copy(deep=True)
+    changed["temperature"][7:9] = 1.0
+    for name, content in (("a", store), ("b", store), ("c", changed)):
+        chunks = {v: {"chunks": (2, 3, 8, 16)} for v in NAMES}
+        content.to_zarr(tmp_path / name, zarr_format=form, encoding=chunks, consolidated=False)
+        entry = SegmentEntry(location=str(tmp_path / name))
+        whole = open_segment(name, open_store(entry), str(tmp_path / name), variables=NAMES,
+                             levels=LEVELS, access=Access(engine=engine))  # fmt: skip
+        seen.append((fingerprint([whole]), fingerprint([whole.between("2001-01-05", "")]),
+                     fingerprint([whole.loaded()])))  # fmt: skip
+    assert seen[0] == seen[1]
+    assert not agree(seen[0][0], seen[2][0]) and agree(seen[0][1], seen[2][1])
+    for found in seen:  # what was computed without sizes still counts
+        assert "-" in found[0] and "-" not in found[2] and agree(found[0], found[2])
+
+
+def test_sampled_chunks_are_spread_over_time_and_place() -> None:
+    bounds = [range(7), range(100, 500), range(4), range(9)]
+    found = np.array(_spread_chunks(bounds, 1))
+    assert len(np.unique(found, axis=0)) == len(found) == 32
+    assert np.diff(found[:, 1]).max() <= 13 and found[:, 1].min() >= 100
+    assert all(len(np.unique(found[:, axis])) > 3 for axis in (0, 2, 3))
+    assert _spread_chunks([range(2), range(3)], 0) == list(np.ndindex(2, 3))
 
 
 def test_embedded_data_are_never_stale() -> None:

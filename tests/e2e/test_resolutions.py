@@ -74,9 +74,9 @@ def test_two_resolutions_train_and_predict(catalog: Path, tmp_path: Path, monkey
             assert set(store.data_vars) == set(NAMES)
             assert store.sizes["latitude"] == 16 and store.sizes["longitude"] == 32
             assert all(np.isfinite(store[name].values).all() for name in NAMES)
-        with xr.open_zarr(output, group="coarse") as store:
-            assert store.sizes["latitude"] == 8 and store.sizes["longitude"] == 16
-            assert np.isfinite(store["temperature"].values).all()
+    with xr.open_zarr(tmp_path / "forecast.zarr", group="coarse") as store:
+        assert store.sizes["latitude"] == 8 and store.sizes["longitude"] == 16
+        assert np.isfinite(store["temperature"].values).all()
     scored = ["evaluate", f"forecasts=[{tmp_path}/forecast.zarr/coarse]", "data=coarse",
               f"catalog={catalog}", f"output={tmp_path}/report", "bootstrap=10"]  # fmt: skip
     assert main(scored) == 0

@@ -27,6 +27,23 @@ def test_zonal_harmonic_functions_are_filled_exactly():
     np.testing.assert_allclose(filled["temperature"], harmonic["temperature"], atol=2e-4)
 
 
+def test_missing_cells_are_no_part_of_what_is_filled():
+    """A zonal harmonic function with gaps, other ones at each time: exact, and still gappy."""
+    fields = make_dataset(num_times=3, num_lat=90, num_lon=8, variables=("temperature",))
+    latitude = np.deg2rad(fields["latitude"])
+    harmonic = fields * 0.0 + np.log(np.tan(np.pi / 4 + latitude / 2))
+    hidden = box(fields, slice(30, 50), slice(None))
+    gappy = harmonic["temperature"].copy(deep=True)
+    gappy[1:, ..., 50:55, :] = np.nan
+    gappy[2, ..., 20:30, :] = np.nan
+    filled = HarmonicInfill(grid_of(fields), hidden)(gappy.to_dataset())["temperature"]
+    there = gappy.notnull() | xr.DataArray(hidden, dims=("latitude", "longitude"))
+    np.testing.assert_allclose(
+        filled.values[there.values], harmonic["temperature"].values[there.values], atol=2e-4
+    )
+    assert bool((filled.notnull() == there).all())
+
+
 def test_filled_values_are_bounded_by_the_visible_ones_and_leave_them_alone():
     fields = make_dataset(num_times=3)
     hidden = box(fields, slice(2, 6), slice(13, 16)) | box(fields, slice(3, 5), slice(0, 2))

@@ -1,5 +1,7 @@
 """What tasks hid, and what their rivals answer from the rest."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -34,6 +36,7 @@ def setting(task, *, offsets: tuple[int, ...] = (0,)) -> Setting:
         history=history,
         climate=Climate.of(history, quantiles=(0.05, 0.95)),
         with_ridge=True,
+        complete=tuple(map(str, history[0].data_vars)),
     )
 
 
@@ -103,3 +106,21 @@ def test_hidden_variables_have_a_ridge_on_the_rest():
     answers = build_rivals("cross_variable", setting(task))(predicted, truth_of_a_run())
     assert set(answers) == {"climatology", "ridge"}
     assert answers["ridge"].sizes["time"] == 4
+
+
+@pytest.mark.parametrize("name", ["inpainting", "cross_variable"])
+def test_a_regression_leaves_out_what_may_be_missing(name: str):
+    """Its answer is the one without the gappy variable, which is missing in it."""
+    task = BOX if name == "inpainting" else CrossVariable((), (500,))
+    whole, truth = setting(task), truth_of_a_run()
+    alone = replace(whole, complete=("temperature",),
+                    history=[record[["temperature"]] for record in whole.history])  # fmt: skip
+    predicted = make_dataset(num_times=12).isel(time=slice(2, 6))
+    there = [truth[["temperature"]].copy(deep=True), predicted[["temperature"]]]
+    for record in (truth, *whole.history):
+        record["u_component_of_wind"][:, :, 2:4, 3:6] = np.nan
+    gappy = replace(whole, complete=("temperature",))
+    found = build_rivals(name, gappy)(predicted, truth)["ridge"]
+    expected = build_rivals(name, alone)(there[1], there[0])["ridge"]
+    xr.testing.assert_allclose(found[["temperature"]], expected)
+    assert bool(found["u_component_of_wind"].isnull().all())

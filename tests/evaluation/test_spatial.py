@@ -10,6 +10,7 @@ from atmossl.evaluation.spatial import (
     conservative,
     lagrange_matrix,
 )
+from atmossl.geometry import area_weights
 
 
 def _smooth(dataset, num_lat: int = 32, num_lon: int = 64) -> xr.Dataset:
@@ -82,3 +83,33 @@ def test_factor_that_does_not_divide_names_its_choices(dataset):
 def test_foreign_coarse_grid_is_an_error(dataset):
     with pytest.raises(ValueError, match="is not made of blocks"):
         bilinear(dataset(num_lat=4, num_lon=4), dataset())
+
+
+def test_means_and_lines_are_over_what_is_there(dataset):
+    """Block means against a loop; a constant stays constant, and far from gaps nothing changes."""
+    fine = dataset(num_times=2, num_lat=16, num_lon=32, variables=("temperature",))
+    gappy = fine.copy(deep=True)
+    gappy["temperature"][..., 4:9, 6:13] = np.nan
+    gappy["temperature"][0, :, 12, 20] = np.nan
+    values = gappy["temperature"].values.astype(float)
+    area = np.broadcast_to(area_weights(fine["latitude"].values)[:, None], values.shape)
+    means = coarsen(gappy, 4)["temperature"].values
+    for row, column in np.ndindex(4, 8):
+        block = (..., slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
+        there = np.isfinite(values[block])
+        weight = np.where(there, area[block], 0.0)
+        total = np.where(there, values[block], 0.0) * weight
+        with np.errstate(invalid="ignore"):
+            expected = total.sum((-2, -1)) / weight.sum((-2, -1))
+        np.testing.assert_allclose(means[..., row, column], expected, rtol=1e-5)
+    assert np.isnan(means[..., 1, 2]).all() and np.isfinite(means[..., 1, 1]).all()
+    flat = gappy["temperature"].notnull().where(gappy["temperature"].notnull()) * 7.5
+    coarse = coarsen(flat.astype("float32").to_dataset(name="temperature"), 4)
+    for refine in (bilinear, bicubic):
+        constant = refine(coarse, fine)["temperature"]
+        near = np.isfinite(constant.values)
+        np.testing.assert_allclose(constant.values[near], 7.5, rtol=1e-6)
+        assert near[gappy["temperature"].notnull().values].all()
+        ours, whole = (refine(coarsen(each, 4), fine)["temperature"] for each in (gappy, fine))
+        far = {"time": 1, "longitude": slice(24, 30), "latitude": slice(6, 10)}
+        np.testing.assert_array_equal(ours.isel(far), whole.isel(far))

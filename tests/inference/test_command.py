@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalog `waves`, and `tiny.ckpt` with a stream per variable and random weights."""
     folder = tmp_path_factory.mktemp("command")
     catalog(folder, train=STORE, validation=STORE, test=STORE)
+    save_tiny(folder / "tiny.ckpt")
+    return folder
+
+
+def save_tiny(path: Path, missing: str = "refuse") -> None:
+    """missing: of the wind's stream."""
     specs = tuple(spec(name[0], variables=(name,), token=(1, 2, 2)) for name in NAMES)
+    specs = (specs[0], replace(specs[1], missing=missing))
     torch.manual_seed(0)
     weights = Multiformer(streams=specs, **MODEL).state_dict()
     record = {
@@ -46,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config": {"masking": {"_target_": "atmossl.masking.random.TimeBlockMasking"}},
     }
     state = {f"ema.module.{key}": value for key, value in weights.items()}
-    torch.save({"state_dict": state, "atmossl": record}, folder / "tiny.ckpt")
-    return folder
+    torch.save({"state_dict": state, "atmossl": record}, path)
 
 
 def arguments(folder: Path, output: Path, *more: str) -> list[str]:
@@ -130,6 +137,27 @@ def test_missing_values_are_filled(gappy: Path, tmp_path: Path, capsys) -> None:
     assert main(["evaluate", *report]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "has no truth" in line
+
+
+def test_fields_with_missing_values_are_scored(gappy: Path, tmp_path: Path, capsys) -> None:
+    """Against all rivals that can answer; only what is never missing has a regression."""
+    save_tiny(tmp_path / "gaps.ckpt", missing="mask")
+    (tmp_path / "fine.yaml").write_text("name: downscaling\nfactor: 2\n")
+    (tmp_path / "box.yaml").write_text("name: inpainting\nboxes: [[-50, 0, 0, 120]]\n")
+    given = [a for a in arguments(gappy, tmp_path / "report") if "checkpoint" not in a]
+    given += [f"tasks=[{tmp_path}/fine.yaml,{tmp_path}/box.yaml]", "bootstrap=10", "every=3",
+              f"checkpoint={tmp_path}/gaps.ckpt", "regions=[]"]  # fmt: skip
+    assert main(["evaluate", *given]) == 0
+    assert "no ridge regression of ['u_component_of_wind']" in capsys.readouterr().err
+    table = pd.read_csv(tmp_path / "report" / "scores.csv").query("score == 'rmse'")
+    rows = table.groupby(["task", "source", "variable"])["value"]
+    lacking = rows.apply(lambda values: values.isna().any())
+    sources = {"downscaling": {"bicubic", "bilinear", "conservative"},
+               "inpainting": {"harmonic", "climatology"}}  # fmt: skip
+    for task, rivals in sources.items():
+        assert set(lacking[task].index.get_level_values(0)) == {"model", "ridge", *rivals}
+        found = lacking[task][lacking[task]]
+        assert list(found.index) == [("ridge", "u_component_of_wind")]
 
 
 def test_a_split_of_several_segments(gappy: Path, tmp_path: Path, capsys) -> None:

@@ -89,7 +89,7 @@ def panel_map(title: str, panel: Panel, *, units: str) -> Figure:
 def field_scale(truth: xr.DataArray, prediction: xr.DataArray) -> Scale:
     """One scale for both; around zero if the field takes both signs about equally."""
     both = np.concatenate([truth.to_numpy().ravel(), prediction.to_numpy().ravel()])
-    low, high = np.nanpercentile(both, _PERCENTILES)
+    low, high = _percentiles(both)
     if low < 0 < high and min(-low, high) > 0.2 * max(-low, high):
         limit = max(-low, high)
         return Scale(_DIVERGING, -limit, limit)
@@ -98,14 +98,23 @@ def field_scale(truth: xr.DataArray, prediction: xr.DataArray) -> Scale:
 
 def symmetric_scale(field: xr.DataArray) -> Scale:
     """A scale centred on zero."""
-    limit = float(np.nanpercentile(np.abs(field.to_numpy()), _PERCENTILES[1]))
+    limit = _percentiles(np.abs(field.to_numpy()))[1]
     return _widened(_DIVERGING, -limit, limit)
 
 
 def spread_scale(spread: xr.DataArray) -> Scale:
     """A scale from zero up."""
-    high = float(np.nanpercentile(spread.to_numpy(), _PERCENTILES[1]))
+    high = _percentiles(spread.to_numpy())[1]
     return replace(_widened(_SPREAD, 0.0, high), extend="max")
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Low and high one of what is there; a variable may be missing wherever a task hid it."""
+    there = values[np.isfinite(values)]
+    if there.size == 0:
+        return 0.0, 0.0
+    low, high = np.percentile(there, _PERCENTILES)
+    return float(low), float(high)
 
 
 def _widened(colours: str, low: float, high: float) -> Scale:
