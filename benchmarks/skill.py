@@ -121,7 +121,7 @@ def main() -> None:
         report = Path(folder) / "report"
         run("evaluate", f"checkpoint={checkpoint}", f"output={report}", f"every={arguments.every}")
         found = json.loads((report / "figures.json").read_text())
-    figures = required_figures(found)
+    figures = {"every": arguments.every, **required_figures(found)}
     figures["per_variable"] = {
         name: required_figures(values) for name, values in found["per_variable"].items()
     }
