@@ -1,7 +1,8 @@
 """Opening what lies at a location, lazily and read-only: zarr (folder, zip, URL), icechunk,
 kerchunk references, NetCDF files, and the layouts of AtmoRep and anemoi-datasets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,16 +103,42 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     found = sorted(str(file) for file in files)
     if not found:
         raise FileNotFoundError("no NetCDF file matches")
-    dataset = xr.open_mfdataset(
-        found,
-        combine="by_coords",
-        data_vars="minimal",
-        coords="minimal",  # pyright: ignore[reportArgumentType]
-        compat="override",
-        join="outer",
-        chunks={"time": 32},
-    )
+    units: dict[str, set[str]] = {}
+
+    def noted(dataset: xr.Dataset) -> xr.Dataset:
+        for name, array in dataset.data_vars.items():
+            units.setdefault(str(name), set()).add(str(array.attrs.get("units", "")))
+        return dataset
+
+    with joining():
+        dataset = xr.open_mfdataset(
+            found,
+            combine="by_coords",
+            data_vars="minimal",
+            coords="minimal",  # pyright: ignore[reportArgumentType]
+            compat="override",
+            join="outer",
+            chunks={"time": 32},
+            preprocess=noted,
+        )
+    for name, stated in units.items():
+        if len(stated) > 1:  # joined as they are, and refused where the variable is wanted
+            dataset[name].attrs["units"] = sorted(stated)
     return OpenedStore(dataset)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Say what xarray means where it cannot join files by their coordinates."""
+    try:
+        yield
+    except ValueError as error:
+        if "monotonic" not in str(error):
+            raise
+        raise ValueError(
+            "files overlap or alternate along an axis, or their coordinates differ in order or in "
+            f"the last digits: {error}"
+        ) from error
 
 
 def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:

@@ -17,6 +17,12 @@ from atmossl.batch import YEAR_HOURS
 
 _EPOCH_UNITS = "microseconds since 1970-01-01T00:00:00"
 _DAY = np.timedelta64(86_400_000_000, "us")
+_LENGTHS = {  # of what a date names by the number of its parts, from days to seconds
+    3: _DAY,
+    4: np.timedelta64(1, "h"),
+    5: np.timedelta64(1, "m"),
+    6: np.timedelta64(1, "s"),
+}
 _DAYS = {  # of a year, where every year has as many
     "noleap": 365,
     "365_day": 365,
@@ -86,6 +92,29 @@ class Calendar:
         except ValueError as error:
             raise ValueError(f"{text!r} is no date of calendar {self.name}: {error}") from error
         return self.encode(np.array([date]))[0]
+
+    def parse_end(self, text: str) -> np.datetime64:
+        """The last moment of what an ISO date names: of the day for 2018-12-31, of the year for
+        2018.
+
+        Raises:
+            ValueError: it is no date of this calendar.
+        """
+        first = self.parse(text)
+        if self.plain:
+            named = np.datetime64(text)
+            return (named + 1).astype(first.dtype) - np.timedelta64(1, "ns")
+        (date,) = self.dates(np.array([first]))
+        match = _DATE.fullmatch(text.strip())
+        given = [part for part in match.groups() if part] if match else []
+        year, month = date.year, date.month + 1
+        if len(given) > 2:
+            length = _LENGTHS[len(given)]
+            return first + length - np.timedelta64(1, "us")
+        if len(given) == 1 or month > 12:
+            year, month = year + 1, 1
+        after = cftime.datetime(year, month, 1, calendar=self.name)
+        return self.encode(np.array([after]))[0] - np.timedelta64(1, "us")
 
     def show(self, time: np.datetime64, unit: Literal["h", "m", "s"] = "h") -> str:
         """A time as an ISO date, to the hour, minute (m) or second (s)."""

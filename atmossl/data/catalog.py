@@ -27,7 +27,8 @@ class SegmentEntry(_Strict):
 
 
 class Period(_Strict):
-    """Part of a segment, ends included; the whole of it by default."""
+    """Part of a segment, ends included, as a whole if they are days, months or years; the whole
+    segment by default."""
 
     segment: str
     start: _Date = ""

@@ -28,10 +28,12 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from atmossl import __version__
 from atmossl.data.calendars import Calendar
 from atmossl.data.inputs import input_files, open_input
+from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
 
 Engine = Literal["threads", "local_cluster", "slurm"]
 _OPENING = Lock()
+_ROUNDING_DEG = 1e-4
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def ingest(
     folder = output.with_name(f".{output.name}.partial")
     store, journal = folder / "store.zarr", folder / "journal"
     dataset = opened(source)
+    check_record(dataset, f"input={source.location}")
     _begin(dataset, source, layout, store, journal)
     regions = _regions(dataset, layout)
     left = [region for region in regions if not (journal / region.note).exists()]
@@ -140,10 +143,21 @@ def _opened(settings: str) -> xr.Dataset:
             raise ValueError(f"{where}: levels {missing} are missing; valid: {have}")
         dataset = dataset.sel(level=list(source.levels))
     if source.start or source.end:
+        _check_dates(dataset, source)
         dataset = dataset.sel(time=slice(source.start or None, source.end or None))
         if dataset.sizes["time"] == 0:
             raise ValueError(f"{where}: nothing from {source.start} to {source.end}")
     return _cut(dataset, source)
+
+
+def _check_dates(dataset: xr.Dataset, source: Source) -> None:
+    calendar = Calendar.of(dataset["time"].values)
+    for key, text in (("start", source.start), ("end", source.end)):
+        if calendar is not None and text:
+            try:
+                calendar.parse(text)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
 
 
 def opened(source: Source) -> xr.Dataset:
@@ -159,9 +173,11 @@ def _cut(dataset: xr.Dataset, source: Source) -> xr.Dataset:
     south, north, west, east = source.region
     longitude = dataset["longitude"].values
     span = (east - west) % 360.0 or 360.0
-    inside = np.flatnonzero((longitude - west) % 360.0 <= span)
-    ordered = inside[np.argsort((longitude[inside] - west) % 360.0)]
-    dataset = dataset.sel(latitude=slice(south, north)).isel(longitude=ordered)
+    east_of_west = (longitude - west + _ROUNDING_DEG) % 360.0
+    inside = np.flatnonzero(east_of_west <= span + 2 * _ROUNDING_DEG)
+    ordered = inside[np.argsort(east_of_west[inside])]
+    rows = slice(south - _ROUNDING_DEG, north + _ROUNDING_DEG)
+    dataset = dataset.sel(latitude=rows).isel(longitude=ordered)
     if 0 in dataset.sizes.values():
         raise ValueError(f"region={list(source.region)} holds no cell of {source.location}")
     return dataset

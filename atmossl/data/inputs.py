@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from atmossl.data.backends import open_store
+from atmossl.data.backends import joining, open_store
 from atmossl.data.catalog import SegmentEntry
-from atmossl.data.store import rename_coordinates
+from atmossl.data.store import COORDINATES, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
 
 _GRIB = (".grib", ".grib2", ".grb", ".grb2")
-_PASCAL_PER_HPA = 100.0
+_TOLERANCE_DEG = 1e-3
 
 
 def input_files(location: str) -> list[str]:
@@ -63,12 +64,51 @@ def open_input(
         parts.append(_canonical(opened, names, selection, file))
     if len(parts) == 1:
         return parts[0]
+    parts = [parts[0], *(_on_grid_of(parts[0], part) for part in parts[1:])]
+    _check_filled(parts, location)
     try:
-        joined = xr.combine_by_coords(parts, combine_attrs="override", join="outer")
+        with joining():
+            joined = xr.combine_by_coords(parts, combine_attrs="override", join="outer")
     except ValueError as error:
         raise ValueError(f"input={location}: the files do not join ({error})") from error
     assert isinstance(joined, xr.Dataset)
     return joined
+
+
+def _on_grid_of(first: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
+    """With the first file's coordinates where they differ by rounding, as in another precision."""
+    same = {
+        axis: first[axis].values
+        for axis in ("latitude", "longitude")
+        if first.sizes[axis] == part.sizes[axis]
+        and np.allclose(first[axis], part[axis], rtol=0, atol=_TOLERANCE_DEG)
+    }
+    return part.assign_coords(same)
+
+
+def _check_filled(parts: Sequence[xr.Dataset], location: str) -> None:
+    """That the files of every variable fill a box of levels and cells: a file that lacks some of
+    them would leave missing values. Times may lack."""
+    for name in dict.fromkeys(name for part in parts for name in part.data_vars):
+        arrays = [part[name] for part in parts if name in part.data_vars]
+        axes = [axis for axis in ("level", "latitude", "longitude") if axis in arrays[0].dims]
+        if any(set(axes) - set(array.dims) for array in arrays):
+            raise ValueError(f"input={location}: {name} has levels in some of the files alone")
+        have: dict[str, set[Any]] = {axis: set() for axis in axes}
+        places: set[tuple] = set()
+        for array in arrays:
+            own = tuple(tuple(array[axis].values.tolist()) for axis in axes)
+            if own not in places:
+                places.add(own)
+                for axis, values in zip(axes, own, strict=True):
+                    have[axis].update(values)
+        filled = sum(prod(map(len, own)) for own in places)
+        if filled != prod(map(len, have.values())):
+            counts = sorted({tuple(map(len, own)) for own in places})
+            raise ValueError(
+                f"input={location}: the files of {name} have different {' x '.join(axes)}, of "
+                f"sizes {counts}; choose what all have with levels and region, or ingest them apart"
+            )
 
 
 def _open_file(file: str, filters: dict[str, Any]) -> list[xr.Dataset]:
@@ -145,15 +185,13 @@ def _canonical_array(array: xr.DataArray, selection: dict[str, Any], file: str) 
     except (KeyError, ValueError) as error:
         valid = {dim: _values(array, dim) for dim in chosen}
         raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
-    if "isobaricInPa" in array.dims:
-        array = array.rename(isobaricInPa="level")
-        array = array.assign_coords(level=array["level"] / _PASCAL_PER_HPA)
     if "time" in array.coords and not {"time", "valid_time"} & set(array.dims):
         array = array.expand_dims("time")
+    if not set(COORDINATES["level"]) & set(array.dims):
+        alone = [name for name in COORDINATES["level"] if name in array.coords]
+        array = array.expand_dims(alone[:1])
     name = str(array.name)
     array = rename_coordinates(array.to_dataset(), {}, f"input {file}")[name]
-    if "level" not in array.dims and "isobaricInhPa" in array.coords:
-        array = array.expand_dims(level=[float(array["isobaricInhPa"])])
     array = _of_one_step(array, file)
     others = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
     if others:
@@ -165,7 +203,7 @@ def _canonical_array(array: xr.DataArray, selection: dict[str, Any], file: str) 
     kept = [dim for dim in ("time", "level", "latitude", "longitude") if dim in array.dims]
     array = array.drop_vars(set(array.coords) - set(kept)).transpose(*kept)
     array = array.assign_coords(longitude=array["longitude"].astype(np.float64) % 360.0)
-    return array.sortby(["latitude", "longitude", *kept[1:-2]])
+    return array.sortby(["latitude", "longitude", *kept[:-2]])
 
 
 def _plain(dim: str, value: Any) -> Any:

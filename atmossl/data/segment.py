@@ -52,7 +52,7 @@ class Segment:
     grid: Grid
     latitude_order: np.ndarray
     longitude_order: np.ndarray
-    stored_levels: tuple[int, ...]
+    stored_levels: tuple[float, ...]
     stored: dict[str, StoredVariable]
     access: Access = Access()
     first_step: int = 0
@@ -209,7 +209,8 @@ class Segment:
         return self.levels if "level" in self.stored[variable].dims else (0,)
 
     def between(self, start: str, end: str) -> Self:
-        """The part of the segment in a period, both ends included; an empty end is open.
+        """The part of the segment in a period, both ends included, a day as a whole if it is given
+        as a day; an empty end is open.
 
         Raises:
             ValueError: fewer than two steps lie in the period.
@@ -225,7 +226,7 @@ class Segment:
     def inside(self, start: str, end: str) -> np.ndarray:
         """Numbers of the steps in a period, both ends included; an empty end is open."""
         first = self.calendar.parse(start) if start else self.times[0]
-        last = self.calendar.parse(end) if end else self.times[-1]
+        last = self.calendar.parse_end(end) if end else self.times[-1]
         return np.flatnonzero((self.times >= first) & (self.times <= last))
 
     def steps(self, start: int, stop: int) -> Self:

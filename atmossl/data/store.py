@@ -22,13 +22,15 @@ from atmossl.data.segment import HOUR, Segment
 from atmossl.data.variables import check_units
 from atmossl.geometry import Grid
 
-_COORDINATES = {
+COORDINATES = {
     "time": ("time", "valid_time"),
-    "level": ("level", "isobaricInhPa", "pressure_level", "plev"),
+    "level": ("level", "isobaricInhPa", "isobaricInPa", "pressure_level", "plev"),
     "latitude": ("latitude", "lat"),
     "longitude": ("longitude", "lon"),
 }
 _DEFAULT_ACCESS = Access()
+_PASCAL_PER_HPA = 100.0
+_HIGHEST_HPA = 1100.0
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -85,6 +87,7 @@ def open_parts(
     dataset = rename_coordinates(_chosen(dataset, names, location), coordinates or {}, location)
     for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
+        _check_dims(dataset[variable], location)
     stored_levels = _checked_levels(dataset, levels, location)
     times, calendar = _checked_times(dataset, location)
     parts = _unbroken(times, gaps, calendar, location)
@@ -149,7 +152,7 @@ def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dat
 def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str) -> xr.Dataset:
     """Dimensions by their canonical names; ValueError if there is none for time or place."""
     names = {}
-    for canonical, usual in _COORDINATES.items():
+    for canonical, usual in COORDINATES.items():
         choices = (given[canonical],) if canonical in given else usual
         found = [name for name in choices if name in dataset.dims]
         if found:
@@ -164,17 +167,58 @@ def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str
                 f"{location}: no dimension for {canonical}, tried {list(choices)}; the store has "
                 f"{sorted(map(str, dataset.dims))}. Name it under `coordinates` in the catalog"
             )
-    return dataset.rename({old: new for old, new in names.items() if old != new})
+    dataset = dataset.rename({old: new for old, new in names.items() if old != new})
+    without = [name for name in names.values() if name not in dataset.coords]
+    if without:
+        raise ValueError(f"{location}: dimensions {without} have no coordinates; add their values")
+    return _in_hpa(dataset)
 
 
-def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -> tuple[int, ...]:
+def _in_hpa(dataset: xr.Dataset) -> xr.Dataset:
+    """Levels that are given in Pa, as CMIP's `plev` are, in hPa."""
+    if "level" not in dataset.coords or dataset["level"].attrs.get("units") not in ("Pa", "pascal"):
+        return dataset
+    return dataset.assign_coords(
+        level=(dataset["level"] / _PASCAL_PER_HPA).assign_attrs(units="hPa")
+    )
+
+
+def check_record(dataset: xr.Dataset, location: str) -> None:
+    """That a canonical dataset can be opened as a segment, gaps aside.
+
+    Raises:
+        ValueError: names what does not fit: times, levels or grid.
+    """
+    _checked_levels(dataset, (), location)
+    _checked_times(dataset, location)
+    _canonical_grid(dataset, location)
+
+
+def _check_dims(array: xr.DataArray, location: str) -> None:
+    others = sorted(map(str, set(array.dims) - set(COORDINATES)))
+    if others:
+        raise ValueError(
+            f"{location}: {array.name} has further dimensions {others}; keep one value of each, "
+            "with `select` of `atmossl data ingest` for example"
+        )
+
+
+def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -> tuple[float, ...]:
     """Levels of the store, in its order."""
     if not any("level" in array.dims for array in dataset.data_vars.values()):
         return ()
-    have = [int(level) for level in dataset["level"].values]
+    have = [float(level) for level in dataset["level"].values]
+    shown = ", ".join(f"{level:g}" for level in have)
+    if max(have) > _HIGHEST_HPA:
+        raise ValueError(
+            f"{location}: levels [{shown}] are no hPa; if they are Pa, their attribute `units` "
+            "must say so"
+        )
+    if len(set(have)) < len(have):
+        raise ValueError(f"{location}: levels [{shown}] are there more than once")
     missing = sorted(set(levels) - set(have))
     if missing:
-        raise ValueError(f"{location}: levels {missing} hPa are missing; the store has {have}")
+        raise ValueError(f"{location}: levels {missing} hPa are missing; the store has [{shown}]")
     return tuple(have)
 
 
@@ -231,6 +275,11 @@ def _unbroken(
 def _canonical_grid(dataset: xr.Dataset, location: str) -> tuple[np.ndarray, np.ndarray, Grid]:
     latitude = dataset["latitude"].values.astype(np.float64)
     longitude = dataset["longitude"].values.astype(np.float64) % 360.0
+    if min(len(latitude), len(longitude)) < 2 or not np.all(np.abs(latitude) <= 90.001):
+        raise ValueError(
+            f"{location}: {len(latitude)} latitudes and {len(longitude)} longitudes; needed: at "
+            "least 2 of each, latitudes from -90 to 90 degrees"
+        )
     latitude_order, longitude_order = np.argsort(latitude), np.argsort(longitude)
     ordered = longitude[longitude_order]
     gaps = np.diff(ordered)

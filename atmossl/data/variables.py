@@ -1,5 +1,6 @@
 """What the package knows of variables: ERA5 names, CF standard names and units."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -148,15 +149,19 @@ def conversion(variable: str, units: str | None) -> tuple[float, float] | None:
     return _CONVERSIONS.get(known.units, {}).get(units.strip())
 
 
-def check_units(variable: str, units: str | None, location: str) -> None:
-    """Raise ValueError if a store states units other than those of the variable.
+def check_units(variable: str, units: str | Sequence[str] | None, location: str) -> None:
+    """Raise ValueError if a store states units other than those of the variable, or a variable
+    that is not known here has several in several files.
 
     A store that states none is taken at its word: the name says what it holds.
     """
     known = VARIABLES.get(variable)
-    if known is None or units is None:
+    if units is None or (known is None and isinstance(units, str)):
         return
-    if units != known.units and units not in known.unit_aliases:
+    stated = [units] if isinstance(units, str) else units
+    if known is None:
+        raise ValueError(f"{location}: the files give variable {variable} in units {stated}")
+    if not {known.units, *known.unit_aliases}.issuperset(stated):
         raise ValueError(
             f"{location}: variable {variable} has units {units!r}; valid: "
             f"{[known.units, *known.unit_aliases]}. `atmossl data ingest` converts usual ones"

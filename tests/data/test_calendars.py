@@ -84,7 +84,7 @@ def test_a_record_goes_through_leap_days_as_its_calendar_does(calendar: str, fre
 
 def cftime_in(date: cftime.datetime, first: tuple[int, int], last: tuple[int, int]) -> bool:
     at = (date.month, date.day, date.hour)
-    return (*first, 0) <= at <= (*last, 0)
+    return (*first, 0) <= at <= (*last, 24)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,23 @@ def cftime_in(date: cftime.datetime, first: tuple[int, int], last: tuple[int, in
 def test_a_date_that_does_not_exist_is_named(calendar: str, text: str) -> None:
     with pytest.raises(ValueError, match=f"'{text}' is no date of calendar {calendar}"):
         Calendar(calendar).parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("1850", "1851-01-01"),
+        ("1850-02", "1850-03-01"),
+        ("1850-12", "1851-01-01"),
+        ("1850-02-28", "1850-03-01"),
+        ("1850-02-28T18", "1850-02-28T19"),
+        ("1850-02-28T18:00", "1850-02-28T18:01"),
+    ],
+)
+@pytest.mark.parametrize("calendar", [STANDARD, Calendar("noleap")])
+def test_the_end_of_a_date_is_that_of_all_it_names(calendar, text: str, after: str) -> None:
+    end, following = calendar.parse_end(text), calendar.parse(after)
+    assert following - np.timedelta64(1, "us") <= end < following
 
 
 @pytest.mark.parametrize("calendar", ["noleap", "360_day"])

@@ -8,6 +8,9 @@ import pytest
 import xarray as xr
 
 from atmossl.cli import main
+from atmossl.data.backends import open_store
+from atmossl.data.catalog import SegmentEntry
+from atmossl.data.ingest import Layout, Source, Workers, ingest
 from atmossl.data.inputs import open_input
 from atmossl.data.store import open_segment
 from atmossl.data.variables import VARIABLES, conversion
@@ -15,6 +18,8 @@ from tests.synthetic import dataset
 
 # Any folder with files of the packages hvsampledata and neuralgcm, below or right in it.
 SAMPLES = Path(os.environ.get("ATMOSSL_NETCDF_SAMPLES", "nowhere"))
+LAYOUT = Layout(time=3, level=1, lat=0, lon=0, shard=0, compression=3)
+ONE = Workers("threads", 1)
 AIR, TL31 = "air_temperature_small.nc", "era5_tl31_19590102T00.nc"
 needs_samples = pytest.mark.skipif(
     not SAMPLES.is_dir(), reason="set ATMOSSL_NETCDF_SAMPLES to NetCDF files of others"
@@ -50,6 +55,79 @@ def test_units_without_a_way_to_ours_are_named(tmp_path: Path) -> None:
     record.to_netcdf(tmp_path / "in.nc")
     with pytest.raises(ValueError, match=r"in\.nc: variable temperature has units 'furlong'"):
         open_input(str(tmp_path / "in.nc"), {}, {}, {})
+
+
+def folder_of(path: Path, *records: xr.Dataset) -> str:
+    for number, record in enumerate(records):
+        record.to_netcdf(path / f"{number}.nc")
+    return str(path)
+
+
+RECORD = dataset(steps=6)
+HALVES = RECORD.isel(time=slice(0, 3)), RECORD.isel(time=slice(3, 6))
+PRECISE = [half.assign_coords(longitude=half.longitude + 1 / 3) for half in HALVES]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [RECORD.isel(time=[2, 0, 1, 5, 4, 3])],
+        [RECORD.assign_coords(level=100.0 * RECORD.level.assign_attrs(units="Pa"))],
+        [RECORD.isel(level=n) for n in range(3)],
+        [PRECISE[0], PRECISE[1].assign_coords(longitude=PRECISE[1].longitude.astype("f4"))],
+    ],
+    ids=["unsorted", "pascal", "file_per_level", "float32"],
+)
+def test_odd_files_read_alike(files, tmp_path: Path) -> None:
+    found = open_input(folder_of(tmp_path, *files), {}, {}, {})
+    for axis in ("time", "level"):
+        np.testing.assert_array_equal(found[axis], RECORD[axis])
+    for name in ("temperature", "u_component_of_wind"):
+        expected = RECORD[name].transpose(*found[name].dims)
+        np.testing.assert_array_equal(found[name].values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([HALVES[0], HALVES[1].isel(level=[0, 2])], r"sizes \[\(2, 8, 16\), \(3, 8, 16\)\]"),
+        ([HALVES[0].isel(latitude=slice(0, 4)), HALVES[1]], "different level x latitude"),
+        ([RECORD.isel(time=slice(0, 5)), HALVES[1]], "files overlap"),
+        ([RECORD.isel(time=[0, 1, 1])], "T06:00:00 is duplicate"),
+        ([xr.concat([RECORD, RECORD.isel(latitude=[0])], "latitude")], "latitude must ascend"),
+        ([RECORD.assign_coords(time=range(6))], "time has type int64"),
+    ],
+)
+def test_files_that_make_no_record_are_refused_before_work(files, message, tmp_path: Path) -> None:
+    source = Source(folder_of(tmp_path, *files))
+    with pytest.raises(ValueError, match=message):
+        ingest(source, tmp_path / "out.zarr", LAYOUT, ONE, print)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_wrong_date_and_an_empty_region_are_named(tmp_path: Path) -> None:
+    place = folder_of(tmp_path, RECORD)
+    for wrong, message in (
+        ({"start": "soon"}, "start: 'soon' is no date"),
+        ({"region": (-40.0, 40.0, 160.0, -160.0)}, "4 latitudes and 1 longitudes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ingest(
+                Source(place, **wrong), tmp_path / "o.zarr", LAYOUT, Workers("threads", 1), print
+            )
+
+
+def test_files_of_a_folder_in_mixed_units_are_refused(tmp_path: Path) -> None:
+    second = HALVES[1].assign(
+        temperature=(HALVES[1]["temperature"] - 273.15).assign_attrs(units="degC")
+    )
+    place = folder_of(tmp_path, HALVES[0], second)
+    store = open_store(SegmentEntry(location=place))
+    with pytest.raises(ValueError, match=r"temperature has units \['K', 'degC'\]"):
+        open_segment("waves", store, place, variables=["temperature"], levels=[300])
+    open_segment("waves", store, place, variables=["u_component_of_wind"], levels=[300])
+    values = open_input(place, {}, {}, {})["temperature"].transpose(*RECORD["temperature"].dims)
+    np.testing.assert_allclose(values, RECORD["temperature"], atol=1e-4)
 
 
 def test_a_single_date_is_told_to_be_joined() -> None:

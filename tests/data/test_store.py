@@ -24,6 +24,7 @@ def opened(store: xr.Dataset, **changes):
         lambda d: d.transpose("longitude", "level", "latitude", "time"),
         lambda d: d.isel(level=[2, 0, 1]),
         lambda d: d.rename(latitude="lat", longitude="lon", level="plev"),
+        lambda d: d.assign_coords(level=100.0 * d.level.assign_attrs(units="Pa")),
     ],
 )
 def test_every_usual_order_reads_the_same(change) -> None:
@@ -64,6 +65,12 @@ def celsius(store: xr.Dataset) -> xr.Dataset:
         (lambda d: d.isel(time=[0]), {}, "time steps"),
         (lambda d: d.rename(latitude="y"), {}, "latitude"),
         (lambda d: d.isel(longitude=[0, 1, 2, 4]), {}, "longitude"),
+        (lambda d: d.isel(longitude=[0]), {}, "8 latitudes and 1 longitudes"),
+        (lambda d: d.drop_vars("latitude"), {}, r"\['latitude'\] have no coordinates"),
+        (lambda d: d.assign(temperature=d["temperature"].expand_dims("m")), {}, r"further .*'m'"),
+        (lambda d: d.assign_coords(level=d.level + 0.5), {}, r"\[300.5, 500.5, 850.5\]"),
+        (lambda d: d.assign_coords(level=d.level * 100), {}, "30000, 50000, 85000] are no hPa"),
+        (lambda d: d.isel(level=[0, 0, 2]), {}, "300, 300, 850] are there more than once"),
     ],
 )
 def test_a_misfit_is_named(change, arguments: dict, message: str) -> None:
@@ -82,7 +89,9 @@ def test_missing_values_and_unknown_times_are_named() -> None:
 
 
 def test_a_period_has_both_ends() -> None:
-    part = opened(dataset()).between("2001-01-02", "2001-01-03")
-    assert len(part.times) == 5
+    record = opened(dataset())
+    assert len(record.between("2001-01-02", "2001-01-03").times) == 8  # days as a whole
+    assert len(record.between("2001-01-02", "2001-01-03T00").times) == 5
+    assert len(record.between("2001", "2001").times) == len(record.times)
     with pytest.raises(ValueError, match="fewer than two"):
         opened(dataset()).between("2005-01-01", "")
