@@ -13,7 +13,7 @@ from rich.table import Table
 from atmossl.build import open_splits
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
-from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
+from atmossl.data.ingest import Layout, Source, Workers, ingest, missing_shares, verify
 from atmossl.data.inspect import (
     SegmentReport,
     VariableReport,
@@ -127,6 +127,8 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
     count = verify(config.output) if config.verify else 0
     checked = f", {count} regions read again and equal to their checksums" if count else ""
     Console().print(f"store: {config.output}{checked}", highlight=False)
+    for name, share in missing_shares(config.output).items():
+        Console().print(f"missing values: {name} {share:.2%}", highlight=False)
     return config.output
 
 

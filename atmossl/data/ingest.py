@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
@@ -309,6 +309,17 @@ def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         zarr.consolidate_metadata(store)
+
+
+def missing_shares(store: Path) -> dict[str, float]:
+    """Share of missing values of every variable of a finished store that has some."""
+    group = zarr.open_group(store, mode="r")
+    counts: dict[str, int] = {}
+    for note, count in cast(dict[str, int], group.attrs["missing"]).items():
+        name = note.rpartition("-")[0]
+        counts[name] = counts.get(name, 0) + count
+    sizes = {name: array.size for name, array in group.arrays()}
+    return {name: count / sizes[name] for name, count in counts.items() if count}
 
 
 def verify(store: Path) -> int:

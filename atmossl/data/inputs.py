@@ -52,7 +52,7 @@ def open_input(
     Raises:
         ValueError: a file that cannot be read, or does not fit; names the file.
     """
-    parts = []
+    parts, have = [], set[str]()
     for file in input_files(location):
         try:
             opened = _open_file(file, filters)
@@ -61,14 +61,33 @@ def open_input(
         except Exception as error:
             why = " ".join(str(error).split())[:300] or "truncated or corrupt"
             raise ValueError(f"input {file}: {type(error).__name__}: {why}") from error
-        parts.append(_canonical(opened, names, selection, file))
+        part = _canonical(opened, names, selection, file)
+        if part.data_vars:
+            parts.append(part)
+        have.update(str(name) for dataset in opened for name in dataset.data_vars)
+    found = {str(name) for part in parts for name in part.data_vars}
+    for canonical, stored in names.items():
+        if canonical not in found:
+            raise ValueError(
+                f"input={location}: variables.{canonical}={stored} is not there; valid: "
+                f"{sorted(have)}"
+            )
+    if not any("time" in part.dims for part in parts):
+        raise ValueError(f"input={location}: {sorted(found)} have no time")
     if len(parts) == 1:
         return parts[0]
     parts = [parts[0], *(_on_grid_of(parts[0], part) for part in parts[1:])]
     _check_filled(parts, location)
     try:
         with joining():
-            joined = xr.combine_by_coords(parts, combine_attrs="override", join="outer")
+            joined = xr.combine_by_coords(
+                parts,
+                combine_attrs="override",
+                join="outer",
+                data_vars="minimal",
+                coords="minimal",
+                compat="no_conflicts",
+            )
     except ValueError as error:
         raise ValueError(f"input={location}: the files do not join ({error})") from error
     assert isinstance(joined, xr.Dataset)
@@ -142,16 +161,22 @@ def _canonical(
                     "as filters.typeOfLevel=isobaricInhPa"
                 )
             array = _converted(array, canonical, file)
-            found[canonical] = _canonical_array(array, selection, file)
-    missing = sorted(set(names) - set(found))
-    if missing or not found:
+            array = _canonical_array(array, selection, file)
+            if canonical in VARIABLES and VARIABLES[canonical].static and _single_date(array):
+                array = array.isel(time=0, drop=True)
+            found[canonical] = array
+    if not found and not names:
         have = sorted(str(name) for dataset in opened for name in dataset.data_vars)
-        hint = "" if missing else f"; name them, such as variables.temperature={have[0]}"
         raise ValueError(
-            f"input {file}: variables {missing or 'known here'} not among {have}{hint}"
+            f"input {file}: variables known here are not among {have}; name them, such as "
+            f"variables.temperature={have[0] if have else 't'}"
         )
     merged = xr.merge([a.rename(n) for n, a in found.items()], join="outer", compat="override")
     return merged.drop_attrs(deep=False)  # those of the first variable
+
+
+def _single_date(array: xr.DataArray) -> bool:
+    return array.sizes.get("time") == 1
 
 
 def _converted(array: xr.DataArray, canonical: str, file: str) -> xr.DataArray:
@@ -191,7 +216,8 @@ def _canonical_array(array: xr.DataArray, selection: dict[str, Any], file: str) 
         alone = [name for name in COORDINATES["level"] if name in array.coords]
         array = array.expand_dims(alone[:1])
     name = str(array.name)
-    array = rename_coordinates(array.to_dataset(), {}, f"input {file}")[name]
+    timed = any(dim in array.coords or dim in array.dims for dim in COORDINATES["time"])
+    array = rename_coordinates(array.to_dataset(), {}, f"input {file}", timed=timed)[name]
     array = _of_one_step(array, file)
     others = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
     if others:

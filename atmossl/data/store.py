@@ -149,8 +149,11 @@ def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dat
     return dataset.drop_vars(others).rename({s: v for v, s in names.items() if s != v})
 
 
-def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str) -> xr.Dataset:
-    """Dimensions by their canonical names; ValueError if there is none for time or place."""
+def rename_coordinates(
+    dataset: xr.Dataset, given: dict[str, str], location: str, *, timed: bool = True
+) -> xr.Dataset:
+    """Dimensions by their canonical names; ValueError if there is none for place, or for time where
+    it is needed."""
     names = {}
     for canonical, usual in COORDINATES.items():
         choices = (given[canonical],) if canonical in given else usual
@@ -162,7 +165,7 @@ def rename_coordinates(dataset: xr.Dataset, given: dict[str, str], location: str
                 f"{location}: its time is a single date, not a dimension; `atmossl data ingest` "
                 "joins a folder of such files to one store"
             )
-        elif canonical != "level":
+        elif canonical != "level" and (timed or canonical != "time"):
             raise ValueError(
                 f"{location}: no dimension for {canonical}, tried {list(choices)}; the store has "
                 f"{sorted(map(str, dataset.dims))}. Name it under `coordinates` in the catalog"

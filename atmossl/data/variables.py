@@ -11,6 +11,7 @@ class Variable:
     long_name: str
     unit_aliases: tuple[str, ...] = ()
     physical_range: tuple[float, float] = (float("-inf"), float("inf"))
+    static: bool = False  # the same at all times
 
 
 _KELVIN = ("kelvin", "Kelvin", "degK", "deg K", "degree_K", "degrees K", "degrees_kelvin")
@@ -82,10 +83,10 @@ VARIABLES |= {
         "m", "lwe_thickness_of_precipitation_amount", "Total precipitation", (), (-1e-4, 1.0)
     ),
     "geopotential_at_surface": Variable(
-        "m2 s-2", "surface_geopotential", "Orography", ("m**2 s**-2", "m2/s2"), (-5e3, 1e5)
+        "m2 s-2", "surface_geopotential", "Orography", ("m**2 s**-2", "m2/s2"), (-5e3, 1e5), True
     ),
     "land_sea_mask": Variable(
-        "1", "land_area_fraction", "Land-sea mask", ("(0 - 1)", "0 - 1"), (0.0, 1.0)
+        "1", "land_area_fraction", "Land-sea mask", ("(0 - 1)", "0 - 1"), (0.0, 1.0), True
     ),
     "toa_incident_solar_radiation": Variable(
         "J m-2",

@@ -1,9 +1,9 @@
 """Configuration of the data: which store, which windows, how they are read."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from atmossl.data import ingest
 from atmossl.data.chunks import Engine
@@ -82,6 +82,9 @@ class WorkersConfig(Strict):
     slurm: dict[str, Any]
 
 
+Date = Annotated[str, BeforeValidator(lambda date: None if date is None else str(date))]
+
+
 class IngestConfig(Strict):
     """Everything that `atmossl data ingest` obeys."""
 
@@ -89,8 +92,8 @@ class IngestConfig(Strict):
     output: Path
     variables: dict[str, str]
     levels: tuple[Positive, ...]
-    start: str | None
-    end: str | None
+    start: Date | None
+    end: Date | None
     region: tuple[float, float, float, float] | None
     select: dict[str, Any]
     filters: dict[str, Any]

@@ -105,6 +105,40 @@ def test_files_that_make_no_record_are_refused_before_work(files, message, tmp_p
     assert not list(tmp_path.glob(".out*"))
 
 
+MASK = xr.ones_like(RECORD["temperature"].isel(time=0, level=0, drop=True)).rename("lsm")
+MASK.attrs = {"units": "1"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [RECORD.assign(lsm=MASK)],
+        [half.assign(lsm=MASK) for half in HALVES],
+        [RECORD, MASK.to_dataset()],
+        [RECORD, MASK.expand_dims(time=np.array(["1940-01-01"], "M8[ns]")).to_dataset()],
+    ],
+    ids=["within", "in_each", "apart", "dated"],
+)
+def test_what_is_the_same_at_all_times_has_no_time(files, tmp_path: Path) -> None:
+    found = open_input(folder_of(tmp_path, *files), {}, {}, {})
+    np.testing.assert_array_equal(found["time"], RECORD["time"])
+    assert found["land_sea_mask"].dims == ("latitude", "longitude")
+    assert bool((found["land_sea_mask"] == 1).all())
+    assert not found["temperature"].isnull().any()
+
+
+def test_variables_may_lie_in_files_of_their_own(tmp_path: Path, capsys) -> None:
+    place = folder_of(tmp_path, RECORD[["temperature"]], HALVES[0][["u_component_of_wind"]])
+    names = {"temperature": "temperature", "gust": "u_component_of_wind"}
+    assert set(open_input(place, names, {}, {}).data_vars) == set(names)
+    with pytest.raises(ValueError, match=r"variables.divergence=d is not there; valid: \['temp"):
+        open_input(place, {"temperature": "temperature", "divergence": "d"}, {}, {})
+    assert (
+        main(["data", "ingest", f"input={place}", f"output={tmp_path}/out.zarr", "end=2001"]) == 0
+    )
+    assert "missing values: u_component_of_wind 50.00%" in capsys.readouterr().out
+
+
 def test_a_wrong_date_and_an_empty_region_are_named(tmp_path: Path) -> None:
     place = folder_of(tmp_path, RECORD)
     for wrong, message in (
