@@ -123,6 +123,12 @@ def read_contents(path: Path) -> dict[str, Any]:
     return contents
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The record alone of a checkpoint that can be read; its tensors stay on the disk."""
+    file = path / METADATA if path.is_dir() else path
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["atmossl"]
+
+
 def _read_shards(path: Path) -> dict[str, Any]:
     """The folder's index (torch's `.metadata`) is a pickle: open only folders that you trust."""
     contents = torch.load(path / METADATA, map_location="cpu", weights_only=True)

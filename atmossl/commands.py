@@ -16,13 +16,18 @@ from rich.table import Table
 
 from atmossl.api import cautions, chosen_times
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import newest_readable, write_atomically
+from atmossl.checkpoint_files import newest_readable, read_record, write_atomically
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.companions import open_records, paired
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser
 from atmossl.inference.calibration import Calibration, estimate_inflation
-from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
+from atmossl.inference.checkpoint import (
+    TrainedModel,
+    load_checkpoint,
+    read_checkpoint,
+    spec_to_dict,
+)
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, write
 from atmossl.masking.tasks import Task
@@ -30,6 +35,7 @@ from atmossl.preflight import advice, estimate
 from atmossl.schema import EvaluateConfig, PredictConfig, TrainConfig, parse
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
+from atmossl.training.resume import check_same_run, check_same_statistics
 from atmossl.training.watch import matmul_rate
 
 
@@ -57,8 +63,14 @@ def train(values: Mapping[str, Any]) -> Trained:
         raise ValueError(
             f"paths.output={output} holds a run; go on with resume=auto, or choose another folder"
         )
+    before = None if resume is None else read_record(resume)
+    if resume is not None and before is not None:
+        specs = [spec_to_dict(spec) for spec in config.specs]
+        check_same_run(resume, before, _plain(values), config.model.model_dump(), specs)
     _make_folder(output)
     datamodule, statistics = build_data(config)
+    if resume is not None and before is not None:
+        check_same_statistics(resume, before["statistics"], statistics.to_dict())
     module = build_module(
         config,
         statistics,

@@ -32,6 +32,9 @@ def average_share(decay: float, count: int) -> float:
     return 1.0 - min(decay, (1 + count) / (10 + count)) if count else 1.0
 
 
+_HYPERPARAMETERS = ("weight_decay", "betas")
+
+
 class TrainingModule(L.LightningModule):
     """record: what a checkpoint must carry so that inference needs nothing else."""
 
@@ -57,6 +60,7 @@ class TrainingModule(L.LightningModule):
         self._step_losses: list[Tensor] = []  # of the batches that the step has accumulated
         self.gradient_norm: Tensor | None = None
         self._restored: list[dict[str, Tensor]] | None = None
+        self._configured: list[dict[str, Any]] = []  # rates of every group of parameters
 
     def configure_model(self) -> None:
         """Let a strategy that shards parameters do so, before the optimiser sees them."""
@@ -183,10 +187,24 @@ class TrainingModule(L.LightningModule):
             decay_every=settings.decay_every,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._configured = [
+            {key: group[key] for key in ("initial_lr", *_HYPERPARAMETERS)}
+            for group in optimizer.param_groups
+        ]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """A resumed optimiser brings its old rates; those of the configuration count."""
+        scheduler: Any = self.lr_schedulers()
+        groups = scheduler.optimizer.param_groups
+        for number, (group, wanted) in enumerate(zip(groups, self._configured, strict=True)):
+            if group["initial_lr"] != wanted["initial_lr"]:
+                group["lr"] *= wanted["initial_lr"] / group["initial_lr"]
+                scheduler.base_lrs[number] = wanted["initial_lr"]
+            group.update(wanted)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["atmossl"] = {

@@ -1,6 +1,7 @@
 """Averaged weights, the resumed state and the early stop."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from atmossl.training.callbacks import StopOnNonFinite
 from atmossl.training.distributed import clip_gradients
 from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
+from atmossl.training.resume import check_same_run, check_same_statistics
 
 SETTINGS = OptimizerSettings(
     algorithm="adamw",
@@ -63,6 +65,74 @@ def test_a_checkpoint_brings_back_the_random_state() -> None:
     tested.on_train_batch_start(None, 0)
     assert torch.equal(torch.rand(3), expected)
     assert contents["atmossl"]["step"] == 4
+
+
+def test_a_resumed_optimiser_takes_the_rates_of_the_configuration(monkeypatch) -> None:
+    tested = module([4])
+    monkeypatch.setattr(
+        TrainingModule, "trainer", SimpleNamespace(precision="32-true"), raising=False
+    )
+    configured = tested.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    monkeypatch.setattr(TrainingModule, "lr_schedulers", lambda _: scheduler)
+    for group in optimizer.param_groups:  # of a checkpoint, half way down its schedule
+        group.update(lr=0.01, initial_lr=0.02, weight_decay=0.5, betas=(0.5, 0.6))
+    scheduler.base_lrs = [0.02]
+    tested.on_train_start()
+    (group,) = optimizer.param_groups
+    assert (group["initial_lr"], scheduler.base_lrs) == (1e-3, [1e-3])
+    assert group["lr"] == pytest.approx(5e-4)
+    assert (group["weight_decay"], group["betas"]) == (0.0, (0.9, 0.95))
+
+
+STREAM = {"name": "air", "variables": ["t", "u"], "levels": [300, 500], "loss_weight": 1.0,
+          "missing": "refuse"}  # fmt: skip
+CONFIG = {
+    "optimizer": {"algorithm": "adamw", "freeze": [], "factors": {}, "layer_decay": 1.0},
+    "objective": {"train_only": None},
+    "warm_start": {"low_rank": {"rank": 0}},
+    "data": {"first_guess": True},
+}
+RECORD = {"streams": [STREAM], "model": {"dim": 16, "stencil": (1, 1, 1)}, "config": CONFIG}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"stream": {"loss_weight": 2.0, "missing": "mask"}}, None),
+        ({"stream": {"variables": ["u", "t"]}}, r"stream.air.variables=\['t', 'u'\], not \['u'"),
+        ({"stream": {"levels": [500, 300]}}, r"stream.air.levels=\[300, 500\], not \[500, 300\]"),
+        ({"stream": {"name": "sea"}}, r"streams \['air'\], not \['sea'\]"),
+        ({"model": {"dim": 32}}, r"model.dim=16, not 32.*warm_start.checkpoints=\[last.ckpt\]"),
+        ({"model": {"stencil": [1, 1, 1], "added": 3}}, None),
+        ({"optimizer": {"freeze": ["tail.*"]}}, r"optimizer.freeze=\[\], not \['tail.\*'\]"),
+        ({"optimizer": {"learning_rate": 3.0}}, None),
+    ],
+)
+def test_what_a_resumed_run_may_not_change_is_named(change: dict, message: str | None) -> None:
+    config = {**CONFIG, "optimizer": {**CONFIG["optimizer"], **change.get("optimizer", {})}}
+    model = {**RECORD["model"], **change.get("model", {})}
+    stream = {**STREAM, **change.get("stream", {})}
+    arguments = Path("last.ckpt"), RECORD, config, model, [stream]
+    if message is None:
+        check_same_run(*arguments)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_same_run(*arguments)
+
+
+def test_a_resumed_run_keeps_its_statistics() -> None:
+    numbers = {"mean": [[1.0]], "std": [[2.0]], "step_std": [[0.5]], "period": "2001"}
+    before = {**numbers, "others": {"coarse": numbers}}
+    check_same_statistics(Path("last.ckpt"), before, {**before, "mean": [[1.0 + 1e-9]]})
+    for now in (
+        {**before, "mean": [[1.1]]},
+        {**before, "transforms": {"t": {"kind": "log", "scale": 1.0}}},
+        {**before, "others": {"coarse": {**numbers, "std": [[2.1]]}}},
+    ):
+        with pytest.raises(ValueError, match="statistics or transforms differ"):
+            check_same_statistics(Path("last.ckpt"), before, now)
 
 
 def test_losses_that_are_not_finite_stop_the_run_by_name(tmp_path) -> None:

@@ -1,0 +1,89 @@
+"""What a run that goes on must have in common with the run that it was."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Keys of the configuration that weights and states of the optimiser depend on.
+_FIXED = (
+    ("optimizer", ("algorithm", "freeze", "factors", "layer_decay")),
+    ("objective", ("train_only",)),
+    ("warm_start", ("low_rank",)),
+    ("data", ("first_guess",)),
+)
+_FREE_OF_STREAMS = ("loss_weight", "missing")
+_NUMBERS = ("mean", "std", "step_std")
+
+
+def check_same_run(
+    path: Path,
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    model: Mapping[str, Any],
+    streams: Sequence[Mapping[str, Any]],
+) -> None:
+    """record: of the checkpoint. config, model, streams: what the record of this run will hold.
+
+    Raises:
+        ValueError: names every key that has changed though it may not.
+    """
+    before = {stream["name"]: stream for stream in record["streams"]}
+    now = {stream["name"]: stream for stream in streams}
+    faults = []
+    if set(before) != set(now):
+        faults.append(f"streams {sorted(before)}, not {sorted(now)}")
+    for name in sorted(set(before) & set(now)):
+        free = {key: now[name][key] for key in _FREE_OF_STREAMS}
+        faults += _differences(f"stream.{name}", {**before[name], **free}, now[name])
+    faults += _differences("model", record["model"], model)
+    old = record.get("config", {})
+    for group, keys in _FIXED:
+        both = [key for key in keys if key in old.get(group, {}) and key in config[group]]
+        faults += _differences(
+            group, {key: old[group][key] for key in both}, {k: config[group][k] for k in both}
+        )
+    if faults:
+        raise ValueError(
+            f"resume: {path} was trained with {'; '.join(faults)}. Leave these as they were, or "
+            f"start a new run from its weights: warm_start.checkpoints=[{path}]"
+        )
+
+
+def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs in keys that both have; versions add keys."""
+    for key in (key for key in before if key in now):
+        old, new = _plain(before[key]), _plain(now[key])
+        if old != new:
+            yield f"{where}.{key}={old}, not {new}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def check_same_statistics(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], entry: str = "data.name"
+) -> None:
+    """That values are normalised as before; statistics as in a checkpoint's record.
+
+    Raises:
+        ValueError: other numbers or transforms.
+    """
+    same = all(
+        np.shape(before[key]) == np.shape(now[key])
+        and np.allclose(before[key], now[key], rtol=1e-5, atol=0, equal_nan=True)
+        for key in _NUMBERS
+    )
+    if not same or before.get("transforms", {}) != now.get("transforms", {}):
+        raise ValueError(
+            f"resume: {path} was trained on {before['period']}, whose statistics or transforms "
+            f"differ from those of {entry} now, {now['period']}; go on with the same data, or "
+            f"start a new run from its weights: warm_start.checkpoints=[{path}]"
+        )
+    others = before.get("others", {})
+    for name in set(others) & set(now.get("others", {})):
+        check_same_statistics(path, others[name], now["others"][name], name)
