@@ -27,6 +27,7 @@ from atmossl.inference.layout import LayoutName
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions, write
 from atmossl.masking.tasks import Task
+from atmossl.schema.faults import line_of
 from atmossl.schema.masks import instantiate
 from atmossl.schema.tasks import TaskConfig
 
@@ -153,6 +154,23 @@ def open_data(
     return only_segment(segments, segment, split).dataset
 
 
+def read_task(task: str) -> Any:
+    """What the file of a task holds, by its name in conf/task or its path.
+
+    Raises:
+        ValueError: no such file, or no YAML.
+    """
+    folder = find_file("conf") / "task"
+    path = Path(task) if task.endswith((".yaml", ".yml")) else folder / f"{task}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise ValueError(f"task={task}: no file {path}; valid: {names}, or a YAML file")
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"task={path} is no YAML: {' '.join(str(error).split())}") from error
+
+
 def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
     """The configuration of a task by name, by YAML file or by its keys, with some changed.
 
@@ -160,24 +178,14 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
         ValueError: no such task or file, an unknown key, or a value that does not fit.
     """
     if isinstance(task, str):
-        folder = find_file("conf") / "task"
-        path = Path(task) if task.endswith((".yaml", ".yml")) else folder / f"{task}.yaml"
-        if not path.is_file():
-            names = sorted(file.stem for file in folder.glob("*.yaml"))
-            raise ValueError(f"task={task}: no file {path}; valid: {names}, or a YAML file")
-        try:
-            task = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"task={path} is no YAML: {' '.join(str(error).split())}") from error
+        task = read_task(task)
     if not isinstance(task, Mapping):
         raise ValueError(f"task={task!r} has no keys; valid: name and the choices of a task")
     try:
         return TypeAdapter(TaskConfig).validate_python({**task, **choices})
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in ("task", *fault["loc"][1:]))
-        message = fault["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{key}={fault['input']!r}: {message}") from error
+        lines = (line_of(fault, within=("task",)) for fault in error.errors())
+        raise ValueError("\n".join(lines)) from error
 
 
 def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarray:
@@ -213,6 +221,8 @@ def cautions(predictor: Predictor, time: np.datetime64) -> list[str]:
     found = untrained_step(step_hours, record.get("step_hours"))
     masking = record.get("config", {}).get("masking")
     if masking is not None:
-        factor = getattr(predictor.task, "factor", None)
-        found += unseen(predictor.first_view(time), instantiate(masking), factor)
+        task, view = predictor.task.downscaling, predictor.first_view(time)
+        factor = None if task is None else task.factor
+        times = (record.get("step_hours") or step_hours) / step_hours
+        found += unseen(view, instantiate(masking), factor, stretch=times)
     return found

@@ -127,16 +127,20 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
-    """Like `_compose_with_data_name`, but `task=FILE.yaml` reads a task of the user's own."""
+    """Like `_compose_with_data_name`, but `task=FILE.yaml` reads a task of the user's own, and
+    `task.levels`, a mapping, takes any key."""
     files = [a for a in arguments if a.startswith("task=") and a.endswith((".yaml", ".yml"))]
     if not files:
-        return _compose_with_data_name("predict", arguments)
+        given = [_open_ended(item, ("task.levels",)) for item in arguments]
+        return _compose_with_data_name("predict", given)
     own = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in own and not a.startswith("task=")]
-    path = Path(files[-1].removeprefix("task="))
-    if not path.is_file():
-        raise ValueError(f"task={path} does not exist")
-    task = OmegaConf.merge({"task": OmegaConf.load(path)}, OmegaConf.from_dotlist(own))
+    from atmossl.api import read_task
+
+    given = read_task(files[-1].removeprefix("task="))
+    if not isinstance(given, dict):
+        raise ValueError(f"{files[-1]} holds {given!r}; needed: keys and values of a task")
+    task = OmegaConf.merge({"task": given}, OmegaConf.from_dotlist(own))
     return _compose_with_data_name("predict", rest) | _to_plain(task)
 
 
@@ -174,12 +178,14 @@ def _data(arguments: Sequence[str]) -> None:
         raise ValueError(f"data {action!r} is no action; valid: list, inspect, ingest, stats")
 
 
-def _open_ended(override: str) -> str:
-    """Mappings of `ingest` take any key, which Hydra calls appending; a key that begins with a
-    digit, such as 2m_temperature, it takes in braces alone."""
+_OF_INGEST = ("variables", "select", "filters", "workers.slurm")
+
+
+def _open_ended(override: str, mappings: tuple[str, ...] = _OF_INGEST) -> str:
+    """Mappings take any key, which Hydra calls appending; a key that begins with a digit, such as
+    2m_temperature, it takes in braces alone."""
     override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
-    open_ended = ("variables", "select", "filters", "workers.slurm")
-    starts = tuple(f"{key}{end}" for key in open_ended for end in (".", "="))
+    starts = tuple(f"{key}{end}" for key in mappings for end in (".", "="))
     return f"++{override}" if override.startswith(starts) else override
 
 

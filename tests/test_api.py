@@ -55,7 +55,10 @@ def test_times_are_all_possible_ones_by_default() -> None:
         ("none.yaml", {}, "no file none.yaml"),
         ("forecast", {"lead": "6h"}, "task.lead='6h'"),
         ("forecast", {"lead_time": "soon"}, "task.lead_time='soon'"),
-        ({"name": "oracle"}, {}, "oracle"),
+        ({"name": "oracle"}, {}, "task.name='oracle': valid: .*forecast"),
+        ({"lead_time": "6h"}, {}, "task: needs a name; valid: .*forecast"),
+        ({"name": "inpainting", "boxes": [50, 20, 0, 9]}, {}, r"task.boxes=\[50.*in a list"),
+        ({"name": "combined", "parts": [{"name": "forecast"}]}, {}, "task.parts.0.lead_time"),
         ({"name": "inpainting", "boxes": [[50, 20, 0, 9]]}, {}, "south < north"),
     ],
 )
@@ -88,6 +91,14 @@ def test_what_training_never_hid_is_said(task, sampler, expected: str | None) ->
     found = unseen(view, sampler, getattr(task, "factor", None))
     assert (found == []) == (expected is None)
     assert expected is None or re.search(expected, found[0])
+
+
+def test_training_masks_are_drawn_at_the_steps_of_the_training() -> None:
+    """At steps of 1.5 h they would not fit the window."""
+    used = predictor(TemporalInterpolation(6, refine=4), Known(guess), window=(5, 8, 16))
+    view = used.first_view(STORE["time"].values[6])
+    (found,) = unseen(view, TemporalInterpolation(6), stretch=4.0)
+    assert "3 whole steps hidden; training hid 1 at most" in found
 
 
 def test_steps_of_another_length_are_said() -> None:

@@ -10,6 +10,7 @@ import xarray as xr
 from atmossl.geometry import area_weights
 
 _CELL = ("latitude", "longitude")
+_EDGE = 1e-3  # degrees by which a cell may miss an edge, its centre being rounded
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Region:
 
     def contains(self, latitude: xr.DataArray) -> xr.DataArray:
         """True for the latitudes of this region."""
-        inside = [(latitude >= south) & (latitude <= north) for south, north in self.belts]
+        inside = [
+            (latitude >= south - _EDGE) & (latitude <= north + _EDGE) for south, north in self.belts
+        ]
         return xr.concat(inside, "belt").any("belt")
 
     def contains_longitude(self, longitude: xr.DataArray) -> xr.DataArray:
@@ -36,7 +39,8 @@ class Region:
         if self.longitudes is None:
             return xr.ones_like(longitude, dtype=bool)
         west, east = self.longitudes
-        return (longitude - west) % 360.0 <= (east - west) % 360.0
+        width = 360.0 if east - west >= 360 else (east - west) % 360.0
+        return (longitude - west + _EDGE) % 360.0 <= width + 2 * _EDGE
 
 
 # Tropics and extratropics as in WeatherBench 2 (Rasp et al. 2024): the belts meet at 20 degrees.

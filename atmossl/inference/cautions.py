@@ -1,10 +1,10 @@
 """What a task asks of a checkpoint that its training never did."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from atmossl.batch import Corruption, StreamMask, View
+from atmossl.batch import Corruption, StreamMask, TokenGrid, View
 from atmossl.masking.base import Layout, MaskingSampler
 
 _NUM_DRAWS = 200
@@ -40,12 +40,17 @@ class _Seen:
         )
 
 
-def unseen(view: View, sampler: MaskingSampler, factor: int | None = None) -> list[str]:
+def unseen(
+    view: View, sampler: MaskingSampler, factor: int | None = None, *, stretch: float = 1.0
+) -> list[str]:
     """How the view's mask goes beyond the draws of the sampler of the training, in sentences.
 
-    factor: of the view's coarse tokens; not compared if None.
+    factor: of the view's coarse tokens; not compared if None. stretch: the training's time step
+    over that of the view, so that the sampler meets windows as in training.
     """
-    layouts = tuple(Layout(stream.spec, stream.grid) for stream in view.streams)
+    layouts = tuple(
+        Layout(stream.spec, _stretched(stream.grid, stretch)) for stream in view.streams
+    )
     asked = _Seen.of([StreamMask(stream.corruption, factor or 1) for stream in view.streams])
     rng = np.random.default_rng(0)
     drawn = [_Seen.of(list(sampler(layouts, rng))) for _ in range(_NUM_DRAWS)]
@@ -67,6 +72,15 @@ def unseen(view: View, sampler: MaskingSampler, factor: int | None = None) -> li
     if asked.streams and not any(d.streams for d in drawn):
         found.append("a whole stream hidden; training always showed some of each")
     return found
+
+
+def _stretched(grid: TokenGrid, times: float) -> TokenGrid:
+    start = grid.time_hours[:1]
+    return replace(
+        grid,
+        time_hours=start + (grid.time_hours - start) * times,
+        time_extent=grid.time_extent * times,
+    )
 
 
 def untrained_step(step_hours: float, trained_hours: float | None) -> list[str]:

@@ -23,7 +23,7 @@ from atmossl.inference.coverage import Coverage, leads_within
 from atmossl.inference.rollout import roll_out
 from atmossl.inference.tiles import blended, first_view
 from atmossl.inference.windows import Source
-from atmossl.masking.tasks import Downscaling, Task, TimePlan
+from atmossl.masking.tasks import Task, TimePlan
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Predictor:
     @property
     def coarse_factor(self) -> int:
         """Cells of the prediction along one cell of the store."""
-        task = self.task
-        return task.factor if isinstance(task, Downscaling) and task.coarse_input else 1
+        task = self.task.downscaling
+        return task.factor if task is not None and task.coarse_input else 1
 
     @cached_property
     def leads(self) -> np.ndarray:
@@ -239,9 +239,8 @@ class Predictor:
                 yield replace(part, fields=fields, departure=departure)
 
     def _coarse_cells(self) -> CoarseCells | None:
-        if not isinstance(self.task, Downscaling):
-            return None
-        return CoarseCells(self.grid, self.task, self.trained.level_values)
+        task = self.task.downscaling
+        return None if task is None else CoarseCells(self.grid, task, self.trained.level_values)
 
 
 def _holds(times: np.ndarray, time: np.datetime64) -> bool:

@@ -8,14 +8,14 @@ import pandas as pd
 import xarray as xr
 
 from atmossl.geometry import Grid
-from atmossl.masking.places import CellMask
+from atmossl.masking.places import CellMask, described
 
 
 def read_cell_mask(path: Path) -> CellMask:
     """A NetCDF or zarr file with one variable on (latitude, longitude), not 0 where hidden.
 
     Raises:
-        ValueError: no such file, or not one such variable.
+        ValueError: no such file, not one such variable, or one with missing values.
     """
     key = f"task.mask_file={path}"
     if not path.exists():
@@ -27,13 +27,19 @@ def read_cell_mask(path: Path) -> CellMask:
                  if old in dataset.dims}
             ).load()  # fmt: skip
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key} cannot be read as NetCDF or zarr: {error}") from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{key} cannot be read as NetCDF or zarr: {why}") from error
     found = [n for n in dataset.data_vars if set(dataset[n].dims) == {"latitude", "longitude"}]
     if len(found) != 1:
         raise ValueError(
             f"{key} needs one variable on (latitude, longitude), not 0 where hidden; it has "
             f"{ {str(n): dataset[n].dims for n in dataset.data_vars} }"
         )
+    lacking = sorted({"latitude", "longitude"} - set(map(str, dataset.coords)))
+    if lacking:
+        raise ValueError(f"{key} has no values of {lacking}; needed: centres of its cells, degrees")
+    if bool(dataset[found[0]].isnull().any()):
+        raise ValueError(f"{key} has missing values; needed: 0 where given, another where hidden")
     dataset = dataset.assign_coords(longitude=dataset["longitude"] % 360.0)
     array = dataset.sortby(["latitude", "longitude"])[found[0]].transpose("latitude", "longitude")
     try:
@@ -51,11 +57,21 @@ class AllButListed:
     lon: np.ndarray
     source: str
 
+    def __repr__(self) -> str:
+        return described(self.source, self.lat, self.lon)
+
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        height, width = np.diff(lat).mean() / 2, np.median(np.diff(lon) % 360.0) / 2
-        rows = np.abs(self.lat[:, None] - lat) <= height
-        columns = np.abs((self.lon[:, None] - lon + 180.0) % 360.0 - 180.0) <= width
-        return ~np.einsum("ny,nx->yx", rows, columns).astype(bool)
+        width = np.median(np.diff(lon) % 360.0)
+        columns = ((self.lon - lon[0] + width / 2) % 360.0 // width).astype(int)
+        outer = np.diff(lat)[[0, -1]] / 2
+        edges = np.concatenate(
+            [[lat[0] - outer[0]], lat[:-1] + np.diff(lat) / 2, [lat[-1] + outer[1]]]
+        )
+        rows = np.searchsorted(edges, self.lat, side="right") - 1
+        inside = (rows >= 0) & (rows < len(lat)) & (columns < len(lon))
+        hidden = np.ones((len(lat), len(lon)), bool)
+        hidden[rows[inside], columns[inside]] = False
+        return hidden
 
     def check(self, grid: Grid) -> None:
         if self.contains(grid.latitude, grid.longitude).all():
@@ -73,9 +89,19 @@ def read_stations(path: Path) -> AllButListed:
         raise ValueError(f"{key} does not exist")
     try:
         table = pd.read_csv(path)
+        lacking = [name for name in ("latitude", "longitude") if name not in table]
+        if lacking:
+            raise ValueError(f"{lacking} not among {list(map(str, table.columns))}")
         lat, lon = (table[n].to_numpy(np.float64) for n in ("latitude", "longitude"))
-    except (KeyError, ValueError, pd.errors.ParserError) as error:
+    except (ValueError, pd.errors.ParserError) as error:
         raise ValueError(f"{key} needs numeric columns latitude and longitude: {error}") from error
-    if not len(lat) or not (np.isfinite(lon).all() and (np.abs(lat) <= 90).all()):
-        raise ValueError(f"{key}: no station, or latitudes outside -90 to 90")
+    if not len(table):
+        raise ValueError(f"{key} lists no station")
+    wrong = np.flatnonzero(~(np.isfinite(lon) & (np.abs(lat) <= 90)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{key}: station {row + 1} at latitude {lat[row]:g}, longitude {lon[row]:g}; valid: "
+            "latitudes from -90 to 90 and finite longitudes"
+        )
     return AllButListed(lat, lon, key)

@@ -1,6 +1,7 @@
 """Predictions to disk, part by part: what is written is readable, and an unfinished output goes on
 where it stopped. It appears under its own name when it is complete."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -120,12 +121,18 @@ def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, s
         "task": repr(predictor.task),
         "checkpoint": predictor.trained.digest,
         "data": ", ".join(segment.location for segment in predictor.segments),
-        "init_time": f"{len(times)} from {times[0]} to {times[-1]}",
+        "init_time": f"{len(times)} from {times[0]} to {times[-1]}, sha256 {_digest(times)}",
         "overlap": str(predictor.overlap),
         "tilings": str(predictor.tilings),
         "seed": str(predictor.seed),
+        "missing": "fill" if predictor.fill_missing else "keep",
         "layout": names,
     }
+
+
+def _digest(times: np.ndarray) -> str:
+    """Tells lists of dates apart that have the same ends."""
+    return hashlib.sha256(np.ascontiguousarray(times).tobytes()).hexdigest()[:8]
 
 
 def _begun(partial: Path, request: dict[str, str]) -> _Progress:

@@ -10,7 +10,7 @@ import torch
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import Layout
-from atmossl.masking.tasks import Points, Task, TimePlan, points_of, union
+from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, points_of, union
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,13 @@ class Combined(Task):
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
             raise ValueError(f"task.parts has {len(self.parts)} tasks; give two or more")
+        found = [part.downscaling for part in self.parts if part.downscaling is not None]
+        for key in ("consistent", "coarse_input"):
+            if any(getattr(part, key) for part in found):
+                raise ValueError(
+                    f"task.parts: {key}=true of a downscaling is not for unions; valid: false, or "
+                    "the downscaling on its own"
+                )
 
     @property
     def align(self) -> int:
@@ -101,6 +108,10 @@ class Counterfactual(Task):
         return self.task.align
 
     @property
+    def downscaling(self) -> Downscaling | None:
+        return self.task.downscaling
+
+    @property
     def fills_missing(self) -> bool:
         return self.task.fills_missing
 
@@ -147,6 +158,12 @@ class Counterfactual(Task):
 
     def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         told = dict(self.levels)
+        have = {int(level) for window in windows for level in window.level_hpa}
+        if not have.issuperset(told):
+            raise ValueError(
+                f"task.levels={sorted(set(told) - have)} hPa are not there to be told as others; "
+                f"valid: {sorted(have)}"
+            )
         moved = []
         for window in self.task.conditioned(windows):
             levels = [float(told.get(int(level), level)) for level in window.level_hpa]

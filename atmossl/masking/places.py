@@ -1,5 +1,6 @@
 """Tasks that hide places or variables."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,7 +14,9 @@ from torch import Tensor
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import Layout, Points, share_known
-from atmossl.masking.tasks import Task, TimePlan, points_of, steps_of
+from atmossl.masking.tasks import Task, TimePlan, points_of, step_hours_of, steps_of
+
+_TOLERANCE_DEG = 1e-3  # by which a cell may miss the edge of a box, its centre being rounded
 
 
 class Region(Protocol):
@@ -40,18 +43,20 @@ class LatLonBox:
     def __post_init__(self) -> None:
         if not -90 <= self.south < self.north <= 90:
             raise ValueError(
-                f"task.boxes: latitudes {self.south:g} to {self.north:g}; valid: "
+                f"box of latitudes {self.south:g} to {self.north:g}; valid: "
                 "[south, north, west, east] with -90 <= south < north <= 90"
             )
 
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        rows = (lat >= self.south) & (lat <= self.north)
+        edge = _TOLERANCE_DEG
+        rows = (lat >= self.south - edge) & (lat <= self.north + edge)
         width = 360.0 if self.east - self.west >= 360 else (self.east - self.west) % 360.0
-        return rows[:, None] & ((lon - self.west) % 360.0 <= width)[None, :]
+        return rows[:, None] & ((lon - self.west + edge) % 360.0 <= width + 2 * edge)[None, :]
 
     def check(self, grid: Grid) -> None:
         if not self.contains(grid.latitude, grid.longitude).any():
-            raise ValueError(f"task.boxes: {self} holds no cell of the store's grid")
+            limits = [self.south, self.north, self.west, self.east]
+            raise ValueError(f"task.boxes: {limits} holds no centre of a cell of the store's grid")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class CellMask:
     grid: Grid
     hidden: np.ndarray
     source: str
+
+    def __repr__(self) -> str:
+        return described(self.source, self.hidden)
 
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
         rows = np.abs(self.grid.latitude - np.asarray(lat)[:, None]).argmin(axis=1)
@@ -74,6 +82,14 @@ class CellMask:
                 f"{self.grid.longitude[0]:g}, the store has {grid.shape} from "
                 f"{grid.latitude[0]:g}, {grid.longitude[0]:g}; regrid the mask"
             )
+        if not self.hidden.any():
+            raise ValueError(f"{self.source} hides no cell; needed: values other than 0 somewhere")
+
+
+def described(source: str, *arrays: np.ndarray) -> str:
+    """A file by its name and by what was read from it, for records of what was asked for."""
+    found = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+    return f"{source} (sha256 {found.hexdigest()[:8]})"
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,12 @@ class Inpainting(Task):
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         if self.hidden_hours is not None:
-            steps_of("task.hidden_time", self.hidden_hours, step_hours)
+            count = steps_of("task.hidden_time", self.hidden_hours, step_hours)
+            if count > num_steps:
+                raise ValueError(
+                    f"task.hidden_time={self.hidden_hours:g} h is longer than the window's "
+                    f"{num_steps} steps of {step_hours:g} h; valid: up to all of them, null"
+                )
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
     def check(self, grid: Grid) -> None:
@@ -160,7 +181,7 @@ class Inpainting(Task):
 
     def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...]:
         hidden = tuple(
-            self._hidden(layout)
+            self._hidden(layout, step_hours_of(layouts))
             if layout.spec.role == "predict"
             else points_of(layout.nothing_hidden().hidden, layout.spec)
             for layout in layouts
@@ -176,12 +197,14 @@ class Inpainting(Task):
             hidden |= region.contains(lat, lon)
         return hidden
 
-    def _hidden(self, layout: Layout) -> Points:
+    def _hidden(self, layout: Layout, step_hours: float) -> Points:
         cells = self.cells(layout.point_lat().numpy(), layout.point_lon().numpy())
         times = layout.point_times().flatten()
         steps = torch.ones(len(times), dtype=torch.bool)
         if self.hidden_hours is not None:
             middle = times[len(times) // 2]
+            if round(self.hidden_hours / step_hours) % 2 == 0:
+                middle = middle - step_hours / 2  # of the middle step and the one before it
             steps = (times - middle).abs() < self.hidden_hours / 2
         where = steps[:, None, None] & torch.from_numpy(cells)
         return repeat(where, "time lat lon -> level time lat lon", level=layout.spec.num_levels)

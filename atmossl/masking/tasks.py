@@ -86,6 +86,10 @@ class Task:
         """The windows as the model is to take them."""
         return windows
 
+    @property
+    def downscaling(self) -> "Downscaling | None":
+        """What is given coarse over the whole field, if the task is that alone."""
+
     def one_pass(self) -> "Task":
         """The task without passes that go on from earlier ones."""
         return self
@@ -298,8 +302,8 @@ class TemporalInterpolation(Task):
                     f"{num_steps - 2}"
                 )
             return sorted(set(self.steps))
-        count = round(self.hidden_hours / step_hours)
-        if count < 1 or count > num_steps - 2:
+        count = steps_of("task.hidden_time", self.hidden_hours, step_hours)
+        if count > num_steps - 2:
             raise ValueError(
                 f"task.hidden_time={self.hidden_hours:g} h hides {count} of the window's "
                 f"{num_steps} steps; valid: 1 to {num_steps - 2} steps of {step_hours:g} h"
@@ -362,6 +366,10 @@ class Downscaling(Task):
     @property
     def align(self) -> int:
         return self.factor
+
+    @property
+    def downscaling(self) -> "Downscaling":
+        return self
 
     def check(self, grid: Grid) -> None:
         if any(size % self.factor for size in grid.shape):

@@ -22,6 +22,7 @@ from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig, WindowConfig
+from atmossl.schema.faults import line_of
 from atmossl.schema.masks import MASKS, Mask
 from atmossl.schema.strict import ConfigError, NotNegative, Positive, Strict
 from atmossl.schema.tasks import TaskConfig, hours
@@ -333,15 +334,4 @@ def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(fault) for fault in error.errors())) from error
-
-
-def _line(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if not key:
-        return message.replace(" | ", "\n")
-    value = "" if isinstance(fault["input"], Mapping) else f"={fault['input']!r}"
-    if fault["type"] == "extra_forbidden":
-        message = "unknown key"
-    return f"{key}{value}: {message}"
+        raise ConfigError("\n".join(map(line_of, error.errors()))) from error

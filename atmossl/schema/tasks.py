@@ -5,9 +5,9 @@ A task's `sampler()` is its mask; files that it names are read there.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
@@ -81,13 +81,22 @@ class DownscalingConfig(Strict):
         return Downscaling(self.factor, self.consistent, self.coarse_input)
 
 
+def _boxes(values: Any) -> Any:
+    try:
+        return tuple(LatLonBox(*map(float, box)) for box in values)
+    except TypeError as error:
+        raise ValueError(
+            "needed: boxes [south, north, west, east] in degrees, in a list"
+        ) from error
+
+
 class InpaintingConfig(Strict):
     """Hide `boxes` [south, north, west, east], the cells of a `mask_file`, and all cells but a
     share `observed` or those of the `stations` file; for `hidden_time` only, if given. `missing`:
     the store's missing values, too."""
 
     name: Literal["inpainting"]
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    boxes: Annotated[tuple[LatLonBox, ...], BeforeValidator(_boxes)] = ()
     mask_file: Path | None = None
     observed: float | None = None
     stations: Path | None = None
@@ -95,14 +104,8 @@ class InpaintingConfig(Strict):
     hidden_time: Hours | None = None
     missing: bool = False
 
-    @model_validator(mode="after")
-    def _regions_are_possible(self) -> "InpaintingConfig":
-        for box in self.boxes:
-            LatLonBox(*box)
-        return self
-
     def sampler(self) -> Inpainting:
-        regions: list[Region] = [LatLonBox(*box) for box in self.boxes]
+        regions: list[Region] = list(self.boxes)
         if self.mask_file is not None:
             regions.append(read_cell_mask(self.mask_file))
         if self.observed is not None:
@@ -163,5 +166,15 @@ TaskConfig = Annotated[
     ],
     Field(discriminator="name"),
 ]
+TASK_NAMES = (
+    "forecast",
+    "hindcast",
+    "temporal_interpolation",
+    "downscaling",
+    "inpainting",
+    "cross_variable",
+    "combined",
+    "counterfactual",
+)
 CombinedConfig.model_rebuild()
 CounterfactualConfig.model_rebuild()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from atmossl.evaluation.regions import REGIONS, area_mean, find_regions
+from atmossl.evaluation.regions import REGIONS, area_mean, boxes, find_regions
 
 
 def _sine_of_latitude(num_lat: int = 90) -> xr.DataArray:
@@ -33,6 +33,13 @@ def test_area_mean_leaves_out_missing_cells():
     field = _sine_of_latitude() * 0 + 2.0
     field[10:20] = np.nan
     assert float(area_mean(field, REGIONS["global"])) == pytest.approx(2.0)
+
+
+def test_a_box_of_a_whole_turn_is_the_belt_and_edges_hold_rounded_centres():
+    lon = xr.DataArray(np.arange(0.0, 360.0, 0.9, dtype=np.float32), dims="longitude")
+    (turn, part) = boxes({"turn": (-30, 30, 0, 360), "part": (-30, 30, 0.9, 9.9)})
+    assert turn.contains_longitude(lon).all()
+    assert int(part.contains_longitude(lon).sum()) == 11
 
 
 def test_unknown_region_is_named_with_choices():

@@ -74,7 +74,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
         (["task=inpainting"], {"time": 2}),
         (["task=cross_variable", "task.variables=[temperature]"], {"time": 2}),
         (["task=combined"], {"lead_time": 3}),
-        (["task=counterfactual", "task.shift_time=-30d"], {"lead_time": 2}),
+        (["task=counterfactual", "task.levels={500: 850}"], {"lead_time": 2}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -249,6 +249,14 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys, more, messa
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_task_file_is_named(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "broken.yaml").write_text("name: combined\nparts: [a\n")
+    given = [f"task={tmp_path / 'broken.yaml'}", *arguments(folder, tmp_path / "out.zarr")]
+    assert main(["predict", *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "broken.yaml is no YAML" in line
 
 
 def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:

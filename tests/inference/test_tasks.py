@@ -53,8 +53,8 @@ def hidden_in_store(task: Task) -> np.ndarray:
             hidden[6] = True
         case Inpainting(hidden_hours=None):
             hidden[:, cells] = True
-        case Inpainting():
-            hidden[6, cells] = True
+        case Inpainting(hidden_hours=hours):
+            hidden[7 - int(hours) // 6 : 7, cells] = True
         case Combined():
             hidden[7:] = True
             hidden[:, cells] = True
@@ -69,6 +69,7 @@ def hidden_in_store(task: Task) -> np.ndarray:
         TemporalInterpolation(6),
         Inpainting((BOX,)),
         Inpainting((BOX,), hidden_hours=6),
+        Inpainting((BOX,), hidden_hours=12),
         Combined((Forecast(12), Inpainting((BOX,)))),
     ],
     ids=lambda task: type(task).__name__,
@@ -117,14 +118,23 @@ def test_cross_variable_hides_one_stream_and_needs_no_value_of_it() -> None:
         (Forecast(48, 30), "rollout_time"),
         (Hindcast(30), "lead_time"),
         (TemporalInterpolation(6, steps=(0, 1)), "valid: 1 to 3"),
+        (TemporalInterpolation(7), "hidden_time=7 h is no multiple"),
+        (Inpainting((BOX,), hidden_hours=36), "longer than the window's 5 steps"),
+        (Counterfactual(Forecast(6), levels=((510, 300),)), r"levels=\[510\] .*valid: \[300, 500"),
         (Downscaling(3), r"task\.factor=3 does not .* 8 x 16 cells; valid: \[2, 4, 8\]"),
-        (Inpainting((LatLonBox(10.0, 10.5, 0, 360),)), "no cell"),
+        (Inpainting((LatLonBox(10.0, 10.5, 0, 360),)), "holds no centre"),
         (Counterfactual(Forecast(6), shift_lat=45.0), "across a pole"),
     ],
 )
 def test_what_cannot_be_done_is_named(task: Task, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_at(predictor(task, Known(attrgetter("target"))), 6)
+
+
+@pytest.mark.parametrize("key", ["consistent", "coarse_input"])
+def test_a_union_takes_no_choice_that_it_would_drop(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"task\.parts: {key}=true"):
+        Combined((Downscaling(2, **{key: True}), Inpainting((BOX,))))
 
 
 @pytest.mark.parametrize("region", [BOX, AllButStations(0.3, seed=4)])
@@ -156,6 +166,8 @@ def test_box_runs_eastwards_from_west_to_east() -> None:
     np.testing.assert_array_equal(found[0], False)
     np.testing.assert_array_equal(found[1], [True, True, False, False, True])
     assert LatLonBox(-90, 90, -180, 180).contains(lat, lon).all()
+    rounded = np.array([20.1, 40.3]).astype(np.float32)  # of which one is larger
+    assert LatLonBox(20.1, 40.3, 20.1, 40.3).contains(rounded, rounded).all()
 
 
 def test_mask_file_hides_its_cells_whatever_its_order(tmp_path) -> None:
@@ -172,6 +184,7 @@ def test_mask_file_hides_its_cells_whatever_its_order(tmp_path) -> None:
     np.testing.assert_array_equal(found, cells[2:5][:, [15, 0, 1]])
     (tmp_path / "stations.csv").write_text("latitude,longitude\n11.0,-1\n56.5,91\n")
     stations = read_stations(tmp_path / "stations.csv")
+    assert len(repr(region)) + len(repr(stations)) < 400  # they stand in every output
     seen = ~stations.contains(STORE.latitude.values, STORE.longitude.values)
     np.testing.assert_array_equal(np.argwhere(seen), [[4, 0], [6, 4]])
 
@@ -181,13 +194,25 @@ def test_files_that_do_not_fit_are_named(tmp_path) -> None:
     mask = CellMask(segment(other).grid, np.ones((4, 16), bool), "task.mask_file=gap.nc")
     with pytest.raises(ValueError, match=r"gap.nc.*\(4, 16\).*\(8, 16\)"):
         run_at(predictor(Inpainting((mask,)), Known(attrgetter("target"))), 6)
+    nothing = replace(mask, grid=segment().grid, hidden=np.zeros((8, 16), bool))
+    with pytest.raises(ValueError, match="gap.nc hides no cell"):
+        nothing.check(segment().grid)
     STORE.to_netcdf(tmp_path / "fields.nc")
+    one = STORE["temperature"].isel(time=0, level=0)
+    one.where(one > 280).to_netcdf(tmp_path / "holes.nc")
+    one.drop_vars("latitude").to_netcdf(tmp_path / "bare.nc")
+    (tmp_path / "junk.nc").write_text("no NetCDF")
     (tmp_path / "stations.csv").write_text("lat,lon\n1,2\n")
+    (tmp_path / "beyond.csv").write_text("latitude,longitude\n1,2\n95,3\n")
     for read, name, message in (
         (read_cell_mask, "none.nc", "does not exist"),
         (read_cell_mask, "fields.nc", "one variable on"),
+        (read_cell_mask, "holes.nc", "has missing values"),
+        (read_cell_mask, "bare.nc", r"no values of \['latitude'\]"),
+        (read_cell_mask, "junk.nc", r"cannot be read as NetCDF or zarr: .*$"),
         (read_stations, "none.csv", "does not exist"),
-        (read_stations, "stations.csv", "latitude"),
+        (read_stations, "stations.csv", r"not among \['lat', 'lon'\]"),
+        (read_stations, "beyond.csv", "station 2 at latitude 95"),
     ):
         with pytest.raises(ValueError, match=message):
             read(tmp_path / name)
@@ -317,11 +342,13 @@ def test_consistency_is_measured_and_enforced() -> None:
     expected = (lack**2 * area).mean() / area.mean()
     assert part.departure["temperature"] == pytest.approx(expected, rel=1e-3)
     assert expected > 0.1
-    (part,) = replace(free, task=Downscaling(2, consistent=True)).parts([free.segment.times[6]])
-    assert part.departure["temperature"] < 1e-8  # of what is written
-    fields = part.fields["temperature"][0]
-    np.testing.assert_allclose(coarse_means(fields), np.broadcast_to(given, lack.shape), atol=1e-4)
-    assert (fields[0] != fields[1]).any()
+    for task in (Downscaling(2, consistent=True), Counterfactual(Downscaling(2, True), 720.0)):
+        (part,) = replace(free, task=task).parts([free.segment.times[6]])
+        assert part.departure["temperature"] < 1e-8  # of what is written
+        fields = part.fields["temperature"][0]
+        wanted = np.broadcast_to(given, lack.shape)
+        np.testing.assert_allclose(coarse_means(fields), wanted, atol=1e-4)
+        assert (fields[0] != fields[1]).any()
 
 
 def test_combined_writes_the_filled_init_time_and_the_leads() -> None:

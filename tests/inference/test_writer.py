@@ -23,7 +23,7 @@ from atmossl.evaluation.verify import verify
 from atmossl.inference.blend import Part
 from atmossl.inference.layout import Layout
 from atmossl.inference.predict import Predictor
-from atmossl.inference.writer import partial_of, write
+from atmossl.inference.writer import _begun, _request, partial_of, write
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
 from tests.inference.known import NAMES, STORE, Known, predictor
@@ -78,6 +78,12 @@ def test_a_resumed_output_is_that_of_one_run(task: Task, count: int, tmp_path: P
         write(used, times_of(used), output)
     with pytest.raises(ValueError, match="begun with seed=0, now it is 1"):
         write(replace(used, seed=1), times_of(used), output, resume=True)
+    with pytest.raises(ValueError, match="begun with missing=keep, now it is fill"):
+        write(replace(used, fill_missing=True), times_of(used), output, resume=True)
+    other = times_of(used).copy()
+    other[1] = times_of(used)[1] - 3 * HOUR  # as many dates, with the same ends
+    with pytest.raises(ValueError, match="begun with init_time="):
+        _begun(partial_of(output), _request(used, other, "cf"))
     shares = []
     write(used, times_of(used), output, resume=True, advance=shares.append)
     assert sum(shares) == pytest.approx(len(times_of(used)))
