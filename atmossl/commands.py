@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
@@ -78,9 +79,9 @@ def train(values: Mapping[str, Any]) -> Trained:
         step_hours=datamodule.step_hours,
         resumed=resume is not None,
     )
-    _tell_warm_start(module.record["warm_start"], output)
     keep_metrics(output)
     trainer = build_trainer(config, Normaliser(statistics))
+    tell_warm_start(trainer, module.record["warm_start"], output)
     OmegaConf.save(OmegaConf.create(_plain(values)), output / "config.yaml")
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     last = checkpoints / "last.ckpt"
@@ -91,9 +92,10 @@ def train(values: Mapping[str, Any]) -> Trained:
     return Trained(last, keep.best)
 
 
-def _tell_warm_start(report: dict[str, list[str]], output: Path) -> None:
-    """Print how many weights were loaded, grown, initialised and left; name them in a file."""
-    if not report:
+def tell_warm_start(trainer: Trainer, report: dict[str, list[str]], output: Path) -> None:
+    """Print how many weights were loaded, grown, initialised and left; name them in a file. The
+    first rank does it for all."""
+    if not report or not trainer.is_global_zero:
         return
     path = output / "warm_start.yaml"
     write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(report), partial))

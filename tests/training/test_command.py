@@ -4,6 +4,8 @@ tail; what a run tells its loggers."""
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import atmossl
 from atmossl.batch import View, collate_views
 from atmossl.cli import main
+from atmossl.commands import tell_warm_start
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.masking.base import make_view
 from atmossl.masking.tasks import Forecast
@@ -110,6 +113,14 @@ def test_fields_trained_apart_start_coupled_with_what_they_predicted_alone(folde
     assert len(found["loaded"]) + len(found["initialised"]) == sum(
         not name.endswith("scale") for name in weights(folder, "coupled")
     )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_rank_tells_of_the_warm_start(first: bool, tmp_path: Path, capsys) -> None:
+    trainer: Any = SimpleNamespace(is_global_zero=first)
+    tell_warm_start(trainer, {"loaded": ["tail.t.bias"], "left": []}, tmp_path)
+    assert ("warm start: 1 loaded, 0 left" in capsys.readouterr().out) == first
+    assert (tmp_path / "warm_start.yaml").exists() == first
 
 
 def test_a_run_grows_by_variable_level_and_resolution_around_frozen_layers(folder: Path) -> None:
