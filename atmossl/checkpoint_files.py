@@ -10,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    _EmptyStateDictLoadPlanner,
-)
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 METADATA = "meta.pt"  # Lightning's name for what is no tensor of model or optimiser
 _PARTIAL = ".partial-"
@@ -91,18 +84,6 @@ def link_atomically(link: Path, target: str) -> None:
     partial.replace(link)
 
 
-class SafePlanner(DefaultLoadPlanner):
-    """Values that are no tensors are unpickled as weights only."""
-
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        path = self.mappings[read_item.dest_index.fqn]
-        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
-
-
-class _WholePlanner(SafePlanner, _EmptyStateDictLoadPlanner):
-    """Loads everything that is there, without a template."""
-
-
 def read_contents(path: Path) -> dict[str, Any]:
     """A checkpoint as plain values and tensors on the CPU, whoever wrote it on how many devices.
 
@@ -130,12 +111,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
-    """The folder's index (torch's `.metadata`) is a pickle: open only folders that you trust."""
-    contents = torch.load(path / METADATA, map_location="cpu", weights_only=True)
-    tensors: dict[str, Any] = {}
-    _load_state_dict(
-        tensors, storage_reader=FileSystemReader(path), planner=_WholePlanner(), no_dist=True
-    )
+    from atmossl.shards import read_shards  # takes seconds to import, which files do not need
+
+    contents, tensors = read_shards(path)
     names = sorted(key for key in tensors if key.startswith("optimizer_"))
     states = [by_index(tensors.pop(name)) for name in names]
     return {**contents, **tensors, "optimizer_states": states}

@@ -87,7 +87,7 @@ def _to_plain(config: Any) -> dict[str, Any]:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from atmossl.commands import train
+    from atmossl.commands.train import train
 
     if is_started_by_first_rank(os.environ):
         end_with_parent()
@@ -107,7 +107,7 @@ def _train_one_of_many(config: Any) -> float | None:
     """One run of a sweep, in the folder that Hydra chose for it; its score, for the sweeper."""
     from hydra.core.hydra_config import HydraConfig
 
-    from atmossl.commands import train
+    from atmossl.commands.train import train
 
     values = _to_plain(config)
     values["paths"]["output"] = HydraConfig.get().runtime.output_dir
@@ -115,13 +115,13 @@ def _train_one_of_many(config: Any) -> float | None:
 
 
 def _predict(arguments: Sequence[str]) -> None:
-    from atmossl.commands import predict
+    from atmossl.commands.predict import predict
 
     predict(_compose_with_task_file(arguments))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
-    from atmossl.commands import calibrate
+    from atmossl.commands.predict import calibrate
 
     calibrate(_compose_with_task_file(arguments))
 
@@ -145,7 +145,7 @@ def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    from atmossl.commands import evaluate
+    from atmossl.commands.evaluate import evaluate
 
     listed = [item for item in arguments if item.startswith("tasks=[")]
     values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
@@ -211,11 +211,13 @@ def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _info(arguments: Sequence[str]) -> None:
-    from atmossl.commands import show_checkpoint, show_estimate
-
     if any(item.startswith("checkpoint=") for item in arguments):
+        from atmossl.commands.info import show_checkpoint
+
         show_checkpoint(*_keyword(arguments, ["checkpoint"]))
         return
+    from atmossl.commands.cost import show_estimate
+
     given = [item for item in arguments if item.startswith("memory=")]
     overrides = [item for item in arguments if item != "--check" and item not in given]
     memory = _gib(given[-1].removeprefix("memory=")) if given else None

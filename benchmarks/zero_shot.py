@@ -21,7 +21,9 @@ import pandas as pd
 
 from atmossl.api import find_task
 from atmossl.cli import compose_config
-from atmossl.commands import evaluate, open_for, train
+from atmossl.commands.common import open_for
+from atmossl.commands.evaluate import evaluate
+from atmossl.commands.train import train
 from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.predict import Predictor

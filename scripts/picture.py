@@ -10,7 +10,8 @@ from pathlib import Path
 import xarray as xr
 
 from atmossl.cli import compose_config
-from atmossl.commands import open_for, predict
+from atmossl.commands.common import open_for
+from atmossl.commands.predict import predict
 from atmossl.evaluation.report.figures import save_figure
 from atmossl.evaluation.report.maps import case_map
 from atmossl.inference.checkpoint import load_checkpoint

@@ -2,9 +2,16 @@
 for each other."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts the cores
 
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Before any test."""
+    if "tests.processes" in sys.modules:
+        sys.modules["tests.processes"].start_server()

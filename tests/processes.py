@@ -6,15 +6,26 @@ import os
 import resource
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-# A server that has imported everything forks every process: no second is lost on imports.
 CONTEXT = multiprocessing.get_context("forkserver")
 HANGS_AFTER_SECONDS = 900.0  # far above any test, however busy the machine
-CONTEXT.set_forkserver_preload(["atmossl.build", "atmossl.commands", "atmossl.cli"])
+_COMMANDS = [f"atmossl.commands.{name}" for name in ("train", "predict", "evaluate", "info")]
+
+
+def start_server() -> None:
+    """A server that has imported everything forks every process: no second is lost on imports.
+
+    There is one in a process, so this comes before a loader starts one that knows less.
+    """
+    CONTEXT.set_forkserver_preload(["atmossl.cli", *_COMMANDS])
+    forkserver.ensure_running()
 
 
 def training(output: Path, *more: str) -> list[str]:
@@ -109,7 +120,10 @@ def _main(
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    for number, file in ((1, os.devnull), (2, environment.get("ERRORS"))):
+    for number, file in (
+        (1, environment.get("OUTPUT", os.devnull)),
+        (2, environment.get("ERRORS")),
+    ):
         if file is not None:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     from atmossl.cli import main
@@ -136,6 +150,24 @@ def run(arguments: Sequence[str], *, cache: Path, before: Any = None, **environm
     process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process left: its exit code and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str, cache: Path) -> Ended:
+    """What a user sees of one command, on a wide terminal."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        streams = {"OUTPUT": str(output), "ERRORS": str(errors)}
+        code = run(arguments, cache=cache, COLUMNS="300", **streams)
+        return Ended(code, output.read_text(), errors.read_text())
 
 
 def run_ranks(

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from atmossl import commands
 from atmossl.cli import compose_config, main
+from atmossl.commands import cost
 from atmossl.preflight import Estimate, estimate, resident_bytes
 from atmossl.schema import TrainConfig, parse
 
@@ -29,7 +29,7 @@ def test_a_run_that_does_not_fit_is_refused_with_advice_that_makes_it_fit(
 ) -> None:
     """A GPU with two thirds of the memory that a batch of 16 needs."""
     whole = found("data.batch_size=16")
-    monkeypatch.setattr(commands, "estimate", lambda *_, **__: whole)
+    monkeypatch.setattr(cost, "estimate", lambda *_, **__: whole)
     enough, lacking = ((share * whole.process_bytes) / 2**30 for share in (1.01, 0.67))
     arguments = ["info", *RUN, "data.batch_size=16", "trainer.accelerator=gpu", "--check"]
     assert main([*arguments, f"memory={enough}"]) == 0

@@ -30,7 +30,6 @@ from torch.distributed.fsdp import (
 
 from atmossl.checkpoint_files import (
     METADATA,
-    SafePlanner,
     by_index,
     by_name,
     partial_path,
@@ -39,6 +38,7 @@ from atmossl.checkpoint_files import (
     remove,
     save_contents,
 )
+from atmossl.shards import SafePlanner
 from atmossl.training.distributed import failing_together
 
 CheckpointFormat = Literal["file", "sharded"]

@@ -11,7 +11,7 @@ import scores.continuous
 import xarray as xr
 
 from atmossl.cli import compose_config
-from atmossl.commands import evaluate
+from atmossl.commands.evaluate import evaluate
 from atmossl.data.store import open_segment
 from atmossl.evaluation.forecasts import canonical_forecast
 from atmossl.evaluation.rows import rows_where

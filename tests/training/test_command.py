@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import atmossl
 from atmossl.batch import View, collate_views
 from atmossl.cli import main
-from atmossl.commands import tell_warm_start
+from atmossl.commands.train import tell_warm_start
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.masking.base import make_view
 from atmossl.masking.tasks import Forecast

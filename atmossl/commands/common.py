@@ -1,0 +1,54 @@
+"""What several commands need."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atmossl.data.companions import open_records, paired
+from atmossl.data.segment import Segment
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.masking.tasks import Task
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as plain values; the key `hydra` belongs to one launch only."""
+    return {key: value for key, value in values.items() if key != "hydra"}
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"paths.output={folder} cannot be written: {error.strerror}") from error
+
+
+def device_for(accelerator: str) -> str:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu but no GPU is visible; valid here: auto, cpu")
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def open_for(
+    trained: TrainedModel,
+    data: str | None,
+    catalog: Path | None,
+    split: Any,
+    *,
+    name: str | None = None,
+    task: Task | None = None,
+) -> tuple[Segment, ...]:
+    """The segments of a split with the variables and levels of a checkpoint.
+
+    name: of the only one that is wanted. task: which may fill missing values.
+    Raises:
+        ValueError: unknown entry or segment, or a store that lacks what the checkpoint needs.
+    """
+    records = open_records(trained.specs_for(task), data or trained.data, catalog, split)
+    segments = paired(records)
+    chosen = tuple(one for one in segments if one.is_called(name))
+    if not chosen:
+        have = sorted({one.name for one in segments})
+        raise ValueError(f"segment={name} is not in split={split}; valid: {have}")
+    return chosen

@@ -1,0 +1,80 @@
+"""`atmossl info` of a run that has not begun."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from atmossl.commands.common import device_for, plain
+from atmossl.preflight import advice, estimate
+from atmossl.schema import TrainConfig, parse
+from atmossl.training.watch import matmul_rate
+
+
+def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check: bool) -> None:
+    """Print what a training run will cost on each device.
+
+    memory_gib: of one device; None takes the GPU that is visible here, or this machine's.
+    Raises:
+        ValueError: `check`, and the run does not fit; with advice.
+    """
+    config: TrainConfig = parse(TrainConfig, plain(values))
+    wanted, here = config.trainer.accelerator, torch.cuda.is_available()
+    on_host = wanted == "cpu" or (wanted == "auto" and not here and memory_gib is None)
+    found, rate = estimate(config, on_host=on_host), _matmul_rate(config)
+    cost, memory = found.cost, memory_gib or _device_memory_gib()
+    table = Table("what", "value", show_header=False)
+    rows = {f"parameters of {part}": f"{count:,}" for part, count in cost.parameters.items()}
+    rows["parameters"] = f"{sum(cost.parameters.values()):,}"
+    rows |= {f"tokens per sample, {name}": f"{count:,}" for name, count in found.tokens.items()}
+    rows["hidden share of tokens"] = f"{found.hidden_share:.2f}"
+    samples = config.trainer.accumulate * found.batch_size * found.num_devices
+    rows["samples per step"] = f"{samples} on {found.num_devices} devices"
+    rows["FLOPs per sample"] = f"{cost.flops / found.batch_size:.4g}"
+    rows["FLOPs per step"] = f"{cost.flops / found.batch_size * samples:.4g}"
+    kinds = {
+        "weights": cost.weights,
+        "averaged weights": cost.averaged,
+        "optimiser": cost.optimizer,
+        "gradients": cost.gradients,
+        "activations": cost.activations,
+    }
+    rows |= {f"{kind}, unsharded": _mib(size) for kind, size in kinds.items()}
+    rows[f"tensors per device, {config.trainer.strategy}"] = _mib(found.device_bytes)
+    what = "process with its libraries" if on_host else "device with its runtime"
+    rows[f"memory of a {what}"] = _mib(found.process_bytes)
+    rows["there is"] = f"{memory:.1f} GiB"
+    speed = 0.5 * rate / cost.flops * found.batch_size
+    rows["samples/s per device at half this device's rate"] = f"{speed:.3g}"
+    rows["data rate per device then"] = f"{speed * found.bytes_per_sample / 2**20:.3g} MiB/s"
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+    if found.fits(memory):
+        return
+    message = f"needs {_mib(found.process_bytes)} of {memory:.1f} GiB per device; try "
+    message += advice(config, found, memory)
+    if check:
+        raise ValueError(message)
+    Console().print(f"does not fit: {message}", markup=False, highlight=False)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _matmul_rate(config: TrainConfig) -> float:
+    device = torch.device(
+        device_for(config.trainer.accelerator) if torch.cuda.is_available() else "cpu"
+    )
+    mixed = config.trainer.precision != "32-true"
+    return matmul_rate(device, torch.bfloat16 if mixed else torch.float32)
+
+
+def _device_memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -1,0 +1,62 @@
+"""`atmossl evaluate`."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atmossl.commands.common import device_for, make_folder, open_for
+from atmossl.data.catalog import catalog_entry
+from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
+from atmossl.evaluation.report.write import write_report
+from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.schema import EvaluateConfig, parse
+from atmossl.scorecard import compare_forecasts, provenance_of, score_tasks
+
+
+def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
+    """Score tasks or forecast stores on held-out dates; returns the report's folder.
+
+    command: the line that the report gives for making it again.
+    """
+    config: EvaluateConfig = parse(EvaluateConfig, values)
+    if config.output.exists():
+        raise ValueError(f"output={config.output} exists; choose another folder or remove it")
+    partial = config.output.with_name(f".{config.output.name}.{os.getpid()}")
+    make_folder(partial)
+    try:
+        trained = load_checkpoint(config.checkpoint)
+        if config.forecasts:
+            entry = catalog_entry(config.data or trained.data, config.catalog)
+            reports = [compare_forecasts(config, entry)]
+        else:
+            test = open_for(trained, config.data, config.catalog, config.split)
+            training = open_for(trained, config.data, config.catalog, "train")
+            gappy = sorted({name for segment in test for name in segment.may_miss})
+            if config.ridge and gappy:
+                Console(stderr=True).print(
+                    f"note: no ridge regression of {gappy}, which may have missing values",
+                    markup=False,
+                )
+            others = sorted({s.data for s in trained.specs if s.role == "predict"} - {""})
+            if others:
+                Console(stderr=True).print(
+                    f"note: streams with data={others} are not scored here; predict writes them "
+                    "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            reports = score_tasks(config, trained, test, training, device_for(config.accelerator))
+        write_report(reports, provenance_of(config, trained, command), partial)
+        partial.replace(config.output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console = Console(width=max(120, Console().width))
+    for report in reports:
+        summary = mean_over_levels(summarise(report.table, model_name=report.model_name))
+        print_summary(summary, console, title="RMSE ratios and scores, mean over levels")
+    console.print(f"report: {config.output / 'index.html'}", highlight=False)
+    return config.output

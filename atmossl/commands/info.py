@@ -1,0 +1,28 @@
+"""`atmossl info` of a checkpoint."""
+
+from rich.console import Console
+from rich.table import Table
+
+from atmossl.inference.checkpoint import load_checkpoint
+
+
+def show_checkpoint(checkpoint: str) -> None:
+    """Print what is in a checkpoint."""
+    trained = load_checkpoint(checkpoint)
+    record = trained.record
+    table = Table("what", "value", show_header=False)
+    count = sum(parameter.numel() for parameter in trained.model.parameters())
+    rows = {
+        "written by": f"atmossl {record['atmossl']}, torch {record['torch']}",
+        "optimiser steps": str(record["step"]),
+        "parameters": f"{count:,}",
+        "window (time, lat, lon)": str(tuple(record["window"].values())),
+        "trained on": f"{record['data']}: {record['statistics']['period']}",
+        "digest": trained.digest,
+        **{f"model.{key}": str(value) for key, value in record["model"].items()},
+    }
+    for spec in trained.specs:
+        rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {list(spec.levels)} hPa"
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)

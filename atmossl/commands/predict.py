@@ -1,0 +1,96 @@
+"""`atmossl predict` and `atmossl calibrate`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+from atmossl.api import cautions, chosen_times
+from atmossl.checkpoint_files import write_atomically
+from atmossl.commands.common import device_for, open_for
+from atmossl.inference.calibration import Calibration, estimate_inflation
+from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint
+from atmossl.inference.predict import Predictor
+from atmossl.inference.writer import check_output, write
+from atmossl.schema import PredictConfig, parse
+
+
+def predict(values: Mapping[str, Any]) -> Path:
+    """Run one task for every chosen time and write a CF store; returns its path."""
+    config: PredictConfig = parse(PredictConfig, values)
+    check_output(config.output, resume=config.resume)
+    predictor = _predictor(config)
+    times = _times(config, predictor)
+    for caution in cautions(predictor, times[0]):
+        Console(stderr=True).print(
+            f"note: this checkpoint was not trained for {caution}", highlight=False, soft_wrap=True
+        )
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        shown = bar.add_task(f"{config.task.name}, {len(times)} times", total=len(times))
+        write(
+            predictor,
+            times,
+            config.output,
+            names=config.layout,
+            resume=config.resume,
+            advance=lambda share: bar.advance(shown, share),
+        )
+    Console().print(f"prediction: {config.output}", highlight=False)
+    return config.output
+
+
+def _predictor(config: PredictConfig) -> Predictor:
+    trained = load_checkpoint(config.checkpoint)
+    task = config.task.sampler()
+    first, *others = open_for(
+        trained, config.data, config.catalog, config.split, name=config.segment, task=task
+    )
+    return Predictor(
+        trained=trained,
+        segment=first,
+        others=tuple(others),
+        task=task,
+        overlap=config.overlap,
+        tilings=config.tilings,
+        batch_size=config.batch_size,
+        device=device_for(config.accelerator),
+        seed=config.seed,
+        fill_missing=config.missing == "fill",
+    )
+
+
+def _times(config: PredictConfig, predictor: Predictor) -> np.ndarray:
+    times = None if config.init_time == "all" else config.init_time
+    return chosen_times(predictor, times, config.every)
+
+
+def calibrate(values: Mapping[str, Any]) -> Path:
+    """Measure how much a task's spread lacks on held-out dates, and write a checkpoint that
+    inflates it; returns its path."""
+    config: PredictConfig = parse(PredictConfig, values)
+    if config.output.suffix != ".ckpt" or config.output.exists():
+        raise ValueError(f"output={config.output} must end in .ckpt and not exist")
+    if config.split == "test":
+        raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
+    predictor = _predictor(config)
+    task = predictor.task.one_pass()
+    record = Calibration(predictor.trained.record, task).without_own()
+    predictor = replace(predictor, task=task, trained=replace(predictor.trained, record=record))
+    times = predictor.with_truth(_times(config, predictor))
+    if len(times) == 0:
+        raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
+    found = estimate_inflation(predictor, times)
+    contents = read_checkpoint(config.checkpoint)
+    record = Calibration(contents["atmossl"], task).replaced(found)
+    write_atomically(config.output, lambda path: torch.save({**contents, "atmossl": record}, path))
+    for name, factors in found.factors.items():
+        text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
+        Console().print(f"{name}: spread x {text} by lead time", highlight=False)
+    Console().print(f"checkpoint: {config.output}", highlight=False)
+    return config.output

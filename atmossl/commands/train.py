@@ -1,0 +1,99 @@
+"""`atmossl train`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from atmossl.build import build_data, build_module, build_trainer
+from atmossl.checkpoint_files import newest_readable, read_record, write_atomically
+from atmossl.commands.common import device_for, make_folder, plain
+from atmossl.data.statistics import Normaliser
+from atmossl.inference.checkpoint import read_checkpoint, spec_to_dict
+from atmossl.schema import TrainConfig, parse
+from atmossl.training.checkpoint import KeepCheckpoints
+from atmossl.training.curves import keep_metrics
+from atmossl.training.resume import check_same_run, check_same_statistics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run ends with: its last checkpoint, and the lowest error over the first guess's that
+    a validation saw, None without one."""
+
+    checkpoint: Path
+    score: float | None
+
+
+def train(values: Mapping[str, Any]) -> Trained:
+    """Train as configured.
+
+    Raises:
+        ValueError: anything wrong with the configuration, before any work.
+    """
+    values = plain(values)
+    config: TrainConfig = parse(TrainConfig, values)
+    _check_precision(config)
+    output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
+    resume = _resume_from(config.resume, checkpoints)
+    if config.resume is None and checkpoints.exists():
+        raise ValueError(
+            f"paths.output={output} holds a run; go on with resume=auto, or choose another folder"
+        )
+    before = None if resume is None else read_record(resume)
+    if resume is not None and before is not None:
+        specs = [spec_to_dict(spec) for spec in config.specs]
+        check_same_run(resume, before, values, config.model.model_dump(), specs)
+    make_folder(output)
+    datamodule, statistics = build_data(config)
+    if resume is not None and before is not None:
+        check_same_statistics(resume, before["statistics"], statistics.to_dict())
+    module = build_module(
+        config,
+        statistics,
+        values,
+        step_hours=datamodule.step_hours,
+        resumed=resume is not None,
+    )
+    keep_metrics(output)
+    trainer = build_trainer(config, Normaliser(statistics))
+    tell_warm_start(trainer, module.record["warm_start"], output)
+    OmegaConf.save(OmegaConf.create(values), output / "config.yaml")
+    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+    last = checkpoints / "last.ckpt"
+    if trainer.is_global_zero:
+        Console().print(f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False)
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
+    return Trained(last, keep.best)
+
+
+def tell_warm_start(trainer: Trainer, report: dict[str, list[str]], output: Path) -> None:
+    """Print how many weights were loaded, grown, initialised and left; name them in a file. The
+    first rank does it for all."""
+    if not report or not trainer.is_global_zero:
+        return
+    path = output / "warm_start.yaml"
+    write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(report), partial))
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in report.items())
+    Console().print(f"warm start: {counts}; see {path}", highlight=False)
+
+
+def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
+    """The checkpoint to go on from; with `auto` the newest that can be read, or none."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        return newest_readable(checkpoints)
+    read_checkpoint(resume)
+    return Path(resume)
+
+
+def _check_precision(config: TrainConfig) -> None:
+    on_cpu = device_for(config.trainer.accelerator) == "cpu"
+    if on_cpu and config.trainer.precision == "16-mixed":
+        raise ValueError("trainer.precision=16-mixed needs a GPU; valid here: 32-true, bf16-mixed")
