@@ -36,7 +36,8 @@ def training(output: Path, *more: str) -> list[str]:
         "trainer.checkpoint_interval=100", "trainer.validation_interval=100",
         "trainer.validation_batches=1", "trainer.log_interval=1", "data.num_workers=0",
         "data.batch_size=2", "trainer.accelerator=cpu",
-        "stream.atmosphere.variables=[temperature]", "trainer.pictures=false", *more,
+        "stream.atmosphere.variables=[temperature]", "trainer.pictures=false",
+        "data.window={time: 5, lat: 8, lon: 16}", *more,
     ]  # fmt: skip
 
 
