@@ -1,8 +1,5 @@
 """`atmossl predict` and `calibrate`, on a small checkpoint made here."""
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from atmossl.inference.checkpoint import spec_to_dict
 from atmossl.inference.writer import partial_of
 from atmossl.model.multiformer import Multiformer
 from tests.inference.known import NAMES, segment
+from tests.processes import start
 from tests.synthetic import catalog, dataset, spec
 
 STORE = dataset(steps=12, variables=NAMES)
@@ -288,19 +286,18 @@ def test_a_hindcast_is_calibrated_where_its_truth_is_known(folder: Path, tmp_pat
 def test_a_killed_prediction_goes_on(folder: Path, tmp_path: Path) -> None:
     """SIGKILL once the first date is written; `resume=true` ends with what one run gives."""
     output = tmp_path / "out.zarr"
-    program = str(Path(sys.executable).with_name("atmossl"))
-    given = ["predict", "task=forecast", *arguments(folder, output), "batch_size=1"]
+    given = ["predict", "task=forecast", *arguments(folder, output), "every=3", "batch_size=1"]
     progress = partial_of(output).with_suffix(".json")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([program, *given], env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not progress.exists():
-            time.sleep(0.005)
-        process.kill()
+    process = start(given, cache=tmp_path)
+    while process.is_alive() and not progress.exists():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     assert not output.exists() and partial_of(output).exists()
     assert main(given) == 2  # nothing is overwritten unasked
     assert main([*given, "resume=true"]) == 0
     whole = tmp_path / "whole.zarr"
-    assert main(["predict", "task=forecast", *arguments(folder, whole), "batch_size=1"]) == 0
+    assert main([*given, f"output={whole}"]) == 0
     one, two = (
         xr.open_zarr(path, consolidated=False, decode_timedelta=True).load()
         for path in (output, whole)
