@@ -50,6 +50,20 @@ def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
     return weights / weights.mean()
 
 
+def ascending_longitudes(longitude_deg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order in which longitudes ascend, and them in this order, from 0 to 360 degrees; those of a
+    region across Greenwich begin at its west and go on past 360."""
+    wrapped = longitude_deg % 360.0
+    order = np.argsort(wrapped)
+    ordered = wrapped[order]
+    gaps = np.diff(ordered)
+    if len(gaps) and gaps.max() > 1.5 * np.median(gaps):
+        first = int(gaps.argmax()) + 1
+        order = np.roll(order, -first)
+        ordered = np.concatenate([ordered[first:], ordered[:first] + 360.0])
+    return order, ordered
+
+
 @dataclass(frozen=True)
 class Grid:
     """A latitude-longitude grid, latitudes ascending, longitudes ascending within one turn; those

@@ -20,7 +20,7 @@ from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.reader import StoredVariable
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.variables import check_units
-from atmossl.geometry import Grid
+from atmossl.geometry import Grid, ascending_longitudes
 
 COORDINATES = {
     "time": ("time", "valid_time"),
@@ -277,19 +277,14 @@ def _unbroken(
 
 def _canonical_grid(dataset: xr.Dataset, location: str) -> tuple[np.ndarray, np.ndarray, Grid]:
     latitude = dataset["latitude"].values.astype(np.float64)
-    longitude = dataset["longitude"].values.astype(np.float64) % 360.0
+    longitude = dataset["longitude"].values.astype(np.float64)
     if min(len(latitude), len(longitude)) < 2 or not np.all(np.abs(latitude) <= 90.001):
         raise ValueError(
             f"{location}: {len(latitude)} latitudes and {len(longitude)} longitudes; needed: at "
             "least 2 of each, latitudes from -90 to 90 degrees"
         )
-    latitude_order, longitude_order = np.argsort(latitude), np.argsort(longitude)
-    ordered = longitude[longitude_order]
-    gaps = np.diff(ordered)
-    if len(gaps) and gaps.max() > 1.5 * np.median(gaps):  # a region across Greenwich
-        first = int(gaps.argmax()) + 1
-        longitude_order = np.roll(longitude_order, -first)
-        ordered = np.concatenate([ordered[first:], ordered[:first] + 360.0])
+    latitude_order = np.argsort(latitude)
+    longitude_order, ordered = ascending_longitudes(longitude)
     try:
         grid = Grid(latitude[latitude_order], ordered)
     except ValueError as error:

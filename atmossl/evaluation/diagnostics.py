@@ -114,7 +114,7 @@ class ZonalSpectrum:
     ensemble mean, and of the truth.
 
     Mean over latitude circles by area; summed over wavenumbers from one up, it is the mean zonal
-    variance (Parseval). Belts only: a box has no zonal wavenumbers, and a region with missing
+    variance (Parseval). Belts only: a box has no zonal wavenumbers, and a field with missing
     values none that can be told.
     """
 
@@ -124,7 +124,7 @@ class ZonalSpectrum:
         longitude = case.truth["longitude"].to_numpy()
         spacing = longitude[1] - longitude[0]
         closed = abs(len(longitude) * spacing - 360.0) < 1e-3 * len(longitude)
-        return closed and bool(case.truth.notnull().all())
+        return closed and bool(case.whole.any())
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         if "longitude" in weights.dims:
@@ -140,7 +140,7 @@ class ZonalSpectrum:
                 "ensemble_mean": power(case.ensemble_mean),
                 "truth": power(case.truth),
             }
-        )
+        ).where(case.whole)
 
     def value(self, means: xr.Dataset) -> xr.Dataset:
         return means
@@ -160,4 +160,4 @@ def zonal_power(field: xr.DataArray) -> xr.DataArray:
 
 
 def _axis(name: str, size: int) -> xr.DataArray:
-    return xr.DataArray(np.arange(size), dims=(name,))
+    return xr.DataArray(np.arange(size), {name: np.arange(size)}, (name,))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from atmossl.data.variables import VARIABLES, check_units, conversion
 from atmossl.evaluation.alignment import grid_of, time_dim
-from atmossl.evaluation.regrid import coarsest, regridder
-from atmossl.geometry import Grid
+from atmossl.evaluation.regrid import covered, regridder
+from atmossl.geometry import Grid, ascending_longitudes
 
 _CHUNK_BYTES = 64 * 2**20
 _UNITS = {"hours": 3600, "h": 3600, "days": 86400, "minutes": 60, "seconds": 1, "s": 1}
@@ -31,10 +32,12 @@ _NAMES = {
 def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
     """A forecast with dims (init_time, lead_time, ...) or, without lead times, (time, ...).
 
-    Latitudes and longitudes ascend, longitudes from 0; lead times are durations.
+    Latitudes and longitudes ascend, longitudes from 0; lead times are durations, units those of
+    the variables.
 
     Raises:
-        ValueError: names the store and the dimension that is missing or not understood.
+        ValueError: names the store and the dimension that is missing, not understood or holds a
+            label twice, an uneven grid, or units that are not known.
     """
     names = {old: new for new, usual in _NAMES.items() for old in usual if old in dataset.dims}
     lead = next((name for name in _LEAD_NAMES if name in dataset.dims), None)
@@ -55,8 +58,35 @@ def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
     dataset = dataset[[name for name, v in dataset.data_vars.items() if needed <= set(v.dims)]]
     if lead is not None:
         dataset = dataset.assign_coords(lead_time=_durations(dataset["lead_time"], where))
-    dataset = dataset.assign_coords(longitude=dataset["longitude"] % 360.0)
-    return dataset.sortby(["latitude", "longitude", time])
+    order, longitude = ascending_longitudes(np.asarray(dataset["longitude"], np.float64))
+    dataset = dataset.isel(longitude=order).assign_coords(longitude=longitude)
+    dataset = dataset.sortby(["latitude", time])
+    _check_labels(dataset, where)
+    fields = {str(v): _in_usual_units(dataset[v], time, where) for v in dataset.data_vars}
+    return dataset.assign(fields)
+
+
+def _check_labels(dataset: xr.Dataset, where: str) -> None:
+    for dim in (str(dim) for dim in dataset.dims if dim not in ("member", "longitude")):
+        labels, counts = np.unique(dataset[dim].to_numpy(), return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(f"{where}: {dim} {labels[counts > 1][0]} is there twice")
+    try:
+        grid_of(dataset)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
+    """The field, unread, in its variable's own units, if it states others that are known."""
+    name, units = str(field.name), field.attrs.get("units")
+    found = conversion(name, units)
+    if found is None:
+        check_units(name, units, where)
+        return field
+    factor, offset = found
+    converted = field.chunk({time: 1}).astype(np.float64) * factor + offset
+    return converted.assign_attrs(field.attrs, units=VARIABLES[name].units)
 
 
 def _durations(lead: xr.DataArray, where: str) -> np.ndarray:
@@ -91,7 +121,8 @@ class Common:
 def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every: int = 1) -> Common:
     """What can be compared: the labels that all forecasts have and the truth can check.
 
-    The grid is the coarsest among them, or it would ask more of one model than of another.
+    The grid is the coarsest among them, or it would ask more of one model than of another, as far
+    as all of them cover it.
 
     Raises:
         ValueError: nothing in common, naming the dimension and what each store has.
@@ -117,7 +148,7 @@ def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every:
         leads = _shared({k: v["lead_time"].to_numpy() for k, v in forecasts.items()}, "lead_time")
     cases = _shared({k: v[dim].to_numpy() for k, v in forecasts.items()}, dim)
     cases, leads = _checkable(cases, leads, truth["time"].to_numpy())
-    grid = coarsest([grid_of(store) for store in stores.values()])
+    grid = covered({name: grid_of(store) for name, store in stores.items()})
     return Common(tuple(map(str, variables)), cases[::every], leads, levels, grid)
 
 

@@ -4,7 +4,7 @@ Jones (1999), Monthly Weather Review 127, 2204-2210. On such grids the overlap o
 product of a latitude and a longitude overlap, so two small matrices do the work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,9 +13,10 @@ import xarray as xr
 from jaxtyping import Float
 
 from atmossl.evaluation.alignment import grid_of
-from atmossl.geometry import Grid, latitude_edges
+from atmossl.geometry import Grid, ascending_longitudes, latitude_edges
 
 _FULL_COVER = 0.999
+_TOLERANCE_DEG = 1e-3
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,34 @@ class ConservativeRegridder:
 def coarsest(grids: Sequence[Grid]) -> Grid:
     """The grid with the largest cells; the first of those that are equal."""
     return max(grids, key=lambda grid: grid.latitude_spacing * grid.longitude_spacing)
+
+
+def covered(grids: Mapping[str, Grid]) -> Grid:
+    """The cells of the coarsest grid that lie in all others.
+
+    Raises:
+        ValueError: there are none, or fewer than two rows or columns.
+    """
+    target = coarsest(list(grids.values()))
+    rows, columns = (np.ones(size, bool) for size in target.shape)
+    edges, west = latitude_edges(target.latitude), _longitude_edges(target)[:-1]
+    for grid in grids.values():
+        south, north = latitude_edges(grid.latitude)[[0, -1]]
+        rows &= (edges[:-1] >= south - _TOLERANCE_DEG) & (edges[1:] <= north + _TOLERANCE_DEG)
+        if not grid.periodic:
+            first, end = _longitude_edges(grid)[[0, -1]]
+            from_first = (west - first + _TOLERANCE_DEG) % 360.0
+            columns &= from_first + target.longitude_spacing <= end - first + 2 * _TOLERANCE_DEG
+    if rows.sum() < 2 or columns.sum() < 2:
+        where = {name: _extent(grid) for name, grid in grids.items()}
+        raise ValueError(f"latitude, longitude: no area in common; {where}")
+    _, longitude = ascending_longitudes(target.longitude[columns])
+    return target if columns.all() and rows.all() else Grid(target.latitude[rows], longitude)
+
+
+def _extent(grid: Grid) -> str:
+    (south, north), (west, east) = (x[[0, -1]] for x in (grid.latitude, grid.longitude))
+    return f"{south:g} to {north:g} N, {west:g} to {east:g} E"
 
 
 def _overlap(source: np.ndarray, target: np.ndarray) -> Float[np.ndarray, "target source"]:

@@ -50,6 +50,11 @@ class Case:
         return self.prediction.sizes.get("member", 1)
 
     @cached_property
+    def whole(self) -> xr.DataArray:
+        """The times, lead times and levels at which no cell is missing."""
+        return self.truth.notnull().all(_CELL)
+
+    @cached_property
     def members(self) -> xr.DataArray:
         """Prediction in double precision, with a dimension `member` in any case."""
         members = self.prediction.astype(np.float64)

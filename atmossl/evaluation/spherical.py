@@ -72,7 +72,7 @@ class SphericalSpectrum:
     name: str = "spherical_spectrum"
 
     def applies(self, case: Case) -> bool:
-        return self._geometry(case) is not None and bool(case.truth.notnull().all())
+        return self._geometry(case) is not None and bool(case.whole.any())
 
     def _geometry(self, case: Case) -> Geometry | None:
         places = (case.truth[name].to_numpy() for name in ("latitude", "longitude"))
@@ -87,7 +87,7 @@ class SphericalSpectrum:
             "ensemble_mean": spherical_power(case.ensemble_mean, geometry),
             "truth": spherical_power(case.truth, geometry),
         }
-        return xr.Dataset(power).expand_dims(region=["global"])
+        return xr.Dataset(power).where(case.whole).expand_dims(region=["global"])
 
     def value(self, means: xr.Dataset) -> xr.Dataset:
         return means

@@ -78,8 +78,8 @@ class Tally:
         """Take some cases of some variables; all sources are scored on the predictions' cases.
 
         series: the record that the cases are from; those of one record come one after another.
-        Where the truth is missing nothing is scored. Without a climate, the anomaly correlation
-        and all that needs quantiles are left out.
+        Where the truth or a source is missing nothing of it is scored. Without a climate, the
+        anomaly correlation and all that needs quantiles are left out.
 
         Raises:
             ValueError: variables, times, levels or cells that do not match; a baseline called
@@ -222,6 +222,9 @@ def verify(
 def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None) -> Case:
     """One variable's prediction with what the climate knows of its cells."""
     name = str(truth.name)
+    there = prediction.notnull()
+    there = there.all("member") if "member" in there.dims else there
+    truth = truth if bool(there.all()) else truth.where(there)
     if climate is None or name not in climate.mean:
         return Case(prediction, truth)
     normal = climatology_at(climate.mean[[name]], case_times(truth.to_dataset()))[name]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from atmossl.geometry import Grid
+from atmossl.geometry import Grid, ascending_longitudes
 from atmossl.masking.places import CellMask, described
 
 
@@ -40,10 +40,11 @@ def read_cell_mask(path: Path) -> CellMask:
         raise ValueError(f"{key} has no values of {lacking}; needed: centres of its cells, degrees")
     if bool(dataset[found[0]].isnull().any()):
         raise ValueError(f"{key} has missing values; needed: 0 where given, another where hidden")
-    dataset = dataset.assign_coords(longitude=dataset["longitude"] % 360.0)
-    array = dataset.sortby(["latitude", "longitude"])[found[0]].transpose("latitude", "longitude")
+    order, longitude = ascending_longitudes(np.asarray(dataset["longitude"], np.float64))
+    array = dataset[found[0]].isel(longitude=order).sortby("latitude")
+    array = array.transpose("latitude", "longitude")
     try:
-        grid = Grid(*(np.asarray(array[n], np.float64) for n in ("latitude", "longitude")))
+        grid = Grid(np.asarray(array["latitude"], np.float64), longitude)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
     return CellMask(grid, array.to_numpy() != 0, key)

@@ -4,13 +4,14 @@
 them the meaning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     ValidationError,
     model_validator,
@@ -279,6 +280,15 @@ class PredictConfig(Strict):
     output: Path
 
 
+def _is_box(limits: Any) -> Any:
+    if not isinstance(limits, Sequence) or isinstance(limits, str) or len(limits) != 4:
+        raise ValueError("needed: south, north, west, east in degrees")
+    return limits
+
+
+Limits = Annotated[tuple[float, float, float, float], BeforeValidator(_is_box)]
+
+
 def _is_tails(tails: tuple[float, float]) -> tuple[float, float]:
     if not 0.0 < tails[0] < tails[1] < 1.0:
         raise ValueError("needed: 0 < low < high < 1")
@@ -298,7 +308,7 @@ class EvaluateConfig(Strict):
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     forecasts: tuple[str, ...]
     regions: tuple[str, ...]
-    boxes: dict[str, tuple[float, float, float, float]] | None
+    boxes: dict[str, Limits] | None
     tails: Annotated[tuple[float, float], AfterValidator(_is_tails)]
     data: str | None
     catalog: Path | None

@@ -31,7 +31,7 @@ from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.about import period
 from atmossl.scorecard.records import chosen_segments
-from atmossl.scorecard.verified import empty_tally, example_of, reported
+from atmossl.scorecard.verified import check_regions, empty_tally, example_of, reported
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 
@@ -67,7 +67,7 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
     if not variables:
         have = {name: sorted(v) for name, v in zip(forecasts, present, strict=True)}
         raise ValueError(f"forecasts: no common variable; {have}; data: {sorted(entry.variables)}")
-    levels = sorted(set(entry.levels).intersection(*map(_levels_of, forecasts.values())))
+    levels = _common_levels({k: v[variables] for k, v in forecasts.items()}, entry)
     truth, training = (
         open_split(entry, split, variables=variables, levels=levels)
         for split in (config.split, "train")
@@ -75,8 +75,16 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
     return score_forecasts(config, forecasts, chosen_segments(truth, config), training)
 
 
-def _levels_of(forecast: xr.Dataset) -> set[int]:
-    return {int(level) for level in forecast["level"]} if "level" in forecast.dims else set()
+def _common_levels(forecasts: Mapping[str, xr.Dataset], entry: CatalogEntry) -> list[int]:
+    have = {
+        name: sorted({int(level) for level in forecast["level"]})
+        for name, forecast in forecasts.items()
+        if "level" in forecast.dims
+    }
+    shared = set(entry.levels).intersection(*have.values())
+    if have and not shared:
+        raise ValueError(f"level: nothing in common, in hPa; {have}; data: {sorted(entry.levels)}")
+    return sorted(shared) if len(have) == len(forecasts) else []
 
 
 def score_forecasts(
@@ -93,6 +101,7 @@ def score_forecasts(
     records = [lazy_dataset(segment) for segment in sorted(truth, key=lambda one: one.times[0])]
     whole = _joined(records, [segment.name for segment in truth])
     common = common_ground(forecasts, whole, config.every)
+    check_regions(config, common.grid)
     times = whole["time"].to_numpy()
     series = [
         (record, cases)
@@ -112,6 +121,7 @@ def score_forecasts(
     first = next(iter(forecasts))
     tally = empty_tally(config, "forecasts", first)
     examples: dict[str, Example] = {}
+    lacking: dict[str, float] = {}
     middle = common.cases[len(common.cases) // 2]
     parts = [
         (part, record, str(number))
@@ -125,6 +135,8 @@ def score_forecasts(
         known = np.intersect1d(needed, record["time"].to_numpy())
         beside = _on_common(record[[name]].sel(time=known), common)
         rivals = datasets | _trivial(ours, beside, climate, persists=persists)
+        ours, rivals, share = _where_all_have(ours, rivals)
+        lacking[name] = max(lacking.get(name, 0.0), share)
         tally.add(ours, beside, rivals, climate, name_of_series)
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
@@ -134,6 +146,10 @@ def score_forecasts(
         f"Forecasts on what they have in common, on {num_lat} x {num_lon} cells; {first} is "
         "compared with each other one."
     )
+    gaps = {name: share for name, share in lacking.items() if share > 0}
+    if gaps:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in gaps.items())
+        said += f" Not scored, as some forecast has no value there: up to {shares}."
     rng = np.random.default_rng(config.seed)
     cases = tuple(examples.values())
     return reported(config, tally, cases, rng, about=said, period=period(common.cases))
@@ -153,6 +169,24 @@ def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
 def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:
     chosen = on_labels(dataset[[v for v in common.variables if v in dataset]], common)
     return on_grid(chosen, common.grid)
+
+
+def _where_all_have(
+    ours: xr.Dataset, rivals: dict[str, xr.Dataset]
+) -> tuple[xr.Dataset, dict[str, xr.Dataset], float]:
+    """All forecasts of a variable where each of them has values in all members, since their scores
+    are paired; and the share that is left out."""
+    (name,) = ours.data_vars
+    there = True
+    for dataset in (ours, *rivals.values()):
+        present = dataset[name].notnull()
+        there = there & (present.all("member") if "member" in present.dims else present)
+    assert isinstance(there, xr.DataArray)
+    share = 1.0 - float(there.mean())
+    if share == 0.0:
+        return ours, rivals, share
+    kept = {source: dataset.where(there) for source, dataset in rivals.items()}
+    return ours.where(there), kept, share
 
 
 def _trivial(

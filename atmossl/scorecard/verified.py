@@ -10,12 +10,13 @@ from atmossl import __version__
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.events import event_scores
-from atmossl.evaluation.regions import Region, boxes, find_regions
+from atmossl.evaluation.regions import Region, boxes, find_regions, stacked_weights
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.scores import DEFAULT_SCORES
 from atmossl.evaluation.spherical import SphericalSpectrum
 from atmossl.evaluation.verify import Tally
+from atmossl.geometry import Grid
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.schema import EvaluateConfig
 
@@ -24,6 +25,12 @@ def regions_of(config: EvaluateConfig) -> list[Region]:
     """The configured belts and boxes, the globe first."""
     names = ["global", *(name for name in config.regions if name != "global")]
     return [*find_regions(names), *boxes(config.boxes or {})]
+
+
+def check_regions(config: EvaluateConfig, grid: Grid) -> None:
+    """Raise ValueError for an unknown region or a box without cells."""
+    cells = xr.Dataset(coords={"latitude": grid.latitude, "longitude": grid.longitude})
+    stacked_weights(cells, regions_of(config))
 
 
 def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") -> Tally:

@@ -21,7 +21,7 @@ from atmossl.scorecard.about import about, period
 from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
 from atmossl.scorecard.rivals import Rivals, Setting, build_rivals
-from atmossl.scorecard.verified import empty_tally, example_of, reported
+from atmossl.scorecard.verified import check_regions, empty_tally, example_of, reported
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -51,7 +51,9 @@ def score_tasks(
             or checkpoint; before any is scored.
     """
     _check_tasks(config.tasks)
-    segments = [_ready(segment, config) for segment in chosen_segments(test, config)]
+    segments = chosen_segments(test, config)
+    check_regions(config, segments[0].grid)
+    segments = [_ready(segment, config) for segment in segments]
     history = [record_of(segment) for segment in training]
     mean = read_monthly(config.climatology, training) if config.climatology else None
     climate = Climate.of(history, quantiles=config.tails, mean=mean)

@@ -17,7 +17,7 @@ from atmossl.evaluation.forecasts import canonical_forecast
 from atmossl.evaluation.rows import rows_where
 from atmossl.geometry import area_weights
 from atmossl.schema import EvaluateConfig, parse
-from atmossl.scorecard.forecasts import score_forecasts
+from atmossl.scorecard.forecasts import _where_all_have, score_forecasts
 from tests.evaluation.test_forecasts import forecast_of, weatherbench2
 from tests.synthetic import catalog
 from tests.synthetic import dataset as waves
@@ -126,9 +126,26 @@ def test_bad_input_is_named_before_any_work(folder: Path):
         run(folder, "other", f"forecasts=[{ours},{ours}]")
     with pytest.raises(ValueError, match="unknown .'moon'"):
         run(folder, "other", f"forecasts=[{ours}]", "regions=[moon]")
+    with pytest.raises(ValueError, match="region line .* has no cell"):
+        run(folder, "other", f"forecasts=[{ours}]", "boxes={line: [1, 2, 0, 9]}")
+    with pytest.raises(ValueError, match=r"boxes.a=\[1, 2\]: needed: south, north"):
+        run(folder, "other", f"forecasts=[{ours}]", "boxes={a: [1, 2]}")
     with pytest.raises(ValueError, match="tails"):
         run(folder, "other", f"forecasts=[{ours}]", "tails=[0.9,0.1]")
     assert not (folder / "other").exists()
+
+
+def test_all_are_scored_where_all_have_values():
+    ours = forecast_of(waves(steps=6)[["temperature"]])
+    theirs = ours.copy(deep=True).expand_dims(member=2).copy(deep=True)
+    theirs["temperature"].values[1, 2, 0, 0, 3, 4] = np.nan
+    one, others, share = _where_all_have(ours, {"theirs": theirs, "persistence": ours})
+    assert share == pytest.approx(1 / ours["temperature"].size)
+    for found in (one, *others.values()):
+        lacks = found["temperature"].isnull()
+        assert set(np.argwhere(lacks.values)[:, -1]) == {4}
+        assert bool((lacks.sum(("latitude", "longitude", "level")) <= 1).all())
+    assert _where_all_have(ours, {"persistence": ours})[0] is ours
 
 
 def test_a_forecast_is_held_against_one_segment_of_the_truth(dataset):

@@ -54,6 +54,44 @@ def test_lead_times_as_hours_and_members_by_other_names_are_understood():
     np.testing.assert_array_equal(found["lead_time"], [STEP, 2 * STEP])
 
 
+def test_units_are_converted_where_they_are_known_and_refused_elsewhere():
+    forecast = forecast_of(make_dataset())
+    celsius = forecast.assign(temperature=forecast["temperature"] - 273.15)
+    celsius["temperature"].attrs["units"] = "degC"
+    found = canonical_forecast(celsius, "theirs.zarr")["temperature"]
+    assert found.chunks is not None and found.attrs["units"] == "K"
+    np.testing.assert_allclose(found, forecast["temperature"], atol=1e-4)
+    celsius["temperature"].attrs["units"] = "furlong"
+    with pytest.raises(ValueError, match=r"theirs\.zarr: variable temperature .* 'furlong'"):
+        canonical_forecast(celsius, "theirs.zarr")
+
+
+def test_labels_that_come_twice_are_named():
+    forecast = forecast_of(make_dataset())
+    for dim in ("init_time", "level"):
+        twice = xr.concat([forecast, forecast.isel({dim: [0]})], dim)
+        with pytest.raises(ValueError, match=rf"theirs\.zarr: {dim} .* is there twice"):
+            canonical_forecast(twice, "theirs.zarr")
+
+
+def test_what_covers_a_part_of_the_globe_is_compared_there():
+    """A region across Greenwich, whose columns go on past 360 degrees."""
+    truth = make_dataset(num_times=12)
+    part = truth.isel(latitude=slice(2, 6), longitude=[14, 15, 0, 1, 2])
+    stores = {
+        "ours": canonical_forecast(forecast_of(truth), "ours"),
+        "theirs": canonical_forecast(weatherbench2(forecast_of(part)), "theirs"),
+    }
+    common = common_ground(stores, truth)
+    np.testing.assert_array_equal(common.grid.latitude, part["latitude"])
+    np.testing.assert_array_equal(common.grid.longitude, [315.0, 337.5, 360.0, 382.5, 405.0])
+    whole, region = read_part(stores, common, parts_of(stores, common)[0]).values()
+    xr.testing.assert_allclose(whole, region.transpose(*whole["temperature"].dims))
+    elsewhere = stores["ours"].isel(longitude=slice(5, 9))
+    with pytest.raises(ValueError, match="no area in common; .*theirs"):
+        common_ground({**stores, "far": elsewhere}, truth)
+
+
 def test_a_store_without_times_is_named():
     with pytest.raises(ValueError, match=r"theirs\.zarr: no dimension for \['time'\]"):
         canonical_forecast(make_dataset().isel(time=0), "theirs.zarr")

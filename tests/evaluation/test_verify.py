@@ -11,7 +11,7 @@ from atmossl.evaluation.baselines import (
 )
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.climate import Climate
-from atmossl.evaluation.diagnostics import RankHistogram
+from atmossl.evaluation.diagnostics import RankHistogram, ZonalSpectrum
 from atmossl.evaluation.regions import REGIONS
 from atmossl.evaluation.verify import Tally, verify
 from atmossl.geometry import area_weights
@@ -146,6 +146,27 @@ def test_cases_in_any_pieces_give_the_same_table(dataset):
             tally.add(forecast.isel(part), truth, {"persistence": still.isel(part)}, climate)
         tables.append(tally.table(FAST, np.random.default_rng(0)))
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_ensembles_of_any_size_and_gaps_stand_side_by_side(dataset):
+    """A rival of four members with a case and a cell missing: it is scored as if they were not."""
+    truth = dataset(num_times=16, seed=1)
+    ours = _noisy_forecast(truth, 12, noise=0.5)
+    theirs = ours.isel(member=slice(4)).copy(deep=True)
+    theirs["temperature"].values[3] = np.nan
+    theirs["temperature"].values[5, :, 0, :, 2, 4] = np.nan  # in one member, of both lead times
+    tally = Tally(task="forecast", diagnostics=(RankHistogram(), ZonalSpectrum()))
+    tally.add(ours, truth, {"theirs": theirs})
+    found = tally.diagnosed()["rank_histogram", "temperature"]["frequency"]
+    assert found.sizes["rank"] == 6 and bool(found.sel(source="theirs", rank=5).isnull().all())
+    np.testing.assert_allclose(found.sum("rank"), 1.0)
+    gappy = Tally(task="forecast", diagnostics=(RankHistogram(), ZonalSpectrum()))
+    alone = ours.isel(member=slice(4))
+    gappy.add(alone.isel(init_time=[0, 1, 2, 4, *range(6, 12)]), truth, {})
+    spectra = [t.diagnosed()["zonal_spectrum", "temperature"] for t in (tally, gappy)]
+    xr.testing.assert_allclose(
+        spectra[0].sel(source="theirs", drop=True), spectra[1].isel(source=0, drop=True)
+    )
 
 
 def test_seasons_are_scored_apart(dataset):

@@ -182,6 +182,11 @@ def test_mask_file_hides_its_cells_whatever_its_order(tmp_path) -> None:
     region.check(segment().grid)
     found = region.contains(STORE.latitude.values[2:5], STORE.longitude.values[[15, 0, 1]])
     np.testing.assert_array_equal(found, cells[2:5][:, [15, 0, 1]])
+    west = mask.isel(lon=[14, 15, 0, 1])  # of a region across Greenwich
+    west.to_netcdf(tmp_path / "west.nc")
+    edge = read_cell_mask(tmp_path / "west.nc")
+    np.testing.assert_array_equal(edge.hidden, cells[:, [14, 15, 0, 1]])
+    np.testing.assert_array_equal(edge.grid.longitude, [315.0, 337.5, 360.0, 382.5])
     (tmp_path / "stations.csv").write_text("latitude,longitude\n11.0,-1\n56.5,91\n")
     stations = read_stations(tmp_path / "stations.csv")
     assert len(repr(region)) + len(repr(stations)) < 400  # they stand in every output

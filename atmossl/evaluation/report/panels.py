@@ -52,16 +52,16 @@ def reliability_panel(diagnosed: xr.Dataset, title: str) -> Figure:
 def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str, axis: str) -> Figure:
     """Power by wavenumber over that of the truth: 1 is as rough as the truth."""
     figure, axes = _panel(title)
-    truth = diagnosed["truth"].isel(source=0)
     wave = slice(1, None)  # wavenumber 0 is the mean, not variance
     for source in diagnosed["source"].to_numpy():
         one = diagnosed.sel(source=source)
+        power, numbers = one / one["truth"], one["wavenumber"][wave]  # the truth of its own cases
         is_model = source == model_name
         label = f"{source}, members" if is_model else str(source)
-        axes.plot(truth["wavenumber"][wave], (one["members"] / truth)[wave], label=label)
+        axes.plot(numbers, power["members"][wave], label=label)
         if is_model:
-            mean = (one["ensemble_mean"] / truth)[wave]
-            axes.plot(truth["wavenumber"][wave], mean, label=f"{source}, ensemble mean")
+            mean = f"{source}, ensemble mean"
+            axes.plot(numbers, power["ensemble_mean"][wave], label=mean)
     axes.axhline(1.0, **_REFERENCE)
     axes.set_xscale("log")
     axes.set_yscale("log")
