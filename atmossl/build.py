@@ -1,8 +1,9 @@
 """From a validated configuration to the objects that train: the wiring between the rooms."""
 
+import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
+from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.model.blocks import DecoderBlock, Feedforward, GatedConvolution
@@ -42,6 +43,7 @@ from atmossl.training.warm_start import renamed, warm_start
 from atmossl.training.watch import Throughput, TraceSteps
 
 _WIDE_PARTS = (Feedforward, GatedConvolution)
+_LOGGER = logging.getLogger(__name__)
 SHARDED_UNITS = (EncoderLayer, DecoderBlock)  # what FSDP gathers at a time
 
 
@@ -67,8 +69,11 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     """The datamodule and the statistics of the training split alone."""
     train, validation = open_splits(config)
+    _warn_of_shared_steps(train[""], validation[""])
     transforms = config.data.transform_of()
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
+    for line in (line for found in of_entry.values() for line in outside_limits(found)):
+        _LOGGER.warning("%s", line)
     statistics = replace(of_entry.pop(""), others=of_entry)
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
@@ -94,6 +99,16 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         together=partial(weigh_together, latitude_weighted=config.objective.latitude_weighted),
     )
     return datamodule, statistics
+
+
+def _warn_of_shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> None:
+    for number, one in enumerate(train):
+        for what, others in (("train twice", train[number + 1 :]), ("validation", validation)):
+            for other in others:
+                if count := one.shared_steps(other):
+                    _LOGGER.warning(
+                        "%s: %d time steps of split train are in %s, too", one.location, count, what
+                    )
 
 
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Multiformer:

@@ -24,7 +24,7 @@ from atmossl.data.inspect import (
     time_advice,
 )
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Statistics, load_or_compute
+from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
 from atmossl.data.windows import WindowSize
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
@@ -50,7 +50,10 @@ def show_statistics(values: Mapping[str, Any]) -> None:
     train, _ = open_splits(config)
     for data, segments in train.items():
         name = data or config.data.name
-        _print_statistics(name, _statistics(segments, config))
+        statistics = _statistics(segments, config)
+        _print_statistics(name, statistics)
+        for line in outside_limits(statistics):
+            Console().print(f"outside of limits: {line}", highlight=False)
         for kind in config.climatologies:
             assert config.output is not None, "checked by the schema"
             file = f"{data}-{kind}.zarr" if data else f"{kind}.zarr"

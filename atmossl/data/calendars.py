@@ -31,6 +31,8 @@ _DAYS = {  # of a year, where every year has as many
     "360_day": 360,
 }
 _YEAR_HOURS = {name: 24.0 * days for name, days in _DAYS.items()} | {"julian": 24.0 * 365.25}
+_PLAIN_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ]\d\d(:\d\d(:\d\d(\.\d+)?)?)?)?)?)?")
+_FIRST_YEAR, _LAST_YEAR = 1678, 2261  # of nanoseconds in 64 bits
 _DATE = re.compile(r"(-?\d{1,6})(?:-(\d\d?)(?:-(\d\d?)(?:[T ](\d\d?)(?::(\d\d))?(?::(\d\d))?)?)?)?")
 
 
@@ -161,6 +163,10 @@ class Calendar:
 
 def _plain_date(text: str) -> np.datetime64:
     try:
+        if not _PLAIN_DATE.fullmatch(text):  # numpy takes 20010131 for a year
+            raise ValueError("needed: year-month-day")
+        if not _FIRST_YEAR <= int(text[:4]) <= _LAST_YEAR:  # numpy overflows without a word
+            raise ValueError(f"years from {_FIRST_YEAR} to {_LAST_YEAR} are known")
         return np.datetime64(text, "ns")
     except ValueError as error:
         raise ValueError(f"{text!r} is no date ({error}); valid: such as 2001-01-31T06") from error

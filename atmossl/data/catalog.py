@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
 StoreFormat = Literal["auto", "zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"]
+_COORDINATES = ("time", "level", "latitude", "longitude")
 _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
 
 
@@ -46,13 +47,20 @@ class CatalogEntry(_Strict):
 
     description: str
     segments: dict[str, SegmentEntry]
-    splits: dict[Split, tuple[Period, ...]]
+    splits: dict[Split, Annotated[tuple[Period, ...], Field(min_length=1)]]
     variables: dict[str, str]
     levels: tuple[int, ...] = ()
     coordinates: dict[str, str] = Field(default_factory=dict)
     gaps: Gaps = "error"
     licence: str
     citation: str
+
+    @model_validator(mode="after")
+    def _coordinates_are_canonical(self) -> "CatalogEntry":
+        unknown = sorted(set(self.coordinates) - set(_COORDINATES))
+        if unknown:
+            raise ValueError(f"coordinates {unknown} do not exist; valid: {list(_COORDINATES)}")
+        return self
 
     @model_validator(mode="after")
     def _periods_name_segments(self) -> "CatalogEntry":
@@ -92,13 +100,19 @@ def load_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
         raise ValueError(f"data.catalog={path}: no such file")
     try:
         raw = yaml.safe_load(path.read_text())
-        return {name: CatalogEntry(**entry) for name, entry in raw.items()}
+        return {name: _entry(name, entry, path) for name, entry in raw.items()}
     except (yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a catalog ({error})") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a catalog ({why})") from error
+
+
+def _entry(name: str, values: dict[str, Any], path: Path) -> CatalogEntry:
+    try:
+        return CatalogEntry(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: {key}: {first['msg']}") from error
+        key = ".".join(str(part) for part in (name, *first["loc"]))
+        raise ValueError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:

@@ -122,7 +122,7 @@ def segment_moments(
 ) -> Moments:
     """Moments of one variable over a segment, [level].
 
-    partial: where to keep what is done after every block, to go on from there; removed at the end.
+    partial: where to keep what is done after every block, to go on from there.
     progress: told the number of steps of every block.
     """
     found, done = _resume(partial)
@@ -137,8 +137,6 @@ def segment_moments(
         found = block if found is None else found.merged(block)
         _save(partial, {"done": start + count, "moments": found.to_dict()})
     assert found is not None, f"segment {segment.name} has no steps"
-    if partial is not None:
-        partial.unlink(missing_ok=True)
     return found
 
 

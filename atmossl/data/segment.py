@@ -238,6 +238,12 @@ class Segment:
             first_step=self.first_step + start,
         )
 
+    def shared_steps(self, other: "Segment") -> int:
+        """How many of its steps another segment reads from the same place."""
+        if self.location != other.location:
+            return 0
+        return len(np.intersect1d(self.times, other.times))
+
     def to_dataset(self) -> xr.Dataset:
         """The record as a canonical dataset in memory; see `dataset_of`."""
         count, everywhere = len(self.times), self.whole()

@@ -25,6 +25,7 @@ from atmossl.data.fingerprint import (
 from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
 from atmossl.data.transforms import Transform
+from atmossl.data.variables import VARIABLES
 from atmossl.tokens import patch_values
 
 _ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
@@ -142,6 +143,26 @@ class Statistics:
             others={n: cls.from_dict(value) for n, value in values.get("others", {}).items()},
             **arrays,
         )
+
+
+def outside_limits(statistics: Statistics) -> list[str]:
+    """Variables whose values are none that the atmosphere has: other units, or fill values that
+    are not marked as missing."""
+    found = []
+    for number, name in enumerate(statistics.variables):
+        limits = VARIABLES[name].physical_range if name in VARIABLES else (-np.inf, np.inf)
+        if statistics.minimum is None or statistics.maximum is None:
+            continue
+        extremes = np.array([statistics.minimum[number].min(), statistics.maximum[number].max()])
+        if name in statistics.transforms:
+            extremes = statistics.transforms[name].inverse(extremes)
+        if extremes[0] < limits[0] or extremes[1] > limits[1]:
+            found.append(
+                f"{name} goes from {extremes[0]:.4g} to {extremes[1]:.4g} {VARIABLES[name].units}, "
+                f"physical is {limits[0]:g} to {limits[1]:g}: other units, or a fill value that is "
+                "not marked?"
+            )
+    return found
 
 
 def _check_changes(moments: Moments, segment: Segment, name: str) -> None:

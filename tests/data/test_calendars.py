@@ -95,6 +95,12 @@ def test_a_date_that_does_not_exist_is_named(calendar: str, text: str) -> None:
         Calendar(calendar).parse(text)
 
 
+@pytest.mark.parametrize("text", ["20010131", "1500-01-01", "2001-1-31", "now", "NaT", "20"])
+def test_what_numpy_would_take_for_another_date_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is no date"):
+        STANDARD.parse(text)
+
+
 @pytest.mark.parametrize(
     ("text", "after"),
     [

@@ -11,8 +11,9 @@ from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry, catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.fingerprint import _spread_chunks, agree, fingerprint, identity
-from atmossl.data.statistics import Normaliser, Statistics, load_or_compute
+from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.store import open_segment, open_split
+from atmossl.data.transforms import Transform
 from tests.synthetic import dataset, spec
 
 NAMES = ("temperature", "u_component_of_wind")
@@ -133,6 +134,17 @@ def test_a_constant_field_is_refused() -> None:
         Statistics.compute([segment(store)])
 
 
+def test_values_that_the_atmosphere_does_not_have_are_told() -> None:
+    store = dataset(variables=("temperature", "u_component_of_wind"))
+    store["temperature"] += 250.0
+    assert outside_limits(Statistics.compute([segment(store)])) == []
+    store["temperature"][3, 1, 2, 2] = -9999.0
+    (line,) = outside_limits(Statistics.compute([segment(store)]))
+    assert line.startswith("temperature goes from -9999 to 25") and "130 to 350" in line
+    transforms = {"temperature": Transform("log", 1.0)}
+    assert outside_limits(Statistics.compute([segment(store)], transforms)) == [line]
+
+
 def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> None:
     """Stopped in the middle, only what is left is read; the result is the same bit for bit."""
     monkeypatch.setattr(moments, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 5)  # five steps at a time
@@ -143,17 +155,20 @@ def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> Non
 
     def stops(segment, variable, start, *rest):
         reads.append(start)
-        if len(reads) == 4:
+        if len(reads) in stopped:
             raise KeyboardInterrupt
         return original(segment, variable, start, *rest)
 
     monkeypatch.setattr(moments, "read_block", stops)
-    with pytest.raises(KeyboardInterrupt):
-        load_or_compute([segment(store)], tmp_path)
+    stopped = (4, 9)  # in the first variable, and in the second
+    for _ in stopped:
+        with pytest.raises(KeyboardInterrupt):
+            load_or_compute([segment(store)], tmp_path)
     again = load_or_compute([segment(store)], tmp_path)
     for key in ("mean", "std", "step_std", "minimum", "maximum", "missing"):
         np.testing.assert_array_equal(getattr(again, key), getattr(whole, key))
-    assert reads[3:5] == [14, 14] and len(reads) == 4 + 2 + 5  # one block read twice, none skipped
+    assert reads[3:5] == [14, 14] and reads[8:10] == [9, 9]  # blocks that were not finished
+    assert len(reads) == 5 + 5 + 2
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from atmossl.data.catalog import load_catalog
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box
 from tests.synthetic import dataset
@@ -95,3 +96,47 @@ def test_a_period_has_both_ends() -> None:
     assert len(record.between("2001", "2001").times) == len(record.times)
     with pytest.raises(ValueError, match="fewer than two"):
         opened(dataset()).between("2005-01-01", "")
+
+
+def test_steps_of_one_place_are_shared() -> None:
+    record = opened(dataset(steps=24))
+    first, second = record.between("", "2001-01-04"), record.between("2001-01-03", "")
+    assert first.shared_steps(second) == 8
+    assert first.shared_steps(record.between("2001-01-05", "")) == 0
+    assert (
+        first.shared_steps(open_segment("w", dataset(), "other", variables=NAMES, levels=())) == 0
+    )
+
+
+ENTRY = """waves:
+  description: ""
+  segments: {run: {location: run.zarr}}
+  splits: {train: [{segment: run}]}
+  variables: {temperature: t}
+  licence: ""
+  citation: ""
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[{segment: run}]", "[]", "waves.splits.train: Tuple should have at least 1 item"),
+        ("segment: run}", "segment: two}", r"waves: splits.train names segment 'two'; valid: \["),
+        (
+            "variables:",
+            "coordinates: {lattitude: y}\n  variables:",
+            r"\['lattitude'\] do not exist",
+        ),
+        ("licence:", "license:", "waves.licence: Field required"),
+        ("segments: {", "segments: {[", "not a catalog"),
+    ],
+)
+def test_a_wrong_catalog_is_one_line(tmp_path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "catalog.yaml"
+    path.write_text(ENTRY)
+    assert list(load_catalog(path)) == ["waves"]
+    path.write_text(ENTRY.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_catalog(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
