@@ -373,7 +373,7 @@ def s3_server(folder: Path, faults: int, failing: str):
 
 
 @pytest.mark.parametrize(
-    ("faults", "failing"), [(0, CHUNKS), (2, CHUNKS), (99, CHUNKS), (2, METADATA), (99, METADATA)]
+    ("faults", "failing"), [(2, CHUNKS), (99, CHUNKS), (2, METADATA), (99, METADATA)]
 )
 def test_s3_is_tried_again_and_then_named(tmp_path, monkeypatch, faults: int, failing: str) -> None:
     s3fs = pytest.importorskip("s3fs")

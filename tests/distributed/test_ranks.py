@@ -20,7 +20,6 @@ GLOBAL_BATCH = 4
 RANKS = {  # changes, ranks, batches of a step one after the other
     "one": ((), 1, 2),
     "ddp": (("trainer.strategy=ddp",), 2, 2),
-    "ddp-4": (("trainer.strategy=ddp",), 4, 1),
     "fsdp": (("trainer.strategy=fsdp", "trainer.cpu_offload=true"), 2, 2),
     "fsdp-4": (("trainer.strategy=fsdp",), 4, 1),
 }

@@ -63,8 +63,9 @@ def stop_after(count: int):
     return advance
 
 
-@pytest.mark.parametrize("task", [Forecast(12), Forecast(24, 12), TemporalInterpolation(6)])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("task", "count"), [(Forecast(12), 1), (Forecast(24, 12), 3), (TemporalInterpolation(6), 3)]
+)
 def test_a_resumed_output_is_that_of_one_run(task: Task, count: int, tmp_path: Path) -> None:
     used = forecaster(task, window=(5, 4, 8))
     write(used, times_of(used), tmp_path / "whole.zarr")
