@@ -1,5 +1,6 @@
 """`atmossl predict` and `calibrate`, on a small checkpoint made here."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -289,7 +290,9 @@ def test_a_killed_prediction_goes_on(folder: Path, tmp_path: Path) -> None:
     given = ["predict", "task=forecast", *arguments(folder, output), "every=3", "batch_size=1"]
     progress = partial_of(output).with_suffix(".json")
     process = start(given, cache=tmp_path)
-    while process.is_alive() and not progress.exists():
+    while process.is_alive() and not (
+        progress.exists() and json.loads(progress.read_text())["cases"]
+    ):
         time.sleep(0.005)
     process.kill()
     process.join()
