@@ -8,6 +8,7 @@ import dask.array
 import numpy as np
 import xarray as xr
 import zarr
+from xarray.conventions import decode_cf_variable
 
 from atmossl.data.chunks import ChunkedArray, Region, SharedChunks
 
@@ -57,7 +58,8 @@ class OnePosition(SharedChunks):
 def atmorep(group: zarr.Group) -> Adapted:
     """AtmoRep's stores: `data[time, field, level, lat, lon]` and, at the surface,
     `data_sfc[time, field, lat, lon]`, with `time`, `lats`, `lons` and the attributes `fields`,
-    `fields_sfc` and `levels`. Fields get their ERA5 names where they are known.
+    `fields_sfc` and `levels`. Fields get their ERA5 names where they are known. `lats` may be
+    AtmoRep's mathematical ones, from 0 at the north pole to 180.
 
     Raises:
         ValueError: an array or an attribute is missing.
@@ -82,13 +84,34 @@ def atmorep(group: zarr.Group) -> Adapted:
     if not fields:
         raise ValueError("neither data nor data_sfc is there")
     coords = {
-        "time": np.asarray(_array(group, "time")[:]).astype("datetime64[ns]"),
-        "latitude": np.asarray(_array(group, "lats")[:]),
+        "time": _dates(group, "time"),
+        "latitude": _latitudes(np.asarray(_array(group, "lats")[:])),
         "longitude": np.asarray(_array(group, "lons")[:]),
     }
     if "data" in group:
         coords["level"] = np.array(attributes["levels"])
     return xr.Dataset(fields, coords), arrays
+
+
+def _latitudes(values: np.ndarray) -> np.ndarray:
+    return 90.0 - values if values.min() >= 0.0 and values.max() > 90.0 else values
+
+
+def _dates(group: zarr.Group, name: str) -> np.ndarray:
+    """Dates that are stored as such, as numbers with CF units, or as nanoseconds since 1970.
+
+    Raises:
+        ValueError: numbers whose unit nothing tells.
+    """
+    array = _array(group, name)
+    values = np.asarray(array[:])
+    if values.dtype.kind != "M" and "units" in array.attrs:
+        variable = xr.Variable(("time",), values, dict(array.attrs))
+        return decode_cf_variable(name, variable).values
+    dates = values.astype("datetime64[ns]")
+    if (np.abs(np.diff(dates)) < np.timedelta64(1, "s")).any():
+        raise ValueError(f"array {name} of {values.dtype} has no attribute units, nor dates")
+    return dates
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -175,7 +198,7 @@ def anemoi(group: zarr.Group) -> Adapted:
         if not on_levels:
             fields[parameter] = (fields[parameter][0], values[:, 0])
     coords = {
-        "time": np.asarray(_array(group, "dates")[:]).astype("datetime64[ns]"),
+        "time": _dates(group, "dates"),
         "latitude": latitude,
         "longitude": longitude,
     }

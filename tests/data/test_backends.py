@@ -54,6 +54,8 @@ def check(segment: Segment) -> None:
         found = segment.read(name, (300, 850), 3, 6, segment.whole())
         expected = RECORD[name].isel(time=slice(3, 9)).sel(level=[300, 850])
         np.testing.assert_array_equal(found, expected.transpose("level", "time", ...))
+    np.testing.assert_array_equal(segment.times, RECORD["time"])
+    np.testing.assert_allclose(segment.grid.latitude, RECORD["latitude"])
 
 
 def in_folder(path: Path) -> str:
@@ -148,19 +150,36 @@ def test_references_that_virtualizarr_writes_read_alike(tmp_path, kind: str) -> 
         closed.read("temperature", (300,), 0, 2, closed.whole())
 
 
-def test_atmoreps_layout_reads_alike(tmp_path) -> None:
+def put_times(group: zarr.Group, name: str, form: str = "units") -> None:
+    """Dates as such, which zarr 3 warns of, or as numbers with CF units."""
+    seconds = RECORD["time"].values.astype("datetime64[s]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        array = group.create_array(name, data=seconds if form == "dates" else seconds.astype("i8"))
+    if form == "units":
+        array.attrs["units"] = "seconds since 1970-01-01"
+
+
+@pytest.mark.parametrize("colatitude", [False, True])
+@pytest.mark.parametrize("form", ["dates", "units", "numbers"])
+def test_atmoreps_layout_reads_alike(tmp_path, form: str, colatitude: bool) -> None:
     group = zarr.open_group(tmp_path / "atmorep.zarr", mode="w")
     fields = np.stack([RECORD[name].values for name in NAMES], axis=1)
     group.create_array("data", data=fields, chunks=(4, 1, 1, 8, 16))
     group.create_array("data_sfc", data=fields[:, :, 0], chunks=(4, 1, 8, 16))
-    group.create_array("time", data=RECORD["time"].values.astype("datetime64[s]").astype("int64"))
-    group.create_array("lats", data=RECORD["latitude"].values)
+    put_times(group, "time", form)
+    latitude = RECORD["latitude"].values
+    group.create_array("lats", data=90.0 - latitude if colatitude else latitude)
     group.create_array("lons", data=RECORD["longitude"].values)
     group.attrs.update(
         fields=["temperature", "velocity_u"], fields_sfc=["t2m", "msl"], levels=[300, 500, 850]
     )
-    segment = opened(str(tmp_path / "atmorep.zarr"), "atmorep")
-    check(segment)
+    location = str(tmp_path / "atmorep.zarr")
+    if form == "numbers":
+        with pytest.raises(ValueError, match="array time of int64 has no attribute units"):
+            opened(location, "atmorep")
+        return
+    check(opened(location, "atmorep"))
 
 
 def read_together(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -195,10 +214,9 @@ def test_fields_of_one_chunk_are_decoded_once(tmp_path, monkeypatch, together, c
     group = zarr.open_group(tmp_path / "atmorep.zarr", mode="w")
     fields = np.stack([RECORD[name].values for name in NAMES], axis=1)
     group.create_array("data", data=fields, chunks=(4, together, 3, 8, 16))
-    for name, coordinate in (("time", "time"), ("lats", "latitude"), ("lons", "longitude")):
-        values = RECORD[coordinate].values
-        values = values.astype("datetime64[s]").astype("int64") if name == "time" else values
-        group.create_array(name, data=values)
+    put_times(group, "time")
+    for name, coordinate in (("lats", "latitude"), ("lons", "longitude")):
+        group.create_array(name, data=RECORD[coordinate].values)
     group.attrs.update(fields=["temperature", "velocity_u"], levels=[300, 500, 850])
     segment = opened(str(tmp_path / "atmorep.zarr"), "atmorep")
     fetched = read_together(segment, monkeypatch)
@@ -219,7 +237,7 @@ def test_anemois_layout_reads_alike(tmp_path, monkeypatch) -> None:
     lat, lon = np.meshgrid(RECORD["latitude"], RECORD["longitude"], indexing="ij")
     group.create_array("latitudes", data=lat.ravel())
     group.create_array("longitudes", data=lon.ravel())
-    group.create_array("dates", data=RECORD["time"].values.astype("datetime64[s]").astype("int64"))
+    put_times(group, "dates")
     group.attrs["variables"] = names
     segment = opened(str(tmp_path / "anemoi.zarr"), "anemoi", {NAMES[0]: "t", NAMES[1]: "u"})
     check(segment)
