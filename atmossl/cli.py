@@ -264,6 +264,12 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
+def _system_words(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 with one line for bad input, 1 for a fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -282,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except (FloatingPointError, OSError) as error:
-        text = error.strerror or error if isinstance(error, OSError) else error
+        text = _system_words(error) if isinstance(error, OSError) else str(error)
         console.print(f"atmossl {command}: {text}", markup=False, highlight=False, soft_wrap=True)
         return getattr(error, "exit_code", 1)
     return 0

@@ -20,6 +20,7 @@ from atmossl.data.inspect import (
     advice,
     inspect,
     names_of,
+    refusals,
     save_map,
     time_advice,
 )
@@ -175,19 +176,22 @@ def _print_segment(console: Console, report: SegmentReport, window: WindowSize) 
         table.add_row(*_row(variable))
     console.print(table)
     _print_storage(console, report.variables)
-    advices = [*time_advice(time), *(line for v in report.variables for line in advice(v, window))]
+    advices = time_advice(time)
+    for variable in report.variables:
+        advices += [*refusals(variable, report.location), *advice(variable, window)]
     for line in advices:
         console.print(f"advice: {line}", highlight=False)
 
 
 def _row(variable: VariableReport) -> list[str]:
     low, high = variable.limits
+    verdict = "within" if variable.within_limits else f"OUTSIDE {low:g} to {high:g}"
     return [
         variable.name,
         variable.units,
         f"{variable.minimum:.4g} to {variable.maximum:.4g}",
         f"{variable.missing:.2%}",
-        "within" if variable.within_limits else f"OUTSIDE {low:g} to {high:g}",
+        verdict if variable.has_values else "no values",
     ]
 
 

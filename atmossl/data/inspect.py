@@ -17,8 +17,8 @@ from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
-from atmossl.data.store import rename_coordinates
-from atmossl.data.variables import VARIABLES
+from atmossl.data.store import check_dims, rename_coordinates
+from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
 
 _SMALL_CHUNK_BYTES = 256 * 2**10
@@ -64,6 +64,10 @@ class VariableReport:
     @property
     def units(self) -> str:
         return str(self.picture.attrs.get("units", ""))
+
+    @property
+    def has_values(self) -> bool:
+        return self.missing < 1.0
 
     @property
     def within_limits(self) -> bool:
@@ -135,6 +139,8 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
     for name, source in entry.segments.items():
         opened, location = open_store(source), resolve_location(source.location)
         dataset = rename_coordinates(opened.dataset, entry.coordinates, location)
+        if dataset.sizes["time"] == 0:
+            raise ValueError(f"{location}: its time axis is empty")
         missing = sorted(set(entry.variables.values()) - set(map(str, dataset.data_vars)))
         if missing:
             have = sorted(map(str, dataset.data_vars))
@@ -226,6 +232,21 @@ def advice(variable: VariableReport, window: WindowSize) -> list[str]:
 def _ratio_of(points: int) -> float:
     length = max(1, points // 2)
     return (1 + (points - 1) / length) * length / points
+
+
+def refusals(variable: VariableReport, location: str) -> list[str]:
+    """Why training will not take a variable as it is."""
+    checks = (
+        lambda: check_units(variable.name, variable.picture.attrs.get("units"), location),
+        lambda: check_dims(variable.name, variable.dims, location),
+    )
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            found.append(f"training refuses {error}")
+    return found
 
 
 def save_map(variable: VariableReport, path: Path) -> None:

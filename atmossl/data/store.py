@@ -5,7 +5,7 @@ longitudes ascending, longitudes in [0, 360). Nothing is read at open but coordi
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -87,7 +87,7 @@ def open_parts(
     dataset = rename_coordinates(_chosen(dataset, names, location), coordinates or {}, location)
     for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
-        _check_dims(dataset[variable], location)
+        check_dims(variable, dataset[variable].dims, location)
     stored_levels = _checked_levels(dataset, levels, location)
     times, calendar = _checked_times(dataset, location)
     parts = _unbroken(times, gaps, calendar, location)
@@ -197,11 +197,12 @@ def check_record(dataset: xr.Dataset, location: str) -> None:
     _canonical_grid(dataset, location)
 
 
-def _check_dims(array: xr.DataArray, location: str) -> None:
-    others = sorted(map(str, set(array.dims) - set(COORDINATES)))
+def check_dims(name: str, dims: Sequence[Hashable], location: str) -> None:
+    """Raise ValueError if a variable has dimensions beside the canonical ones."""
+    others = sorted(map(str, set(dims) - set(COORDINATES)))
     if others:
         raise ValueError(
-            f"{location}: {array.name} has further dimensions {others}; keep one value of each, "
+            f"{location}: {name} has further dimensions {others}; keep one value of each, "
             "with `select` of `atmossl data ingest` for example"
         )
 

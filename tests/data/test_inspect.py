@@ -6,7 +6,7 @@ import xarray as xr
 
 from atmossl.cli import main
 from atmossl.data.catalog import load_catalog
-from atmossl.data.inspect import advice, inspect, time_axis
+from atmossl.data.inspect import advice, inspect, refusals, time_axis
 from atmossl.data.windows import WindowSize
 from tests.synthetic import catalog, dataset
 
@@ -68,6 +68,24 @@ def test_the_report_fits_eighty_columns(tmp_path, capsys, monkeypatch, calendar:
     assert ("calendar noleap" in printed) == (calendar == "noleap")
 
 
+def test_what_training_will_refuse_is_told(tmp_path) -> None:
+    store = dataset(steps=6)
+    store["temperature"].attrs["units"] = "degC"
+    wind = store["u_component_of_wind"].expand_dims(member=2) * np.nan
+    store["u_component_of_wind"] = wind.assign_attrs(units="m s-1")
+    path = catalog(tmp_path, train=store)
+    (report,) = inspect(load_catalog(path)["waves"], WindowSize(6, 0, 0), samples=1)
+    temperature, wind = report.variables
+    (line,) = refusals(temperature, "here")
+    assert line.startswith("training refuses here: variable temperature has units 'degC'")
+    (line,) = refusals(wind, "here")
+    assert "further dimensions ['member']" in line
+    assert temperature.has_values and not wind.has_values
+    store.isel(time=slice(0, 0)).to_zarr(tmp_path / "train.zarr", mode="w", consolidated=False)
+    with pytest.raises(ValueError, match=r"train.zarr: its time axis is empty"):
+        inspect(load_catalog(path)["waves"], WindowSize(6, 0, 0), samples=1)
+
+
 def test_the_command_prints_and_draws(tmp_path, capsys) -> None:
     path = catalog(tmp_path, train=dataset(steps=6))
     output = tmp_path / "maps"
@@ -80,3 +98,5 @@ def test_the_command_prints_and_draws(tmp_path, capsys) -> None:
         "u_component_of_wind.png",
     ]
     assert main(["data", "inspect"]) == 2
+    assert main([*command[:-1], f"output={path}"]) == 1
+    assert f"atmossl data: {path}: File exists" in capsys.readouterr().err
