@@ -16,6 +16,7 @@ from atmossl.data.segment import HOUR
 from atmossl.geometry import Box
 from atmossl.inference.blend import Fields, Mosaic, Part
 from atmossl.inference.calibration import Calibration
+from atmossl.inference.coherence import coherent
 from atmossl.inference.coverage import leads_within
 from atmossl.inference.windows import Source, WindowReader, columns, masked_view
 from atmossl.masking.tasks import Points
@@ -189,7 +190,7 @@ class _Tiles:
         """Some steps of windows in the variables' own units: predicted where hidden, as given
         elsewhere."""
         spec = stream.spec
-        fields = detokenise(_in_place(predicted, stream), spec)[..., steps, :, :]
+        fields = coherent(detokenise(_in_place(predicted, stream), spec)[..., steps, :, :], spec)
         number = [tile.view.names().index(spec.name) for tile in batch]
         hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
         hidden = hidden[..., steps, :, :].to(fields.device)
