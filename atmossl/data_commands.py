@@ -52,7 +52,7 @@ def show_statistics(values: Mapping[str, Any]) -> None:
     for data, segments in train.items():
         name = data or config.data.name
         statistics = _statistics(segments, config)
-        _print_statistics(name, statistics)
+        _print_statistics(name, statistics, segments[0])
         for line in outside_limits(statistics):
             Console().print(f"outside of limits: {line}", highlight=False)
         for kind in config.climatologies:
@@ -75,17 +75,19 @@ def _statistics(segments: Sequence[Segment], config: StatsConfig) -> Statistics:
     return found
 
 
-def _print_statistics(name: str, statistics: Statistics) -> None:
+def _print_statistics(name: str, statistics: Statistics, segment: Segment) -> None:
+    """Lines of at most 79 characters; a surface variable has one."""
     fields = ("mean", "std", "step_std", "minimum", "maximum", "missing")
-    columns = ("variable", "level", *(f.replace("_", " ") for f in fields))
-    table = Table(*columns, title=name, show_edge=False, pad_edge=False)
-    table.columns[0].no_wrap = True
+    heads = ("level", *(field.replace("_", " ") for field in fields))
+    lines = [f"{name}", f"{heads[0]:>7}{''.join(f'{head:>12}' for head in heads[1:])}"]
     for row, variable in enumerate(statistics.variables):
-        for column, level in enumerate(statistics.levels):
+        lines.append(variable)
+        for column, level in enumerate(segment.levels_of(variable)):
             numbers = [getattr(statistics, field) for field in fields]
             shown = ["" if x is None else f"{x[row, column]:.4g}" for x in numbers]
-            table.add_row(variable, str(level), *shown)
-    Console().print(table, f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}")
+            lines.append(f"{level or '':>7}{''.join(f'{text:>12}' for text in shown)}")
+    lines += [f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}"]
+    Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_climatology(

@@ -183,6 +183,7 @@ def test_memory_is_bounded(tmp_path) -> None:
 @pytest.mark.e2e
 def test_the_command_writes_and_refuses(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("ATMOSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
     path = catalog(tmp_path, train=dataset(seed=1), validation=dataset(seed=2))
     keys = [
         f"data.catalog={path}",
@@ -196,7 +197,9 @@ def test_the_command_writes_and_refuses(tmp_path, monkeypatch, capsys) -> None:
     ]
     wanted = "climatologies=[global,cell_day_hour]"
     assert main(["data", "stats", *keys, wanted]) == 0
-    assert "cell_day_hour.zarr, written" in "".join(capsys.readouterr().out.split("\n"))
+    printed = capsys.readouterr().out
+    assert "cell_day_hour.zarr, written" in "".join(printed.split("\n"))
+    assert f"{float(dataset(seed=1)['temperature'].max()):.4g}" in printed and "…" not in printed
     store = dataset(seed=1)
     store["temperature"][12] += 1.0
     store.to_zarr(tmp_path / "train.zarr", mode="w", consolidated=False)
