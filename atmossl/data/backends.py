@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 import zarr
 import zarr.errors
+from scipy.io import netcdf_file
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ZipStore
 
@@ -98,11 +99,14 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     del options
     path = Path(location)
     if path.is_file():
+        _check_whole(path)
         return OpenedStore(xr.open_dataset(path))
     files = path.glob("*.nc*") if path.is_dir() else path.parent.glob(path.name)
-    found = sorted(str(file) for file in files)
+    found = sorted(str(file) for file in files if file.name[0] != ".")
     if not found:
         raise FileNotFoundError("no NetCDF file matches")
+    for file in found:
+        _check_whole(Path(file))
     units: dict[str, set[str]] = {}
 
     def noted(dataset: xr.Dataset) -> xr.Dataset:
@@ -125,6 +129,18 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
         if len(stated) > 1:  # joined as they are, and refused where the variable is wanted
             dataset[name].attrs["units"] = sorted(stated)
     return OpenedStore(dataset)
+
+
+def _check_whole(path: Path) -> None:
+    """Raise ValueError if a NetCDF 3 file ends early: the library would read zeros beyond."""
+    with path.open("rb") as file:
+        if file.read(4) not in (b"CDF\x01", b"CDF\x02"):
+            return
+    try:
+        with netcdf_file(path, "r", mmap=True):
+            pass
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is truncated: it is shorter than its header says") from error
 
 
 @contextmanager

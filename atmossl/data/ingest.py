@@ -267,6 +267,7 @@ def write_region(job: Job) -> str:
     """Write one region, read it back, and note its checksum.
 
     Raises:
+        ValueError: the input cannot be read there.
         OSError: what was read back differs.
     """
     region, store = job.region, Path(job.store)
@@ -274,7 +275,14 @@ def write_region(job: Job) -> str:
     steps = slice(region.start, region.stop)
     if "time" in array.dims:
         array = array.isel(time=steps)
-    values = np.ascontiguousarray(array.compute().values, dtype=np.float32)
+    try:
+        values = np.ascontiguousarray(array.compute().values, dtype=np.float32)
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"input={job.source.location}: cannot read {region.variable}, steps {region.start} to "
+            f"{region.stop - 1} ({why})"
+        ) from error
     target = zarr.open_array(store / region.variable, mode="r+")
     place: Any = steps if "time" in array.dims else Ellipsis
     target[place] = values

@@ -33,7 +33,8 @@ def input_files(location: str) -> list[str]:
     if path.is_dir() and ((path / "zarr.json").exists() or (path / ".zgroup").exists()):
         return [location]
     files = path.glob("*") if path.is_dir() else path.parent.glob(path.name)
-    found = sorted(str(f) for f in files if f.suffix in (*_GRIB, ".nc", ".nc4"))
+    suffixes = (*_GRIB, ".nc", ".nc4")
+    found = sorted(str(f) for f in files if f.suffix in suffixes and f.name[0] != ".")
     if not found:
         raise ValueError(f"input={location}: no GRIB or NetCDF file there")
     return found

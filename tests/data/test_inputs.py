@@ -139,6 +139,30 @@ def test_variables_may_lie_in_files_of_their_own(tmp_path: Path, capsys) -> None
     assert "missing values: u_component_of_wind 50.00%" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("unlimited", [[], ["time"]])
+def test_a_truncated_file_of_the_old_format_is_named(unlimited: list[str], tmp_path: Path) -> None:
+    """The NetCDF library reads zeros beyond its end."""
+    path = tmp_path / "old.nc"
+    RECORD.to_netcdf(path, format="NETCDF3_64BIT", engine="scipy", unlimited_dims=unlimited)
+    (tmp_path / "._old.nc").write_bytes(b"of another system")
+    assert open_input(str(tmp_path), {}, {}, {}).sizes["time"] == 6
+    path.write_bytes(path.read_bytes()[:-3000])
+    for place in (str(path), str(tmp_path)):
+        with pytest.raises(ValueError, match=r"old.nc is truncated"):
+            open_input(place, {}, {}, {})
+        with pytest.raises(ValueError, match=r"old.nc is truncated"):
+            open_store(SegmentEntry(location=place))
+
+
+def test_a_torn_chunk_of_the_input_is_named(tmp_path: Path) -> None:
+    RECORD.to_zarr(tmp_path / "in.zarr", consolidated=False)
+    chunk = tmp_path / "in.zarr" / "temperature" / "c" / "0" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    source = Source(str(tmp_path / "in.zarr"))
+    with pytest.raises(ValueError, match=r"in.zarr: cannot read temperature, steps 0 to 2 \(Runt"):
+        ingest(source, tmp_path / "out.zarr", LAYOUT, ONE, lambda *_: None)
+
+
 def test_a_wrong_date_and_an_empty_region_are_named(tmp_path: Path) -> None:
     place = folder_of(tmp_path, RECORD)
     for wrong, message in (
