@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from atmossl import __version__
@@ -69,11 +70,10 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     """The datamodule and the statistics of the training split alone."""
     train, validation = open_splits(config)
-    _warn_of_shared_steps(train[""], validation[""])
+    _warn(shared_steps(train[""], validation[""]))
     transforms = config.data.transform_of()
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
-    for line in (line for found in of_entry.values() for line in outside_limits(found)):
-        _LOGGER.warning("%s", line)
+    _warn([line for found in of_entry.values() for line in outside_limits(found)])
     statistics = replace(of_entry.pop(""), others=of_entry)
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
@@ -101,14 +101,24 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     return datamodule, statistics
 
 
-def _warn_of_shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> None:
+def shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> list[str]:
+    """Time steps that a run would see twice, or validate on after training on them."""
+    found = []
     for number, one in enumerate(train):
-        for what, others in (("train twice", train[number + 1 :]), ("validation", validation)):
-            for other in others:
-                if count := one.shared_steps(other):
-                    _LOGGER.warning(
-                        "%s: %d time steps of split train are in %s, too", one.location, count, what
-                    )
+        for what, others in (("it again", train[number + 1 :]), ("validation", validation)):
+            counts = [one.shared_steps(other) for other in others]
+            found += [
+                f"{one.location}: {count} time steps of split train are in {what}, too"
+                for count in counts
+                if count
+            ]
+    return found
+
+
+@rank_zero_only
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        _LOGGER.warning("%s", line)
 
 
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Multiformer:

@@ -6,7 +6,8 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,18 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         ValueError: an override that does not fit, in one line.
     """
     GlobalHydra.instance().clear()
+    with (
+        _in_one_line(overrides),
+        initialize_config_dir(str(find_file("conf")), version_base="1.3"),
+    ):
+        return _to_plain(compose(name, list(overrides)))
+
+
+@contextmanager
+def _in_one_line(overrides: Sequence[str]) -> Iterator[None]:
+    """What Hydra and OmegaConf refuse, as ValueError in one line."""
     try:
-        with initialize_config_dir(str(find_file("conf")), version_base="1.3"):
-            config = compose(name, list(overrides))
-            return _to_plain(config)
+        yield
     except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
         given = [item for item in overrides if "{" in item]
         if not given:
@@ -97,10 +106,12 @@ def _train(arguments: Sequence[str]) -> None:
     import hydra
 
     sys.argv = ["atmossl train", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong; else Hydra prints and exits
     decorate = hydra.main(
         version_base="1.3", config_path=str(find_file("conf")), config_name="train"
     )
-    decorate(_train_one_of_many)()
+    with _in_one_line(arguments):
+        decorate(_train_one_of_many)()
 
 
 def _train_one_of_many(config: Any) -> float | None:

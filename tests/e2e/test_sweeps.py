@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atmossl.cli import main
 from tests.processes import run, stub, training
 
 pytestmark = pytest.mark.e2e
@@ -23,6 +24,20 @@ def test_every_value_is_a_run_in_a_folder_of_its_own(tmp_path: Path) -> None:
         folder = tmp_path / "sweep" / str(number)
         assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dim"] == dim
         assert (folder / "checkpoints" / "step-2.ckpt").exists()
+
+
+def test_what_is_wrong_with_a_sweep_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("ATMOSSL_CACHE", str(tmp_path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command changes it
+    monkeypatch.setattr("sys.argv", [])
+    for wrong, told in (
+        (("model.dim=17,32",), "atmossl train: model.dim=17 of stream"),
+        (("hparams_search=nope",), "atmossl train: In 'train'"),
+    ):
+        assert main(sweep(tmp_path, *wrong)) == 2
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith(told), captured.err
+        assert "Traceback" not in captured.err + captured.out
 
 
 def test_optuna_finds_the_lowest_score_of_its_trials(tmp_path: Path) -> None:
