@@ -8,8 +8,9 @@ forecast.temperature.sel(level=500).isel(lead_time=-1).mean("member").plot()
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.companions import Needs, paired
 from atmossl.data.segment import Segment
 from atmossl.data.store import only_segment, open_segment, open_split
-from atmossl.inference.cautions import unseen, untrained_step
+from atmossl.inference.cautions import unseen, untrained_step, untrained_window
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.layout import LayoutName
 from atmossl.inference.predict import Predictor
@@ -31,7 +32,7 @@ from atmossl.schema.faults import line_of
 from atmossl.schema.masks import instantiate
 from atmossl.schema.tasks import TaskConfig
 
-Times = str | np.datetime64 | Sequence[str] | np.ndarray | None
+Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Model:
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
+        if isinstance(task, Task) and choices:
+            raise ValueError(f"{choices} change keys of a task by name; {task} is one already")
+        _check_choices(dataset, layout, tilings=tilings, batch_size=batch_size)
         sampler = task if isinstance(task, Task) else find_task(task, choices).sampler()
         predictor = Predictor(
             trained=self.trained,
@@ -125,6 +129,16 @@ class Model:
         return segment
 
 
+def _check_choices(dataset: Any, layout: str, **counts: int) -> None:
+    if not isinstance(dataset, xr.Dataset):
+        raise ValueError(f"dataset is a {type(dataset).__name__}; valid: an xarray.Dataset")
+    if layout not in get_args(LayoutName):
+        raise ValueError(f"layout={layout!r}; valid: {list(get_args(LayoutName))}")
+    for key, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{key}={count}; valid: 1 or more")
+
+
 def _engine(output: Path) -> str:
     return "zarr" if output.suffix == ".zarr" else "netcdf4"
 
@@ -132,6 +146,11 @@ def _engine(output: Path) -> str:
 def load(checkpoint: str | Path = "default", *, device: str | None = None) -> Model:
     """A checkpoint, by default the reference one of the package, on the GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r}: {why}; valid: cpu, cuda") from error
     return Model(load_checkpoint(str(checkpoint)), device)
 
 
@@ -201,7 +220,7 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
         for time in found[1:][np.diff(found) == np.timedelta64(0)][:1]:
             predictor.find(time)  # in several segments: says in which
         return found
-    names = [times] if isinstance(times, str | np.datetime64) else list(times)
+    names = _named(times)
     parse = predictor.segment.calendar.parse
     try:
         found = np.unique(np.array([parse(name) for name in names], predictor.segment.times.dtype))
@@ -214,11 +233,26 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
     return found
 
 
+def _named(times: Any) -> list[Any]:
+    """Dates of numpy, pandas, xarray, cftime or the standard library as the calendar parses them.
+
+    Raises:
+        ValueError: what is no date.
+    """
+    values = np.atleast_1d(np.asarray(times))
+    wrong = [v for v in values if not isinstance(v, str | np.datetime64 | date)
+             and not hasattr(v, "calendar")]  # fmt: skip
+    if wrong:
+        raise ValueError(f"init_time={wrong[0]} is no date; valid: ISO dates, or all")
+    return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]
+
+
 def cautions(predictor: Predictor, time: np.datetime64) -> list[str]:
     """What the task asks that the checkpoint's training never did, as far as it is recorded."""
     record = predictor.trained.record
     step_hours = float(predictor.step / np.timedelta64(1, "h"))
     found = untrained_step(step_hours, record.get("step_hours"))
+    found += untrained_window(predictor.tiles, predictor.trained.window)
     masking = record.get("config", {}).get("masking")
     if masking is not None:
         task, view = predictor.task.downscaling, predictor.first_view(time)

@@ -2,16 +2,18 @@
 
 import re
 import warnings
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from nbclient import NotebookClient
 
 import atmossl
-from atmossl.api import Model, find_task
+from atmossl.api import Model, chosen_times, find_task
 from atmossl.inference.cautions import unseen, untrained_step
 from atmossl.masking.random import RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
@@ -67,9 +69,32 @@ def test_what_is_no_task_is_named(task, choices: dict, message: str) -> None:
         find_task(task, choices)
 
 
+def test_choices_that_would_be_dropped_or_mistaken_are_named() -> None:
+    for task, more, message in (
+        (Forecast(6), {"lead_time": "12h"}, "change keys of a task by name"),
+        ("forecast", {"layout": "wb2"}, "layout='wb2'; valid: .*weatherbench2"),
+        ("forecast", {"tilings": 0}, "tilings=0"),
+        ("forecast", {"batch_size": 0}, "batch_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model().predict(task, STORE, "2001-01-02", **more)
+    with pytest.raises(ValueError, match="dataset is a DataArray"):
+        model().predict("forecast", STORE["temperature"])
+    with pytest.raises(ValueError, match="device='tpu9'"):
+        atmossl.load(device="tpu9")
+
+
+def test_dates_of_any_library_are_understood() -> None:
+    used = predictor(Forecast(6), Known(guess))
+    wanted = np.array(["2001-01-02T06"], "datetime64[ns]")
+    for times in (pd.Timestamp(wanted[0]), datetime(2001, 1, 2, 6), pd.DatetimeIndex(wanted),
+                  xr.DataArray(wanted), wanted[0], [datetime(2001, 1, 2, 6)]):  # fmt: skip
+        np.testing.assert_array_equal(chosen_times(used, times), wanted)
+
+
 def test_dates_outside_and_none_are_named() -> None:
     for times, message in (("1990-01-01", "not in segment"), ([], "names no date"),
-                           ("tomorrow", "ISO dates")):  # fmt: skip
+                           ("tomorrow", "ISO dates"), (5, "5 is no date")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             model().predict("forecast", STORE, times)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atmossl.batch import Corruption, StreamMask, TokenGrid, View
+from atmossl.data.windows import WindowSize
+from atmossl.geometry import TilePlan
 from atmossl.masking.base import Layout, MaskingSampler
 
 _NUM_DRAWS = 200
@@ -81,6 +83,16 @@ def _stretched(grid: TokenGrid, times: float) -> TokenGrid:
         time_hours=start + (grid.time_hours - start) * times,
         time_extent=grid.time_extent * times,
     )
+
+
+def untrained_window(tiles: TilePlan, trained: WindowSize) -> list[str]:
+    """A sentence if the store's grid is smaller than the windows of the training."""
+    had = f"training had {trained.lat or 'all'} x {trained.lon or 'all'}"
+    if tiles.lat_size < trained.lat or tiles.lon_size < trained.lon:
+        return [f"windows of {tiles.lat_size} x {tiles.lon_size} cells; {had}"]
+    if not trained.lon and not tiles.grid.periodic:
+        return [f"windows that do not close the circle of latitude; {had} cells"]
+    return []
 
 
 def untrained_step(step_hours: float, trained_hours: float | None) -> list[str]:

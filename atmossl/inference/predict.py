@@ -105,15 +105,29 @@ class Predictor:
     def tiles(self) -> TilePlan:
         self.task.check(self.grid)
         self._check_companions()
-        (num_lat, num_lon), window = self.grid.shape, self.trained.window
-        return TilePlan(
-            self.grid,
-            window.lat or num_lat,
-            window.lon or num_lon,
-            self.overlap,
-            self._shifts,
-            self._align,
-        )
+        return TilePlan(self.grid, *self._tile_size, self.overlap, self._shifts, self._align)
+
+    @property
+    def _tile_size(self) -> tuple[int, int]:
+        """Rows and columns of a tile: those of the training's windows, or all that there are, in
+        whole tokens.
+
+        Raises:
+            ValueError: the grid is smaller than a token.
+        """
+        window, specs = self.trained.window, self.trained.own_specs
+        found = []
+        for key, wanted, have, tokens in (
+            ("rows", window.lat, self.grid.shape[0], {s.token_size.lat for s in specs}),
+            ("columns", window.lon, self.grid.shape[1], {s.token_size.lon for s in specs}),
+        ):
+            cells = math.lcm(self._align, *tokens)
+            if have < cells:
+                raise ValueError(
+                    f"the grid has {have} {key}, fewer than the {cells} of a token or coarse cell"
+                )
+            found.append(wanted if 0 < wanted <= have else have // cells * cells)
+        return found[0], found[1]
 
     def _check_companions(self) -> None:
         """Raise ValueError for what cannot be done with streams that read other data."""
@@ -125,9 +139,7 @@ class Predictor:
                 "task.refine and task.coarse_input change the cells or steps of a single store; "
                 f"the checkpoint has streams with data={names}, whose own would stay"
             )
-        window = self.trained.window
-        num_lat, num_lon = self.grid.shape
-        check_window(self.segment, window.time, window.lat or num_lat, window.lon or num_lon)
+        check_window(self.segment, self.trained.window.time, *self._tile_size)
 
     @property
     def _align(self) -> int:

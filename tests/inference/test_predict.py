@@ -10,11 +10,13 @@ import xarray as xr
 from torch import nn
 
 from atmossl.batch import Prediction, View
+from atmossl.inference.cautions import untrained_window
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
 from tests.inference.known import NAMES, STORE, Known, run_at
 from tests.inference.known import predictor as known
+from tests.synthetic import spec
 
 
 def predictor(task: Task, source: str = "target", **changes) -> Predictor:
@@ -38,6 +40,23 @@ def test_tiles_of_the_truth_blend_to_the_truth(task: Task, changes: dict) -> Non
         spread = (found[:, 1] - found[:, 0])[0] / 2
         expected = np.broadcast_to(scale[row][:, None, None], spread.shape)
         np.testing.assert_allclose(spread, expected, rtol=1e-5)
+
+
+def test_a_region_smaller_than_the_windows_of_the_training_is_predicted_in_whole_tokens() -> None:
+    """7 x 9 cells across Greenwich, in tiles of 6 x 8."""
+    region = STORE.isel(latitude=slice(1, 8), longitude=[12, 13, 14, 15, 0, 1, 2, 3, 4])
+    for window in ((5, 8, 16), (5, 8, 0)):
+        used = predictor(TemporalInterpolation(6), store=region, window=window)
+        assert (used.tiles.lat_size, used.tiles.lon_size) == (6, 8)
+        truth = region["temperature"].values[6]
+        np.testing.assert_allclose(run_at(used, 6)["temperature"].mean(axis=1)[0], truth, atol=2e-5)
+        (said,) = untrained_window(used.tiles, used.trained.window)
+        assert "windows of 6 x 8 cells; training had 8 x " in said
+    whole = predictor(TemporalInterpolation(6))
+    assert untrained_window(whole.tiles, whole.trained.window) == []
+    tiny = predictor(TemporalInterpolation(6), store=region, specs=(spec(token=(1, 8, 2)),))
+    with pytest.raises(ValueError, match="7 rows, fewer than the 8 of a token"):
+        run_at(tiny, 6)
 
 
 class Columns(nn.Module):
