@@ -10,8 +10,10 @@ from typing import Any
 import cartopy.crs as ccrs
 import numpy as np
 import xarray as xr
+import zarr
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from zarr.storage import LocalStore
 
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
@@ -44,7 +46,8 @@ class TimeAxis:
 @dataclass(frozen=True)
 class VariableReport:
     """minimum, maximum, missing: over the sampled steps. decoded_over_needed: values decoded for a
-    window over its own, by axis; reads: chunks that a window touches, all levels together."""
+    window over its own, by axis; reads: chunks that a window touches, all levels together.
+    absent: chunks that are not in a local zarr folder, and what they read as."""
 
     name: str
     dims: tuple[str, ...]
@@ -60,6 +63,7 @@ class VariableReport:
     decoded_over_needed: dict[str, float]
     reads: float
     picture: xr.DataArray
+    absent: tuple[int, Any] = (0, None)
 
     @property
     def units(self) -> str:
@@ -190,7 +194,16 @@ def _variable(
         decoded_over_needed=ratios,
         reads=reads,
         picture=picture.transpose("latitude", "longitude"),
+        absent=_absent(opened.array(stored)),
     )
+
+
+def _absent(array: zarr.Array | None) -> tuple[int, Any]:
+    """Chunks of a local store that have no file: lost, or never written as they hold nothing else
+    than the fill value. Elsewhere the answer would need a listing of all that is there."""
+    if array is None or not isinstance(array.store, LocalStore):
+        return 0, None
+    return array.nchunks - array.nchunks_initialized, array.fill_value
 
 
 def _cost(
@@ -209,8 +222,13 @@ def _cost(
 
 
 def advice(variable: VariableReport, window: WindowSize) -> list[str]:
-    """What rechunking would save, if it would save much."""
+    """Chunks that are not there, and what rechunking would save, if it would save much."""
     found = []
+    if variable.absent[0]:
+        found.append(
+            f"{variable.name}: {variable.absent[0]} chunks are not there and read as "
+            f"{variable.absent[1]}; see whether they were lost"
+        )
     wanted = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
     for dim, ratio in variable.decoded_over_needed.items():
         if ratio > _MUCH and wanted.get(dim):

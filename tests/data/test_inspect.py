@@ -68,6 +68,21 @@ def test_the_report_fits_eighty_columns(tmp_path, capsys, monkeypatch, calendar:
     assert ("calendar noleap" in printed) == (calendar == "noleap")
 
 
+@pytest.mark.parametrize("shards", [None, (4, 3, 8, 16)])
+def test_lost_chunks_are_counted(tmp_path, shards) -> None:
+    store = dataset(steps=8)
+    for array in store.data_vars.values():
+        array.encoding = {"chunks": (2, 3, 8, 16), "shards": shards}
+    path = catalog(tmp_path, train=store)
+    folder = tmp_path / "train.zarr" / "temperature" / "c"
+    (folder / "1" / "0" / "0" / "0").unlink()
+    (report,) = inspect(load_catalog(path)["waves"], WindowSize(2, 0, 0), samples=1)
+    temperature, wind = report.variables
+    (line,) = advice(temperature, WindowSize(2, 0, 0))
+    assert f": {2 if shards else 1} chunks are not there and read as nan" in line
+    assert not advice(wind, WindowSize(2, 0, 0))
+
+
 def test_what_training_will_refuse_is_told(tmp_path) -> None:
     store = dataset(steps=6)
     store["temperature"].attrs["units"] = "degC"
