@@ -44,10 +44,7 @@ def train(values: Mapping[str, Any]) -> Trained:
         raise ValueError(
             f"paths.output={output} holds a run; go on with resume=auto, or choose another folder"
         )
-    before = None if resume is None else read_record(resume)
-    if resume is not None and before is not None:
-        specs = [spec_to_dict(spec) for spec in config.specs]
-        check_same_run(resume, before, values, config.model.model_dump(), specs)
+    before = None if resume is None else _record_of(resume, config, values)
     make_folder(output)
     datamodule, statistics = build_data(config)
     if resume is not None and before is not None:
@@ -89,8 +86,28 @@ def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
         return None
     if resume == "auto":
         return newest_readable(checkpoints)
-    read_checkpoint(resume)
+    if "optimizer_states" not in read_checkpoint(resume):
+        raise ValueError(
+            f"resume={resume} holds weights alone; a run goes on from a step-N.ckpt of its own, and "
+            f"a new one starts from weights with warm_start.checkpoints=[{resume}]"
+        )
     return Path(resume)
+
+
+def _record_of(resume: Path, config: TrainConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the checkpoint, which this run can go on from."""
+    record = read_record(resume)
+    specs = [spec_to_dict(spec) for spec in config.specs]
+    check_same_run(resume, record, values, config.model.model_dump(), specs)
+    if record["step"] >= config.trainer.max_steps:
+        Console(stderr=True).print(
+            f"note: {resume} has {record['step']} of trainer.max_steps="
+            f"{config.trainer.max_steps} steps; nothing is left to train",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return record
 
 
 def _check_precision(config: TrainConfig) -> None:
