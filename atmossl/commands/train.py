@@ -88,8 +88,8 @@ def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
         return newest_readable(checkpoints)
     if "optimizer_states" not in read_checkpoint(resume):
         raise ValueError(
-            f"resume={resume} holds weights alone; a run goes on from a step-N.ckpt of its own, and "
-            f"a new one starts from weights with warm_start.checkpoints=[{resume}]"
+            f"resume={resume} holds weights alone; a run goes on from a step-N.ckpt of its own, "
+            f"and a new one starts from weights with warm_start.checkpoints=[{resume}]"
         )
     return Path(resume)
 
