@@ -162,6 +162,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
     if listed:  # names of conf/task or YAML files; any other value is a file of conf/tasks
         names = listed[-1].removeprefix("tasks=[").removesuffix("]").split(",")
+        if not all(name.strip() for name in names):
+            raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
         tasks = [
             _compose_with_task_file([f"task={name.strip()}", "output=_"])["task"] for name in names
         ]

@@ -193,12 +193,17 @@ def cross_variable(setting: Setting) -> Rivals:
 
 
 def combined(setting: Setting) -> Rivals:
-    """Persistence, of a state with its gaps filled, for a union with a forecast; climatology."""
+    """Persistence, of a state with its gaps filled, for a union with a forecast; harmonic infill
+    for a union of gaps; climatology."""
     gaps = [hidden_cells(part, setting.grid) for part in setting.task.parts]
     gaps = [gap for gap in gaps if gap is not None]
+    hidden = hidden_cells(setting.task, setting.grid)  # of a union of gaps alone
+    harmonic = None if hidden is None else HarmonicInfill(setting.grid, hidden)
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         found = {"climatology": setting.climatology(predicted)}
+        if harmonic is not None:
+            found = {"harmonic": harmonic(truth.sel(time=predicted["time"]))} | found
         if "init_time" not in predicted.dims:
             return found
         init, lead = predicted["init_time"], predicted["lead_time"]

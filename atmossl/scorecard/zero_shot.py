@@ -18,7 +18,7 @@ from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
 from atmossl.schema import EvaluateConfig, TaskConfig
 from atmossl.scorecard.about import about, period
-from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
+from atmossl.scorecard.hidden import beside, check_scorable, hidden_cells, only_hidden
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
 from atmossl.scorecard.rivals import Rivals, Setting, build_rivals
 from atmossl.scorecard.verified import check_regions, empty_tally, example_of, reported
@@ -97,11 +97,7 @@ def _check_tasks(tasks: Sequence[TaskConfig]) -> None:
     if twice:
         raise ValueError(f"tasks: {twice} are there twice; evaluate them in reports of their own")
     for task in tasks:
-        if task.sampler().fills_missing:
-            raise ValueError(
-                f"tasks: {task.name} with missing=true fills what has no truth; to score it, hide "
-                "cells that are known: boxes, mask_file, observed or stations"
-            )
+        check_scorable(task.sampler(), task.name)
 
 
 def scored_runs(predictors: Sequence[Predictor], every: int, name: str) -> list[_Run]:

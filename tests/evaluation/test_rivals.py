@@ -1,5 +1,6 @@
 """What tasks hid, and what their rivals answer from the rest."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ from atmossl.evaluation.alignment import grid_of
 from atmossl.evaluation.climate import Climate
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import CrossVariable, Inpainting, LatLonBox
-from atmossl.masking.tasks import Forecast, Hindcast
-from atmossl.scorecard.hidden import beside, hidden_cells, only_hidden
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation
+from atmossl.scorecard.hidden import beside, check_scorable, hidden_cells, only_hidden
 from atmossl.scorecard.rivals import Setting, build_rivals
 from tests.evaluation.conftest import STEP, make_dataset
 from tests.evaluation.test_forecasts import forecast_of
@@ -60,6 +61,39 @@ def test_what_was_given_is_not_scored():
     assert only_hidden(union, forecast)["lead_time"].to_numpy().tolist() == [STEP, 2 * STEP]
     other_year = Counterfactual(union, shift_hours=8760.0)
     assert only_hidden(other_year, forecast).sizes["lead_time"] == 2
+
+
+def test_a_union_of_gaps_is_scored_in_them_alone():
+    other = Inpainting((LatLonBox(40.0, 80.0, 100.0, 200.0),))
+    truth = make_dataset(num_times=12)
+    grid, union = grid_of(truth), Combined((BOX, other))
+    cells = [hidden_cells(task, grid) for task in (BOX, other, union, Counterfactual(union, 24.0))]
+    np.testing.assert_array_equal(cells[2], cells[0] | cells[1])
+    np.testing.assert_array_equal(cells[3], cells[2])
+    assert hidden_cells(Combined((Forecast(12.0), BOX)), grid) is None
+    answers = build_rivals("combined", setting(union))(truth.isel(time=slice(2, 4)), truth)
+    assert list(answers) == ["harmonic", "climatology"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            Combined((BOX, CrossVariable(("temperature",)))),
+            r"\['CrossVar.*score its parts",
+        ),
+        (Combined((BOX, TemporalInterpolation(6.0))), "differs from step to step"),
+        (Downscaling(4, coarse_input=True), "coarse_input=true has no truth"),
+        (Counterfactual(TemporalInterpolation(6.0, refine=2), 24.0), "refine=2 writes steps"),
+        (Inpainting((), missing=True), "missing=true fills what has no truth"),
+        (Combined((BOX, BOX)), None),
+        (Combined((Forecast(12.0), CrossVariable(("temperature",)))), None),
+        (Combined((Downscaling(4), BOX)), None),
+    ],
+)
+def test_what_has_no_score_is_refused(task, message: str | None):
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_scorable(task, "mine")
 
 
 @pytest.mark.parametrize("name", ["inpainting", "combined"])
