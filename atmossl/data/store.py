@@ -187,13 +187,13 @@ def _in_hpa(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def check_record(dataset: xr.Dataset, location: str) -> None:
-    """That a canonical dataset can be opened as a segment, gaps aside.
+    """That a canonical dataset can be opened as a segment, a single date and gaps aside.
 
     Raises:
         ValueError: names what does not fit: times, levels or grid.
     """
     _checked_levels(dataset, (), location)
-    _checked_times(dataset, location)
+    _checked_times(dataset, location, at_least=1)
     _canonical_grid(dataset, location)
 
 
@@ -226,15 +226,19 @@ def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -
     return tuple(have)
 
 
-def _checked_times(dataset: xr.Dataset, location: str) -> tuple[np.ndarray, Calendar]:
+def _checked_times(
+    dataset: xr.Dataset, location: str, at_least: int = 2
+) -> tuple[np.ndarray, Calendar]:
     """Times in ascending order, each of them once."""
     values = dataset["time"].values
     calendar = Calendar.of(values)
     if calendar is None:
         raise ValueError(f"{location}: time has type {values.dtype}; needed: dates of a calendar")
     times = calendar.encode(values)
-    if len(times) < 2:
-        raise ValueError(f"{location}: only {len(times)} time steps; at least 2 are needed")
+    if len(times) < at_least:
+        raise ValueError(
+            f"{location}: only {len(times)} time steps; at least {at_least} are needed"
+        )
     steps = np.diff(times) / HOUR
     if (steps == 0).any():
         twice = calendar.show(times[1:][steps == 0][0], "s")

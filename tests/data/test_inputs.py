@@ -163,6 +163,13 @@ def test_a_torn_chunk_of_the_input_is_named(tmp_path: Path) -> None:
         ingest(source, tmp_path / "out.zarr", LAYOUT, ONE, lambda *_: None)
 
 
+def test_a_single_date_is_ingested(tmp_path: Path) -> None:
+    place = folder_of(tmp_path, RECORD.isel(time=[2]))
+    ingest(Source(place), tmp_path / "out.zarr", LAYOUT, ONE, lambda *_: None)
+    with xr.open_zarr(tmp_path / "out.zarr") as found:
+        np.testing.assert_array_equal(found["time"], RECORD["time"][2:3])
+
+
 def test_a_wrong_date_and_an_empty_region_are_named(tmp_path: Path) -> None:
     place = folder_of(tmp_path, RECORD)
     for wrong, message in (
