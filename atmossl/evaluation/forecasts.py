@@ -152,6 +152,27 @@ def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every:
     return Common(tuple(map(str, variables)), cases[::every], leads, levels, grid)
 
 
+def check_same_units(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset) -> None:
+    """Raise ValueError for a variable of which a forecast states other units than the truth."""
+    for name, forecast in forecasts.items():
+        for variable in forecast.data_vars:
+            if variable not in truth:
+                continue
+            theirs, ours = (d[variable].attrs.get("units") for d in (forecast, truth))
+            if theirs is None or ours is None or variable in VARIABLES:
+                continue  # the units of known variables are looked at where stores are opened
+            if _spelled(theirs) != _spelled(ours):
+                raise ValueError(
+                    f"{name}: {variable} is in {theirs!r}, the truth in {ours!r}; convert one of "
+                    "them"
+                )
+
+
+def _spelled(units: str) -> str:
+    """Units without what differs in spelling alone, such as `m s**-1` and `m s-1`."""
+    return "".join(character for character in units if character not in " *^.")
+
+
 def _shared(labels: Mapping[str, Any], dim: str) -> np.ndarray:
     values = [np.unique(np.asarray(found)) for found in labels.values()]
     shared = values[0]

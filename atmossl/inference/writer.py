@@ -1,6 +1,7 @@
 """Predictions to disk, part by part: what is written is readable, and an unfinished output goes on
 where it stopped. It appears under its own name when it is complete."""
 
+import errno
 import hashlib
 import json
 import os
@@ -257,7 +258,11 @@ def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
         if suffix == ".nc":
             plain = store.drop_encoding()
             form, mode = encoding(plain), "a" if group else "w"
-            plain.to_netcdf(packed, mode, group=group or None, engine="netcdf4", encoding=form)
+            try:
+                plain.to_netcdf(packed, mode, group=group or None, engine="netcdf4", encoding=form)
+            except RuntimeError as error:  # all that HDF5 says of a full disk
+                why = f"{error}, as on a full disk"
+                raise OSError(errno.EIO, why) from error
         else:
             from atmossl.inference.grib import write_grib
 

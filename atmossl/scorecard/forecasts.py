@@ -21,6 +21,7 @@ from atmossl.evaluation.forecasts import (
     Common,
     canonical_forecast,
     cases_within,
+    check_same_units,
     common_ground,
     on_grid,
     on_labels,
@@ -100,6 +101,7 @@ def score_forecasts(
     """
     records = [lazy_dataset(segment) for segment in sorted(truth, key=lambda one: one.times[0])]
     whole = _joined(records, [segment.name for segment in truth])
+    check_same_units(forecasts, whole)
     common = common_ground(forecasts, whole, config.every)
     check_regions(config, common.grid)
     times = whole["time"].to_numpy()

@@ -6,6 +6,7 @@ import xarray as xr
 
 from atmossl.evaluation.forecasts import (
     canonical_forecast,
+    check_same_units,
     common_ground,
     parts_of,
     read_part,
@@ -64,6 +65,15 @@ def test_units_are_converted_where_they_are_known_and_refused_elsewhere():
     celsius["temperature"].attrs["units"] = "furlong"
     with pytest.raises(ValueError, match=r"theirs\.zarr: variable temperature .* 'furlong'"):
         canonical_forecast(celsius, "theirs.zarr")
+
+
+def test_units_of_a_variable_that_is_not_known_are_those_of_the_truth():
+    truth = make_dataset().rename(temperature="rain")
+    forecast = forecast_of(truth)
+    check_same_units({"theirs": forecast}, truth)
+    forecast["rain"].attrs["units"] = "mm"
+    with pytest.raises(ValueError, match="theirs: rain is in 'mm', the truth in 'K'"):
+        check_same_units({"theirs": forecast}, truth)
 
 
 def test_labels_that_come_twice_are_named():

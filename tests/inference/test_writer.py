@@ -113,6 +113,21 @@ def test_a_full_disk_leaves_what_is_written(tmp_path: Path, monkeypatch) -> None
     xr.testing.assert_identical(opened(output), opened(tmp_path / "whole.zarr"))
 
 
+def test_a_disk_that_is_full_at_the_end_leaves_what_is_written(tmp_path: Path, monkeypatch) -> None:
+    """HDF5 tells it as a RuntimeError."""
+    used, output = forecaster(), tmp_path / "out.nc"
+
+    def full(*_args, **_kwargs) -> None:
+        raise RuntimeError("NetCDF: HDF error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(xr.Dataset, "to_netcdf", full)
+        with pytest.raises(OSError, match=r"HDF error, as on a full disk after 1 of 1 times"):
+            write(used, times_of(used)[:1], output)
+    write(used, times_of(used)[:1], output, resume=True)
+    assert np.isfinite(opened(output)["temperature"]).all()
+
+
 @pytest.mark.filterwarnings("ignore")  # of the checker and its plugins, about each other
 @pytest.mark.parametrize("task", [Forecast(12), Hindcast(12), TemporalInterpolation(6)])
 def test_output_complies_with_cf(task: Task, tmp_path: Path) -> None:
