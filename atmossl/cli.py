@@ -32,7 +32,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
                   cross_variable | combined | counterfactual
             atmossl predict task=forecast task.lead_time=5d layout=weatherbench2 output=out.nc
             atmossl predict task=my_task.yaml init_time=all every=4 output=out.zarr resume=true
-  calibrate atmossl calibrate task=forecast checkpoint=PATH split=validation output=new.ckpt
+  calibrate atmossl calibrate task=forecast checkpoint=PATH output=new.ckpt
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
@@ -134,7 +134,8 @@ def _predict(arguments: Sequence[str]) -> None:
 def _calibrate(arguments: Sequence[str]) -> None:
     from atmossl.commands.predict import calibrate
 
-    calibrate(_compose_with_task_file(arguments))
+    # the test split is kept for scores
+    calibrate(_compose_with_task_file(["split=validation", *arguments]))
 
 
 def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def test_a_broken_task_file_is_named(folder: Path, tmp_path: Path, capsys) -> No
 def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     new, spreads = tmp_path / "new.ckpt", []
     task = ["task=forecast", "every=2"]
-    assert main(["calibrate", *task, "split=validation", *arguments(folder, new)]) == 0
+    assert main(["calibrate", *task, *arguments(folder, new)]) == 0  # on split=validation
     for number, checkpoint in enumerate((folder / "tiny.ckpt", new)):
         output = tmp_path / f"{number}.zarr"
         given = [*arguments(folder, output), f"checkpoint={checkpoint}", "split=validation"]
@@ -271,7 +271,8 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
     factors = torch.load(new, weights_only=True)["atmossl"]["spread"]["Forecast"]["factors"]
     ratio = (spreads[1] / spreads[0]).transpose("init_time", "lead_time", "level").values
     np.testing.assert_allclose(ratio, np.array([factors["temperature"]] * len(ratio)), rtol=1e-3)
-    assert main(["calibrate", *task, *arguments(folder, tmp_path / "b.ckpt")]) == 2  # split=test
+    scored = [*task, "split=test", *arguments(folder, tmp_path / "b.ckpt")]
+    assert main(["calibrate", *scored]) == 2
 
 
 def test_a_hindcast_is_calibrated_where_its_truth_is_known(folder: Path, tmp_path: Path) -> None:
