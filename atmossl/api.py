@@ -72,10 +72,8 @@ class Model:
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
-        if isinstance(task, Task) and choices:
-            raise ValueError(f"{choices} change keys of a task by name; {task} is one already")
         _check_choices(dataset, layout, tilings=tilings, batch_size=batch_size)
-        sampler = task if isinstance(task, Task) else find_task(task, choices).sampler()
+        sampler = _sampler(task, choices)
         predictor = Predictor(
             trained=self.trained,
             segment=self._record({"": dataset, **(others or {})}, sampler),
@@ -127,6 +125,14 @@ class Model:
             records[data] = (segment,)
         (segment,) = paired(records)
         return segment
+
+
+def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
+    if not isinstance(task, Task):
+        return find_task(task, choices).sampler()
+    if choices:
+        raise ValueError(f"{choices} change keys of a task by name; {task} is one already")
+    return task
 
 
 def _check_choices(dataset: Any, layout: str, **counts: int) -> None:

@@ -143,18 +143,23 @@ def score_forecasts(
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
             examples[name] = example_of(case, beside, name)
+    said = _about(common, first, lacking)
+    rng = np.random.default_rng(config.seed)
+    cases = tuple(examples.values())
+    return reported(config, tally, cases, rng, about=said, period=period(common.cases))
+
+
+def _about(common: Common, first: str, lacking: Mapping[str, float]) -> str:
+    """What is compared. lacking: by variable, the share that some forecast lacks."""
     num_lat, num_lon = common.grid.shape
     said = (
         f"Forecasts on what they have in common, on {num_lat} x {num_lon} cells; {first} is "
         "compared with each other one."
     )
-    gaps = {name: share for name, share in lacking.items() if share > 0}
+    gaps = [f"{name} {share:.1%}" for name, share in lacking.items() if share > 0]
     if gaps:
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in gaps.items())
-        said += f" Not scored, as some forecast has no value there: up to {shares}."
-    rng = np.random.default_rng(config.seed)
-    cases = tuple(examples.values())
-    return reported(config, tally, cases, rng, about=said, period=period(common.cases))
+        said += f" Not scored, as some forecast has no value there: up to {', '.join(gaps)}."
+    return said
 
 
 def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
