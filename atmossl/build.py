@@ -130,7 +130,11 @@ def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Multiforme
 
 
 def build_objective(config: TrainConfig, scales: Mapping[str, Tensor]) -> Objective:
-    return MaskedModelling(scales=scales, **config.objective.model_dump(exclude={"train_only"}))
+    choices = config.objective.model_dump(exclude={"train_only"})
+    objective = MaskedModelling(scales=scales, **choices)
+    if config.trainer.compile:
+        objective.compile()
+    return objective
 
 
 def optimizer_settings(config: TrainConfig) -> OptimizerSettings:

@@ -6,7 +6,6 @@ Every loss maps an ensemble of members [..., member, value] and a target [..., v
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,33 +21,41 @@ _SMALLEST_STD = 1e-3
 class Ensemble:
     """Members, and what several losses of them share, taken once and only if it is needed."""
 
+    # not cached properties, whose lock no compiler follows
+    _moments: tuple[Values, Values] | None = None
+    _gap: Values | None = None
+
     def __init__(self, members: Members) -> None:
         self.members = members
         self.count = members.shape[-2]
 
-    @cached_property
+    @property
     def moments(self) -> tuple[Values, Values]:
         """Mean, and mean square of the departures from it."""
-        return _Moments.apply(self.members)  # type: ignore[return-value]
+        if self._moments is None:
+            self._moments = _Moments.apply(self.members)  # type: ignore[assignment]
+        return self._moments  # type: ignore[return-value]
 
     @property
     def mean(self) -> Values:
         return self.moments[0]
 
-    @cached_property
+    @property
     def std(self) -> Values:
         """Standard deviation (n - 1), bounded from below."""
         self._needs_two()
         variance = self.moments[1] * (self.count / (self.count - 1))
         return (variance + _SMALLEST_STD**2).sqrt()
 
-    @cached_property
+    @property
     def gap(self) -> Values:
         """Sum of |x_i - x_j| over all pairs i < j, from the sorted members in O(m log m)."""
         self._needs_two()
-        ordered = self.members.sort(dim=-2).values
-        rank = torch.arange(self.count, device=ordered.device, dtype=ordered.dtype)
-        return torch.einsum("...mv,m->...v", ordered, 2 * rank - (self.count - 1))
+        if self._gap is None:
+            ordered = self.members.sort(dim=-2).values
+            rank = torch.arange(self.count, device=ordered.device, dtype=ordered.dtype)
+            self._gap = torch.einsum("...mv,m->...v", ordered, 2 * rank - (self.count - 1))
+        return self._gap
 
     def distance(self, target: Values) -> Values:
         """Mean of |x_i - target| over members."""
@@ -99,8 +106,9 @@ def statistical(ensemble: Ensemble, target: Values) -> Values:
     with the mean and standard deviation of the ensemble: the unnormalised Gaussian is 1 when the
     truth is the mean; the second term keeps the spread from growing without bound.
     """
-    likelihood = torch.exp(-0.5 * ((target - ensemble.mean) / ensemble.std) ** 2)
-    return (1.0 - likelihood) ** 2 + ensemble.std.sqrt()
+    std = ensemble.std
+    likelihood = torch.exp(-0.5 * ((target - ensemble.mean) / std) ** 2)
+    return (1.0 - likelihood) ** 2 + std.sqrt()
 
 
 def gaussian_nll(ensemble: Ensemble, target: Values) -> Values:

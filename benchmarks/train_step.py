@@ -79,6 +79,8 @@ _ATMOREP_SIZES = {  # those that come nearest to its numbers of parameters, from
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 _SIDE = 2048  # of the matrices whose product is the ceiling on a CPU
 _WARMUP = 3
+_PRODUCTS = 500  # on a GPU, whose clock falls under load: as long as the steps take
+_NAME = 80  # characters of a kernel's name; some go on with types, in the hundreds
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -103,9 +105,9 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int) 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product."""
-    size = 8192 if device.type == "cuda" else _SIDE
+    size, repeats = (8192, _PRODUCTS) if device.type == "cuda" else (_SIDE, 5)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / seconds(lambda: a @ a, device, repeats=5)
+    return 2 * size**3 / seconds(lambda: a @ a, device, repeats)
 
 
 def configuration(overrides: Sequence[str]) -> TrainConfig:
@@ -231,12 +233,16 @@ def top_costs(step: Callable[[], object], device: torch.device, count: int = 8) 
     times: dict[str, float] = {}
     for event in recorded.key_averages():
         if not on_gpu:
-            times[event.key] = event.self_cpu_time_total
+            spent = event.self_cpu_time_total
         elif event.device_type.name == "CUDA" and not event.is_user_annotation:
-            times[event.key] = event.self_device_time_total
+            spent = event.self_device_time_total
+        else:
+            continue
+        name = event.key[:_NAME]
+        times[name] = times.get(name, 0.0) + spent
     total = sum(times.values())
     costly = sorted(times, key=lambda name: -times[name])[:count]
-    return {name[:80]: round(times[name] / total, 4) for name in costly}
+    return {name: round(times[name] / total, 4) for name in costly}
 
 
 def waiting_share(

@@ -1,12 +1,13 @@
 """Masked token modelling: predict the hidden tokens of every stream (BERT, AtmoRep; MAE when the
 hidden tokens are dropped instead of masked)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
@@ -42,6 +43,11 @@ class MaskedModelling:
         self.losses = dict(losses)
         self.latitude_weighted = latitude_weighted
         self.scales = dict(scales or {}) if weighting == "departure" else {}
+        self._values = self._elementwise
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile what goes over all members, which are large: a few passes instead of many."""
+        self._values = torch.compile(self._elementwise, backend=backend)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         (view,) = batch.views
@@ -62,15 +68,25 @@ class MaskedModelling:
     ) -> Tensor:
         """Mean loss over the valid hidden values of one stream, weighted by cell area."""
         target, weight, level = hidden_values(stream, latitude_weighted=self.latitude_weighted)
-        members = predicted.members
-        if stream.spec.name in self.scales:
-            scale = self.scales[stream.spec.name].to(target, non_blocking=True)[level]
-            members, target = members / scale[:, :, None], target / scale
+        scale = self.scales.get(stream.spec.name)
+        if scale is not None:
+            scale = scale.to(target, non_blocking=True)[level]
         weight = weight * predicted.queries.valid[..., None].to(weight)
+        return global_mean(self._values(predicted.members, target, scale), weight, mean_weight)
+
+    def _elementwise(
+        self,
+        members: Float[Tensor, "batch query member patch"],
+        target: Float[Tensor, "batch query patch"],
+        scale: Float[Tensor, "batch query patch"] | None,
+    ) -> Float[Tensor, "batch query patch"]:
+        """Weighted sum of the losses of every value, in units of `scale`."""
+        if scale is not None:
+            members, target = members / scale[:, :, None], target / scale
         ensemble = Ensemble(members)
         values = sum(share * LOSSES[name](ensemble, target) for name, share in self.losses.items())
         assert isinstance(values, Tensor)
-        return global_mean(values, weight, mean_weight)
+        return values
 
 
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from atmossl.batch import Batch, collate_views
+from atmossl.losses import LOSSES
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.model.multiformer import Multiformer
@@ -67,7 +68,8 @@ def test_compiled_and_plain_steps_agree() -> None:
 
 
 @pytest.mark.parametrize("attention", ["full", "windowed"])
-def test_another_number_of_hidden_tokens_compiles_nothing(attention: str) -> None:
+def test_a_third_number_of_hidden_tokens_compiles_nothing(attention: str) -> None:
+    """The second shows which sizes change."""
     graphs = 0
 
     def count(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
@@ -78,9 +80,36 @@ def test_another_number_of_hidden_tokens_compiles_nothing(attention: str) -> Non
 
     model = network(attention)
     model.compile_blocks(count)
-    step(model, batch(0.5))
+    for share in (0.5, 0.3):
+        step(model, batch(share))
     first = graphs
     assert first > 0
-    for share in (0.3, 0.4, 0.6, 0.8):
+    for share in (0.4, 0.6, 0.8):
         step(model, batch(share))
     assert graphs == first
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_compiled_losses_are_one_graph_and_agree(scaled: bool) -> None:
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        del inputs
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    scales = {"air": torch.rand(STREAMS[0].num_levels // STREAMS[0].token_size.level, STREAMS[0].patch) + 0.5} if scaled else {}
+    plain, compiled = (
+        MaskedModelling(losses=dict.fromkeys(LOSSES, 0.5), scales=scales) for _ in range(2)
+    )
+    compiled.compile(count)
+    model, of = network("full", STREAMS[:1]), batch(0.5, streams=STREAMS[:1])
+    results = []
+    for objective in (plain, compiled):
+        model.zero_grad()
+        loss = objective(model, of).total
+        loss.backward()
+        results.append((loss.detach(), model.tail["air"].project.weight.grad.clone()))
+    torch.testing.assert_close(*results)
+    assert graphs == 1
