@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
 from atmossl.batch import TokenIndex
 
@@ -134,9 +133,16 @@ def pad_edges(
     periodic: bool,
 ) -> Float[Tensor, "frame feature padded_nlat padded_nlon"]:
     """Neighbours for the tokens at the window's edges: across the circle where it closes, else the
-    nearest token."""
-    if periodic and lon:
-        frames = functional.pad(frames, (lon, lon, 0, 0), mode="circular")
-    elif lon:
-        frames = functional.pad(frames, (lon, lon, 0, 0), mode="replicate")
-    return functional.pad(frames, (0, 0, lat, lat), mode="replicate") if lat else frames
+    nearest token. Features that lie side by side in memory stay so, which convolutions on GPUs
+    want."""
+    if lon:
+        west, east = (
+            ([frames[..., -lon:]], [frames[..., :lon]])
+            if periodic
+            else ([frames[..., :1]] * lon, [frames[..., -1:]] * lon)
+        )
+        frames = torch.cat([*west, frames, *east], dim=-1)
+    if lat:
+        south, north = [frames[..., :1, :]] * lat, [frames[..., -1:, :]] * lat
+        frames = torch.cat([*south, frames, *north], dim=-2)
+    return frames

@@ -4,27 +4,39 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.training.distributed import like, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_MOST_VALUES = 2**27  # of matrices that are computed together, for memory
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest orthogonal matrix, by a quintic Newton-Schulz iteration: singular values
-    end between about 0.7 and 1.2 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+def orthogonalise(
+    matrices: Float[Tensor, "*matrix row column"], steps: int = 5
+) -> Float[Tensor, "*matrix row column"]:
+    """Roughly the nearest orthogonal matrices, by a quintic Newton-Schulz iteration: singular
+    values end between about 0.7 and 1.2 (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = _COEFFICIENTS
-    wide = matrix.shape[-2] <= matrix.shape[-1]
-    x = matrix if wide else matrix.mT
-    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
-    if x.dtype == torch.float32:
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    if x.dtype == torch.float32 and half_is_fast(x.device):
         x = x.bfloat16()  # the iteration is rough anyway, and its products cost as much as a step
+    x = x.flatten(0, -3) if x.ndim > 2 else x[None]
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrix.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(matrices.shape).to(matrices.dtype)
+
+
+def half_is_fast(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32: on GPUs, and on CPUs that know it;
+    on others they take a hundred times as long."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Muon(torch.optim.Optimizer):
@@ -57,39 +69,66 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._muon if group["muon"] else self._adam
-                update(parameter, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            (self._muon if group["muon"] else self._adam)(parameters, group)
         return loss
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov
-        matrix = orthogonalise(whole(direction).flatten(1))
-        scale = 0.2 * max(matrix.shape) ** 0.5
-        update = like(matrix.view(parameter.shape), parameter)
-        parameter.add_(update, alpha=-group["lr"] * scale)
+    def _states(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        states = [self.state[p] for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return [state[name] for state in states]
 
-    def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["mean"] = torch.zeros_like(parameter)
-            state["square"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        state["step"] += 1
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        momenta, gradients = self._states(parameters, "momentum"), _gradients(parameters)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        for together in alike(parameters):
+            own, gradients = [parameters[n] for n in together], _gradients(parameters, together)
+            nesterov = torch._foreach_lerp(
+                gradients, [momenta[n] for n in together], group["momentum"]
+            )
+            matrices = orthogonalise(torch.stack([whole(d).flatten(1) for d in nesterov]))
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+            updates = [
+                like(matrix.view(p.shape), p) for matrix, p in zip(matrices, own, strict=True)
+            ]
+            torch._foreach_add_(own, updates, alpha=-group["lr"] * scale)
+
+    def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = _gradients(parameters)
+        means, squares = (self._states(parameters, name) for name in ("mean", "square"))
+        steps = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            steps.append(state["step"])
         one, two = group["betas"]
-        state["mean"].lerp_(gradient, 1 - one)
-        state["square"].lerp_(gradient.square(), 1 - two)
-        mean = state["mean"] / (1 - one ** state["step"])
-        square = state["square"] / (1 - two ** state["step"])
-        parameter.addcdiv_(mean, square.sqrt().add_(1e-8), value=-group["lr"])
+        torch._foreach_lerp_(means, gradients, 1 - one)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - two)
+        mean = torch._foreach_div(means, [1 - one**step for step in steps])
+        square = torch._foreach_div(squares, [1 - two**step for step in steps])
+        torch._foreach_sqrt_(square)
+        torch._foreach_add_(square, 1e-8)
+        torch._foreach_addcdiv_(parameters, mean, square, value=-group["lr"])
+
+
+def _gradients(parameters: list[Tensor], chosen: Iterable[int] | None = None) -> list[Tensor]:
+    """Of all parameters, which have one, or of those numbered `chosen`."""
+    numbers = range(len(parameters)) if chosen is None else chosen
+    found = [parameters[n].grad for n in numbers]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def alike(parameters: list[Tensor]) -> list[list[int]]:
+    """Numbers of parameters of one shape, whose matrices are one product, as far as memory goes."""
+    groups: dict[torch.Size, list[list[int]]] = {}
+    for number, parameter in enumerate(parameters):
+        found = groups.setdefault(parameter.shape, [[]])
+        if (len(found[-1]) + 1) * parameter.numel() > _MOST_VALUES and found[-1]:
+            found.append([])
+        found[-1].append(number)
+    return [numbers for found in groups.values() for numbers in found]

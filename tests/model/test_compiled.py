@@ -99,7 +99,16 @@ def test_compiled_losses_are_one_graph_and_agree(scaled: bool) -> None:
         graphs += 1
         return graph
 
-    scales = {"air": torch.rand(STREAMS[0].num_levels // STREAMS[0].token_size.level, STREAMS[0].patch) + 0.5} if scaled else {}
+    scales = (
+        {
+            "air": torch.rand(
+                STREAMS[0].num_levels // STREAMS[0].token_size.level, STREAMS[0].patch
+            )
+            + 0.5
+        }
+        if scaled
+        else {}
+    )
     plain, compiled = (
         MaskedModelling(losses=dict.fromkeys(LOSSES, 0.5), scales=scales) for _ in range(2)
     )
