@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -14,6 +15,7 @@ from atmossl.checkpoint_files import newest_readable, read_record, write_atomica
 from atmossl.commands.common import device_for, make_folder, plain
 from atmossl.data.statistics import Normaliser
 from atmossl.inference.checkpoint import read_checkpoint, spec_to_dict
+from atmossl.model.linear import half_is_fast
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
@@ -100,17 +102,25 @@ def _record_of(resume: Path, config: TrainConfig, values: Mapping[str, Any]) -> 
     specs = [spec_to_dict(spec) for spec in config.specs]
     check_same_run(resume, record, values, config.model.model_dump(), specs)
     if record["step"] >= config.trainer.max_steps:
-        Console(stderr=True).print(
-            f"note: {resume} has {record['step']} of trainer.max_steps="
-            f"{config.trainer.max_steps} steps; nothing is left to train",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        _note(
+            f"{resume} has {record['step']} of trainer.max_steps={config.trainer.max_steps} steps; "
+            "nothing is left to train"
         )
     return record
 
 
+def _note(text: str) -> None:
+    options: dict[str, Any] = dict(markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"note: {text}", **options)
+
+
 def _check_precision(config: TrainConfig) -> None:
-    on_cpu = device_for(config.trainer.accelerator) == "cpu"
-    if on_cpu and config.trainer.precision == "16-mixed":
+    """float16 needs a GPU; bfloat16 goes on any CPU, but on some not in reasonable time."""
+    device, precision = device_for(config.trainer.accelerator), config.trainer.precision
+    if device == "cpu" and precision == "16-mixed":
         raise ValueError("trainer.precision=16-mixed needs a GPU; valid here: 32-true, bf16-mixed")
+    if precision == "bf16-mixed" and not half_is_fast(torch.device(device)):
+        _note(
+            "trainer.precision=bf16-mixed on a CPU without bfloat16, which takes up to a hundred "
+            "times as long as trainer.precision=32-true"
+        )

@@ -25,6 +25,12 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def half_is_fast(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32: on GPUs, and on CPUs that know it;
+    on others they take a hundred times as long."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def linear_each(
     x: Float[Tensor, "rows *token feature"], layers: Sequence[nn.Linear]
 ) -> Float[Tensor, "rows *token out"]:

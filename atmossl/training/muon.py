@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atmossl.model.linear import half_is_fast
 from atmossl.training.distributed import like, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_lists: Any = torch  # its operations on lists of tensors have no public names
 _MOST_VALUES = 2**27  # of matrices that are computed together, for memory
 
 
@@ -31,12 +33,6 @@ def orthogonalise(
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).reshape(matrices.shape).to(matrices.dtype)
-
-
-def half_is_fast(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32: on GPUs, and on CPUs that know it;
-    on others they take a hundred times as long."""
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,7 +68,7 @@ class Muon(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            _lists._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             (self._muon if group["muon"] else self._adam)(parameters, group)
         return loss
 
@@ -85,10 +81,10 @@ class Muon(torch.optim.Optimizer):
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         momenta, gradients = self._states(parameters, "momentum"), _gradients(parameters)
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        _lists._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         for together in alike(parameters):
             own, gradients = [parameters[n] for n in together], _gradients(parameters, together)
-            nesterov = torch._foreach_lerp(
+            nesterov = _lists._foreach_lerp(
                 gradients, [momenta[n] for n in together], group["momentum"]
             )
             matrices = orthogonalise(torch.stack([whole(d).flatten(1) for d in nesterov]))
@@ -96,7 +92,7 @@ class Muon(torch.optim.Optimizer):
             updates = [
                 like(matrix.view(p.shape), p) for matrix, p in zip(matrices, own, strict=True)
             ]
-            torch._foreach_add_(own, updates, alpha=-group["lr"] * scale)
+            _lists._foreach_add_(own, updates, alpha=-group["lr"] * scale)
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = _gradients(parameters)
@@ -107,13 +103,13 @@ class Muon(torch.optim.Optimizer):
             state["step"] = state.get("step", 0) + 1
             steps.append(state["step"])
         one, two = group["betas"]
-        torch._foreach_lerp_(means, gradients, 1 - one)
-        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - two)
-        mean = torch._foreach_div(means, [1 - one**step for step in steps])
-        square = torch._foreach_div(squares, [1 - two**step for step in steps])
-        torch._foreach_sqrt_(square)
-        torch._foreach_add_(square, 1e-8)
-        torch._foreach_addcdiv_(parameters, mean, square, value=-group["lr"])
+        _lists._foreach_lerp_(means, gradients, 1 - one)
+        _lists._foreach_lerp_(squares, _lists._foreach_mul(gradients, gradients), 1 - two)
+        mean = _lists._foreach_div(means, [1 - one**step for step in steps])
+        square = _lists._foreach_div(squares, [1 - two**step for step in steps])
+        _lists._foreach_sqrt_(square)
+        _lists._foreach_add_(square, 1e-8)
+        _lists._foreach_addcdiv_(parameters, mean, square, value=-group["lr"])
 
 
 def _gradients(parameters: list[Tensor], chosen: Iterable[int] | None = None) -> list[Tensor]:

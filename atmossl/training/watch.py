@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
 from atmossl.batch import Batch, View
 from atmossl.checkpoint_files import write_atomically
 from atmossl.model.linear import AVAILABLE as BY_ONEDNN
+from atmossl.model.linear import half_is_fast
 
 _COUNTED_BATCHES = 4
 _BACKWARD_COST = 2  # of a forward pass, in matrix products
@@ -26,6 +27,8 @@ _BACKWARD_COST = 2  # of a forward pass, in matrix products
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """FLOP/s of a large square matrix product on this device, the best of `repeats`."""
     size = 8192 if device.type == "cuda" else 1024
+    if dtype == torch.bfloat16 and not half_is_fast(device):
+        size = 128  # as fast per operation, and over in less than a minute
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats + 1):

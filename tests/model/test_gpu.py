@@ -20,6 +20,12 @@ OBJECTIVE = MaskedModelling(losses=LOSSES)
 KINDS = ("full", "factorised", "temporal", "windowed")
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch rounds those of float32 to TF32's 11 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def network(attention: str = "full", neighbourhood: int = 1) -> Multiformer:
     torch.manual_seed(0)
     model = Multiformer(
