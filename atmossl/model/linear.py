@@ -6,6 +6,7 @@ to float32's rounding, not bit for bit. Everything else (GPUs, bfloat16, compile
 products) goes torch's own way.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# oneDNN, and torch's layer over it, keep up to 1024 compiled kernels each, one per shape. Masks
+# hide another number of tokens in every batch: kernels would fill gigabytes, and not be used again
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "128")
 _WORTH_IT = 2**22  # multiplications; below, the call costs more than the product
 
 
