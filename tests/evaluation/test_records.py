@@ -110,8 +110,8 @@ def test_memory_does_not_grow_with_the_record(monkeypatch) -> None:
         for steps in (40, 120):
             alive = total = peak = 0
             record = segment(dataset(steps=steps))
-            table(record, record, TASKS[:1], ridge=False, every=10)
+            table(record, record, TASKS[:1], ridge=False, every=20)
             peaks.append(peak)
             totals.append(total)
-    assert totals[1] > 2.5 * totals[0]
+    assert totals[1] > 2 * totals[0]
     assert peaks[1] <= peaks[0] < 0.2 * totals[0]
