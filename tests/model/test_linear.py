@@ -11,6 +11,11 @@ from atmossl.training.watch import flop_counter
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch was built without oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def whatever_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atmossl.model.linear.FASTER", True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_gradients_are_those_of_float64(bias: bool) -> None:
     torch.manual_seed(0)
