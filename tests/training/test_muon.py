@@ -71,3 +71,26 @@ def test_a_restored_state_goes_on_the_same(kind: bool) -> None:
     after.load_state_dict(before.state_dict())
     steps(second, after, range(2, 4))
     assert torch.equal(whole, second)
+
+
+@pytest.mark.parametrize("most_values", [1, 50, 2**27])
+def test_matrices_of_one_shape_take_the_steps_that_each_takes_alone(
+    monkeypatch: pytest.MonkeyPatch, most_values: int
+) -> None:
+    """The second has no gradient in the second step."""
+    monkeypatch.setattr("atmossl.training.muon._MOST_VALUES", most_values)
+    generator = torch.Generator().manual_seed(3)
+    starts = torch.randn(4, 4, 6, generator=generator)
+    gradients = torch.randn(3, 4, 4, 6, generator=generator)
+
+    def trained(chosen: list[int]) -> list[torch.Tensor]:
+        parameters = [nn.Parameter(starts[n].clone()) for n in chosen]
+        optimizer = Muon([{"params": parameters, "muon": True}], **COMMON)
+        for number, step in enumerate(gradients):
+            for n, parameter in zip(chosen, parameters, strict=True):
+                parameter.grad = None if (number, n) == (1, 1) else step[n].clone()
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    for n, together in enumerate(trained([0, 1, 2, 3])):
+        torch.testing.assert_close(together, *trained([n]))
