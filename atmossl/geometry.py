@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
-_TOLERANCE_DEG = 1e-3
+TOLERANCE_DEG = 1e-3
 
 
 def latitude_edges(latitude_deg: np.ndarray) -> np.ndarray:
@@ -41,10 +42,10 @@ def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
     """
     if len(latitude_deg) == 1:
         return np.ones(1)
-    if np.ptp(np.diff(latitude_deg)) > _TOLERANCE_DEG:  # a Gaussian grid is never even
+    if np.ptp(np.diff(latitude_deg)) > TOLERANCE_DEG:  # a Gaussian grid is never even
         gaussian, weights = gaussian_latitudes(len(latitude_deg))
         ascending = np.sort(latitude_deg)  # the weights are the same from both poles
-        if np.allclose(ascending, gaussian, atol=_TOLERANCE_DEG):
+        if np.allclose(ascending, gaussian, atol=TOLERANCE_DEG):
             return weights / weights.mean()
     weights = np.abs(np.diff(np.sin(np.deg2rad(latitude_edges(latitude_deg)))))
     return weights / weights.mean()
@@ -53,15 +54,20 @@ def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
 def ascending_longitudes(longitude_deg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Order in which longitudes ascend, and them in this order, from 0 to 360 degrees; those of a
     region across Greenwich begin at its west and go on past 360."""
-    wrapped = longitude_deg % 360.0
-    order = np.argsort(wrapped)
-    ordered = wrapped[order]
+    order = np.argsort(longitude_deg % 360.0)
+    ordered = longitude_deg[order] % 360.0
     gaps = np.diff(ordered)
     if len(gaps) and gaps.max() > 1.5 * np.median(gaps):
         first = int(gaps.argmax()) + 1
         order = np.roll(order, -first)
         ordered = np.concatenate([ordered[first:], ordered[:first] + 360.0])
     return order, ordered
+
+
+def within_longitudes(longitude_deg: Any, west: float, east: float) -> Any:
+    """True from west eastwards to east, also for centres that miss an edge by their rounding."""
+    width = 360.0 if east - west >= 360 else (east - west) % 360.0
+    return (longitude_deg - west + TOLERANCE_DEG) % 360.0 <= width + 2 * TOLERANCE_DEG
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Grid:
         if np.any(np.diff(self.latitude) <= 0):
             raise ValueError("latitude must ascend strictly; sort the store's latitude first")
         spacing = np.diff(self.longitude)
-        if np.any(spacing <= 0) or np.ptp(spacing) > _TOLERANCE_DEG:
+        if np.any(spacing <= 0) or np.ptp(spacing) > TOLERANCE_DEG:
             raise ValueError(
                 f"longitude must ascend with even spacing, found steps of {spacing.min():g} to "
                 f"{spacing.max():g} degrees"
@@ -101,7 +107,7 @@ class Grid:
     @cached_property
     def periodic(self) -> bool:
         """True if the longitudes close the circle."""
-        return abs(len(self.longitude) * self.longitude_spacing - 360.0) < _TOLERANCE_DEG
+        return abs(len(self.longitude) * self.longitude_spacing - 360.0) < TOLERANCE_DEG
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -114,7 +120,7 @@ class Grid:
             ValueError: the latitude bands are not of one height, so no regular grid nests in them.
         """
         edges = latitude_edges(self.latitude)
-        if np.ptp(np.diff(edges)) > _TOLERANCE_DEG:
+        if np.ptp(np.diff(edges)) > TOLERANCE_DEG:
             raise ValueError(
                 f"latitude bands of {np.diff(edges).min():g} to {np.diff(edges).max():g} degrees, "
                 "as those of a Gaussian grid or of rows on the poles: a finer regular grid does "
@@ -135,8 +141,8 @@ class Grid:
     def matches(self, other: "Grid") -> bool:
         """True if both grids have the same cells within a thousandth of a degree."""
         return self.shape == other.shape and bool(
-            np.allclose(self.latitude, other.latitude, atol=_TOLERANCE_DEG)
-            and np.allclose(self.longitude, other.longitude, atol=_TOLERANCE_DEG)
+            np.allclose(self.latitude, other.latitude, atol=TOLERANCE_DEG)
+            and np.allclose(self.longitude, other.longitude, atol=TOLERANCE_DEG)
         )
 
 
@@ -268,7 +274,7 @@ def _lat_blocks(grid: Grid, other: Grid) -> _Blocks | None:
         return None
     blocks = min(count, num_others)
     own, its = count // blocks, num_others // blocks
-    if np.abs(edges[::own] - others[::its]).max() > _TOLERANCE_DEG:
+    if np.abs(edges[::own] - others[::its]).max() > TOLERANCE_DEG:
         return None
     return _Blocks(own, its, 0, first)
 
@@ -277,13 +283,13 @@ def _lon_blocks(grid: Grid, other: Grid) -> _Blocks | None:
     width, its_width = grid.longitude_spacing, other.longitude_spacing
     own, its = max(1, round(its_width / width)), max(1, round(width / its_width))
     count, num_others = grid.shape[1], other.shape[1]
-    if abs(own * width - its * its_width) * count > _TOLERANCE_DEG or count % own:
+    if abs(own * width - its * its_width) * count > TOLERANCE_DEG or count % own:
         return None
     west = grid.longitude[0] - width / 2 - (other.longitude[0] - its_width / 2)
     for offset in range(own if grid.periodic else 1):
-        cells = ((west + offset * width + _TOLERANCE_DEG) % 360.0 - _TOLERANCE_DEG) / its_width
+        cells = ((west + offset * width + TOLERANCE_DEG) % 360.0 - TOLERANCE_DEG) / its_width
         first, needed = round(cells), count // own * its
-        if abs(cells - first) * its_width > _TOLERANCE_DEG:
+        if abs(cells - first) * its_width > TOLERANCE_DEG:
             continue
         if other.periodic or first + needed <= num_others:
             return _Blocks(own, its, offset, first % num_others)

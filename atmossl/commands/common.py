@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from atmossl.data.companions import open_records, paired
 from atmossl.data.segment import Segment
@@ -15,6 +16,12 @@ from atmossl.masking.tasks import Task
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as plain values; the key `hydra` belongs to one launch only."""
     return {key: value for key, value in values.items() if key != "hydra"}
+
+
+def note(text: str) -> None:
+    """Tell what a user may not expect, in one line beside the output."""
+    console = Console(stderr=True)
+    console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def make_folder(folder: Path) -> None:

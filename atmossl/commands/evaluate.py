@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from atmossl.commands.common import device_for, make_folder, open_for
+from atmossl.commands.common import device_for, make_folder, note, open_for
 from atmossl.data.catalog import catalog_entry
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
@@ -37,17 +37,12 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
             training = open_for(trained, config.data, config.catalog, "train")
             gappy = sorted({name for segment in test for name in segment.may_miss})
             if config.ridge and gappy:
-                Console(stderr=True).print(
-                    f"note: no ridge regression of {gappy}, which may have missing values",
-                    markup=False,
-                )
+                note(f"no ridge regression of {gappy}, which may have missing values")
             others = sorted({s.data for s in trained.specs if s.role == "predict"} - {""})
             if others:
-                Console(stderr=True).print(
-                    f"note: streams with data={others} are not scored here; predict writes them "
-                    "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores",
-                    markup=False,
-                    soft_wrap=True,
+                note(
+                    f"streams with data={others} are not scored here; predict writes them into "
+                    "groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
                 )
             reports = score_tasks(config, trained, test, training, device_for(config.accelerator))
         write_report(reports, provenance_of(config, trained, command), partial)

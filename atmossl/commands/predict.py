@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 
 from atmossl.api import cautions, chosen_times
 from atmossl.checkpoint_files import write_atomically
-from atmossl.commands.common import device_for, open_for
+from atmossl.commands.common import device_for, note, open_for
 from atmossl.inference.calibration import Calibration, estimate_inflation
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
@@ -27,9 +27,7 @@ def predict(values: Mapping[str, Any]) -> Path:
     predictor = _predictor(config)
     times = _times(config, predictor)
     for caution in cautions(predictor, times[0]):
-        Console(stderr=True).print(
-            f"note: this checkpoint was not trained for {caution}", highlight=False, soft_wrap=True
-        )
+        note(f"this checkpoint was not trained for {caution}")
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         shown = bar.add_task(f"{config.task.name}, {len(times)} times", total=len(times))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import newest_readable, read_record, write_atomically
-from atmossl.commands.common import device_for, make_folder, plain
+from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.data.statistics import Normaliser
 from atmossl.inference.checkpoint import read_checkpoint, spec_to_dict
 from atmossl.model.linear import half_is_fast
@@ -102,16 +102,11 @@ def _record_of(resume: Path, config: TrainConfig, values: Mapping[str, Any]) -> 
     specs = [spec_to_dict(spec) for spec in config.specs]
     check_same_run(resume, record, values, config.model.model_dump(), specs)
     if record["step"] >= config.trainer.max_steps:
-        _note(
+        note(
             f"{resume} has {record['step']} of trainer.max_steps={config.trainer.max_steps} steps; "
             "nothing is left to train"
         )
     return record
-
-
-def _note(text: str) -> None:
-    options: dict[str, Any] = dict(markup=False, highlight=False, soft_wrap=True)
-    Console(stderr=True).print(f"note: {text}", **options)
 
 
 def _check_precision(config: TrainConfig) -> None:
@@ -120,7 +115,7 @@ def _check_precision(config: TrainConfig) -> None:
     if device == "cpu" and precision == "16-mixed":
         raise ValueError("trainer.precision=16-mixed needs a GPU; valid here: 32-true, bf16-mixed")
     if precision == "bf16-mixed" and not half_is_fast(torch.device(device)):
-        _note(
+        note(
             "trainer.precision=bf16-mixed on a CPU without bfloat16, which takes up to a hundred "
             "times as long as trainer.precision=32-true"
         )

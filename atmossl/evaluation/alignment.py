@@ -11,6 +11,12 @@ from atmossl.geometry import Grid
 _NUM_LISTED = 5
 
 
+def complete(field: xr.DataArray) -> xr.DataArray:
+    """Where a field, or every member of an ensemble, has values."""
+    there = field.notnull()
+    return there.all("member") if "member" in there.dims else there
+
+
 def time_dim(dataset: xr.Dataset) -> str:
     """The dimension over which cases are counted: `init_time` of a forecast, else `time`.
 

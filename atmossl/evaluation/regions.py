@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from atmossl.geometry import area_weights
+from atmossl.geometry import TOLERANCE_DEG, area_weights, within_longitudes
 
 _CELL = ("latitude", "longitude")
-_EDGE = 1e-3  # degrees by which a cell may miss an edge, its centre being rounded
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Region:
     def contains(self, latitude: xr.DataArray) -> xr.DataArray:
         """True for the latitudes of this region."""
         inside = [
-            (latitude >= south - _EDGE) & (latitude <= north + _EDGE) for south, north in self.belts
+            (latitude >= south - TOLERANCE_DEG) & (latitude <= north + TOLERANCE_DEG)
+            for south, north in self.belts
         ]
         return xr.concat(inside, "belt").any("belt")
 
@@ -38,9 +38,7 @@ class Region:
         """True for the longitudes of this region."""
         if self.longitudes is None:
             return xr.ones_like(longitude, dtype=bool)
-        west, east = self.longitudes
-        width = 360.0 if east - west >= 360 else (east - west) % 360.0
-        return (longitude - west + _EDGE) % 360.0 <= width + 2 * _EDGE
+        return within_longitudes(longitude, *self.longitudes)
 
 
 # Tropics and extratropics as in WeatherBench 2 (Rasp et al. 2024): the belts meet at 20 degrees.

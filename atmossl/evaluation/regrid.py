@@ -13,10 +13,9 @@ import xarray as xr
 from jaxtyping import Float
 
 from atmossl.evaluation.alignment import grid_of
-from atmossl.geometry import Grid, ascending_longitudes, latitude_edges
+from atmossl.geometry import TOLERANCE_DEG, Grid, ascending_longitudes, latitude_edges
 
 _FULL_COVER = 0.999
-_TOLERANCE_DEG = 1e-3
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,11 @@ def covered(grids: Mapping[str, Grid]) -> Grid:
     edges, west = latitude_edges(target.latitude), _longitude_edges(target)[:-1]
     for grid in grids.values():
         south, north = latitude_edges(grid.latitude)[[0, -1]]
-        rows &= (edges[:-1] >= south - _TOLERANCE_DEG) & (edges[1:] <= north + _TOLERANCE_DEG)
+        rows &= (edges[:-1] >= south - TOLERANCE_DEG) & (edges[1:] <= north + TOLERANCE_DEG)
         if not grid.periodic:
             first, end = _longitude_edges(grid)[[0, -1]]
-            from_first = (west - first + _TOLERANCE_DEG) % 360.0
-            columns &= from_first + target.longitude_spacing <= end - first + 2 * _TOLERANCE_DEG
+            from_first = (west - first + TOLERANCE_DEG) % 360.0
+            columns &= from_first + target.longitude_spacing <= end - first + 2 * TOLERANCE_DEG
     if rows.sum() < 2 or columns.sum() < 2:
         where = {name: _extent(grid) for name, grid in grids.items()}
         raise ValueError(f"latitude, longitude: no area in common; {where}")

@@ -11,7 +11,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from atmossl.evaluation.alignment import case_times, match_baseline, time_dim, truth_for
+from atmossl.evaluation.alignment import (
+    case_times,
+    complete,
+    match_baseline,
+    time_dim,
+    truth_for,
+)
 from atmossl.evaluation.baselines import climatology_at
 from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_samples, score_interval
 from atmossl.evaluation.climate import Climate
@@ -222,8 +228,7 @@ def verify(
 def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None) -> Case:
     """One variable's prediction with what the climate knows of its cells."""
     name = str(truth.name)
-    there = prediction.notnull()
-    there = there.all("member") if "member" in there.dims else there
+    there = complete(prediction)
     truth = truth if bool(there.all()) else truth.where(there)
     if climate is None or name not in climate.mean:
         return Case(prediction, truth)

@@ -12,11 +12,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
-from atmossl.geometry import Grid
+from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
 from atmossl.masking.base import Layout, Points, share_known
 from atmossl.masking.tasks import Task, TimePlan, points_of, step_hours_of, steps_of
-
-_TOLERANCE_DEG = 1e-3  # by which a cell may miss the edge of a box, its centre being rounded
 
 
 class Region(Protocol):
@@ -48,10 +46,8 @@ class LatLonBox:
             )
 
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        edge = _TOLERANCE_DEG
-        rows = (lat >= self.south - edge) & (lat <= self.north + edge)
-        width = 360.0 if self.east - self.west >= 360 else (self.east - self.west) % 360.0
-        return rows[:, None] & ((lon - self.west + edge) % 360.0 <= width + 2 * edge)[None, :]
+        rows = (lat >= self.south - TOLERANCE_DEG) & (lat <= self.north + TOLERANCE_DEG)
+        return rows[:, None] & within_longitudes(lon, self.west, self.east)[None, :]
 
     def check(self, grid: Grid) -> None:
         if not self.contains(grid.latitude, grid.longitude).any():

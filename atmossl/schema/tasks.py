@@ -5,7 +5,7 @@ A task's `sampler()` is its mask; files that it names are read there.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -166,15 +166,9 @@ TaskConfig = Annotated[
     ],
     Field(discriminator="name"),
 ]
-TASK_NAMES = (
-    "forecast",
-    "hindcast",
-    "temporal_interpolation",
-    "downscaling",
-    "inpainting",
-    "cross_variable",
-    "combined",
-    "counterfactual",
-)
 CombinedConfig.model_rebuild()
 CounterfactualConfig.model_rebuild()
+# what the literal of every `name` says
+TASK_NAMES: tuple[str, ...] = tuple(
+    get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(get_args(TaskConfig)[0])
+)

@@ -15,7 +15,7 @@ from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_split
 from atmossl.evaluation import baselines as base
-from atmossl.evaluation.alignment import case_times
+from atmossl.evaluation.alignment import case_times, complete
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.forecasts import (
     Common,
@@ -186,8 +186,7 @@ def _where_all_have(
     (name,) = ours.data_vars
     there = True
     for dataset in (ours, *rivals.values()):
-        present = dataset[name].notnull()
-        there = there & (present.all("member") if "member" in present.dims else present)
+        there = there & complete(dataset[name])
     assert isinstance(there, xr.DataArray)
     share = 1.0 - float(there.mean())
     if share == 0.0:
