@@ -29,6 +29,7 @@ VARIABLES = (
 )
 LEVELS_HPA = (300, 500, 850)
 NUM_RUNS = 6
+CELLS_BETWEEN = 5  # a sixth of the circle has 21 cells: four runs fit before two would coincide
 STEP_HOURS = 6
 BLOCK_DAYS = 2
 START = np.datetime64("1959-01-02T00", "ns")
@@ -84,12 +85,15 @@ def use_matrix_products_for_column_convolutions() -> None:
 
 
 def rotation_cells(run: int) -> int:
-    """Rotation of a run's start in cells of the model's grid, 128 around the circle."""
-    return run * 128 // NUM_RUNS
+    """Rotation of a run's start in cells of the model's grid, 128 around the circle.
+
+    Runs beyond those of the sample (`--runs 6 7 ...`, more weather to train on) start between them.
+    """
+    return run % NUM_RUNS * 128 // NUM_RUNS + run // NUM_RUNS * CELLS_BETWEEN
 
 
 def start_state(model, era5, run: int):
-    """Model state of `run`: the ERA5 state rotated by run/6 of the circle, forcing unrotated."""
+    """Model state of `run`: the ERA5 state rotated by `rotation_cells`, forcing unrotated."""
     import jax
 
     rotated = era5.isel(time=0).roll(longitude=rotation_cells(run), roll_coords=False)
