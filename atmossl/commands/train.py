@@ -19,7 +19,7 @@ from atmossl.model.linear import half_is_fast
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
-from atmossl.training.resume import check_same_run, check_same_statistics
+from atmossl.training.resume import check_same_run, check_same_statistics, samples_seen
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def train(values: Mapping[str, Any]) -> Trained:
     datamodule, statistics = build_data(config)
     if resume is not None and before is not None:
         check_same_statistics(resume, before["statistics"], statistics.to_dict())
+        datamodule.go_on(step=before["step"], samples=samples_seen(before))
     module = build_module(
         config,
         statistics,

@@ -40,7 +40,8 @@ class WindowDataModule(L.LightningDataModule):
 
     num_batches: batches of the whole run on one device. validation_batches: per task.
     together: what the batches of one optimiser step have to know of each other.
-    A restarted run goes on with the batch after the last optimiser step.
+    A run that goes on (`go_on`) reads the sample after the last one that its checkpoint has learned
+    from, whatever the batch size, the accumulation and the number of ranks are now.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class WindowDataModule(L.LightningDataModule):
             "first_guess": settings.first_guess,
         }
         self.num_skipped = 0
+        self._start = (0, 0)  # optimiser steps and samples that the run has behind it
         self.step_hours = train[0].step_hours
         self.train_set = WindowDataset(
             segments=train,
@@ -92,6 +94,19 @@ class WindowDataModule(L.LightningDataModule):
             for (key,) in islice(order, 1):
                 dataset[key]
 
+    def go_on(self, *, step: int, samples: int) -> None:
+        """Start training after `step` optimiser steps, which learned from `samples` samples."""
+        self._start = (step, samples)
+
+    def samples_at(self, step: int) -> int:
+        """How many samples of the run's sequence lie before its optimiser step `step`."""
+        trainer = self.trainer
+        assert trainer is not None
+        first_step, first_sample = self._start
+        ranks, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        per_step = self.settings.batch_size * accumulate * ranks
+        return first_sample + (step - first_step) * per_step
+
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
@@ -103,6 +118,7 @@ class WindowDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             num_ranks=trainer.world_size,
             first_batch=trainer.global_step * trainer.accumulate_grad_batches,
+            first_sample=self.samples_at(trainer.global_step),
             group=self.settings.windows_per_read,
         )
         accumulate = trainer.accumulate_grad_batches

@@ -318,9 +318,13 @@ class SampleOrder(Sampler[list[SampleKey]]):
     """Batches of one rank, from any point of the run on.
 
     The run is one endless sequence of samples: epoch after epoch, each a permutation by
-    (seed, epoch). Batch n of rank r takes samples (n * ranks + r) * batch_size onwards, so ranks
-    are disjoint, nothing is dropped at the end of an epoch, and neither the number of workers nor
-    a restart changes what is delivered.
+    (seed, epoch). Iteration starts at sample `first_sample`, and the n-th batch that rank r
+    delivers takes samples first_sample + (n * ranks + r) * batch_size onwards. So ranks are
+    disjoint, nothing is dropped at the end of an epoch, and neither the number of workers nor a
+    restart with another batch size or number of ranks changes what is delivered.
+
+    first_batch: batches that the run has behind it, of `num_batches` in all.
+    first_sample: samples that it has behind it; None: all its batches had the present size.
 
     group: so many consecutive sample ids, which share a start time, stay together in the
     permutation, so that a chunk is read once for all of them.
@@ -336,6 +340,7 @@ class SampleOrder(Sampler[list[SampleKey]]):
         rank: int = 0,
         num_ranks: int = 1,
         first_batch: int = 0,
+        first_sample: int | None = None,
         shuffle: bool = True,
         group: int = 1,
     ) -> None:
@@ -348,6 +353,9 @@ class SampleOrder(Sampler[list[SampleKey]]):
         self.rank = rank
         self.num_ranks = num_ranks
         self.first_batch = first_batch
+        if first_sample is None:
+            first_sample = first_batch * num_ranks * batch_size
+        self.first_sample = first_sample
         self.shuffle = shuffle
 
     def __len__(self) -> int:
@@ -357,9 +365,10 @@ class SampleOrder(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, order = -1, np.arange(0)
-        for batch in range(self.first_batch, self.num_batches):
+        for number in range(self.num_batches - self.first_batch):
             keys = []
-            first = (batch * self.num_ranks + self.rank) * self.batch_size
+            offset = (number * self.num_ranks + self.rank) * self.batch_size
+            first = self.first_sample + offset
             for position in range(first, first + self.batch_size):
                 if position // self.num_samples != epoch:
                     epoch = position // self.num_samples

@@ -21,6 +21,7 @@ from atmossl.objectives.base import Objective
 from atmossl.objectives.masked import hidden_values, predicted_streams
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state
 from atmossl.training.optimizer import OptimizerSettings, freeze, make_optimizer
+from atmossl.training.resume import regroup_batches
 from atmossl.training.schedule import learning_rate_factor
 from atmossl.training.strategies import ShardedStrategy
 
@@ -207,14 +208,17 @@ class TrainingModule(L.LightningModule):
             group.update(wanted)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer: Any = self.trainer
         checkpoint["atmossl"] = {
             **self.record,
             "step": self.global_step,
+            "samples": trainer.datamodule.samples_at(self.global_step),
             "rng": random_states(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint["atmossl"]["rng"]
+        regroup_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         del batch, batch_idx

@@ -87,3 +87,31 @@ def check_same_statistics(
     others = before.get("others", {})
     for name in set(others) & set(now.get("others", {})):
         check_same_statistics(path, others[name], now["others"][name], name)
+
+
+def samples_seen(record: Mapping[str, Any]) -> int:
+    """How many samples of its sequence a run had learned from, on all ranks, when it saved this
+    record. Older records do not say so; their batches had the size that the configuration names.
+    """
+    if "samples" in record:
+        return record["samples"]
+    config, ranks = record["config"], len(record["rng"])
+    batches = record["step"] * config["trainer"].get("accumulate", 1) * ranks
+    return batches * config["data"]["batch_size"]
+
+
+def regroup_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Count the batches of Lightning's training loop as if each optimiser step had taken
+    `accumulate` of them from the start.
+
+    Lightning decides by the number of batches when a step, a validation and a line of the log are
+    due. After a change of `trainer.accumulate` that number would no longer match the steps.
+    """
+    step = checkpoint["global_step"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    batches = progress["total"]["ready"]
+    for counts in (progress["total"], progress["current"]):
+        ready = counts["ready"]
+        steps = ready * step // batches if batches else 0  # of the epoch, or of the whole run
+        for key, count in counts.items():  # while a batch is in work, stages differ by one
+            counts[key] = steps * accumulate + count - ready

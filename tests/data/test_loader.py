@@ -70,24 +70,26 @@ def delivered_by() -> Callable[[SampleOrder, int], Iterator[list[tuple[int, int]
 def test_ranks_workers_and_restarts_deliver_every_sample_once_in_order(
     delivered_by: Callable, data: st.DataObject
 ) -> None:
-    """A run of several ranks, stopped anywhere and gone on with another number of workers,
-    delivers what one rank of one process would."""
+    """A run that is stopped anywhere and goes on with other numbers of ranks, workers and samples
+    per batch delivers what one rank of one process would."""
     draw = data.draw
-    num_ranks, batch_size = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     group = draw(st.integers(1, 3))
     num_samples = group * draw(st.integers(4, 8))
-    num_batches = 2 * num_samples // (num_ranks * batch_size) + 1
     common = {"num_samples": num_samples, "seed": draw(st.integers(0, 99)), "group": group}
-    delivered: list[list[list[tuple[int, int]]]] = []
-    for rank in range(num_ranks):
-        ranked = {**common, "batch_size": batch_size, "num_batches": num_batches, "rank": rank}
-        stop = draw(st.integers(0, num_batches))
-        first = SampleOrder(**ranked, num_ranks=num_ranks)
-        rest = SampleOrder(**ranked, num_ranks=num_ranks, first_batch=stop)
-        before = list(islice(delivered_by(first, draw(st.integers(0, 2))), stop))
-        after = list(delivered_by(rest, draw(st.integers(0, 2))))
-        delivered.append(before + after)
-    together = [key for batches in zip(*delivered, strict=True) for b in batches for key in b]
+    together: list[tuple[int, int]] = []
+    while len(together) < 2 * num_samples:
+        num_ranks, batch_size = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+        stop = draw(st.integers(1, 8))  # batches of each rank until the run ends or is stopped
+        first_batch = draw(st.integers(0, 8))
+        ranks = [
+            SampleOrder(
+                **common, batch_size=batch_size, rank=rank, num_ranks=num_ranks,
+                num_batches=first_batch + 8, first_batch=first_batch, first_sample=len(together),
+            )
+            for rank in range(num_ranks)
+        ]  # fmt: skip
+        batches = [list(islice(delivered_by(r, draw(st.integers(0, 2))), stop)) for r in ranks]
+        together += [key for step in zip(*batches, strict=True) for batch in step for key in batch]
     single = SampleOrder(**common, batch_size=1, num_batches=len(together))
     assert together == [tuple(key) for (key,) in single]
     assert len(set(together)) == len(together)

@@ -55,16 +55,21 @@ def test_the_average_forgets_its_start() -> None:
     assert int(tested.ema.n_averaged) == 3
 
 
-def test_a_checkpoint_brings_back_the_random_state() -> None:
+def test_a_checkpoint_brings_back_the_random_state(monkeypatch) -> None:
     tested = module([4])
-    contents: dict = {"state_dict": {}}
+    data = SimpleNamespace(samples_at=lambda step: 10 * step)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=data)
+    monkeypatch.setattr(TrainingModule, "trainer", trainer, raising=False)
+    progress = {key: {"ready": 4, "completed": 4} for key in ("total", "current")}
+    loops = {"fit_loop": {"epoch_loop.batch_progress": progress}}
+    contents: dict = {"state_dict": {}, "global_step": 4, "loops": loops}
     tested.on_save_checkpoint(contents)
     expected = torch.rand(3)
     tested.on_load_checkpoint(contents)
     torch.rand(1)  # what loaders draw when they start
     tested.on_train_batch_start(None, 0)
     assert torch.equal(torch.rand(3), expected)
-    assert contents["atmossl"]["step"] == 4
+    assert contents["atmossl"]["step"] == 4 and contents["atmossl"]["samples"] == 40
 
 
 def test_a_resumed_optimiser_takes_the_rates_of_the_configuration(monkeypatch) -> None:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.curves import read_metrics
+from atmossl.training.resume import regroup_batches, samples_seen
 from tests.processes import all_end, kill_at_batch, kill_at_commit, run, training
 
 pytestmark = pytest.mark.e2e
@@ -82,6 +84,46 @@ def test_a_run_killed_while_shards_are_written_ends_as_the_unbroken_one(tmp_path
     assert (folder / f".partial-step-{2 * INTERVAL}.ckpt").exists()
     assert run(arguments(broken, *beside, "resume=auto"), cache=tmp_path) == 0
     assert_same_end(whole, broken)
+
+
+def test_steps_of_as_many_samples_are_the_same_however_they_are_grouped(tmp_path: Path) -> None:
+    """2 x 2 samples for 3 steps, 4 x 1 for 2, which does not divide the batches so far, then 1 x 4;
+    against 2 x 2 throughout. Sums come in another order."""
+    common = ("optimizer.schedule=constant", "masking=bert", "resume=auto",
+              "trainer.validation_interval=2", "trainer.checkpoint_interval=4")  # fmt: skip
+    whole, grouped = tmp_path / "whole", tmp_path / "grouped"
+    assert run(arguments(whole, *common, "trainer.max_steps=8"), cache=tmp_path) == 0
+    for steps, accumulate, batch_size in ((3, 2, 2), (5, 4, 1), (8, 1, 4)):
+        changed = (f"trainer.max_steps={steps}", f"trainer.accumulate={accumulate}",
+                   f"data.batch_size={batch_size}")  # fmt: skip
+        assert run(arguments(grouped, *common, *changed), cache=tmp_path) == 0
+    one, two = (read_metrics(folder / "metrics.csv") for folder in (whole, grouped))
+    for column in ("train/loss", "gradient_norm", "learning_rate", "ratio/mean"):
+        first, second = (log[["step", column]].dropna().to_numpy() for log in (one, two))
+        assert first[:, 0].tolist() == second[:, 0].tolist(), column
+        if column != "ratio/mean":  # validations take as many batches, hence other samples
+            np.testing.assert_allclose(second[:, 1], first[:, 1], rtol=5e-4, err_msg=column)
+    records = [read_contents(f / "checkpoints" / "last.ckpt")["atmossl"] for f in (whole, grouped)]
+    assert [record["samples"] for record in records] == [32, 32]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
+def test_batches_are_counted_as_if_grouped_so_from_the_start(accumulate: int) -> None:
+    """A checkpoint of step 3, saved at the end of its sixth batch, before that is complete."""
+    counts = {"ready": 6, "started": 6, "processed": 6, "completed": 5}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+    loops = {"fit_loop": {"epoch_loop.batch_progress": progress}}
+    regroup_batches({"global_step": 3, "loops": loops}, accumulate)
+    batches = 3 * accumulate
+    expected = {"ready": batches, "started": batches, "processed": batches}
+    assert progress["total"] == progress["current"] == {**expected, "completed": batches - 1}
+
+
+def test_older_records_count_their_samples_by_their_configuration() -> None:
+    config = {"data": {"batch_size": 2}, "trainer": {"accumulate": 3}}
+    record = {"step": 5, "config": config, "rng": [{}, {}]}  # of two ranks
+    assert samples_seen(record) == 60
+    assert samples_seen({**record, "samples": 7}) == 7
 
 
 def assert_same_end(*runs: Path) -> None:
