@@ -60,7 +60,7 @@ class StreamSpec:
     `missing`: what a missing value does: `refuse` raises, `mask` marks it and goes on.
     `data`: catalog entry that it is read from; empty: that of the run, whose grid the others' share
     windows with.
-    Raises ValueError if the token does not divide the levels.
+    Raises ValueError if a variable or level stands twice, or the token does not divide the levels.
     """
 
     name: str
@@ -75,6 +75,12 @@ class StreamSpec:
     def __post_init__(self) -> None:
         if not self.variables:
             raise ValueError(f"stream.{self.name}.variables is empty; name at least one variable")
+        for key, values in (("variables", self.variables), ("levels", self.levels)):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(
+                    f"stream.{self.name}.{key}={list(values)} names {twice} twice; name each once"
+                )
         if self.num_levels % self.token_size.level:
             raise ValueError(
                 f"stream.{self.name}.token_size.level={self.token_size.level} does not divide the "
@@ -113,6 +119,41 @@ class StreamSpec:
                     f"data.window.{axis}={points}; valid: {divisors}"
                 )
         return self.num_levels // size.level, time // size.time, lat // size.lat, lon // size.lon
+
+
+def shared_fields(specs: Sequence[StreamSpec]) -> list[str]:
+    """What is wrong with streams that hold the same field, a variable at a level of one store: a
+    field that is predicted stands in one stream alone, or another stream would show what is hidden,
+    and the prediction would be written twice. Different streams may hold different levels of a
+    variable."""
+    faults = []
+    for number, first in enumerate(specs):
+        for second in specs[number + 1 :]:
+            if first.name == second.name:
+                faults.append(f"stream.{first.name} is there twice; give each stream its own name")
+            variables = sorted(set(first.variables) & set(second.variables))
+            levels = sorted(set(first.level_values) & set(second.level_values))
+            predicted = "predict" in (first.role, second.role)
+            if predicted and first.data == second.data and variables and levels:
+                at = f" at {levels} hPa" if any(levels) else ""
+                faults.append(
+                    f"stream.{first.name} (role {first.role}) and stream.{second.name} (role "
+                    f"{second.role}) both hold {variables}{at}; a field that is predicted stands "
+                    "in one stream alone: leave it out of the other"
+                )
+    return faults
+
+
+def levels_by_variable(specs: Sequence[StreamSpec]) -> dict[str, tuple[int, ...]]:
+    """Levels of every variable in hPa, (0,) at the surface: in the order of its stream, or
+    ascending if several streams hold it."""
+    levels: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        for name in spec.variables:
+            held = levels.get(name)
+            both = spec.level_values if held is None else sorted({*held, *spec.level_values})
+            levels[name] = tuple(both)
+    return levels
 
 
 class Movable:

@@ -1,9 +1,11 @@
 """Tiles into fields of the whole grid, kept only as long as more tiles can come."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from atmossl.batch import StreamSpec
 from atmossl.geometry import Box
 
 Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
@@ -35,32 +37,38 @@ class Mosaic:
     either. Each member's departure from the ensemble mean is therefore scaled where tiles overlap,
     such that the variance over members is the weighted mean of the tiles' variances; the ensemble
     mean is the weighted mean of theirs.
+
+    levels: of every variable in hPa; a tile of one stream may hold some of them.
     """
 
-    def __init__(self, num_lon: int) -> None:
+    def __init__(self, num_lon: int, levels: Mapping[str, tuple[int, ...]]) -> None:
         self.num_lon = num_lon
+        self.levels = levels
         self.south = 0  # first row that is held
         self._fields: Fields = {}
         self._variance: Fields = {}  # over members, kept as one member
 
-    def add(
-        self, names: tuple[str, ...], values: np.ndarray, tile: Box, weight: np.ndarray
-    ) -> None:
-        """Add [variable step member level lat lon], of which the lat and lon are the tile's."""
+    def add(self, spec: StreamSpec, values: np.ndarray, tile: Box, weight: np.ndarray) -> None:
+        """Add [variable step member level lat lon] of a stream, of which the lat and lon are the
+        tile's."""
         share = weight.astype(np.float32)
-        self._add(self._fields, names, values * share, tile)
-        self._add(self._variance, names, values.var(axis=2, keepdims=True) * share, tile)
+        self._add(self._fields, spec, values * share, tile)
+        self._add(self._variance, spec, values.var(axis=2, keepdims=True) * share, tile)
 
-    def _add(self, fields: Fields, names: tuple[str, ...], weighted: np.ndarray, tile: Box) -> None:
+    def _add(self, fields: Fields, spec: StreamSpec, weighted: np.ndarray, tile: Box) -> None:
         top = tile.lat_start + tile.lat_size - self.south
         rows = slice(tile.lat_start - self.south, top)
         first = tile.lon_start
         before = min(tile.lon_size, self.num_lon - first)  # columns before the circle closes
-        for name, own in zip(names, weighted, strict=True):
-            field = self._room(fields, name, own.shape, top)
-            field[..., rows, first : first + before] += own[..., :before]
+        for name, own in zip(spec.variables, weighted, strict=True):
+            levels = self.levels[name]
+            shape = (*own.shape[:2], len(levels), *own.shape[3:])
+            field = self._room(fields, name, shape, top)
+            whole = levels == spec.level_values
+            at = slice(None) if whole else [levels.index(level) for level in spec.level_values]
+            field[..., at, rows, first : first + before] += own[..., :before]
             if before < tile.lon_size:
-                field[..., rows, : tile.lon_size - before] += own[..., before:]
+                field[..., at, rows, : tile.lon_size - before] += own[..., before:]
 
     def _room(self, fields: Fields, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
         """The variable's field with at least so many rows."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atmossl.batch import StreamSpec, TokenSize
+from atmossl.batch import StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import read_contents, write_atomically
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
@@ -48,7 +48,7 @@ class TrainedModel:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        return tuple(name for spec in self.own_specs for name in spec.variables)
+        return tuple(levels_by_variable(self.own_specs))
 
     def specs_for(self, task: Task | None = None) -> tuple[StreamSpec, ...]:
         """The streams as they are to be read: if the task fills missing values, those of all
@@ -61,8 +61,14 @@ class TrainedModel:
 
     @property
     def level_values(self) -> dict[str, tuple[int, ...]]:
-        """Levels of every variable in hPa; (0,) at the surface."""
-        return {name: spec.level_values for spec in self.own_specs for name in spec.variables}
+        """Levels of every predicted variable in hPa; (0,) at the surface."""
+        return self.predicted_levels("")
+
+    def predicted_levels(self, data: str) -> dict[str, tuple[int, ...]]:
+        """Levels of every variable that the streams with that `data` predict, in hPa; (0,) at the
+        surface."""
+        predicted = [s for s in self.specs if s.role == "predict" and s.data == data]
+        return levels_by_variable(predicted)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -98,7 +104,7 @@ def load_checkpoint(name: str) -> TrainedModel:
     """
     contents = read_checkpoint(name)
     record = contents["atmossl"]
-    specs = tuple(spec_from_dict(values) for values in record["streams"])
+    specs = _specs_of(record, name)
     model = Multiformer(streams=specs, **record["model"])
     weights = {
         key.removeprefix(_AVERAGED): value
@@ -119,6 +125,19 @@ def load_checkpoint(name: str) -> TrainedModel:
         record=record,
         digest=_digest(checkpoint_path(name)),
     )
+
+
+def _specs_of(record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
+    """The streams of a record; ValueError for those of old checkpoints that predict a field
+    twice."""
+    try:
+        specs = tuple(spec_from_dict(values) for values in record["streams"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint={name}: {error}") from error
+    faults = shared_fields(specs)
+    if faults:
+        raise ValueError(f"checkpoint={name}: {'; '.join(faults)}. Train anew with other streams")
+    return specs
 
 
 def _digest(path: Path) -> str:

@@ -104,12 +104,12 @@ class Layout:
 
     def levels_of(self, variable: str) -> tuple[int, ...]:
         """Levels of a variable in hPa; (0,) at the surface."""
-        return {name: s.level_values for s in self.specs for name in s.variables}[variable]
+        return self.predictor.trained.predicted_levels(self.data)[variable]
 
     @property
     def variables(self) -> list[str]:
         """All that is predicted."""
-        return [name for spec in self.specs if spec.role == "predict" for name in spec.variables]
+        return list(self.predictor.trained.predicted_levels(self.data))
 
     @property
     def grid(self) -> Grid:

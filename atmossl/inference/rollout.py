@@ -139,16 +139,15 @@ def _appended(
         kept = _kept(predictor, record)
         # static, or moved on below
         moved[data] = {name: _last(values[:, -1:], kept) for name, values in state.items()}
-        for spec in predictor.trained.specs:
-            rows = [record.levels.index(level) if level else 0 for level in spec.level_values]
-            for name in spec.variables if spec.data == data and spec.role == "predict" else ():
-                held = state[name]
-                if name in fields:
-                    new = fields[name][:, member].swapaxes(0, 1)  # [level time lat lon]
-                    whole = np.zeros((held.shape[0], *new.shape[1:]), np.float32)
-                    whole[rows] = new
-                    held = np.concatenate([held, whole], axis=1)
-                moved[data][name] = _last(held, kept)
+        for name, levels in predictor.trained.predicted_levels(data).items():
+            held = state[name]
+            if name in fields:
+                new = fields[name][:, member].swapaxes(0, 1)  # [level time lat lon]
+                # levels that no stream predicts, of a static one say, stay as they are
+                whole = np.repeat(held[:, -1:], new.shape[1], axis=1)
+                whole[[record.levels.index(level) if level else 0 for level in levels]] = new
+                held = np.concatenate([held, whole], axis=1)
+            moved[data][name] = _last(held, kept)
     return moved
 
 

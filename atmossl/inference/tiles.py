@@ -66,7 +66,7 @@ class _Tiles:
                 for spec, values in found:
                     if values[number].shape[1] > 0:
                         placed = self._placed(spec.data, tile)
-                        mosaics[spec.data].add(spec.variables, values[number], *placed)
+                        mosaics[spec.data].add(spec, values[number], *placed)
                 if tile.complete is not None:
                     completes = tile.complete == used.grid.shape[0]
                     yield from self._taken(mosaics, tile, completes=completes)
@@ -90,7 +90,10 @@ class _Tiles:
     def _mosaics(self) -> dict[str, Mosaic]:
         """One for every grid of predicted streams, that of the run's own data last."""
         used = self.predictor
-        return {data: Mosaic(used.grid_of(data).shape[1]) for data in (*used.coverage, "")}
+        return {
+            data: Mosaic(used.grid_of(data).shape[1], used.trained.predicted_levels(data))
+            for data in (*used.coverage, "")
+        }
 
     def _placed(self, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
         """A tile and its weights on the grid of the streams with that `data`."""

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from atmossl.batch import Missing, Role, StreamSpec, TokenSize
+from atmossl.batch import Missing, Role, StreamSpec, TokenSize, shared_fields
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
@@ -173,8 +173,12 @@ class StatsConfig(TrainConfig):
 
 def _stream_faults(config: TrainConfig) -> list[str]:
     """Streams against catalog and window."""
-    faults = []
+    faults, specs = [], []
     for name, stream in config.stream.items():
+        try:
+            specs.append(stream.spec(name))
+        except ValueError as error:
+            faults.append(str(error))
         try:
             entry = catalog_entry(stream.data or config.data.name, config.data.catalog)
         except ValueError as error:
@@ -184,11 +188,12 @@ def _stream_faults(config: TrainConfig) -> list[str]:
         faults += _entry_faults(name, stream, entry)
         if stream.data == config.data.name:
             faults.append(f"stream.{name}.data={stream.data} is data.name; leave it out")
-        if not stream.data:  # the window's points on another grid show when it is opened
-            faults += _token_faults(name, stream, config.data.window)
+        # the window's points on another grid show when it is opened
+        if specs and specs[-1].name == name and not stream.data:
+            faults += _token_faults(specs[-1], config.data.window)
     if not any(s.role == "predict" and not s.data for s in config.stream.values()):
         faults.append("no stream of data.name has role predict; give at least one")
-    return faults
+    return faults + shared_fields(specs)
 
 
 def _entry_faults(name: str, stream: StreamConfig, entry: CatalogEntry) -> list[str]:
@@ -211,10 +216,10 @@ def _entry_faults(name: str, stream: StreamConfig, entry: CatalogEntry) -> list[
     return faults
 
 
-def _token_faults(name: str, stream: StreamConfig, window: WindowConfig) -> list[str]:
+def _token_faults(spec: StreamSpec, window: WindowConfig) -> list[str]:
     try:
-        size = stream.spec(name).token_size
-        stream.spec(name).token_shape(window.time, window.lat or size.lat, window.lon or size.lon)
+        size = spec.token_size
+        spec.token_shape(window.time, window.lat or size.lat, window.lon or size.lon)
     except ValueError as error:
         return [str(error)]
     return []

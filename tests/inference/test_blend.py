@@ -4,13 +4,17 @@ import numpy as np
 
 from atmossl.geometry import Box
 from atmossl.inference.blend import Mosaic
+from tests.synthetic import spec
+
+LEVELS = (300, 500)
 
 
 def blended(tiles: list[np.ndarray], shares: list[float]) -> np.ndarray:
-    mosaic = Mosaic(num_lon=8)
+    mosaic = Mosaic(num_lon=8, levels={"temperature": LEVELS[: tiles[0].shape[2]]})
+    stream = spec(variables=("temperature",), levels=LEVELS[: tiles[0].shape[2]])
     for values, share in zip(tiles, shares, strict=True):
         weight = np.full(values.shape[-2:], share)
-        mosaic.add(("temperature",), values[None], Box(0, 0, 4, 8), weight)
+        mosaic.add(stream, values[None], Box(0, 0, 4, 8), weight)
     return mosaic.take(4)[1]["temperature"]
 
 
