@@ -1,0 +1,386 @@
+"""Settings and weights of AtmoRep's published models, as files of 2023 and of 2024 hold them.
+
+A model is a folder (or its `.tar.gz`) with `model_idX.json` and `AtmoRep_idX.mod`. Weights are read
+as tensors alone, never as a pickle that could run code. Every tensor of the file finds its place
+and every weight of the network its tensor, or the reading ends with an error that names it.
+"""
+
+import json
+import pickle
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atmossl.model.atmorep import AtmoRep, AtmoRepField, AtmoRepSettings
+
+_REFUSED = {
+    "encoder_att_type": ("dense",),
+    "decoder_att_type": ("dense",),
+    "decoder_self_att": (False,),
+    "coupling_num_heads_per_field": (1,),
+}
+_OLD_HEAD = re.compile(r"(.*)\.(heads_self|heads_other|heads)\.(\d+)\.proj_(qs|ks|vs)\.weight")
+
+
+@contextmanager
+def model_folder(location: Path) -> Iterator[Path]:
+    """The folder that holds a model's two files; an archive is unpacked for the while.
+
+    Raises:
+        ValueError: neither a folder nor an archive that can be read.
+    """
+    if location.is_dir():
+        yield location
+        return
+    if not location.is_file():
+        raise ValueError(f"{location}: no such folder or archive")
+    with tempfile.TemporaryDirectory() as unpacked:
+        try:
+            with tarfile.open(location) as archive:
+                archive.extractall(unpacked, filter="data")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ValueError(f"{location}: no archive that can be read ({error})") from error
+        yield Path(unpacked)
+
+
+def load_atmorep(location: Path) -> AtmoRep:
+    """The network of a model's folder or archive, with its weights, in evaluation mode.
+
+    Raises:
+        ValueError: a file that is missing, damaged or ambiguous, an option that the public code
+            cannot run either, a tensor that is missing, left over or of another shape.
+    """
+    with model_folder(location) as folder:
+        settings_file = _only(folder, "model_id*.json", location)
+        weights_file = _newest(folder, settings_file.stem.removeprefix("model_"), location)
+        raw = _read_settings(settings_file)
+        tensors = _read_tensors(weights_file)
+    is_of_2023 = any(_OLD_HEAD.fullmatch(key) for key in tensors)
+    settings = settings_of(raw, str(settings_file.name), is_of_2023=is_of_2023)
+    if is_of_2023:
+        tensors = joined_heads(tensors)
+    if raw["with_cls"]:  # the class token has no effect on what is predicted
+        tensors = {key: value for key, value in tensors.items() if "cls" not in key}
+    network = AtmoRep(settings)
+    state = state_of(settings, tensors, weights_file.name)
+    if is_of_2023:  # norms of heads had no parameters then
+        state = {k: v for k, v in network.state_dict().items() if "_norm." in k} | state
+    _fill(network, state, weights_file.name)
+    return network.eval()
+
+
+def _fill(network: AtmoRep, state: dict[str, Tensor], file: str) -> None:
+    wanted = network.state_dict()
+    missing = sorted(set(wanted) - set(state))
+    if missing:
+        raise ValueError(f"{file}: {len(missing)} tensors are missing, {missing[0]} the first")
+    for name, value in state.items():
+        if name not in wanted:
+            raise ValueError(f"{file}: the network of these settings has no {name}")
+        if value.shape != wanted[name].shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(value.shape)}; its settings need "
+                f"{tuple(wanted[name].shape)}"
+            )
+    network.load_state_dict(state)
+
+
+def _only(folder: Path, pattern: str, location: Path) -> Path:
+    files = sorted(folder.rglob(pattern))
+    if len(files) != 1:
+        names = [file.name for file in files]
+        raise ValueError(f"{location}: one file {pattern} is needed there, but there are {names}")
+    return files[0]
+
+
+def _newest(folder: Path, name: str, location: Path) -> Path:
+    """The weights of a model: `AtmoRep_idX.mod`, else those of its last epoch."""
+    files = {file.name: file for file in folder.rglob(f"AtmoRep_{name}*.mod")}
+    if f"AtmoRep_{name}.mod" in files:
+        return files[f"AtmoRep_{name}.mod"]
+    epochs = {
+        int(match[1]): file
+        for key, file in files.items()
+        if (match := re.fullmatch(rf"AtmoRep_{re.escape(name)}_epoch(\d+)\.mod", key))
+    }
+    if not epochs:
+        raise ValueError(f"{location}: AtmoRep_{name}.mod, the weights, is not there")
+    return epochs[max(epochs)]
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{file.name}: no settings that can be read ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file.name}: no settings of AtmoRep: a mapping is needed")
+    return raw
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        contents = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file.name}: truncated, or no torch file of weights alone ({type(error).__name__})"
+        ) from error
+    if not isinstance(contents, dict) or not all(
+        isinstance(value, Tensor) for value in contents.values()
+    ):
+        raise ValueError(f"{file.name}: holds something else than tensors by name")
+    # a model that was saved while it was wrapped for several devices has one more name in front
+    return {key.removeprefix("module."): value.float() for key, value in contents.items()}
+
+
+def settings_of(raw: dict[str, Any], file: str, *, is_of_2023: bool) -> AtmoRepSettings:
+    """Settings of the network from those that AtmoRep wrote.
+
+    Raises:
+        ValueError: a key that is missing, of another form, or an option that the public code cannot
+            run either; names file, key and what is valid.
+    """
+    for key, valid in _REFUSED.items():
+        if key in raw and raw[key] not in valid:
+            raise ValueError(
+                f"{file}: {key}={raw[key]} is not known to work in AtmoRep's own code; valid: "
+                f"{valid[0]}"
+            )
+    try:
+        settings = _settings(raw, is_of_2023)
+    except KeyError as error:
+        raise ValueError(f"{file}: key {error} is missing: settings of another version?") from error
+    except (TypeError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: settings of another form than AtmoRep's ({error})") from error
+    _check(settings, file)
+    return settings
+
+
+def _settings(raw: dict[str, Any], is_of_2023: bool) -> AtmoRepSettings:
+    heads = int(raw["decoder_num_heads"])
+    return AtmoRepSettings(
+        fields=tuple(_field(entry) for entry in raw["fields"]),
+        predicted=tuple(str(entry[0]) for entry in raw["fields_prediction"]),
+        info_entries=int(raw["size_token_info"]),
+        info_width=int(raw["size_token_info_net"]),
+        encoder_layers=int(raw["encoder_num_layers"]),
+        encoder_heads=int(raw["encoder_num_heads"]),
+        encoder_mlp_layers=int(raw["encoder_num_mlp_layers"]),
+        decoder_layers=int(raw["decoder_num_layers"]),
+        decoder_heads=heads,
+        decoder_mlp_layers=int(raw["decoder_num_mlp_layers"]),
+        cross_heads=int(heads * float(raw["decoder_cross_att_ratio"])),
+        cross_rate=float(raw["decoder_cross_att_rate"]),
+        members=int(raw["net_tail_num_nets"]),
+        tail_layers=int(raw["net_tail_num_layers"]),
+        normed=bool(raw["with_layernorm"]),
+        normed_heads=bool(raw["with_qk_lnorm"]),
+        # the code that wrote the files of 2023 normed a decoder's heads only if asked to
+        decoder_normed_heads=bool(raw["with_qk_lnorm"]) if is_of_2023 else True,
+    )
+
+
+def _field(entry: list[Any]) -> AtmoRepField:
+    name, (_, width, coupled, *_), levels, num_tokens, token_size, *_ = entry
+    steps, rows, columns = map(int, num_tokens)
+    time, lat, lon = map(int, token_size)
+    return AtmoRepField(
+        name=str(name),
+        width=int(width),
+        coupled=tuple(map(str, coupled)),
+        levels=tuple(map(int, levels)),
+        num_tokens=(steps, rows, columns),
+        token_size=(time, lat, lon),
+    )
+
+
+def _check(settings: AtmoRepSettings, file: str) -> None:
+    names = [field.name for field in settings.fields]
+    for field in settings.fields:
+        unknown = sorted(set(field.coupled) - set(names))
+        if unknown:
+            raise ValueError(
+                f"{file}: fields: {field.name} is coupled to {unknown}, not in {names}"
+            )
+    unknown = sorted(set(settings.predicted) - set(names))
+    if unknown or not settings.predicted:
+        raise ValueError(f"{file}: fields_prediction names {unknown}; valid: some of {names}")
+    if settings.cross_heads < 1:
+        raise ValueError(
+            f"{file}: decoder_cross_att_ratio leaves no head of {settings.decoder_heads} that "
+            "attends to the encoder; a decoder with self-attention alone does not run in AtmoRep's "
+            "own code either"
+        )
+    if settings.encoder_layer_read_by(settings.decoder_layers - 1) < 0:
+        raise ValueError(
+            f"{file}: decoder_num_layers={settings.decoder_layers} at decoder_cross_att_rate="
+            f"{settings.cross_rate:g} reaches beyond the {settings.encoder_layers} layers of the "
+            "encoder; a deeper decoder does not run in AtmoRep's own code either"
+        )
+
+
+def joined_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file of 2023, which has matrices per head, under the names of 2024."""
+    joined: dict[str, Tensor] = {}
+    groups: dict[tuple[str, str], dict[int, dict[str, Tensor]]] = {}
+    for key, value in tensors.items():
+        match = _OLD_HEAD.fullmatch(key)
+        if match is None:
+            joined[key] = value
+        else:
+            heads = groups.setdefault((match[1], match[2]), {})
+            heads.setdefault(int(match[3]), {})[match[4]] = value
+    for (layer, group), by_number in groups.items():
+        heads = [by_number[number] for number in sorted(by_number)]
+        if group != "heads_other":
+            joined[f"{layer}.proj_heads.weight"] = _stacked(heads, ("qs", "ks", "vs"), layer)
+        elif layer.startswith("decoders."):
+            joined[f"{layer}.proj_heads_o_q.weight"] = _stacked(heads, ("qs",), layer)
+            joined[f"{layer}.proj_heads_o_kv.weight"] = _stacked(heads, ("ks", "vs"), layer)
+        else:
+            joined[f"{layer}.proj_heads_other.0.weight"] = _stacked(heads, ("qs",), layer)
+            for number, head in enumerate(heads, 1):
+                coupled = _stacked([head], ("ks", "vs"), layer)
+                joined[f"{layer}.proj_heads_other.{number}.weight"] = coupled
+    return joined
+
+
+def _stacked(heads: list[dict[str, Tensor]], kinds: tuple[str, ...], layer: str) -> Tensor:
+    """Matrices head after head, in each kind after kind."""
+    for number, head in enumerate(heads):
+        for kind in kinds:
+            if kind not in head:
+                raise ValueError(f"tensor {layer}, head {number}: proj_{kind}.weight is missing")
+    return torch.cat([head[kind] for head in heads for kind in kinds])
+
+
+def state_of(settings: AtmoRepSettings, tensors: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    """AtmoRep's tensors under the names of `AtmoRep`'s weights.
+
+    Raises:
+        ValueError: a tensor that has no place in the network of these settings.
+    """
+    state: dict[str, Tensor] = {}
+    tails: dict[str, dict[int, Tensor]] = {}  # members of one weight, to be stacked
+    maps = {"embed_token_info"} | {
+        f"{name}.{number}"
+        for name in ("embeds", "embeds_token_info")
+        for number in range(len(settings.fields))
+    }
+    rank = _ranks(tensors)
+    for key, value in tensors.items():
+        if key.rpartition(".")[0] in maps or not value.numel():
+            continue  # see `_embeddings`; a decoder without self-attention has an empty matrix
+        parts = key.split(".")
+        name = _encoder_name(settings, parts, rank) or _decoder_name(settings, parts, rank)
+        tail = _tail_name(settings, parts, rank)
+        if name is not None:
+            state[name] = value
+        elif tail is not None:
+            tails.setdefault(tail, {})[int(parts[3])] = value
+        else:
+            raise ValueError(f"{file}: tensor {key} has no place in the network of its settings")
+    for name, members in tails.items():
+        if len({value.shape for value in members.values()}) > 1:
+            raise ValueError(f"{file}: tensors of {name} differ in shape from member to member")
+        state[name] = torch.stack([members[number] for number in sorted(members)])
+    return state | _embeddings(settings, tensors, state, file)
+
+
+def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Place of every numbered part among those of its sequence that have tensors: the numbers of
+    AtmoRep also count activations and dropout, which have none."""
+    numbers: dict[str, set[int]] = {}
+    for key in tensors:
+        before, _, number = key.rpartition(".")[0].rpartition(".")
+        if number.isdigit():
+            numbers.setdefault(before, set()).add(int(number))
+    return {
+        f"{before}.{number}": rank
+        for before, have in numbers.items()
+        for rank, number in enumerate(sorted(have))
+    }
+
+
+def _encoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
+    if parts[0] != "encoders" or int(parts[1]) >= len(settings.fields):
+        return None
+    field, kind = f"encoders.{settings.fields[int(parts[1])].name}", parts[-1]
+    match parts[2:-1]:
+        case ["embed"]:
+            return f"{field}.embed.{kind}"
+        case ["heads", layer, "proj_heads"]:
+            return f"{field}.attentions.{layer}.own.{kind}"
+        case ["heads", layer, "proj_heads_other", "0"]:
+            return f"{field}.attentions.{layer}.queries.{kind}"
+        case ["heads", layer, "proj_heads_other", number]:
+            return f"{field}.attentions.{layer}.coupled.{int(number) - 1}.{kind}"
+        case ["heads", layer, "proj_out"]:
+            return f"{field}.attentions.{layer}.out.{kind}"
+        case ["mlps", layer, "blocks", _]:
+            return f"{field}.perceptrons.{layer}.layers.{rank['.'.join(parts[:-1])]}.{kind}"
+    return None
+
+
+_DECODER_HEADS = {
+    "proj_heads": "own",
+    "proj_heads_o_q": "queries",
+    "proj_heads_o_kv": "encoded",
+    "ln_q": "query_norm",
+    "ln_k": "key_norm",
+    "proj_out": "out",
+}
+
+
+def _decoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
+    """Attention and perceptrons take turns in AtmoRep's list of blocks."""
+    if parts[0] != "decoders" or int(parts[1]) >= len(settings.predicted):
+        return None
+    field, kind = f"decoders.{settings.predicted[int(parts[1])]}", parts[-1]
+    match parts[2:-1]:
+        case ["blocks", block, name] if name in _DECODER_HEADS and int(block) % 2 == 0:
+            return f"{field}.attentions.{int(block) // 2}.{_DECODER_HEADS[name]}.{kind}"
+        case ["blocks", block, "blocks", _] if int(block) % 2 == 1:
+            layer = rank[".".join(parts[:-1])]
+            return f"{field}.perceptrons.{int(block) // 2}.layers.{layer}.{kind}"
+    return None
+
+
+def _tail_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
+    """The first part of every member is its norm, the others are linear maps."""
+    match parts:
+        case ["tails", number, "tail_nets", _, _, kind] if int(number) < len(settings.predicted):
+            layer = rank[".".join(parts[:-1])]
+            tail = f"decoders.{settings.predicted[int(number)]}.tail"
+            if layer == 0:
+                return f"{tail}.{'scale' if kind == 'weight' else 'shift'}"
+            return f"{tail}.{'weights' if kind == 'weight' else 'biases'}.{layer - 1}"
+    return None
+
+
+def _embeddings(
+    settings: AtmoRepSettings, tensors: dict[str, Tensor], state: dict[str, Tensor], file: str
+) -> dict[str, Tensor]:
+    """Maps of values, where `encoders` has none, and of token information: the shared one if the
+    first field's own is zero or not there."""
+    own = tensors.get("embeds_token_info.0.weight")
+    shared = own is None or not bool(own.any())
+    found = {}
+    for number, field in enumerate(settings.fields):
+        source = "embed_token_info" if shared else f"embeds_token_info.{number}"
+        for kind in ("weight", "bias"):
+            keys = {f"encoders.{field.name}.embed_info.{kind}": f"{source}.{kind}"}
+            if f"encoders.{field.name}.embed.{kind}" not in state:
+                keys[f"encoders.{field.name}.embed.{kind}"] = f"embeds.{number}.{kind}"
+            for name, key in keys.items():
+                if key not in tensors:
+                    raise ValueError(f"{file}: tensor {key} is missing")
+                found[name] = tensors[key]
+    return found

@@ -1,0 +1,169 @@
+"""AtmoRep's network against a plain one in float64, and against outputs of the public code."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atmossl.model.atmorep import AtmoRep, AtmoRepInput
+from atmossl.model.atmorep_files import load_atmorep
+from benchmarks.atmorep import largest_difference, reference_folders
+from tests.model.plain_atmorep import PlainAtmoRep, field, write_model
+
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "atmorep_reference"
+FOLDERS = reference_folders(REFERENCE) if REFERENCE.exists() else []
+ONE = [field("temperature", 8)]
+THREE = [
+    field("velocity_u", 8, ("temperature", "specific_humidity")),
+    field("temperature", 12, ("velocity_u",), (137,), (1, 2, 2), (2, 2, 3)),
+    field("specific_humidity", 16, (), (96, 105, 114), (2, 3, 2)),
+]
+
+
+def inputs_of(network: AtmoRep, batch: int = 2) -> dict[str, AtmoRepInput]:
+    rng = np.random.default_rng(1)
+    found = {}
+    for f in network.settings.fields:
+        shape = (batch, len(f.levels), *f.num_tokens, *f.token_size)
+        info = (batch, len(f.levels), int(np.prod(f.num_tokens)), network.settings.info_entries)
+        values, entries = rng.standard_normal(shape), rng.standard_normal(info)
+        found[f.name] = AtmoRepInput(
+            torch.tensor(values, dtype=torch.float32), torch.tensor(entries, dtype=torch.float32)
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "predicted", "changes"),
+    [
+        (ONE, ["temperature"], {}),
+        (ONE, ["temperature"], {"net_tail_num_layers": 2, "net_tail_num_nets": 1}),
+        (ONE, ["temperature"], {"with_layernorm": False, "encoder_num_mlp_layers": 3}),
+        (ONE, ["temperature"], {"decoder_cross_att_ratio": 1.0, "decoder_num_layers": 1}),
+        (THREE, ["temperature", "velocity_u"], {"with_qk_lnorm": True}),
+        (
+            THREE,
+            ["specific_humidity"],
+            {"encoder_num_layers": 4, "decoder_num_layers": 3, "decoder_cross_att_rate": 1.5},
+        ),
+    ],
+    ids=["one", "deep-tail", "no-norms", "cross-only", "three-coupled", "shallow-decoder"],
+)
+def test_network_is_the_plain_one(tmp_path, fields, predicted, changes):
+    tensors = write_model(tmp_path, fields, predicted, **changes)
+    network, plain = load_atmorep(tmp_path), PlainAtmoRep(tmp_path, tensors)
+    inputs = inputs_of(network)
+    outputs = network(inputs)
+    for sample in range(2):
+        expected = plain(
+            {name: given.values[sample].double().numpy() for name, given in inputs.items()},
+            {name: given.token_info[sample].double().numpy() for name, given in inputs.items()},
+        )
+        assert set(outputs) == set(expected) == set(predicted)
+        for name, members in expected.items():
+            own = outputs[name].members[sample].flatten(0, 1).detach().numpy()
+            np.testing.assert_allclose(own, members, atol=2e-5, rtol=0)
+
+
+@pytest.mark.skipif(not FOLDERS, reason="outputs of the public code lie beside the project")
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_network_is_that_of_the_public_code(folder):
+    assert largest_difference(folder) <= 2e-5
+
+
+def test_every_weight_gets_a_finite_gradient(tmp_path):
+    write_model(tmp_path, THREE, ["temperature", "velocity_u", "specific_humidity"])
+    network = load_atmorep(tmp_path)
+    outputs = network(inputs_of(network))
+    torch.stack([output.members.pow(2).mean() for output in outputs.values()]).sum().backward()
+    for name, weight in network.named_parameters():
+        assert weight.grad is not None and torch.isfinite(weight.grad).all(), name
+        assert weight.grad.abs().max() > 0 or "key_norm.bias" in name, name
+
+
+def test_archive_is_read_as_its_folder(tmp_path):
+    write_model(tmp_path / "model", ONE, ["temperature"])
+    archive = tmp_path / "model_idtest.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "model", "model_idtest")
+    unpacked, packed = load_atmorep(tmp_path / "model"), load_atmorep(archive)
+    for name, value in unpacked.state_dict().items():
+        assert torch.equal(value, packed.state_dict()[name])
+
+
+def change_tensors(folder: Path, change) -> None:
+    file = folder / "AtmoRep_idtest.mod"
+    tensors = torch.load(file, weights_only=True)
+    change(tensors)
+    torch.save(tensors, file)
+
+
+def test_shared_token_map_serves_all_fields_where_the_first_ones_is_zero(tmp_path):
+    write_model(tmp_path, THREE, ["temperature"])
+    change_tensors(tmp_path, lambda t: t["embeds_token_info.0.weight"].zero_())
+    shared = torch.load(tmp_path / "AtmoRep_idtest.mod", weights_only=True)
+    network = load_atmorep(tmp_path)
+    for f in network.settings.fields:
+        weight = network.get_parameter(f"encoders.{f.name}.embed_info.weight")
+        assert torch.equal(weight, shared["embed_token_info.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("decoders.0.blocks.2.proj_out.weight"), "attentions.1.out.weight"),
+        (lambda t: t.update({"encoders.0.extra": torch.ones(2)}), "encoders.0.extra"),
+        (lambda t: t.update({"encoders.7.embed.weight": torch.ones(2)}), "encoders.7"),
+        (lambda t: t.update({"tails.0.tail_nets.0.0.bias": torch.ones(9)}), "tail.shift"),
+        (lambda t: t.pop("embeds_token_info.0.bias"), "embeds_token_info.0.bias"),
+        (lambda t: t.pop("tails.0.tail_nets.1.1.weight"), "tail"),
+    ],
+)
+def test_tensor_that_is_missing_left_over_or_odd_is_named(tmp_path, change, words):
+    write_model(tmp_path, ONE, ["temperature"])
+    change_tensors(tmp_path, change)
+    with pytest.raises(ValueError, match=words):
+        load_atmorep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoder_att_type": "axial"}, "encoder_att_type=axial"),
+        ({"decoder_self_att": True}, "decoder_self_att=True"),
+        ({"decoder_cross_att_ratio": 0.0}, "decoder_cross_att_ratio"),
+        ({"decoder_num_layers": 3}, "decoder_num_layers=3"),
+        ({"coupling_num_heads_per_field": 2}, "coupling_num_heads_per_field=2"),
+        ({"fields_prediction": [["vorticity", 1.0]]}, "fields_prediction"),
+        ({"fields": [["temperature", [1, 8]]]}, "another form"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused_by_name(tmp_path, changes, words):
+    write_model(tmp_path, ONE, ["temperature"])
+    file = tmp_path / "model_idtest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=words):
+        load_atmorep(tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_atmorep(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"model_id\*\.json"):
+        load_atmorep(tmp_path)
+    write_model(tmp_path, ONE, ["temperature"])
+    weights = tmp_path / "AtmoRep_idtest.mod"
+    weights.write_bytes(weights.read_bytes()[:-4000])
+    with pytest.raises(ValueError, match="truncated"):
+        load_atmorep(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"AtmoRep_idtest\.mod"):
+        load_atmorep(tmp_path)
+    settings = tmp_path / "model_idtest.json"
+    settings.write_text(json.dumps({"fields": []}))
+    torch.save({}, weights)
+    with pytest.raises(ValueError, match="another version"):
+        load_atmorep(tmp_path)
