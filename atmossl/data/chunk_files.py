@@ -75,6 +75,12 @@ class ChunkFiles:
         _DECODERS[self.codec](encoded, out.reshape(-1).view(np.uint8))
 
 
+def notices_damage(array: zarr.Array) -> bool:
+    """Whether the zarr library refuses every chunk that is cut short. Of blosc's it decodes what
+    lies in memory behind the end of the file."""
+    return not any("blosc" in _name(compressor) for compressor in array.compressors)
+
+
 def _codec(array: zarr.Array) -> str | None:
     if array.shards is not None or array.filters or array.order != "C":
         return None

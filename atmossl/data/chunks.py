@@ -14,15 +14,18 @@ from xarray.conventions import decode_cf_variable
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
-from atmossl.data.chunk_files import ChunkFiles, Scratch
+from atmossl.data.absent_chunks import without_absent
+from atmossl.data.chunk_files import ChunkFiles, Scratch, notices_damage
 from atmossl.data.retries import Retries
 
 Engine = Literal["auto", "files", "tensorstore", "zarr"]
 Region = tuple[slice, ...]
 _PACKING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "dtype", "_Unsigned")
+_FASTEST_FIRST: tuple[Engine, ...] = ("files", "tensorstore", "zarr")
 _NEEDS = {
     "files": "reads local zarr folders with blosc, zstd or no compression and without shards only",
-    "tensorstore": "reads local zarr folders only, where tensorstore is installed",
+    "tensorstore": "reads local zarr folders with codecs that tensorstore knows, where it is "
+    "installed",
 }
 _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 
@@ -122,51 +125,64 @@ class ZarrChunks:
         return self.array.chunks
 
     def read(self, region: Region) -> np.ndarray:
+        try:
+            values = self._decoded(region)
+        except Exception as error:
+            values = self._decoded_by_zarr(region, error)
+        values, absent = without_absent(self.array, region, values)
+        return self.packing.undo(values) if self.packing and not absent else values
+
+    def _decoded(self, region: Region) -> np.ndarray:
+        """Values as they are stored."""
         values = _scratch.array(_lengths(region), np.dtype(self.array.dtype))
         out = default_buffer_prototype().nd_buffer.from_numpy_array(values)
         self.array.get_basic_selection(region, out=out)
-        return self.packing.undo(values) if self.packing else values
+        return values
+
+    def _decoded_by_zarr(self, region: Region, error: Exception) -> np.ndarray:
+        """What zarr makes of a chunk that this engine cannot decode.
+
+        Raises:
+            Exception: zarr's own, or `error` where zarr would not notice that a chunk is damaged.
+        """
+        if type(self) is ZarrChunks or not notices_damage(self.array):
+            raise error
+        return ZarrChunks._decoded(self, region)
 
 
 @dataclass(frozen=True)
-class FileChunks:
+class FileChunks(ZarrChunks):
     """Read and decoded here, from local zarr folders with blosc, zstd or no compression."""
 
     files: ChunkFiles
-    packing: Packing | None
 
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        return self.files.array.chunks
-
-    def read(self, region: Region) -> np.ndarray:
+    def _decoded(self, region: Region) -> np.ndarray:
         number = tuple(part.start // size for part, size in zip(region, self.chunks, strict=True))
-        values = _scratch.array(self.chunks, np.dtype(self.files.array.dtype))
+        values = _scratch.array(self.chunks, np.dtype(self.array.dtype))
         self.files.read(number, values)
         origin = (n * size for n, size in zip(number, self.chunks, strict=True))
         inside = (slice(p.start - n, p.stop - n) for p, n in zip(region, origin, strict=True))
-        values = values[tuple(inside)]
-        return self.packing.undo(values) if self.packing else values
+        return values[tuple(inside)]
 
 
 @dataclass(frozen=True)
-class TensorstoreChunks:
+class TensorstoreChunks(ZarrChunks):
     """Read through tensorstore: decoding and cutting out in C++, for local zarr folders.
 
     The handle is opened on first use, and again in every process.
     """
 
-    folder: str
-    driver: str
-    chunks: tuple[int, ...]
     threads: int
-    packing: Packing | None
 
     @cached_property
-    def _handle(self) -> Any:
+    def handle(self) -> Any:
+        """The array as tensorstore opens it; ValueError if it does not know its codec or type."""
         import tensorstore
 
-        spec = {"driver": self.driver, "kvstore": {"driver": "file", "path": f"{self.folder}/"}}
+        assert isinstance(self.array.store, LocalStore)
+        folder = Path(self.array.store.root) / self.array.path
+        driver = "zarr" if self.array.metadata.zarr_format == 2 else "zarr3"
+        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/"}}
         context = tensorstore.Context(
             {
                 "data_copy_concurrency": {"limit": self.threads},
@@ -176,16 +192,16 @@ class TensorstoreChunks:
         return tensorstore.open(spec, context=context, open=True, read=True).result()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_handle"}
+        return {key: value for key, value in self.__dict__.items() if key != "handle"}
 
-    def read(self, region: Region) -> np.ndarray:
+    def _decoded(self, region: Region) -> np.ndarray:
         import tensorstore
 
-        source = self._handle[region]
+        source = self.handle[region]
         values = _scratch.array(source.shape, source.dtype.numpy_dtype)
         target = tensorstore.array(values, copy=False)[tensorstore.d[:].translate_to[source.origin]]
         target.write(source).result()
-        return self.packing.undo(values) if self.packing else values
+        return values
 
 
 @dataclass(frozen=True)
@@ -231,44 +247,40 @@ def chunked_array(
     """
     if stored is None:
         return XarrayChunks(array)
-    packing, files = Packing.of(array), ChunkFiles.of(stored)
-    local = isinstance(stored.store, LocalStore)
-    can = {"files": files is not None, "tensorstore": local and _has_tensorstore(), "zarr": True}
-    engine = next(name for name in can if can[name]) if access.engine == "auto" else access.engine
-    if not can[engine]:
-        valid = ", ".join(name for name in ("auto", *can) if can.get(name, True))
-        raise ValueError(
-            f"data.read.engine={engine} {_NEEDS[engine]}, and the store is {location}; "
-            f"valid: {valid}"
-        )
-    if engine == "zarr":
-        return ZarrChunks(stored, packing)
-    if engine == "files":
-        assert files is not None
-        return FileChunks(files, packing)
-    assert isinstance(stored.store, LocalStore)
-    return TensorstoreChunks(
-        folder=str(Path(stored.store.root) / stored.path),
-        driver="zarr" if stored.metadata.zarr_format == 2 else "zarr3",
-        chunks=stored.chunks,
-        threads=access.threads,
-        packing=packing,
+    packing = Packing.of(array)
+    for engine in _FASTEST_FIRST if access.engine == "auto" else (access.engine,):
+        reader = _reader(engine, stored, packing, access.threads)
+        if reader is not None:
+            return reader
+    readable = [e for e in _FASTEST_FIRST if _reader(e, stored, packing, access.threads)]
+    raise ValueError(
+        f"data.read.engine={access.engine} {_NEEDS[access.engine]}, and the store is {location}; "
+        f"valid: {', '.join(['auto', *readable])}"
     )
 
 
-def _has_tensorstore() -> bool:
+def _reader(
+    engine: Engine, stored: zarr.Array, packing: Packing | None, threads: int
+) -> ZarrChunks | None:
+    """The reader of an engine; None if the engine cannot read such an array."""
+    if engine == "zarr":
+        return ZarrChunks(stored, packing)
+    if engine == "files":
+        files = ChunkFiles.of(stored)
+        return None if files is None else FileChunks(stored, packing, files)
+    reader = TensorstoreChunks(stored, packing, threads)
+    return reader if isinstance(stored.store, LocalStore) and _opens(reader) else None
+
+
+def _opens(reader: TensorstoreChunks) -> bool:
+    """Whether tensorstore is installed and knows the codec, the type and the format."""
     try:
-        import tensorstore  # noqa: F401
-    except ImportError:
+        return reader.handle is not None
+    except Exception:  # of many types, none of them documented; another engine reads the array
         return False
-    return True
 
 
 def zarr_array_of(array: ChunkedArray) -> zarr.Array | None:
     """The zarr array that values are read from; None if they come from anything else."""
-    if isinstance(array, TensorstoreChunks):
-        return zarr.open_array(array.folder, mode="r")
-    if isinstance(array, FileChunks):
-        return array.files.array
-    found = getattr(array, "array", None)
-    return found if isinstance(found, zarr.Array) else None
+    stored = getattr(array, "array", None)
+    return stored if isinstance(stored, zarr.Array) else None

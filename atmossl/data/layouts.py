@@ -10,6 +10,7 @@ import xarray as xr
 import zarr
 from xarray.conventions import decode_cf_variable
 
+from atmossl.data.absent_chunks import without_absent
 from atmossl.data.chunks import ChunkedArray, Region, SharedChunks
 
 Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]
@@ -51,8 +52,13 @@ class OnePosition(SharedChunks):
         positions, region = [one.position for one in arrays], regions[0]
         first = min(positions)
         wanted = slice(first, max(positions) + 1)
-        block = np.asarray(self.array[(*region[: self.axis], wanted, *region[self.axis :])])
+        block = _block(self.array, (*region[: self.axis], wanted, *region[self.axis :]))
         return [block.take(position - first, self.axis) for position in positions]
+
+
+def _block(array: zarr.Array, region: Region) -> np.ndarray:
+    """Values of a region, NaN in the chunks that the store does not hold."""
+    return without_absent(array, region, np.asarray(array[region]))[0]
 
 
 def atmorep(group: zarr.Group) -> Adapted:
@@ -151,7 +157,8 @@ class AnemoiField(SharedChunks):
         wanted = [one._wanted(region) for one, region in zip(arrays, regions, strict=True)]
         first = min(min(positions) for positions in wanted)
         last = max(max(positions) for positions in wanted)
-        block = np.asarray(self.array[time, first : last + 1, 0, cells])
+        region = (time, slice(first, last + 1), slice(0, 1), cells)
+        block = _block(self.array, region)[:, :, 0]
         block = block.reshape(*block.shape[:2], lat.stop - lat.start, num_lon)[..., lon]
         return [
             block[:, [position - first for position in positions]]

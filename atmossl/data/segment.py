@@ -177,8 +177,9 @@ class Segment:
     def missing_message(self, variable: str, start: int, count: int) -> str:
         first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
         return (
-            f"{self.location}: {variable} has missing values between {first} and {last}; fill "
-            "them, choose another period, or give its stream missing=mask"
+            f"{self.location}: {variable} has missing values between {first} and {last}, which are "
+            "marked as such or lie in chunks that are not in the store; fill them, choose another "
+            "period, or give its stream missing=mask"
         )
 
     def whole(self) -> Box:
