@@ -20,6 +20,7 @@ from rich.console import Console
 
 from atmossl.data.catalog import find_file
 from atmossl.lineage import end_with_parent, is_started_by_first_rank
+from atmossl.overrides import PATHS, for_hydra, split, unquoted
 
 _USAGE = """atmossl COMMAND [key=value ...]
 
@@ -59,7 +60,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         _in_one_line(overrides),
         initialize_config_dir(str(find_file("conf")), version_base="1.3"),
     ):
-        return _to_plain(compose(name, list(overrides)))
+        return _to_plain(compose(name, list(map(for_hydra, overrides))))
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def _in_one_line(overrides: Sequence[str]) -> Iterator[None]:
 
 def _compose_with_data_name(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Like `compose_config`, but `data=NAME` names a catalog entry, not a file of conf/data."""
-    names = [item.removeprefix("data=") for item in overrides if item.startswith("data=")]
+    names = [unquoted(item[len("data=") :]) for item in overrides if item.startswith("data=")]
     values = compose_config(name, [item for item in overrides if not item.startswith("data=")])
     return values | ({"data": names[-1]} if names else {})
 
@@ -105,6 +106,7 @@ def _train(arguments: Sequence[str]) -> None:
         return
     import hydra
 
+    arguments = [for_hydra(item, sweep=True) for item in arguments]
     sys.argv = ["atmossl train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong; else Hydra prints and exits
     decorate = hydra.main(
@@ -141,7 +143,8 @@ def _calibrate(arguments: Sequence[str]) -> None:
 def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     """Like `_compose_with_data_name`, but `task=FILE.yaml` reads a task of the user's own, and
     `task.levels`, a mapping, takes any key."""
-    files = [a for a in arguments if a.startswith("task=") and a.endswith((".yaml", ".yml"))]
+    tasks = [unquoted(item[len("task=") :]) for item in arguments if item.startswith("task=")]
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     if not files:
         given = [_open_ended(item, ("task.levels",)) for item in arguments]
         return _compose_with_data_name("predict", given)
@@ -149,10 +152,14 @@ def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     rest = [a for a in arguments if a not in own and not a.startswith("task=")]
     from atmossl.api import read_task
 
-    given = read_task(files[-1].removeprefix("task="))
+    given = read_task(files[-1])
     if not isinstance(given, dict):
-        raise ValueError(f"{files[-1]} holds {given!r}; needed: keys and values of a task")
-    task = OmegaConf.merge({"task": given}, OmegaConf.from_dotlist(own))
+        raise ValueError(f"task={files[-1]} holds {given!r}; needed: keys and values of a task")
+    paths = {key: value for key, _, value in (a.partition("=") for a in own) if key in PATHS}
+    changed = OmegaConf.from_dotlist([a for a in own if a.partition("=")[0] not in paths])
+    for key, path in paths.items():
+        OmegaConf.update(changed, key, unquoted(path), force_add=True)
+    task = OmegaConf.merge({"task": given}, changed)
     return _compose_with_data_name("predict", rest) | _to_plain(task)
 
 
@@ -162,12 +169,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
     listed = [item for item in arguments if item.startswith("tasks=[")]
     values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
     if listed:  # names of conf/task or YAML files; any other value is a file of conf/tasks
-        names = listed[-1].removeprefix("tasks=[").removesuffix("]").split(",")
-        if not all(name.strip() for name in names):
+        names = [*map(unquoted, split(listed[-1].removeprefix("tasks=[").removesuffix("]")))]
+        if not all(names):
             raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
-        tasks = [
-            _compose_with_task_file([f"task={name.strip()}", "output=_"])["task"] for name in names
-        ]
+        tasks = [_compose_with_task_file([f"task={name}", "output=_"])["task"] for name in names]
         values = values | {"tasks": tasks}
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))
 
@@ -221,7 +226,7 @@ def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     given = dict(item.split("=", 1) for item in arguments if "=" in item)
     if sorted(given) != sorted(names) or len(given) != len(arguments):
         raise ValueError(f"got {list(arguments)}; needed: {' '.join(f'{n}=VALUE' for n in names)}")
-    return [given[name] for name in names]
+    return [unquoted(given[name]) for name in names]
 
 
 def _info(arguments: Sequence[str]) -> None:
@@ -249,7 +254,8 @@ def _export(arguments: Sequence[str]) -> None:
     from atmossl.inference.checkpoint import export
 
     checkpoint, output = _keyword(arguments, ["checkpoint", "output"])
-    export(checkpoint.split(","), Path(output))
+    alone = Path(checkpoint).exists()  # commas in it are its own
+    export([checkpoint] if alone else [*map(unquoted, split(checkpoint))], Path(output))
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
