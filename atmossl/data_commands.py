@@ -160,7 +160,11 @@ def _print_segment(console: Console, report: SegmentReport, window: WindowSize) 
     console.print(f"\n{report.name}: {report.location}", style="bold", highlight=False)
     dates = [time.calendar.show(t) for t in (time.start, time.end)]
     notes = [] if time.calendar.plain else [f"calendar {time.calendar.name}"]
-    notes += [] if time.gaps or time.duplicates else ["no gaps or duplicates"]
+    if time.step_range_hours is not None:
+        shortest, longest = time.step_range_hours
+        notes.append(f"uneven, from {shortest:g} to {longest:g} h")
+    elif not time.gaps and not time.duplicates:
+        notes.append("no gaps or duplicates")
     notes += [] if time.ascending else ["not in ascending order"]
     console.print(
         f"{time.num_steps} steps of {time.step_hours:g} h from {dates[0]} to {dates[1]}"

@@ -14,6 +14,7 @@ from scipy.io import netcdf_file
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ZipStore
 
+from atmossl.data.axes import SharedLabels
 from atmossl.data.catalog import SegmentEntry, resolve_location
 from atmossl.data.chunks import Access, ChunkedArray
 
@@ -108,11 +109,12 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     for file in found:
         _check_whole(Path(file))
     units: dict[str, set[str]] = {}
+    labels = SharedLabels()
 
     def noted(dataset: xr.Dataset) -> xr.Dataset:
         for name, array in dataset.data_vars.items():
             units.setdefault(str(name), set()).add(str(array.attrs.get("units", "")))
-        return dataset
+        return labels.applied(dataset)
 
     with joining():
         dataset = xr.open_mfdataset(

@@ -55,7 +55,7 @@ class Calendar:
     def of(cls, values: np.ndarray) -> "Calendar | None":
         """The calendar of a time axis; None if its values are no dates."""
         if np.issubdtype(values.dtype, np.datetime64):
-            return STANDARD
+            return STANDARD if _fit_nanoseconds(values) else cls("proleptic_gregorian")
         first: Any = values.flat[0] if values.size else None
         return cls(str(first.calendar)) if isinstance(first, cftime.datetime) else None
 
@@ -63,6 +63,8 @@ class Calendar:
         """Times of the dates of a store."""
         if self.plain:
             return dates.astype("datetime64[ns]")
+        if np.issubdtype(dates.dtype, np.datetime64):  # in years that nanoseconds do not reach
+            return dates.astype("datetime64[us]")
         elapsed = cftime.date2num(dates, _EPOCH_UNITS, self.name)
         return np.asarray(elapsed, np.int64).astype("datetime64[us]")
 
@@ -74,13 +76,13 @@ class Calendar:
         return np.asarray(cftime.num2date(elapsed, _EPOCH_UNITS, self.name))
 
     def parse(self, text: str | np.datetime64) -> np.datetime64:
-        """The time of an ISO date, of which the end may lack.
+        """The time of an ISO date, of which the end may lack, or of a date of numpy.
 
         Raises:
             ValueError: it is no date of this calendar.
         """
         if isinstance(text, np.datetime64):
-            return text
+            text = str(text) if self.plain else str(text.astype("datetime64[s]"))
         if self.plain:
             return _plain_date(text)
         match = _DATE.fullmatch(str(text).strip())
@@ -159,6 +161,23 @@ class Calendar:
         share = ((times - start) // _DAY + 0.5) / (length / _DAY)
         days = np.floor(share * ((after - first) / _DAY)).astype(np.int64)
         return first + days * _DAY + (times - start) % _DAY
+
+
+def _fit_nanoseconds(dates: np.ndarray) -> bool:
+    """Whether all dates lie in the years that 64 bits hold in nanoseconds; missing ones do."""
+    years = dates[~np.isnat(dates)].astype("datetime64[Y]").astype(np.int64) + 1970
+    return bool(((years >= _FIRST_YEAR) & (years <= _LAST_YEAR)).all())
+
+
+def integer_units(dates: np.ndarray) -> str:
+    """Units in which whole numbers hold the dates exactly: seconds, or as much finer as needed."""
+    calendar = Calendar.of(dates)
+    assert calendar is not None, dates.dtype
+    times = calendar.encode(dates)
+    for name, code in (("seconds", "s"), ("microseconds", "us")):
+        if (times.astype(f"datetime64[{code}]") == times).all():
+            return f"{name} since 1970-01-01"
+    return "nanoseconds since 1970-01-01"
 
 
 def _plain_date(text: str) -> np.datetime64:

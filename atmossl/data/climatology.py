@@ -313,7 +313,7 @@ def _write_piece(
         values = values if on_levels else values[:, 0]
         array = group[f"{piece.variable}{suffix}"]
         assert isinstance(array, zarr.Array)
-        array[place or Ellipsis] = values.reshape(*piece.shape, *values.shape[1:])
+        array[place or Ellipsis] = values.reshape((*piece.shape, *values.shape[1:]))
 
 
 def _blocks(

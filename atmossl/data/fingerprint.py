@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from zarr.abc.store import Store
@@ -144,10 +145,9 @@ def _add_variable(digest: "hashlib._Hash", segment: Segment, name: str) -> None:
 
 def _checksums(segment: Segment, name: str) -> list[tuple[int, str]]:
     """First step and checksum of the regions of one variable that the segment touches."""
-    noted = segment.dataset.attrs.get("checksums", {})
     starts = {
         int(note.rpartition("-")[2]): checksum
-        for note, checksum in noted.items()
+        for note, checksum in noted(segment.dataset.attrs, "checksums").items()
         if note.rpartition("-")[0] == name  # `ingest` writes canonical names
     }
     ordered = sorted(starts)
@@ -158,6 +158,13 @@ def _checksums(segment: Segment, name: str) -> list[tuple[int, str]]:
         if start < end and following > segment.first_step
     ]
     return [(start, starts[start]) for start in touched]
+
+
+def noted(attributes: Mapping[Any, Any], key: str) -> dict[str, Any]:
+    """What `atmossl data ingest` noted of each region of a store: JSON text, since NetCDF holds no
+    mappings; in older stores a mapping."""
+    value = attributes.get(key, "{}")
+    return dict(value) if isinstance(value, Mapping) else json.loads(value)
 
 
 def identity(segments: Sequence[Segment], transforms: Transforms = NO_TRANSFORMS) -> str:

@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -26,7 +26,8 @@ from dask.config import set as dask_settings
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
-from atmossl.data.calendars import Calendar
+from atmossl.data.calendars import Calendar, integer_units
+from atmossl.data.fingerprint import noted
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
@@ -200,7 +201,7 @@ def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, jou
     coords["longitude"].attrs = {"standard_name": "longitude", "units": "degrees_east"}
     if "level" in coords.coords:
         coords["level"].attrs = {"standard_name": "air_pressure", "units": "hPa"}
-    encoding = {"time": {"units": "hours since 1900-01-01", "dtype": "float64"}}
+    encoding = {"time": {"units": integer_units(coords["time"].values), "dtype": "int64"}}
     coords.to_zarr(store, mode="w", encoding=encoding, consolidated=False)
     group = zarr.open_group(store, mode="r+")
     for name, array in dataset.data_vars.items():
@@ -310,8 +311,8 @@ def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region
             "Conventions": "CF-1.11",
             "source": f"atmossl {__version__} data ingest",
             "inputs": [Path(file).name for file in input_files(source.location)],
-            "checksums": {note.removesuffix(".json"): v["sha256"] for note, v in notes.items()},
-            "missing": {note.removesuffix(".json"): v["missing"] for note, v in notes.items()},
+            "checksums": _as_text(notes, "sha256"),
+            "missing": _as_text(notes, "missing"),
         }
     )
     with warnings.catch_warnings():
@@ -319,11 +320,16 @@ def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region
         zarr.consolidate_metadata(store)
 
 
+def _as_text(notes: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    """One value of every region's note as JSON, which NetCDF can hold as an attribute."""
+    return json.dumps({note.removesuffix(".json"): values[key] for note, values in notes.items()})
+
+
 def missing_shares(store: Path) -> dict[str, float]:
     """Share of missing values of every variable of a finished store that has some."""
     group = zarr.open_group(store, mode="r")
     counts: dict[str, int] = {}
-    for note, count in cast(dict[str, int], group.attrs["missing"]).items():
+    for note, count in noted(group.attrs, "missing").items():
         name = note.rpartition("-")[0]
         counts[name] = counts.get(name, 0) + count
     sizes = {name: array.size for name, array in group.arrays()}
@@ -337,8 +343,8 @@ def verify(store: Path) -> int:
         ValueError: no checksums, or a region that differs; names it.
     """
     group = zarr.open_group(store, mode="r")
-    checksums = group.attrs.get("checksums")
-    if not isinstance(checksums, dict):
+    checksums = noted(group.attrs, "checksums")
+    if not checksums:
         raise ValueError(f"{store} has no checksums: it was not made by atmossl data ingest")
     starts: dict[str, list[int]] = {}
     for note in checksums:

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from atmossl.data.axes import SharedLabels, with_regular_axes
 from atmossl.data.backends import joining, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.store import COORDINATES, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
+from atmossl.geometry import ascending_longitudes
 
 _GRIB = (".grib", ".grib2", ".grb", ".grb2")
-_TOLERANCE_DEG = 1e-3
 
 
 def input_files(location: str) -> list[str]:
@@ -44,7 +45,7 @@ def open_input(
     location: str, names: dict[str, str], selection: dict[str, Any], filters: dict[str, Any]
 ) -> xr.Dataset:
     """All files of an input joined along time, lazily; dims (time, level, latitude, longitude),
-    latitudes and longitudes ascending.
+    latitudes ascending, longitudes from west to east in [0, 360).
 
     names: variables wanted, canonical -> name in the input; all that are known if it is empty.
     selection: one value for each dimension that the store cannot hold, such as `number`.
@@ -75,9 +76,16 @@ def open_input(
             )
     if not any("time" in part.dims for part in parts):
         raise ValueError(f"input={location}: {sorted(found)} have no time")
+    joined = with_regular_axes(_joined(parts, location), f"input={location}")
+    west_to_east, _ = ascending_longitudes(joined["longitude"].values)
+    return joined.isel(longitude=west_to_east)
+
+
+def _joined(parts: Sequence[xr.Dataset], location: str) -> xr.Dataset:
     if len(parts) == 1:
         return parts[0]
-    parts = [parts[0], *(_on_grid_of(parts[0], part) for part in parts[1:])]
+    labels = SharedLabels()
+    parts = [labels.applied(part) for part in parts]
     _check_filled(parts, location)
     try:
         with joining():
@@ -93,17 +101,6 @@ def open_input(
         raise ValueError(f"input={location}: the files do not join ({error})") from error
     assert isinstance(joined, xr.Dataset)
     return joined
-
-
-def _on_grid_of(first: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
-    """With the first file's coordinates where they differ by rounding, as in another precision."""
-    same = {
-        axis: first[axis].values
-        for axis in ("latitude", "longitude")
-        if first.sizes[axis] == part.sizes[axis]
-        and np.allclose(first[axis], part[axis], rtol=0, atol=_TOLERANCE_DEG)
-    }
-    return part.assign_coords(same)
 
 
 def _check_filled(parts: Sequence[xr.Dataset], location: str) -> None:

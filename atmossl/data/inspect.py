@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from zarr.storage import LocalStore
 
+from atmossl.data.axes import read_times, regular_times, unlike_gaps, usual_step, why_uneven
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
@@ -22,6 +23,7 @@ from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.store import check_dims, rename_coordinates
 from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
+from atmossl.geometry import ascending_longitudes
 
 _SMALL_CHUNK_BYTES = 256 * 2**10
 _MUCH = 2.0  # times what a window needs
@@ -30,7 +32,9 @@ _MUCH = 2.0  # times what a window needs
 @dataclass(frozen=True)
 class TimeAxis:
     """gaps: (last time before, number of steps missing). step_hours: the most frequent one.
-    longest: steps of the longest part without a gap. Times are those of the calendar."""
+    longest: steps of the longest part without a gap. Times are those of the calendar.
+    refused: why training does not take the steps, None if it does. step_range_hours: shortest and
+    longest step where they differ by more than gaps."""
 
     start: np.datetime64
     end: np.datetime64
@@ -41,6 +45,8 @@ class TimeAxis:
     ascending: bool
     longest: int
     calendar: Calendar
+    refused: str | None
+    step_range_hours: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -92,45 +98,52 @@ def time_axis(dates: np.ndarray, location: str = "the record") -> TimeAxis:
     Raises:
         ValueError: they are no dates.
     """
-    calendar = Calendar.of(dates)
-    if calendar is None:
-        raise ValueError(f"{location}: time has type {dates.dtype}; needed: dates of a calendar")
-    times = calendar.encode(dates)
-    ordered = np.sort(times)
-    steps = np.diff(ordered)
-    positive = steps[steps > np.timedelta64(0)]
-    values, counts = np.unique(positive, return_counts=True)
-    step = values[counts.argmax()] if len(values) else np.timedelta64(0, "ns")
-    broken = np.flatnonzero(steps > 1.5 * step)
-    gaps = [(ordered[n], round(float(steps[n] / step)) - 1) for n in broken]
-    bounds = [0, *(broken + 1), len(ordered)]
+    stored, calendar = read_times(dates, location)
+    times, counts = np.unique(stored, return_counts=True)
+    times = regular_times(times)
+    step, breaks = np.timedelta64(0, "ns"), np.empty(0, np.int64)
+    if len(times) > 1:
+        step, breaks = usual_step(times)
+    steps = np.diff(times)
+    bounds = [0, *(breaks + 1), len(times)]
+    uneven = len(times) > 1 and unlike_gaps(times)
     return TimeAxis(
-        start=ordered[0],
-        end=ordered[-1],
-        num_steps=len(times),
-        step_hours=float(step / np.timedelta64(1, "h")),
-        gaps=tuple(gaps) if len(values) else (),
-        duplicates=tuple(ordered[1:][steps == np.timedelta64(0)]),
-        ascending=bool((np.diff(times) > np.timedelta64(0)).all()),
+        start=times[0],
+        end=times[-1],
+        num_steps=len(stored),
+        step_hours=_hours(step),
+        gaps=tuple(
+            (times[n], round(float(steps[n] / step)) - 1) for n in breaks if steps[n] > 1.5 * step
+        ),
+        duplicates=tuple(times[counts > 1]),
+        ascending=bool((np.diff(stored) > np.timedelta64(0)).all()),
         longest=int(max(end - start for start, end in pairwise(bounds))),
         calendar=calendar,
+        refused=why_uneven(times, calendar) if len(breaks) else None,
+        step_range_hours=(_hours(steps.min()), _hours(steps.max())) if uneven else None,
     )
+
+
+def _hours(duration: np.timedelta64) -> float:
+    return float(duration / np.timedelta64(1, "h"))
 
 
 def time_advice(time: TimeAxis) -> list[str]:
     """What to do about times that training refuses."""
-    found = []
-    if time.gaps:
-        found.append(
+    lines = []
+    if time.refused is not None and time.step_range_hours is not None:
+        lines.append(f"training refuses these times: {time.refused}")
+    elif time.gaps:
+        lines.append(
             f"`gaps: split` in the catalog entry trains on the {len(time.gaps) + 1} unbroken "
             f"parts, of which the longest has {time.longest} steps; missing times are an error "
             "otherwise"
         )
     if time.duplicates:
-        found.append("duplicate times are refused; drop them: dataset.drop_duplicates('time')")
+        lines.append("duplicate times are refused; drop them: dataset.drop_duplicates('time')")
     if not time.ascending and not time.duplicates:
-        found.append("times that do not ascend are refused; sort them: dataset.sortby('time')")
-    return found
+        lines.append("times that do not ascend are refused; sort them: dataset.sortby('time')")
+    return lines
 
 
 def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[SegmentReport]:
@@ -269,12 +282,14 @@ def refusals(variable: VariableReport, location: str) -> list[str]:
 
 def save_map(variable: VariableReport, path: Path) -> None:
     """A map of the first sampled field, as PNG."""
-    field = variable.picture
+    order, longitude = ascending_longitudes(variable.picture["longitude"].values)
+    field = variable.picture.isel(longitude=order)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.add_subplot(projection=ccrs.PlateCarree(central_longitude=180))
+    middle = (longitude[0] + longitude[-1]) / 2  # no cell crosses the edge of the map
+    axes: Any = figure.add_subplot(projection=ccrs.PlateCarree(central_longitude=middle))
     shown = axes.pcolormesh(
-        field["longitude"].values,
+        longitude,
         field["latitude"].values,
         field.values,
         transform=ccrs.PlateCarree(),

@@ -12,6 +12,14 @@ from itertools import pairwise
 import numpy as np
 import xarray as xr
 
+from atmossl.data.axes import (
+    read_times,
+    regular_levels,
+    regular_longitudes,
+    usual_step,
+    why_uneven,
+    with_regular_axes,
+)
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, Gaps, Period, Split, resolve_location
@@ -85,6 +93,7 @@ def open_parts(
     dataset = opened.dataset
     names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
     dataset = rename_coordinates(_chosen(dataset, names, location), coordinates or {}, location)
+    dataset = with_regular_axes(dataset, location)
     for variable in names:
         check_units(variable, dataset[variable].attrs.get("units"), location)
         check_dims(variable, dataset[variable].dims, location)
@@ -181,9 +190,8 @@ def _in_hpa(dataset: xr.Dataset) -> xr.Dataset:
     """Levels that are given in Pa, as CMIP's `plev` are, in hPa."""
     if "level" not in dataset.coords or dataset["level"].attrs.get("units") not in ("Pa", "pascal"):
         return dataset
-    return dataset.assign_coords(
-        level=(dataset["level"] / _PASCAL_PER_HPA).assign_attrs(units="hPa")
-    )
+    hpa = regular_levels(dataset["level"].values / _PASCAL_PER_HPA)
+    return dataset.assign_coords(level=dataset["level"].copy(data=hpa).assign_attrs(units="hPa"))
 
 
 def check_record(dataset: xr.Dataset, location: str) -> None:
@@ -230,11 +238,7 @@ def _checked_times(
     dataset: xr.Dataset, location: str, at_least: int = 2
 ) -> tuple[np.ndarray, Calendar]:
     """Times in ascending order, each of them once."""
-    values = dataset["time"].values
-    calendar = Calendar.of(values)
-    if calendar is None:
-        raise ValueError(f"{location}: time has type {values.dtype}; needed: dates of a calendar")
-    times = calendar.encode(values)
+    times, calendar = read_times(dataset["time"].values, location)
     if len(times) < at_least:
         raise ValueError(
             f"{location}: only {len(times)} time steps; at least {at_least} are needed"
@@ -259,19 +263,12 @@ def _unbroken(
     Raises:
         ValueError: there are several, and gaps are errors, or none has two steps.
     """
-    steps = np.diff(times)
-    lengths, counts = np.unique(steps, return_counts=True)
-    if len(lengths) == 1:
+    fault = why_uneven(times, calendar)
+    if fault is None:
         return [(0, len(times))]
-    usual = lengths[counts.argmax()]
-    breaks = np.flatnonzero(steps != usual)
     if gaps == "error":
-        at = int(breaks[0])
-        raise ValueError(
-            f"{location}: time steps are not uniform: {steps[at] / HOUR:g} h instead of "
-            f"{usual / HOUR:g} h after {calendar.show(times[at], 's')}, the first of "
-            f"{len(breaks)} gaps; `gaps: split` in the catalog entry leaves them out"
-        )
+        raise ValueError(f"{location}: {fault}")
+    breaks = usual_step(times)[1]
     bounds = [0, *(int(n) + 1 for n in breaks), len(times)]
     parts = [part for part in pairwise(bounds) if part[1] - part[0] > 1]
     lost = len(times) - sum(end - start for start, end in parts)
@@ -291,7 +288,7 @@ def _canonical_grid(dataset: xr.Dataset, location: str) -> tuple[np.ndarray, np.
     latitude_order = np.argsort(latitude)
     longitude_order, ordered = ascending_longitudes(longitude)
     try:
-        grid = Grid(latitude[latitude_order], ordered)
+        grid = Grid(latitude[latitude_order], regular_longitudes(ordered))
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error
     return latitude_order, longitude_order, grid

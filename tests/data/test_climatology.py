@@ -240,3 +240,25 @@ def test_evaluation_reads_what_stats_left(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read_monthly(file, segments)
+
+
+@pytest.mark.parametrize("kind", ["global", "month", "cell_month", "cell_day_hour"])
+def test_a_variable_without_levels_has_every_climatology(tmp_path, kind: Kind) -> None:
+    store = dataset(steps=40, num_lat=4, num_lon=8).isel(level=0, drop=True)
+    record = open_segment("waves", store, "memory", variables=NAMES, levels=[])
+    write_climatology([record], kind, tmp_path / "out.zarr", memory_bytes=2**30)
+    found = xr.open_dataset(tmp_path / "out.zarr", engine="zarr", consolidated=False)
+    weights = np.cos(np.deg2rad(store["latitude"]))
+    for name in NAMES:
+        mean = found[name].mean(
+            [dim for dim in ("month", "dayofyear", "hour") if dim in found.dims]
+        )
+        if kind.startswith("cell"):
+            mean = mean.weighted(weights).mean()
+            assert found[name].dims[-2:] == ("latitude", "longitude")
+        else:
+            assert found[name].dims == tuple(AXES[kind])
+        if kind == "global":
+            expected = store[name].astype(np.float64).weighted(weights).mean().item()
+            assert mean.item() == pytest.approx(expected, abs=1e-6)
+        assert found[name + "_count"].sum() == store[name].size

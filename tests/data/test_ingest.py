@@ -14,7 +14,8 @@ import zarr
 
 from atmossl.cli import main
 from atmossl.data import ingest as module
-from atmossl.data.ingest import Layout, Source, Workers, ingest, verify
+from atmossl.data.fingerprint import noted
+from atmossl.data.ingest import Layout, Source, Workers, ingest, missing_shares, verify
 from tests.synthetic import dataset
 
 RECORD = dataset(steps=10)
@@ -174,18 +175,20 @@ ingest({source}, Path({str(output)!r}), {layout}, {THREADS}, print)
         time.sleep(0.001)
     running.kill()
     assert running.wait() == -signal.SIGKILL
-    noted = [path.stem.rpartition("-") for path in (folder / "journal").glob("*.json")]
-    assert 20 <= len(noted) < 160 and not output.exists()
+    written = [path.stem.rpartition("-") for path in (folder / "journal").glob("*.json")]
+    assert 20 <= len(written) < 160 and not output.exists()
 
     def states(store: Path) -> list[tuple[int, int]]:
-        chunks = [(store / name / "c" / start / "0" / "0" / "0").stat() for name, _, start in noted]
+        chunks = [
+            (store / name / "c" / start / "0" / "0" / "0").stat() for name, _, start in written
+        ]
         return [(chunk.st_ino, chunk.st_mtime_ns) for chunk in chunks]
 
     before = states(folder / "store.zarr")
     ingest(source, output, layout, THREADS, quiet)
     assert states(output) == before
     checksums = [
-        zarr.open_group(tmp_path / f"{n}.zarr").attrs["checksums"] for n in ("out", "whole")
+        noted(zarr.open_group(tmp_path / f"{n}.zarr").attrs, "checksums") for n in ("out", "whole")
     ]
     assert checksums[0] == checksums[1] and verify(output) == len(checksums[0]) == 160
     compare(output, record)
@@ -297,3 +300,34 @@ def test_files_of_others(tmp_path, file: str, select: dict, outcome) -> None:
         assert sorted(found.data_vars) == outcome
         assert np.all(np.diff(found["latitude"]) > 0)
     assert verify(tmp_path / "out.zarr") >= 1
+
+
+def test_an_ingested_store_can_be_written_to_netcdf(tmp_path) -> None:
+    """All attributes are those that NetCDF knows; stores that hold mappings are still read."""
+    RECORD.to_netcdf(tmp_path / "in.nc")
+    store = tmp_path / "out.zarr"
+    ingest(Source(str(tmp_path / "in.nc")), store, LAYOUT, THREADS, quiet)
+    with xr.open_zarr(store) as opened:
+        for kind in ("NETCDF4", "NETCDF3_64BIT"):
+            opened.drop_encoding().to_netcdf(tmp_path / f"{kind}.nc", format=kind)
+    count = verify(store)
+    group = zarr.open_group(store, mode="r+")
+    for key in ("checksums", "missing"):
+        group.attrs[key] = noted(group.attrs, key)
+        assert isinstance(zarr.open_group(store).attrs[key], dict)
+    assert verify(store) == count == 8 and missing_shares(store) == {}
+
+
+@pytest.mark.parametrize("west", [-30.0, 150.0, 0.0])
+def test_a_region_is_stored_from_west_to_east(tmp_path, west: float) -> None:
+    """Across Greenwich, across the dateline and elsewhere, as `region` gives it."""
+    longitude = west + 7.5 * np.arange(9)
+    part = RECORD.isel(longitude=slice(0, 9)).assign_coords(longitude=(longitude + 180) % 360 - 180)
+    part.to_netcdf(tmp_path / "in.nc")
+    region = (-90.0, 90.0, west, west + 60.0)
+    for name, cut in (("whole", None), ("cut", region)):
+        source = Source(str(tmp_path / "in.nc"), region=cut)
+        ingest(source, tmp_path / f"{name}.zarr", LAYOUT, THREADS, quiet)
+        with xr.open_zarr(tmp_path / f"{name}.zarr") as opened:
+            np.testing.assert_array_equal(opened["longitude"], longitude % 360)
+            np.testing.assert_array_equal(opened["temperature"], part["temperature"])

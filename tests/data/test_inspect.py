@@ -64,7 +64,7 @@ def test_the_report_fits_eighty_columns(tmp_path, capsys, monkeypatch, calendar:
         assert any(name in line for line in lines), (name, printed)
     assert "…" not in printed
     assert "gap: 2 steps after 2000-02-27T12" in printed and "duplicate: 2000-02-28T12" in printed
-    assert "on the 3 unbroken parts, of which the longest has 6 steps" in " ".join(printed.split())
+    assert "on the 3 unbroken parts, of which the longest has 5 steps" in " ".join(printed.split())
     assert ("calendar noleap" in printed) == (calendar == "noleap")
 
 
