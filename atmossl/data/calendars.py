@@ -170,14 +170,19 @@ def _fit_nanoseconds(dates: np.ndarray) -> bool:
 
 
 def integer_units(dates: np.ndarray) -> str:
-    """Units in which whole numbers hold the dates exactly: seconds, or as much finer as needed."""
+    """Units in which whole numbers hold the dates exactly: seconds, or as much finer as needed.
+
+    Other calendars than the standard one count from the first date: xarray decodes them by way of
+    floating point, which loses microseconds far from the origin.
+    """
     calendar = Calendar.of(dates)
     assert calendar is not None, dates.dtype
     times = calendar.encode(dates)
+    origin = "1970-01-01" if calendar.plain else calendar.show(times[0], "m")[:-6]
     for name, code in (("seconds", "s"), ("microseconds", "us")):
         if (times.astype(f"datetime64[{code}]") == times).all():
-            return f"{name} since 1970-01-01"
-    return "nanoseconds since 1970-01-01"
+            return f"{name} since {origin}"
+    return f"nanoseconds since {origin}"
 
 
 def _plain_date(text: str) -> np.datetime64:

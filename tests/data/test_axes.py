@@ -28,7 +28,7 @@ NAMES = ("temperature",)
 CALENDARS = ("standard", "proleptic_gregorian", "noleap", "360_day", "all_leap", "julian")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     step_s=st.sampled_from([1, 90, 300, 600, 1200, 2400, 3600, 10800, 21600, 86400]),
     removed=st.sets(st.integers(1, 58), max_size=6),
@@ -60,7 +60,7 @@ def test_times_that_are_no_axis_stay_as_they_are() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Unable to decode time axis")  # into datetime64
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     calendar=st.sampled_from(CALENDARS),
     step_us=st.sampled_from([10**6, 5 * 60 * 10**6, 20 * 60 * 10**6, 86_400 * 10**6])
