@@ -129,6 +129,7 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
             Layout(**config.layout.model_dump()),
             workers,
             lambda done, total: bar.update(task, completed=done, total=total),
+            lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     count = verify(config.output) if config.verify else 0
     checked = f", {count} regions read again and equal to their checksums" if count else ""

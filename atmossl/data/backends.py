@@ -17,9 +17,11 @@ from zarr.storage import FsspecStore, LocalStore, ZipStore
 from atmossl.data.axes import SharedLabels
 from atmossl.data.catalog import SegmentEntry, resolve_location
 from atmossl.data.chunks import Access, ChunkedArray
+from atmossl.data.file_kinds import NETCDF, ZIP, is_zarr, kind_of
 
 _DEFAULT_ACCESS = Access()
-_NETCDF = (".nc", ".nc4")
+_NETCDF_ENDINGS = (".nc", ".nc4")
+_REFERENCES = (".json", ".parq", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,25 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
 
 
 def _format_of(location: str) -> str:
+    """The format of a file by its first bytes; by its name of what is no file here.
+
+    Raises:
+        ValueError: a file of another format.
+    """
     path = Path(location)
-    if location.endswith(_NETCDF) or "*" in location:
-        return "netcdf"
-    if location.endswith((".json", ".parq", ".parquet")):
+    if location.endswith(_REFERENCES):
         return "kerchunk"
-    if path.is_dir() and any(path.glob("*.nc*")):
+    if "*" in location or ("://" in location and location.endswith(_NETCDF_ENDINGS)):
+        return "netcdf"
+    if path.is_file():
+        kind = kind_of(path)
+        if kind not in (NETCDF, ZIP):
+            raise ValueError(
+                f"store {location}: the file is {kind}; valid: NetCDF, zarr. `atmossl data ingest` "
+                "reads GRIB and makes a zarr store of it"
+            )
+        return "netcdf" if kind == NETCDF else "zarr"
+    if path.is_dir() and not is_zarr(path) and any(path.glob("*.nc*")):
         return "netcdf"
     return "zarr"
 

@@ -102,8 +102,10 @@ def ingest(
     layout: Layout,
     workers: Workers,
     progress: Callable[[int, int], object],
+    tell: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Write the store, or go on writing it. progress: told (regions done, regions in all).
+    tell: is told what of the input is left out, a line each, before anything is written.
 
     Raises:
         ValueError: an input that cannot be read or does not fit, an output that exists, or a
@@ -115,8 +117,11 @@ def ingest(
         raise ValueError(f"output={output} exists; choose another path or remove it")
     folder = output.with_name(f".{output.name}.partial")
     store, journal = folder / "store.zarr", folder / "journal"
-    dataset = opened(source)
+    _opened.cache_clear()  # files of the same names may be others by now
+    dataset, left_out = _entered(source)
     check_record(dataset, f"input={source.location}")
+    for line in left_out:
+        tell(f"{source.location}: {line}")
     _begin(dataset, source, layout, store, journal)
     regions = _regions(dataset, layout)
     left = [region for region in regions if not (journal / region.note).exists()]
@@ -133,10 +138,13 @@ def ingest(
 
 
 @lru_cache(maxsize=1)
-def _opened(settings: str) -> xr.Dataset:
-    source = Source(**json.loads(settings))
+def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
+    """The chosen part of the input, and what is left out of it."""
+    source, left_out = Source(**json.loads(settings)), list[str]()
     where = f"input={source.location}"
-    dataset = open_input(source.location, source.names, source.select, source.filters)
+    dataset = open_input(
+        source.location, source.names, source.select, source.filters, left_out.append
+    )
     if "level" in dataset.dims and source.levels:
         have = [int(level) for level in dataset["level"].values]
         missing = sorted(set(source.levels) - set(have))
@@ -148,7 +156,7 @@ def _opened(settings: str) -> xr.Dataset:
         dataset = dataset.sel(time=slice(source.start or None, source.end or None))
         if dataset.sizes["time"] == 0:
             raise ValueError(f"{where}: nothing from {source.start} to {source.end}")
-    return _cut(dataset, source)
+    return _cut(dataset, source), tuple(left_out)
 
 
 def _check_dates(dataset: xr.Dataset, source: Source) -> None:
@@ -164,6 +172,10 @@ def _check_dates(dataset: xr.Dataset, source: Source) -> None:
 def opened(source: Source) -> xr.Dataset:
     """The chosen part of the input; opened once per process, by one thread at a time, as neither
     cfgrib nor the NetCDF library may be entered by two. Reading is serial under xarray's locks."""
+    return _entered(source)[0]
+
+
+def _entered(source: Source) -> tuple[xr.Dataset, tuple[str, ...]]:
     with _OPENING:
         return _opened(json.dumps(asdict(source)))
 

@@ -1,7 +1,8 @@
 """What others wrote, as one canonical dataset: GRIB, NetCDF and zarr, any usual names."""
 
-import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,72 +14,140 @@ import xarray as xr
 from atmossl.data.axes import SharedLabels, with_regular_axes
 from atmossl.data.backends import joining, open_store
 from atmossl.data.catalog import SegmentEntry
+from atmossl.data.file_kinds import GRIB, data_files, is_zarr, kind_of
+from atmossl.data.grib import open_grib
+from atmossl.data.overlaps import Origin, check_one_grid, check_overlaps
 from atmossl.data.store import COORDINATES, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
 from atmossl.geometry import ascending_longitudes
 
-_GRIB = (".grib", ".grib2", ".grb", ".grb2")
+Tell = Callable[[str], object]
+_MAX_SHOWN, _MAX_LINES = 8, 20
 
 
-def input_files(location: str) -> list[str]:
-    """One path per file: the location itself, the files of a folder, or those of a pattern.
+@dataclass
+class _Reading:
+    """How an input is read, and what is noted meanwhile: names of variables that are there, those
+    that are read, keys of the selection that meant something, lines with the files they hold for.
+    """
+
+    names: dict[str, str]
+    selection: dict[str, Any]
+    filters: dict[str, Any]
+    have: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+    selected: set[str] = field(default_factory=set)
+    lines: Counter[str] = field(default_factory=Counter)
+
+    def tell(self, line: str) -> None:
+        self.lines[line] += 1
+
+    def canonical(self, stored: str) -> str | None:
+        return _canonical_name(stored, self.names)
+
+
+def _say_nothing(line: str) -> None:
+    del line
+
+
+def input_files(location: str, tell: Tell = _say_nothing) -> list[str]:
+    """One path per file: the location itself, or the GRIB and NetCDF files of a folder or pattern.
+    tell: is told which files of a folder are passed over.
 
     Raises:
         ValueError: nothing is there.
     """
     path = Path(location)
-    if "://" in location or path.suffix in (".zarr", ".zip") or path.is_file():
-        if "://" not in location and not path.exists():
-            raise ValueError(f"input={location}: no such file")
+    if "://" in location or path.is_file() or is_zarr(path):
         return [location]
-    if path.is_dir() and ((path / "zarr.json").exists() or (path / ".zgroup").exists()):
-        return [location]
-    files = path.glob("*") if path.is_dir() else path.parent.glob(path.name)
-    suffixes = (*_GRIB, ".nc", ".nc4")
-    found = sorted(str(f) for f in files if f.suffix in suffixes and f.name[0] != ".")
-    if not found:
-        raise ValueError(f"input={location}: no GRIB or NetCDF file there")
-    return found
+    if path.suffix in (".zarr", ".zip"):
+        raise ValueError(f"input={location}: no such file, or no zarr store")
+    there = data_files(location)
+    shown = _shown(there.passed_over)
+    if not there.files:
+        others = f", but {shown}" if shown else ""
+        raise ValueError(f"input={location}: no GRIB or NetCDF file there{others}")
+    if shown:
+        tell(f"files passed over: {shown}")
+    return [str(file) for file in there.files]
+
+
+def _shown(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _MAX_SHOWN} more" if len(words) > _MAX_SHOWN else ""
+    return ", ".join(words[:_MAX_SHOWN]) + more
 
 
 def open_input(
-    location: str, names: dict[str, str], selection: dict[str, Any], filters: dict[str, Any]
+    location: str,
+    names: dict[str, str],
+    selection: dict[str, Any],
+    filters: dict[str, Any],
+    tell: Tell = _say_nothing,
 ) -> xr.Dataset:
     """All files of an input joined along time, lazily; dims (time, level, latitude, longitude),
     latitudes ascending, longitudes from west to east in [0, 360).
 
     names: variables wanted, canonical -> name in the input; all that are known if it is empty.
     selection: one value for each dimension that the store cannot hold, such as `number`.
-    filters: cfgrib's `filter_by_keys`.
+    filters: values that keys of GRIB messages must have.
+    tell: is told, a line each, what is left out and how to choose it.
 
     Raises:
         ValueError: a file that cannot be read, or does not fit; names the file.
     """
-    parts, have = [], set[str]()
-    for file in input_files(location):
-        try:
-            opened = _open_file(file, filters)
-        except ValueError:
-            raise
-        except Exception as error:
-            why = " ".join(str(error).split())[:300] or "truncated or corrupt"
-            raise ValueError(f"input {file}: {type(error).__name__}: {why}") from error
-        part = _canonical(opened, names, selection, file)
+    files, reading = input_files(location, tell), _Reading(names, selection, filters)
+    parts: list[xr.Dataset] = []
+    origins: list[Origin] = []
+    for file in files:
+        part, origin = _canonical(_opened_file(file, reading), reading, file)
         if part.data_vars:
             parts.append(part)
-        have.update(str(name) for dataset in opened for name in dataset.data_vars)
+            origins.append(origin)
     found = {str(name) for part in parts for name in part.data_vars}
-    for canonical, stored in names.items():
-        if canonical not in found:
-            raise ValueError(
-                f"input={location}: variables.{canonical}={stored} is not there; valid: "
-                f"{sorted(have)}"
-            )
+    _check_found(reading, found, location, files)
+    _tell_left_out(reading, len(files), tell)
     if not any("time" in part.dims for part in parts):
         raise ValueError(f"input={location}: {sorted(found)} have no time")
+    check_overlaps(parts, origins, location)
     joined = with_regular_axes(_joined(parts, location), f"input={location}")
     west_to_east, _ = ascending_longitudes(joined["longitude"].values)
     return joined.isel(longitude=west_to_east)
+
+
+def _check_found(reading: _Reading, found: set[str], location: str, files: Sequence[str]) -> None:
+    """That every name, selection and filter of the user meant something."""
+    for canonical, stored in reading.names.items():
+        if canonical not in found:
+            raise ValueError(
+                f"input={location}: variables.{canonical}={stored} is not there; valid: "
+                f"{sorted(reading.have)}"
+            )
+    if not found:
+        raise ValueError(f"input={location}: select={reading.selection} leaves nothing")
+    unknown = sorted(set(reading.selection) - reading.selected)
+    if unknown:
+        raise ValueError(
+            f"input={location}: select.{unknown[0]}={reading.selection[unknown[0]]}: no variable "
+            f"has {unknown[0]}"
+        )
+    if reading.filters and not any(_is_grib(file) for file in files):
+        raise ValueError(
+            f"input={location}: filters={reading.filters} choose GRIB messages, and no file is "
+            "GRIB; choose with variables and select"
+        )
+
+
+def _tell_left_out(reading: _Reading, num_files: int, tell: Tell) -> None:
+    """The noted lines, with the number of files of each, and the variables that are not read."""
+    unused = sorted(reading.have - reading.used)
+    if unused and reading.names:
+        tell(f"left out, as variables names others: {_shown(unused)}")
+    elif unused:
+        tell(f"left out, as not known here: {_shown(unused)}; variables.NAME={unused[0]} reads one")
+    for line, count in list(reading.lines.items())[:_MAX_LINES]:
+        tell(f"{line} (in {count} files)" if num_files > 1 else line)
+    if len(reading.lines) > _MAX_LINES:
+        tell(f"and {len(reading.lines) - _MAX_LINES} more lines of that kind")
 
 
 def _joined(parts: Sequence[xr.Dataset], location: str) -> xr.Dataset:
@@ -128,49 +197,95 @@ def _check_filled(parts: Sequence[xr.Dataset], location: str) -> None:
             )
 
 
-def _open_file(file: str, filters: dict[str, Any]) -> list[xr.Dataset]:
-    """The datasets in one file: a GRIB file can hold several."""
-    if not file.endswith(_GRIB):
-        return [open_store(SegmentEntry(location=file)).dataset.chunk({})]
-    import cfgrib
+def _is_grib(file: str) -> bool:
+    return "://" not in file and Path(file).is_file() and kind_of(Path(file)) == GRIB
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of cfgrib about xarray's merge
-        found = cfgrib.open_datasets(
-            file, backend_kwargs={"indexpath": "", "filter_by_keys": filters, "errors": "raise"}
+
+def _opened_file(file: str, reading: _Reading) -> list[xr.Dataset]:
+    """The datasets in one file: one of every variable of a GRIB file."""
+    try:
+        if _is_grib(file):
+            datasets, names = open_grib(file, reading.filters, reading.canonical, reading.tell)
+        else:
+            datasets = [open_store(SegmentEntry(location=file)).dataset.chunk({})]
+            names = _fields(datasets[0])
+    except ValueError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or "truncated or corrupt"
+        raise ValueError(f"input {file}: {type(error).__name__}: {why}") from error
+    reading.have.update(names)
+    if not reading.names and not any(map(reading.canonical, names)):
+        raise ValueError(
+            f"input {file}: variables known here are not among {sorted(names)}; name them, such as "
+            f"variables.temperature={min(names, default='t')}"
         )
-    if not found or not any(dataset.data_vars for dataset in found):
-        raise ValueError(f"input {file}: no GRIB message could be read")
-    return [dataset.chunk({}) for dataset in found]
+    return datasets
+
+
+def _fields(dataset: xr.Dataset) -> list[str]:
+    """The variables of a dataset but those that describe others: bounds, and the grid's mapping."""
+    arrays = dataset.variables.values()
+    keys = ("bounds", "grid_mapping", "climatology")
+    describing = {array.attrs[key] for array in arrays for key in keys if key in array.attrs}
+    return [str(name) for name in dataset.data_vars if name not in describing]
 
 
 def _canonical(
-    opened: Sequence[xr.Dataset], names: dict[str, str], selection: dict[str, Any], file: str
-) -> xr.Dataset:
-    found: dict[str, xr.DataArray] = {}
+    opened: Sequence[xr.Dataset], reading: _Reading, file: str
+) -> tuple[xr.Dataset, Origin]:
+    arrays: dict[str, xr.DataArray] = {}
+    origin = Origin(file)
     for dataset in opened:
         for stored, array in dataset.data_vars.items():
-            canonical = _canonical_name(str(stored), names)
+            canonical = reading.canonical(str(stored))
             if canonical is None:
                 continue
-            if canonical in found:
+            if canonical in arrays:
                 raise ValueError(
-                    f"input {file}: {stored} is there more than once; choose with filters, such "
-                    "as filters.typeOfLevel=isobaricInhPa"
+                    f"input {file}: {stored} is one of several variables that are {canonical}; "
+                    f"choose with variables.{canonical}={stored}"
                 )
+            reading.used.add(str(stored))
+            array = _selected(array, reading, file)
+            if array is None:
+                continue
+            origin.note(canonical, array)
             array = _converted(array, canonical, file)
-            array = _canonical_array(array, selection, file)
+            array = _canonical_array(array, file)
             if canonical in VARIABLES and VARIABLES[canonical].static and _single_date(array):
                 array = array.isel(time=0, drop=True)
-            found[canonical] = array
-    if not found and not names:
-        have = sorted(str(name) for dataset in opened for name in dataset.data_vars)
-        raise ValueError(
-            f"input {file}: variables known here are not among {have}; name them, such as "
-            f"variables.temperature={have[0] if have else 't'}"
-        )
-    merged = xr.merge([a.rename(n) for n, a in found.items()], join="outer", compat="override")
-    return merged.drop_attrs(deep=False)  # those of the first variable
+            arrays[canonical] = array
+    arrays = check_one_grid(arrays, file)
+    merged = xr.merge([a.rename(n) for n, a in arrays.items()], join="outer", compat="override")
+    return merged.drop_attrs(deep=False), origin  # attributes are those of the first variable
+
+
+def _selected(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray | None:
+    """At one value of every dimension that is selected; None if the file holds another one.
+
+    Raises:
+        ValueError: no such value; names those that there are.
+    """
+    selection = {dim: v for dim, v in reading.selection.items() if dim in array.coords}
+    chosen = {dim: value for dim, value in selection.items() if dim in array.dims}
+    reading.selected.update(selection)
+    for dim in set(selection) - set(chosen):
+        have = array[dim].values
+        if np.ndim(have) == 0 and have != np.asarray(_plain(dim, selection[dim]), have.dtype):
+            reading.tell(f"select.{dim}={selection[dim]} leaves out files that hold another {dim}")
+            return None
+    for dim, value in chosen.items():
+        if array.sizes[dim] > 1:
+            reading.tell(
+                f"select.{dim}={value} leaves out {array.sizes[dim] - 1} of {array.sizes[dim]} "
+                f"values of {dim}: {_values(array, dim)}"
+            )
+    try:
+        return array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
+    except (KeyError, ValueError) as error:
+        valid = {dim: _values(array, dim) for dim in chosen}
+        raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
 
 
 def _single_date(array: xr.DataArray) -> bool:
@@ -195,19 +310,8 @@ def _canonical_name(stored: str, names: dict[str, str]) -> str | None:
     return SHORT_NAMES.get(stored)
 
 
-def _canonical_array(array: xr.DataArray, selection: dict[str, Any], file: str) -> xr.DataArray:
+def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
     """Known dims alone, in order, ascending latitudes and longitudes in [0, 360)."""
-    if array.attrs.get("GRIB_gridType") not in (None, "regular_ll", "regular_gg"):
-        raise ValueError(
-            f"input {file}: {array.name} lies on a grid of type {array.attrs['GRIB_gridType']}; "
-            "valid: regular_ll, regular_gg. Regrid it first, with cdo or earthkit for example"
-        )
-    chosen = {dim: value for dim, value in selection.items() if dim in array.dims}
-    try:
-        array = array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
-    except (KeyError, ValueError) as error:
-        valid = {dim: _values(array, dim) for dim in chosen}
-        raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
     if "time" in array.coords and not {"time", "valid_time"} & set(array.dims):
         array = array.expand_dims("time")
     if not set(COORDINATES["level"]) & set(array.dims):
