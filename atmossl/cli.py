@@ -197,7 +197,7 @@ def _data(arguments: Sequence[str]) -> None:
         raise ValueError(f"data {action!r} is no action; valid: list, inspect, ingest, stats")
 
 
-_OF_INGEST = ("variables", "select", "filters", "workers.slurm")
+_OF_INGEST = ("variables", "select", "filters", "coordinates", "workers.slurm")
 
 
 def _open_ended(override: str, mappings: tuple[str, ...] = _OF_INGEST) -> str:

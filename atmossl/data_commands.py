@@ -115,6 +115,7 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
         names=config.variables,
         select=config.select,
         filters=config.filters,
+        coordinates={str(axis): name for axis, name in config.coordinates.items()},
         levels=config.levels,
         start=config.start or "",
         end=config.end or "",

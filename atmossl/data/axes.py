@@ -19,6 +19,7 @@ _MOSTLY = 4  # a record is even, with gaps, where fewer than one step in so many
 _SHARE = 1e-5  # of the largest value of an axis, or of a level's own
 _PART = 100  # a coordinate moves by this part of a step at most
 _TIME_TOLERANCE_NS = 1_000_000_000
+_LARGEST_MOVE = 0.01  # of a label, whatever its axis: dates as 20200101 are a whole one apart
 _CLOSED_DEG = 1e-3  # as `Grid.periodic` takes it
 _UNITS_NS = (60_000_000_000, 1_000_000_000, 1_000_000, 1_000, 1)  # from minutes to nanoseconds
 
@@ -43,11 +44,11 @@ def read_times(dates: np.ndarray, location: str) -> tuple[np.ndarray, Calendar]:
 def with_regular_axes(dataset: xr.Dataset, location: str) -> xr.Dataset:
     """A canonical dataset with its times and levels without their rounding errors."""
     changed = {}
-    if "time" in dataset.dims:
-        dates = dataset["time"].values
+    for name in {"time", "init_time"} & set(dataset.dims):
+        dates = dataset[name].values
         times, calendar = read_times(dates, location)
         if not np.array_equal(times, calendar.encode(dates)):
-            changed["time"] = dataset["time"].copy(data=calendar.dates(times))
+            changed[name] = dataset[name].copy(data=calendar.dates(times))
     if "level" in dataset.dims and dataset["level"].dtype.kind == "f":
         levels = regular_levels(dataset["level"].values)
         if not np.array_equal(levels, dataset["level"].values):
@@ -196,5 +197,5 @@ def _nearest(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     after = np.minimum(np.searchsorted(labels, values), len(labels) - 1)
     neighbours = labels[np.stack([np.maximum(after - 1, 0), after])]
     nearest = neighbours[np.abs(neighbours - values).argmin(0), np.arange(len(values))]
-    tolerance = min(spacings.min() / _PART, _SHARE * largest)
+    tolerance = min(spacings.min() / _PART, _SHARE * largest, _LARGEST_MOVE)
     return np.where(np.abs(nearest - values) <= tolerance, nearest, values)

@@ -18,6 +18,7 @@ from atmossl.data.axes import SharedLabels
 from atmossl.data.catalog import SegmentEntry, resolve_location
 from atmossl.data.chunks import Access, ChunkedArray
 from atmossl.data.file_kinds import NETCDF, ZIP, is_zarr, kind_of
+from atmossl.data.metadata import FileStatements
 
 _DEFAULT_ACCESS = Access()
 _NETCDF_ENDINGS = (".nc", ".nc4")
@@ -124,11 +125,12 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     for file in found:
         _check_whole(Path(file))
     units: dict[str, set[str]] = {}
-    labels = SharedLabels()
+    labels, statements = SharedLabels(), FileStatements()
 
     def noted(dataset: xr.Dataset) -> xr.Dataset:
         for name, array in dataset.data_vars.items():
             units.setdefault(str(name), set()).add(str(array.attrs.get("units", "")))
+            statements.add(str(name), array, Path(dataset.encoding.get("source", "")).name)
         return labels.applied(dataset)
 
     with joining():
@@ -142,6 +144,7 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
             chunks={"time": 32},
             preprocess=noted,
         )
+    dataset = statements.onto(dataset)
     for name, stated in units.items():
         if len(stated) > 1:  # joined as they are, and refused where the variable is wanted
             dataset[name].attrs["units"] = sorted(stated)

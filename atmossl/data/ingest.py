@@ -47,6 +47,7 @@ class Source:
     names: dict[str, str] = field(default_factory=dict)
     select: dict[str, Any] = field(default_factory=dict)
     filters: dict[str, Any] = field(default_factory=dict)
+    coordinates: dict[str, str] = field(default_factory=dict)
     levels: tuple[int, ...] = ()
     start: str = ""
     end: str = ""
@@ -143,7 +144,12 @@ def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
     source, left_out = Source(**json.loads(settings)), list[str]()
     where = f"input={source.location}"
     dataset = open_input(
-        source.location, source.names, source.select, source.filters, left_out.append
+        source.location,
+        source.names,
+        source.select,
+        source.filters,
+        left_out.append,
+        source.coordinates,
     )
     if "level" in dataset.dims and source.levels:
         have = [int(level) for level in dataset["level"].values]
@@ -243,8 +249,8 @@ def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Layou
             for dim, length in zip(array.dims, chunks, strict=True)
         )
     known = VARIABLES.get(name)
-    units = array.attrs.get("units")
-    attributes = {"units": units} if units else {}
+    kept = ("units", "cell_methods", "comment")
+    attributes = {key: array.attrs[key] for key in kept if array.attrs.get(key)}
     if known is not None:
         attributes = attributes | {
             "standard_name": known.standard_name,

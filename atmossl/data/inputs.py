@@ -1,10 +1,11 @@
 """What others wrote, as one canonical dataset: GRIB, NetCDF and zarr, any usual names."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,17 @@ from atmossl.data.backends import joining, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.file_kinds import GRIB, data_files, is_zarr, kind_of
 from atmossl.data.grib import open_grib
+from atmossl.data.metadata import (
+    FROM_HEIGHT,
+    LEAD_NAMES,
+    FileStatements,
+    as_geopotential,
+    check_statements,
+    height_factor,
+    is_start,
+    lead_of,
+    valid_time_of,
+)
 from atmossl.data.overlaps import Origin, check_one_grid, check_overlaps
 from atmossl.data.store import COORDINATES, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
@@ -23,6 +35,7 @@ from atmossl.geometry import ascending_longitudes
 
 Tell = Callable[[str], object]
 _MAX_SHOWN, _MAX_LINES = 8, 20
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -34,10 +47,12 @@ class _Reading:
     names: dict[str, str]
     selection: dict[str, Any]
     filters: dict[str, Any]
+    coordinates: Mapping[str, str]
     have: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     selected: set[str] = field(default_factory=set)
     lines: Counter[str] = field(default_factory=Counter)
+    statements: FileStatements = field(default_factory=FileStatements)
 
     def tell(self, line: str) -> None:
         self.lines[line] += 1
@@ -83,6 +98,7 @@ def open_input(
     selection: dict[str, Any],
     filters: dict[str, Any],
     tell: Tell = _say_nothing,
+    coordinates: Mapping[str, str] = _NO_NAMES,
 ) -> xr.Dataset:
     """All files of an input joined along time, lazily; dims (time, level, latitude, longitude),
     latitudes ascending, longitudes from west to east in [0, 360).
@@ -91,11 +107,13 @@ def open_input(
     selection: one value for each dimension that the store cannot hold, such as `number`.
     filters: values that keys of GRIB messages must have.
     tell: is told, a line each, what is left out and how to choose it.
+    coordinates: canonical coordinate -> name in the input, beside the usual names.
 
     Raises:
         ValueError: a file that cannot be read, or does not fit; names the file.
     """
-    files, reading = input_files(location, tell), _Reading(names, selection, filters)
+    files = input_files(location, tell)
+    reading = _Reading(names, selection, filters, coordinates)
     parts: list[xr.Dataset] = []
     origins: list[Origin] = []
     for file in files:
@@ -251,7 +269,10 @@ def _canonical(
             if array is None:
                 continue
             origin.note(canonical, array)
-            array = _converted(array, canonical, file)
+            array = _with_canonical_dims(_converted(array, canonical, reading, file), reading, file)
+            check_statements(canonical, array, dataset, f"input {file}")
+            if conflict := reading.statements.add(canonical, array, Path(file).name):
+                raise ValueError(f"input {file}: {conflict}")
             array = _canonical_array(array, file)
             if canonical in VARIABLES and VARIABLES[canonical].static and _single_date(array):
                 array = array.isel(time=0, drop=True)
@@ -292,9 +313,12 @@ def _single_date(array: xr.DataArray) -> bool:
     return array.sizes.get("time") == 1
 
 
-def _converted(array: xr.DataArray, canonical: str, file: str) -> xr.DataArray:
+def _converted(array: xr.DataArray, canonical: str, reading: _Reading, file: str) -> xr.DataArray:
     """In the units of the variable; ValueError if there is no way to them."""
     units = array.attrs.get("units")
+    if (factor := height_factor(canonical, array)) is not None:
+        reading.tell(f"{canonical} is {FROM_HEIGHT}")
+        return as_geopotential(canonical, array, factor)
     known = conversion(canonical, units)
     if known is None:
         check_units(canonical, units, f"input {file}")
@@ -310,23 +334,33 @@ def _canonical_name(stored: str, names: dict[str, str]) -> str | None:
     return SHORT_NAMES.get(stored)
 
 
+def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray:
+    """Dimensions by their canonical names, a single date or level as a dimension of length 1,
+    forecasts of one lead time dated by their valid time."""
+    coordinates = reading.coordinates
+    usual = {
+        axis: (coordinates[axis],) if axis in coordinates else COORDINATES[axis]
+        for axis in ("time", "level")
+    }
+    for names in usual.values():
+        alone = [name for name in names if name in array.coords and array[name].ndim == 0]
+        if alone and not set(names) & set(array.dims):
+            array = array.expand_dims(alone[:1])
+    name = str(array.name)
+    timed = "time" in coordinates or any(n in (*array.coords, *array.dims) for n in usual["time"])
+    renamed = rename_coordinates(array.to_dataset(), coordinates, f"input {file}", timed=timed)
+    return _of_one_step(renamed[name], file)
+
+
 def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
     """Known dims alone, in order, ascending latitudes and longitudes in [0, 360)."""
-    if "time" in array.coords and not {"time", "valid_time"} & set(array.dims):
-        array = array.expand_dims("time")
-    if not set(COORDINATES["level"]) & set(array.dims):
-        alone = [name for name in COORDINATES["level"] if name in array.coords]
-        array = array.expand_dims(alone[:1])
-    name = str(array.name)
-    timed = any(dim in array.coords or dim in array.dims for dim in COORDINATES["time"])
-    array = rename_coordinates(array.to_dataset(), {}, f"input {file}", timed=timed)[name]
-    array = _of_one_step(array, file)
     others = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
     if others:
         sizes = {dim: _values(array, str(dim)) for dim in others if dim in array.coords}
         raise ValueError(
             f"input {file}: {array.name} has further dimensions {others}; choose one value of each "
-            f"under `select`, valid: {sizes}"
+            f"under `select`, valid: {sizes}; or say what they are, such as "
+            f"coordinates.level={others[0]} for pressure"
         )
     kept = [dim for dim in ("time", "level", "latitude", "longitude") if dim in array.dims]
     array = array.drop_vars(set(array.coords) - set(kept)).transpose(*kept)
@@ -348,11 +382,16 @@ def _values(array: xr.DataArray, dim: str) -> list[Any]:
 
 def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
     """Forecasts of one lead time are dated by their valid time."""
-    if "step" not in array.coords or "step" in array.dims:
-        return array
-    step = array["step"].values
-    if np.ndim(step) or "time" not in array.dims:
+    steps = [array[name] for name in LEAD_NAMES if name in array.coords and name not in array.dims]
+    if any(step.ndim for step in steps) or (steps and "time" not in array.dims):
         raise ValueError(f"input {file}: {array.name} mixes lead times; choose one under `select`")
-    if not np.issubdtype(step.dtype, np.timedelta64):
-        step = pd.Timedelta(hours=float(step)).to_numpy()
-    return array.assign_coords(time=array["time"].values + step)
+    if "time" not in array.dims or array["time"].attrs.get("standard_name") == "time":
+        return array
+    time, lead, valid = array["time"], lead_of(array), valid_time_of(array)
+    if valid is not None and (is_start(time) or lead is not None):
+        dates = valid.values
+    elif lead is not None:
+        dates = time.values + (lead if time.dtype.kind == "M" else pd.Timedelta(lead))
+    else:
+        return array
+    return array.assign_coords(time=("time", dates, {"standard_name": "time"}))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
+from atmossl.data.metadata import check_statements
 from atmossl.data.store import check_dims, rename_coordinates
 from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
@@ -53,7 +54,8 @@ class TimeAxis:
 class VariableReport:
     """minimum, maximum, missing: over the sampled steps. decoded_over_needed: values decoded for a
     window over its own, by axis; reads: chunks that a window touches, all levels together.
-    absent: chunks that are not in a local zarr folder, and what they read as."""
+    absent: chunks that are not in a local zarr folder, and what they read as. contradiction: what
+    the file says against what the variable is taken for."""
 
     name: str
     dims: tuple[str, ...]
@@ -70,6 +72,7 @@ class VariableReport:
     reads: float
     picture: xr.DataArray
     absent: tuple[int, Any] = (0, None)
+    contradiction: str = ""
 
     @property
     def units(self) -> str:
@@ -163,12 +166,23 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
             have = sorted(map(str, dataset.data_vars))
             raise ValueError(f"{location}: variables {missing} are missing; the store has {have}")
         variables = tuple(
-            _variable(canonical, stored, dataset[stored], opened, window, samples)
+            replace(
+                _variable(canonical, stored, dataset[stored], opened, window, samples),
+                contradiction=_contradiction(canonical, dataset[stored], opened.dataset, location),
+            )
             for canonical, stored in entry.variables.items()
         )
         time = time_axis(dataset["time"].values, location)
         reports.append(SegmentReport(name, location, time, variables))
     return reports
+
+
+def _contradiction(variable: str, array: xr.DataArray, whole: xr.Dataset, location: str) -> str:
+    try:
+        check_statements(variable, array, whole, location)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _variable(
@@ -271,7 +285,7 @@ def refusals(variable: VariableReport, location: str) -> list[str]:
         lambda: check_units(variable.name, variable.picture.attrs.get("units"), location),
         lambda: check_dims(variable.name, variable.dims, location),
     )
-    found = []
+    found = [f"training refuses {variable.contradiction}"] if variable.contradiction else []
     for check in checks:
         try:
             check()

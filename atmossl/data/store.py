@@ -5,7 +5,7 @@ longitudes ascending, longitudes in [0, 360). Nothing is read at open but coordi
 """
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,20 +24,29 @@ from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, Gaps, Period, Split, resolve_location
 from atmossl.data.chunks import Access, chunked_array
+from atmossl.data.dates import with_dates
 from atmossl.data.forcings import FORCINGS, ComputedChunks
+from atmossl.data.metadata import (
+    REGRID,
+    check_names,
+    check_statements,
+    dimensions_like,
+    hpa_per_unit,
+    projected_dimensions,
+    start_dimensions,
+)
 from atmossl.data.reader import StoredVariable
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.variables import check_units
 from atmossl.geometry import Grid, ascending_longitudes
 
 COORDINATES = {
-    "time": ("time", "valid_time"),
+    "time": ("time", "valid_time", "date"),
     "level": ("level", "isobaricInhPa", "isobaricInPa", "pressure_level", "plev"),
     "latitude": ("latitude", "lat"),
     "longitude": ("longitude", "lon"),
 }
 _DEFAULT_ACCESS = Access()
-_PASCAL_PER_HPA = 100.0
 _HIGHEST_HPA = 1100.0
 _LOGGER = logging.getLogger(__name__)
 
@@ -95,6 +104,7 @@ def open_parts(
     dataset = rename_coordinates(_chosen(dataset, names, location), coordinates or {}, location)
     dataset = with_regular_axes(dataset, location)
     for variable in names:
+        check_statements(variable, dataset[variable], opened.dataset, location)
         check_units(variable, dataset[variable].attrs.get("units"), location)
         check_dims(variable, dataset[variable].dims, location)
     stored_levels = _checked_levels(dataset, levels, location)
@@ -159,38 +169,77 @@ def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dat
 
 
 def rename_coordinates(
-    dataset: xr.Dataset, given: dict[str, str], location: str, *, timed: bool = True
+    dataset: xr.Dataset, given: Mapping[str, str], location: str, *, timed: bool = True
 ) -> xr.Dataset:
-    """Dimensions by their canonical names; ValueError if there is none for place, or for time where
-    it is needed."""
-    names = {}
+    """Dimensions by their canonical names: those of `given`, those with usual names, and those
+    whose attributes say what they are. Levels become hPa, dates as integers become dates.
+
+    Raises:
+        ValueError: there is none for place, or for time where it is needed, or there are several.
+    """
+    names: dict[str, str] = {}
     for canonical, usual in COORDINATES.items():
         choices = (given[canonical],) if canonical in given else usual
-        found = [name for name in choices if name in dataset.dims]
-        if found:
-            names[found[0]] = canonical
+        stored = [name for name in choices if name in dataset.dims]
+        if not stored and canonical not in given:
+            stored = dimensions_like(canonical, dataset, set(names))
+        if len(stored) > 1 and stored[0] not in choices:
+            raise ValueError(
+                f"{location}: dimensions {stored} could all be {canonical}; say which one: "
+                f"coordinates.{canonical}={stored[0]}"
+            )
+        if stored:
+            names[stored[0]] = canonical
         elif canonical == "time" and any(n in dataset.coords for n in choices):
             raise ValueError(
                 f"{location}: its time is a single date, not a dimension; `atmossl data ingest` "
                 "joins a folder of such files to one store"
             )
-        elif canonical != "level" and (timed or canonical != "time"):
-            raise ValueError(
-                f"{location}: no dimension for {canonical}, tried {list(choices)}; the store has "
-                f"{sorted(map(str, dataset.dims))}. Name it under `coordinates` in the catalog"
-            )
+        elif canonical in given or (canonical != "level" and (timed or canonical != "time")):
+            raise ValueError(_no_dimension(canonical, choices, dataset, location))
+    check_names(names, location)
+    by_name_in_pa = names.get("isobaricInPa") == "level"
     dataset = dataset.rename({old: new for old, new in names.items() if old != new})
     without = [name for name in names.values() if name not in dataset.coords]
     if without:
         raise ValueError(f"{location}: dimensions {without} have no coordinates; add their values")
-    return _in_hpa(dataset)
+    return with_dates(_in_hpa(dataset, by_name_in_pa), location)
 
 
-def _in_hpa(dataset: xr.Dataset) -> xr.Dataset:
-    """Levels that are given in Pa, as CMIP's `plev` are, in hPa."""
-    if "level" not in dataset.coords or dataset["level"].attrs.get("units") not in ("Pa", "pascal"):
+def _no_dimension(
+    canonical: str, choices: Sequence[str], dataset: xr.Dataset, location: str
+) -> str:
+    tried = f"{location}: no dimension for {canonical}, tried {list(choices)}; the store has "
+    tried += f"{sorted(map(str, dataset.dims))}"
+    if canonical in ("latitude", "longitude") and (projected := projected_dimensions(dataset)):
+        return f"{tried}, of which {projected} are not geographic. {REGRID}"
+    if canonical == "time" and (starts := start_dimensions(dataset)):
+        return (
+            f"{tried}, of which {starts} are the starts of forecasts; valid dates are needed, "
+            "which are these plus the lead time"
+        )
+    return (
+        f"{tried}. Name it under `coordinates`, in the catalog entry or for `atmossl data ingest`: "
+        f"coordinates.{canonical}=NAME"
+    )
+
+
+def canonical_axes(dataset: xr.Dataset, location: str) -> xr.Dataset:
+    """A dataset with canonical dimensions, its levels in hPa, its dates as dates, neither with
+    rounding errors."""
+    return with_regular_axes(with_dates(_in_hpa(dataset, False), location), location)
+
+
+def _in_hpa(dataset: xr.Dataset, by_name_in_pa: bool) -> xr.Dataset:
+    """Levels that are given in other units of pressure, as CMIP's `plev` in Pa are, in hPa."""
+    if "level" not in dataset.coords or dataset["level"].dtype.kind not in "iuf":
         return dataset
-    hpa = regular_levels(dataset["level"].values / _PASCAL_PER_HPA)
+    factor = hpa_per_unit(dataset["level"])
+    if factor is None and by_name_in_pa and "units" not in dataset["level"].attrs:
+        factor = 0.01
+    if factor in (None, 1.0):
+        return dataset
+    hpa = regular_levels(dataset["level"].values * factor)
     return dataset.assign_coords(level=dataset["level"].copy(data=hpa).assign_attrs(units="hPa"))
 
 

@@ -6,6 +6,7 @@ https://weatherbench2.readthedocs.io), which its public Pangu-Weather, GraphCast
 use. Nothing is read at once but coordinates.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,21 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from atmossl.data.metadata import (
+    FROM_HEIGHT,
+    as_geopotential,
+    check_statements,
+    durations,
+    height_factor,
+)
+from atmossl.data.store import canonical_axes
 from atmossl.data.variables import VARIABLES, check_units, conversion
 from atmossl.evaluation.alignment import grid_of, time_dim
 from atmossl.evaluation.regrid import covered, regridder
 from atmossl.geometry import Grid, ascending_longitudes
 
+_LOGGER = logging.getLogger(__name__)
 _CHUNK_BYTES = 64 * 2**20
-_UNITS = {"hours": 3600, "h": 3600, "days": 86400, "minutes": 60, "seconds": 1, "s": 1}
 _LEAD_NAMES = ("lead_time", "prediction_timedelta", "step")
 _NAMES = {
     "member": ("member", "number", "realization", "sample", "ensemble"),
@@ -51,19 +60,28 @@ def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
         raise ValueError(
             f"{where}: no dimension for {sorted(lacking)}; it has {sorted(map(str, dataset.dims))}"
         )
-    dataset = dataset.reset_coords(drop=True).rename(
-        {old: new for old, new in names.items() if old != new}
-    )
+    whole, dataset = dataset, dataset.rename({o: n for o, n in names.items() if o != n})
+    for name, array in dataset.data_vars.items():
+        if {time, "latitude", "longitude"} <= set(array.dims):
+            _check_statements(str(name), array, whole, where)
+    dataset = canonical_axes(dataset.reset_coords(drop=True), where)
     needed = {time, "latitude", "longitude"}
     dataset = dataset[[name for name, v in dataset.data_vars.items() if needed <= set(v.dims)]]
     if lead is not None:
-        dataset = dataset.assign_coords(lead_time=_durations(dataset["lead_time"], where))
+        dataset = dataset.assign_coords(lead_time=durations(dataset["lead_time"], where))
     order, longitude = ascending_longitudes(np.asarray(dataset["longitude"], np.float64))
     dataset = dataset.isel(longitude=order).assign_coords(longitude=longitude)
     dataset = dataset.sortby(["latitude", time])
     _check_labels(dataset, where)
     fields = {str(v): _in_usual_units(dataset[v], time, where) for v in dataset.data_vars}
     return dataset.assign(fields)
+
+
+def _check_statements(name: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
+    """As where stores are opened; geopotential height is converted afterwards."""
+    if (factor := height_factor(name, array)) is not None:
+        array = as_geopotential(name, array.chunk(), factor)
+    check_statements(name, array, whole, where)
 
 
 def _check_labels(dataset: xr.Dataset, where: str) -> None:
@@ -80,6 +98,10 @@ def _check_labels(dataset: xr.Dataset, where: str) -> None:
 def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
     """The field, unread, in its variable's own units, if it states others that are known."""
     name, units = str(field.name), field.attrs.get("units")
+    height = height_factor(name, field)
+    if height is not None:
+        _LOGGER.warning("%s: %s is %s", where, name, FROM_HEIGHT)
+        return as_geopotential(name, field.chunk({time: 1}), height)
     found = conversion(name, units)
     if found is None:
         check_units(name, units, where)
@@ -87,16 +109,6 @@ def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
     factor, offset = found
     converted = field.chunk({time: 1}).astype(np.float64) * factor + offset
     return converted.assign_attrs(field.attrs, units=VARIABLES[name].units)
-
-
-def _durations(lead: xr.DataArray, where: str) -> np.ndarray:
-    values = lead.to_numpy()
-    if np.issubdtype(values.dtype, np.timedelta64):
-        return values.astype("timedelta64[ns]")
-    units = str(lead.attrs.get("units", "hours"))
-    if units not in _UNITS:
-        raise ValueError(f"{where}: {lead.name} in units {units!r}; valid: {[*_UNITS]}")
-    return (values * _UNITS[units]).astype("timedelta64[s]").astype("timedelta64[ns]")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ class IngestConfig(Strict):
     region: tuple[float, float, float, float] | None
     select: dict[str, Any]
     filters: dict[str, Any]
+    coordinates: dict[Literal["time", "level", "latitude", "longitude"], str]
     layout: LayoutConfig
     workers: WorkersConfig
     verify: bool

@@ -1,0 +1,560 @@
+"""What a file says of its variables and coordinates, compared with what it is taken for.
+
+A catalog, a mapping of names or a usual short name says that `z` is geopotential, that `level` is
+pressure in hPa, that `lat` is a geographic latitude and that `time` is the date at which a field is
+valid. The attributes and scalar coordinates of the file may say otherwise: geopotential *height*,
+model levels, a rotated pole, the start of a forecast. `check_statements` compares all of them. It
+is called for every variable by every way in: opening by catalog, datasets from Python,
+`atmossl data ingest`, `atmossl data inspect`, and references of `atmossl evaluate`. A file that
+says nothing is taken at its word.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import cftime
+import numpy as np
+import xarray as xr
+
+from atmossl.data.variables import SHORT_NAMES, VARIABLES
+
+HPA_PER_UNIT = {
+    **dict.fromkeys(("hpa", "mbar", "mb", "millibar", "millibars", "hectopascal"), 1.0),
+    **dict.fromkeys(("hectopascals", "hpascal"), 1.0),
+    **dict.fromkeys(("pa", "pascal", "pascals", "n m-2"), 0.01),
+    **dict.fromkeys(("kpa", "kilopascal"), 10.0),
+    **dict.fromkeys(("bar", "bars"), 1000.0),
+}
+START_NAMES = re.compile(r"init|reference|reftime|base_?time|run_?time|analysis_time|start", re.I)
+LEAD_NAMES = ("step", "lead_time", "leadtime", "lead", "forecast_period", "prediction_timedelta")
+REGRID = (
+    "Only geographic latitude-longitude grids are read; regrid it first, with cdo or earthkit for "
+    "example"
+)
+FROM_HEIGHT = "geopotential height times 9.80665 m s-2"
+_G = 9.80665  # m s-2, the standard value that defines geopotential height
+_METRES = {"gpm": 1.0, "m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0}
+_METRES |= {"gpdm": 10.0, "dagpm": 10.0, "dam": 10.0, "gpkm": 1000.0, "km": 1000.0}
+_NOTHING = ("", "unknown", "none", "-", "~", "n/a", "nan", "undefined")
+_TOLERANCE_DEG = 1e-3
+
+_ALSO_CALLED: dict[str, tuple[str, ...]] = {
+    "temperature": ("temperature",),
+    "2m_temperature": ("temperature",),
+    "u_component_of_wind": ("x_wind",),  # along latitudes, where the grid is geographic
+    "v_component_of_wind": ("y_wind",),
+    "10m_u_component_of_wind": ("x_wind",),
+    "10m_v_component_of_wind": ("y_wind",),
+    "geopotential_at_surface": ("geopotential",),
+    "vertical_velocity": ("vertical_air_velocity_expressed_as_tendency_of_pressure",),
+    "mean_sea_level_pressure": ("air_pressure_at_sea_level",),
+    "sea_surface_temperature": (
+        "sea_surface_foundation_temperature",
+        "sea_surface_skin_temperature",
+        "sea_surface_subskin_temperature",
+    ),
+    "total_precipitation": ("precipitation_amount",),
+    "land_sea_mask": ("land_binary_mask",),
+    "toa_incident_solar_radiation": ("toa_incoming_shortwave_flux",),
+}
+_U_LIKE = r"\bu\b|\bu[-_ ]?(wind|comp|vel)|zonal|eastward"
+_V_LIKE = r"\bv\b|\bv[-_ ]?(wind|comp|vel)|meridional|northward"
+_NO_COMPONENT = r"|westward|southward|direction|gust|stress|flux|transport|tendency|wind speed$"
+_NO_TEMPERATURE = (
+    r"dew|potential|virtual|wet[- ]?bulb|brightness|skin|soil|sea[- ](surface|water)|equivalent|"
+    r"apparent|tendency|advection|maximum|minimum|\bmax\b|\bmin\b"
+)
+_ANY_OTHER = (
+    r"anomal|standard deviation|variance|\bspread\b|percentile|quantile|standard error|increment|"
+    r"\bbias\b(?![- ]*(correct|adjust))"
+)
+# Words in a long name that say that a variable is another quantity.
+_OTHER_QUANTITY: dict[str, str] = {
+    "temperature": _NO_TEMPERATURE,
+    "2m_temperature": _NO_TEMPERATURE,
+    "u_component_of_wind": _V_LIKE + _NO_COMPONENT,
+    "10m_u_component_of_wind": _V_LIKE + _NO_COMPONENT,
+    "v_component_of_wind": _U_LIKE + _NO_COMPONENT,
+    "10m_v_component_of_wind": _U_LIKE + _NO_COMPONENT,
+    "geopotential": r"height|thickness|altitude|elevation",
+    "geopotential_at_surface": r"geopotential[-_ ]?height|altitude|elevation",
+    "specific_humidity": r"relative|mixing ratio|absolute|dew|saturation|pressure",
+    "vertical_velocity": r"geometric",
+    "vorticity": r"absolute|potential|divergence",
+    "divergence": r"vorticity|moisture|flux",
+    "mean_sea_level_pressure": r"^(?!.*sea).*surface|tendency",
+    "surface_pressure": r"sea[- ]level|\blog|\bln\b|tendency",
+    "sea_ice_cover": r"thickness|volume|velocity|drift",
+    "specific_cloud_liquid_water_content": r"\bice\b|rain|snow|column",
+    "specific_cloud_ice_water_content": r"\bliquid\b|rain|snow|column",
+    "total_precipitation": r"\brate\b|flux|convective|large[- ]scale|stratiform|snow",
+    "toa_incident_solar_radiation": r"\bnet\b|outgoing|upward|reflected",
+}
+_UPPER_AIR = (
+    "temperature", "u_component_of_wind", "v_component_of_wind", "geopotential",
+    "specific_humidity", "vertical_velocity", "vorticity", "divergence",
+)  # fmt: skip
+_SURFACES = (
+    "height", "heightAboveGround", "height_above_ground", "heightAboveSea", "altitude", "depth",
+    "surface", "hybrid", "theta", "potentialVorticity", "depthBelowLandLayer", "tropopause",
+    "meanSea", "entireAtmosphere", "maxWind",
+)  # fmt: skip
+# Scalar coordinates in which the files of one record may differ.
+_MAY_DIFFER = (*LEAD_NAMES, "time", "valid_time", "level", "isobaricInhPa", "isobaricInPa",
+               "pressure_level", "plev", "expver", "spatial_ref", "latitude", "longitude", "lat",
+               "lon")  # fmt: skip
+_HEIGHTS_M = {"2m_": (1.25, 2.5), "10m_": (9.0, 11.0)}  # 1.5 m is the screen of some models
+_SHORT_TOO = {("z", "geopotential_at_surface")}
+_NAME_ADVICE = (
+    "Name the variable for what it holds, or choose another; if the attribute is wrong, correct it "
+    "in the file"
+)
+_HEIGHT_ADVICE = (
+    "Geopotential is the height times 9.80665 m s-2: `atmossl data ingest` multiplies where the "
+    "units are m or gpm"
+)
+_NO_METHODS = r"standard_deviation|variance|range|over years"
+_EXTREMES = r"maximum|minimum"
+_NO_PRESSURE = re.compile(
+    r"hybrid|sigma|\beta\b|model[-_ ]?(level|layer)|height|altitude|depth|theta|isentropic|"
+    r"potential[-_ ]temperature|elevation|soil|ocean|geometric|\blayer",
+    re.I,
+)
+_HYBRID = re.compile(r"hybrid|sigma|\beta\b|model[-_ ]?(level|layer)", re.I)
+_START = re.compile(
+    r"\b(init(ial(i[sz]ation)?)?|reference|base|run|start)[-_ ]*(time|date)|start of .*forecast",
+    re.I,
+)
+
+
+def check_statements(variable: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
+    """That a variable with canonical dimensions, and all its coordinates, are what they are taken
+    for, as far as the file says.
+
+    whole: all that the file holds, under its own names.
+
+    Raises:
+        ValueError: names the file, what contradicts what, and what to do.
+    """
+    conflict = array.encoding.get("conflict")
+    if conflict:
+        raise ValueError(f"{where}: {conflict}")
+    _check_quantity(variable, array, where)
+    _check_grid_mapping(variable, array, whole, where)
+    for axis, degrees in (("latitude", "north"), ("longitude", "east")):
+        if axis in array.coords:
+            _check_degrees(axis, degrees, array, where)
+    if "level" in array.dims:
+        _check_level(variable, array["level"], whole, where)
+    if "time" in array.dims:
+        _check_valid_time(variable, array, where)
+
+
+def _says(attributes: Mapping[Any, Any], key: str) -> str:
+    """An attribute as text, empty if it says nothing."""
+    text = str(attributes.get(key, "")).strip()
+    return "" if text.lower() in _NOTHING else text
+
+
+def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
+    """Standard name, long name, short name, cell methods and height of a variable known here."""
+    known = VARIABLES.get(variable)
+    if known is None:
+        return
+    standard = _says(array.attrs, "standard_name")
+    valid = (known.standard_name, *_ALSO_CALLED.get(variable, ()), variable)
+    if standard and standard.lower().replace(" ", "_") not in valid:
+        raise ValueError(
+            f"{where}: {variable} has standard_name {standard!r}; valid: {sorted(set(valid))}. "
+            + (_HEIGHT_ADVICE if is_height(variable, array) else _NAME_ADVICE)
+        )
+    long_name = _says(array.attrs, "long_name")
+    other = f"{_OTHER_QUANTITY.get(variable, 'a^')}|{_ANY_OTHER}"
+    if match := re.search(other, long_name, re.I):
+        raise ValueError(
+            f"{where}: {variable} has long_name {long_name!r}, of which {match.group(0)!r} says "
+            "that it is another quantity. "
+            + (_HEIGHT_ADVICE if is_height(variable, array) else _NAME_ADVICE)
+        )
+    short = _says(array.attrs, "GRIB_shortName")
+    if SHORT_NAMES.get(short, variable) != variable and (short, variable) not in _SHORT_TOO:
+        raise ValueError(
+            f"{where}: {variable} comes from GRIB messages of {short!r}, which are "
+            f"{SHORT_NAMES[short]}. {_NAME_ADVICE}"
+        )
+    _check_methods(variable, array, where)
+    _check_height(variable, array, where)
+
+
+def is_height(variable: str, array: xr.DataArray) -> bool:
+    """Whether the field of a geopotential is said to be a geopotential height."""
+    names = [_says(array.attrs, key) for key in ("standard_name", "long_name")]
+    units = _says(array.attrs, "units").lower()
+    said = any(re.search(r"geopotential[-_ ]?height", name, re.I) for name in names)
+    return variable.startswith("geopotential") and (said or "gp" in units)
+
+
+def height_factor(variable: str, array: xr.DataArray) -> float | None:
+    """What turns a geopotential height into geopotential, m2 s-2; None if it is no height, or of
+    units that do not say so for certain."""
+    metres = _METRES.get(_says(array.attrs, "units").lower())
+    return metres * _G if metres is not None and is_height(variable, array) else None
+
+
+def as_geopotential(variable: str, height: xr.DataArray, factor: float) -> xr.DataArray:
+    """The geopotential of a height, with the attributes of what it is now."""
+    known = VARIABLES[variable]
+    attributes = height.attrs | {
+        "standard_name": known.standard_name,
+        "long_name": known.long_name,
+        "units": known.units,
+        "comment": FROM_HEIGHT,
+    }
+    return (height.astype(np.float64) * factor).assign_attrs(attributes)
+
+
+def _check_methods(variable: str, array: xr.DataArray, where: str) -> None:
+    methods = _says(array.attrs, "cell_methods")
+    sums = "" if variable in ("total_precipitation", "toa_incident_solar_radiation") else r"|\bsum"
+    match = re.search(f"{_NO_METHODS}|{_EXTREMES}{sums}", methods)
+    if match:
+        raise ValueError(
+            f"{where}: {variable} has cell_methods {methods!r}, so its values are a "
+            f"{match.group(0)}; needed: values at the dates, or means. {_NAME_ADVICE}"
+        )
+
+
+def _check_height(variable: str, array: xr.DataArray, where: str) -> None:
+    """The height in a variable's name against a scalar coordinate; upper-air fields that lie on a
+    surface of another kind."""
+    scalars = scalar_coordinates(array)
+    for prefix, (low, high) in _HEIGHTS_M.items():
+        for name in ("height", "heightAboveGround", "height_above_ground"):
+            if variable.startswith(prefix) and name in scalars:
+                height = scalars[name]
+                if isinstance(height, int | float) and not low <= height <= high:
+                    raise ValueError(
+                        f"{where}: {variable} lies at {name}={height:g} m. {_NAME_ADVICE}"
+                    )
+    if "level" in array.dims or variable not in _UPPER_AIR:
+        return
+    other = sorted(set(scalars) & set(_SURFACES))
+    if other:
+        raise ValueError(
+            f"{where}: {variable} lies on no pressure level but at {other[0]}="
+            f"{scalars[other[0]]}. Name it so: 2m_temperature, 10m_u_component_of_wind, "
+            "geopotential_at_surface or a name of your own"
+        )
+
+
+class FileStatements:
+    """What the files of one record say of each variable, and where they say different things."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._conflicts: dict[str, str] = {}
+
+    def add(self, variable: str, array: xr.DataArray, file: str) -> str | None:
+        """Compare a file's variable with that of the first file; returns the conflict, if any."""
+        said = {key: _says(array.attrs, key) for key in ("standard_name", "cell_methods")}
+        scalars = scalar_coordinates(array)
+        said |= {name: value for name, value in scalars.items() if name not in _MAY_DIFFER}
+        first_file, first = self._first.setdefault(variable, (file, said))
+        for key in first.keys() & said.keys():
+            if first[key] != said[key] and variable not in self._conflicts:
+                self._conflicts[variable] = (
+                    f"{variable} has {key} {said[key]!r} in {file}, {first[key]!r} in "
+                    f"{first_file}; choose files that agree"
+                )
+        return self._conflicts.get(variable)
+
+    def onto(self, dataset: xr.Dataset) -> xr.Dataset:
+        """The joined dataset, each variable with the scalar coordinates of its own files; where
+        they differ `check_statements` refuses it."""
+        for name in dataset.data_vars:
+            _, said = self._first.get(str(name), ("", {}))
+            attributes = ("standard_name", "cell_methods")
+            scalars = {key: value for key, value in said.items() if key not in attributes}
+            dataset[name].encoding["scalars"] = scalars
+            dataset[name].encoding["conflict"] = self._conflicts.get(str(name))
+        return dataset
+
+
+def scalar_coordinates(array: xr.DataArray) -> dict[str, Any]:
+    """Values of the coordinates without dimension: those of each file where files were joined."""
+    noted = array.encoding.get("scalars")
+    if noted is not None:
+        return noted
+    found = {}
+    for name, coordinate in array.coords.items():
+        if coordinate.ndim == 0 and coordinate.dtype.kind not in "Mm":
+            found[str(name)] = coordinate.values.item()
+    return found
+
+
+def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
+    """That the grid is one of geographic latitudes and longitudes."""
+    grid_type = _says(array.attrs, "GRIB_gridType")
+    if grid_type not in ("", "regular_ll", "regular_gg"):
+        raise ValueError(f"{where}: {variable} lies on a grid of type {grid_type}. {REGRID}")
+    stated = array.attrs.get("grid_mapping", array.encoding.get("grid_mapping", ""))
+    names = [name.rstrip(":") for name in str(stated).split()]
+    mappings = [
+        whole[name] for name in whole.variables
+        if name in names or (not names and "grid_mapping_name" in whole[name].attrs)
+    ]  # fmt: skip
+    for mapping in mappings:
+        kind = _says(mapping.attrs, "grid_mapping_name")
+        meridian = float(mapping.attrs.get("longitude_of_prime_meridian", 0.0))
+        if kind not in ("", "latitude_longitude") or abs(meridian) > _TOLERANCE_DEG:
+            zero = f", longitudes from {meridian:g} degrees east" if meridian else ""
+            raise ValueError(
+                f"{where}: {variable} has the grid mapping {mapping.name} "
+                f"({kind or 'unnamed'}{zero}), which is not geographic. {REGRID}"
+            )
+
+
+def _check_degrees(axis: str, towards: str, array: xr.DataArray, where: str) -> None:
+    """That a horizontal coordinate is geographic latitude or longitude, in degrees."""
+    coordinate = array[axis]
+    standard, units = (_says(coordinate.attrs, key) for key in ("standard_name", "units"))
+    long_name = _says(coordinate.attrs, "long_name")
+    letter = towards[0]
+    degrees = rf"deg(ree)?s?([-_ ]?{letter}({towards[1:]})?)?|°"
+    for key, text, valid in (
+        ("standard_name", standard, rf"(geodetic[_ ]|geographic[_ ])?{axis}s?"),
+        ("units", units, degrees),
+    ):
+        if text and not re.fullmatch(valid, text, re.I):
+            raise ValueError(
+                f"{where}: its {axis} has {key} {text!r}; needed: geographic degrees {towards}. "
+                f"{REGRID}"
+            )
+    if re.search(r"rotated|\bgrid[-_ ]?l|projection|\b[xy][-_ ]coord|metre|meter", long_name, re.I):
+        raise ValueError(f"{where}: its {axis} has long_name {long_name!r}. {REGRID}")
+    for name, other in array.coords.items():
+        if {"latitude", "longitude"} <= set(other.dims) and _is_named(other, axis):
+            beside = other.isel({d: 0 for d in other.dims if d not in ("latitude", "longitude")})
+            apart = np.abs(beside - coordinate).values
+            if axis == "longitude":
+                apart = np.minimum(apart % 360.0, -apart % 360.0)
+            if np.nanmax(apart) > _TOLERANCE_DEG:
+                raise ValueError(
+                    f"{where}: {name} gives every cell a {axis} of its own, which differs from the "
+                    f"values along the {axis} dimension. {REGRID}"
+                )
+
+
+def _is_named(coordinate: xr.DataArray, axis: str) -> bool:
+    said = _says(coordinate.attrs, "standard_name") or str(coordinate.name)
+    return axis[:3] in said.lower() and "grid" not in said.lower()
+
+
+def is_pressure(coordinate: xr.DataArray) -> bool:
+    """Whether a coordinate says that it is pressure, by units or names."""
+    standard, long_name = (_says(coordinate.attrs, key) for key in ("standard_name", "long_name"))
+    if _HYBRID.search(f"{standard} {long_name}"):
+        return False
+    in_units = hpa_per_unit(coordinate) is not None
+    return in_units or "pressure" in standard.lower() or "pressure" in long_name.lower()
+
+
+def hpa_per_unit(coordinate: xr.DataArray) -> float | None:
+    """hPa in one of a coordinate's units; None if these are none of pressure."""
+    return HPA_PER_UNIT.get(_says(coordinate.attrs, "units").lower())
+
+
+def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: str) -> None:
+    """That levels are pressures."""
+    units, standard = _says(level.attrs, "units"), _says(level.attrs, "standard_name")
+    long_name, positive = _says(level.attrs, "long_name"), _says(level.attrs, "positive")
+    in_pressure = hpa_per_unit(level) is not None
+    doubtful = _HYBRID if in_pressure else _NO_PRESSURE
+    fault = ""
+    if units and not in_pressure:
+        fault = f"units {units!r}"
+    elif doubtful.search(standard) or (standard and not in_pressure and "press" not in standard):
+        fault = f"standard_name {standard!r}"
+    elif doubtful.search(long_name):
+        fault = f"long_name {long_name!r}"
+    elif "formula_terms" in level.attrs:
+        fault = f"formula_terms {level.attrs['formula_terms']!r}"
+    elif not in_pressure and positive.lower() == "up":
+        fault = "positive 'up'"
+    elif not is_pressure(level) and _counts_up(level.values):
+        fault = f"the values {level.values.min():g} to {level.values.max():g} without gap"
+    elif beside := _pressure_field(variable, level, whole):
+        fault = f"the variable {beside} beside it"
+    if fault:
+        raise ValueError(
+            f"{where}: {variable} lies on levels with {fault}, which are not pressure. Levels must "
+            "be pressure in hPa or Pa: interpolate to pressure levels first, or, if they are "
+            "pressure, say so by units and standard_name air_pressure"
+        )
+
+
+def _counts_up(levels: np.ndarray) -> bool:
+    """Whether levels are 0, 1, 2, ... or 1, 2, 3, ..., in either order, as numbers of layers."""
+    ordered = np.sort(np.asarray(levels, np.float64))
+    return len(ordered) > 1 and ordered[0] in (0.0, 1.0) and bool((np.diff(ordered) == 1.0).all())
+
+
+def _pressure_field(variable: str, level: xr.DataArray, whole: xr.Dataset) -> str | None:
+    """The name of a variable that says that the levels themselves are not pressure: coefficients
+    of hybrid levels, or the pressure of every cell."""
+    for name, other in whole.variables.items():
+        if level.size not in other.shape:
+            continue
+        if str(name).lower() in ("hyam", "hybm"):
+            return str(name)
+        pressure = _says(other.attrs, "standard_name") == "air_pressure" and other.ndim >= 3
+        if pressure and hpa_per_unit(level) is None and name != variable:
+            return str(name)
+    return None
+
+
+def is_start(time: xr.DataArray) -> bool:
+    """Whether dates are said to be those at which forecasts start."""
+    standard = _says(time.attrs, "standard_name").lower()
+    if standard:
+        return standard == "forecast_reference_time"
+    return bool(_START.search(_says(time.attrs, "long_name")))
+
+
+def lead_of(array: xr.DataArray) -> np.timedelta64 | None:
+    """The single lead time of a field, if a coordinate states one.
+
+    Raises:
+        ValueError: its units are not known.
+    """
+    for name, coordinate in array.coords.items():
+        named = str(name) in LEAD_NAMES or (
+            _says(coordinate.attrs, "standard_name") == "forecast_period"
+        )
+        if named and coordinate.ndim == 0:
+            return durations(coordinate, f"coordinate {name}")[()]
+    return None
+
+
+_SECONDS = {"hours": 3600, "hour": 3600, "h": 3600, "days": 86400, "day": 86400, "minutes": 60}
+_SECONDS |= {"minute": 60, "seconds": 1, "second": 1, "s": 1}
+
+
+def durations(lead: xr.DataArray, where: str) -> np.ndarray:
+    """Lead times as durations; numbers without units are hours.
+
+    Raises:
+        ValueError: other units.
+    """
+    values = lead.to_numpy()
+    if np.issubdtype(values.dtype, np.timedelta64):
+        return values.astype("timedelta64[ns]")
+    units = _says(lead.attrs, "units") or "hours"
+    if units not in _SECONDS:
+        raise ValueError(f"{where}: {lead.name} in units {units!r}; valid: {[*_SECONDS]}")
+    seconds = np.round(values * _SECONDS[units]).astype(np.int64)
+    return seconds.astype("timedelta64[s]").astype("timedelta64[ns]")
+
+
+def valid_time_of(array: xr.DataArray) -> xr.DataArray | None:
+    """A further coordinate along time that holds the dates at which fields are valid."""
+    for name, coordinate in array.coords.items():
+        named = name == "valid_time" or _says(coordinate.attrs, "standard_name") == "time"
+        if name != "time" and coordinate.dims == ("time",) and named:
+            return coordinate
+    return None
+
+
+def _check_valid_time(variable: str, array: xr.DataArray, where: str) -> None:
+    """That dates are those at which fields are valid."""
+    time = array["time"]
+    valid = valid_time_of(array)
+    if valid is not None:
+        if not np.array_equal(valid.values, time.values):
+            raise ValueError(
+                f"{where}: {variable} has dates at which forecasts start along time, and those at "
+                f"which they are valid in {valid.name}. {_VALID_ADVICE}"
+            )
+        return
+    lead = lead_of(array)
+    ahead = lead is not None and lead != np.timedelta64(0)
+    if is_start(time) and lead is None:
+        raise ValueError(
+            f"{where}: the dates of {variable} are the starts of forecasts, and no coordinate says "
+            "how far ahead its fields are. Make valid dates of them: dataset.assign_coords(time="
+            "dataset.time + LEAD)"
+        )
+    if ahead and (is_start(time) or not _says(time.attrs, "standard_name")):
+        raise ValueError(
+            f"{where}: {variable} is forecast {lead / np.timedelta64(1, 'h'):g} h ahead of the "
+            f"dates along time. {_VALID_ADVICE}"
+        )
+
+
+_VALID_ADVICE = "`atmossl data ingest` makes a store of them that is dated by valid time"
+
+
+_NORTH, _EAST = r"deg(ree)?s?[-_ ]?n(orth)?", r"deg(ree)?s?[-_ ]?e(ast)?"
+
+
+def dimensions_like(axis: str, dataset: xr.Dataset, others: set[str]) -> list[str]:
+    """Dimensions of a dataset's variables, beside others, that say by their attributes or by their
+    type that they are one of time, level, latitude and longitude."""
+    used = {str(dim) for array in dataset.data_vars.values() for dim in array.dims}
+    return [
+        name
+        for name in sorted(used - others)
+        if name in dataset.coords and _is_like(axis, dataset[name])
+    ]
+
+
+def _is_like(axis: str, coordinate: xr.DataArray) -> bool:
+    standard, units = (_says(coordinate.attrs, key) for key in ("standard_name", "units"))
+    if axis == "level":
+        return coordinate.dtype.kind in "iuf" and is_pressure(coordinate)
+    if axis == "time":
+        dates = coordinate.dtype.kind == "M" or isinstance(
+            coordinate.values.flat[0], cftime.datetime
+        )
+        return (dates and not is_start(coordinate)) or standard == "time"
+    return standard == axis or bool(
+        re.fullmatch(_NORTH if axis == "latitude" else _EAST, units, re.I)
+    )
+
+
+def projected_dimensions(dataset: xr.Dataset) -> list[str]:
+    """Dimensions that say that they are those of a rotated or projected grid."""
+    said = {
+        str(name): _says(dataset[name].attrs, "standard_name")
+        for name in dataset.dims
+        if name in dataset.coords
+    }
+    known = {"rlat", "rlon", "x", "y", "south_north", "west_east", "i", "j", "nx", "ny", "cell"}
+    return sorted(
+        str(name)
+        for name in dataset.dims
+        if re.match("grid_|projection_", said.get(str(name), "")) or str(name) in known
+    )
+
+
+def start_dimensions(dataset: xr.Dataset) -> list[str]:
+    """Dimensions that hold the dates at which forecasts start."""
+    return sorted(
+        str(name)
+        for name in dataset.dims
+        if START_NAMES.search(str(name)) or (name in dataset.coords and is_start(dataset[name]))
+    )
+
+
+def check_names(names: Mapping[str, str], location: str) -> None:
+    """That the dimension taken for time is not called by the start of forecasts.
+
+    names: name in the store -> canonical name.
+    """
+    for stored, canonical in names.items():
+        if canonical == "time" and START_NAMES.search(stored):
+            raise ValueError(
+                f"{location}: {stored} is called like the start of forecasts; needed for time: the "
+                "dates at which fields are valid, which are these plus the lead time"
+            )
