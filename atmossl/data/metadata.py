@@ -433,7 +433,7 @@ def lead_of(array: xr.DataArray) -> np.timedelta64 | None:
             _says(coordinate.attrs, "standard_name") == "forecast_period"
         )
         if named and coordinate.ndim == 0:
-            return durations(coordinate, f"coordinate {name}")[()]
+            return np.timedelta64(durations(coordinate, f"coordinate {name}")[()], "ns")
     return None
 
 
@@ -478,14 +478,15 @@ def _check_valid_time(variable: str, array: xr.DataArray, where: str) -> None:
             )
         return
     lead = lead_of(array)
-    ahead = lead is not None and lead != np.timedelta64(0)
     if is_start(time) and lead is None:
         raise ValueError(
             f"{where}: the dates of {variable} are the starts of forecasts, and no coordinate says "
             "how far ahead its fields are. Make valid dates of them: dataset.assign_coords(time="
             "dataset.time + LEAD)"
         )
-    if ahead and (is_start(time) or not _says(time.attrs, "standard_name")):
+    if not lead:  # none is stated, or it is zero
+        return
+    if is_start(time) or not _says(time.attrs, "standard_name"):
         raise ValueError(
             f"{where}: {variable} is forecast {lead / np.timedelta64(1, 'h'):g} h ahead of the "
             f"dates along time. {_VALID_ADVICE}"
