@@ -18,6 +18,7 @@ import xarray as xr
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.companions import Needs, paired
 from atmossl.data.segment import Segment
@@ -226,7 +227,7 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
         for time in found[1:][np.diff(found) == np.timedelta64(0)][:1]:
             predictor.find(time)  # in several segments: says in which
         return found
-    names = _named(times)
+    names = _named(times, predictor.segment.calendar)
     parse = predictor.segment.calendar.parse
     try:
         found = np.unique(np.array([parse(name) for name in names], predictor.segment.times.dtype))
@@ -239,17 +240,23 @@ def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarr
     return found
 
 
-def _named(times: Any) -> list[Any]:
+def _named(times: Any, calendar: Calendar) -> list[Any]:
     """Dates of numpy, pandas, xarray, cftime or the standard library as the calendar parses them.
 
     Raises:
-        ValueError: what is no date.
+        ValueError: what is no date, or one of another calendar.
     """
     values = np.atleast_1d(np.asarray(times))
     wrong = [v for v in values if not isinstance(v, str | np.datetime64 | date)
              and not hasattr(v, "calendar")]  # fmt: skip
     if wrong:
         raise ValueError(f"init_time={wrong[0]} is no date; valid: ISO dates, or all")
+    for value in values.ravel():
+        if not calendar.knows(value):
+            raise ValueError(
+                f"init_time={value} is a date of calendar {value.calendar}, the record's is "
+                f"{calendar.name}; valid: ISO dates of it, or all"
+            )
     return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]
 
 

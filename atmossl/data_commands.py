@@ -19,14 +19,15 @@ from atmossl.data.inspect import (
     VariableReport,
     advice,
     inspect,
+    map_of,
     names_of,
     refusals,
-    save_map,
     time_advice,
 )
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
 from atmossl.data.windows import WindowSize
+from atmossl.names import file_name
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
 
@@ -41,7 +42,7 @@ def list_catalog() -> None:
         table.add_row(
             name, str(len(entry.levels)), str(len(entry.segments)), entry.description, entry.licence
         )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def show_statistics(values: Mapping[str, Any]) -> None:
@@ -54,10 +55,10 @@ def show_statistics(values: Mapping[str, Any]) -> None:
         statistics = _statistics(segments, config)
         _print_statistics(name, statistics, segments[0])
         for line in outside_limits(statistics):
-            Console().print(f"outside of limits: {line}", highlight=False)
+            Console(markup=False).print(f"outside of limits: {line}", highlight=False)
         for kind in config.climatologies:
             assert config.output is not None, "checked by the schema"
-            file = f"{data}-{kind}.zarr" if data else f"{kind}.zarr"
+            file = f"{file_name(data)}-{kind}.zarr" if data else f"{kind}.zarr"
             _write_climatology(segments, kind, config.output / file, config)
 
 
@@ -87,7 +88,7 @@ def _print_statistics(name: str, statistics: Statistics, segment: Segment) -> No
             shown = ["" if x is None else f"{x[row, column]:.4g}" for x in numbers]
             lines.append(f"{level or '':>7}{''.join(f'{text:>12}' for text in shown)}")
     lines += [f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}"]
-    Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    Console(markup=False).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_climatology(
@@ -104,7 +105,7 @@ def _write_climatology(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     state = "written" if written else "there already, of this state of the store"
-    Console().print(f"climatology: {path}, {state}", highlight=False)
+    Console(markup=False).print(f"climatology: {path}, {state}", highlight=False)
 
 
 def run_ingest(values: Mapping[str, Any]) -> Path:
@@ -134,9 +135,9 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
         )
     count = verify(config.output) if config.verify else 0
     checked = f", {count} regions read again and equal to their checksums" if count else ""
-    Console().print(f"store: {config.output}{checked}", highlight=False)
+    Console(markup=False).print(f"store: {config.output}{checked}", highlight=False)
     for name, share in missing_shares(config.output).items():
-        Console().print(f"missing values: {name} {share:.2%}", highlight=False)
+        Console(markup=False).print(f"missing values: {name} {share:.2%}", highlight=False)
     return config.output
 
 
@@ -146,13 +147,13 @@ def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]
     entry = catalog_entry(name, config.catalog)
     window = WindowSize(**config.window.model_dump())
     reports = inspect(entry, window, config.samples)
-    console = Console()
+    console = Console(markup=False)
     for report in reports:
         _print_segment(console, report, window)
     variables = [variable for report in reports for variable in report.variables]
     config.output.mkdir(parents=True, exist_ok=True)
     for picture, variable in zip(names_of(reports), variables, strict=True):
-        save_map(variable, config.output / f"{picture}.png")
+        map_of(variable).savefig(config.output / f"{file_name(picture)}.png", dpi=110)
     console.print(f"maps: {config.output}", highlight=False)
     return reports
 

@@ -52,14 +52,14 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
     rows["data rate per device then"] = f"{speed * found.bytes_per_sample / 2**20:.3g} MiB/s"
     for key, value in rows.items():
         table.add_row(key, value)
-    Console().print(table)
+    Console(markup=False).print(table)
     if found.fits(memory):
         return
     message = f"needs {_mib(found.process_bytes)} of {memory:.1f} GiB per device; try "
     message += advice(config, found, memory)
     if check:
         raise ValueError(message)
-    Console().print(f"does not fit: {message}", markup=False, highlight=False)
+    Console(markup=False).print(f"does not fit: {message}", markup=False, highlight=False)
 
 
 def _mib(size: int) -> str:

@@ -49,7 +49,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
         partial.replace(config.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(120, Console().width), markup=False)
     for report in reports:
         summary = mean_over_levels(summarise(report.table, model_name=report.model_name))
         print_summary(summary, console, title="RMSE ratios and scores, mean over levels")

@@ -25,4 +25,4 @@ def show_checkpoint(checkpoint: str) -> None:
         rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {list(spec.levels)} hPa"
     for key, value in rows.items():
         table.add_row(key, value)
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -39,7 +39,7 @@ def predict(values: Mapping[str, Any]) -> Path:
             resume=config.resume,
             advance=lambda share: bar.advance(shown, share),
         )
-    Console().print(f"prediction: {config.output}", highlight=False)
+    Console(markup=False).print(f"prediction: {config.output}", highlight=False)
     return config.output
 
 
@@ -89,6 +89,6 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     write_atomically(config.output, lambda path: torch.save({**contents, "atmossl": record}, path))
     for name, factors in found.factors.items():
         text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
-        Console().print(f"{name}: spread x {text} by lead time", highlight=False)
-    Console().print(f"checkpoint: {config.output}", highlight=False)
+        Console(markup=False).print(f"{name}: spread x {text} by lead time", highlight=False)
+    Console(markup=False).print(f"checkpoint: {config.output}", highlight=False)
     return config.output

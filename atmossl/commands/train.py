@@ -66,7 +66,9 @@ def train(values: Mapping[str, Any]) -> Trained:
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     last = checkpoints / "last.ckpt"
     if trainer.is_global_zero:
-        Console().print(f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False)
+        Console(markup=False).print(
+            f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False
+        )
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
     return Trained(last, keep.best)
@@ -80,7 +82,7 @@ def tell_warm_start(trainer: Trainer, report: dict[str, list[str]], output: Path
     path = output / "warm_start.yaml"
     write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(report), partial))
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in report.items())
-    Console().print(f"warm start: {counts}; see {path}", highlight=False)
+    Console(markup=False).print(f"warm start: {counts}; see {path}", highlight=False)
 
 
 def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:

@@ -23,6 +23,7 @@ _LENGTHS = {  # of what a date names by the number of its parts, from days to se
     5: np.timedelta64(1, "m"),
     6: np.timedelta64(1, "s"),
 }
+_GREGORIAN = {"standard", "gregorian", "proleptic_gregorian"}  # alike since 1582
 _DAYS = {  # of a year, where every year has as many
     "noleap": 365,
     "365_day": 365,
@@ -33,7 +34,9 @@ _DAYS = {  # of a year, where every year has as many
 _YEAR_HOURS = {name: 24.0 * days for name, days in _DAYS.items()} | {"julian": 24.0 * 365.25}
 _PLAIN_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ]\d\d(:\d\d(:\d\d(\.\d+)?)?)?)?)?)?")
 _FIRST_YEAR, _LAST_YEAR = 1678, 2261  # of nanoseconds in 64 bits
-_DATE = re.compile(r"(-?\d{1,6})(?:-(\d\d?)(?:-(\d\d?)(?:[T ](\d\d?)(?::(\d\d))?(?::(\d\d))?)?)?)?")
+_DATE = re.compile(
+    r"(-?\d{1,6})(?:-(\d\d?)(?:-(\d\d?)(?:[T ](\d\d?)(?::(\d\d))?(?::(\d\d)(?:\.0+)?)?)?)?)?"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Calendar:
             return STANDARD if _fit_nanoseconds(values) else cls("proleptic_gregorian")
         first: Any = values.flat[0] if values.size else None
         return cls(str(first.calendar)) if isinstance(first, cftime.datetime) else None
+
+    def knows(self, date: object) -> bool:
+        """Whether a date of any type may be one of this calendar; only those of cftime tell."""
+        name = str(getattr(date, "calendar", "") or self.name)
+        return name == self.name or {name, self.name} <= _GREGORIAN
 
     def encode(self, dates: np.ndarray) -> np.ndarray:
         """Times of the dates of a store."""

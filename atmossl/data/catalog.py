@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from atmossl.names import check_name
+
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
 StoreFormat = Literal["auto", "zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"]
@@ -60,6 +62,13 @@ class CatalogEntry(_Strict):
         unknown = sorted(set(self.coordinates) - set(_COORDINATES))
         if unknown:
             raise ValueError(f"coordinates {unknown} do not exist; valid: {list(_COORDINATES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_fit_stores(self) -> "CatalogEntry":
+        for key in ("variables", "segments"):
+            for name in getattr(self, key):
+                check_name(name, key)
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from atmossl.checkpoint_files import write_atomically
 from atmossl.data.fingerprint import agree, fingerprint, stale_message
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES
+from atmossl.names import file_name
 
 Kind = Literal["global", "month", "cell_month", "cell_day_hour"]
 _SUM_BYTES = 24  # count, mean and squares of one cell in float64
@@ -77,7 +78,7 @@ class Piece:
     @property
     def note(self) -> str:
         starts = "-".join(str(start) for start, _ in (self.levels, *self.slots))
-        return f"{self.variable}-{starts}.json"
+        return f"{file_name(self.variable)}-{starts}.json"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from atmossl.data.fingerprint import noted
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
+from atmossl.names import file_name
 
 Engine = Literal["threads", "local_cluster", "slurm"]
 _OPENING = Lock()
@@ -74,7 +75,7 @@ class Region:
 
     @property
     def note(self) -> str:
-        return f"{self.variable}-{self.start}.json"
+        return f"{file_name(self.variable)}-{self.start}.json"
 
 
 @dataclass(frozen=True)

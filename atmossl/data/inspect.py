@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import cartopy.crs as ccrs
@@ -294,8 +293,8 @@ def refusals(variable: VariableReport, location: str) -> list[str]:
     return found
 
 
-def save_map(variable: VariableReport, path: Path) -> None:
-    """A map of the first sampled field, as PNG."""
+def map_of(variable: VariableReport) -> Figure:
+    """A map of the first sampled field, longitudes from west to east."""
     order, longitude = ascending_longitudes(variable.picture["longitude"].values)
     field = variable.picture.isel(longitude=order)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -313,10 +312,10 @@ def save_map(variable: VariableReport, path: Path) -> None:
     lines.top_labels = lines.right_labels = False
     level = f", {field['level'].item():g} hPa" if "level" in field.coords else ""
     when = f", {_date(field['time'].values)}" if "time" in field.coords else ""
-    axes.set_title(f"{variable.name}{level}{when}", fontsize=10)
+    axes.set_title(f"{variable.name}{level}{when}", fontsize=10, parse_math=False)
     units = field.attrs.get("units", "")
     figure.colorbar(shown, ax=axes, shrink=0.8, label=units)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _date(time: np.ndarray) -> str:

@@ -114,7 +114,7 @@ def _dates(group: zarr.Group, name: str) -> np.ndarray:
     if values.dtype.kind != "M" and "units" in array.attrs:
         variable = xr.Variable(("time",), values, dict(array.attrs))
         return decode_cf_variable(name, variable).values
-    dates = values.astype("datetime64[ns]")
+    dates = values if values.dtype.kind == "M" else values.astype("datetime64[ns]")
     if (np.abs(np.diff(dates)) < np.timedelta64(1, "s")).any():
         raise ValueError(f"array {name} of {values.dtype} has no attribute units, nor dates")
     return dates

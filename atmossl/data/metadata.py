@@ -433,7 +433,8 @@ def lead_of(array: xr.DataArray) -> np.timedelta64 | None:
             _says(coordinate.attrs, "standard_name") == "forecast_period"
         )
         if named and coordinate.ndim == 0:
-            return np.timedelta64(durations(coordinate, f"coordinate {name}")[()], "ns")
+            elapsed = durations(coordinate, f"coordinate {name}").astype(np.int64)
+            return np.timedelta64(int(elapsed), "ns")
     return None
 
 

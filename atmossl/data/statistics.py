@@ -26,6 +26,7 @@ from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
 from atmossl.data.transforms import Transform
 from atmossl.data.variables import VARIABLES
+from atmossl.names import file_name
 from atmossl.tokens import patch_values
 
 _ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
@@ -78,7 +79,7 @@ class Statistics:
                     segment,
                     name,
                     transforms.get(name),
-                    partial / f"{name}-{number}.json" if partial else None,
+                    partial / f"{file_name(name)}-{number}.json" if partial else None,
                     progress,
                 )
                 for number, segment in enumerate(segments)

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from atmossl.data import ingest
 from atmossl.data.chunks import Engine
 from atmossl.data.transforms import Kind, Transform
 from atmossl.masking.base import FirstGuess
+from atmossl.names import check_name
 from atmossl.schema.strict import NotNegative, Positive, Strict
 
 
@@ -101,6 +102,13 @@ class IngestConfig(Strict):
     layout: LayoutConfig
     workers: WorkersConfig
     verify: bool
+
+    @field_validator("variables")
+    @classmethod
+    def _names_fit_stores(cls, variables: dict[str, str]) -> dict[str, str]:
+        for name in variables:
+            check_name(name, "variables")
+        return variables
 
 
 class InspectConfig(Strict):

@@ -16,6 +16,7 @@ from torch import Tensor
 from atmossl.batch import Batch, Corruption, Prediction, StreamPrediction, StreamTokens
 from atmossl.checkpoint_files import write_atomically
 from atmossl.data.statistics import Normaliser
+from atmossl.names import file_name
 from atmossl.objectives.masked import predicted_streams
 from atmossl.tokens import detokenise
 
@@ -97,7 +98,7 @@ def draw(rows: list[Reconstruction], title: str) -> Figure:
     spread, each with its colours; prediction and truth share theirs."""
     figure = Figure(figsize=(3 * len(_PANELS), 1.9 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(len(rows), len(_PANELS), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         low, high = float(np.min(row.truth)), float(np.max(row.truth))
@@ -115,7 +116,7 @@ def draw(rows: list[Reconstruction], title: str) -> Figure:
             axis.set_yticks([])
             axis.set_title(panel, fontsize=8)
             figure.colorbar(image, ax=axis, shrink=0.8)
-        line[0].set_ylabel(row.title.replace(", ", "\n"), fontsize=7)
+        line[0].set_ylabel(row.title.replace(", ", "\n"), fontsize=7, parse_math=False)
     return figure
 
 
@@ -137,7 +138,7 @@ class Pictures(L.Callback):
         rows = [row for one, two in pairs for row in reconstructions(one, two, self.normaliser)]
         task, step = pl_module.task_names[dataloader_idx], trainer.global_step
         figure = draw(rows[:_MAX_ROWS], f"{task}, step {step}")
-        path = self.folder / task / f"step-{step}.png"
+        path = self.folder / file_name(task) / f"step-{step}.png"
         write_atomically(path, lambda partial: figure.savefig(partial, dpi=80, format="png"))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

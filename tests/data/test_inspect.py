@@ -6,7 +6,7 @@ import xarray as xr
 
 from atmossl.cli import main
 from atmossl.data.catalog import load_catalog
-from atmossl.data.inspect import advice, inspect, refusals, time_axis
+from atmossl.data.inspect import advice, inspect, map_of, refusals, time_axis
 from atmossl.data.windows import WindowSize
 from tests.synthetic import catalog, dataset
 
@@ -115,3 +115,16 @@ def test_the_command_prints_and_draws(tmp_path, capsys) -> None:
     assert main(["data", "inspect"]) == 2
     assert main([*command[:-1], f"output={path}"]) == 1
     assert f"atmossl data: {path}: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("west", [-20.0, 160.0, 0.0])
+def test_the_map_of_a_region_goes_from_west_to_east(tmp_path, west: float) -> None:
+    longitude = np.sort((west + 5.0 * np.arange(9)) % 360.0)
+    store = dataset(variables=("temperature",), steps=3, num_lon=9)
+    store = store.assign_coords(longitude=longitude)
+    path = catalog(tmp_path, train=store)
+    (report,) = inspect(load_catalog(path)["waves"], WindowSize(2, 2, 2), samples=1)
+    axes = map_of(report.variables[0]).axes[0]
+    edges = axes.collections[0].get_coordinates()[0, :, 0]
+    np.testing.assert_allclose(np.diff(edges), 5.0, atol=1e-6)
+    assert np.ptp(axes.get_xlim()) < 60.0

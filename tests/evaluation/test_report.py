@@ -15,6 +15,7 @@ from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.cards import ratio_cell
+from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import save_figure, score_label, units_text
 from atmossl.evaluation.report.globe import Scale, draw_globe, project
@@ -25,6 +26,7 @@ from atmossl.evaluation.report.tables import (
     to_markdown,
     write_csv,
 )
+from atmossl.evaluation.report.write import write_report
 from atmossl.evaluation.verify import verify
 
 LEADS = np.array([6, 12], dtype="timedelta64[h]").astype("timedelta64[ns]")
@@ -276,3 +278,58 @@ def test_no_figure_enters_pyplot_s_state(table):
     assert isinstance(lead_curves(table, variable="temperature", level=500.0), Figure)
     pyplot = matplotlib.pyplot if hasattr(matplotlib, "pyplot") else None
     assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_names_with_markup_are_text_in_the_report(table, case, tmp_path):
+    evil = {
+        "temperature": "<img src=x onerror=alert(1)>",
+        "forecast": "../<script>alert(2)</script>",
+    }
+    renamed = table.replace({**evil, "persistence": "<b>$\\frac{$</b>"})
+    renamed["score"] = renamed["score"].str.replace("persistence", "<b>$\\frac{$</b>")
+    truth, prediction = (array.rename(evil["temperature"]) for array in case)
+    report = TaskReport(
+        task=evil["forecast"],
+        model_name="model",
+        table=renamed,
+        overall=pd.DataFrame({"rival": ["<b>r</b>"], "value": [1.0], "low": [np.nan],
+                              "high": [np.nan], "p_value": [np.nan]}),
+        diagnosed={},
+        examples=(Example(evil["temperature"], 500.0, truth, prediction),),
+        about="<i>about</i>",
+        period="<u>period</u>",
+    )  # fmt: skip
+    facts = {"what": "a test", "checkpoint": "<script>alert(3)</script>"}
+    folder = tmp_path / "in" / "report"
+    write_report([report], Provenance("atmossl evaluate '<script>'", facts), folder)
+    page = (folder / "index.html").read_text()
+    body = page[page.index("<body") :] if "<body" in page else page
+    for raw in ("<img src=x", "<script>alert", "<b>$", "<b>r", "<i>about", "<u>period"):
+        assert raw not in body, raw
+    assert "&lt;script&gt;alert(3)" in body and "&lt;img src=x" in body
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["report"]
+    (picture,) = (folder / "maps").iterdir()
+    assert picture.suffix == ".png"
+
+
+@pytest.mark.parametrize("west", [-30.0, 160.0, 170.0, 20.0])
+def test_a_region_is_drawn_in_one_piece(west):
+    """Across Greenwich and the date line, whatever the order of its longitudes."""
+    longitude = west + 5.0 * np.arange(9)
+    stored = np.sort(longitude % 360.0)
+    field = xr.DataArray(
+        np.repeat(stored[None], 4, axis=0),
+        {"latitude": 2.0 + np.arange(4.0), "longitude": stored},
+        ("latitude", "longitude"),
+    )
+    axes = Figure().add_subplot()
+    mesh = draw_globe(axes, field, Scale("viridis", 0.0, 360.0))
+    edges = mesh.get_coordinates()[0, :, 0]
+    widths = np.diff(edges)
+    assert widths.min() > 0.95 * widths.max()
+    np.testing.assert_allclose(mesh.get_array()[0], longitude % 360.0)
+    east = project(np.array([180.0]), np.array([0.0]))[0, 0]
+    assert edges[-1] - edges[0] < 46.0 / 180.0 * east
+    lines = [path for path in axes.collections[2].get_paths() if len(path.vertices) > 1]
+    assert max(np.abs(np.diff(path.vertices[:, 0])).max() for path in lines) < east / 4

@@ -1,11 +1,14 @@
 """Predictions from records of other calendars, and from records with gaps."""
 
+import warnings
 from dataclasses import replace
+from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 
 import cftime
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -64,3 +67,49 @@ def test_dates_that_do_not_exist_are_named() -> None:
         chosen_times(used, "0001-02-27")
     with pytest.raises(ValueError, match=r"\.grib2 has no calendar noleap"):
         check_grib(used)
+
+
+@pytest.mark.parametrize("year", [1, 1600, 3000])
+@pytest.mark.parametrize("unit", ["s", "us"])
+def test_dates_that_nanoseconds_do_not_reach_keep_their_year(year, unit, tmp_path) -> None:
+    dates = np.datetime64(f"{year:04d}-02-27", unit) + np.arange(12) * np.timedelta64(6, "h")
+    used = predictor(TemporalInterpolation(6), Known(attrgetter("target")),
+                     store=STORE.assign_coords(time=dates))  # fmt: skip
+    expected = cftime.DatetimeProlepticGregorian(year, 2, 28, 6)
+    asked = [dates[5], str(dates[5]), expected, xr.DataArray(dates[5:6])]
+    if year == 3000:
+        asked += [pd.Timestamp(str(dates[5])).as_unit("s"), datetime(3000, 2, 28, 6)]
+    for times in asked:
+        chosen = chosen_times(used, times)
+        assert used.segment.calendar.dates(chosen).tolist() == [expected]
+    write(used, chosen_times(used, dates[5]), tmp_path / "out.zarr")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unable to decode time axis")
+        with xr.open_zarr(tmp_path / "out.zarr", consolidated=False) as store:
+            assert [str(t)[:13].replace(" ", "T") for t in store["time"].values] == [
+                f"{year:04d}-02-28T06"
+            ]
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        np.datetime64("3000-01-01", "s"),
+        np.array(["0001-01-01", "2001-01-01"], "datetime64[s]"),
+        np.datetime64("2262-06-01", "us"),
+        pd.Timestamp("3000-01-01"),
+        datetime(3000, 1, 1),
+        datetime(2001, 1, 2, tzinfo=UTC),
+        pd.Timestamp("2001-01-02", tz="Europe/Berlin"),
+        "2001-01-02T00:00+01:00",
+        "3000-01-01",
+        cftime.DatetimeGregorian(3000, 1, 1),
+        cftime.Datetime360Day(2001, 1, 2),
+        np.datetime64("NaT"),
+    ],
+)
+def test_dates_that_the_record_cannot_hold_are_refused(date) -> None:
+    """Year 3000 in nanoseconds would be 1830."""
+    used = predictor(TemporalInterpolation(6), Known(attrgetter("target")))
+    with pytest.raises(ValueError, match=r"init_time="):
+        chosen_times(used, date)

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmossl.evaluation.report.figures import readable, score_label
+from atmossl.evaluation.report.figures import plain, readable, score_label
 
 
 def lead_curves(
@@ -32,7 +32,7 @@ def lead_curves(
         for source, part in rows.groupby("source", sort=False):
             _draw_source(axes, part, str(source), colours[str(source)])
         _label(axes, rows, score)
-    figure.suptitle(_title(variable, level, region))
+    figure.suptitle(_title(variable, level, region), parse_math=False)
     _legend_below(figure)
     return figure
 
@@ -84,12 +84,12 @@ def _draw_source(axes: Axes, rows: pd.DataFrame, source: str, colour: str) -> No
         value = rows["value"].to_numpy()
         ends = np.abs(rows[["low", "high"]].to_numpy().T - value)
         style = {"fmt": "o", "capsize": 4, "color": colour}
-        axes.errorbar([source] * len(rows), value, yerr=ends, label=source, **style)
+        axes.errorbar([plain(source)] * len(rows), value, yerr=ends, label=plain(source), **style)
         return
     rows = rows.sort_values("lead_hours")
     hours = rows["lead_hours"].to_numpy()
     values = rows["value"].to_numpy()
-    axes.plot(hours, values, marker="o", markersize=4, label=source, color=colour)
+    axes.plot(hours, values, marker="o", markersize=4, label=plain(source), color=colour)
     axes.fill_between(
         hours,
         rows["low"].to_numpy(),

@@ -65,6 +65,11 @@ def readable(name: str) -> str:
     return name.replace("_", " ")
 
 
+def plain(text: str) -> str:
+    """Text in which matplotlib takes nothing for a formula."""
+    return text.replace("$", r"\$")
+
+
 def units_text(units: str) -> str:
     """ERA5's `m s**-1` or CF's `m s-1` set as a formula; units without powers stay as they are."""
     powers = [re.fullmatch(r"([A-Za-z]+)(?:\*\*)?(-?\d+)?", part) for part in units.split()]

@@ -8,6 +8,7 @@ letting a map axes cut every cell. Coastlines: Natural Earth, 1:110 million, pub
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import cartopy.crs as ccrs
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import Polygon
 
-from atmossl.geometry import latitude_edges
+from atmossl.geometry import ascending_longitudes, latitude_edges
 
 _EDGE = 179.999  # a longitude of 180 could end up on either side
 _ROWS = 96
@@ -44,10 +45,12 @@ def project(longitude: np.ndarray, latitude: np.ndarray) -> Float[np.ndarray, "*
 
 def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
     """Draw [latitude, longitude] as coloured cells with graticule and coastlines."""
-    field = field.transpose("latitude", "longitude")
-    lon_edges, values = _seam_at_date_line(
-        field["longitude"].to_numpy().astype(np.float64), field.to_numpy()
-    )
+    order, longitude = ascending_longitudes(field["longitude"].to_numpy().astype(np.float64))
+    field = field.transpose("latitude", "longitude").isel(longitude=order)
+    lon_edges, values = _seam_at_date_line(longitude, field.to_numpy())
+    # a region across the date line gets a map of its own middle, on which it lies in one piece
+    middle = 0.0 if lon_edges[-1] <= 180.0 + 1e-6 else float(lon_edges[[0, -1]].mean())
+    lon_edges = lon_edges - middle
     lat_edges = latitude_edges(field["latitude"].to_numpy().astype(np.float64))
     finer = -(-_ROWS // len(values))  # meridians are curved: short cells follow them
     rows = np.interp(
@@ -64,7 +67,10 @@ def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
         rasterized=True,
     )
     outline = _outline()
-    for lines, colour, width in ((_graticule(), "0.35", 0.3), (_coastlines(), "0.1", 0.5)):
+    for lines, colour, width in (
+        (_graticule(middle), "0.35", 0.3),
+        (_coastlines(middle), "0.1", 0.5),
+    ):
         drawn = LineCollection(list(lines), colors=colour, linewidths=width)
         axes.add_collection(drawn, autolim=False)
     if lon_edges[-1] - lon_edges[0] > 359.0:
@@ -87,7 +93,7 @@ def _seam_at_date_line(longitude: np.ndarray, values: np.ndarray) -> tuple[np.nd
 
     Longitudes of a region keep their order, moved so that its west end lies in -180..180.
     """
-    spacing = longitude[1] - longitude[0]
+    spacing = (longitude[-1] - longitude[0]) / (len(longitude) - 1)
     west = longitude[0] - spacing / 2
     if abs(len(longitude) * spacing - 360.0) > 0.01 * spacing:
         west = (west + 180.0) % 360.0 - 180.0
@@ -112,17 +118,28 @@ def _outline() -> np.ndarray:
 
 
 @cache
-def _graticule() -> tuple[np.ndarray, ...]:
+def _graticule(middle: float) -> tuple[np.ndarray, ...]:
     along = np.linspace(-90.0, 90.0, 91)
-    meridians = [project(np.full(91, float(lon)), along) for lon in range(-120, 121, 60)]
+    degrees = [_from_middle(float(lon), middle) for lon in range(-180, 180, 60)]
+    meridians = [project(np.full(91, lon), along) for lon in degrees if abs(lon) < _EDGE]
     parallels = [project(2 * along, np.full(91, float(lat))) for lat in range(-60, 61, 30)]
     return (*meridians, *parallels)
 
 
 @cache
-def _coastlines() -> tuple[np.ndarray, ...]:
+def _coastlines(middle: float) -> tuple[np.ndarray, ...]:
     source = resources.files("atmossl") / "assets" / "coastlines.npz"
     with source.open("rb") as stream, np.load(stream) as stored:
         degrees, lengths = stored["centidegrees"] / 100.0, stored["lengths"]
-    points = project(degrees[:, 0], degrees[:, 1])
-    return tuple(np.split(points, np.cumsum(lengths)[:-1]))
+    ends = np.cumsum(lengths)[:-1]
+    longitude = degrees[:, 0]
+    if middle:
+        longitude = _from_middle(longitude, middle)
+        seam = np.flatnonzero(np.abs(np.diff(longitude)) > 180.0) + 1  # the line is cut there
+        ends = np.union1d(ends, seam)
+    return tuple(np.split(project(longitude, degrees[:, 1]), ends))
+
+
+def _from_middle(longitude: Any, middle: float) -> Any:
+    """Degrees east of the middle of a map, from -180 to 180."""
+    return (longitude - middle + 180.0) % 360.0 - 180.0

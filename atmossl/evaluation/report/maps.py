@@ -72,8 +72,8 @@ def case_map(
         axes = figure.add_axes((left, bottom + 0.065, 0.46, 0.355))
         bar = figure.add_axes((left + 0.06, bottom + 0.05, 0.34, 0.016))
         _draw(figure, axes, bar, panel, units=units)
-        axes.set_title(title, fontsize=11)
-    figure.suptitle(case_title(truth, prediction), y=0.985, fontsize=12)
+        axes.set_title(title, fontsize=11, parse_math=False)
+    figure.suptitle(case_title(truth, prediction), y=0.985, fontsize=12, parse_math=False)
     return figure
 
 
@@ -82,7 +82,7 @@ def panel_map(title: str, panel: Panel, *, units: str) -> Figure:
     figure = Figure(figsize=(3.6, 2.35))
     axes, bar = figure.add_axes((0.01, 0.19, 0.98, 0.7)), figure.add_axes((0.1, 0.165, 0.8, 0.03))
     _draw(figure, axes, bar, panel, units=units)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)
     return figure
 
 

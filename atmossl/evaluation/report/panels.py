@@ -6,7 +6,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmossl.evaluation.report.figures import readable
+from atmossl.evaluation.report.figures import plain, readable
 
 _SIZE = (3.6, 2.9)
 _REFERENCE = {"color": "0.4", "linestyle": "--", "linewidth": 1.0}
@@ -26,7 +26,9 @@ def rank_panel(diagnosed: xr.Dataset, title: str) -> Figure:
     for source in diagnosed["source"].to_numpy():
         shares = diagnosed["frequency"].sel(source=source).dropna("rank").to_numpy()
         edges = np.arange(len(shares) + 1) / len(shares)
-        axes.stairs(shares * len(shares), edges, label=str(source), fill=False, linewidth=1.6)
+        axes.stairs(
+            shares * len(shares), edges, label=plain(str(source)), fill=False, linewidth=1.6
+        )
     axes.axhline(1.0, **_REFERENCE)
     axes.set_ylim(bottom=0.0)
     axes.set_xlabel("share of members below the truth")
@@ -41,7 +43,7 @@ def reliability_panel(diagnosed: xr.Dataset, title: str) -> Figure:
     for source in diagnosed["source"].to_numpy():
         one = diagnosed.sel(source=source)
         forecast, observed = one["forecast_probability"], one["observed_frequency"]
-        (line,) = axes.plot(forecast, observed, linewidth=1.2, label=str(source))
+        (line,) = axes.plot(forecast, observed, linewidth=1.2, label=plain(str(source)))
         area = 8.0 + 120.0 * np.sqrt(one["share"].fillna(0.0).to_numpy())
         axes.scatter(forecast, observed, s=area, color=line.get_color(), alpha=0.6, linewidth=0)
     axes.set_xlabel("forecast probability")
@@ -58,10 +60,10 @@ def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str, axis: str
         power, numbers = one / one["truth"], one["wavenumber"][wave]  # the truth of its own cases
         is_model = source == model_name
         label = f"{source}, members" if is_model else str(source)
-        axes.plot(numbers, power["members"][wave], label=label)
+        axes.plot(numbers, power["members"][wave], label=plain(label))
         if is_model:
             mean = f"{source}, ensemble mean"
-            axes.plot(numbers, power["ensemble_mean"][wave], label=mean)
+            axes.plot(numbers, power["ensemble_mean"][wave], label=plain(mean))
     axes.axhline(1.0, **_REFERENCE)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -82,7 +84,7 @@ def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
         ends = np.nan_to_num(np.array(ends))
         axes.errorbar([row["value"]], [number], xerr=ends, fmt="o", capsize=3, color=f"C{number}")
     axes.axvline(1.0, **_REFERENCE)
-    axes.set_yticks(range(len(rows)), [readable(str(name)) for name in rows["rival"]])
+    axes.set_yticks(range(len(rows)), [plain(readable(str(name))) for name in rows["rival"]])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("RMSE over that of")
@@ -92,7 +94,7 @@ def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
 def _panel(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.3)
     return figure, axes
 

@@ -18,6 +18,7 @@ from atmossl.evaluation.report.page import html_page
 from atmossl.evaluation.report.tables import summarise, to_markdown, write_csv
 from atmossl.evaluation.rows import rows_where
 from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
+from atmossl.names import file_name
 
 _SURFACE = 0.0
 _NO_LEAD = 0.0
@@ -36,7 +37,9 @@ def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: 
     write_atomically(_markdown(reports, provenance).encode(), folder / "summary.md")
     for report in reports:
         for example in report.examples:
-            picture = folder / "maps" / f"{report.task}_{example.variable}.png"
+            picture = (
+                folder / "maps" / f"{file_name(report.task)}_{file_name(example.variable)}.png"
+            )
             drawn = case_map(example.truth, example.prediction, example.hidden)
             save_figure(drawn, picture)
     write_atomically(html_page(reports, provenance).encode(), folder / "index.html")
@@ -64,9 +67,9 @@ def write_numbers(reports: Sequence[TaskReport], path: Path) -> None:
     for report in reports:
         table = report.table.fillna({"level": _SURFACE, "lead_hours": _NO_LEAD})
         arrays = table.set_index(list(_LABELS))[list(_NUMBERS)].to_xarray()
-        tree[report.task] = arrays.assign_attrs(model=report.model_name)
+        tree[file_name(report.task)] = arrays.assign_attrs(model=report.model_name)
         for (diagnostic, variable), dataset in report.diagnosed.items():
-            tree[f"{report.task}/{diagnostic}/{variable}"] = dataset
+            tree[f"{file_name(report.task)}/{diagnostic}/{file_name(variable)}"] = dataset
     xr.DataTree.from_dict(_with_parents(tree)).to_zarr(path, zarr_format=2)
 
 

@@ -1,0 +1,33 @@
+"""Names of variables, segments, streams and tasks as names of files.
+
+A catalog may call a variable anything. Whatever becomes a part of a path goes through `file_name`,
+so that no name leaves its folder, hides a file or overwrites that of another name.
+"""
+
+import hashlib
+import re
+
+_UNSAFE = re.compile(r"[^\w .()+,=@-]|^[. ]|[. ]$")
+_MAX_BYTES = 150  # of 255 that file systems take, for what callers add
+
+
+def file_name(name: str) -> str:
+    """The name where it is safe as a part of a path; unsafe characters as %XX of their bytes, as
+    in URLs, so that two names never become one. Long names end in their hash."""
+    safe = _UNSAFE.sub(_quoted, name) or "%"
+    if len(safe.encode()) <= _MAX_BYTES:
+        return safe
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{safe.encode()[: _MAX_BYTES - 17].decode(errors='ignore')}-{digest}"
+
+
+def _quoted(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match.group().encode(errors="surrogatepass"))
+
+
+def check_name(name: str, key: str) -> None:
+    """Raise ValueError for a name that neither zarr nor NetCDF can hold."""
+    if not name.strip() or "/" in name or name in (".", "..") or not name.isprintable():
+        raise ValueError(
+            f"{key}: {name!r} cannot be a name in a store; valid: printable characters without /"
+        )
