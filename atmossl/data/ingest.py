@@ -28,6 +28,7 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from atmossl import __version__
 from atmossl.data.calendars import Calendar, integer_units
 from atmossl.data.fingerprint import noted
+from atmossl.data.input_state import changes, input_state, local_state
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
@@ -111,7 +112,8 @@ def ingest(
 
     Raises:
         ValueError: an input that cannot be read or does not fit, an output that exists, or a
-            partial output that was begun with other settings.
+            partial output that was begun with other settings or from inputs that have changed.
+        OSError: what cannot be written, by file and key.
     """
     if output.suffix != ".zarr":
         raise ValueError(f"output={output} must end in .zarr")
@@ -124,19 +126,35 @@ def ingest(
     check_record(dataset, f"input={source.location}")
     for line in left_out:
         tell(f"{source.location}: {line}")
-    _begin(dataset, source, layout, store, journal)
-    regions = _regions(dataset, layout)
-    left = [region for region in regions if not (journal / region.note).exists()]
-    done = len(regions) - len(left)
-    progress(done, len(regions))
-    jobs = [Job(source, str(store), str(journal), region) for region in left]
-    with _runner(workers) as run:
-        for _ in run(jobs):
-            done += 1
-            progress(done, len(regions))
-    _finish(store, journal, source, regions)
-    store.replace(output)
+    with _writing(output, folder):
+        _begin(dataset, source, layout, store, journal)
+        regions = _regions(dataset, layout)
+        left = [region for region in regions if not (journal / region.note).exists()]
+        done = len(regions) - len(left)
+        progress(done, len(regions))
+        jobs = [Job(source, str(store), str(journal), region) for region in left]
+        with _runner(workers) as run:
+            for _ in run(jobs):
+                done += 1
+                progress(done, len(regions))
+        _finish(store, journal, source, regions)
+        store.replace(output)
     shutil.rmtree(folder)
+
+
+@contextmanager
+def _writing(output: Path, folder: Path) -> Iterator[None]:
+    """Say which file and key the system could not write, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(
+            error.errno,
+            f"output={output}: cannot write {error.filename or folder} ({error.strerror}); what is "
+            "written stays: make room, and the same command goes on with what is missing",
+        ) from error
 
 
 @lru_cache(maxsize=1)
@@ -205,14 +223,15 @@ def _cut(dataset: xr.Dataset, source: Source) -> xr.Dataset:
 
 def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, journal: Path) -> None:
     """Make the empty store, or check that the one that was begun is the same."""
-    described = json.dumps([asdict(source), asdict(layout)], sort_keys=True)
-    identity = hashlib.sha256((described + _shape_of(dataset)).encode()).hexdigest()
+    settings = json.dumps([asdict(source), asdict(layout)], sort_keys=True)
+    state = {
+        "settings": hashlib.sha256(settings.encode()).hexdigest(),
+        "inputs": input_state(input_files(source.location), dataset),
+        "shape": hashlib.sha256(_shape_of(dataset).encode()).hexdigest(),
+    }
     note = journal / "identity"
     if note.exists():
-        if note.read_text() != identity:
-            raise ValueError(
-                f"{store.parent} was begun from another input or with other settings; remove it"
-            )
+        _check_begun(note, state, source)
         return
     journal.mkdir(parents=True, exist_ok=True)
     coords = dataset.drop_vars(list(dataset.data_vars)).drop_encoding()
@@ -225,7 +244,24 @@ def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, jou
     group = zarr.open_group(store, mode="r+")
     for name, array in dataset.data_vars.items():
         _make_array(group, str(name), array, layout)
-    _write(note, identity)
+    _write(note, json.dumps(state))
+
+
+def _check_begun(note: Path, state: Mapping[str, Any], source: Source) -> None:
+    """That a store that was begun was begun with the same settings, from the same inputs."""
+    folder = note.parents[1]
+    try:
+        before = json.loads(note.read_text())
+    except ValueError:
+        before = {}
+    if before.get("settings") != state["settings"]:
+        raise ValueError(f"{folder} was begun from another input or with other settings; remove it")
+    changed = changes(before["inputs"], state["inputs"])
+    if changed or before["shape"] != state["shape"]:
+        raise ValueError(
+            f"input={source.location}: {changed or 'the input has changed'} since {folder} was "
+            "begun; remove that folder, and ingest starts anew"
+        )
 
 
 def _shape_of(dataset: xr.Dataset) -> str:
@@ -305,7 +341,11 @@ def write_region(job: Job) -> str:
         ) from error
     target = zarr.open_array(store / region.variable, mode="r+")
     place: Any = steps if "time" in array.dims else Ellipsis
-    target[place] = values
+    try:
+        target[place] = values
+    except OSError as error:
+        error.filename = error.filename or str(store / region.variable)
+        raise
     checksum = hashlib.sha256(values.tobytes()).hexdigest()
     back = np.ascontiguousarray(np.asarray(target[place]))
     if hashlib.sha256(back.tobytes()).hexdigest() != checksum:
@@ -323,6 +363,14 @@ def _write(path: Path, text: str) -> None:
 
 def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region]) -> None:
     """Provenance and checksums into the store's attributes."""
+    begun = json.loads((journal / "identity").read_text())["inputs"]
+    now = local_state(input_files(source.location))
+    changed = changes({name: begun[name] for name in begun if name in now}, now)
+    if changed:
+        raise ValueError(
+            f"input={source.location}: {changed} while ingest was reading; remove "
+            f"{store.parent} and start anew"
+        )
     notes = {r.note: json.loads((journal / r.note).read_text()) for r in regions}
     group = zarr.open_group(store, mode="r+")
     group.attrs.update(

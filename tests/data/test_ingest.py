@@ -1,6 +1,7 @@
 """What others wrote becomes one store: right values, restartable, verified."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -331,3 +332,87 @@ def test_a_region_is_stored_from_west_to_east(tmp_path, west: float) -> None:
         with xr.open_zarr(tmp_path / f"{name}.zarr") as opened:
             np.testing.assert_array_equal(opened["longitude"], longitude % 360)
             np.testing.assert_array_equal(opened["temperature"], part["temperature"])
+
+
+def changed_content(path: Path) -> None:
+    """Another byte in the middle, under the same size and date."""
+    about, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def stopped(source: Source, output: Path, monkeypatch, after: int = 1) -> None:
+    """An ingest that ends after some regions."""
+    original, written = module.write_region, []
+
+    def stops(job: module.Job) -> str:
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(job)
+        return original(job)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "write_region", stops)
+        ingest(source, output, LAYOUT, Workers("threads", 1), quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: os.utime(folder / "1.nc", ns=(1, 1)), "1.nc has changed since"),
+        (lambda folder: changed_content(folder / "0.nc"), "0.nc has changed since"),
+        (lambda folder: (folder / "1.nc").unlink(), "1.nc is gone since"),
+        (lambda folder: (folder / "note").write_text("x"), ""),
+    ],
+    ids=["date", "content", "gone", "beside"],
+)
+def test_an_input_that_changed_is_named_when_ingest_goes_on(
+    tmp_path, monkeypatch, change, words: str
+) -> None:
+    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    stopped(source, output, monkeypatch)
+    change(tmp_path)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            ingest(source, output, LAYOUT, THREADS, quiet)
+    else:
+        ingest(source, output, LAYOUT, THREADS, quiet)
+        compare(output)
+
+
+def test_an_array_that_changed_is_named_when_ingest_goes_on(tmp_path, monkeypatch) -> None:
+    RECORD.to_zarr(tmp_path / "in.zarr", consolidated=False)
+    source, output = Source(str(tmp_path / "in.zarr")), tmp_path / "out.zarr"
+    stopped(source, output, monkeypatch)
+    array = zarr.open_array(tmp_path / "in.zarr" / "temperature", mode="r+")
+    array[0, 0, 0, 0] = 250.0
+    with pytest.raises(ValueError, match=r"in.zarr/temperature has changed since .*out.zarr.part"):
+        ingest(source, output, LAYOUT, THREADS, quiet)
+
+
+def test_an_input_that_changes_meanwhile_makes_no_store(tmp_path) -> None:
+    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+
+    def touches(done: int, total: int) -> None:
+        if done == total - 1:
+            os.utime(tmp_path / "0.nc", ns=(1, 1))
+
+    with pytest.raises(ValueError, match=r"0.nc has changed while ingest was reading"):
+        ingest(source, output, LAYOUT, THREADS, touches)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("limit", [100, 1500])
+def test_a_full_disk_is_told_with_file_and_key(tmp_path, limit: int) -> None:
+    """A limit on the size of files stands for it."""
+    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"output=.*out.zarr: cannot write .*out.zarr.*too large"):
+            ingest(source, output, LAYOUT, THREADS, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    ingest(source, output, LAYOUT, THREADS, quiet)
+    compare(output)
