@@ -92,7 +92,14 @@ def _format_of(location: str) -> str:
 
 
 def _open_zarr(location: str, options: dict[str, Any]) -> OpenedStore:
-    return _with_group(zarr_store(location, options))
+    """A dataset, or one of the layouts that an adapter makes a dataset of."""
+    from atmossl.data.layouts import layout_of
+
+    plain = {key: value for key, value in options.items() if key != "number"}
+    store = zarr_store(location, plain)
+    group = zarr.open_group(store, mode="r")
+    kind = layout_of(group)
+    return _as_dataset(store, group) if kind == "zarr" else _OPENERS[kind](location, options)
 
 
 def zarr_store(location: str, options: dict[str, Any]) -> Store:
@@ -105,7 +112,10 @@ def zarr_store(location: str, options: dict[str, Any]) -> Store:
 
 
 def _with_group(store: Store) -> OpenedStore:
-    group = zarr.open_group(store, mode="r")
+    return _as_dataset(store, zarr.open_group(store, mode="r"))
+
+
+def _as_dataset(store: Store, group: zarr.Group) -> OpenedStore:
     consolidated = group.metadata.consolidated_metadata is not None
     dataset = xr.open_dataset(store, engine="zarr", consolidated=consolidated)  # pyright: ignore
     return OpenedStore(dataset, group)
@@ -223,9 +233,12 @@ def _open_atmorep(location: str, options: dict[str, Any]) -> OpenedStore:
 
 
 def _open_anemoi(location: str, options: dict[str, Any]) -> OpenedStore:
+    """options: `number`, the member of an ensemble; the others go to fsspec."""
     from atmossl.data.layouts import anemoi
 
-    dataset, arrays = anemoi(zarr.open_group(zarr_store(location, options), mode="r"))
+    plain = {key: value for key, value in options.items() if key != "number"}
+    group = zarr.open_group(zarr_store(location, plain), mode="r")
+    dataset, arrays = anemoi(group, options.get("number"))
     return OpenedStore(dataset, None, arrays)
 
 

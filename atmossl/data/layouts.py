@@ -1,5 +1,6 @@
 """Zarr layouts that are no CF dataset: AtmoRep's, and that of anemoi-datasets."""
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ from xarray.conventions import decode_cf_variable
 from atmossl.data.absent_chunks import without_absent
 from atmossl.data.chunks import ChunkedArray, Region, SharedChunks
 
+_LOGGER = logging.getLogger(__name__)
 Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]
 _ATMOREP_NAMES = {
     "temperature": "temperature",
@@ -83,8 +85,12 @@ def atmorep(group: zarr.Group) -> Adapted:
         if names not in attributes:
             raise ValueError(f"array {key} is there, but no attribute {names}")
         lazy = dask.array.from_zarr(stored)
-        for position, name in enumerate(map(str, attributes[names])):
+        listed = [str(name) for name in attributes[names]]
+        _check_names(listed, stored.shape[1], f"attribute {names}")
+        for position, name in enumerate(listed):
             canonical = _ATMOREP_NAMES.get(name, name)
+            if canonical in fields:
+                raise ValueError(f"attributes fields and fields_sfc both name {name}")
             arrays[canonical] = OnePosition(stored, 1, position)
             fields[canonical] = (dims, lazy[:, position])
     if not fields:
@@ -97,6 +103,15 @@ def atmorep(group: zarr.Group) -> Adapted:
     if "data" in group:
         coords["level"] = np.array(attributes["levels"])
     return xr.Dataset(fields, coords), arrays
+
+
+def _check_names(names: Sequence[str], size: int, where: str) -> None:
+    """That every place of an axis has a name of its own: the last of two would hide the first."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where} names {twice} more than once")
+    if len(names) != size:
+        raise ValueError(f"{where} has {len(names)} names for {size} fields")
 
 
 def _latitudes(values: np.ndarray) -> np.ndarray:
@@ -127,17 +142,33 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     return found
 
 
+def layout_of(group: zarr.Group) -> str:
+    """`anemoi`, `atmorep`, or `zarr` for what is a dataset as it stands. Attributes are looked at
+    first: they are there, while another look into a remote store takes time."""
+    for layout, attribute, arrays in (
+        ("anemoi", "variables", ("data", "dates", "latitudes", "longitudes")),
+        ("atmorep", "fields", ("data", "time", "lats", "lons")),
+    ):
+        if attribute in group.attrs and all(name in group for name in arrays):
+            return layout
+    return "zarr"
+
+
 @dataclass(frozen=True)
 class AnemoiField(SharedChunks):
     """One parameter of an anemoi dataset, [time level lat lon] or [time lat lon].
 
-    positions: of its levels along the axis of variables.
+    positions: of its levels along the axis of variables, None for a level that it lacks: its
+    values there are missing. missing_steps: those of dates without data, whose values, whatever is
+    stored, are missing, too.
     """
 
     array: zarr.Array  # [time variable ensemble cell]
-    positions: tuple[int, ...]
+    positions: tuple[int | None, ...]
     grid: tuple[int, int]
     on_levels: bool
+    member: int = 0
+    missing_steps: tuple[int, ...] = ()
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -146,7 +177,8 @@ class AnemoiField(SharedChunks):
 
     @property
     def decoded_with(self) -> Hashable:
-        return id(self.array), frozenset(n // self.array.chunks[1] for n in self.positions)
+        places = frozenset(n // self.array.chunks[1] for n in self.positions if n is not None)
+        return id(self.array), places
 
     def read_all(
         self, arrays: Sequence["AnemoiField"], regions: Sequence[Region]
@@ -155,63 +187,109 @@ class AnemoiField(SharedChunks):
         num_lon = self.grid[1]
         cells = slice(lat.start * num_lon, lat.stop * num_lon)
         wanted = [one._wanted(region) for one, region in zip(arrays, regions, strict=True)]
-        first = min(min(positions) for positions in wanted)
-        last = max(max(positions) for positions in wanted)
-        region = (time, slice(first, last + 1), slice(0, 1), cells)
-        block = _block(self.array, region)[:, :, 0]
+        stored = [n for positions in wanted for n in positions if n is not None] or [0]
+        first = min(stored)
+        block = np.asarray(self.array[time, first : max(stored) + 1, self.member, cells])
         block = block.reshape(*block.shape[:2], lat.stop - lat.start, num_lon)[..., lon]
-        return [
-            block[:, [position - first for position in positions]]
-            if one.on_levels
-            else block[:, positions[0] - first]
-            for one, positions in zip(arrays, wanted, strict=True)
-        ]
+        steps = range(self.array.shape[0])[time]
+        missing = [n for n, step in enumerate(steps) if step in self.missing_steps]
+        fields = []
+        for one, positions in zip(arrays, wanted, strict=True):
+            values = block[:, [0 if n is None else n - first for n in positions]]
+            values[:, [n is None for n in positions]] = np.nan
+            values[missing] = np.nan
+            fields.append(values if one.on_levels else values[:, 0])
+        return fields
 
-    def _wanted(self, region: Region) -> tuple[int, ...]:
+    def _wanted(self, region: Region) -> tuple[int | None, ...]:
         return self.positions[region[1]] if self.on_levels else self.positions
 
+    def lazy(self, data: dask.array.Array) -> dask.array.Array:
+        """The same values of [time variable ... cell], by dask."""
+        values: Any = data[:, [n or 0 for n in self.positions]]
+        absent = np.array([n is None for n in self.positions])
+        lost = np.isin(np.arange(len(data)), self.missing_steps)
+        mask = absent | lost[:, None]
+        if mask.any():
+            mask = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
+            values = dask.array.where(mask, np.float32(np.nan), values)
+        values = values.reshape(*values.shape[:-1], *self.grid)
+        return values if self.on_levels else values[:, 0]
 
-def anemoi(group: zarr.Group) -> Adapted:
+
+def anemoi(group: zarr.Group, member: int | None = None) -> Adapted:
     """Stores of anemoi-datasets: `data[time, variable, ensemble, cell]` with `dates`,
     `latitudes`, `longitudes` and the attribute `variables`: names such as `2t` and `t_500`, which
-    become a variable `t` on levels. The first member is taken. A chunk that holds several
+    become a variable `t` on levels (`t_levels` if there is a `t` at the surface, too). A level that
+    a parameter lacks, and dates in the attribute `missing_dates`, are missing values. A store of
+    several members has a dimension `number`, unless one is chosen. A chunk that holds several
     parameters is decoded once for all that are wanted.
 
     Raises:
-        ValueError: the cells are no regular latitude-longitude grid, row by row.
+        ValueError: the cells are no regular latitude-longitude grid, row by row; names that are
+            there twice, or no such member.
     """
     data, names = _array(group, "data"), cast(list[str], group.attrs["variables"])
+    _check_names(names, data.shape[1], "attribute variables")
     latitude, longitude, grid = _regular_grid(group)
-    parameters: dict[str, dict[int, int]] = {}
+    dates, members = _dates(group, "dates"), data.shape[2]
+    if member is not None and not 0 <= member < members:
+        raise ValueError(f"number={member} is no member; valid: 0 to {members - 1}")
+    single = member is not None or members == 1
+    chosen = member or 0
+    lazy = dask.array.from_zarr(data)
+    lazy = lazy[:, :, chosen] if single else lazy
+    arrays: dict[str, ChunkedArray] = {}
+    fields: dict[str, tuple[Sequence[str], dask.array.Array]] = {}
+    parameters, all_levels = _parameters(names)
+    missing = _missing_steps(group, dates)
+    for parameter, (positions, on_levels) in parameters.items():
+        field = AnemoiField(data, positions, grid, on_levels, chosen, missing)
+        dims = [*(["level"] if on_levels else []), *([] if single else ["number"])]
+        fields[parameter] = (["time", *dims, "latitude", "longitude"], field.lazy(lazy))
+        if single:
+            arrays[parameter] = field
+    coords = {"time": dates, "latitude": latitude, "longitude": longitude}
+    if all_levels:
+        coords["level"] = np.array(all_levels)
+    if not single:
+        coords["number"] = np.arange(members)
+    return xr.Dataset(fields, coords), arrays
+
+
+Places = tuple[tuple[int | None, ...], bool]
+
+
+def _parameters(names: Sequence[str]) -> tuple[dict[str, Places], list[int]]:
+    """Positions of every parameter on all levels of the store, and whether it has levels; and those
+    levels. Tells which parameters lack some."""
+    surface: dict[str, int] = {}
+    on_levels: dict[str, dict[int, int]] = {}
     for position, name in enumerate(names):
         parameter, _, level = name.rpartition("_")
         if parameter and level.isdigit():
-            parameters.setdefault(parameter, {})[int(level)] = position
+            on_levels.setdefault(parameter, {})[int(level)] = position
         else:
-            parameters[name] = {0: position}
-    all_levels = sorted({level for found in parameters.values() for level in found if level})
-    lazy = dask.array.from_zarr(data)[:, :, 0]
-    arrays: dict[str, ChunkedArray] = {}
-    fields: dict[str, tuple[Sequence[str], dask.array.Array]] = {}
-    for parameter, found in parameters.items():
-        on_levels = 0 not in found
-        if on_levels and sorted(found) != all_levels:
-            continue  # xarray has one axis of levels; the parameter lacks some of them
-        positions = tuple(found[level] for level in sorted(found))
-        arrays[parameter] = AnemoiField(data, positions, grid, on_levels)
-        values = lazy[:, list(positions)].reshape(len(lazy), len(positions), *grid)
-        dims = ("time", "level", "latitude", "longitude") if on_levels else ()
-        fields[parameter] = (dims or ("time", "latitude", "longitude"), values)
-        if not on_levels:
-            fields[parameter] = (fields[parameter][0], values[:, 0])
-    coords = {
-        "time": _dates(group, "dates"),
-        "latitude": latitude,
-        "longitude": longitude,
-    }
-    if all_levels:
-        coords["level"] = np.array(all_levels)
-    return xr.Dataset(fields, coords), arrays
+            surface[name] = position
+    levels = sorted({level for places in on_levels.values() for level in places})
+    parameters: dict[str, Places] = {name: ((n,), False) for name, n in surface.items()}
+    for name, places in on_levels.items():
+        lacking = [level for level in levels if level not in places]
+        if lacking:
+            _LOGGER.warning("%s lacks levels %s of the store: missing values there", name, lacking)
+        key = f"{name}_levels" if name in surface else name
+        parameters[key] = (tuple(places.get(level) for level in levels), True)
+    return parameters, levels
+
+
+def _missing_steps(group: zarr.Group, dates: np.ndarray) -> tuple[int, ...]:
+    """Steps of the dates that the store says have no data; tells how many."""
+    listed = cast(list[str], group.attrs.get("missing_dates") or [])
+    lost = np.array([np.datetime64(str(date).removesuffix("Z"), "s") for date in listed], "M8[s]")
+    steps = np.flatnonzero(np.isin(dates.astype("M8[s]"), lost))
+    if len(steps):
+        _LOGGER.warning("%d dates are missing values, by missing_dates of the store", len(steps))
+    return tuple(map(int, steps))
 
 
 def _regular_grid(group: zarr.Group) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:

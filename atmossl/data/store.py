@@ -260,7 +260,8 @@ def check_dims(name: str, dims: Sequence[Hashable], location: str) -> None:
     if others:
         raise ValueError(
             f"{location}: {name} has further dimensions {others}; keep one value of each, "
-            "with `select` of `atmossl data ingest` for example"
+            "with `select` of `atmossl data ingest` for example; a member of an anemoi store also "
+            "with storage_options: {number: 0} in the catalog"
         )
 
 

@@ -21,6 +21,7 @@ from zarr.storage import LocalStore
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry, load_catalog
 from atmossl.data.chunks import Access
+from atmossl.data.inputs import open_input
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box
@@ -246,6 +247,81 @@ def test_anemois_layout_reads_alike(tmp_path, monkeypatch) -> None:
     group["latitudes"][3] = 12.3
     with pytest.raises(ValueError, match="no regular latitude-longitude grid"):
         open_store(SegmentEntry(location=str(tmp_path / "anemoi.zarr"), format="anemoi"))
+
+
+def anemoi_store(path: Path, names: list[str], members: int = 1, **attributes: Any) -> np.ndarray:
+    """A store of random values, [time variable member cell]."""
+    cells = np.random.default_rng(1).normal(280, 9, (12, len(names), members, 128))
+    group = zarr.open_group(path, mode="w")
+    group.create_array("data", data=cells.astype(np.float32), chunks=(2, 2, 1, 128))
+    lat, lon = np.meshgrid(RECORD["latitude"], RECORD["longitude"], indexing="ij")
+    group.create_array("latitudes", data=lat.ravel())
+    group.create_array("longitudes", data=lon.ravel())
+    put_times(group, "dates")
+    group.attrs.update(variables=names, **attributes)
+    return cells.astype(np.float32)
+
+
+def test_what_anemoi_says_is_missing_is_missing(tmp_path, caplog) -> None:
+    """A level that a parameter lacks, and dates without data, also where the store has values; a
+    parameter at the surface and on levels is two variables."""
+    dates = [f"{np.datetime64(RECORD['time'].values[n], 's')}" for n in (3, 7)]
+    names = ["t_500", "z", "w_850", "t_850", "z_500", "z_850"]
+    cells = anemoi_store(tmp_path / "a.zarr", names, missing_dates=dates)
+    stored = open_store(SegmentEntry(location=str(tmp_path / "a.zarr")))  # known by its arrays
+    expected = cells[:, :, 0].reshape(12, 6, 8, 16)
+    expected[[3, 7]] = np.nan
+    nothing = np.full_like(expected[:, 0], np.nan)
+    variables = {
+        "t": np.stack([expected[:, 0], expected[:, 3]], 1),
+        "w": np.stack([nothing, expected[:, 2]], 1),
+        "z_levels": expected[:, 4:6],
+        "z": expected[:, 1],
+    }
+    names_of = {"t": "t", "w": "w", "z_levels": "z_levels"}
+    segment = open_segment(
+        "a", stored, "a", variables=list(names_of), levels=[500, 850], variable_names=names_of,
+        may_miss=list(names_of),
+    )  # fmt: skip
+    for name, values in variables.items():
+        np.testing.assert_array_equal(stored.dataset[name].values, values)
+        if name in names_of:
+            read = segment.read(name, (500, 850), 0, 12, segment.whole()).swapaxes(0, 1)
+            np.testing.assert_array_equal(read, values)
+    part = segment.read("t", (850,), 6, 3, Box(2, 5, 4, 6))
+    np.testing.assert_array_equal(part[0], expected[6:9, 3, 2:6, 5:11])
+    assert "w lacks levels [500]" in caplog.text and "2 dates are missing" in caplog.text
+
+
+def test_members_of_an_anemoi_store_are_chosen(tmp_path) -> None:
+    cells = anemoi_store(tmp_path / "a.zarr", ["t_300", "t_500", "2t"], members=3)
+    place, expected = str(tmp_path / "a.zarr"), cells.reshape(12, 3, 3, 8, 16)
+    with pytest.raises(ValueError, match=r"further dimensions \['number'\].*storage_options"):
+        store = open_store(SegmentEntry(location=place))
+        open_segment("a", store, place, variables=["t"], levels=[300])
+    with pytest.raises(ValueError, match=r"further dimensions \['number'\].*select"):
+        open_input(place, {}, {}, {})
+    for member in (0, 2):
+        one = open_store(SegmentEntry(location=place, storage_options={"number": member}))
+        np.testing.assert_array_equal(one.dataset["t"], expected[:, :2, member])
+        read = one.arrays["2t"].read((slice(0, 12), slice(0, 8), slice(0, 16)))
+        np.testing.assert_array_equal(read, expected[:, 2, member])
+        lines: list[str] = []
+        chosen = open_input(place, {}, {"number": member}, {}, lines.append)["2m_temperature"]
+        np.testing.assert_array_equal(chosen.transpose("time", ...), expected[:, 2, member])
+        assert any("leaves out 2 of 3 values of number" in line for line in lines)
+    with pytest.raises(ValueError, match=r"number=3 is no member; valid: 0 to 2"):
+        open_store(SegmentEntry(location=place, storage_options={"number": 3}))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(["t_500", "t_500"], "more than once"), (["t_500"], "1 names for 2")]
+)
+def test_names_that_hide_each_other_are_refused(tmp_path, names: list[str], words: str) -> None:
+    anemoi_store(tmp_path / "a.zarr", ["t_500", "q_500"])
+    zarr.open_group(tmp_path / "a.zarr").attrs["variables"] = names
+    with pytest.raises(ValueError, match=words):
+        open_store(SegmentEntry(location=str(tmp_path / "a.zarr"), format="anemoi"))
 
 
 CHUNKS = f"{NAMES[0]}/c/"
