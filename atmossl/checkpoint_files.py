@@ -1,19 +1,29 @@
-"""Files of checkpoints: written atomically, read as one file or as a folder of shards."""
+"""Files of checkpoints: written atomically, read as one file or as a folder of shards.
+
+Every read compares the checksums (`atmossl.checksums`) first, and says in one line what is wrong
+with a file that is damaged, incomplete or not ours, whatever torch makes of it.
+"""
 
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atmossl.checksums import MANIFEST, UnsoundError, seal_file, verified_digest
+
 METADATA = "meta.pt"  # Lightning's name for what is no tensor of model or optimiser
 _PARTIAL = ".partial-"
+BEST = "best.ckpt"
 _STEP = re.compile(r"step-(\d+)\.ckpt")
+LEAVING = ".leaving-"  # and a step: checkpoints of later steps are being moved into this folder
+# What training cannot go on without, beside the record and the weights.
+_TO_GO_ON = ("optimizer_states", "lr_schedulers", "loops", "global_step")
 
 
 def partial_path(path: Path) -> Path:
@@ -44,7 +54,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_contents(contents: Any, path: Path) -> None:
-    """Write tensors and plain values as one file.
+    """Write tensors and plain values as one file that carries its checksum.
 
     Raises:
         OSError: in the system's words; torch says of a full disk only that a position is off.
@@ -55,6 +65,47 @@ def save_contents(contents: Any, path: Path) -> None:
         with path.open("ab", buffering=0) as file:  # asks once more
             file.write(bytes(2**20))
         raise OSError(f"{path} could not be written: {error}") from error
+    seal_file(path)
+
+
+def write_output(contents: Any, path: Path, key: str = "output") -> None:
+    """Write the checkpoint that a command's key names, atomically.
+
+    Raises:
+        OSError: names key and file beside the system's words.
+    """
+    try:
+        write_atomically(path, lambda partial: save_contents(contents, partial))
+    except OSError as error:
+        words = error.strerror or str(error)
+        raise OSError(f"{key}={path} could not be written: {words}") from error
+
+
+def check_room(path: Path, num_bytes: int, key: str = "output") -> None:
+    """That a file of so many bytes can be written, before the work that fills it.
+
+    Raises:
+        ValueError: names key and file beside the system's words.
+    """
+    partial = partial_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(b"0")
+            if hasattr(os, "posix_fallocate"):  # not everywhere
+                os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+    except OSError as error:
+        words = error.strerror or str(error)
+        raise ValueError(f"{key}={path} cannot be written: {words}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -88,26 +139,74 @@ def read_contents(path: Path) -> dict[str, Any]:
     """A checkpoint as plain values and tensors on the CPU, whoever wrote it on how many devices.
 
     Raises:
-        ValueError: truncated, no torch file, or not one of ours.
+        ValueError: damaged, truncated, no torch file, or not one of ours.
     """
+    return read_with_digest(path)[0]
+
+
+def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
+    """The contents of `read_contents`, and the digits that identify them."""
+    with _naming(path):
+        digest = verified_digest(path)
+        contents = _read_shards(path) if path.is_dir() else _load(path)
+    return _checked(path, contents), digest
+
+
+def read_record_to_go_on(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint that training can go on from; all checksums are compared, the
+    tensors stay on the disk.
+
+    Raises:
+        ValueError: damaged, truncated, no torch file, not one of ours, or weights alone.
+    """
+    with _naming(path):
+        verified_digest(path)
+        if not path.is_dir():
+            contents: Any = _load(path, mmap=True)
+        elif (path / MANIFEST).exists():
+            shards: Any = dict.fromkeys(("state_dict", "optimizer_states"))
+            contents = {**_load(path / METADATA, mmap=True), **shards}
+        else:  # an earlier version wrote it: a look at all of it is the only check
+            contents = _read_shards(path)
+    contents = _checked(path, contents)
+    if missing := [key for key in _TO_GO_ON if key not in contents]:
+        raise ValueError(f"{path} holds weights alone: it has no {', '.join(missing)}")
+    return contents["atmossl"]
+
+
+@contextmanager
+def _naming(path: Path) -> Generator[None]:
+    """Turn whatever torch raises at a file that it cannot read into one line that names it."""
     try:
-        if path.is_dir():
-            contents: Any = _read_shards(path)
-        else:
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except UnsoundError as error:
+        raise ValueError(f"checkpoint={path} {error}") from error
+    except OSError as error:
+        words = error.strerror or str(error)
+        raise ValueError(f"checkpoint={path} cannot be read: {words}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint={path} was not written by atmossl, or by a version that is newer than "
+            "this one: it holds objects other than tensors and plain values"
+        ) from error
+    except Exception as error:
         raise ValueError(
             f"checkpoint={path} is truncated or no torch file ({type(error).__name__})"
         ) from error
-    if not isinstance(contents, dict) or "atmossl" not in contents:
+
+
+def _load(path: Path, *, mmap: bool = False) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _checked(path: Path, contents: Any) -> dict[str, Any]:
+    if not isinstance(contents, dict) or not isinstance(contents.get("atmossl"), dict):
         raise ValueError(f"checkpoint={path} was not written by atmossl: it has no atmossl record")
+    if "state_dict" not in contents:
+        raise ValueError(f"checkpoint={path} is incomplete: it has no weights (state_dict)")
     return contents
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The record alone of a checkpoint that can be read; its tensors stay on the disk."""
-    file = path / METADATA if path.is_dir() else path
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["atmossl"]
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
@@ -140,19 +239,27 @@ def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {"state": {names[k]: v for k, v in state["state"].items()}, "param_groups": groups}
 
 
+def step_of(name: str) -> int | None:
+    """N of a file `step-N.ckpt`, None of any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints `step-N.ckpt` of a run by their step. Those of a branch that is just being
+    left are not among them."""
+    limit = min((int(mark.name.removeprefix(LEAVING)) for mark in marks_in(folder)), default=None)
+    steps = {step: path for path in folder.glob("*.ckpt") if (step := step_of(path.name))}
+    return {step: path for step, path in steps.items() if limit is None or step <= limit}
+
+
+def marks_in(folder: Path) -> list[Path]:
+    """Folders `.leaving-N` that a killed run has left: it was moving later checkpoints there."""
+    return sorted(folder.glob(f"{LEAVING}*"))
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, the newest step first, then the best one."""
-    found = {int(match[1]): p for p in folder.glob("*.ckpt") if (match := _STEP.fullmatch(p.name))}
-    best = folder / "best.ckpt"
-    return [found[step] for step in sorted(found, reverse=True)] + [best] * best.exists()
-
-
-def newest_readable(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is neither torn nor foreign."""
-    for path in checkpoints_in(folder):
-        try:
-            read_contents(path)
-        except ValueError:
-            continue
-        return path
-    return None
+    steps, best = steps_in(folder), folder / BEST
+    best_counts = best.exists() and not marks_in(folder)
+    return [steps[step] for step in sorted(steps, reverse=True)] + [best] * best_counts

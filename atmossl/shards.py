@@ -1,18 +1,36 @@
 """Folders of shards, each written by the device that held it, read as a whole."""
 
+import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     _EmptyStateDictLoadPlanner,
 )
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from atmossl.checkpoint_files import METADATA
+from atmossl.checksums import UnsoundError, in_one_line
+
+_INDEX = ".metadata"  # torch's name for the index of a folder, a pickle
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata",)
+_INDEX_NAMES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),  # of Python 3.13
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -27,14 +45,56 @@ class _WholePlanner(SafePlanner, _EmptyStateDictLoadPlanner):
     """Loads everything that is there, without a template."""
 
 
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes nothing but what torch's index consists of, so that no foreign code can run."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        is_dtype = module_name == "torch" and isinstance(
+            getattr(torch, global_name, None), torch.dtype
+        )
+        allowed = is_dtype or (module_name, global_name) in _INDEX_NAMES
+        if not allowed and (module_name not in _INDEX_MODULES or "." in global_name):
+            raise UnsoundError(f"is unsafe: its index asks for {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+class ShardReader(FileSystemReader):
+    """Torch's reader of a folder, whose index is read by `_IndexUnpickler`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        del args, kwargs
+        with (Path(self.path) / _INDEX).open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        if not isinstance(index, Metadata):
+            raise UnsoundError(f"is damaged: its {_INDEX} is no index of torch")
+        index.storage_meta = index.storage_meta or StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
 def read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is no tensor of model or optimiser, and what is.
 
-    The folder's index (torch's `.metadata`) is a pickle: open only folders that you trust.
+    Raises:
+        UnsoundError: a part is missing or damaged; torch's own exception is no `Exception`.
     """
     contents = torch.load(path / METADATA, map_location="cpu", weights_only=True)
     tensors: dict[str, Any] = {}
-    _load_state_dict(
-        tensors, storage_reader=FileSystemReader(path), planner=_WholePlanner(), no_dist=True
-    )
+    reader = ShardReader(path)
+    reader.read_metadata()  # torch would print a traceback of an index that cannot be read
+    with as_unsound():
+        _load_state_dict(tensors, storage_reader=reader, planner=_WholePlanner(), no_dist=True)
     return contents, tensors
+
+
+@contextmanager
+def as_unsound() -> Generator[None]:
+    """Tell in one line what torch could not read on some rank."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        if isinstance(reason, UnsoundError):
+            raise reason from error
+        words = f"{type(reason).__name__}: {in_one_line(reason)}"
+        raise UnsoundError(f"is damaged or incomplete, as rank {rank} found ({words})") from error

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from atmossl.api import cautions, chosen_times
-from atmossl.checkpoint_files import write_atomically
+from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.commands.common import device_for, note, open_for
 from atmossl.inference.calibration import Calibration, estimate_inflation
-from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint
+from atmossl.inference.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, write
 from atmossl.schema import PredictConfig, parse
@@ -39,7 +38,11 @@ def predict(values: Mapping[str, Any]) -> Path:
             resume=config.resume,
             advance=lambda share: bar.advance(shown, share),
         )
-    Console(markup=False).print(f"prediction: {config.output}", highlight=False)
+    digest = predictor.trained.digest
+    Console(markup=False).print(
+        f"checkpoint: {config.checkpoint} (digest {digest})\nprediction: {config.output}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     return config.output
 
 
@@ -76,6 +79,7 @@ def calibrate(values: Mapping[str, Any]) -> Path:
         raise ValueError(f"output={config.output} must end in .ckpt and not exist")
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
+    check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
     predictor = _predictor(config)
     task = predictor.task.one_pass()
     record = Calibration(predictor.trained.record, task).without_own()
@@ -86,7 +90,7 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     found = estimate_inflation(predictor, times)
     contents = read_checkpoint(config.checkpoint)
     record = Calibration(contents["atmossl"], task).replaced(found)
-    write_atomically(config.output, lambda path: torch.save({**contents, "atmossl": record}, path))
+    write_output({**contents, "atmossl": record}, config.output)
     for name, factors in found.factors.items():
         text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
         Console(markup=False).print(f"{name}: spread x {text} by lead time", highlight=False)

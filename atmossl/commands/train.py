@@ -7,19 +7,27 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import newest_readable, read_record, write_atomically
+from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.data.statistics import Normaliser
-from atmossl.inference.checkpoint import read_checkpoint, spec_to_dict
+from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
 from atmossl.model.linear import half_is_fast
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
-from atmossl.training.resume import check_same_run, check_same_statistics, samples_seen
+from atmossl.training.resume import (
+    Start,
+    check_same_run,
+    check_same_statistics,
+    newest_start,
+    samples_seen,
+    start_from,
+)
 
 
 @dataclass(frozen=True)
@@ -41,29 +49,31 @@ def train(values: Mapping[str, Any]) -> Trained:
     config: TrainConfig = parse(TrainConfig, values)
     _check_precision(config)
     output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
-    resume = _resume_from(config.resume, checkpoints)
+    start = _start_of(config.resume, checkpoints)
     if config.resume is None and checkpoints.exists():
         raise ValueError(
             f"paths.output={output} holds a run; go on with resume=auto, or choose another folder"
         )
-    before = None if resume is None else _record_of(resume, config, values)
+    if start is not None:
+        _check_start(start, config, values)
     make_folder(output)
     datamodule, statistics = build_data(config)
-    if resume is not None and before is not None:
-        check_same_statistics(resume, before["statistics"], statistics.to_dict())
-        datamodule.go_on(step=before["step"], samples=samples_seen(before))
+    if start is not None:
+        check_same_statistics(start.path, start.record["statistics"], statistics.to_dict())
+        datamodule.go_on(step=start.record["step"], samples=samples_seen(start.record))
     module = build_module(
         config,
         statistics,
         values,
         step_hours=datamodule.step_hours,
-        resumed=resume is not None,
+        resumed=start is not None,
     )
     keep_metrics(output)
     trainer = build_trainer(config, Normaliser(statistics))
     tell_warm_start(trainer, module.record["warm_start"], output)
     OmegaConf.save(OmegaConf.create(values), output / "config.yaml")
-    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+    path = None if start is None else start.path
+    trainer.fit(module, datamodule, ckpt_path=path, weights_only=True)
     last = checkpoints / "last.ckpt"
     if trainer.is_global_zero:
         Console(markup=False).print(
@@ -85,31 +95,30 @@ def tell_warm_start(trainer: Trainer, report: dict[str, list[str]], output: Path
     Console(markup=False).print(f"warm start: {counts}; see {path}", highlight=False)
 
 
-def _resume_from(resume: str | None, checkpoints: Path) -> Path | None:
-    """The checkpoint to go on from; with `auto` the newest that can be read, or none."""
+def _start_of(resume: str | None, checkpoints: Path) -> Start | None:
+    """The checkpoint to go on from; with `auto` the newest good one, or none of a new run."""
     if resume is None:
         return None
-    if resume == "auto":
-        return newest_readable(checkpoints)
-    if "optimizer_states" not in read_checkpoint(resume):
-        raise ValueError(
-            f"resume={resume} holds weights alone; a run goes on from a step-N.ckpt of its own, "
-            f"and a new one starts from weights with warm_start.checkpoints=[{resume}]"
-        )
-    return Path(resume)
+    if resume != "auto":
+        return start_from(checkpoint_path(resume))
+    start = newest_start(checkpoints)
+    if start is not None and start.passed_over:
+        note_once(f"resume=auto goes on from {start.path}: {'; '.join(start.passed_over)}")
+    return start
 
 
-def _record_of(resume: Path, config: TrainConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of the checkpoint, which this run can go on from."""
-    record = read_record(resume)
+note_once = rank_zero_only(note)
+
+
+def _check_start(start: Start, config: TrainConfig, values: Mapping[str, Any]) -> None:
+    """That this run can go on from the checkpoint."""
     specs = [spec_to_dict(spec) for spec in config.specs]
-    check_same_run(resume, record, values, config.model.model_dump(), specs)
-    if record["step"] >= config.trainer.max_steps:
-        note(
-            f"{resume} has {record['step']} of trainer.max_steps={config.trainer.max_steps} steps; "
-            "nothing is left to train"
+    check_same_run(start.path, start.record, values, config.model.model_dump(), specs)
+    if start.record["step"] >= config.trainer.max_steps:
+        note_once(
+            f"{start.path} has {start.record['step']} of trainer.max_steps="
+            f"{config.trainer.max_steps} steps; nothing is left to train"
         )
-    return record
 
 
 def _check_precision(config: TrainConfig) -> None:

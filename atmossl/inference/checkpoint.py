@@ -1,6 +1,5 @@
 """Loading a checkpoint for inference: it needs nothing but the file."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -11,7 +10,13 @@ import torch
 from torch import nn
 
 from atmossl.batch import StreamSpec, TokenSize, levels_by_variable, shared_fields
-from atmossl.checkpoint_files import read_contents, write_atomically
+from atmossl.checkpoint_files import (
+    check_room,
+    read_contents,
+    read_with_digest,
+    write_output,
+)
+from atmossl.checksums import in_one_line, verified_digest
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.masking.base import FirstGuess
@@ -22,6 +27,7 @@ from atmossl.model.multiformer import Multiformer
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
 _AVERAGED = "ema.module."
+_NEEDED = ("streams", "model", "statistics", "window", "first_guess", "data")
 _MUST_AGREE = ("streams", "model", "statistics", "window")
 
 
@@ -102,8 +108,10 @@ def load_checkpoint(name: str) -> TrainedModel:
     Raises:
         ValueError: no such file, truncated, foreign, or weights that do not fit the record.
     """
-    contents = read_checkpoint(name)
+    contents, digest = read_with_digest(checkpoint_path(name))
     record = contents["atmossl"]
+    if missing := [key for key in _NEEDED if key not in record]:
+        raise ValueError(f"checkpoint={name} is incomplete: its record lacks {missing}")
     specs = _specs_of(record, name)
     model = Multiformer(streams=specs, **record["model"])
     weights = {
@@ -114,7 +122,8 @@ def load_checkpoint(name: str) -> TrainedModel:
     try:
         model.load_state_dict(merged(weights))
     except RuntimeError as error:
-        raise ValueError(f"checkpoint={name}: weights do not fit its record: {error}") from error
+        words = in_one_line(error)
+        raise ValueError(f"checkpoint={name}: weights do not fit its record: {words}") from error
     return TrainedModel(
         model=model.eval(),
         specs=specs,
@@ -123,7 +132,7 @@ def load_checkpoint(name: str) -> TrainedModel:
         first_guess=record["first_guess"],
         data=record["data"],
         record=record,
-        digest=_digest(checkpoint_path(name)),
+        digest=digest,
     )
 
 
@@ -138,14 +147,6 @@ def _specs_of(record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
     if faults:
         raise ValueError(f"checkpoint={name}: {'; '.join(faults)}. Train anew with other streams")
     return specs
-
-
-def _digest(path: Path) -> str:
-    """Of a file, or of all files of a sharded checkpoint in the order of their names."""
-    found = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        found.update(file.read_bytes() if file.is_file() else b"")
-    return found.hexdigest()[:16]
 
 
 def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
@@ -187,6 +188,7 @@ def export(names: Sequence[str], output: Path) -> None:
     """
     if output.exists():
         raise ValueError(f"output={output} exists; choose another path or remove it")
+    check_room(output, 1)
     checkpoints = {name: read_checkpoint(name) for name in names}
     last = checkpoints[names[-1]]
     for name, contents in checkpoints.items():
@@ -203,9 +205,9 @@ def export(names: Sequence[str], output: Path) -> None:
     }
     record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
     if len(names) > 1:
-        record["mean_of"] = [_digest(checkpoint_path(name)) for name in names]
+        record["mean_of"] = [verified_digest(checkpoint_path(name)) for name in names]
     exported = {"state_dict": weights, "atmossl": record}
-    write_atomically(output, lambda partial: torch.save(exported, partial))
+    write_output(exported, output)
 
 
 def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:

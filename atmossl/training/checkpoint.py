@@ -1,9 +1,6 @@
-"""Saving during training, and the rule of what is kept.
+"""Saving during training. Which checkpoints stay is the matter of `atmossl.training.keeping`."""
 
-A run's folder `checkpoints/` holds `step-N.ckpt` (the newest few), `best.ckpt` and `last.ckpt`, a
-link to the newest.
-"""
-
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +12,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from atmossl.checkpoint_files import (
-    checkpoints_in,
-    link_atomically,
+    BEST,
     read_contents,
     remove,
     save_contents,
     write_atomically,
 )
 from atmossl.training.distributed import failing_together
+from atmossl.training.keeping import leave_branch, tidy
 from atmossl.training.strategies import ShardedStrategy
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -92,8 +91,9 @@ class KeepCheckpoints(L.Callback):
     (lower is better).
 
     healthy: whether the state is worth keeping; while it is not, nothing is saved or removed.
-    An older checkpoint goes only once newer ones are on the disk. Where a validation is due at the
-    same step, the save comes after it, so that a resumed run has the same log.
+    An older checkpoint goes only once newer ones are on the disk. A resumed run moves the branch
+    that it leaves aside. Where a validation is due at the same step, the save comes after it, so
+    that a resumed run has the same log.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class KeepCheckpoints(L.Callback):
         self.monitor = monitor
         self.healthy = healthy
         self._saved = -1
+        self._start: tuple[int, str] | None = None  # step and name of what training went on from
         self.best: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +123,23 @@ class KeepCheckpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
         self._saved = trainer.global_step
+        if trainer.ckpt_path is None:
+            return
+        with failing_together(f"going on in {self.folder}"):
+            has_best = trainer.is_global_zero and self._leave_branch(trainer)
+        if not trainer.strategy.broadcast(has_best):
+            self.best = None  # the next validation writes a new one
+
+    def _leave_branch(self, trainer: L.Trainer) -> bool:
+        """Make the folder ready for the line that goes on; whether that has a `best.ckpt`."""
+        assert trainer.ckpt_path is not None
+        departure = leave_branch(self.folder, Path(trainer.ckpt_path), trainer.global_step)
+        self._start = departure.start
+        if departure.aside:
+            names = ", ".join(departure.aside)
+            _LOGGER.warning("%s: moved aside to %s", names, departure.into)
+        tidy(self.folder, self._start, self.keep)
+        return (self.folder / BEST).exists()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
@@ -137,7 +155,7 @@ class KeepCheckpoints(L.Callback):
         if score is not None and (self.best is None or float(score) < self.best):
             self.best = float(score)
             if self.healthy():
-                self._write(trainer, self.folder / "best.ckpt")
+                self._write(trainer, self.folder / BEST)
         if trainer.global_step % self.interval == 0:
             self.save(trainer)
 
@@ -170,15 +188,7 @@ class KeepCheckpoints(L.Callback):
             if isinstance(io, AtomicCheckpointIO):
                 io.wait()
             if trainer.is_global_zero:
-                self._tidy()
-
-    def _tidy(self) -> None:
-        steps = [path for path in checkpoints_in(self.folder) if path.name != "best.ckpt"]
-        if not steps:
-            return
-        link_atomically(self.folder / "last.ckpt", steps[0].name)
-        for path in steps[self.keep :]:
-            remove(path)
+                tidy(self.folder, self._start, self.keep)
 
 
 def validates_now(trainer: L.Trainer) -> bool:

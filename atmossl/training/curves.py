@@ -1,5 +1,6 @@
 """Pictures of a run's curves, from its CSV log."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,24 @@ def read_metrics(metrics: Path) -> pd.DataFrame:
     earlier = sorted(metrics.parent.glob("metrics-*.csv"), key=lambda path: int(path.stem[8:]))
     tables: list[Any] = []
     for path in (*earlier, metrics):
-        table = pd.read_csv(path)
+        table = _read_table(path)
+        if table.empty:
+            continue
         start = table["step"].min()
         tables = [before[before["step"] < start] for before in tables]
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["step"])
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """The complete lines of one log: a killed run may have left it empty, or cut in a line."""
+    lines, _, _ = path.read_text(errors="replace").rpartition("\n")
+    header, _, _ = lines.partition("\n")
+    if "step" not in header.split(","):
+        return pd.DataFrame(columns=["step"])
+    table = pd.read_csv(io.StringIO(lines), on_bad_lines="skip")
+    numbers: Any = table.apply(pd.to_numeric, errors="coerce")
+    return numbers[numbers["step"].notna()]
 
 
 def plot_curves(metrics: Path, folder: Path) -> list[Path]:

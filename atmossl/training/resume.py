@@ -1,10 +1,14 @@
-"""What a run that goes on must have in common with the run that it was."""
+"""Which checkpoint a run goes on from, and what it must have in common with the run that it was."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from atmossl.checkpoint_files import checkpoints_in, marks_in, read_record_to_go_on
+from atmossl.training.keeping import ABANDONED
 
 # Keys of the configuration that weights and states of the optimiser depend on.
 _FIXED = (
@@ -15,6 +19,56 @@ _FIXED = (
 )
 _FREE_OF_STREAMS = ("loss_weight", "missing")
 _NUMBERS = ("mean", "std", "step_std")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run goes on from, its record, and why newer ones were passed over."""
+
+    path: Path
+    record: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
+
+
+def start_from(path: Path) -> Start:
+    """The checkpoint that the user names.
+
+    Raises:
+        ValueError: it cannot be read, is damaged, or holds weights alone.
+    """
+    try:
+        return Start(path, read_record_to_go_on(path))
+    except ValueError as error:
+        advice = ""
+        if "weights alone" in str(error):
+            advice = (
+                "; a run goes on from a step-N.ckpt of its own, and a new one starts from weights "
+                f"with warm_start.checkpoints=[{path}]"
+            )
+        raise ValueError(f"resume={path}: {error}{advice}") from error
+
+
+def newest_start(folder: Path) -> Start | None:
+    """The newest good `step-N.ckpt` of a run, or `best.ckpt` if there is none; None where the run
+    has saved nothing yet.
+
+    Raises:
+        ValueError: there are checkpoints, but no good one.
+    """
+    reasons: list[str] = []
+    for path in checkpoints_in(folder):
+        try:
+            return Start(path, read_record_to_go_on(path), tuple(reasons))
+        except ValueError as error:
+            reasons.append(str(error))
+    left = [path.name for path in (*folder.glob(f"{ABANDONED}*"), *marks_in(folder))]
+    if not reasons and not left:
+        return None
+    why = "; ".join(reasons) or f"only branches that were left: {', '.join(sorted(left))}"
+    raise ValueError(
+        f"resume=auto: {folder} holds no checkpoint to go on from ({why}). Name another one with "
+        "resume=PATH, or move the folder away to start anew"
+    )
 
 
 def check_same_run(

@@ -38,7 +38,8 @@ from atmossl.checkpoint_files import (
     remove,
     save_contents,
 )
-from atmossl.shards import SafePlanner
+from atmossl.checksums import UnsoundError, write_manifest
+from atmossl.shards import SafePlanner, ShardReader, as_unsound
 from atmossl.training.distributed import failing_together
 
 CheckpointFormat = Literal["file", "sharded"]
@@ -161,7 +162,7 @@ class ShardedStrategy(ModelParallelStrategy):
             save(tensors, checkpoint_id=partial)
         with failing_together(f"saving {path}"):
             if self.is_global_zero:
-                publish(partial, path)
+                _publish_whole(partial, path)
 
     def _save_later(self, tensors: dict[str, Any], partial: Path, path: Path) -> None:
         """Copy to the host now, write in a thread; the first rank's is done after all others'."""
@@ -175,7 +176,7 @@ class ShardedStrategy(ModelParallelStrategy):
             with as_system_error():
                 written.result()
             if self.is_global_zero:
-                publish(partial, path)
+                _publish_whole(partial, path)
 
         self._pending = self._pool.submit(commit)
 
@@ -196,14 +197,22 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _load_shards(self, path: Path) -> dict[str, Any]:
         """Every rank reads its own part, on however many ranks it was written."""
+
+        def read(into: dict[str, Any]) -> None:
+            try:
+                with as_unsound():
+                    load(into, storage_reader=ShardReader(path), planner=SafePlanner())
+            except UnsoundError as error:
+                raise ValueError(f"resume: {path} {error}") from error
+
         module = self._module
         state = {"state_dict": get_model_state_dict(module)}
-        load(state, checkpoint_id=path, planner=SafePlanner())
+        read(state)
         set_model_state_dict(module, state["state_dict"])
         for number, optimizer in enumerate(self.optimizers):
             key = f"optimizer_{number}"
             saved: dict[str, Any] = {key: get_optimizer_state_dict(module, optimizer)}
-            load(saved, checkpoint_id=path, planner=SafePlanner())
+            read(saved)
             set_optimizer_state_dict(module, optimizer, saved[key])
         return torch.load(path / METADATA, map_location="cpu", weights_only=True)
 
@@ -219,6 +228,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done in `load_checkpoint`."""
+
+
+def _publish_whole(partial: Path, path: Path) -> None:
+    """Name a folder of shards once the checksums of all of them lie beside them."""
+    write_manifest(partial)
+    publish(partial, path)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The mean of several checkpoints' weights."""
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from atmossl.inference.checkpoint import export, read_checkpoint
+from atmossl.checkpoint_files import check_room
+from atmossl.inference.checkpoint import export, load_checkpoint, read_checkpoint
 
 
 def saved(path: Path, weight: torch.Tensor, **changes) -> str:
@@ -49,3 +51,30 @@ def test_checkpoints_of_different_models_have_no_mean(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.ckpt: its model"):
         export(names, tmp_path / "mean.ckpt")
     assert not (tmp_path / "mean.ckpt").exists()
+
+
+def test_places_that_cannot_be_written_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"output=.*file/x\.ckpt cannot be written"):
+        export([str(tmp_path / "missing.ckpt")], tmp_path / "file" / "x.ckpt")
+
+
+def test_a_full_disk_is_named_with_key_and_file(tmp_path: Path) -> None:
+    """Either before the work, where room for all of it can be asked for, or at the write."""
+    weights = saved(tmp_path / "a.ckpt", torch.zeros(100_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"output=.*b\.ckpt cannot be written: File too large"):
+            check_room(tmp_path / "b.ckpt", 60_000)
+        with pytest.raises(OSError, match=r"output=.*b\.ckpt could not be written: File too large"):
+            export([weights], tmp_path / "b.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.ckpt", torch.zeros(2))
+    with pytest.raises(ValueError, match=r"a\.ckpt is incomplete: its record lacks \['data'\]"):
+        load_checkpoint(path)

@@ -1,6 +1,9 @@
 """The log of a resumed run is whole."""
 
+from pathlib import Path
+
 import pandas as pd
+import pytest
 
 from atmossl.training.curves import keep_metrics, plot_curves, read_metrics
 
@@ -17,3 +20,22 @@ def test_a_resumed_run_keeps_the_log_of_what_came_before(tmp_path) -> None:
     assert table["train/loss"].tolist() == [0, 10, 120, 130, 240, 250]
     (picture,) = plot_curves(metrics, tmp_path / "curves")
     assert picture.name == "loss.png" and picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("cut", range(0, 40, 3))
+def test_a_log_that_a_kill_cut_gives_its_whole_lines(cut: int, tmp_path: Path) -> None:
+    content = "step,train/loss\n0,0.125\n1,0.25\n2,0.375\n"
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text(content[:cut])
+    table = read_metrics(metrics)
+    whole = content[:cut].count("\n") - 1
+    assert table["step"].tolist() == list(range(max(0, whole)))
+    keep_metrics(tmp_path)
+    pd.DataFrame({"step": [1, 2], "train/loss": [0.5, 0.75]}).to_csv(metrics, index=False)
+    assert read_metrics(metrics)["step"].tolist() == [0, 1, 2][whole < 1 :]
+    assert [path.name for path in plot_curves(metrics, tmp_path / "curves")] == ["loss.png"]
+
+
+def test_an_empty_log_has_no_curves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").touch()
+    assert plot_curves(tmp_path / "metrics.csv", tmp_path / "curves") == []

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.curves import read_metrics
 from atmossl.training.resume import regroup_batches, samples_seen
-from tests.processes import all_end, kill_at_batch, kill_at_commit, run, training
+from tests.processes import Ended, all_end, command, kill_at_batch, kill_at_commit, run, training
 
 pytestmark = pytest.mark.e2e
 STEPS, ACCUMULATE, INTERVAL = 14, 2, 3
@@ -84,6 +84,55 @@ def test_a_run_killed_while_shards_are_written_ends_as_the_unbroken_one(tmp_path
     assert (folder / f".partial-step-{2 * INTERVAL}.ckpt").exists()
     assert run(arguments(broken, *beside, "resume=auto"), cache=tmp_path) == 0
     assert_same_end(whole, broken)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_torn_or_left_moves_aside_and_nothing_good_goes(tmp_path: Path) -> None:
+    """A torn newest checkpoint, a start from an older one, then all torn."""
+
+    def go_on(*more: str) -> Ended:
+        common = ("trainer.checkpoint_interval=2", "trainer.keep_checkpoints=2")
+        return command(*training(tmp_path / "run", *common, *more), cache=tmp_path)
+
+    folder = tmp_path / "run" / "checkpoints"
+    assert go_on("trainer.max_steps=4").returncode == 0
+    tear(folder / "step-4.ckpt")
+    done = go_on("trainer.max_steps=6", "resume=auto")
+    assert done.returncode == 0
+    told = [line for line in done.stderr.splitlines() if "step-4.ckpt is" in line]
+    assert len(told) == 1 and "resume=auto goes on from" in told[0] and "step-2.ckpt" in told[0]
+    kept = ["abandoned-step-4-1", "last.ckpt", "step-4.ckpt", "step-6.ckpt"]
+    assert names_in(folder) == kept
+    assert go_on("trainer.max_steps=6", f"resume={folder / 'step-4.ckpt'}").returncode == 0
+    assert names_in(folder) == [*kept[:1], "abandoned-step-6-1", *kept[1:]]
+    paths = [folder / "abandoned-step-6-1" / "step-6.ckpt", folder / "last.ckpt"]
+    left, last = (read_contents(path) for path in paths)
+    assert differing(left["state_dict"], last["state_dict"]) == []  # the same steps once more
+    for path in folder.glob("step-*.ckpt"):
+        tear(path)
+    refused = go_on("trainer.max_steps=8", "resume=auto")
+    (line,) = refused.stderr.splitlines()
+    assert refused.returncode == 2 and "step-6.ckpt is" in line and "resume=PATH" in line
+    assert names_in(folder) == [*kept[:1], "abandoned-step-6-1", *kept[1:]]
+
+
+def test_a_folder_that_lacks_a_shard_is_passed_over(tmp_path: Path) -> None:
+    def go_on(*more: str) -> Ended:
+        common = ("trainer.strategy=fsdp", "trainer.checkpoint_format=sharded",
+                  "trainer.checkpoint_interval=2", "trainer.keep_checkpoints=2")  # fmt: skip
+        return command(*training(tmp_path / "run", *common, *more), cache=tmp_path)
+
+    folder = tmp_path / "run" / "checkpoints"
+    assert go_on("trainer.max_steps=4").returncode == 0
+    (shard,) = (folder / "step-4.ckpt").glob("*.distcp")
+    shard.unlink()
+    done = go_on("trainer.max_steps=6", "resume=auto")
+    assert done.returncode == 0 and f"{shard.name} is missing" in done.stderr
+    assert names_in(folder) == ["abandoned-step-4-1", "last.ckpt", "step-4.ckpt", "step-6.ckpt"]
+    assert read_contents(folder / "last.ckpt")["atmossl"]["step"] == 6
 
 
 def test_steps_of_as_many_samples_are_the_same_however_they_are_grouped(tmp_path: Path) -> None:

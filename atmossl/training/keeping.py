@@ -1,0 +1,172 @@
+"""Which checkpoints of a run stay, and where.
+
+A run's folder `checkpoints/` holds one line of checkpoints `step-N.ckpt`, each trained on from the
+one before, `best.ckpt` of the same line, and `last.ckpt`, a link to the newest. When training goes
+on from an older checkpoint, the later ones form a branch that is left: they move into
+`abandoned-step-N-K/`, as do damaged ones, and nothing of them is deleted.
+
+The rule itself, `to_set_aside` and `to_keep`, is pure. `leave_branch` and `tidy` look at the folder
+and do what the rule says, in steps of which each leaves a folder that training can go on from.
+"""
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from atmossl.checkpoint_files import (
+    BEST,
+    LEAVING,
+    link_atomically,
+    marks_in,
+    read_record_to_go_on,
+    remove,
+    step_of,
+    steps_in,
+    write_atomically,
+)
+
+ABANDONED = "abandoned-step-"
+_LAST = "last.ckpt"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint in the folder of a run. good: it can be read and its checksums agree."""
+
+    name: str
+    step: int
+    good: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do once a checkpoint is on the disk. link: what `last.ckpt` shall point to."""
+
+    link: str
+    remove: tuple[str, ...]
+
+
+def to_set_aside(present: Collection[Kept], start: Kept | None) -> tuple[str, ...]:
+    """Names of the checkpoints that do not belong to the line which ends at `start`, the checkpoint
+    that training goes on from: later and damaged ones. None: it lies in another folder, so that
+    none of them belong to its line."""
+    return tuple(
+        checkpoint.name
+        for checkpoint in present
+        if start is None
+        or (checkpoint.name != start.name and (checkpoint.step > start.step or not checkpoint.good))
+    )
+
+
+def to_keep(steps: Collection[int], start: tuple[int, str] | None, keep: int) -> Plan | None:
+    """The newest `keep` of a line's steps stay. Its newest one must be known to be good: it was
+    compared with memory when it was written, or training went on from it.
+
+    start: step and name of the checkpoint that training went on from, which may be `best.ckpt`.
+    None: there is nothing to keep yet.
+    """
+    newest_first = sorted(steps, reverse=True)
+    if start is not None and (not newest_first or newest_first[0] < start[0]):
+        return Plan(start[1], ())
+    if not newest_first:
+        return None
+    names = [f"step-{step}.ckpt" for step in newest_first]
+    return Plan(names[0], tuple(names[max(1, keep) :]))
+
+
+def tidy(folder: Path, start: tuple[int, str] | None, keep: int) -> None:
+    """Point `last.ckpt` to the newest checkpoint, then remove all but the newest `keep`."""
+    plan = to_keep(steps_in(folder), start, keep)
+    if plan is None:
+        return
+    link_atomically(folder / _LAST, plan.link)
+    for name in plan.remove:
+        remove(folder / name)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """How the folder of a run was made ready for training to go on.
+
+    start: step and name, in the folder, of the checkpoint that training goes on from.
+    aside: names of the checkpoints that moved into the folder `into`.
+    """
+
+    start: tuple[int, str]
+    aside: tuple[str, ...]
+    into: Path | None
+
+
+def leave_branch(folder: Path, start: Path, step: int) -> Departure:
+    """Make `start`, of this step, the newest checkpoint of the folder; later, damaged and foreign
+    ones move aside. A start that lies elsewhere is copied into the folder.
+
+    A folder `.leaving-S` marks all checkpoints of steps after S as left. Where a kill comes before
+    all of them have moved there, the next call finishes the move.
+    """
+    start = start.resolve()
+    present = _look(folder, start, step)
+    begun = next((one for one in present if folder.resolve() / one.name == start), None)
+    aside = to_set_aside(present, begun)
+    if begun is None:
+        remove(folder / _LAST)
+    else:  # first, so that it never points to what has moved
+        link_atomically(folder / _LAST, begun.name)
+    newest = max((one.step for one in present if one.name in aside), default=0)
+    into = _move_aside(folder, aside, limit=step if begun else 0, newest=newest)
+    if begun is None:
+        moved = start.parent.name.startswith(LEAVING) and into is not None
+        begun = Kept(f"step-{step}.ckpt", step, good=True)
+        _copy(into / start.name if moved and into else start, folder / begun.name)
+        link_atomically(folder / _LAST, begun.name)
+    return Departure((step, begun.name), aside, into)
+
+
+def _look(folder: Path, start: Path, step: int) -> list[Kept]:
+    """The folder's checkpoints. Older steps than a start of the same line are taken as good, since
+    training relies on the start alone."""
+    on_line = start.parent == folder.resolve() and step_of(start.name) is not None
+    present = []
+    for path in sorted(folder.glob("*.ckpt")):
+        number = step_of(path.name)
+        if number is None and path.name != BEST:
+            continue
+        if number is not None and on_line and number <= step:
+            present.append(Kept(path.name, number, good=True))
+            continue
+        saved_step = _step_of_good(path)
+        known = saved_step if number is None else number
+        present.append(Kept(path.name, known or 0, good=saved_step is not None))
+    return present
+
+
+def _step_of_good(path: Path) -> int | None:
+    """The step of a checkpoint that can be read and whose checksums agree, else None."""
+    try:
+        return read_record_to_go_on(path)["step"]
+    except ValueError:
+        return None
+
+
+def _move_aside(folder: Path, names: Collection[str], limit: int, newest: int) -> Path | None:
+    """Move checkpoints, the newest of this step, into a new folder, which has its name when all are
+    there; returns it."""
+    marks = marks_in(folder)
+    if not names and not marks:
+        return None
+    mark = marks[0] if marks else folder / f"{LEAVING}{limit}"
+    mark.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).replace(mark / name)
+    newest = max([newest, *(step_of(path.name) or 0 for path in mark.iterdir())])
+    number = 1
+    while (into := folder / f"{ABANDONED}{newest}-{number}").exists():
+        number += 1
+    mark.replace(into)
+    return into
+
+
+def _copy(source: Path, target: Path) -> None:
+    copy = shutil.copytree if source.is_dir() else shutil.copyfile
+    write_atomically(target, lambda partial: copy(source, partial))
