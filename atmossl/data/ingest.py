@@ -235,6 +235,8 @@ def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, jou
         return
     journal.mkdir(parents=True, exist_ok=True)
     coords = dataset.drop_vars(list(dataset.data_vars)).drop_encoding()
+    if "time" in coords.coords:
+        coords["time"].attrs = {"standard_name": "time"}
     coords["latitude"].attrs = {"standard_name": "latitude", "units": "degrees_north"}
     coords["longitude"].attrs = {"standard_name": "longitude", "units": "degrees_east"}
     if "level" in coords.coords:

@@ -19,7 +19,7 @@ from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
-from atmossl.data.metadata import check_statements
+from atmossl.data.metadata import check_statements, is_mean
 from atmossl.data.store import check_dims, rename_coordinates
 from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
@@ -250,6 +250,12 @@ def _cost(
 def advice(variable: VariableReport, window: WindowSize) -> list[str]:
     """Chunks that are not there, and what rechunking would save, if it would save much."""
     found = []
+    if is_mean(variable.picture):
+        found.append(
+            f"{variable.name}: its values are means over time (cell_methods "
+            f"{variable.picture.attrs['cell_methods']!r}), not those at its dates; compare them "
+            "with such means alone"
+        )
     if variable.absent[0]:
         found.append(
             f"{variable.name}: {variable.absent[0]} chunks are not there and read as "

@@ -42,10 +42,6 @@ _TOLERANCE_DEG = 1e-3
 _ALSO_CALLED: dict[str, tuple[str, ...]] = {
     "temperature": ("temperature",),
     "2m_temperature": ("temperature",),
-    "u_component_of_wind": ("x_wind",),  # along latitudes, where the grid is geographic
-    "v_component_of_wind": ("y_wind",),
-    "10m_u_component_of_wind": ("x_wind",),
-    "10m_v_component_of_wind": ("y_wind",),
     "geopotential_at_surface": ("geopotential",),
     "vertical_velocity": ("vertical_air_velocity_expressed_as_tendency_of_pressure",),
     "mean_sea_level_pressure": ("air_pressure_at_sea_level",),
@@ -60,7 +56,10 @@ _ALSO_CALLED: dict[str, tuple[str, ...]] = {
 }
 _U_LIKE = r"\bu\b|\bu[-_ ]?(wind|comp|vel)|zonal|eastward"
 _V_LIKE = r"\bv\b|\bv[-_ ]?(wind|comp|vel)|meridional|northward"
-_NO_COMPONENT = r"|westward|southward|direction|gust|stress|flux|transport|tendency|wind speed$"
+_NO_COMPONENT = (
+    r"|westward|southward|wind[-_ ]*(from )?direction|direction of wind|gust|stress|flux|transport|"
+    r"tendency|^(?!.*(\bu\b|\bv\b|zonal|meridional|eastward|northward)).*\bspeed"
+)
 _NO_TEMPERATURE = (
     r"dew|potential|virtual|wet[- ]?bulb|brightness|skin|soil|sea[- ](surface|water)|equivalent|"
     r"apparent|tendency|advection|maximum|minimum|\bmax\b|\bmin\b"
@@ -69,6 +68,8 @@ _ANY_OTHER = (
     r"anomal|standard deviation|variance|\bspread\b|percentile|quantile|standard error|increment|"
     r"\bbias\b(?![- ]*(correct|adjust))"
 )
+# Along the lines of the grid: along latitudes only where a grid mapping says that it is geographic.
+_ALONG_GRID = {"x_wind": "u_component_of_wind", "y_wind": "v_component_of_wind"}
 # Words in a long name that say that a variable is another quantity.
 _OTHER_QUANTITY: dict[str, str] = {
     "temperature": _NO_TEMPERATURE,
@@ -79,7 +80,7 @@ _OTHER_QUANTITY: dict[str, str] = {
     "10m_v_component_of_wind": _U_LIKE + _NO_COMPONENT,
     "geopotential": r"height|thickness|altitude|elevation",
     "geopotential_at_surface": r"geopotential[-_ ]?height|altitude|elevation",
-    "specific_humidity": r"relative|mixing ratio|absolute|dew|saturation|pressure",
+    "specific_humidity": r"relative|mixing ratio|absolute|dew|saturation|vapou?r pressure",
     "vertical_velocity": r"geometric",
     "vorticity": r"absolute|potential|divergence",
     "divergence": r"vorticity|moisture|flux",
@@ -88,7 +89,10 @@ _OTHER_QUANTITY: dict[str, str] = {
     "sea_ice_cover": r"thickness|volume|velocity|drift",
     "specific_cloud_liquid_water_content": r"\bice\b|rain|snow|column",
     "specific_cloud_ice_water_content": r"\bliquid\b|rain|snow|column",
-    "total_precipitation": r"\brate\b|flux|convective|large[- ]scale|stratiform|snow",
+    "total_precipitation": (
+        r"\brate\b|flux|^(?!.*(total|convective.*large|large.*convective)).*"
+        r"(convective|large[- ]scale|stratiform|snow)"
+    ),
     "toa_incident_solar_radiation": r"\bnet\b|outgoing|upward|reflected",
 }
 _UPPER_AIR = (
@@ -123,7 +127,8 @@ _NO_PRESSURE = re.compile(
 )
 _HYBRID = re.compile(r"hybrid|sigma|\beta\b|model[-_ ]?(level|layer)", re.I)
 _START = re.compile(
-    r"\b(init(ial(i[sz]ation)?)?|reference|base|run|start)[-_ ]*(time|date)|start of .*forecast",
+    r"\b(init(ial(i[sz]ation)?)?|reference|base|run|start)[-_ ]*(time|date)|start of .*forecast|"
+    r"(time|date) of .*init",
     re.I,
 )
 
@@ -140,8 +145,8 @@ def check_statements(variable: str, array: xr.DataArray, whole: xr.Dataset, wher
     conflict = array.encoding.get("conflict")
     if conflict:
         raise ValueError(f"{where}: {conflict}")
-    _check_quantity(variable, array, where)
     _check_grid_mapping(variable, array, whole, where)
+    _check_quantity(variable, array, where)
     for axis, degrees in (("latitude", "north"), ("longitude", "east")):
         if axis in array.coords:
             _check_degrees(axis, degrees, array, where)
@@ -164,6 +169,8 @@ def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
         return
     standard = _says(array.attrs, "standard_name")
     valid = (known.standard_name, *_ALSO_CALLED.get(variable, ()), variable)
+    if "grid_mapping" in {**array.attrs, **array.encoding}:  # checked to be geographic
+        valid += tuple(x for x, along in _ALONG_GRID.items() if variable.endswith(along))
     if standard and standard.lower().replace(" ", "_") not in valid:
         raise ValueError(
             f"{where}: {variable} has standard_name {standard!r}; valid: {sorted(set(valid))}. "
@@ -223,6 +230,11 @@ def _check_methods(variable: str, array: xr.DataArray, where: str) -> None:
             f"{where}: {variable} has cell_methods {methods!r}, so its values are a "
             f"{match.group(0)}; needed: values at the dates, or means. {_NAME_ADVICE}"
         )
+
+
+def is_mean(array: xr.DataArray) -> bool:
+    """Whether values are said to be means over time, not values at their dates."""
+    return bool(re.search(r"\btime\b[^:]*:\s*(\w+:\s*)*mean", _says(array.attrs, "cell_methods")))
 
 
 def _check_height(variable: str, array: xr.DataArray, where: str) -> None:
@@ -371,26 +383,26 @@ def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: s
     long_name, positive = _says(level.attrs, "long_name"), _says(level.attrs, "positive")
     in_pressure = hpa_per_unit(level) is not None
     doubtful = _HYBRID if in_pressure else _NO_PRESSURE
-    fault = ""
+    faults = []
     if units and not in_pressure:
-        fault = f"units {units!r}"
-    elif doubtful.search(standard) or (standard and not in_pressure and "press" not in standard):
-        fault = f"standard_name {standard!r}"
-    elif doubtful.search(long_name):
-        fault = f"long_name {long_name!r}"
-    elif "formula_terms" in level.attrs:
-        fault = f"formula_terms {level.attrs['formula_terms']!r}"
-    elif not in_pressure and positive.lower() == "up":
-        fault = "positive 'up'"
-    elif not is_pressure(level) and _counts_up(level.values):
-        fault = f"the values {level.values.min():g} to {level.values.max():g} without gap"
-    elif beside := _pressure_field(variable, level, whole):
-        fault = f"the variable {beside} beside it"
-    if fault:
+        faults.append(f"units {units!r}")
+    if doubtful.search(standard) or (standard and not in_pressure and "press" not in standard):
+        faults.append(f"standard_name {standard!r}")
+    if doubtful.search(long_name):
+        faults.append(f"long_name {long_name!r}")
+    if "formula_terms" in level.attrs:
+        faults.append(f"formula_terms {level.attrs['formula_terms']!r}")
+    if not in_pressure and positive.lower() == "up":
+        faults.append("positive 'up'")
+    if not is_pressure(level) and _counts_up(level.values):
+        faults.append(f"the values {level.values.min():g} to {level.values.max():g} without gap")
+    if beside := _pressure_field(variable, level, whole):
+        faults.append(f"the variable {beside} beside them")
+    if faults:
         raise ValueError(
-            f"{where}: {variable} lies on levels with {fault}, which are not pressure. Levels must "
-            "be pressure in hPa or Pa: interpolate to pressure levels first, or, if they are "
-            "pressure, say so by units and standard_name air_pressure"
+            f"{where}: {variable} lies on levels with {', '.join(faults)}, which are not pressure. "
+            "Levels must be pressure in hPa or Pa: interpolate to pressure levels first, or, if "
+            "they are pressure, say so by units and standard_name air_pressure"
         )
 
 
@@ -420,6 +432,12 @@ def is_start(time: xr.DataArray) -> bool:
     if standard:
         return standard == "forecast_reference_time"
     return bool(_START.search(_says(time.attrs, "long_name")))
+
+
+def _said_of(time: xr.DataArray) -> str:
+    """The attribute that says that dates are starts."""
+    key = "standard_name" if _says(time.attrs, "standard_name") else "long_name"
+    return f"{key} {_says(time.attrs, key)}"
 
 
 def lead_of(array: xr.DataArray) -> np.timedelta64 | None:
@@ -481,9 +499,9 @@ def _check_valid_time(variable: str, array: xr.DataArray, where: str) -> None:
     lead = lead_of(array)
     if is_start(time) and lead is None:
         raise ValueError(
-            f"{where}: the dates of {variable} are the starts of forecasts, and no coordinate says "
-            "how far ahead its fields are. Make valid dates of them: dataset.assign_coords(time="
-            "dataset.time + LEAD)"
+            f"{where}: the dates of {variable} are the starts of forecasts ({_said_of(time)}), and "
+            "no coordinate says how far ahead its fields are. Make valid dates of them: "
+            "dataset.assign_coords(time=dataset.time + LEAD)"
         )
     if not lead:  # none is stated, or it is zero
         return

@@ -20,6 +20,7 @@ from atmossl.data.metadata import (
     check_statements,
     durations,
     height_factor,
+    is_mean,
 )
 from atmossl.data.store import canonical_axes
 from atmossl.data.variables import VARIABLES, check_units, conversion
@@ -165,11 +166,18 @@ def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every:
 
 
 def check_same_units(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset) -> None:
-    """Raise ValueError for a variable of which a forecast states other units than the truth."""
+    """Raise ValueError for a variable of which a forecast states other units than the truth, or
+    means over time where the truth has values at its dates."""
     for name, forecast in forecasts.items():
         for variable in forecast.data_vars:
             if variable not in truth:
                 continue
+            stated = [d[variable].attrs.get("cell_methods") for d in (forecast, truth)]
+            if all(stated) and is_mean(forecast[variable]) != is_mean(truth[variable]):
+                raise ValueError(
+                    f"{name}: {variable} has cell_methods {stated[0]!r}, the truth {stated[1]!r}: "
+                    "means over time and values at the dates do not compare"
+                )
             theirs, ours = (d[variable].attrs.get("units") for d in (forecast, truth))
             if theirs is None or ours is None or variable in VARIABLES:
                 continue  # the units of known variables are looked at where stores are opened

@@ -10,12 +10,13 @@ import xarray as xr
 from atmossl.cli import main
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
+from atmossl.data.ingest import Layout, Source, Workers, ingest
 from atmossl.data.inputs import open_input
-from atmossl.data.inspect import inspect, refusals
+from atmossl.data.inspect import advice, inspect, refusals
 from atmossl.data.store import open_segment
 from atmossl.data.variables import SHORT_NAMES, VARIABLES
 from atmossl.data.windows import WindowSize
-from atmossl.evaluation.forecasts import canonical_forecast
+from atmossl.evaluation.forecasts import canonical_forecast, check_same_units
 from tests.synthetic import dataset
 
 Change = Callable[[xr.Dataset], xr.Dataset]
@@ -84,6 +85,9 @@ QUANTITIES = [
     ("u_component_of_wind", {"units": "m s-1", "standard_name": "wind_speed"}),
     ("u_component_of_wind", {"units": "m s-1", "standard_name": "northward_wind"}),
     ("u_component_of_wind", {"units": "m s-1", "standard_name": "grid_eastward_wind"}),
+    ("u_component_of_wind", {"units": "m s-1", "standard_name": "x_wind"}),
+    ("u_component_of_wind", {"units": "m s-1", "long_name": "Wind direction"}),
+    ("total_precipitation", {"units": "m", "long_name": "Convective precipitation"}),
     ("u_component_of_wind", {"units": "m s-1", "long_name": "V component of wind"}),
     ("v_component_of_wind", {"units": "m s-1", "long_name": "Zonal wind"}),
     ("v_component_of_wind", {"units": "m s-1", "long_name": "Wind speed"}),
@@ -157,6 +161,12 @@ SOUND: list[tuple[str, str, dict[str, str], Change]] = [
         axis("longitude", units="degrees_east", long_name="longitude")(d))),
     ("CDO", "temperature", {}, axis("latitude", units="degrees_north", standard_name="latitude",
                                     long_name="latitude", axis="Y")),
+    ("on pressure", "specific_humidity", {"long_name": "Specific humidity on pressure levels"},
+     lambda d: d),
+    ("both rains", "total_precipitation",
+     {"long_name": "Large-scale precipitation plus convective precipitation"}, lambda d: d),
+    ("direction", "u_component_of_wind",
+     {"long_name": "Wind speed in the zonal direction (eastward)"}, lambda d: d),
     ("corrected", "2m_temperature", {"long_name": "bias-corrected temperature"}, lambda d: d),
     ("member", "temperature", {}, scalar("realization", 3, standard_name="realization")),
 ]  # fmt: skip
@@ -358,3 +368,24 @@ def test_no_advice_leads_into_the_fault() -> None:
                 open_segment("a", case, "here", variables=["temperature"], levels=[],
                              coordinates=coordinates)  # fmt: skip
             assert "coordinates." not in str(refused.value)
+
+
+def test_means_over_time_are_told_and_not_compared_with_values(tmp_path) -> None:
+    mean = record("temperature", units="K", cell_methods="area: mean time: mean")
+    point = record("temperature", units="K", cell_methods="time: point")
+    path = tmp_path / "in.nc"
+    mean.to_netcdf(path)
+    entry = CatalogEntry(description="", segments={"a": SegmentEntry(location=str(path))},
+                         splits={}, variables={"temperature": "temperature"}, licence="",
+                         citation="")  # fmt: skip
+    (report,) = inspect(entry, WindowSize(2, 2, 2), samples=1)
+    assert any(
+        "means over time" in line for line in advice(report.variables[0], WindowSize(2, 2, 2))
+    )
+    check_same_units({"theirs": mean}, mean)
+    check_same_units({"theirs": record("temperature", units="K")}, mean)
+    with pytest.raises(ValueError, match="theirs: temperature has cell_methods"):
+        check_same_units({"theirs": point}, mean)
+    ingest(Source(str(path)), tmp_path / "out.zarr", Layout(2, 0, 0, 0, 0, 1),
+           Workers("threads", 1), max)  # fmt: skip
+    assert "time: mean" in xr.open_zarr(tmp_path / "out.zarr").temperature.cell_methods

@@ -81,8 +81,9 @@ def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
     else:
         limits = corners.reshape(-1, 2)
     (west, south), (east, north) = limits.min(axis=0), limits.max(axis=0)
-    axes.set_xlim(west * 1.005, east * 1.005)
-    axes.set_ylim(south * 1.005, north * 1.005)
+    margin_x, margin_y = 0.0025 * (east - west), 0.0025 * (north - south)
+    axes.set_xlim(west - margin_x, east + margin_x)
+    axes.set_ylim(south - margin_y, north + margin_y)
     axes.set_aspect("equal")
     axes.set_axis_off()
     return mesh

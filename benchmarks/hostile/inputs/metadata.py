@@ -77,7 +77,7 @@ TABLE = [
     Contradiction("geopotential height by long_name", "geopotential", "height",
                   says(long_name="Geopotential height", units=None), "refused|told"),
     Contradiction("geopotential in gpm", "geopotential", "gpm|geopotential",
-                  says(units="gpm")),
+                  says(units="gpm"), "refused|told"),
     Contradiction("potential temperature", "temperature", "potential",
                   says(standard_name="air_potential_temperature")),
     Contradiction("dew point", "temperature", "dew_point",
