@@ -1,11 +1,13 @@
 """Opening what lies at a location, lazily and read-only: zarr (folder, zip, URL), icechunk,
 kerchunk references, NetCDF files, and the layouts of AtmoRep and anemoi-datasets."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import xarray as xr
 import zarr
@@ -17,10 +19,11 @@ from zarr.storage import FsspecStore, LocalStore, ZipStore
 from atmossl.data.axes import SharedLabels
 from atmossl.data.catalog import SegmentEntry, resolve_location
 from atmossl.data.chunks import Access, ChunkedArray
-from atmossl.data.file_kinds import NETCDF, ZIP, is_zarr, kind_of
+from atmossl.data.file_kinds import NETCDF, ZARR_METADATA, ZIP, data_files, is_zarr, kind_of
 from atmossl.data.metadata import FileStatements
 
 _DEFAULT_ACCESS = Access()
+_LOGGER = logging.getLogger(__name__)
 _NETCDF_ENDINGS = (".nc", ".nc4")
 _REFERENCES = (".json", ".parq", ".parquet")
 
@@ -85,10 +88,32 @@ def _format_of(location: str) -> str:
                 f"store {location}: the file is {kind}; valid: NetCDF, zarr. `atmossl data ingest` "
                 "reads GRIB and makes a zarr store of it"
             )
+        if kind == ZIP:
+            _check_zip(path)
         return "netcdf" if kind == NETCDF else "zarr"
-    if path.is_dir() and not is_zarr(path) and any(path.glob("*.nc*")):
+    if path.is_dir() and not is_zarr(path) and NETCDF in _kinds_in(path):
         return "netcdf"
     return "zarr"
+
+
+def _kinds_in(folder: Path) -> Iterator[str]:
+    files = (path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    return map(kind_of, files)
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError if an archive holds no zarr store, as those of NetCDF files that the CDS
+    sends."""
+    try:
+        with ZipFile(path) as archive:
+            names = archive.namelist()
+    except BadZipFile as error:
+        raise ValueError(f"store {path}: the zip archive is truncated or damaged") from error
+    if not any(name in ZARR_METADATA for name in names):
+        raise ValueError(
+            f"store {path}: a zip archive without a zarr store at its top, of "
+            f"{', '.join(names[:3]) or 'nothing'}; unpack it, and give the folder"
+        )
 
 
 def _open_zarr(location: str, options: dict[str, Any]) -> OpenedStore:
@@ -104,7 +129,7 @@ def _open_zarr(location: str, options: dict[str, Any]) -> OpenedStore:
 
 def zarr_store(location: str, options: dict[str, Any]) -> Store:
     """The zarr store at a path or URL, read-only."""
-    if location.endswith(".zip") and "://" not in location:
+    if "://" not in location and Path(location).is_file():
         return ZipStore(location, mode="r")
     if "://" in location:
         return FsspecStore.from_url(location, storage_options=options, read_only=True)
@@ -128,10 +153,12 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     if path.is_file():
         _check_whole(path)
         return OpenedStore(xr.open_dataset(path))
-    files = path.glob("*.nc*") if path.is_dir() else path.parent.glob(path.name)
-    found = sorted(str(file) for file in files if file.name[0] != ".")
+    there = data_files(location)
+    found = [str(file) for file in there.files if kind_of(file) == NETCDF]
     if not found:
         raise FileNotFoundError("no NetCDF file matches")
+    if passed_over := [*there.passed_over, *(f.name for f in there.files if str(f) not in found)]:
+        _LOGGER.warning("%s: files passed over: %s", location, ", ".join(passed_over[:8]))
     for file in found:
         _check_whole(Path(file))
     units: dict[str, set[str]] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 GRIB, NETCDF, ZIP = "GRIB", "NetCDF", "a zip archive"
 _ENDINGS = (".grib", ".grib1", ".grib2", ".grb", ".grb1", ".grb2", ".nc", ".nc4", ".cdf")
-_ZARR = ("zarr.json", ".zgroup", ".zmetadata")
+ZARR_METADATA = ("zarr.json", ".zgroup", ".zmetadata")
 _BEGINNINGS = {
     b"CDF\x01": NETCDF,
     b"CDF\x02": NETCDF,
@@ -54,7 +54,7 @@ def kind_of(path: Path) -> str:
 
 
 def is_zarr(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in _ZARR)
+    return path.is_dir() and any((path / name).exists() for name in ZARR_METADATA)
 
 
 def data_files(location: str) -> DataFiles:

@@ -50,6 +50,7 @@ _OF_VALUES = (
     *("numberOfCodedValues", "numberOfDataPoints", "getNumberOfValues", "packingError"),
     *("unpackedError", "referenceValueError", "7777", "codedValues", "bitmap", "packingType"),
 )
+_STEP_UNIT, _CALENDAR = "indicatorOfUnitOfTimeRange", (3, 4, 5, 6, 7)  # months to centuries
 _ABSENT = ("undef", "unknown", None)
 _BY_COLUMNS, _ALTERNATING = 32, 16
 _RESERVED = {1: 31, 2: 15}  # bits of scanningMode by edition that no regular grid has
@@ -73,7 +74,7 @@ class Messages:
         """
         from cfgrib import cfmessage, dataset, messages
 
-        more = {"time", "step", "stepRange", "second", *filters}
+        more = {"time", "step", "stepRange", "second", _STEP_UNIT, *filters}
         keys = sorted({*dataset.INDEX_KEYS, *more})
         stream = messages.FileStream(file, errors="raise")
         try:
@@ -230,16 +231,30 @@ def _check_places(messages: Messages, variable: str, tell: Tell) -> None:
                 "first, with cdo or earthkit for example, or choose others with filters"
             )
     _check_shared(messages, where)
-    if "undef" in messages.values("step") or set(messages.values("second")) - {0, "undef"}:
-        raise ValueError(
-            f"{where} has dates in seconds, or steps in months or years; valid: others"
-        )
+    _check_dates(messages, where)
     _check_single(messages, where, tell)
     places = prod(len(messages.values(key)) for key in _PLACE)
     if holes := places - len({_place(header) for header, _ in messages.rows}):
         tell(
             f"{variable} has no GRIB message for {holes} of its {places} places (dates, steps, "
             "members and levels): they are missing values"
+        )
+
+
+def _check_dates(messages: Messages, where: str) -> None:
+    """That dates and steps are what cfgrib can hold: minutes, and steps of a certain length."""
+    if set(messages.values("second")) - {0, "undef"}:
+        raise ValueError(f"{where} has dates with seconds; valid: whole minutes")
+    calendar_steps = messages.where(
+        lambda header: (
+            header["step"] == "undef" or (header["step"] and header[_STEP_UNIT] in _CALENDAR)
+        )
+    )
+    if calendar_steps.rows:
+        steps = _listed(calendar_steps.values("stepRange"))
+        raise ValueError(
+            f"{where} has steps in months or years, which have no certain length (stepRange "
+            f"{steps}); valid: seconds to days"
         )
 
 

@@ -243,9 +243,9 @@ def _opened_file(file: str, reading: _Reading) -> list[xr.Dataset]:
 
 def _fields(dataset: xr.Dataset) -> list[str]:
     """The variables of a dataset but those that describe others: bounds, and the grid's mapping."""
-    arrays = dataset.variables.values()
+    said = [about for v in dataset.variables.values() for about in (v.attrs, v.encoding)]
     keys = ("bounds", "grid_mapping", "climatology")
-    describing = {array.attrs[key] for array in arrays for key in keys if key in array.attrs}
+    describing = {about[key] for about in said for key in keys if key in about}
     return [str(name) for name in dataset.data_vars if name not in describing]
 
 
@@ -303,10 +303,17 @@ def _selected(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray
                 f"values of {dim}: {_values(array, dim)}"
             )
     try:
-        return array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
+        array = array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
     except (KeyError, ValueError) as error:
         valid = {dim: _values(array, dim) for dim in chosen}
         raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
+    if array.sizes.get("step", 1) > 1:  # each date would be there once for every lead time
+        valid = _values(array, "step")
+        raise ValueError(
+            f"input {file}: {array.name} has {array.sizes['step']} lead times (step); choose one, "
+            f"such as select.step={valid[-1]}; valid: {valid}"
+        )
+    return array
 
 
 def _single_date(array: xr.DataArray) -> bool:
@@ -375,8 +382,9 @@ def _plain(dim: str, value: Any) -> Any:
 def _values(array: xr.DataArray, dim: str) -> list[Any]:
     """The first values of a coordinate, as `select` takes them."""
     values = array[dim].values[:6]
-    if dim == "step":
-        return [f"{hours:g}h" for hours in values / np.timedelta64(1, "h")]
+    if dim == "step" and values.dtype.kind == "m":
+        minutes = values / np.timedelta64(1, "m")
+        return [f"{m:g}min" if m % 60 else f"{m / 60:g}h" for m in minutes]
     return values.tolist()
 
 

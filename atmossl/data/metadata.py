@@ -9,6 +9,7 @@ is called for every variable by every way in: opening by catalog, datasets from 
 says nothing is taken at its word.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -265,6 +266,7 @@ class FileStatements:
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._scalars: set[str] = set()
         self._conflicts: dict[str, str] = {}
 
     def add(self, variable: str, array: xr.DataArray, file: str) -> str | None:
@@ -272,6 +274,8 @@ class FileStatements:
         said = {key: _says(array.attrs, key) for key in ("standard_name", "cell_methods")}
         scalars = scalar_coordinates(array)
         said |= {name: value for name, value in scalars.items() if name not in _MAY_DIFFER}
+        self._scalars |= scalars.keys()
+        said |= _values_without_time(array)
         first_file, first = self._first.setdefault(variable, (file, said))
         for key in first.keys() & said.keys():
             if first[key] != said[key] and variable not in self._conflicts:
@@ -286,11 +290,21 @@ class FileStatements:
         they differ `check_statements` refuses it."""
         for name in dataset.data_vars:
             _, said = self._first.get(str(name), ("", {}))
-            attributes = ("standard_name", "cell_methods")
-            scalars = {key: value for key, value in said.items() if key not in attributes}
+            scalars = {key: value for key, value in said.items() if key in self._scalars}
             dataset[name].encoding["scalars"] = scalars
             dataset[name].encoding["conflict"] = self._conflicts.get(str(name))
         return dataset
+
+
+def _values_without_time(array: xr.DataArray) -> dict[str, str]:
+    """A hash of the values of a field that has no time, by the cells where it lies: files that
+    are joined keep the first one's."""
+    axes = [array[dim] for dim in array.dims]
+    if len(axes) < 2 or "time" in array.dims or any(axis.dtype.kind in "MO" for axis in axes):
+        return {}
+    cells = hashlib.sha256(b"".join(np.ascontiguousarray(axis.values).data for axis in axes))
+    values = hashlib.sha256(np.ascontiguousarray(array.values).data)
+    return {f"values without time on cells {cells.hexdigest()[:6]}": values.hexdigest()[:6]}
 
 
 def scalar_coordinates(array: xr.DataArray) -> dict[str, Any]:

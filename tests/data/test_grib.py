@@ -240,3 +240,87 @@ def test_filters_and_selections_that_mean_nothing_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             open_input(place, {}, select, filters)
+
+
+def minutes(count: int, edition: int) -> dict[str, Any]:
+    key = "P1" if edition == 1 else "forecastTime"
+    return {"indicatorOfUnitOfTimeRange": 0, key: count, "shortName": "2t"}
+
+
+@pytest.mark.parametrize("edition", [1, 2])
+def test_a_lead_time_in_minutes_is_chosen_and_dated(tmp_path, edition: int) -> None:
+    sample = f"regular_ll_sfc_grib{edition}"
+    fields = [message(FIELD + n, minutes(20 * n, edition), sample) for n in range(4)]
+    place = written(tmp_path / "in", *fields)
+    with pytest.raises(
+        ValueError, match=r"4 lead times .* valid: \['0h', '20min', '40min', '1h'\]"
+    ):
+        open_input(place, {}, {}, {})
+    lines: list[str] = []
+    found = open_input(place, {}, {"step": "20min"}, {}, lines.append)
+    assert found["time"].values.tolist() == [np.datetime64("2020-01-01T00:20", "ns").astype(int)]
+    np.testing.assert_allclose(found["2m_temperature"].max(), FIELD.max() + 1, atol=1e-4)
+    assert lines == [
+        "select.step=20min leaves out 3 of 4 values of step: ['0h', '20min', '40min', '1h']"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"second": 30}, "dates with seconds"),
+        ({"indicatorOfUnitOfTimeRange": 3, "forecastTime": 1}, "steps in months"),
+    ],
+)
+def test_dates_that_would_be_rounded_are_refused(tmp_path, keys: dict, words: str) -> None:
+    place = written(tmp_path / "in", message(FIELD, T500 | keys))
+    with pytest.raises(ValueError, match=words):
+        open_input(place, {}, {}, {})
+
+
+def member(number: int, day: int = 1) -> bytes:
+    keys = {"productDefinitionTemplateNumber": 1, "number": number, "dataDate": 20200100 + day}
+    return message(FIELD + 10 * number + day, keys | T500)
+
+
+def test_members_of_a_file_and_files_of_members_are_chosen(tmp_path) -> None:
+    one_file = written(tmp_path / "in", *(member(n, day) for n in range(3) for day in (1, 2)))
+    folder = tmp_path / "members"
+    folder.mkdir()
+    for n in range(3):
+        written(folder / f"member_{n}", member(n, 1), member(n, 2))
+    with pytest.raises(ValueError, match=r"dimensions \['number'\].*\[0, 1, 2\]"):
+        open_input(one_file, {}, {}, {})
+    with pytest.raises(ValueError, match=r"number 1 in member_1, 0 in member_0"):
+        open_input(str(folder), {}, {}, {})
+    for place in (one_file, str(folder)):
+        lines: list[str] = []
+        found = open_input(place, {}, {"number": 2}, {}, lines.append)
+        highest = found["temperature"].max(["latitude", "longitude", "level"])
+        np.testing.assert_allclose(highest, FIELD.max() + 20 + np.array([1, 2]), atol=1e-4)
+        assert any(line.startswith("select.number=2 leaves out") for line in lines)
+
+
+def test_fields_of_one_message_are_apart(tmp_path) -> None:
+    """Two fields in one GRIB 2 message, as NCEP packs wind."""
+    handle = eccodes.codes_grib_multi_new()
+    for short, shift in (("u", 0.0), ("v", 7.0)):
+        content = message(FIELD + shift, {"shortName": short, "level": 500})
+        single = eccodes.codes_new_from_message(content)
+        eccodes.codes_grib_multi_append(single, 4, handle)
+        eccodes.codes_release(single)
+    with (tmp_path / "in").open("wb") as file:
+        eccodes.codes_grib_multi_write(handle, file)
+    eccodes.codes_grib_multi_release(handle)
+    found = open_input(str(tmp_path / "in"), {}, {}, {})
+    for name, shift in (("u_component_of_wind", 0.0), ("v_component_of_wind", 7.0)):
+        np.testing.assert_allclose(found[name].max(), FIELD.max() + shift, atol=1e-4)
+
+
+def test_missing_values_of_a_bitmap_are_missing(tmp_path) -> None:
+    field = np.full(FIELD.shape, 250.0)
+    field[0] = 9999.0
+    keys = {"bitmapPresent": 1, "missingValue": 9999}
+    found = open_input(written(tmp_path / "in", message(field, T500 | keys)), {}, {}, {})
+    assert found["temperature"].isnull().sum("longitude").values.ravel().tolist() == [0, 0, 0, 5]
+    assert found["temperature"].min() == 250.0

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -137,6 +138,90 @@ def test_variables_may_lie_in_files_of_their_own(tmp_path: Path, capsys) -> None
         main(["data", "ingest", f"input={place}", f"output={tmp_path}/out.zarr", "end=2001"]) == 0
     )
     assert "missing values: u_component_of_wind 50.00%" in capsys.readouterr().out
+
+
+LIKE_IT = RECORD["temperature"].isel(time=0, level=0, drop=True)
+
+
+def test_a_field_without_time_that_differs_between_files_is_refused(tmp_path: Path) -> None:
+    """Joining would keep that of the first file."""
+    place = folder_of(tmp_path, HALVES[0].assign(lsm=MASK), HALVES[1].assign(lsm=MASK * 0.5))
+    with pytest.raises(ValueError, match=r"land_sea_mask has values without time.*1\.nc.*0\.nc"):
+        open_input(place, {}, {}, {})
+    names = {name: name for name in ("temperature", "u_component_of_wind")}
+    assert set(open_input(place, names, {}, {})) == set(names)
+    store = open_store(SegmentEntry(location=place))
+    with pytest.raises(ValueError, match=r"lsm has values without time.*1\.nc.*0\.nc"):
+        open_segment("a", store, place, variables=["lsm"], levels=[])
+    open_segment("a", store, place, variables=["temperature"], levels=[300])
+
+
+def test_what_two_files_both_hold_is_refused_even_if_values_are_missing(tmp_path: Path) -> None:
+    """xarray would fill the missing values of one file with those of the other."""
+    gappy = HALVES[0].where(HALVES[0].latitude > 0)
+    place = folder_of(tmp_path, gappy, HALVES[0] + 1.0)
+    with pytest.raises(ValueError, match=r"overlap: temperature of 2001-01-01T00:00, level 300 is"):
+        open_input(place, {}, {}, {})
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    bounds = (("latitude", "bnds"), np.zeros((8, 2)))
+    record = RECORD.assign(cape=LIKE_IT, lcl=LIKE_IT, lat_bnds=bounds)
+    record["latitude"].attrs["bounds"] = "lat_bnds"
+    record = xr.concat([record, record], "member").assign_coords(member=[0, 1])
+    place = folder_of(tmp_path, record)
+    (tmp_path / "README").write_text("about GRIB and NetCDF")
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ValueError, match=r"dimensions \['member'\]"):
+        open_input(place, {}, {}, {})
+    lines: list[str] = []
+    found = open_input(place, {}, {"member": 1}, {}, lines.append)
+    assert set(found) == {"temperature", "u_component_of_wind"}
+    text = "\n".join(lines)
+    assert "passed over: README (neither GRIB nor NetCDF by its first bytes), more (a fold" in text
+    assert "left out, as not known here: cape, lcl; variables.NAME=cape reads one" in text
+    assert "select.member=1 leaves out 1 of 2 values of member: [0, 1]" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (lambda r: r, ({}, {}, {"typeOfLevel": "surface"}), "no file is GRIB"),
+        (lambda r: r, ({}, {"number": 0}, {}), "select.number=0: no variable has number"),
+        (lambda r: r.assign(t=r["temperature"]), ({}, {}, {}), "several variables that are"),
+        (
+            lambda r: r.assign(sst=LIKE_IT.isel(latitude=slice(0, 7)).rename(latitude="lat")),
+            ({}, {}, {}),
+            "lie on different cells: 8 from -78.75 to 78.75 and 7 from",
+        ),
+    ],
+    ids=["filters", "select", "twice", "cells"],
+)
+def test_choices_that_mean_nothing_are_refused(tmp_path, change, arguments, words: str) -> None:
+    place = folder_of(tmp_path, change(RECORD))
+    with pytest.raises(ValueError, match=words):
+        open_input(place, *arguments)
+
+
+def test_a_file_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    HALVES[0].to_netcdf(folder / "first.cdf")
+    HALVES[1].to_netcdf(folder / "second", format="NETCDF3_64BIT", engine="scipy")
+    for name in ("temperature", "u_component_of_wind"):
+        found = open_input(str(folder), {}, {}, {})[name]
+        np.testing.assert_array_equal(found, RECORD[name].transpose(*found.dims))
+    store = open_store(SegmentEntry(location=str(folder)))
+    assert store.dataset.sizes["time"] == 6
+    with ZipFile(tmp_path / "sent.nc", "w") as archive:
+        archive.write(folder / "first.cdf", "data_instant.nc")
+    with pytest.raises(ValueError, match=r"sent\.nc: a zip archive .* data_instant\.nc; unpack"):
+        open_input(str(tmp_path / "sent.nc"), {}, {}, {})
+    (folder / "third.nc").touch()
+    for opening in (lambda p: open_input(p, {}, {}, {}),
+                    lambda p: open_store(SegmentEntry(location=p))):  # fmt: skip
+        with pytest.raises(ValueError, match=r"third\.nc: the file is empty"):
+            opening(str(folder))
 
 
 @pytest.mark.parametrize("unlimited", [[], ["time"]])
