@@ -20,7 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import Split, catalog_entry, find_file
+from atmossl.data.chunks import Access
 from atmossl.data.companions import Needs, paired
+from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step, untrained_window
@@ -56,6 +58,7 @@ class Model:
         batch_size: int = 16,
         seed: int = 0,
         fill_missing: bool = False,
+        input_limits: InputLimits = "refuse",
         others: Mapping[str, xr.Dataset] | None = None,
         data: str = "",
         **choices: Any,
@@ -65,19 +68,20 @@ class Model:
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
         or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
         (time, level, latitude, longitude) in any order. fill_missing: predict where it never has a
-        value, too. others: the datasets of streams with `data` of their own, by that name. data: of
-        the streams that are returned, on their own cells and at their own steps. output: all are
-        written there, and opened lazily; in memory otherwise. Warns of what the checkpoint was not
-        trained for.
+        value, too. input_limits: whether values that no atmosphere has are refused, taken with a
+        warning (`warn`), or not looked for (`off`). others: the datasets of streams with `data` of
+        their own, by that name. data: of the streams that are returned, on their own cells and at
+        their own steps. output: all are written there, and opened lazily; in memory otherwise.
+        Warns of what the checkpoint was not trained for.
 
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
-        _check_choices(dataset, layout, tilings=tilings, batch_size=batch_size)
+        _check_choices(dataset, layout, input_limits, tilings=tilings, batch_size=batch_size)
         sampler = _sampler(task, choices)
         predictor = Predictor(
             trained=self.trained,
-            segment=self._record({"": dataset, **(others or {})}, sampler),
+            segment=self._record({"": dataset, **(others or {})}, sampler, input_limits),
             task=sampler,
             overlap=overlap,
             tilings=tilings,
@@ -94,17 +98,16 @@ class Model:
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
             write(predictor, chosen, Path(output), names=layout)
-            if Path(output).suffix == ".grib2":
-                return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
-            opened = {"engine": _engine(Path(output)), "group": data or None, "chunks": {}}
-            return xr.open_dataset(output, decode_timedelta=True, **opened)
+            return _opened(Path(output), data)
         parts = list(predictions(predictor, chosen, layout, data))
         if not parts:
             raise ValueError(f"data={data!r} has no step at what is predicted")
         along = next(name for name in ("init_time", "time") if name in parts[0].dims)
         return xr.concat(parts, along, combine_attrs="override", data_vars="minimal", join="outer")
 
-    def _record(self, datasets: Mapping[str, xr.Dataset], task: Task) -> Segment:
+    def _record(
+        self, datasets: Mapping[str, xr.Dataset], task: Task, input_limits: InputLimits
+    ) -> Segment:
         """One record of all datasets, by the streams' `data`, as the task needs it."""
         needed = {spec.data for spec in self.trained.specs}
         if needed != set(datasets):
@@ -112,7 +115,7 @@ class Model:
                 f"others={sorted(set(datasets) - {''})}: the checkpoint's streams need "
                 f"{sorted(needed - {''})} beside the dataset"
             )
-        records = {}
+        records, access = {}, Access(input_limits=input_limits)
         for data, dataset in datasets.items():
             needs = Needs.of([s for s in self.trained.specs_for(task) if s.data == data])
             segment = open_segment(
@@ -121,6 +124,7 @@ class Model:
                 f"others[{data!r}]" if data else "the dataset",
                 variables=needs.variables,
                 levels=needs.levels,
+                access=access,
                 may_miss=needs.may_miss,
             )
             records[data] = (segment,)
@@ -136,18 +140,26 @@ def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
     return task
 
 
-def _check_choices(dataset: Any, layout: str, **counts: int) -> None:
+def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) -> None:
     if not isinstance(dataset, xr.Dataset):
         raise ValueError(f"dataset is a {type(dataset).__name__}; valid: an xarray.Dataset")
     if layout not in get_args(LayoutName):
         raise ValueError(f"layout={layout!r}; valid: {list(get_args(LayoutName))}")
+    if input_limits not in get_args(InputLimits):
+        raise ValueError(f"input_limits={input_limits!r}; valid: {list(get_args(InputLimits))}")
     for key, count in counts.items():
         if count < 1:
             raise ValueError(f"{key}={count}; valid: 1 or more")
 
 
-def _engine(output: Path) -> str:
-    return "zarr" if output.suffix == ".zarr" else "netcdf4"
+def _opened(output: Path, data: str) -> xr.Dataset:
+    """What was written, lazily; of a group if the streams have data of their own."""
+    if output.suffix == ".grib2":
+        return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
+    engine = "zarr" if output.suffix == ".zarr" else "netcdf4"
+    return xr.open_dataset(
+        output, decode_timedelta=True, engine=engine, group=data or None, chunks={}
+    )
 
 
 def load(checkpoint: str | Path = "default", *, device: str | None = None) -> Model:

@@ -21,6 +21,7 @@ from atmossl import __version__
 from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule
+from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.windows import WindowSize
@@ -53,6 +54,7 @@ Records = dict[str, tuple[Segment, ...]]
 
 def open_splits(config: TrainConfig) -> tuple[Records, Records]:
     """Segments of training and of validation, by the `data` of the streams that read them."""
+    access = Access(**config.data.read.model_dump(), input_limits=config.input_limits)
     train, validation = (
         open_records(
             config.specs,
@@ -60,7 +62,7 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
             config.data.catalog,
             split,
             in_memory=config.data.in_memory,
-            access=Access(**config.data.read.model_dump()),
+            access=access,
         )
         for split in ("train", "validation")
     )
@@ -73,7 +75,8 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     _warn(shared_steps(train[""], validation[""]))
     transforms = config.data.transform_of()
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
-    _warn([line for found in of_entry.values() for line in outside_limits(found)])
+    for name, found in of_entry.items():
+        _warn(limits_told(found, train[name][0], config.input_limits))
     statistics = replace(of_entry.pop(""), others=of_entry)
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
@@ -99,6 +102,20 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         together=partial(weigh_together, latitude_weighted=config.objective.latitude_weighted),
     )
     return datamodule, statistics
+
+
+def limits_told(statistics: Statistics, segment: Segment, mode: InputLimits) -> list[str]:
+    """What is outside of limits in the training data of a store.
+
+    Raises:
+        ValueError: there is something, and it is to be refused.
+    """
+    lines = outside_limits(statistics, pressure_levels=segment.pressure_levels)
+    if lines and mode == "refuse":
+        raise ValueError(
+            f"{segment.location}: {'; '.join(lines)} input_limits=warn takes the values as they are"
+        )
+    return [] if mode == "off" else lines
 
 
 def shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> list[str]:

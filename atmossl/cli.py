@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from atmossl.data.catalog import find_file
+from atmossl.data.limits import show_in_one_line
 from atmossl.lineage import end_with_parent, is_started_by_first_rank
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
 
@@ -294,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 with one line for bad input, 1 for a fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _quieten()
+    show_in_one_line()
     console = Console(stderr=True)
     if not arguments or {"-h", "--help"} & set(arguments):
         Console().print(_USAGE, markup=False, highlight=False)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from atmossl.build import open_splits
+from atmossl.build import limits_told, open_splits
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import Layout, Source, Workers, ingest, missing_shares, verify
@@ -25,7 +25,7 @@ from atmossl.data.inspect import (
     time_advice,
 )
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import Statistics, load_or_compute
 from atmossl.data.windows import WindowSize
 from atmossl.names import file_name
 from atmossl.schema import StatsConfig, parse
@@ -54,7 +54,8 @@ def show_statistics(values: Mapping[str, Any]) -> None:
         name = data or config.data.name
         statistics = _statistics(segments, config)
         _print_statistics(name, statistics, segments[0])
-        for line in outside_limits(statistics):
+        mode = "off" if config.input_limits == "off" else "warn"  # to tell is all that it does
+        for line in limits_told(statistics, segments[0], mode):
             Console(markup=False).print(f"outside of limits: {line}", highlight=False)
         for kind in config.climatologies:
             assert config.output is not None, "checked by the schema"

@@ -1,4 +1,5 @@
-"""Stores made in the test itself: smooth travelling waves, whose values are known everywhere."""
+"""Stores made in the test itself: smooth travelling waves, whose values are known everywhere and
+within what an atmosphere can have."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import xarray as xr
 from atmossl.batch import StreamSpec, StreamWindow, TokenSize
 
 UNITS = {"temperature": "K", "u_component_of_wind": "m s-1", "specific_humidity": "kg kg-1"}
+MEANS = {"temperature": 250.0}
+SCALES = {"specific_humidity": 1e-3}
 
 
 def dataset(
@@ -35,6 +38,7 @@ def dataset(
     for number, name in enumerate(variables):
         wave = (1 + number) * np.cos(np.deg2rad(latitude))[:, None] * np.sin(phase)
         values = wave + np.arange(len(levels))[:, None, None] + 0.1 * rng.standard_normal(shape)
+        values = MEANS.get(name, 0.0) + SCALES.get(name, 1.0) * values
         dims = ("time", "level", "latitude", "longitude")
         fields[name] = (dims, values.astype(np.float32), {"units": UNITS[name]})
     coords = {"time": times, "level": list(levels), "latitude": latitude, "longitude": longitude}

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
+from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task
@@ -43,16 +45,21 @@ def open_for(
     catalog: Path | None,
     split: Any,
     *,
+    input_limits: InputLimits = "refuse",
     name: str | None = None,
     task: Task | None = None,
 ) -> tuple[Segment, ...]:
     """The segments of a split with the variables and levels of a checkpoint.
 
-    name: of the only one that is wanted. task: which may fill missing values.
+    input_limits: what is done with values that no atmosphere has. name: of the only one that is
+    wanted. task: which may fill missing values.
     Raises:
         ValueError: unknown entry or segment, or a store that lacks what the checkpoint needs.
     """
-    records = open_records(trained.specs_for(task), data or trained.data, catalog, split)
+    access = Access(input_limits=input_limits)
+    records = open_records(
+        trained.specs_for(task), data or trained.data, catalog, split, access=access
+    )
     segments = paired(records)
     chosen = tuple(one for one in segments if one.is_called(name))
     if not chosen:

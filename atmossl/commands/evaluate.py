@@ -33,8 +33,16 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
             entry = catalog_entry(config.data or trained.data, config.catalog)
             reports = [compare_forecasts(config, entry)]
         else:
-            test = open_for(trained, config.data, config.catalog, config.split)
-            training = open_for(trained, config.data, config.catalog, "train")
+            test, training = (
+                open_for(
+                    trained,
+                    config.data,
+                    config.catalog,
+                    split,
+                    input_limits=config.input_limits,
+                )
+                for split in (config.split, "train")
+            )
             gappy = sorted({name for segment in test for name in segment.may_miss})
             if config.ridge and gappy:
                 note(f"no ridge regression of {gappy}, which may have missing values")

@@ -50,7 +50,13 @@ def _predictor(config: PredictConfig) -> Predictor:
     trained = load_checkpoint(config.checkpoint)
     task = config.task.sampler()
     first, *others = open_for(
-        trained, config.data, config.catalog, config.split, name=config.segment, task=task
+        trained,
+        config.data,
+        config.catalog,
+        config.split,
+        input_limits=config.input_limits,
+        name=config.segment,
+        task=task,
     )
     return Predictor(
         trained=trained,

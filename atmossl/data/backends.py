@@ -33,11 +33,13 @@ class OpenedStore:
     """A dataset as xarray sees it, and the zarr group behind it if there is one.
 
     arrays: readers by the name in the dataset, for layouts that only an adapter understands.
+    pressure_levels: whether its levels are pressures in hPa; AtmoRep's may be numbers of a model.
     """
 
     dataset: xr.Dataset
     group: zarr.Group | None = None
     arrays: Mapping[str, ChunkedArray] = field(default_factory=dict)
+    pressure_levels: bool = True
 
     def array(self, name: str) -> zarr.Array | None:
         """The zarr array of a variable by its name in the store."""
@@ -256,7 +258,7 @@ def _open_atmorep(location: str, options: dict[str, Any]) -> OpenedStore:
     from atmossl.data.layouts import atmorep
 
     dataset, arrays = atmorep(zarr.open_group(zarr_store(location, options), mode="r"))
-    return OpenedStore(dataset, None, arrays)
+    return OpenedStore(dataset, None, arrays, pressure_levels=False)
 
 
 def _open_anemoi(location: str, options: dict[str, Any]) -> OpenedStore:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,8 +14,9 @@ from xarray.conventions import decode_cf_variable
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
-from atmossl.data.absent_chunks import without_absent
+from atmossl.data.absent_chunks import declares_fill_value, without_absent
 from atmossl.data.chunk_files import ChunkFiles, Scratch, notices_damage
+from atmossl.data.limits import InputLimits, Notices
 from atmossl.data.retries import Retries
 
 Engine = Literal["auto", "files", "tensorstore", "zarr"]
@@ -39,12 +40,16 @@ class Access:
         read the store. threads: chunks of one process in flight at once.
     retries: further tries of whatever a remote store fails at, its opening, metadata or chunks;
         the first after `retry_wait_s` seconds, then twice as long each time.
+    input_limits: whether windows with values that no atmosphere has are refused, or taken with a
+        warning, or not looked for; see `atmossl.data.limits`. notices: what was warned of.
     """
 
     engine: Engine = "auto"
     threads: int = 4
     retries: int = 3
     retry_wait_s: float = 0.5
+    input_limits: InputLimits = "refuse"
+    notices: Notices = field(default_factory=Notices, compare=False, repr=False)
 
     def retries_of(self, location: str) -> Retries:
         return Retries.of(location, self.retries, self.retry_wait_s)
@@ -129,8 +134,15 @@ class ZarrChunks:
             values = self._decoded(region)
         except Exception as error:
             values = self._decoded_by_zarr(region, error)
-        values, absent = without_absent(self.array, region, values)
-        return self.packing.undo(values) if self.packing and not absent else values
+        if not self._fill_is_declared:
+            values, absent = without_absent(self.array, region, values)
+            if absent:
+                return values
+        return self.packing.undo(values) if self.packing else values
+
+    @cached_property
+    def _fill_is_declared(self) -> bool:
+        return declares_fill_value(self.array)
 
     def _decoded(self, region: Region) -> np.ndarray:
         """Values as they are stored."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, get_worker_info
 
 from atmossl.batch import Batch, collate_views
+from atmossl.data.limits import show_in_one_line
 from atmossl.data.transfer import Arena, Packed
 from atmossl.lineage import end_with_creator
 
@@ -54,6 +55,7 @@ def _start_worker(number: int) -> None:
     """Torch's own watch looks at the server that forked the worker, every 5 seconds."""
     del number
     end_with_creator()
+    show_in_one_line()
 
 
 Together = Callable[[Sequence[Batch]], Sequence[Batch]]

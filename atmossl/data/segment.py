@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ import xarray as xr
 
 from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.chunks import Access, MemoryChunks
+from atmossl.data.limits import Limits
 from atmossl.data.reader import AXES, Index, StoredVariable, Target, read_targets
 from atmossl.geometry import Alignment, Box, Grid, common_alignment
 
@@ -41,6 +42,7 @@ class Segment:
     partial: cut out of a longer record at a gap or by a companion, so it may be shorter than a
         window.
     part: of a record with gaps, its first date, which is the end of its name; else empty.
+    pressure_levels: whether its levels are pressures; else they may be numbers of a model.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Segment:
     calendar: Calendar = STANDARD
     partial: bool = False
     part: str = ""
+    pressure_levels: bool = True
 
     @property
     def record_name(self) -> str:
@@ -156,13 +159,21 @@ class Segment:
         read_targets(wanted, self.access)
 
     def read(
-        self, variable: str, levels: Sequence[int], start: int, count: int, box: Box
+        self,
+        variable: str,
+        levels: Sequence[int],
+        start: int,
+        count: int,
+        box: Box,
+        *,
+        within_limits: bool = False,
     ) -> np.ndarray:
         """Values [level time lat lon] of one variable in one window, float32.
 
+        within_limits: look for values that no atmosphere has, as `access.input_limits` says.
         Raises:
-            ValueError: missing values, unless they may be missing, or a chunk that cannot be
-                read; names store and times.
+            ValueError: missing values, unless they may be missing, values outside of limits, or a
+                chunk that cannot be read; names store and times.
         """
         out = np.empty((len(levels), count, box.lat_size, box.lon_size), np.float32)
 
@@ -172,7 +183,25 @@ class Segment:
         self.read_into({variable: [self.target(variable, levels, start, count, box, write)]})
         if variable not in self.may_miss and not np.isfinite(out).all():
             raise ValueError(self.missing_message(variable, start, count))
+        limits = self.limits(variable, levels, start, count) if within_limits else None
+        if limits is not None:
+            limits.check(out)
         return out
+
+    def limits(self, variable: str, levels: Sequence[int], start: int, count: int) -> Limits | None:
+        """What the values of a variable may be; None if nobody is to look."""
+        return Limits.physical(
+            variable,
+            tuple(levels),
+            pressure_levels=self.pressure_levels,
+            mode=self.access.input_limits,
+            notices=self.access.notices,
+            place=partial(self._place, start, count),
+        )
+
+    def _place(self, start: int, count: int) -> str:
+        first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
+        return f"{self.location} between {first} and {last}"
 
     def missing_message(self, variable: str, start: int, count: int) -> str:
         first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
@@ -249,7 +278,7 @@ class Segment:
         """The record as a canonical dataset in memory; see `dataset_of`."""
         count, everywhere = len(self.times), self.whole()
         fields = {
-            name: self.read(name, self.levels_of(name), 0, count, everywhere)
+            name: self.read(name, self.levels_of(name), 0, count, everywhere, within_limits=True)
             for name in self.variables
         }
         return self.dataset_of(fields, self.times)

@@ -25,7 +25,7 @@ from atmossl.data.fingerprint import (
 from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
 from atmossl.data.transforms import Transform
-from atmossl.data.variables import VARIABLES
+from atmossl.data.variables import VARIABLES, physical_range
 from atmossl.names import file_name
 from atmossl.tokens import patch_values
 
@@ -146,24 +146,37 @@ class Statistics:
         )
 
 
-def outside_limits(statistics: Statistics) -> list[str]:
+def outside_limits(statistics: Statistics, *, pressure_levels: bool = True) -> list[str]:
     """Variables whose values are none that the atmosphere has: other units, or fill values that
-    are not marked as missing."""
-    found = []
-    for number, name in enumerate(statistics.variables):
-        limits = VARIABLES[name].physical_range if name in VARIABLES else (-np.inf, np.inf)
-        if statistics.minimum is None or statistics.maximum is None:
+    are not marked as missing.
+
+    pressure_levels: whether the levels are pressures.
+    """
+    if statistics.minimum is None or statistics.maximum is None:
+        return []
+    lines = []
+    for row, name in enumerate(statistics.variables):
+        if name not in VARIABLES:
             continue
-        extremes = np.array([statistics.minimum[number].min(), statistics.maximum[number].max()])
+        extremes = np.stack([statistics.minimum[row], statistics.maximum[row]])
         if name in statistics.transforms:
             extremes = statistics.transforms[name].inverse(extremes)
-        if extremes[0] < limits[0] or extremes[1] > limits[1]:
-            found.append(
-                f"{name} goes from {extremes[0]:.4g} to {extremes[1]:.4g} {VARIABLES[name].units}, "
-                f"physical is {limits[0]:g} to {limits[1]:g}: other units, or a fill value that is "
-                "not marked?"
-            )
-    return found
+        pressures = [level if pressure_levels else 0 for level in statistics.levels]
+        ranges = np.array([physical_range(name, pressure) for pressure in pressures]).T
+        outside = (extremes[0] < ranges[0]) | (extremes[1] > ranges[1])
+        if outside.any():
+            lines.append(_outside_line(name, extremes[:, outside], ranges[:, outside]))
+    return lines
+
+
+def _outside_line(name: str, extremes: np.ndarray, ranges: np.ndarray) -> str:
+    """extremes, ranges: [2 level], lowest and highest, of the levels that are outside."""
+    low, high = extremes[0].min(), extremes[1].max()
+    return (
+        f"{name} goes from {low:.4g} to {high:.4g} {VARIABLES[name].units}, physical is "
+        f"{ranges[0].min():.4g} to {ranges[1].max():.4g}: other units, or a fill value that is not "
+        "marked?"
+    )
 
 
 def _check_changes(moments: Moments, segment: Segment, name: str) -> None:

@@ -99,9 +99,9 @@ def open_parts(
     """As `open_segment`, but in the unbroken parts of the record where `gaps` is `split`. Several
     are named by record and first date, `NAME@2001-01-05T00`."""
     opened = store if isinstance(store, OpenedStore) else OpenedStore(store)
-    dataset = opened.dataset
     names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
-    dataset = rename_coordinates(_chosen(dataset, names, location), coordinates or {}, location)
+    dataset = _chosen(opened.dataset, names, location)
+    dataset = rename_coordinates(dataset, coordinates or {}, location)
     dataset = with_regular_axes(dataset, location)
     for variable in names:
         check_statements(variable, dataset[variable], opened.dataset, location)
@@ -118,8 +118,7 @@ def open_parts(
             computed = ComputedChunks(variable, times, latitude, longitude, calendar)
             dims = ("time", "latitude", "longitude")
             return StoredVariable(variable, location, computed, dims, times, calendar)
-        array = dataset[variable]
-        chunks = opened.arrays.get(names[variable])
+        array, chunks = dataset[variable], opened.arrays.get(names[variable])
         if chunks is None:
             chunks = chunked_array(array, opened.array(names[variable]), access, location)
         dims = tuple(map(str, array.dims))
@@ -141,6 +140,7 @@ def open_parts(
         may_miss=frozenset(may_miss),
         calendar=calendar,
         partial=len(parts) > 1,
+        pressure_levels=opened.pressure_levels,
     )
     return _named_parts(whole, parts)
 

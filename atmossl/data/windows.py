@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
 from atmossl.data.companions import check_window
+from atmossl.data.limits import Limits
 from atmossl.data.memory import Pool
 from atmossl.data.reader import Index, Target, UnreadableChunk
 from atmossl.data.segment import Place, Segment
@@ -23,6 +24,7 @@ from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 
 _LOGGER = logging.getLogger(__name__)
 _POOL = Pool()
+_SURELY_FINITE = 1e25  # float32 of that size can be divided by any standard deviation
 Memory = Callable[[int], np.ndarray]
 
 
@@ -58,25 +60,35 @@ class WindowSize:
 class _FieldWriter:
     """Normalises what is read of one variable straight into its place in a window.
 
-    out: [level time lat lon]. mean, std: [level 1 1 1]. valid: like `out`, where missing values
-    are marked; without it they are refused.
+    out: [level time lat lon]. mean, std: [level 1 1 1]. limits: what the values may be. valid: like
+    `out`, where missing values are marked; without it they are refused.
     """
 
     out: np.ndarray
     mean: np.ndarray
     std: np.ndarray
     transform: Transform | None
+    limits: Limits | None
     refusal: Callable[[], str]
     valid: np.ndarray | None = None
 
     def __call__(self, values: np.ndarray, index: Index) -> None:
         levels, place = index[0], self.out[index]
-        values = values.astype(np.float32, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # to infinity, which is missing
+            values = values.astype(np.float32, copy=False)
+            lowest, highest = values.min(), values.max()  # NaN if one is missing
+        if self.limits is not None and not self.limits.hold(lowest, highest):
+            self.limits.check(values, levels)
         if self.transform is not None:
             values = self.transform.forward(values)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             np.subtract(values, self.mean[levels], out=place)
             np.divide(place, self.std[levels], out=place)
+        finite = lowest > -_SURELY_FINITE and highest < _SURELY_FINITE
+        if not finite or self.transform is not None:
+            self._mark_missing(place, index)
+
+    def _mark_missing(self, place: np.ndarray, index: Index) -> None:
         observed = np.isfinite(place)
         if observed.all():
             return
@@ -122,13 +134,17 @@ def _targets(
     record, start, count, box = place
     names, levels = window.spec.variables, window.spec.level_values
     refusals = [partial(record.missing_message, name, start, count) for name in names]
-    writers = _field_writers(window, normaliser, refusals)
+    limits = [record.limits(name, levels, start, count) for name in names]
+    writers = _field_writers(window, normaliser, limits, refusals)
     for name, write in zip(names, writers, strict=True):
         yield name, record.target(name, levels, start, count, box, write)
 
 
 def _field_writers(
-    window: StreamWindow, normaliser: Normaliser, refusals: Sequence[Callable[[], str]]
+    window: StreamWindow,
+    normaliser: Normaliser,
+    limits: Sequence[Limits | None],
+    refusals: Sequence[Callable[[], str]],
 ) -> list[_FieldWriter]:
     """One per variable, which write into the window's own memory."""
     spec = window.spec
@@ -141,6 +157,7 @@ def _field_writers(
             mean=mean[row],
             std=std[row],
             transform=normaliser.transform(name, spec.data),
+            limits=limits[row],
             refusal=refusals[row],
             valid=None if valid is None else valid[row],
         )

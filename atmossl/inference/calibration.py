@@ -172,7 +172,9 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
             for step, lead in enumerate(part.leads):
                 row = int(np.flatnonzero(leads == lead)[0])
                 valid = segment.find_time(times[part.case] + lead)
-                truth = segment.read(name, levels[name], valid, 1, segment.whole())[:, 0, part.rows]
+                truth = segment.read(
+                    name, levels[name], valid, 1, segment.whole(), within_limits=True
+                )[:, 0, part.rows]
                 own.add(row, values[step], truth, weight)
     if not any(own.variance.any() for own in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")

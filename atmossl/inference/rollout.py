@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atmossl.data.chunks import Access
 from atmossl.data.companions import Companion
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.segment import Segment
@@ -187,5 +188,6 @@ def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> S
         record.location,
         variables=record.variables,
         levels=record.levels,
+        access=Access(input_limits="off"),  # they are the model's own
         may_miss=sorted(record.may_miss),
     )

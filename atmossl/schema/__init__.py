@@ -21,6 +21,7 @@ from atmossl.batch import Missing, Role, StreamSpec, TokenSize, shared_fields
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
+from atmossl.data.limits import InputLimits
 from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig, WindowConfig
 from atmossl.schema.faults import line_of
@@ -115,6 +116,7 @@ class TrainConfig(Strict):
 
     seed: NotNegative
     resume: str | None
+    input_limits: InputLimits
     warm_start: WarmStartConfig
     data: DataConfig
     stream: dict[str, StreamConfig] = Field(min_length=1)
@@ -282,6 +284,7 @@ class PredictConfig(Strict):
     layout: Literal["cf", "weatherbench2"]
     resume: bool
     missing: Literal["keep", "fill"]
+    input_limits: InputLimits
     output: Path
 
 
@@ -328,6 +331,7 @@ class EvaluateConfig(Strict):
     batch_size: Positive
     accelerator: Literal["auto", "cpu", "gpu"]
     seed: NotNegative
+    input_limits: InputLimits
     output: Path
 
     @model_validator(mode="after")

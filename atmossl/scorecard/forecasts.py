@@ -12,6 +12,7 @@ from rich.progress import track
 
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
+from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_split
 from atmossl.evaluation import baselines as base
@@ -70,7 +71,13 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
         raise ValueError(f"forecasts: no common variable; {have}; data: {sorted(entry.variables)}")
     levels = _common_levels({k: v[variables] for k, v in forecasts.items()}, entry)
     truth, training = (
-        open_split(entry, split, variables=variables, levels=levels)
+        open_split(
+            entry,
+            split,
+            variables=variables,
+            levels=levels,
+            access=Access(input_limits=config.input_limits),
+        )
         for split in (config.split, "train")
     )
     return score_forecasts(config, forecasts, chosen_segments(truth, config), training)

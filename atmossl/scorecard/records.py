@@ -62,4 +62,5 @@ def _block(segment: Segment, name: str, start: int, step: int) -> dask.array.Arr
 
 
 def _read(segment: Segment, name: str, start: int, count: int) -> np.ndarray:
-    return segment.read(name, segment.levels_of(name), start, count, segment.whole())
+    levels = segment.levels_of(name)
+    return segment.read(name, levels, start, count, segment.whole(), within_limits=True)

@@ -1,12 +1,14 @@
 """Climatologies against float64 in two passes over the whole record."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from atmossl.cli import main
+from atmossl.data.chunks import Access
 from atmossl.data.climatology import Kind, at_times, read_monthly, write_climatology
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
@@ -138,7 +140,8 @@ def test_another_state_of_the_store_is_refused(tmp_path) -> None:
 def test_evaluation_works_out_the_same_climate(tmp_path) -> None:
     """And what a date gets hangs on its place in the year alone."""
     found = made(tmp_path, "cell_month").drop_vars(["month"])
-    selected = [segment(s).to_dataset() for s in records()]
+    off = Access(input_limits="off")  # one cell is far too warm
+    selected = [replace(segment(s), access=off).to_dataset() for s in records()]
     winters = [s.sel(time=s["time"].dt.month == 2) for s in selected]
     theirs = Climate.of(winters, quantiles=[0.5]).mean
     for name in NAMES:

@@ -125,7 +125,7 @@ def test_windows_hold_the_same_air(start: int, box: Box) -> None:
     assert steps == list(range(1 - start % 2, 8, 2))
     shared = fine.fields[:1][:, :, steps].unflatten(-1, (-1, 2)).mean(-1)
     torch.testing.assert_close(
-        shared.unflatten(-2, (-1, 2)).mean(-2), coarse.fields, atol=1e-5, rtol=1e-5
+        shared.unflatten(-2, (-1, 2)).mean(-2), coarse.fields, atol=1e-4, rtol=1e-5
     )
     torch.testing.assert_close(fine.lat.unflatten(0, (-1, 2)).mean(1), coarse.lat)
     assert token_grid(fine).periodic == token_grid(coarse).periodic == (box.lon_size == 32)

@@ -98,10 +98,10 @@ def test_nothing_hidden_is_seen_in_either_resolution(task: Task, hidden: slice) 
     """Other values where the task hides leave all that the network sees as it is."""
     spies, changed = [], FINE.copy(deep=True)
     for name in NAMES:
-        changed[name][hidden] = 1.0
+        changed[name][hidden] += 1.0
     times = changed.time.values[hidden]
     reduced = COARSE.copy(deep=True)
-    reduced["temperature"][np.isin(COARSE.time.values, times)] = 1.0
+    reduced["temperature"][np.isin(COARSE.time.values, times)] += 1.0
     for fine, coarse in ((FINE, COARSE), (changed, reduced)):
         spies.append(Spy())
         run_at(predictor(task, spies[-1], fine, coarse), 9)

@@ -89,8 +89,8 @@ def test_what_is_computed_has_its_true_values_at_every_date(task) -> None:
     """Also after the init time, in every pass of a rollout, and beyond the end of the record; a
     static field stays."""
     spy, name = Spy(), "toa_incident_solar_radiation"
-    height = STORE["temperature"].isel(time=0, level=0, drop=True).rename("geopotential")
-    store = STORE.assign(specific_humidity=height.drop_attrs())
+    height = 1e-3 * (STORE["temperature"].isel(time=0, level=0, drop=True).drop_attrs() - 250)
+    store = STORE.assign(specific_humidity=height.rename("geopotential"))
     specs = (
         spec("air", variables=NAMES, token=(1, 2, 2)),
         spec("sun", variables=(name,), levels=(), token=(1, 2, 2), role="forcing"),

@@ -36,10 +36,10 @@ def test_tiles_of_the_truth_blend_to_the_truth(task: Task, changes: dict) -> Non
         truth = STORE[name].values[6]  # [level lat lon]
         found = fields[name]  # [step member level lat lon]
         assert found.shape == (1, 2, *truth.shape)
-        np.testing.assert_allclose(found.mean(axis=1)[0], truth, atol=2e-5)
+        np.testing.assert_allclose(found.mean(axis=1)[0], truth, atol=1e-4)
         spread = (found[:, 1] - found[:, 0])[0] / 2
         expected = np.broadcast_to(scale[row][:, None, None], spread.shape)
-        np.testing.assert_allclose(spread, expected, rtol=1e-5)
+        np.testing.assert_allclose(spread, expected, rtol=1e-4)
 
 
 def test_a_region_smaller_than_the_windows_of_the_training_is_predicted_in_whole_tokens() -> None:
