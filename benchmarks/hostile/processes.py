@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
 
-HANGS_AFTER_S = 120.0
+HANGS_AFTER_S = 120.0  # on a machine that does nothing else
 _PRELOADED = (
     "atmossl.cli", "atmossl.commands.train", "atmossl.commands.predict", "atmossl.shards",
     "atmossl.commands.evaluate", "atmossl.commands.info", "atmossl.data_commands", "atmossl.api",
@@ -86,8 +87,9 @@ class Started:
             else:
                 signal.pidfd_send_signal(self._handle, number)
 
-    def wait(self, limit_s: float = HANGS_AFTER_S) -> Ended:
-        hangs = not self.is_over(limit_s)
+    def wait(self) -> Ended:
+        busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+        hangs = not self.is_over(HANGS_AFTER_S * max(1.0, busy))
         if hangs:
             self.send(signal.SIGKILL)
         _, status, usage = os.wait4(self.process, 0)
@@ -155,6 +157,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     process = os.fork()
     if not process:
         os.close(read)
+        warnings.simplefilter("ignore")  # libraries about each other, on making odd files
         try:
             answer = {"value": function(*arguments)}
         except BaseException:
@@ -225,6 +228,9 @@ def _enter(
     os.setpgid(0, 0)
     util._finalizer_registry.clear()  # pyright: ignore[reportAttributeAccessIssue]
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     for name, value in {"COLUMNS": "300", "TERM": "dumb", **environment}.items():
         if value is None:
             os.environ.pop(name, None)

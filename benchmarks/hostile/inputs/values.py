@@ -77,19 +77,19 @@ def _limits() -> list[Row]:
     found: list[Row] = []
     for name, make in WRONG:
         predict = tuple(predicting(FIXTURES, "out.zarr", "catalog=catalog.yaml", "every=4"))
-        evaluate = tuple(evaluating(FIXTURES, "report", "catalog=catalog.yaml"))
-        catalog = "catalog=catalog.yaml"
-        inspect = ("data", "inspect", "waves", catalog)
+        inspect = ("data", "inspect", "waves", "catalog=catalog.yaml")
         found += [
             Row(f"{name}, predict", "told|refused", predict, _LIMITS, make),
-            Row(f"{name}, evaluate", "told|refused", evaluate, _LIMITS, make),
             Row(f"{name}, inspect", "told|refused", inspect, ("outside|limit|chunk|inf",), make),
             Row(f"{name}, python", "told|refused", (), _LIMITS, make, program=_from_python),
         ]
+    evaluate = tuple(evaluating(FIXTURES, "report", "catalog=catalog.yaml"))
     spoiled = spoilt(lambda store: everywhere(store, -9999.0))
     refusing = predicting(FIXTURES, "out.zarr", "catalog=catalog.yaml", "every=4")
     return [
         *found,
+        Row("fill value -9999, evaluate", "told|refused", evaluate, _LIMITS, spoiled),
+        Row("an absent chunk, evaluate", "told|refused", evaluate, _LIMITS, absent),
         Row("input_limits=refuse", "refused", tuple([*refusing, "input_limits=refuse"]), _LIMITS,
             spoiled),
         Row("input_limits=off", "right", tuple([*refusing, "input_limits=off"]), (), spoiled),
@@ -120,8 +120,8 @@ def _codecs() -> list[Row]:
     import zarr.codecs as codecs
 
     kinds: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
-        "v2 zlib": (2, lambda: {"compressor": numcodecs.Zlib(level=1)}),
-        "v2 lz4": (2, lambda: {"compressor": numcodecs.LZ4()}),
+        "v2 zlib": (2, lambda: {"compressors": numcodecs.Zlib(level=1)}),
+        "v2 lz4": (2, lambda: {"compressors": numcodecs.LZ4()}),
         "v2 delta": (2, lambda: {"filters": [numcodecs.Delta(dtype="f4")]}),
         "v2 bitround": (2, lambda: {"filters": [numcodecs.BitRound(keepbits=9)]}),
         "v2 scaled integers": (2, lambda: {"dtype": "i2", "scale_factor": 0.01,
