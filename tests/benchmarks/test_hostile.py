@@ -44,6 +44,7 @@ TRACE = "Traceback (most recent call last):\n  File\nTypeError: no\n"
         ("refused", ended(2, "note: slow\natmossl train: model.dim=1\n"), "", ()),
         ("refused", ended(2, "atmossl train: it does not fit\n"), "", ("not_as_expected",)),
         ("refused", ended(2, "atmossl train: model.dim=1\nand more\n"), "", ("not_as_expected",)),
+        ("refused", ended(2, "atmossl train: model.dim=1: odd\nseed='x': no\n"), "", ()),
         ("refused", ended(1, "atmossl train: model.dim=1\n"), "", ("not_as_expected",)),
         ("refused", ended(0), "", ("silent_wrong",)),
         ("refused", ended(1, TRACE), "", ("tracebacks",)),
