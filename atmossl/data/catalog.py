@@ -110,7 +110,7 @@ def load_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
     try:
         raw = yaml.safe_load(path.read_text())
         return {name: _entry(name, entry, path) for name, entry in raw.items()}
-    except (yaml.YAMLError, AttributeError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{path}: not a catalog ({why})") from error
 

@@ -158,7 +158,11 @@ def _named_parts(whole: Segment, parts: Sequence[tuple[int, int]]) -> tuple[Segm
 
 def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dataset:
     """The wanted variables by their canonical names, with all coordinates."""
-    missing = sorted(v for v, s in names.items() if s not in dataset.data_vars)
+    missing = sorted(
+        variable if variable == stored else f"{variable} (called {stored})"
+        for variable, stored in names.items()
+        if stored not in dataset.data_vars
+    )
     if missing:
         raise ValueError(
             f"{location}: variables {missing} are missing; the store has "

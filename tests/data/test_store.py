@@ -59,6 +59,11 @@ def celsius(store: xr.Dataset) -> xr.Dataset:
     ("change", "arguments", "message"),
     [
         (lambda d: d.drop_vars("temperature"), {}, "temperature"),
+        (
+            lambda d: d,
+            {"variable_names": {"temperature": "tt"}},
+            r"temperature \(called tt\).* missing",
+        ),
         (lambda d: d, {"levels": (300, 925)}, "925"),
         (drop_time, {}, "not uniform"),
         (twice, {}, "duplicate"),
@@ -130,13 +135,14 @@ ENTRY = """waves:
         ),
         ("licence:", "license:", "waves.licence: Field required"),
         ("segments: {", "segments: {[", "not a catalog"),
+        ("licence:", "\udcff:", "not a catalog"),  # a byte that is no text
     ],
 )
 def test_a_wrong_catalog_is_one_line(tmp_path, old: str, new: str, message: str) -> None:
     path = tmp_path / "catalog.yaml"
     path.write_text(ENTRY)
     assert list(load_catalog(path)) == ["waves"]
-    path.write_text(ENTRY.replace(old, new, 1))
+    path.write_text(ENTRY.replace(old, new, 1), errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as caught:
         load_catalog(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
