@@ -354,7 +354,7 @@ def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> x
         if alone and not set(names) & set(array.dims):
             array = array.expand_dims(alone[:1])
     name = str(array.name)
-    timed = "time" in coordinates or any(n in (*array.coords, *array.dims) for n in usual["time"])
+    timed = any(n in (*array.coords, *array.dims) for n in usual["time"])
     renamed = rename_coordinates(array.to_dataset(), coordinates, f"input {file}", timed=timed)
     return _of_one_step(renamed[name], file)
 
@@ -390,10 +390,12 @@ def _values(array: xr.DataArray, dim: str) -> list[Any]:
 
 def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
     """Forecasts of one lead time are dated by their valid time."""
+    if "time" in array.dims and array["time"].attrs.get("standard_name") == "time":
+        return array
     steps = [array[name] for name in LEAD_NAMES if name in array.coords and name not in array.dims]
     if any(step.ndim for step in steps) or (steps and "time" not in array.dims):
         raise ValueError(f"input {file}: {array.name} mixes lead times; choose one under `select`")
-    if "time" not in array.dims or array["time"].attrs.get("standard_name") == "time":
+    if "time" not in array.dims:
         return array
     time, lead, valid = array["time"], lead_of(array), valid_time_of(array)
     if valid is not None and (is_start(time) or lead is not None):

@@ -199,7 +199,7 @@ def rename_coordinates(
                 f"{location}: its time is a single date, not a dimension; `atmossl data ingest` "
                 "joins a folder of such files to one store"
             )
-        elif canonical in given or (canonical != "level" and (timed or canonical != "time")):
+        elif canonical != "level" and (timed or canonical != "time"):
             raise ValueError(_no_dimension(canonical, choices, dataset, location))
     check_names(names, location)
     by_name_in_pa = names.get("isobaricInPa") == "level"

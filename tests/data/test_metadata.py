@@ -157,6 +157,8 @@ SOUND: list[tuple[str, str, dict[str, str], Change]] = [
         axis("time", standard_name="forecast_reference_time")(d))),
     ("CF", "temperature", {}, lambda d: scalar("forecast_period", 6.0, units="hours")(
         axis("time", standard_name="time")(d))),
+    ("lead times beside", "temperature", {}, lambda d: axis("time", standard_name="time")(d)
+        .assign_coords(forecast_period=("time", [6.0, 12.0, 18.0, 24.0], {"units": "hours"}))),
     ("degrees", "temperature", {}, lambda d: axis("latitude", units="degreesN")(
         axis("longitude", units="degrees_east", long_name="longitude")(d))),
     ("CDO", "temperature", {}, axis("latitude", units="degrees_north", standard_name="latitude",
@@ -389,3 +391,16 @@ def test_means_over_time_are_told_and_not_compared_with_values(tmp_path) -> None
     ingest(Source(str(path)), tmp_path / "out.zarr", Layout(2, 0, 0, 0, 0, 1),
            Workers("threads", 1), max)  # fmt: skip
     assert "time: mean" in xr.open_zarr(tmp_path / "out.zarr").temperature.cell_methods
+
+
+def test_named_dimensions_need_not_be_those_of_every_variable(tmp_path) -> None:
+    """A field at the surface and one without time beside one on levels."""
+    air = record("temperature", units="K").rename(level="p", time="T")
+    orography = record("geopotential_at_surface", units="m2 s-2").isel(time=0, drop=True)
+    surface = record("2m_temperature", units="K").rename(time="T")
+    xr.merge([air, surface, orography], compat="override").to_netcdf(tmp_path / "in.nc")
+    names = {"level": "p", "time": "T"}
+    found = open_input(str(tmp_path / "in.nc"), {}, {}, {}, coordinates=names)
+    assert found["temperature"].dims == ("time", "level", "latitude", "longitude")
+    assert found["2m_temperature"].dims == ("time", "latitude", "longitude")
+    assert found["geopotential_at_surface"].dims == ("latitude", "longitude")
