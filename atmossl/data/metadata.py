@@ -222,8 +222,13 @@ def as_geopotential(variable: str, height: xr.DataArray, factor: float) -> xr.Da
     return (height.astype(np.float64) * factor).assign_attrs(attributes)
 
 
+def _methods(array: xr.DataArray) -> str:
+    """The cell methods of a variable without comments in brackets."""
+    return " ".join(re.sub(r"\(.*?\)", "", _says(array.attrs, "cell_methods")).split())
+
+
 def _check_methods(variable: str, array: xr.DataArray, where: str) -> None:
-    methods = _says(array.attrs, "cell_methods")
+    methods = _methods(array)
     sums = "" if variable in ("total_precipitation", "toa_incident_solar_radiation") else r"|\bsum"
     match = re.search(f"{_NO_METHODS}|{_EXTREMES}{sums}", methods)
     if match:
@@ -235,7 +240,7 @@ def _check_methods(variable: str, array: xr.DataArray, where: str) -> None:
 
 def is_mean(array: xr.DataArray) -> bool:
     """Whether values are said to be means over time, not values at their dates."""
-    return bool(re.search(r"\btime\b[^:]*:\s*(\w+:\s*)*mean", _says(array.attrs, "cell_methods")))
+    return bool(re.search(r"\btime\b[^:]*:\s*(\w+:\s*)*mean", _methods(array)))
 
 
 def _check_height(variable: str, array: xr.DataArray, where: str) -> None:
@@ -271,16 +276,21 @@ class FileStatements:
 
     def add(self, variable: str, array: xr.DataArray, file: str) -> str | None:
         """Compare a file's variable with that of the first file; returns the conflict, if any."""
-        said = {key: _says(array.attrs, key) for key in ("standard_name", "cell_methods")}
+        said: dict[str, Any] = {
+            "standard_name": _says(array.attrs, "standard_name"),
+            "cell_methods": _methods(array),
+        }
         scalars = scalar_coordinates(array)
         said |= {name: value for name, value in scalars.items() if name not in _MAY_DIFFER}
         self._scalars |= scalars.keys()
         said |= _values_without_time(array)
         first_file, first = self._first.setdefault(variable, (file, said))
-        for key in first.keys() & said.keys():
-            if first[key] != said[key] and variable not in self._conflicts:
+        for key in sorted(first.keys() & said.keys()):
+            before, now = first[key], said[key]
+            silent = "" in (before, now) or before != before  # says nothing, or is not a number
+            if before != now and not silent and variable not in self._conflicts:
                 self._conflicts[variable] = (
-                    f"{variable} has {key} {said[key]!r} in {file}, {first[key]!r} in "
+                    f"{variable} has {key} {now!r} in {file}, {before!r} in "
                     f"{first_file}; choose files that agree"
                 )
         return self._conflicts.get(variable)
@@ -400,7 +410,9 @@ def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: s
     faults = []
     if units and not in_pressure:
         faults.append(f"units {units!r}")
-    if doubtful.search(standard) or (standard and not in_pressure and "press" not in standard):
+    if doubtful.search(standard) or (
+        standard and not in_pressure and "press" not in standard.lower()
+    ):
         faults.append(f"standard_name {standard!r}")
     if doubtful.search(long_name):
         faults.append(f"long_name {long_name!r}")

@@ -404,3 +404,25 @@ def test_named_dimensions_need_not_be_those_of_every_variable(tmp_path) -> None:
     assert found["temperature"].dims == ("time", "level", "latitude", "longitude")
     assert found["2m_temperature"].dims == ("time", "latitude", "longitude")
     assert found["geopotential_at_surface"].dims == ("latitude", "longitude")
+
+
+def test_files_that_say_less_or_the_same_in_other_words_join(tmp_path) -> None:
+    data = record("temperature", units="K", cell_methods="time: mean")
+    says = [{"standard_name": "air_temperature", "cell_methods": "time: mean (interval: 1 hour)"},
+            {"cell_methods": "time: mean"}]  # fmt: skip
+    for number, (attributes, steps) in enumerate(
+        zip(says, (slice(0, 2), slice(2, 4)), strict=True)
+    ):
+        part = data.isel(time=steps)
+        part["temperature"].attrs = {"units": "K", **attributes}
+        scalar("depth", np.nan)(part).to_netcdf(tmp_path / f"{number}.nc")
+    assert open_input(str(tmp_path), {}, {}, {}).sizes["time"] == 4
+    opened = open_store(SegmentEntry(location=str(tmp_path)))
+    open_segment("a", opened, "here", variables=["temperature"], levels=[])
+    other = tmp_path / "other"
+    other.mkdir()
+    for number, methods in enumerate(("time: mean", "time: point")):
+        data["temperature"].attrs["cell_methods"] = methods
+        data.isel(time=[2 * number, 2 * number + 1]).to_netcdf(other / f"{number}.nc")
+    with pytest.raises(ValueError, match=r"temperature has cell_methods 'time: point' in 1\.nc"):
+        open_input(str(other), {}, {}, {})
