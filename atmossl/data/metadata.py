@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import cftime
 import numpy as np
 import xarray as xr
 
@@ -27,7 +26,6 @@ HPA_PER_UNIT = {
     **dict.fromkeys(("kpa", "kilopascal"), 10.0),
     **dict.fromkeys(("bar", "bars"), 1000.0),
 }
-START_NAMES = re.compile(r"init|reference|reftime|base_?time|run_?time|analysis_time|start", re.I)
 LEAD_NAMES = ("step", "lead_time", "leadtime", "lead", "forecast_period", "prediction_timedelta")
 REGRID = (
     "Only geographic latitude-longitude grids are read; regrid it first, with cdo or earthkit for "
@@ -157,7 +155,7 @@ def check_statements(variable: str, array: xr.DataArray, whole: xr.Dataset, wher
         _check_valid_time(variable, array, where)
 
 
-def _says(attributes: Mapping[Any, Any], key: str) -> str:
+def says(attributes: Mapping[Any, Any], key: str) -> str:
     """An attribute as text, empty if it says nothing."""
     text = str(attributes.get(key, "")).strip()
     return "" if text.lower() in _NOTHING else text
@@ -168,7 +166,7 @@ def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
     known = VARIABLES.get(variable)
     if known is None:
         return
-    standard = _says(array.attrs, "standard_name")
+    standard = says(array.attrs, "standard_name")
     valid = (known.standard_name, *_ALSO_CALLED.get(variable, ()), variable)
     if "grid_mapping" in {**array.attrs, **array.encoding}:  # checked to be geographic
         valid += tuple(x for x, along in _ALONG_GRID.items() if variable.endswith(along))
@@ -177,7 +175,7 @@ def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
             f"{where}: {variable} has standard_name {standard!r}; valid: {sorted(set(valid))}. "
             + (_HEIGHT_ADVICE if is_height(variable, array) else _NAME_ADVICE)
         )
-    long_name = _says(array.attrs, "long_name")
+    long_name = says(array.attrs, "long_name")
     other = f"{_OTHER_QUANTITY.get(variable, 'a^')}|{_ANY_OTHER}"
     if match := re.search(other, long_name, re.I):
         raise ValueError(
@@ -185,7 +183,7 @@ def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
             "that it is another quantity. "
             + (_HEIGHT_ADVICE if is_height(variable, array) else _NAME_ADVICE)
         )
-    short = _says(array.attrs, "GRIB_shortName")
+    short = says(array.attrs, "GRIB_shortName")
     if SHORT_NAMES.get(short, variable) != variable and (short, variable) not in _SHORT_TOO:
         raise ValueError(
             f"{where}: {variable} comes from GRIB messages of {short!r}, which are "
@@ -197,8 +195,8 @@ def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
 
 def is_height(variable: str, array: xr.DataArray) -> bool:
     """Whether the field of a geopotential is said to be a geopotential height."""
-    names = [_says(array.attrs, key) for key in ("standard_name", "long_name")]
-    units = _says(array.attrs, "units").lower()
+    names = [says(array.attrs, key) for key in ("standard_name", "long_name")]
+    units = says(array.attrs, "units").lower()
     said = any(re.search(r"geopotential[-_ ]?height", name, re.I) for name in names)
     return variable.startswith("geopotential") and (said or "gp" in units)
 
@@ -206,7 +204,7 @@ def is_height(variable: str, array: xr.DataArray) -> bool:
 def height_factor(variable: str, array: xr.DataArray) -> float | None:
     """What turns a geopotential height into geopotential, m2 s-2; None if it is no height, or of
     units that do not say so for certain."""
-    metres = _METRES.get(_says(array.attrs, "units").lower())
+    metres = _METRES.get(says(array.attrs, "units").lower())
     return metres * _G if metres is not None and is_height(variable, array) else None
 
 
@@ -224,7 +222,7 @@ def as_geopotential(variable: str, height: xr.DataArray, factor: float) -> xr.Da
 
 def _methods(array: xr.DataArray) -> str:
     """The cell methods of a variable without comments in brackets."""
-    return " ".join(re.sub(r"\(.*?\)", "", _says(array.attrs, "cell_methods")).split())
+    return " ".join(re.sub(r"\(.*?\)", "", says(array.attrs, "cell_methods")).split())
 
 
 def _check_methods(variable: str, array: xr.DataArray, where: str) -> None:
@@ -277,7 +275,7 @@ class FileStatements:
     def add(self, variable: str, array: xr.DataArray, file: str) -> str | None:
         """Compare a file's variable with that of the first file; returns the conflict, if any."""
         said: dict[str, Any] = {
-            "standard_name": _says(array.attrs, "standard_name"),
+            "standard_name": says(array.attrs, "standard_name"),
             "cell_methods": _methods(array),
         }
         scalars = scalar_coordinates(array)
@@ -331,7 +329,7 @@ def scalar_coordinates(array: xr.DataArray) -> dict[str, Any]:
 
 def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
     """That the grid is one of geographic latitudes and longitudes."""
-    grid_type = _says(array.attrs, "GRIB_gridType")
+    grid_type = says(array.attrs, "GRIB_gridType")
     if grid_type not in ("", "regular_ll", "regular_gg"):
         raise ValueError(f"{where}: {variable} lies on a grid of type {grid_type}. {REGRID}")
     stated = array.attrs.get("grid_mapping", array.encoding.get("grid_mapping", ""))
@@ -341,7 +339,7 @@ def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, w
         if name in names or (not names and "grid_mapping_name" in whole[name].attrs)
     ]  # fmt: skip
     for mapping in mappings:
-        kind = _says(mapping.attrs, "grid_mapping_name")
+        kind = says(mapping.attrs, "grid_mapping_name")
         meridian = float(mapping.attrs.get("longitude_of_prime_meridian", 0.0))
         if kind not in ("", "latitude_longitude") or abs(meridian) > _TOLERANCE_DEG:
             zero = f", longitudes from {meridian:g} degrees east" if meridian else ""
@@ -354,8 +352,8 @@ def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, w
 def _check_degrees(axis: str, towards: str, array: xr.DataArray, where: str) -> None:
     """That a horizontal coordinate is geographic latitude or longitude, in degrees."""
     coordinate = array[axis]
-    standard, units = (_says(coordinate.attrs, key) for key in ("standard_name", "units"))
-    long_name = _says(coordinate.attrs, "long_name")
+    standard, units = (says(coordinate.attrs, key) for key in ("standard_name", "units"))
+    long_name = says(coordinate.attrs, "long_name")
     letter = towards[0]
     degrees = rf"deg(ree)?s?([-_ ]?{letter}({towards[1:]})?)?|°"
     for key, text, valid in (
@@ -383,13 +381,13 @@ def _check_degrees(axis: str, towards: str, array: xr.DataArray, where: str) -> 
 
 
 def _is_named(coordinate: xr.DataArray, axis: str) -> bool:
-    said = _says(coordinate.attrs, "standard_name") or str(coordinate.name)
+    said = says(coordinate.attrs, "standard_name") or str(coordinate.name)
     return axis[:3] in said.lower() and "grid" not in said.lower()
 
 
 def is_pressure(coordinate: xr.DataArray) -> bool:
     """Whether a coordinate says that it is pressure, by units or names."""
-    standard, long_name = (_says(coordinate.attrs, key) for key in ("standard_name", "long_name"))
+    standard, long_name = (says(coordinate.attrs, key) for key in ("standard_name", "long_name"))
     if _HYBRID.search(f"{standard} {long_name}"):
         return False
     in_units = hpa_per_unit(coordinate) is not None
@@ -398,13 +396,13 @@ def is_pressure(coordinate: xr.DataArray) -> bool:
 
 def hpa_per_unit(coordinate: xr.DataArray) -> float | None:
     """hPa in one of a coordinate's units; None if these are none of pressure."""
-    return HPA_PER_UNIT.get(_says(coordinate.attrs, "units").lower())
+    return HPA_PER_UNIT.get(says(coordinate.attrs, "units").lower())
 
 
 def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: str) -> None:
     """That levels are pressures."""
-    units, standard = _says(level.attrs, "units"), _says(level.attrs, "standard_name")
-    long_name, positive = _says(level.attrs, "long_name"), _says(level.attrs, "positive")
+    units, standard = says(level.attrs, "units"), says(level.attrs, "standard_name")
+    long_name, positive = says(level.attrs, "long_name"), says(level.attrs, "positive")
     in_pressure = hpa_per_unit(level) is not None
     doubtful = _HYBRID if in_pressure else _NO_PRESSURE
     faults = []
@@ -446,7 +444,7 @@ def _pressure_field(variable: str, level: xr.DataArray, whole: xr.Dataset) -> st
             continue
         if str(name).lower() in ("hyam", "hybm"):
             return str(name)
-        pressure = _says(other.attrs, "standard_name") == "air_pressure" and other.ndim >= 3
+        pressure = says(other.attrs, "standard_name") == "air_pressure" and other.ndim >= 3
         if pressure and hpa_per_unit(level) is None and name != variable:
             return str(name)
     return None
@@ -454,16 +452,16 @@ def _pressure_field(variable: str, level: xr.DataArray, whole: xr.Dataset) -> st
 
 def is_start(time: xr.DataArray) -> bool:
     """Whether dates are said to be those at which forecasts start."""
-    standard = _says(time.attrs, "standard_name").lower()
+    standard = says(time.attrs, "standard_name").lower()
     if standard:
         return standard == "forecast_reference_time"
-    return bool(_START.search(_says(time.attrs, "long_name")))
+    return bool(_START.search(says(time.attrs, "long_name")))
 
 
 def _said_of(time: xr.DataArray) -> str:
     """The attribute that says that dates are starts."""
-    key = "standard_name" if _says(time.attrs, "standard_name") else "long_name"
-    return f"{key} {_says(time.attrs, key)}"
+    key = "standard_name" if says(time.attrs, "standard_name") else "long_name"
+    return f"{key} {says(time.attrs, key)}"
 
 
 def lead_of(array: xr.DataArray) -> np.timedelta64 | None:
@@ -474,7 +472,7 @@ def lead_of(array: xr.DataArray) -> np.timedelta64 | None:
     """
     for name, coordinate in array.coords.items():
         named = str(name) in LEAD_NAMES or (
-            _says(coordinate.attrs, "standard_name") == "forecast_period"
+            says(coordinate.attrs, "standard_name") == "forecast_period"
         )
         if named and coordinate.ndim == 0:
             elapsed = durations(coordinate, f"coordinate {name}").astype(np.int64)
@@ -495,7 +493,7 @@ def durations(lead: xr.DataArray, where: str) -> np.ndarray:
     values = lead.to_numpy()
     if np.issubdtype(values.dtype, np.timedelta64):
         return values.astype("timedelta64[ns]")
-    units = _says(lead.attrs, "units") or "hours"
+    units = says(lead.attrs, "units") or "hours"
     if units not in _SECONDS:
         raise ValueError(f"{where}: {lead.name} in units {units!r}; valid: {[*_SECONDS]}")
     seconds = np.round(values * _SECONDS[units]).astype(np.int64)
@@ -505,7 +503,7 @@ def durations(lead: xr.DataArray, where: str) -> np.ndarray:
 def valid_time_of(array: xr.DataArray) -> xr.DataArray | None:
     """A further coordinate along time that holds the dates at which fields are valid."""
     for name, coordinate in array.coords.items():
-        named = name == "valid_time" or _says(coordinate.attrs, "standard_name") == "time"
+        named = name == "valid_time" or says(coordinate.attrs, "standard_name") == "time"
         if name != "time" and coordinate.dims == ("time",) and named:
             return coordinate
     return None
@@ -531,7 +529,7 @@ def _check_valid_time(variable: str, array: xr.DataArray, where: str) -> None:
         )
     if not lead:  # none is stated, or it is zero
         return
-    if is_start(time) or not _says(time.attrs, "standard_name"):
+    if is_start(time) or not says(time.attrs, "standard_name"):
         raise ValueError(
             f"{where}: {variable} is forecast {lead / np.timedelta64(1, 'h'):g} h ahead of the "
             f"dates along time. {_VALID_ADVICE}"
@@ -539,68 +537,3 @@ def _check_valid_time(variable: str, array: xr.DataArray, where: str) -> None:
 
 
 _VALID_ADVICE = "`atmossl data ingest` makes a store of them that is dated by valid time"
-
-
-_NORTH, _EAST = r"deg(ree)?s?[-_ ]?n(orth)?", r"deg(ree)?s?[-_ ]?e(ast)?"
-
-
-def dimensions_like(axis: str, dataset: xr.Dataset, others: set[str]) -> list[str]:
-    """Dimensions of a dataset's variables, beside others, that say by their attributes or by their
-    type that they are one of time, level, latitude and longitude."""
-    used = {str(dim) for array in dataset.data_vars.values() for dim in array.dims}
-    return [
-        name
-        for name in sorted(used - others)
-        if name in dataset.coords and _is_like(axis, dataset[name])
-    ]
-
-
-def _is_like(axis: str, coordinate: xr.DataArray) -> bool:
-    standard, units = (_says(coordinate.attrs, key) for key in ("standard_name", "units"))
-    if axis == "level":
-        return coordinate.dtype.kind in "iuf" and is_pressure(coordinate)
-    if axis == "time":
-        dates = coordinate.dtype.kind == "M" or isinstance(
-            coordinate.values.flat[0], cftime.datetime
-        )
-        return (dates and not is_start(coordinate)) or standard == "time"
-    return standard == axis or bool(
-        re.fullmatch(_NORTH if axis == "latitude" else _EAST, units, re.I)
-    )
-
-
-def projected_dimensions(dataset: xr.Dataset) -> list[str]:
-    """Dimensions that say that they are those of a rotated or projected grid."""
-    said = {
-        str(name): _says(dataset[name].attrs, "standard_name")
-        for name in dataset.dims
-        if name in dataset.coords
-    }
-    known = {"rlat", "rlon", "x", "y", "south_north", "west_east", "i", "j", "nx", "ny", "cell"}
-    return sorted(
-        str(name)
-        for name in dataset.dims
-        if re.match("grid_|projection_", said.get(str(name), "")) or str(name) in known
-    )
-
-
-def start_dimensions(dataset: xr.Dataset) -> list[str]:
-    """Dimensions that hold the dates at which forecasts start."""
-    return sorted(
-        str(name)
-        for name in dataset.dims
-        if START_NAMES.search(str(name)) or (name in dataset.coords and is_start(dataset[name]))
-    )
-
-
-def check_names(names: Mapping[str, str], location: str) -> None:
-    """That the dimension taken for time is not called by the start of forecasts.
-
-    names: name in the store -> canonical name.
-    """
-    for stored, canonical in names.items():
-        if canonical == "time" and START_NAMES.search(stored):
-            raise ValueError(
-                f"{location}: {stored} is called like the start of forecasts; needed for time: the "
-                "dates at which fields are valid, which are these plus the lead time"
-            )

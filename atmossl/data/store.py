@@ -25,16 +25,14 @@ from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, Gaps, Period, Split, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.dates import with_dates
-from atmossl.data.forcings import FORCINGS, ComputedChunks
-from atmossl.data.metadata import (
-    REGRID,
+from atmossl.data.dimensions import (
     check_names,
-    check_statements,
     dimensions_like,
-    hpa_per_unit,
     projected_dimensions,
     start_dimensions,
 )
+from atmossl.data.forcings import FORCINGS, ComputedChunks
+from atmossl.data.metadata import REGRID, check_statements, hpa_per_unit
 from atmossl.data.reader import StoredVariable
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.variables import check_units
