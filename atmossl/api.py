@@ -29,9 +29,9 @@ from atmossl.inference.cautions import unseen, untrained_step, untrained_window
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.layout import LayoutName
 from atmossl.inference.predict import Predictor
-from atmossl.inference.writer import predictions, write
+from atmossl.inference.writer import check_output, check_request, predictions, write
 from atmossl.masking.tasks import Task
-from atmossl.schema.faults import line_of
+from atmossl.schema.faults import lines_of
 from atmossl.schema.masks import instantiate
 from atmossl.schema.tasks import TaskConfig
 
@@ -90,10 +90,9 @@ class Model:
             seed=seed,
             fill_missing=fill_missing,
         )
-        if data not in ("", *predictor.coverage):
-            have = sorted(predictor.coverage)
-            raise ValueError(f"data={data!r} is predicted by no stream; valid: '' or one of {have}")
+        _check_data(predictor, data)
         chosen = chosen_times(predictor, times)
+        _check_request(predictor, chosen, output, layout)
         for caution in cautions(predictor, chosen[0]):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
@@ -138,6 +137,22 @@ def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
     if choices:
         raise ValueError(f"{choices} change keys of a task by name; {task} is one already")
     return task
+
+
+def _check_data(predictor: Predictor, data: str) -> None:
+    if data not in ("", *predictor.coverage):
+        have = sorted(predictor.coverage)
+        raise ValueError(f"data={data!r} is predicted by no stream; valid: '' or one of {have}")
+
+
+def _check_request(
+    predictor: Predictor, times: np.ndarray, output: str | Path | None, layout: LayoutName
+) -> None:
+    if output is None:
+        predictor.check()
+        return
+    check_output(Path(output))
+    check_request(predictor, times, Path(output), layout)
 
 
 def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) -> None:
@@ -222,7 +237,7 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
     try:
         return TypeAdapter(TaskConfig).validate_python({**task, **choices})
     except ValidationError as error:
-        lines = (line_of(fault, within=("task",)) for fault in error.errors())
+        lines = lines_of(error.errors(), within=("task",))
         raise ValueError("\n".join(lines)) from error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from atmossl import __version__
 from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
-from atmossl.data.datamodule import LoaderSettings, WindowDataModule
+from atmossl.data.datamodule import LoaderSettings, WindowDataModule, check_samples
 from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
@@ -72,6 +72,12 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     """The datamodule and the statistics of the training split alone."""
     train, validation = open_splits(config)
+    paired_train, paired_validation = paired(train), paired(validation)
+    window = WindowSize(**config.data.window.model_dump())
+    tasks = {task.name: task.sampler() for task in config.tasks}
+    samplers = [(paired_train, config.masking)]
+    samplers += [(paired_validation, task) for task in tasks.values()]
+    check_samples(samplers, config.specs, window)
     _warn(shared_steps(train[""], validation[""]))
     transforms = config.data.transform_of()
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
@@ -89,13 +95,13 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         seed=config.seed,
     )
     datamodule = WindowDataModule(
-        train=paired(train),
-        validation=paired(validation),
+        train=paired_train,
+        validation=paired_validation,
         specs=config.specs,
         normaliser=Normaliser(statistics),
-        window=WindowSize(**config.data.window.model_dump()),
+        window=window,
         sampler=config.masking,
-        tasks={task.name: task.sampler() for task in config.tasks},
+        tasks=tasks,
         settings=settings,
         num_batches=config.trainer.max_steps * config.trainer.accumulate,
         validation_batches=config.trainer.validation_batches,

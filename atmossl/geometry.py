@@ -145,6 +145,28 @@ class Grid:
             and np.allclose(self.longitude, other.longitude, atol=TOLERANCE_DEG)
         )
 
+    def difference(self, other: "Grid") -> str:
+        """In what another grid differs, in words: how many latitudes or longitudes there are, or
+        which of them is another. Empty if the grids match."""
+        found = []
+        for name in ("latitude", "longitude") if not self.matches(other) else ():
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if len(ours) != len(theirs):
+                found.append(f"{_span(ours, name)}, not {_span(theirs, name)}")
+                continue
+            differs = np.flatnonzero(np.abs(ours - theirs) > TOLERANCE_DEG)
+            if len(differs):
+                at = int(differs[0])
+                found.append(
+                    f"{len(differs)} of {len(ours)} {name}s differ, the first is {ours[at]:.6g}, "
+                    f"not {theirs[at]:.6g}"
+                )
+        return "; ".join(found)
+
+
+def _span(degrees: np.ndarray, name: str) -> str:
+    return f"{len(degrees)} {name}s from {degrees[0]:.6g} to {degrees[-1]:.6g}"
+
 
 @dataclass(frozen=True)
 class Box:

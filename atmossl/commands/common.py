@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
 from atmossl.data.limits import InputLimits
@@ -37,6 +38,15 @@ def device_for(accelerator: str) -> str:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu but no GPU is visible; valid here: auto, cpu")
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_split(data: str | None, catalog: Path | None, split: str) -> None:
+    """Raise ValueError for a catalog entry that does not exist or lacks the split; None is that of
+    the checkpoint, which is not read here."""
+    if data is not None:
+        splits = catalog_entry(data, catalog).splits
+        if split not in splits:
+            raise ValueError(f"split={split} is not in data={data}; valid: {sorted(splits)}")
 
 
 def open_for(

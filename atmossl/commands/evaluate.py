@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from atmossl.commands.common import device_for, make_folder, note, open_for
+from atmossl.commands.common import check_split, device_for, make_folder, note, open_for
 from atmossl.data.catalog import catalog_entry
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.schema import EvaluateConfig, parse
-from atmossl.scorecard import compare_forecasts, provenance_of, score_tasks
+from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
@@ -25,6 +25,9 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
     config: EvaluateConfig = parse(EvaluateConfig, values)
     if config.output.exists():
         raise ValueError(f"output={config.output} exists; choose another folder or remove it")
+    if not config.forecasts:
+        check_tasks(config.tasks)
+    check_split(config.data, config.catalog, config.split)
     partial = config.output.with_name(f".{config.output.name}.{os.getpid()}")
     make_folder(partial)
     try:

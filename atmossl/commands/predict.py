@@ -11,11 +11,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 
 from atmossl.api import cautions, chosen_times
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
-from atmossl.commands.common import device_for, note, open_for
-from atmossl.inference.calibration import Calibration, estimate_inflation
+from atmossl.commands.common import check_split, device_for, note, open_for
+from atmossl.inference.calibration import Calibration, check_calibrated, estimate_inflation
 from atmossl.inference.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
-from atmossl.inference.writer import check_output, write
+from atmossl.inference.writer import check_output, check_request, write
 from atmossl.schema import PredictConfig, parse
 
 
@@ -25,6 +25,7 @@ def predict(values: Mapping[str, Any]) -> Path:
     check_output(config.output, resume=config.resume)
     predictor = _predictor(config)
     times = _times(config, predictor)
+    check_request(predictor, times, config.output, config.layout)
     for caution in cautions(predictor, times[0]):
         note(f"this checkpoint was not trained for {caution}")
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -47,8 +48,10 @@ def predict(values: Mapping[str, Any]) -> Path:
 
 
 def _predictor(config: PredictConfig) -> Predictor:
+    device = device_for(config.accelerator)
+    task = config.task.sampler()  # which reads the files that it names
+    check_split(config.data, config.catalog, config.split)
     trained = load_checkpoint(config.checkpoint)
-    task = config.task.sampler()
     first, *others = open_for(
         trained,
         config.data,
@@ -66,7 +69,7 @@ def _predictor(config: PredictConfig) -> Predictor:
         overlap=config.overlap,
         tilings=config.tilings,
         batch_size=config.batch_size,
-        device=device_for(config.accelerator),
+        device=device,
         seed=config.seed,
         fill_missing=config.missing == "fill",
     )
@@ -85,11 +88,13 @@ def calibrate(values: Mapping[str, Any]) -> Path:
         raise ValueError(f"output={config.output} must end in .ckpt and not exist")
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
+    check_calibrated(config.task.sampler())
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
     predictor = _predictor(config)
     task = predictor.task.one_pass()
     record = Calibration(predictor.trained.record, task).without_own()
     predictor = replace(predictor, task=task, trained=replace(predictor.trained, record=record))
+    predictor.check()
     times = predictor.with_truth(_times(config, predictor))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")

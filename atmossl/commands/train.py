@@ -56,6 +56,8 @@ def train(values: Mapping[str, Any]) -> Trained:
         )
     if start is not None:
         _check_start(start, config, values)
+    for name in config.warm_start.checkpoints if start is None else ():
+        checkpoint_path(name)  # refuses those that are not there
     make_folder(output)
     datamodule, statistics = build_data(config)
     if start is not None:

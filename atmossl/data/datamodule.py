@@ -2,21 +2,25 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import lightning as L
+import numpy as np
 from torch.utils.data import DataLoader
 
 from atmossl.batch import Batch, StreamSpec
 from atmossl.data.loader import Collate, Together, WindowLoader, worker_context
+from atmossl.data.reader import UnreadableChunk
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser
+from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
-from atmossl.masking.base import FirstGuess, MaskingSampler
+from atmossl.masking.base import FirstGuess, Layout, MaskingSampler
 
 _LOGGER = logging.getLogger(__name__)
+_NUM_DRAWS = 40
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,35 @@ class LoaderSettings:
     skip_unreadable: bool
     first_guess: FirstGuess
     seed: int
+
+
+def check_samples(
+    records: Sequence[tuple[Sequence[Segment], MaskingSampler]],
+    specs: Sequence[StreamSpec],
+    window: WindowSize,
+) -> None:
+    """Read one window of every record under its mask, before statistics are computed.
+
+    Raises:
+        ValueError: streams, windows and masks that do not fit the records, or each other.
+    """
+    for segments, sampler in records:
+        statistics = {"": Statistics.neutral(segments[0])} | {
+            data: Statistics.neutral(companion.segment)
+            for data, companion in segments[0].companions.items()
+        }
+        normaliser = Normaliser(replace(statistics.pop(""), others=statistics))
+        dataset = WindowDataset(
+            segments=segments, specs=specs, normaliser=normaliser, window=window, sampler=sampler,
+            seed=0,
+        )  # fmt: skip
+        order = SampleOrder(num_samples=len(dataset), batch_size=1, num_batches=1, seed=0)
+        with suppress(UnreadableChunk):  # the loader's matter, which `data.unreadable` decides
+            for (key,) in islice(order, 1):
+                ((view,), _) = dataset[key]
+                layouts = tuple(Layout(stream.spec, stream.grid) for stream in view.streams)
+                for number in range(_NUM_DRAWS):  # of a mixture, so that each part has its turn
+                    sampler(layouts, np.random.default_rng(number))
 
 
 class WindowDataModule(L.LightningDataModule):
@@ -85,14 +118,8 @@ class WindowDataModule(L.LightningDataModule):
         self.validation_sets = [
             WindowDataset(segments=validation, sampler=task, **common) for task in tasks.values()
         ]
-        self._check_masks()
-
-    def _check_masks(self) -> None:
-        """Draw one sample of each mask, so that a misfit is refused early."""
         for dataset in (self.train_set, *self.validation_sets):
-            order = SampleOrder(num_samples=len(dataset), batch_size=1, num_batches=1, seed=0)
-            for (key,) in islice(order, 1):
-                dataset[key]
+            dataset.tell_short_segments()
 
     def go_on(self, *, step: int, samples: int) -> None:
         """Start training after `step` optimiser steps, which learned from `samples` samples."""

@@ -105,6 +105,14 @@ class Statistics:
             transforms={n: t for n, t in transforms.items() if n in first.variables},
         )
 
+    @classmethod
+    def neutral(cls, segment: Segment) -> Self:
+        """Means of 0 and deviations of 1, which leave values as they are."""
+        levels = segment.levels or (0,)
+        zeros = np.zeros((len(segment.variables), len(levels)))
+        ones = zeros + 1
+        return cls(segment.variables, levels, zeros, ones, ones, period="", fingerprint="")
+
     def select(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level"]:
         """`mean`, `std` or `step_std` of one stream's variables and levels."""
         own = self.others[spec.data] if spec.data else self

@@ -377,9 +377,11 @@ def open_split(
     for segment in segments[1:]:
         first = segments[0]
         alike = segment.step == first.step and segment.calendar == first.calendar
-        if not alike or not segment.grid.matches(first.grid):
+        differs = segment.grid.difference(first.grid)
+        if not alike or differs:
             raise ValueError(
                 f"{segment.location} has another grid, time step or calendar than {first.location}"
+                + (f": {differs}" if differs else "")
             )
     return tuple(segment.loaded() for segment in segments) if in_memory else segments
 

@@ -258,17 +258,17 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
             for index, segment in enumerate(self.segments)
             for start in range(len(segment.times) - self.window.on(segment).time + 1)
         ]
-        self._tell_short_segments()
-
-    def _tell_short_segments(self) -> None:
-        """Say how many parts of a record are too short for a window; ValueError if all are."""
-        lengths = [len(segment.times) for segment in self.segments]
-        short = sum(length < self.window.time for length in lengths)
         if not self._starts:
+            longest = max(len(segment.times) for segment in self.segments)
             raise ValueError(
                 f"data.window.time={self.window.time} steps is longer than the longest unbroken "
-                f"part of {self.segments[0].location} with {max(lengths)} steps"
+                f"part of {self.segments[0].location} with {longest} steps"
             )
+
+    def tell_short_segments(self) -> None:
+        """Say how many parts of a record are too short for a window."""
+        lengths = [len(segment.times) for segment in self.segments]
+        short = sum(length < self.window.time for length in lengths)
         if short:
             _LOGGER.warning(
                 "%d of %d unbroken parts of the record are shorter than data.window.time=%d steps "

@@ -112,13 +112,9 @@ def match_baseline(baseline: xr.Dataset, prediction: xr.Dataset, name: str) -> x
 
 def require_same_grid(prediction: xr.Dataset, other: xr.Dataset, where: str) -> None:
     """Raise ValueError unless both have the same cells."""
-    ours, theirs = grid_of(prediction), grid_of(other)
-    if not ours.matches(theirs):
-        raise ValueError(
-            f"latitude, longitude: {where} has {theirs.shape} cells from "
-            f"{theirs.latitude[0]:g}, {theirs.longitude[0]:g}, the prediction {ours.shape} from "
-            f"{ours.latitude[0]:g}, {ours.longitude[0]:g}"
-        )
+    differs = grid_of(other).difference(grid_of(prediction))
+    if differs:
+        raise ValueError(f"latitude, longitude: {where} is on other cells: {differs}")
 
 
 def _on_labels(

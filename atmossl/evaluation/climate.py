@@ -16,6 +16,7 @@ from atmossl.evaluation.baselines import Prepare, climatology, time_blocks
 _QUANTILE_TIMES = 1500
 _DRY_MM = 0.2
 _MONTHS_OF_YEAR = 12
+_TO_MM = {"m": 1000.0, "mm": 1.0, "kg m-2": 1.0, "kg m**-2": 1.0}
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,24 @@ class Climate:
         return cls(mean=mean, quantiles=xr.Dataset(found), rain=rain)
 
 
+NO_CLIMATE = Climate(xr.Dataset(), xr.Dataset(), {})  # of no variable
+
+
 def is_precipitation(variable: str) -> bool:
     """True for ERA5's and WeatherBench's names of accumulated precipitation."""
     return variable.startswith("total_precipitation")
+
+
+def rain_factor(variable: str, units: object) -> float:
+    """From the units of precipitation to mm.
+
+    Raises:
+        ValueError: units that are not known.
+    """
+    factor = _TO_MM.get(str(units))
+    if factor is None:
+        raise ValueError(f"{variable}: units {units!r} of precipitation; valid: {[*_TO_MM]}")
+    return factor
 
 
 def _record(segments: Sequence[xr.Dataset], name: str, prepare: Prepare) -> xr.DataArray:
@@ -97,12 +113,9 @@ def _quantiles(record: xr.DataArray, quantiles: Sequence[float]) -> xr.DataArray
 
 def _rain(record: xr.DataArray) -> RainClimate:
     """Sources: Rodwell et al. (2010), QJRMS 136, 1344-1363; dry as in the library `scores`."""
-    units = str(record.attrs.get("units", ""))
-    factors = {"m": 1000.0, "mm": 1.0, "kg m-2": 1.0, "kg m**-2": 1.0}
-    if units not in factors:
-        raise ValueError(f"{record.name}: units {units!r} of precipitation; valid: {[*factors]}")
-    millimetres = record * factors[units]
+    to_mm = rain_factor(str(record.name), record.attrs.get("units"))
+    millimetres = record * to_mm
     wet = millimetres.where(millimetres > _DRY_MM)
     dry = (millimetres <= _DRY_MM).where(millimetres.notnull()).mean("time")
     heavy = _quantiles(wet, [2.0 / 3.0]).isel(quantile=0, drop=True)  # none where it is always dry
-    return RainClimate(dry, heavy.fillna(np.inf), factors[units])
+    return RainClimate(dry, heavy.fillna(np.inf), to_mm)

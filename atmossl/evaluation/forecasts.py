@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from atmossl.data.metadata import (
@@ -61,6 +62,7 @@ def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
         raise ValueError(
             f"{where}: no dimension for {sorted(lacking)}; it has {sorted(map(str, dataset.dims))}"
         )
+    _check_coordinates(dataset, names, where)
     whole, dataset = dataset, dataset.rename({o: n for o, n in names.items() if o != n})
     for name, array in dataset.data_vars.items():
         if {time, "latitude", "longitude"} <= set(array.dims):
@@ -85,11 +87,30 @@ def _check_statements(name: str, array: xr.DataArray, whole: xr.Dataset, where: 
     check_statements(name, array, whole, where)
 
 
+def _check_coordinates(dataset: xr.Dataset, names: Mapping[str, str], where: str) -> None:
+    """Raise ValueError unless dates are dates, places and levels numbers: counted from 0 without
+    coordinates, they would be compared with what is elsewhere."""
+    for old, new in {**{str(dim): str(dim) for dim in dataset.dims}, **names}.items():
+        kinds = {"init_time": "M", "time": "M", "lead_time": "miuf"}.get(new, "iuf")
+        if new not in ("init_time", "time", "lead_time", "level", "latitude", "longitude"):
+            continue
+        if old not in dataset.coords:
+            raise ValueError(f"{where}: dimension {old} has no coordinates; add its values")
+        if dataset[old].dtype.kind not in kinds:
+            needed = "dates of the standard calendar" if kinds == "M" else "numbers with units"
+            shown = dataset[old].to_numpy().ravel()[:1].tolist()
+            raise ValueError(f"{where}: {old} is {shown}, for example; needed: {needed}")
+
+
 def _check_labels(dataset: xr.Dataset, where: str) -> None:
     for dim in (str(dim) for dim in dataset.dims if dim not in ("member", "longitude")):
         labels, counts = np.unique(dataset[dim].to_numpy(), return_counts=True)
+        if pd.isnull(labels).any():
+            raise ValueError(f"{where}: {dim} has labels that are missing")
         if (counts > 1).any():
             raise ValueError(f"{where}: {dim} {labels[counts > 1][0]} is there twice")
+    if min(dataset.sizes["latitude"], dataset.sizes["longitude"]) < 2:
+        raise ValueError(f"{where}: one latitude or longitude alone; needed: at least 2 of each")
     try:
         grid_of(dataset)
     except ValueError as error:
@@ -110,6 +131,24 @@ def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
     factor, offset = found
     converted = field.chunk({time: 1}).astype(np.float64) * factor + offset
     return converted.assign_attrs(field.attrs, units=VARIABLES[name].units)
+
+
+def without_further_dims(dataset: xr.Dataset, where: str) -> xr.Dataset:
+    """A canonical forecast without dimensions of one label that are not known here.
+
+    Raises:
+        ValueError: a variable has several labels along such a dimension, members under another
+            name say.
+    """
+    known = {"init_time", "lead_time", "time", *_NAMES}
+    for name, field in dataset.data_vars.items():
+        further = [str(d) for d in field.dims if d not in known and field.sizes[d] > 1]
+        if further:
+            raise ValueError(
+                f"{where}: {name} has further dimensions {further}; members are known as "
+                f"{', '.join(_NAMES['member'])}: rename the dimension, or keep one label of it"
+            )
+    return dataset.squeeze([d for d in dataset.dims if d not in known], drop=True)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class HarmonicInfill:
     hidden: Bool[np.ndarray, "lat lon"]
 
     def __post_init__(self) -> None:
-        _require_visible(self.hidden)
+        require_visible(self.hidden)
 
     def __call__(self, fields: xr.Dataset) -> xr.Dataset:
         """Fields [..., latitude, longitude] whose hidden cells are filled, never looked at. The
@@ -97,7 +97,7 @@ class LocalRidge:
         """The strength of each variable and level is the one with the least error at the end of
         every run, `held_out` of it; slopes are then fitted again to all of it. Of a long record at
         most some 2000 evenly spaced times are used."""
-        _require_visible(hidden)
+        require_visible(hidden)
         grid = grid_of(history[0])
         neighbour = nearest_visible(grid, hidden, num_neighbours)
         every = -(-sum(run.sizes["time"] for run in history) // _FIT_TIMES)
@@ -184,7 +184,8 @@ def _solve(
     return slope, intercept
 
 
-def _require_visible(hidden: np.ndarray) -> None:
+def require_visible(hidden: np.ndarray) -> None:
+    """Raise ValueError if nothing is left to fill from."""
     if hidden.all():
         raise ValueError("inpainting hides every cell; there is nothing to fill from")
 

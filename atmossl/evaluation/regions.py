@@ -60,9 +60,12 @@ def find_regions(names: Iterable[str]) -> list[Region]:
     Raises:
         ValueError: an unknown name.
     """
+    names = list(names)
     unknown = [name for name in names if name not in REGIONS]
     if unknown:
         raise ValueError(f"regions: unknown {unknown}; choices are {sorted(REGIONS)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"regions={names} names one twice")
     return [REGIONS[name] for name in names]
 
 

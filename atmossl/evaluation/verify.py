@@ -15,6 +15,7 @@ from atmossl.evaluation.alignment import (
     case_times,
     complete,
     match_baseline,
+    require_same_grid,
     time_dim,
     truth_for,
 )
@@ -94,6 +95,8 @@ class Tally:
         if self.model_name in baselines:
             raise ValueError(f"baselines: {self.model_name!r} is the model's name; choose another")
         beside = truth_for(predictions, truth)
+        if climate is not None:
+            require_same_grid(predictions, climate.mean, "the climatology")
         sources = {self.model_name: predictions} | {
             name: match_baseline(rival, predictions, name) for name, rival in baselines.items()
         }

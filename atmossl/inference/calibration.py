@@ -153,7 +153,9 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
     Raises:
         ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
-    _check_truth(predictor.task)
+    check_calibrated(predictor.task)
+    if predictor.trained.record.get("model", {}).get("num_members") == 1:
+        raise ValueError("calibrate: the checkpoint has one member, so no spread")
     leads = predictor.leads
     hours = leads / HOUR
     levels = predictor.trained.level_values
@@ -182,7 +184,8 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
     return SpreadInflation(hours[order], {name: own.factors()[order] for name, own in sums.items()})
 
 
-def _check_truth(task: Task) -> None:
+def check_calibrated(task: Task) -> None:
+    """Raise ValueError for a task of whose prediction no store holds the truth."""
     why = None
     if isinstance(task, Counterfactual):
         why = "a counterfactual has no truth; calibrate its task, whose factors it takes"

@@ -27,7 +27,8 @@ _BITS = 24  # of every value: the range over 2**24, about what float32 resolves
 _MINUTE = np.timedelta64(1, "m")
 
 
-def _eccodes() -> ModuleType:
+def eccodes_module() -> ModuleType:
+    """ecCodes for Python; ValueError if it is not installed."""
     try:
         import eccodes
     except (ImportError, RuntimeError) as error:
@@ -39,7 +40,6 @@ def _eccodes() -> ModuleType:
 
 def check_grib(predictor: Predictor) -> None:
     """Raise ValueError, before any work, for what GRIB2 cannot hold or ecCodes does not know."""
-    _eccodes()
     if not predictor.segment.calendar.plain:
         name = predictor.segment.calendar.name
         raise ValueError(f"output: .grib2 has no calendar {name}; write .zarr or .nc")
@@ -55,7 +55,7 @@ def check_grib(predictor: Predictor) -> None:
 
 def write_grib(store: xr.Dataset, path: Path) -> None:
     """All fields of a prediction, of either layout, one after another."""
-    eccodes = _eccodes()
+    eccodes = eccodes_module()
     names = {"number": "member", "prediction_timedelta": "lead_time"}
     store = store.rename({old: new for old, new in names.items() if old in store.dims})
     if "lead_time" in store.dims and "time" in store.dims:

@@ -20,7 +20,7 @@ from atmossl.inference.blend import Fields, Part
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.consistency import CoarseCells
 from atmossl.inference.coverage import Coverage, leads_within
-from atmossl.inference.rollout import roll_out
+from atmossl.inference.rollout import check_inputs, roll_out
 from atmossl.inference.tiles import blended, first_view
 from atmossl.inference.windows import Source
 from atmossl.masking.tasks import Task, TimePlan
@@ -213,7 +213,14 @@ class Predictor:
 
     def first_view(self, time: np.datetime64) -> View:
         """What the model is shown of the first tile; no batch axis."""
+        self.check()
         return first_view(self, self.find(time))
+
+    def check(self) -> None:
+        """Raise ValueError for a task that does not fit store or model, before it reads."""
+        _ = self.tiles
+        if self.plan.num_passes > 1:
+            check_inputs(self)
 
     def run(self, times: Sequence[np.datetime64], data: str = "") -> Iterator[Fields]:
         """For every reference time, each variable's blended ensemble over all that is written of
@@ -235,6 +242,7 @@ class Predictor:
         Raises:
             ValueError: a time without its steps, or a task that does not fit store or model.
         """
+        self.check()
         sources = [self.find(time) for time in times]
         if self.plan.num_passes > 1:
             for case, source in enumerate(sources):

@@ -33,11 +33,7 @@ def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part
 
     What is static stays, and what is computed from time and place is so at every date. Streams
     with data of their own go on at the steps of their own store.
-
-    Raises:
-        ValueError: an input stream that no pass predicts.
     """
-    _check_streams(predictor)
     plan, segment = predictor.plan, source.segment
     step, total = predictor.step, len(plan.offsets)
     init = segment.times[source.start + len(plan.read) - 1]
@@ -71,7 +67,8 @@ def _order(seed: int, init: np.datetime64, number: int, num_members: int) -> lis
     return rng.permutation(num_members).tolist()
 
 
-def _check_streams(predictor: "Predictor") -> None:
+def check_inputs(predictor: "Predictor") -> None:
+    """Raise ValueError for input streams that no pass of a rollout predicts or computes."""
     unknown = [
         spec.name
         for spec in predictor.trained.specs

@@ -34,6 +34,10 @@ def check_output(output: Path, *, resume: bool = False) -> None:
             f"output={output}: an unfinished {partial_of(output)} lies beside it; go on with "
             "resume=true, or remove it"
         )
+    if output.suffix == ".grib2":
+        from atmossl.inference.grib import eccodes_module
+
+        eccodes_module()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".{output.name}.{os.getpid()}"
@@ -88,16 +92,7 @@ def write(
         OSError: the disk is full or gone; what is written stays, and `resume` goes on from it.
     """
     check_output(output, resume=resume)
-    grids = _layouts(predictor, times, 1, names)  # refuses times before any work
-    if output.suffix == ".grib2":
-        from atmossl.inference.grib import check_grib
-
-        check_grib(predictor)
-        if len(grids) > 1:
-            raise ValueError(
-                f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
-                "file holds one grid here; write .zarr or .nc"
-            )
+    check_request(predictor, times, output, names)
     partial = partial_of(output)
     progress = _begun(partial, _request(predictor, times, names))
     advance(float(progress.cases))
@@ -114,6 +109,24 @@ def write(
             f"times; they stay readable in {partial}, and resume=true goes on from there",
         ) from error
     progress.path.unlink()
+
+
+def check_request(
+    predictor: Predictor, times: np.ndarray, output: Path, names: LayoutName = "cf"
+) -> None:
+    """Raise ValueError, before anything is read, for a task that fits neither store nor model, or
+    a prediction that the output cannot hold."""
+    predictor.check()
+    grids = _layouts(predictor, times, 1, names)
+    if output.suffix == ".grib2":
+        from atmossl.inference.grib import check_grib
+
+        check_grib(predictor)
+        if len(grids) > 1:
+            raise ValueError(
+                f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
+                "file holds one grid here; write .zarr or .nc"
+            )
 
 
 def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, str]:

@@ -74,9 +74,8 @@ class CellMask:
     def check(self, grid: Grid) -> None:
         if not self.grid.matches(grid):
             raise ValueError(
-                f"{self.source}: mask of {self.grid.shape} cells from {self.grid.latitude[0]:g}, "
-                f"{self.grid.longitude[0]:g}, the store has {grid.shape} from "
-                f"{grid.latitude[0]:g}, {grid.longitude[0]:g}; regrid the mask"
+                f"{self.source}: its cells are not those of the store: "
+                f"{self.grid.difference(grid)}; regrid the mask"
             )
         if not self.hidden.any():
             raise ValueError(f"{self.source} hides no cell; needed: values other than 0 somewhere")

@@ -16,15 +16,17 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from torch.nn import ModuleDict
 
 from atmossl.batch import Missing, Role, StreamSpec, TokenSize, shared_fields
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.limits import InputLimits
+from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig, WindowConfig
-from atmossl.schema.faults import line_of
+from atmossl.schema.faults import lines_of
 from atmossl.schema.masks import MASKS, Mask
 from atmossl.schema.strict import ConfigError, NotNegative, Positive, Strict
 from atmossl.schema.tasks import TaskConfig, hours
@@ -177,6 +179,11 @@ def _stream_faults(config: TrainConfig) -> list[str]:
     """Streams against catalog and window."""
     faults, specs = [], []
     for name, stream in config.stream.items():
+        if "." in name or hasattr(ModuleDict, name):
+            faults.append(
+                f"stream.{name}: a network cannot have a part of that name; valid: letters, digits "
+                f"and _, but no word of Python or torch such as {name!r}"
+            )
         try:
             specs.append(stream.spec(name))
         except ValueError as error:
@@ -343,6 +350,12 @@ class EvaluateConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _regions_exist(self) -> "EvaluateConfig":
+        find_regions(self.regions)
+        boxes(self.boxes or {})
+        return self
+
 
 def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
     """Validate a composed configuration.
@@ -353,4 +366,4 @@ def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(line_of, error.errors()))) from error
+        raise ConfigError("\n".join(lines_of(error.errors()))) from error

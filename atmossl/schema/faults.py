@@ -1,9 +1,32 @@
 """What is wrong with a configuration, one line for each fault."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atmossl.schema.tasks import TASK_NAMES
+
+
+def lines_of(faults: Sequence[Any], within: tuple[str, ...] = ()) -> list[str]:
+    """A line for each of pydantic's errors, but for lists that are too short since an item of
+    theirs has an error of its own."""
+    places = [fault["loc"] for fault in faults]
+
+    def follows(fault: Any) -> bool:
+        loc = fault["loc"]
+        inside = any(other[: len(loc)] == loc and len(other) > len(loc) for other in places)
+        return fault["type"] == "too_short" and inside
+
+    messages: dict[str, list[str]] = {}  # a value of several types has an error for each of them
+    for fault in faults:
+        if not follows(fault):
+            value, colon, message = line_of(fault, within).partition(": ")
+            messages.setdefault(value + colon, []).append(message)
+    return [value + "; or: ".join(dict.fromkeys(found)) for value, found in messages.items()]
+
+
+def _is_kind(part: Any) -> bool:
+    """Whether a part of a key is what pydantic calls one of the types that a value may have."""
+    return isinstance(part, str) and part.startswith(("constrained-", "literal[", "function-"))
 
 
 def line_of(fault: Any, within: tuple[str, ...] = ()) -> str:
@@ -12,7 +35,8 @@ def line_of(fault: Any, within: tuple[str, ...] = ()) -> str:
     within: the keys that lead to what was validated. The names of tasks, which pydantic puts
     between keys, are left out.
     """
-    key = ".".join(str(part) for part in (*within, *fault["loc"]) if part not in TASK_NAMES)
+    parts = [part for part in (*within, *fault["loc"]) if part not in TASK_NAMES]
+    key = ".".join(str(part) for part in parts if not _is_kind(part))
     message = fault["msg"].removeprefix("Value error, ")
     if not key:
         return message.replace(" | ", "\n")

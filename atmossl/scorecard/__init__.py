@@ -2,6 +2,6 @@
 
 from atmossl.scorecard.forecasts import compare_forecasts
 from atmossl.scorecard.verified import provenance_of
-from atmossl.scorecard.zero_shot import score_tasks
+from atmossl.scorecard.zero_shot import check_tasks, score_tasks
 
-__all__ = ["compare_forecasts", "provenance_of", "score_tasks"]
+__all__ = ["check_tasks", "compare_forecasts", "provenance_of", "score_tasks"]

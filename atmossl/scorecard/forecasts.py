@@ -28,10 +28,14 @@ from atmossl.evaluation.forecasts import (
     on_labels,
     parts_of,
     read_part,
+    without_further_dims,
 )
+from atmossl.evaluation.regrid import ConservativeRegridder
 from atmossl.evaluation.report.content import Example, TaskReport
+from atmossl.geometry import Grid
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.about import period
+from atmossl.scorecard.checks import check_calendar, check_rain
 from atmossl.scorecard.records import chosen_segments
 from atmossl.scorecard.verified import check_regions, empty_tally, example_of, reported
 
@@ -69,7 +73,11 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
     if not variables:
         have = {name: sorted(v) for name, v in zip(forecasts, present, strict=True)}
         raise ValueError(f"forecasts: no common variable; {have}; data: {sorted(entry.variables)}")
-    levels = _common_levels({k: v[variables] for k, v in forecasts.items()}, entry)
+    forecasts = {
+        name: without_further_dims(dataset[variables], f"forecasts: {name}")
+        for name, dataset in forecasts.items()
+    }
+    levels = _common_levels(forecasts, entry)
     truth, training = (
         open_split(
             entry,
@@ -106,19 +114,16 @@ def score_forecasts(
     Raises:
         ValueError: segments of the truth that overlap in time, or nothing in common.
     """
+    for segment in (*truth, *training):
+        check_calendar(config, segment)
     records = [lazy_dataset(segment) for segment in sorted(truth, key=lambda one: one.times[0])]
     whole = _joined(records, [segment.name for segment in truth])
     check_same_units(forecasts, whole)
     common = common_ground(forecasts, whole, config.every)
     check_regions(config, common.grid)
+    _check_climate(training, common.grid)
     times = whole["time"].to_numpy()
-    series = [
-        (record, cases)
-        for record in records
-        if len(cases := cases_within(common, record["time"].to_numpy(), times))
-    ]
-    if not series:
-        raise ValueError("time: every case runs from one segment of the truth into the next")
+    series = _series(records, common, times)
     common = replace(common, cases=np.concatenate([cases for _, cases in series]))
     prepare = partial(_on_common, common=common)
     history = [
@@ -177,7 +182,36 @@ def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
             f"segment=null: {list(names)} overlap in time, so that a forecast has more than one "
             "truth; choose one of them"
         )
-    return records[0] if len(records) == 1 else xr.concat(records, "time", join="exact")
+    first = records[0]
+    # the cells of all are the same within a tolerance, which xarray would not take for equal
+    cells = {"latitude": first["latitude"], "longitude": first["longitude"]}
+    joined = [record.assign_coords(cells) for record in records]
+    return first if len(records) == 1 else xr.concat(joined, "time", join="exact")
+
+
+def _series(
+    records: Sequence[xr.Dataset], common: Common, times: np.ndarray
+) -> list[tuple[xr.Dataset, np.ndarray]]:
+    """Records of the truth, each with the cases that lie in it. times: of all of them."""
+    series = [
+        (record, cases)
+        for record in records
+        if len(cases := cases_within(common, record["time"].to_numpy(), times))
+    ]
+    if not series:
+        raise ValueError("time: every case runs from one segment of the truth into the next")
+    return series
+
+
+def _check_climate(training: Sequence[Segment], grid: Grid) -> None:
+    """Raise ValueError unless a climatology on the cells of a comparison can be worked out."""
+    first = training[0]  # whose cells all of them have
+    check_rain(first)
+    try:
+        if not first.grid.matches(grid):
+            ConservativeRegridder(first.grid, grid)
+    except ValueError as error:
+        raise ValueError(f"split=train, {first.location}: {error}") from error
 
 
 def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:

@@ -5,7 +5,7 @@ chunk, from the predictions, of which they take the labels, and the record that 
 task is a new entry of `BUILDERS`; one without an entry is compared to climatology.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ import xarray as xr
 
 from atmossl.evaluation import baselines as base
 from atmossl.evaluation import ridge, spatial
-from atmossl.evaluation.climate import Climate
+from atmossl.evaluation.climate import NO_CLIMATE, Climate
 from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
 from atmossl.geometry import Grid
+from atmossl.masking import tasks
+from atmossl.masking.places import CrossVariable
 from atmossl.scorecard.hidden import hidden_cells
 
 Answers = dict[str, xr.Dataset]
@@ -32,7 +34,9 @@ class Setting:
         task: its mask, with the choices that were made.
         offsets: steps written, from the reference step; reference: that step in the window of
             `num_steps`.
-        complete: variables that never miss a value, which alone a regression sees and predicts.
+        levels: of the variables that never miss a value, which alone a regression sees and
+            predicts, in hPa; (0,) at the surface.
+        history, climate: the training record and what is known of it; not read by `problem_of`.
     """
 
     task: Any
@@ -41,10 +45,14 @@ class Setting:
     num_steps: int
     step: np.timedelta64
     grid: Grid
-    history: Sequence[xr.Dataset]
-    climate: Climate
     with_ridge: bool
-    complete: tuple[str, ...]
+    levels: Mapping[str, tuple[int, ...]]
+    history: Sequence[xr.Dataset] = ()
+    climate: Climate = NO_CLIMATE
+
+    @property
+    def complete(self) -> tuple[str, ...]:
+        return tuple(self.levels)
 
     @property
     def known(self) -> list[xr.Dataset]:
@@ -55,9 +63,10 @@ class Setting:
     def regresses(self) -> bool:
         return self.with_ridge and len(self.complete) > 0
 
-    def fitted(self, problem: ridge.RidgeTask | None) -> Rivals:
+    def fitted(self) -> Rivals:
         """The ridge regression of the training record, or none; missing for other variables."""
-        if problem is None or not self.regresses:
+        problem = problem_of(self)
+        if problem is None:
             return lambda predicted, truth: {}  # noqa: ARG005
         model = ridge.fit_ridge(self.known, problem)
         dim = "init_time" if problem.is_forecast else "time"
@@ -83,10 +92,42 @@ def beside_missing(answer: xr.Dataset, predicted: xr.Dataset) -> xr.Dataset:
     return answer.assign({name: xr.full_like(one[name], np.nan) for name in lacking})
 
 
+def problem_of(setting: Setting) -> ridge.RidgeTask | None:
+    """The regression that a task is compared with: for a forecast on the last three states, for a
+    single hidden step on its neighbours, for coarse cells on those around them, for hidden
+    variables and levels on the given ones; None for other tasks and without complete variables."""
+    around = min(1, setting.reference)
+    match setting.task:
+        case _ if not setting.regresses:
+            return None
+        case tasks.Forecast():
+            return ridge.Forecast(history=min(3, setting.reference + 1), leads=setting.offsets)
+        case tasks.TemporalInterpolation() if len(setting.offsets) == 1:
+            neighbours = min(2, setting.num_steps - setting.reference - 1)
+            return ridge.TemporalInterpolation(neighbours=neighbours)
+        case tasks.Downscaling(factor=factor):
+            return ridge.Downscaling(factor=factor, neighbours=around)
+        case CrossVariable():
+            hidden = _hidden_channels(setting)
+            return ridge.CrossVariable(hidden, neighbours=around) if hidden else None
+    return None
+
+
+def _hidden_channels(setting: Setting) -> tuple[int, ...]:
+    """Numbers of the variables at levels that a task hides, among all of them."""
+    task = setting.task
+    channels = [(name, level) for name, levels in setting.levels.items() for level in levels]
+    return tuple(
+        number
+        for number, (name, level) in enumerate(channels)
+        if (not task.variables or name in task.variables)
+        and (not task.levels or level in task.levels)
+    )
+
+
 def forecast(setting: Setting) -> Rivals:
     """Persistence, climatology, and a ridge regression on the last three states."""
-    history = min(3, setting.reference + 1)
-    regression = setting.fitted(ridge.Forecast(history=history, leads=setting.offsets))
+    regression = setting.fitted()
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         return _persisting(setting, predicted, truth) | regression(predicted, truth)
@@ -107,9 +148,7 @@ def _persisting(setting: Setting, predicted: xr.Dataset, truth: xr.Dataset) -> A
 def temporal_interpolation(setting: Setting) -> Rivals:
     """The line in time between the known states, climatology, and a ridge regression."""
     count = len(setting.offsets)
-    neighbours = min(2, setting.num_steps - setting.reference - count)
-    problem = ridge.TemporalInterpolation(neighbours=neighbours) if count == 1 else None
-    regression = setting.fitted(problem)
+    regression = setting.fitted()
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
@@ -132,9 +171,7 @@ def temporal_interpolation(setting: Setting) -> Rivals:
 def downscaling(setting: Setting) -> Rivals:
     """Three interpolations of the coarse cells, and a ridge regression on their neighbourhoods."""
     factor = setting.task.factor
-    regression = setting.fitted(
-        ridge.Downscaling(factor=factor, neighbours=min(1, setting.reference))
-    )
+    regression = setting.fitted()
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
@@ -172,19 +209,7 @@ def inpainting(setting: Setting) -> Rivals:
 
 def cross_variable(setting: Setting) -> Rivals:
     """Climatology, and a ridge regression on the variables and levels that were given."""
-    task, levels = setting.task, ridge.Channels.of(setting.known[0]).levels
-    channels = [
-        (name, level) for name, own in levels.items() for level in (own if len(own) else (None,))
-    ]
-    hidden = tuple(
-        number
-        for number, (name, level) in enumerate(channels)
-        if (not task.variables or name in task.variables)
-        and (not task.levels or level in task.levels)
-    )
-    neighbours = min(1, setting.reference)
-    problem = ridge.CrossVariable(hidden, neighbours=neighbours) if hidden else None
-    regression = setting.fitted(problem)
+    regression = setting.fitted()
 
     def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         return {"climatology": setting.climatology(predicted)} | regression(predicted, truth)

@@ -1,7 +1,7 @@
 """A checkpoint's zero-shot tasks on held-out dates."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -18,10 +18,11 @@ from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
 from atmossl.schema import EvaluateConfig, TaskConfig
 from atmossl.scorecard.about import about, period
+from atmossl.scorecard.checks import check_records, check_rivals
 from atmossl.scorecard.hidden import beside, check_scorable, hidden_cells, only_hidden
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
 from atmossl.scorecard.rivals import Rivals, Setting, build_rivals
-from atmossl.scorecard.verified import check_regions, empty_tally, example_of, reported
+from atmossl.scorecard.verified import empty_tally, example_of, reported
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -48,16 +49,32 @@ def score_tasks(
 
     Raises:
         ValueError: two tasks of one name, one that has no truth, or one that does not fit store
-            or checkpoint; before any is scored.
+            or checkpoint; before any record is read.
     """
-    _check_tasks(config.tasks)
+    check_tasks(config.tasks)
     segments = chosen_segments(test, config)
-    check_regions(config, segments[0].grid)
-    segments = [_ready(segment, config) for segment in segments]
-    history = [record_of(segment) for segment in training]
+    check_records(config, segments, training)
     mean = read_monthly(config.climatology, training) if config.climatology else None
+    runs = _runs(config, trained, segments, device)
+    settings = [
+        _setting(config, of_task[0].predictor, task.name, training)
+        for task, of_task in zip(config.tasks, runs, strict=True)
+    ]
+    history = [record_of(segment) for segment in training]
     climate = Climate.of(history, quantiles=config.tails, mean=mean)
     rng = np.random.default_rng(config.seed)
+    settings = [replace(setting, history=history, climate=climate) for setting in settings]
+    return [
+        _score_task(config, task, of_task, setting, rng)
+        for task, of_task, setting in zip(config.tasks, _loaded(runs), settings, strict=True)
+    ]
+
+
+def _runs(
+    config: EvaluateConfig, trained: TrainedModel, segments: Sequence[Segment], device: str
+) -> list[list[_Run]]:
+    """Of every task, the dates of every record that are scored; ValueError for a task that fits
+    neither store nor model."""
     runs: list[list[_Run]] = []
     for task in config.tasks:
         predictors = [
@@ -75,23 +92,11 @@ def score_tasks(
         runs.append(scored_runs(predictors, config.every, task.name))
     for of_task in runs:  # refuses what does not fit store or model
         of_task[0].predictor.first_view(of_task[0].times[0])
-    return [
-        _score_task(config, task, of_task, history, climate, rng)
-        for task, of_task in zip(config.tasks, runs, strict=True)
-    ]
+    return runs
 
 
-def _ready(segment: Segment, config: EvaluateConfig) -> Segment:
-    if not segment.calendar.plain:
-        raise ValueError(
-            f"split={config.split}: scores by season and hour need the standard calendar, "
-            f"{segment.location} has {segment.calendar.name}; valid: predict, or convert the "
-            "store with xarray's convert_calendar"
-        )
-    return segment.loaded() if is_small(segment) else segment
-
-
-def _check_tasks(tasks: Sequence[TaskConfig]) -> None:
+def check_tasks(tasks: Sequence[TaskConfig]) -> None:
+    """Raise ValueError for two tasks of one name, or a task that has no truth."""
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -116,15 +121,14 @@ def scored_runs(predictors: Sequence[Predictor], every: int, name: str) -> list[
     return runs
 
 
-def _score_task(
-    config: EvaluateConfig,
-    task: TaskConfig,
-    runs: Sequence[_Run],
-    history: Sequence[xr.Dataset],
-    climate: Climate,
-    rng: np.random.Generator,
-) -> TaskReport:
-    predictor = runs[0].predictor
+def _setting(
+    config: EvaluateConfig, predictor: Predictor, name: str, training: Sequence[Segment]
+) -> Setting:
+    """What a task's rivals may know, but for the training record.
+
+    Raises:
+        ValueError: records that the task's rivals cannot use.
+    """
     plan, segment = predictor.plan, predictor.segment
     setting = Setting(
         task=predictor.task,
@@ -133,11 +137,33 @@ def _score_task(
         num_steps=predictor.trained.window.time,
         step=segment.step,
         grid=predictor.grid,
-        history=history,
-        climate=climate,
         with_ridge=config.ridge,
-        complete=tuple(v for v in segment.variables if v not in segment.may_miss),
+        levels={v: segment.levels_of(v) for v in segment.variables if v not in segment.may_miss},
     )
+    check_rivals(setting, name, training)
+    return setting
+
+
+def _loaded(runs: Sequence[Sequence[_Run]]) -> list[list[_Run]]:
+    """The same dates of the same records, in memory if they are small."""
+    segments = {id(run.predictor.segment): run.predictor.segment for of in runs for run in of}
+    kept = {key: one.loaded() if is_small(one) else one for key, one in segments.items()}
+
+    def with_record(run: _Run) -> _Run:
+        segment = kept[id(run.predictor.segment)]
+        return replace(run, predictor=replace(run.predictor, segment=segment))
+
+    return [list(map(with_record, of_task)) for of_task in runs]
+
+
+def _score_task(
+    config: EvaluateConfig,
+    task: TaskConfig,
+    runs: Sequence[_Run],
+    setting: Setting,
+    rng: np.random.Generator,
+) -> TaskReport:
+    predictor, plan, climate = runs[0].predictor, runs[0].predictor.plan, setting.climate
     rivals = build_rivals(task.name, setting)
     tally = empty_tally(config, task.name)
     examples = [_tallied(tally, run, rivals, climate, str(n)) for n, run in enumerate(runs)]

@@ -37,7 +37,7 @@ def setting(task, *, offsets: tuple[int, ...] = (0,)) -> Setting:
         history=history,
         climate=Climate.of(history, quantiles=(0.05, 0.95)),
         with_ridge=True,
-        complete=tuple(map(str, history[0].data_vars)),
+        levels={str(name): (500, 850) for name in history[0].data_vars},
     )
 
 
@@ -147,13 +147,13 @@ def test_a_regression_leaves_out_what_may_be_missing(name: str):
     """Its answer is the one without the gappy variable, which is missing in it."""
     task = BOX if name == "inpainting" else CrossVariable((), (500,))
     whole, truth = setting(task), truth_of_a_run()
-    alone = replace(whole, complete=("temperature",),
+    alone = replace(whole, levels={"temperature": (500, 850)},
                     history=[record[["temperature"]] for record in whole.history])  # fmt: skip
     predicted = make_dataset(num_times=12).isel(time=slice(2, 6))
     there = [truth[["temperature"]].copy(deep=True), predicted[["temperature"]]]
     for record in (truth, *whole.history):
         record["u_component_of_wind"][:, :, 2:4, 3:6] = np.nan
-    gappy = replace(whole, complete=("temperature",))
+    gappy = replace(whole, levels={"temperature": (500, 850)})
     found = build_rivals(name, gappy)(predicted, truth)["ridge"]
     expected = build_rivals(name, alone)(there[1], there[0])["ridge"]
     xr.testing.assert_allclose(found[["temperature"]], expected)

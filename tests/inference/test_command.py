@@ -219,7 +219,8 @@ def test_regions_from_files_are_predicted_and_scored(
     for command, key in (("predict", f"task={task}"), ("evaluate", f"tasks=[{task}]")):
         assert main([command, key, *arguments(folder, tmp_path / f"no-{command}.nc")]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "other.nc: mask of (7, 16) cells" in line and "regrid the mask" in line
+        assert "other.nc: its cells are not those of the store: 7 latitudes" in line
+        assert "regrid the mask" in line
 
 
 def test_what_training_never_hid_is_noted(folder: Path, tmp_path: Path, capsys) -> None:

@@ -1,7 +1,7 @@
 """Ridge regression on neighbourhoods of all fields: the linear baseline a network must beat."""
 
 from atmossl.evaluation.ridge.channels import Channels
-from atmossl.evaluation.ridge.model import RidgeModel, fit_ridge
+from atmossl.evaluation.ridge.model import RidgeModel, check_runs, fit_ridge
 from atmossl.evaluation.ridge.tasks import (
     CrossVariable,
     Downscaling,
@@ -18,5 +18,6 @@ __all__ = [
     "RidgeModel",
     "RidgeTask",
     "TemporalInterpolation",
+    "check_runs",
     "fit_ridge",
 ]

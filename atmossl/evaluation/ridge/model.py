@@ -25,6 +25,7 @@ from atmossl.geometry import Grid
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _BLOCK_TIMES = 8
+_HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class _Frame:
         return Coarsening(self.grid, self.task.factor).coarse
 
     def anchors(self, num_times: int, *, with_targets: bool) -> np.ndarray:
-        offsets = self.task.input_offsets
-        offsets = (*offsets, *self.task.target_offsets) if with_targets else offsets
-        return np.arange(max(0, -min(offsets)), num_times - max(0, *offsets))
+        return _anchors(self.task, num_times, with_targets=with_targets)
 
     def inputs(self, block: Block) -> Float[np.ndarray, "anchor channel halo_row halo_col"]:
         """All input steps as channels, with a halo; wide enough for lags of 2 * radius."""
@@ -164,7 +163,7 @@ def fit_ridge(
     *,
     radius: int = 2,
     strengths: Sequence[float] = STRENGTHS,
-    held_out: float = 0.2,
+    held_out: float = _HELD_OUT,
 ) -> RidgeModel:
     """Fit on training runs only; `held_out` is the share at each run's end that picks strengths.
 
@@ -174,10 +173,9 @@ def fit_ridge(
     if not segments:
         raise ValueError("segments: ridge regression needs one training run or more, got none")
     frame = _Frame(task, grid_of(segments[0]), Channels.of(segments[0]), radius)
-    if not frame.grid.periodic:
-        raise ValueError("longitude: ridge regression needs a grid that closes the circle")
     for segment in segments:
         _require_run(segment, frame.grid)
+    check_runs(frame.grid, [segment.sizes["time"] for segment in segments], task, held_out=held_out)
     centre = _first_block_mean(frame, segments[0])
     fit, held = _accumulate(frame, segments, centre, held_out)
     num_rows = frame.input_grid.shape[0]
@@ -191,11 +189,42 @@ def fit_ridge(
     return RidgeModel(frame, centre, slope, intercept, strength, error)
 
 
-def _require_run(segment: xr.Dataset, grid: Grid) -> None:
-    if not grid_of(segment).matches(grid):
+def check_runs(
+    grid: Grid, num_times: Sequence[int], task: RidgeTask, *, held_out: float = _HELD_OUT
+) -> None:
+    """Raise ValueError for training runs, of so many steps each, that `fit_ridge` cannot use."""
+    if not grid.periodic:
+        raise ValueError("longitude: ridge regression needs a grid that closes the circle")
+    counts = [len(_anchors(task, count, with_targets=True)) for count in num_times]
+    if counts[0] == 0:
         raise ValueError(
-            f"latitude, longitude: a run has {grid_of(segment).shape} cells unlike the first "
-            f"training run's {grid.shape}"
+            f"time: a run of {num_times[0]} steps is too short for inputs at steps "
+            f"{task.input_offsets} and targets at {task.target_offsets}"
+        )
+    num_fit = sum(_num_fit(count, held_out) for count in counts)
+    if num_fit in (0, sum(counts)):
+        raise ValueError(
+            f"time: runs of {list(num_times)} steps are too short for a regression: of "
+            f"{sum(counts)} samples {num_fit} are fitted, and the others choose its strength"
+        )
+
+
+def _anchors(task: RidgeTask, num_times: int, *, with_targets: bool) -> np.ndarray:
+    """Steps of a run around which all inputs, and all targets, lie inside it."""
+    offsets = task.input_offsets
+    offsets = (*offsets, *task.target_offsets) if with_targets else offsets
+    return np.arange(max(0, -min(offsets)), num_times - max(0, *offsets))
+
+
+def _num_fit(num_anchors: int, held_out: float) -> int:
+    return round(num_anchors * (1.0 - held_out))
+
+
+def _require_run(segment: xr.Dataset, grid: Grid) -> None:
+    differs = grid_of(segment).difference(grid)
+    if differs:
+        raise ValueError(
+            f"latitude, longitude: a run is on other cells than the first training run: {differs}"
         )
     steps = np.unique(np.diff(segment["time"].to_numpy()))
     if len(steps) > 1:
@@ -208,11 +237,6 @@ def _require_run(segment: xr.Dataset, grid: Grid) -> None:
 def _first_block_mean(frame: _Frame, segment: xr.Dataset) -> np.ndarray:
     """Rough centre of the inputs [channel, halo_row], so that sums of squares lose no digits."""
     anchors = frame.anchors(segment.sizes["time"], with_targets=True)
-    if len(anchors) == 0:
-        raise ValueError(
-            f"time: a run of {segment.sizes['time']} steps is too short for inputs at steps "
-            f"{frame.task.input_offsets} and targets at {frame.task.target_offsets}"
-        )
     block = next(frame.blocks(segment, anchors, with_targets=True))
     return frame.inputs(block).mean(axis=(0, -1))
 
@@ -234,14 +258,10 @@ def _accumulate(
     ]
     for segment in segments:
         anchors = frame.anchors(segment.sizes["time"], with_targets=True)
-        num_fit = round(len(anchors) * (1.0 - held_out))
+        num_fit = _num_fit(len(anchors), held_out)
         for moments, chosen in zip(parts, np.split(anchors, [num_fit]), strict=True):
             for block in frame.blocks(segment, chosen, with_targets=True):
                 moments.add(frame.inputs(block) - centre[:, :, None], frame.residual(block))
-    if min(moments.num_samples for moments in parts) == 0:
-        raise ValueError(
-            f"held_out={held_out} leaves nothing to fit or nothing to choose the strength on"
-        )
     return parts[0], parts[1]
 
 

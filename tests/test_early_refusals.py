@@ -1,0 +1,261 @@
+"""Wrong settings end in one line before any work: a table, in process, with the work forbidden."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import atmossl.build
+import atmossl.commands.predict
+from atmossl.cli import main
+from atmossl.data.segment import Segment
+from atmossl.evaluation.climate import Climate
+from atmossl.inference.tiles import _Tiles
+from atmossl.scorecard import zero_shot
+from tests.evaluation.test_forecasts import forecast_of, weatherbench2
+from tests.inference.known import NAMES
+from tests.inference.test_command import save_tiny
+from tests.synthetic import catalog, dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Catalogs whose splits differ in one thing, a checkpoint, forecasts, and files of tasks."""
+    folder = tmp_path_factory.mktemp("early")
+    store = dataset(steps=24, variables=NAMES)
+    shifted = store.assign_coords(longitude=store.longitude + 1.0)
+    region = store.isel(longitude=slice(2, 12))
+    half = store.isel(time=slice(None, None, 2))
+    for name, (train, test) in {
+        "waves": (store, store),
+        "shifted": (shifted, store),
+        "region": (region, region),
+        "half": (half, store),
+        "short": (store.isel(time=slice(0, 6)), store),
+        "no_leap": (store, store.convert_calendar("noleap", use_cftime=True)),
+    }.items():
+        (folder / name).mkdir()
+        catalog(folder / name, train=train, validation=test, test=test)
+    save_tiny(folder / "tiny.ckpt")
+    forecast = forecast_of(store)
+    stores = {
+        "good": forecast,
+        "members": xr.concat([forecast, forecast], "ensemble_member"),
+        "no_latitudes": forecast.drop_vars("latitude"),
+        "no_leads": forecast.drop_vars("lead_time"),
+        "numbered": forecast.assign_coords(init_time=np.arange(forecast.sizes["init_time"])),
+        "named": forecast.assign_coords(level=[f"L{n}" for n in range(forecast.sizes["level"])]),
+        "elsewhere": forecast.isel(latitude=slice(0, 1)),
+        "other_units": forecast.assign(
+            temperature=forecast["temperature"].assign_attrs(units="furlong")
+        ),
+        "without_leads": store.isel(time=slice(0, 9)),
+        "theirs": weatherbench2(forecast),
+    }
+    for name, values in stores.items():
+        values.drop_encoding().to_zarr(folder / f"{name}.zarr", zarr_format=2)
+    (folder / "exists.zarr").mkdir()
+    (folder / "stations.csv").write_text("latitude,longitude\n95,10\n")
+    mask = np.ones((8, 16), int)
+    places = {"latitude": store.latitude, "longitude": shifted.longitude}
+    xr.Dataset({"mask": (("latitude", "longitude"), mask)}, places).to_netcdf(folder / "mask.nc")
+    places["longitude"] = store.longitude
+    xr.Dataset({"mask": (("latitude", "longitude"), mask)}, places).to_netcdf(folder / "all.nc")
+    (folder / "three.yaml").write_text("name: downscaling\nfactor: 3")
+    (folder / "bad.yaml").write_text("name: forecast\nlead_time: soon")
+    return folder
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *targets: tuple[Any, str]) -> None:
+    def too_late(*_: Any, **__: Any) -> None:
+        raise AssertionError("work began before the refusal")
+
+    for owner, name in targets:
+        monkeypatch.setattr(owner, name, too_late)
+
+
+def refused(arguments: Sequence[str], folder: Path, message: str, capsys: Any) -> None:
+    """One line that holds the message, and the exit code of bad input."""
+    code = main([item.replace("DIR", str(folder)) for item in arguments])
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert code == 2, (code, error)
+    assert len(lines) == 1, error
+    assert re.search(message, lines[0]), error
+
+
+PREDICT_BEFORE_WEIGHTS = {
+    "output=DIR/exists.zarr": "exists",
+    "output=DIR/o.hdf": "must end in",
+    "task=inpainting task.boxes=[] task.mask_file=DIR/none.nc": "none.nc does not exist",
+    "task=inpainting task.boxes=[] task.mask_file=DIR/stations.csv": "cannot be read",
+    "task=inpainting task.boxes=[] task.stations=DIR/stations.csv": "latitude 95",
+    "task=inpainting task.boxes=[]": "give one",
+    "task=DIR/bad.yaml": "lead_time.*soon",
+    "task=DIR/none.yaml": "no file",
+    "task=oracle": "oracle",
+    "task.lead_time=-6h": "negative",
+    "task=downscaling task.factor=1": "factor",
+    "data=era6": "era6",
+    "data=waves split=test catalog=DIR/none.yaml": "none.yaml",
+    "checkpoint=DIR/none.ckpt": "none.ckpt",
+    "checkpoint=DIR/mask.nc": "mask.nc",
+    "accelerator=tpu": "accelerator",
+    "overlap=1": "overlap",
+    "layout=grib": "layout",
+    "every=0": "every",
+    "missing=drop": "missing",
+    "init_tiem=all": "init_tiem",
+}
+PREDICT_BEFORE_READING = {
+    "init_time=2002-01-01": "not in segment",
+    "init_time=yesterday": "yesterday",
+    "init_time=[]": "names no date",
+    "segment=north": "segment=north.*valid",
+    "task.lead_time=5h": "no multiple",
+    "task.lead_time=10d task.rollout_time=60h": "hides every one",
+    "task=temporal_interpolation task.hidden_time=36h": "valid: 1 to 3",
+    "task=temporal_interpolation task.steps=[0]": "inside the window",
+    "task=downscaling task.factor=3": "does not divide",
+    "task=cross_variable task.variables=[ozone]": "ozone",
+    "task=cross_variable task.variables=[] task.levels=[123]": "123",
+    "task=inpainting task.boxes=[[95,99,0,1]]": "9[59]",
+    "task=inpainting task.boxes=[] task.mask_file=DIR/mask.nc": "16 of 16 longitudes differ",
+    "task=counterfactual task.shift_lat=60": "pole",
+    "task=counterfactual task.levels.123=500": "123",
+    "task=hindcast output=DIR/o.grib2": "no lead times below 0",
+    "catalog=DIR/no_leap/catalog.yaml output=DIR/o.grib2": "noleap",
+}
+EVALUATE = {
+    "output=DIR/exists.zarr": "exists",
+    "regions=[arctic]": "arctic",
+    "regions=[tropics,tropics]": "twice",
+    "boxes={tropics: [0,1,0,1]}": "tropics",
+    "boxes={x: [10,0,0,1]}": "south < north",
+    "boxes={x: [1,2,0,1]}": "no cell",
+    "tails=[0.9,0.1]": "low < high",
+    "tasks=[forecast,forecast]": "twice",
+    "tasks=[DIR/bad.yaml]": "soon",
+    "split=tset": "split",
+    "segment=north": "north",
+    "climatology=DIR/none.zarr": "none.zarr",
+    "climatology=DIR/good.zarr": "good.zarr",
+    "catalog=DIR/shifted/catalog.yaml": "16 of 16 longitudes differ, the first is 0, not 1",
+    "catalog=DIR/region/catalog.yaml tasks=[temporal_interpolation]": "closes the circle.*ridge=f",
+    "catalog=DIR/half/catalog.yaml tasks=[temporal_interpolation]": "steps of 12 h.*6 h.*ridge=f",
+    "catalog=DIR/short/catalog.yaml tasks=[forecast]": "too short.*ridge=false",
+    "catalog=DIR/no_leap/catalog.yaml": "noleap",
+    "tasks=[DIR/three.yaml]": "does not divide",
+    "forecasts=[DIR/none.zarr]": "none.zarr",
+    "forecasts=[DIR/members.zarr]": "further dimensions .'ensemble_member'.*realization",
+    "forecasts=[DIR/no_latitudes.zarr]": "latitude has no coordinates",
+    "forecasts=[DIR/no_leads.zarr]": "lead_time has no coordinates",
+    "forecasts=[DIR/numbered.zarr]": "init_time.*dates",
+    "forecasts=[DIR/named.zarr]": "level is .*numbers",
+    "forecasts=[DIR/elsewhere.zarr]": "latitude",
+    "forecasts=[DIR/other_units.zarr]": "furlong",
+    "forecasts=[DIR/good.zarr,DIR/good.zarr]": "taken",
+    "forecasts=[DIR/good.zarr,DIR/without_leads.zarr]": "some have lead times",
+    "forecasts=[DIR/good.zarr] climatology=DIR/good.zarr": "leave it out",
+    "forecasts=[DIR/good.zarr] boxes={x: [1,2,0,1]}": "no cell",
+    "forecasts=[DIR/theirs.zarr] catalog=DIR/no_leap/catalog.yaml": "noleap",
+}
+CALIBRATE = {
+    "output=DIR/o.zarr": "must end in .ckpt",
+    "split=test": "kept for scores",
+    "task=counterfactual": "counterfactual has no truth",
+    "task=downscaling task.coarse_input=true": "no truth",
+    "task=downscaling task.factor=3": "does not divide",
+    "init_time=2002-01-01": "not in segment",
+}
+SECOND_STREAM = (
+    "++stream.t={variables: [temperature], levels: [500], token_size: {time: 1, lat: 2, lon: 2}"
+)
+TRAIN = {
+    "stream.s.variables=[temperature,temperature]": "stream.s.variables.*twice",
+    "stream.s.levels=[300,500,500]": "stream.s.levels.*twice",
+    SECOND_STREAM + "}": "stream.s .role predict. and stream.t .role predict. both hold",
+    SECOND_STREAM + ", role: input}": "stream.t .role input. both hold",
+    "++stream.pop={variables: [u_component_of_wind], levels: [500], "
+    "token_size: {time: 1, lat: 2, lon: 2}} stream.s.levels=[300]": "stream.pop.*of that name",
+    "masking=streams": "masking.streams has unknown",
+    "trainer.devices=0": "trainer.devices=0: Input should be greater",
+    "stream.s.levels=[]": "temperature has levels, its stream has levels",
+    "data.window.time=100": "100 steps is longer",
+    "data.window.lat=40": "window",
+    "data.window.time=5 tasks.0.lead_time=5h": "no multiple",
+    "data.window.time=5 tasks.0.lead_time=10d": "hides every",
+    "warm_start.checkpoints=[DIR/none.ckpt]": "none.ckpt",
+    "resume=DIR/none.ckpt": "none.ckpt",
+    "trainer.precision=16-mixed trainer.accelerator=cpu": "needs a GPU",
+    "data.catalog=DIR/none.yaml": "none.yaml",
+}
+
+
+def words(line: str) -> list[str]:
+    """Arguments of a row of a table; commas and spaces inside braces stay."""
+    return re.findall(r"(?:[^\s{]|\{(?:[^{}]|\{[^}]*\})*\})+", line)
+
+
+def with_defaults(line: str, **defaults: str) -> list[str]:
+    given = words(line)
+    keys = {item.partition("=")[0] for item in given}
+    return [*(f"{k}={v}" for k, v in defaults.items() if k not in keys), *given]
+
+
+COMMON = {
+    "checkpoint": "DIR/tiny.ckpt",
+    "catalog": "DIR/waves/catalog.yaml",
+    "accelerator": "cpu",
+}
+
+
+@pytest.mark.parametrize("line", PREDICT_BEFORE_WEIGHTS)
+def test_predict_refuses_before_weights_are_loaded(line, folder, monkeypatch, capsys) -> None:
+    if "checkpoint" not in line:
+        forbid(monkeypatch, (atmossl.commands.predict, "load_checkpoint"))
+    arguments = with_defaults(line, output="DIR/o.zarr", **COMMON)
+    refused(["predict", *arguments], folder, PREDICT_BEFORE_WEIGHTS[line], capsys)
+
+
+@pytest.mark.parametrize("line", PREDICT_BEFORE_READING)
+def test_predict_refuses_before_the_model_runs(line, folder, monkeypatch, capsys) -> None:
+    forbid(monkeypatch, (_Tiles, "_predicted"))
+    arguments = with_defaults(line, output="DIR/o.zarr", **COMMON)
+    refused(["predict", *arguments], folder, PREDICT_BEFORE_READING[line], capsys)
+
+
+@pytest.mark.parametrize("line", CALIBRATE)
+def test_calibrate_refuses_before_the_model_runs(line, folder, monkeypatch, capsys) -> None:
+    forbid(monkeypatch, (_Tiles, "_predicted"))
+    arguments = with_defaults(line, output="DIR/o.ckpt", **COMMON)
+    refused(["calibrate", *arguments], folder, CALIBRATE[line], capsys)
+
+
+@pytest.mark.parametrize("line", EVALUATE)
+def test_evaluate_refuses_before_any_record_is_read(line, folder, monkeypatch, capsys) -> None:
+    forbid(monkeypatch, (_Tiles, "_predicted"), (Climate, "of"), (Segment, "loaded"),
+           (Segment, "to_dataset"), (zero_shot, "record_of"))  # fmt: skip
+    arguments = with_defaults(line, output="DIR/report", data="waves", **COMMON)
+    refused(["evaluate", *arguments], folder, EVALUATE[line], capsys)
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_train_refuses_before_statistics_are_computed(line, folder, monkeypatch, capsys) -> None:
+    forbid(monkeypatch, (atmossl.build, "load_or_compute"))
+    stream = "++stream.s={variables: [temperature, u_component_of_wind], levels: [300, 500, 850], "
+    arguments = [
+        "data.name=waves",
+        "data.window={time: 6, lat: 8, lon: 8}",
+        "~stream.dynamics",
+        "~stream.humidity",
+        stream + "token_size: {time: 1, lat: 2, lon: 2}}",
+        *with_defaults(
+            line, **{"data.catalog": "DIR/waves/catalog.yaml", "paths.output": "DIR/run"}
+        ),
+    ]
+    refused(["train", *arguments], folder, TRAIN[line], capsys)
