@@ -24,6 +24,7 @@ _SHORT_NAMES = {
     "10m_v_component_of_wind": "10v",
 }
 _BITS = 24  # of every value: the range over 2**24, about what float32 resolves
+_MISSING = 1e20  # stands for missing values, of which a bitmap tells
 _MINUTE = np.timedelta64(1, "m")
 
 
@@ -85,6 +86,7 @@ def _sample(eccodes: ModuleType, store: xr.Dataset) -> Any:
         "iDirectionIncrementInDegrees": abs(np.diff(store["longitude"].values).mean()),
         "jDirectionIncrementInDegrees": abs(np.diff(lat).mean()),
         "bitsPerValue": _BITS,
+        "missingValue": _MISSING,
         "productDefinitionTemplateNumber": 1,  # a member of an ensemble at a point in time
         "numberOfForecastsInEnsemble": store.sizes["member"],
         "typeOfGeneratingProcess": 4,  # ensemble forecast
@@ -116,6 +118,11 @@ def _write_case(eccodes: ModuleType, message: Any, file: BinaryIO, array: xr.Dat
             for member in array["member"].values:
                 field = array.sel(lead_time=lead, level=level, member=member)
                 field = field.transpose("latitude", "longitude").sortby("latitude", ascending=False)
+                values = field.values.astype(np.float64).ravel()
+                lacks = np.isnan(values)
+                if lacks.all():  # a level that only other variables have, or no value at all
+                    continue
                 eccodes.codes_set(message, "perturbationNumber", int(member))
-                eccodes.codes_set_values(message, field.values.astype(np.float64).ravel())
+                eccodes.codes_set(message, "bitmapPresent", int(lacks.any()))
+                eccodes.codes_set_values(message, np.where(lacks, _MISSING, values))
                 eccodes.codes_write(message, file)

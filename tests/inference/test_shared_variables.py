@@ -259,3 +259,25 @@ def test_one_variable_of_two_streams_through_every_command(tmp_path: Path) -> No
         "forecast", STORE, "2001-01-02T06", lead_time="12h", rollout_time="6h"
     )
     np.testing.assert_array_equal(known.temperature, fields["zarr"].temperature)
+
+
+def test_grib_holds_each_variable_on_its_own_levels(tmp_path: Path) -> None:
+    """Levels that only another stream has are left out, single missing cells stay missing."""
+    gappy = STORE.copy(deep=True)
+    gappy["u_component_of_wind"][:, 2, 3, 4] = np.nan
+    file = catalog(tmp_path, train=gappy, validation=gappy, test=gappy)
+    first = spec("t", variables=NAMES[:1], levels=LEVELS[:2], token=(1, 2, 2))
+    second = replace(first, name="u", variables=NAMES[1:], levels=LEVELS[2:], missing="mask")
+    checkpoint = save(tmp_path / "two.ckpt", (first, second))
+    output = tmp_path / "o.grib2"
+    assert main(["predict", f"checkpoint={checkpoint}", f"catalog={file}", "accelerator=cpu",
+                 "task=forecast", "init_time=2001-01-02T06", f"output={output}"]) == 0  # fmt: skip
+    import eccodes  # after the libraries that it would disturb otherwise
+
+    found = set()
+    with output.open("rb") as file:
+        while (message := eccodes.codes_grib_new_from_file(file)) is not None:
+            keys = ("shortName", "level", "numberOfMissing")
+            found.add(tuple(eccodes.codes_get(message, key) for key in keys))
+            eccodes.codes_release(message)
+    assert found == {("t", 300, 0), ("t", 500, 0), ("u", 850, 1)}
