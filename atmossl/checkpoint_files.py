@@ -40,16 +40,22 @@ def remove(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file or folder beside `path`, then give it its name."""
+    """Let `write` fill a temporary file or folder beside `path`, then give it its name.
+
+    Raises:
+        OSError: names `path`, also where the system does not, as of a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     remove(partial)
     try:
         write(partial)
         publish(partial, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # half a file would keep a full disk full
             remove(partial)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            error.filename = str(path)
         raise
 
 

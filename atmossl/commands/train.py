@@ -73,7 +73,8 @@ def train(values: Mapping[str, Any]) -> Trained:
     keep_metrics(output)
     trainer = build_trainer(config, Normaliser(statistics))
     tell_warm_start(trainer, module.record["warm_start"], output)
-    OmegaConf.save(OmegaConf.create(values), output / "config.yaml")
+    if trainer.is_global_zero:
+        write_yaml(values, output / "config.yaml")
     path = None if start is None else start.path
     trainer.fit(module, datamodule, ckpt_path=path, weights_only=True)
     last = checkpoints / "last.ckpt"
@@ -86,13 +87,17 @@ def train(values: Mapping[str, Any]) -> Trained:
     return Trained(last, keep.best)
 
 
+def write_yaml(values: Mapping[str, Any], path: Path) -> None:
+    write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(dict(values)), partial))
+
+
 def tell_warm_start(trainer: Trainer, report: dict[str, list[str]], output: Path) -> None:
     """Print how many weights were loaded, grown, initialised and left; name them in a file. The
     first rank does it for all."""
     if not report or not trainer.is_global_zero:
         return
     path = output / "warm_start.yaml"
-    write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(report), partial))
+    write_yaml(report, path)
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in report.items())
     Console(markup=False).print(f"warm start: {counts}; see {path}", highlight=False)
 

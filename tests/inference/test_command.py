@@ -276,6 +276,14 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
     assert main(["calibrate", *scored]) == 2
 
 
+def test_calibration_asks_for_room_before_its_work(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("no folder")
+    given = arguments(folder, tmp_path / "file" / "new.ckpt")
+    assert main(["calibrate", "task=forecast", *given, "checkpoint=default"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output=" in line and "new.ckpt cannot be written" in line
+
+
 def test_a_hindcast_is_calibrated_where_its_truth_is_known(folder: Path, tmp_path: Path) -> None:
     """It could be asked at the first time of the store, but its truth lies before that."""
     new = tmp_path / "new.ckpt"

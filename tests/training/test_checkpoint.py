@@ -1,5 +1,6 @@
 """Checkpoints are old or new, never torn, and the last good one is never removed."""
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +27,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
     def torn(partial: Path) -> None:
         partial.write_bytes(path.read_bytes()[:100])
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full") as raised:
         write_atomically(path, torn)
+    assert raised.value.filename == str(path)
     assert read_contents(path)["atmossl"]["step"] == 1
     assert list(tmp_path.iterdir()) == [path]  # the torn one does not keep a full disk full
 
