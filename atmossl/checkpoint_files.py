@@ -22,8 +22,9 @@ _PARTIAL = ".partial-"
 BEST = "best.ckpt"
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 LEAVING = ".leaving-"  # and a step: checkpoints of later steps are being moved into this folder
-# What training cannot go on without, beside the record and the weights.
+# What training cannot go on without, beside the weights.
 _TO_GO_ON = ("optimizer_states", "lr_schedulers", "loops", "global_step")
+_IN_RECORD = ("step", "rng", "streams", "model", "statistics")
 
 
 def partial_path(path: Path) -> Path:
@@ -163,7 +164,7 @@ def read_record_to_go_on(path: Path) -> dict[str, Any]:
     tensors stay on the disk.
 
     Raises:
-        ValueError: damaged, truncated, no torch file, not one of ours, or weights alone.
+        ValueError: damaged, incomplete, no torch file, not one of ours, or weights alone.
     """
     with _naming(path):
         verified_digest(path)
@@ -177,7 +178,10 @@ def read_record_to_go_on(path: Path) -> dict[str, Any]:
     contents = _checked(path, contents)
     if missing := [key for key in _TO_GO_ON if key not in contents]:
         raise ValueError(f"{path} holds weights alone: it has no {', '.join(missing)}")
-    return contents["atmossl"]
+    record = contents["atmossl"]
+    if missing := [key for key in _IN_RECORD if key not in record]:
+        raise ValueError(f"checkpoint={path} is incomplete: its record has no {', '.join(missing)}")
+    return record
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """No damage to a checkpoint passes: every read fails in one line, or brings what was written."""
 
+import hashlib
 import os
 import pickle
 import random
@@ -32,7 +33,7 @@ TENSORS = {
     },
 }
 CONTENTS = {
-    "atmossl": {"step": 3, "name": "tiny"},
+    "atmossl": dict.fromkeys(("rng", "streams", "model", "statistics"), 0) | {"step": 3},
     "state_dict": TENSORS["state_dict"],
     "optimizer_states": [],
     "lr_schedulers": [],
@@ -99,14 +100,12 @@ def test_a_flipped_bit_anywhere_in_a_file_is_noticed_or_harmless(
         path.write_bytes(flipped(content, position))
         outcomes.append(outcome(path, expected))
     assert "unnoticed" not in outcomes and "refused" in outcomes
-    if content.endswith(verified_digest_of_body(content)):
+    if content.endswith(seal_of(content)):
         assert set(outcomes) == {"refused"}
 
 
-def verified_digest_of_body(content: bytes) -> bytes:
-    """What the seal of a file must be, worked out by itself."""
-    import hashlib
-
+def seal_of(content: bytes) -> bytes:
+    """What a file's seal must be."""
     return b"atmossl sha256 " + hashlib.sha256(content[:-79]).hexdigest().encode()
 
 
@@ -119,8 +118,6 @@ def test_a_cut_file_is_refused(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_digest_is_that_of_sha256sum(file: Path) -> None:
-    import hashlib
-
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     assert read_with_digest(file)[1] == verified_digest(file) == digest
 
@@ -181,6 +178,7 @@ def test_the_index_of_a_folder_cannot_run_code(
         ({"atmossl": {}}, "incomplete"),
         ({"atmossl": Harmful(), "state_dict": {}}, "newer"),
         ({"atmossl": {"step": 1}, "state_dict": {}}, "holds weights alone"),
+        ({**CONTENTS, "atmossl": {"step": 1, "rng": [], "model": {}}}, "streams, statistics"),
     ],
 )
 def test_foreign_and_incomplete_files_are_refused(contents, message, tmp_path: Path) -> None:
