@@ -30,6 +30,7 @@ from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.layout import LayoutName
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, check_request, predictions, write
+from atmossl.locks import owned
 from atmossl.masking.tasks import Task
 from atmossl.schema.faults import lines_of
 from atmossl.schema.masks import instantiate
@@ -96,7 +97,8 @@ class Model:
         for caution in cautions(predictor, chosen[0]):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
-            write(predictor, chosen, Path(output), names=layout)
+            with owned(Path(output), "output"):
+                write(predictor, chosen, Path(output), names=layout)
             return _opened(Path(output), data)
         parts = list(predictions(predictor, chosen, layout, data))
         if not parts:

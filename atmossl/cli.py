@@ -21,6 +21,7 @@ from rich.console import Console
 from atmossl.data.catalog import find_file
 from atmossl.data.limits import show_in_one_line
 from atmossl.lineage import end_with_parent, is_started_by_first_rank
+from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
 
 _USAGE = """atmossl COMMAND [key=value ...]
@@ -256,7 +257,9 @@ def _export(arguments: Sequence[str]) -> None:
 
     checkpoint, output = _keyword(arguments, ["checkpoint", "output"])
     alone = Path(checkpoint).exists()  # commas in it are its own
-    export([checkpoint] if alone else [*map(unquoted, split(checkpoint))], Path(output))
+    checkpoints = [checkpoint] if alone else [*map(unquoted, split(checkpoint))]
+    with owned(Path(output), "output"):
+        export(checkpoints, Path(output))
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

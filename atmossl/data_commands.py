@@ -1,6 +1,7 @@
 """What `atmossl data ...` does, once its configuration is composed."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from atmossl.data.inspect import (
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics, load_or_compute
 from atmossl.data.windows import WindowSize
+from atmossl.locks import owned
 from atmossl.names import file_name
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
@@ -49,6 +51,12 @@ def show_statistics(values: Mapping[str, Any]) -> None:
     """Compute or read the statistics of a training run's data, print them, and write the
     climatologies that are wanted."""
     config: StatsConfig = parse(StatsConfig, _plain(values))
+    output = config.output if config.climatologies else None
+    with nullcontext() if output is None else owned(output, "output", inside=True):
+        _show_statistics(config)
+
+
+def _show_statistics(config: StatsConfig) -> None:
     train, _ = open_splits(config)
     for data, segments in train.items():
         name = data or config.data.name
@@ -124,7 +132,7 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
         region=config.region,
     )
     workers = Workers(config.workers.engine, config.workers.count, config.workers.slurm)
-    with Progress() as bar:
+    with owned(config.output, "output"), Progress() as bar:
         task = bar.add_task("regions")
         ingest(
             source,
@@ -145,6 +153,11 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
 def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]:
     """Print what is in the stores of a catalog entry, and draw a map of every variable."""
     config: InspectConfig = parse(InspectConfig, _plain(values))
+    with owned(config.output, "output", inside=True):
+        return _show_inspection(name, config)
+
+
+def _show_inspection(name: str, config: InspectConfig) -> list[SegmentReport]:
     entry = catalog_entry(name, config.catalog)
     window = WindowSize(**config.window.model_dump())
     reports = inspect(entry, window, config.samples)
@@ -152,7 +165,6 @@ def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]
     for report in reports:
         _print_segment(console, report, window)
     variables = [variable for report in reports for variable in report.variables]
-    config.output.mkdir(parents=True, exist_ok=True)
     for picture, variable in zip(names_of(reports), variables, strict=True):
         map_of(variable).savefig(config.output / f"{file_name(picture)}.png", dpi=110)
     console.print(f"maps: {config.output}", highlight=False)

@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "RANK")  # others than Lightning
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -45,3 +46,9 @@ def is_started_by_first_rank(environment: Mapping[str, str]) -> bool:
     launcher (torchrun, srun, mpirun) has started them all."""
     further = environment.get("LOCAL_RANK", "0") != "0"
     return further and not any(key in environment for key in _LAUNCHERS)
+
+
+def is_first_rank(environment: Mapping[str, str]) -> bool:
+    """Whether this is the first process of a training run, or the only one."""
+    ranks = [environment[key] for key in _RANKS if key in environment]
+    return not ranks or ranks[0] == "0"

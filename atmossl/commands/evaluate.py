@@ -1,6 +1,5 @@
 """`atmossl evaluate`."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from atmossl.commands.common import check_split, device_for, make_folder, note, open_for
+from atmossl.commands.common import check_split, device_for, note, open_for
 from atmossl.data.catalog import catalog_entry
+from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.locks import owned
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
 
@@ -23,13 +24,25 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
     command: the line that the report gives for making it again.
     """
     config: EvaluateConfig = parse(EvaluateConfig, values)
-    if config.output.exists():
-        raise ValueError(f"output={config.output} exists; choose another folder or remove it")
-    if not config.forecasts:
-        check_tasks(config.tasks)
-    check_split(config.data, config.catalog, config.split)
-    partial = config.output.with_name(f".{config.output.name}.{os.getpid()}")
-    make_folder(partial)
+    with owned(config.output, "output"):
+        if config.output.exists():
+            raise ValueError(f"output={config.output} exists; choose another folder or remove it")
+        if not config.forecasts:
+            check_tasks(config.tasks)
+        check_split(config.data, config.catalog, config.split)
+        reports = _write_reports(config, command)
+    console = Console(width=max(120, Console().width), markup=False)
+    for report in reports:
+        summary = mean_over_levels(summarise(report.table, model_name=report.model_name))
+        print_summary(summary, console, title="RMSE ratios and scores, mean over levels")
+    console.print(f"report: {config.output / 'index.html'}", highlight=False)
+    return config.output
+
+
+def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
+    partial = config.output.with_name(f".{config.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
     try:
         trained = load_checkpoint(config.checkpoint)
         if config.forecasts:
@@ -60,9 +73,4 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
         partial.replace(config.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console = Console(width=max(120, Console().width), markup=False)
-    for report in reports:
-        summary = mean_over_levels(summarise(report.table, model_name=report.model_name))
-        print_summary(summary, console, title="RMSE ratios and scores, mean over levels")
-    console.print(f"report: {config.output / 'index.html'}", highlight=False)
-    return config.output
+    return reports

@@ -12,17 +12,34 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 from atmossl.api import cautions, chosen_times
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.commands.common import check_split, device_for, note, open_for
-from atmossl.inference.calibration import Calibration, check_calibrated, estimate_inflation
+from atmossl.inference.calibration import (
+    Calibration,
+    SpreadInflation,
+    check_calibrated,
+    estimate_inflation,
+)
 from atmossl.inference.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, check_request, write
+from atmossl.locks import owned
 from atmossl.schema import PredictConfig, parse
 
 
 def predict(values: Mapping[str, Any]) -> Path:
     """Run one task for every chosen time and write a CF store; returns its path."""
     config: PredictConfig = parse(PredictConfig, values)
-    check_output(config.output, resume=config.resume)
+    with owned(config.output, "output"):
+        check_output(config.output, resume=config.resume)
+        digest = _predict(config)
+    Console(markup=False).print(
+        f"checkpoint: {config.checkpoint} (digest {digest})\nprediction: {config.output}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return config.output
+
+
+def _predict(config: PredictConfig) -> str:
+    """Writes the output; returns the checkpoint's digest."""
     predictor = _predictor(config)
     times = _times(config, predictor)
     check_request(predictor, times, config.output, config.layout)
@@ -39,12 +56,7 @@ def predict(values: Mapping[str, Any]) -> Path:
             resume=config.resume,
             advance=lambda share: bar.advance(shown, share),
         )
-    digest = predictor.trained.digest
-    Console(markup=False).print(
-        f"checkpoint: {config.checkpoint} (digest {digest})\nprediction: {config.output}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    return config.output
+    return predictor.trained.digest
 
 
 def _predictor(config: PredictConfig) -> Predictor:
@@ -84,11 +96,21 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     """Measure how much a task's spread lacks on held-out dates, and write a checkpoint that
     inflates it; returns its path."""
     config: PredictConfig = parse(PredictConfig, values)
-    if config.output.suffix != ".ckpt" or config.output.exists():
-        raise ValueError(f"output={config.output} must end in .ckpt and not exist")
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
-    check_calibrated(config.task.sampler())
+    with owned(config.output, "output"):
+        if config.output.suffix != ".ckpt" or config.output.exists():
+            raise ValueError(f"output={config.output} must end in .ckpt and not exist")
+        check_calibrated(config.task.sampler())
+        found = _calibrate(config)
+    for name, factors in found.factors.items():
+        text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
+        Console(markup=False).print(f"{name}: spread x {text} by lead time", highlight=False)
+    Console(markup=False).print(f"checkpoint: {config.output}", highlight=False)
+    return config.output
+
+
+def _calibrate(config: PredictConfig) -> SpreadInflation:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
     predictor = _predictor(config)
     task = predictor.task.one_pass()
@@ -102,8 +124,4 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     contents = read_checkpoint(config.checkpoint)
     record = Calibration(contents["atmossl"], task).replaced(found)
     write_output({**contents, "atmossl": record}, config.output)
-    for name, factors in found.factors.items():
-        text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
-        Console(markup=False).print(f"{name}: spread x {text} by lead time", highlight=False)
-    Console(markup=False).print(f"checkpoint: {config.output}", highlight=False)
-    return config.output
+    return found

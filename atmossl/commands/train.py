@@ -1,5 +1,6 @@
 """`atmossl train`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.data.statistics import Normaliser
 from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
+from atmossl.lineage import is_first_rank
+from atmossl.locks import owned
 from atmossl.model.linear import half_is_fast
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.checkpoint import KeepCheckpoints
@@ -48,6 +51,13 @@ def train(values: Mapping[str, Any]) -> Trained:
     values = plain(values)
     config: TrainConfig = parse(TrainConfig, values)
     _check_precision(config)
+    if not is_first_rank(os.environ):
+        return _train(config, values)
+    with owned(config.paths.output, "paths.output", inside=True):
+        return _train(config, values)
+
+
+def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
     start = _start_of(config.resume, checkpoints)
     if config.resume is None and checkpoints.exists():

@@ -4,7 +4,6 @@ where it stopped. It appears under its own name when it is complete."""
 import errno
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ SUFFIXES = (".zarr", ".nc", ".grib2")
 
 
 def check_output(output: Path, *, resume: bool = False) -> None:
-    """Raise ValueError, before any work, if the output exists or its folder cannot be written."""
+    """Raise ValueError, before any work, if the output exists. Whoever owns it (`atmossl.locks`)
+    has shown that its folder can be written."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"output={output} must end in {', '.join(SUFFIXES)}")
     if output.exists():
@@ -38,13 +38,6 @@ def check_output(output: Path, *, resume: bool = False) -> None:
         from atmossl.inference.grib import eccodes_module
 
         eccodes_module()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.parent / f".{output.name}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output={output} cannot be written: {error.strerror}") from error
 
 
 def partial_of(output: Path) -> Path:
@@ -254,7 +247,8 @@ def _finish(partial: Path, output: Path, progress: _Progress) -> None:
                 zarr.consolidate_metadata(partial, path=data)
         partial.replace(output)
         return
-    packed = output.with_name(f".{output.name}.{os.getpid()}")
+    packed = output.with_name(f".{output.name}.packed")
+    packed.unlink(missing_ok=True)  # of a process that was killed
     try:
         for data in ("", *grids):
             _pack(partial, data, packed, output.suffix)
