@@ -11,10 +11,16 @@ A prediction goes it tile by tile, in `inference/` (`Predictor` holds the steps 
     -> Normaliser.inverse -> Mosaic (blends) -> Calibration (spread) -> write
 """
 
-# First of all: ecCodes, which xarray loads to open a NetCDF file wherever cfgrib is installed,
-# shows the whole process a PROJ of its own. A pyproj that comes after it is bound to that one,
-# finds no database and frees memory twice at exit; one that comes before keeps its own.
-import pyproj  # noqa: F401
+from atmossl.home import ensure_home
+from atmossl.stops import answer_from_the_start
+
+answer_from_the_start()
+ensure_home()
+
+# Before all other libraries: ecCodes, which xarray loads to open a NetCDF file wherever cfgrib is
+# installed, shows the whole process a PROJ of its own. A pyproj that comes after it is bound to
+# that one, finds no database and frees memory twice at exit; one that comes before keeps its own.
+import pyproj  # noqa: E402, F401
 
 __version__ = "0.1.0"
 

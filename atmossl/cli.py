@@ -23,6 +23,7 @@ from atmossl.data.limits import show_in_one_line
 from atmossl.lineage import end_with_parent, is_started_by_first_rank
 from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
+from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 _USAGE = """atmossl COMMAND [key=value ...]
 
@@ -123,10 +124,16 @@ def _train_one_of_many(config: Any) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from atmossl.commands.train import train
+    from atmossl.training.preemption import Interrupted
 
     values = _to_plain(config)
     values["paths"]["output"] = HydraConfig.get().runtime.output_dir
-    return train(values).score
+    try:
+        return train(values).score
+    except Interrupted as end:  # Hydra would start the next run after an exception
+        if end.number in TERMINAL:
+            raise Stopped(end.number, str(end)) from end
+        raise
 
 
 def _predict(arguments: Sequence[str]) -> None:
@@ -258,7 +265,7 @@ def _export(arguments: Sequence[str]) -> None:
     checkpoint, output = _keyword(arguments, ["checkpoint", "output"])
     alone = Path(checkpoint).exists()  # commas in it are its own
     checkpoints = [checkpoint] if alone else [*map(unquoted, split(checkpoint))]
-    with owned(Path(output), "output"):
+    with owned(Path(output), "output"), keeping("nothing is kept"):
         export(checkpoints, Path(output))
 
 
@@ -288,6 +295,15 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
+def _flush() -> None:
+    """Bring what was printed to its file, whose disk may be full or whose reader may have gone."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # not again at the end
+        raise OSError(error.errno, f"standard output: {error.strerror}") from error
+
+
 def _system_words(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
@@ -308,12 +324,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"atmossl: no command {command!r}; valid: {', '.join(_COMMANDS)}")
         return 2
     try:
-        _COMMANDS[command](rest)
+        with answering(command):
+            _COMMANDS[command](rest)
+            _flush()
     except ValueError as error:
-        console.print(f"atmossl {command}: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        text = _system_words(error) if isinstance(error, OSError) else str(error)
-        console.print(f"atmossl {command}: {text}", markup=False, highlight=False, soft_wrap=True)
-        return getattr(error, "exit_code", 1)
-    return 0
+        text, code = str(error), 2
+    except FloatingPointError as error:
+        text, code = str(error), 1
+    except OSError as error:
+        text, code = _system_words(error), getattr(error, "exit_code", 1)
+    except Stopped as stop:
+        text, code = str(stop), 128 + stop.number
+    else:
+        return 0
+    console.print(f"atmossl {command}: {text}", markup=False, highlight=False, soft_wrap=True)
+    return code

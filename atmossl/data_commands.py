@@ -32,6 +32,7 @@ from atmossl.locks import owned
 from atmossl.names import file_name
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
+from atmossl.stops import keeping
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def show_statistics(values: Mapping[str, Any]) -> None:
     climatologies that are wanted."""
     config: StatsConfig = parse(StatsConfig, _plain(values))
     output = config.output if config.climatologies else None
-    with nullcontext() if output is None else owned(output, "output", inside=True):
+    own = nullcontext() if output is None else owned(output, "output", inside=True)
+    with own, keeping("what is done of it stays, and the same command goes on from there"):
         _show_statistics(config)
 
 
@@ -132,7 +134,8 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
         region=config.region,
     )
     workers = Workers(config.workers.engine, config.workers.count, config.workers.slurm)
-    with owned(config.output, "output"), Progress() as bar:
+    kept = "the regions that are done stay, and the same command goes on from there"
+    with owned(config.output, "output"), keeping(kept), Progress() as bar:
         task = bar.add_task("regions")
         ingest(
             source,
@@ -153,7 +156,7 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
 def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]:
     """Print what is in the stores of a catalog entry, and draw a map of every variable."""
     config: InspectConfig = parse(InspectConfig, _plain(values))
-    with owned(config.output, "output", inside=True):
+    with owned(config.output, "output", inside=True), keeping("maps that are there stay"):
         return _show_inspection(name, config)
 
 

@@ -16,6 +16,7 @@ from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.locks import owned
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
+from atmossl.stops import keeping
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
@@ -24,7 +25,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
     command: the line that the report gives for making it again.
     """
     config: EvaluateConfig = parse(EvaluateConfig, values)
-    with owned(config.output, "output"):
+    with owned(config.output, "output"), keeping("nothing is kept of the scores"):
         if config.output.exists():
             raise ValueError(f"output={config.output} exists; choose another folder or remove it")
         if not config.forecasts:

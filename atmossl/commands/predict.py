@@ -23,12 +23,13 @@ from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, check_request, write
 from atmossl.locks import owned
 from atmossl.schema import PredictConfig, parse
+from atmossl.stops import keeping
 
 
 def predict(values: Mapping[str, Any]) -> Path:
     """Run one task for every chosen time and write a CF store; returns its path."""
     config: PredictConfig = parse(PredictConfig, values)
-    with owned(config.output, "output"):
+    with owned(config.output, "output"), keeping("nothing was predicted"):
         check_output(config.output, resume=config.resume)
         digest = _predict(config)
     Console(markup=False).print(
@@ -98,7 +99,7 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     config: PredictConfig = parse(PredictConfig, values)
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
-    with owned(config.output, "output"):
+    with owned(config.output, "output"), keeping("nothing is kept"):
         if config.output.suffix != ".ckpt" or config.output.exists():
             raise ValueError(f"output={config.output} must end in .ckpt and not exist")
         check_calibrated(config.task.sampler())

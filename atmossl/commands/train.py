@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from atmossl.lineage import is_first_rank
 from atmossl.locks import owned
 from atmossl.model.linear import half_is_fast
 from atmossl.schema import TrainConfig, parse
+from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
 from atmossl.training.resume import (
@@ -51,9 +53,9 @@ def train(values: Mapping[str, Any]) -> Trained:
     values = plain(values)
     config: TrainConfig = parse(TrainConfig, values)
     _check_precision(config)
-    if not is_first_rank(os.environ):
-        return _train(config, values)
-    with owned(config.paths.output, "paths.output", inside=True):
+    first = is_first_rank(os.environ)
+    own = owned(config.paths.output, "paths.output", inside=True) if first else nullcontext()
+    with own, keeping("no step was taken; checkpoints of an earlier run stay as they were"):
         return _train(config, values)
 
 

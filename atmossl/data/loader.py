@@ -13,6 +13,7 @@ from atmossl.batch import Batch, collate_views
 from atmossl.data.limits import show_in_one_line
 from atmossl.data.transfer import Arena, Packed
 from atmossl.lineage import end_with_creator
+from atmossl.stops import leave_to_creator, start_worker_server
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def worker_context() -> Any:
     they start fast, share its memory, and inherit nothing of the training process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["atmossl.data.loader", "atmossl.data.windows"])
+    start_worker_server()
     return context
 
 
@@ -56,6 +58,7 @@ def _start_worker(number: int) -> None:
     del number
     end_with_creator()
     show_in_one_line()
+    leave_to_creator()
 
 
 Together = Callable[[Sequence[Batch]], Sequence[Batch]]

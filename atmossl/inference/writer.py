@@ -18,6 +18,7 @@ import zarr
 from atmossl.inference.blend import Part
 from atmossl.inference.layout import Layout, LayoutName, encoding
 from atmossl.inference.predict import Predictor
+from atmossl.stops import Stopped
 
 SUFFIXES = (".zarr", ".nc", ".grib2")
 
@@ -96,11 +97,11 @@ def write(
             advance(0.0 if part.data else share)
         _finish(partial, output, progress)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"output={output}: {error.strerror or error} after {progress.cases} of {len(times)} "
-            f"times; they stay readable in {partial}, and resume=true goes on from there",
-        ) from error
+        words, kept = error.strerror or error, _kept(progress, times, partial)
+        raise OSError(error.errno, f"output={output}: {words} after {kept}") from error
+    except Stopped as stop:
+        stop.kept = f"output={output}: after {_kept(progress, times, partial)}"
+        raise
     progress.path.unlink()
 
 
@@ -120,6 +121,11 @@ def check_request(
                 f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
                 "file holds one grid here; write .zarr or .nc"
             )
+
+
+def _kept(progress: _Progress, times: np.ndarray, partial: Path) -> str:
+    count = f"{progress.cases} of {len(times)} times"
+    return f"{count}; they stay readable in {partial}, and resume=true goes on from there"
 
 
 def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, str]:

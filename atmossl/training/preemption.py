@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from atmossl.stops import NUMBERS, is_repeated, leave, listen
 from atmossl.training.checkpoint import KeepCheckpoints
 
 _NEAR_LIMIT_SECONDS = 1800.0
@@ -20,30 +21,33 @@ _OUT_OF_TIME = (signal.SIGUSR1, signal.SIGUSR2)
 class Interrupted(InterruptedError):
     """A signal ended the run after a checkpoint; `exit_code` is what the process should return."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, number: int, exit_code: int) -> None:
         super().__init__(message)
+        self.number = number
         self.exit_code = exit_code
 
 
 class SaveOnSignal(L.Callback):
-    """At SIGUSR1, SIGUSR2 or SIGTERM: finish the optimiser step, save, leave; under Slurm requeue.
+    """At SIGINT, SIGHUP, SIGTERM, SIGUSR1 or SIGUSR2: finish the optimiser step, save, leave; under
+    Slurm requeue.
 
     SIGUSR1 is what scripts/slurm/train.sbatch asks for before the time limit, SIGUSR2 what
     submitit does. SIGTERM may also mean that the user cancelled the job, or that Slurm preempts
     and requeues it by itself, so it requeues only within half an hour of the limit
     (SLURM_JOB_END_TIME).
-    All ranks leave after the same step, whichever of them got the signal first.
+    All ranks leave after the same step, whichever of them got the signal first. A second Ctrl-C
+    leaves at once, without saving.
     """
 
     def __init__(self, checkpoints: KeepCheckpoints) -> None:
         self.checkpoints = checkpoints
         self._received = 0
+        self._since = 0.0
         self._group: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
-        for number in (*_OUT_OF_TIME, signal.SIGTERM):
-            signal.signal(number, self._note)  # Lightning's own were set before; it resets them
+        listen(self._note, (*_OUT_OF_TIME, *NUMBERS))  # Lightning's were set before; it resets them
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             # Lightning asks all devices twice per batch whether one saw SIGTERM, and waits.
@@ -51,7 +55,12 @@ class SaveOnSignal(L.Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._received = number
+        if self._received and is_repeated((self._received, self._since), number):
+            leave(number, f"the checkpoints in {self.checkpoints.folder} stay as they were")
+        if not self._received:
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing the step and saving\n".encode())
+            self._received, self._since = number, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
@@ -68,8 +77,8 @@ class SaveOnSignal(L.Callback):
         name = signal.Signals(number).name
         message = f"{name} at step {trainer.global_step}; saved in {self.checkpoints.folder}"
         if not wants_requeue(number, os.environ, time.time()):
-            raise Interrupted(message, 128 + number)
-        raise Interrupted(f"{message}; {requeue(trainer)}", 0)
+            raise Interrupted(f"{message}; resume=auto goes on from there", number, 128 + number)
+        raise Interrupted(f"{message}; {requeue(trainer)}", number, 0)
 
     def _agreed(self) -> int:
         """The signal that any rank received, or 0. On the host: the device is not waited for."""
