@@ -25,7 +25,7 @@ from atmossl.data.metadata import FileStatements
 _DEFAULT_ACCESS = Access()
 _LOGGER = logging.getLogger(__name__)
 _NETCDF_ENDINGS = (".nc", ".nc4")
-_REFERENCES = (".json", ".parq", ".parquet")
+REFERENCES = (".json", ".parq", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _format_of(location: str) -> str:
         ValueError: a file of another format.
     """
     path = Path(location)
-    if location.endswith(_REFERENCES):
+    if location.endswith(REFERENCES):
         return "kerchunk"
     if "*" in location or ("://" in location and location.endswith(_NETCDF_ENDINGS)):
         return "netcdf"
@@ -144,8 +144,16 @@ def _with_group(store: Store) -> OpenedStore:
 
 def _as_dataset(store: Store, group: zarr.Group) -> OpenedStore:
     consolidated = group.metadata.consolidated_metadata is not None
+    if consolidated and isinstance(store, LocalStore):
+        current = zarr.open_group(store, mode="r", use_consolidated=False)
+        if _shapes(current) != _shapes(group):  # arrays that were added or grew since
+            group, consolidated = current, False
     dataset = xr.open_dataset(store, engine="zarr", consolidated=consolidated)  # pyright: ignore
     return OpenedStore(dataset, group)
+
+
+def _shapes(group: zarr.Group) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in group.arrays()}
 
 
 def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:

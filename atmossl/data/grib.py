@@ -57,6 +57,10 @@ _RESERVED = {1: 31, 2: 15}  # bits of scanningMode by edition that no regular gr
 _MAX_SHOWN = 6
 
 
+class NoSuchMessage(ValueError):
+    """No message of a file has the values that the filters want."""
+
+
 @dataclass(frozen=True)
 class Messages:
     """Some messages of one file. rows: header values by key, and the messages that have them."""
@@ -107,7 +111,7 @@ class Messages:
         """Those whose keys have the values of the filters, or one of several values.
 
         Raises:
-            ValueError: no message has a value; names those that there are.
+            NoSuchMessage: no message has a value; names those that there are.
         """
         left = self
         for key, wanted in filters.items():
@@ -116,7 +120,7 @@ class Messages:
             if not kept.rows:
                 have = [value for value in left.values(key) if value not in _ABSENT]
                 advice = f"valid: {_listed(have)}" if have else "no message has that key"
-                raise ValueError(f"input {self.file}: filters.{key}={wanted}: {advice}")
+                raise NoSuchMessage(f"input {self.file}: filters.{key}={wanted}: {advice}")
             left = kept
         return left
 

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from atmossl.data.backends import REFERENCES
+
 State = dict[str, str]
 _NUM_BLOCKS, _BLOCK_BYTES = 8, 16 * 1024
-_REFERENCES = (".json", ".parq", ".parquet")
 
 
 def input_state(files: Sequence[str], dataset: xr.Dataset) -> State:
     """State of every input by its name. dataset: what is read from them all."""
     state = local_state(files)
-    if any("://" in file or file.endswith(_REFERENCES) for file in files):
+    if any("://" in file or file.endswith(REFERENCES) for file in files):
         for name, array in dataset.data_vars.items():
             state[f"variable {name}"] = _fields_hash(array)
     return state

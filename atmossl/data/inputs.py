@@ -13,10 +13,10 @@ import pandas as pd
 import xarray as xr
 
 from atmossl.data.axes import SharedLabels, with_regular_axes
-from atmossl.data.backends import joining, open_store
+from atmossl.data.backends import REFERENCES, joining, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.file_kinds import GRIB, data_files, is_zarr, kind_of
-from atmossl.data.grib import open_grib
+from atmossl.data.grib import NoSuchMessage, open_grib
 from atmossl.data.metadata import (
     FROM_HEIGHT,
     LEAD_NAMES,
@@ -73,7 +73,7 @@ def input_files(location: str, tell: Tell = _say_nothing) -> list[str]:
         ValueError: nothing is there.
     """
     path = Path(location)
-    if "://" in location or path.is_file() or is_zarr(path):
+    if "://" in location or path.is_file() or is_zarr(path) or path.suffix in REFERENCES:
         return [location]
     if path.suffix in (".zarr", ".zip"):
         raise ValueError(f"input={location}: no such file, or no zarr store")
@@ -116,11 +116,20 @@ def open_input(
     reading = _Reading(names, selection, filters, coordinates)
     parts: list[xr.Dataset] = []
     origins: list[Origin] = []
+    unmatched: NoSuchMessage | None = None
     for file in files:
-        part, origin = _canonical(_opened_file(file, reading), reading, file)
+        try:
+            opened = _opened_file(file, reading)
+        except NoSuchMessage as error:
+            unmatched = error
+            reading.tell("filters match no message of a file, which is left out")
+            continue
+        part, origin = _canonical(opened, reading, file)
         if part.data_vars:
             parts.append(part)
             origins.append(origin)
+    if unmatched and not parts:
+        raise unmatched
     found = {str(name) for part in parts for name in part.data_vars}
     _check_found(reading, found, location, files)
     _tell_left_out(reading, len(files), tell)

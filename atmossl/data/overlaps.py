@@ -3,14 +3,15 @@ twice is refused, as joining would keep the first without a word."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import combinations, product
+from typing import Any, NoReturn
 
 import numpy as np
 import xarray as xr
 
 _DECIMALS = 3  # of degrees and hPa that make two coordinates differ
 _TOLERANCE_DEG = 1e-3
-_AXES = ("time", "level", "latitude", "longitude")
+_AXES = ("level", "latitude", "longitude")
 
 
 @dataclass(frozen=True)
@@ -82,32 +83,55 @@ def check_overlaps(parts: Sequence[xr.Dataset], origins: Sequence[Origin], locat
 
 
 def _check_dated(name: str, having: Sequence[tuple[xr.DataArray, Origin]], location: str) -> None:
-    holders: dict[tuple[Any, float], list[tuple[xr.DataArray, Origin]]] = {}
+    """That files on the same cells and levels have no date in common."""
+    places: dict[tuple[bytes, ...], list[tuple[xr.DataArray, Origin]]] = {}
     for array, origin in having:
-        levels = (
-            np.round(array["level"].values, _DECIMALS).tolist() if "level" in array.dims else [0]
+        places.setdefault(tuple(_labels(array, axis).tobytes() for axis in _AXES), []).append(
+            (array, origin)
         )
-        for date in array["time"].values:
-            for level in levels:
-                others = holders.setdefault((date, level), [])
-                for other, other_origin in others:
-                    if _share_cells(array, other):
-                        at = f"{str(date)[:16]}{f', level {level:g}' if level else ''}"
-                        raise ValueError(
-                            f"input={location}: files overlap: {name} of {at} is in "
-                            f"{other_origin.file} and in {origin.file}"
-                            f"{other_origin.differing(origin, name)}. Choose one with select or "
-                            "filters, or ingest the files apart"
-                        )
-                others.append((array, origin))
+    for pairs in places.values():
+        dates = np.concatenate([array["time"].values for array, _ in pairs])
+        which = np.repeat(np.arange(len(pairs)), [array.sizes["time"] for array, _ in pairs])
+        order = np.argsort(dates, kind="stable")
+        twice = (dates[order][1:] == dates[order][:-1]) & (which[order][1:] != which[order][:-1])
+        if twice.any():
+            at = int(np.flatnonzero(twice)[0])
+            first, second = (pairs[which[order][n]] for n in (at, at + 1))
+            _refuse(name, dates[order][at], first, second, location)
+    for one, other in combinations(places.values(), 2):
+        if all(np.isin(_labels(one[0][0], a), _labels(other[0][0], a)).any() for a in _AXES):
+            for first, second in product(one, other):
+                common = np.isin(first[0]["time"].values, second[0]["time"].values)
+                if common.any():
+                    _refuse(name, first[0]["time"].values[common][0], first, second, location)
+
+
+def _labels(array: xr.DataArray, axis: str) -> np.ndarray:
+    """Coordinates but for rounding; 0 for the level of a field that has none."""
+    return np.round(array[axis].values, _DECIMALS) if axis in array.dims else np.zeros(1)
+
+
+def _refuse(
+    name: str,
+    date: Any,
+    first: tuple[xr.DataArray, Origin],
+    second: tuple[xr.DataArray, Origin],
+    location: str,
+) -> NoReturn:
+    level = ""
+    if "level" in first[0].dims:
+        common = np.intersect1d(_labels(first[0], "level"), _labels(second[0], "level"))
+        level = f", level {common[0]:g}"
+    raise ValueError(
+        f"input={location}: files overlap: {name} of {str(date)[:16]}{level} is in "
+        f"{first[1].file} and in {second[1].file}{first[1].differing(second[1], name)}. Choose one "
+        "with select or filters, or ingest the files apart"
+    )
 
 
 def _share_cells(one: xr.DataArray, other: xr.DataArray) -> bool:
-    for axis in ("latitude", "longitude"):
-        mine, others = (np.round(array[axis].values, _DECIMALS) for array in (one, other))
-        if not np.isin(mine, others).any():
-            return False
-    return True
+    axes = ("latitude", "longitude")
+    return all(np.isin(_labels(one, axis), _labels(other, axis)).any() for axis in axes)
 
 
 def _check_static(name: str, having: Sequence[tuple[xr.DataArray, Origin]], location: str) -> None:

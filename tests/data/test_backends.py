@@ -249,6 +249,14 @@ def test_anemois_layout_reads_alike(tmp_path, monkeypatch) -> None:
         open_store(SegmentEntry(location=str(tmp_path / "anemoi.zarr"), format="anemoi"))
 
 
+def test_arrays_that_grew_after_consolidation_are_whole(tmp_path) -> None:
+    """The copy of all metadata in one file is out of date where a store was appended to."""
+    first, second = RECORD.isel(time=slice(0, 6)), RECORD.isel(time=slice(6, 12))
+    first.to_zarr(tmp_path / "waves.zarr", zarr_format=2, consolidated=True)
+    second.to_zarr(tmp_path / "waves.zarr", append_dim="time", consolidated=False)
+    check(opened(str(tmp_path / "waves.zarr")))
+
+
 def anemoi_store(path: Path, names: list[str], members: int = 1, **attributes: Any) -> np.ndarray:
     """A store of random values, [time variable member cell]."""
     cells = np.random.default_rng(1).normal(280, 9, (12, len(names), members, 128))

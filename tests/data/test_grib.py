@@ -324,3 +324,46 @@ def test_missing_values_of_a_bitmap_are_missing(tmp_path) -> None:
     found = open_input(written(tmp_path / "in", message(field, T500 | keys)), {}, {}, {})
     assert found["temperature"].isnull().sum("longitude").values.ravel().tolist() == [0, 0, 0, 5]
     assert found["temperature"].min() == 250.0
+
+
+def test_headers_are_read_once_and_before_any_value(tmp_path, monkeypatch) -> None:
+    """As in a file of NCEP: a temperature on many kinds of levels, refused by its headers."""
+    from cfgrib import dataset, messages
+
+    kinds = ("isobaricInhPa", "hybrid", "sigma", "potentialVorticity", "isobaricInhPa")
+    fields = [
+        message(FIELD, {"shortName": "t", "typeOfLevel": kind, "level": 10 * n + 5})
+        for n, kind in enumerate(kinds)
+    ]
+    scans, values = [], []
+    scan, read = messages.FileStream.items, dataset.get_values_in_order
+    monkeypatch.setattr(messages.FileStream, "items", lambda s: scans.append(s) or scan(s))
+    monkeypatch.setattr(dataset, "get_values_in_order", lambda *a: values.append(a) or read(*a))
+    place = written(tmp_path / "gfs.t00z.pgrb2.0p25.f006", *fields)
+    with pytest.raises(
+        ValueError, match=r"f006: .*typeOfLevel: .*filters.typeOfLevel=isobaricInhPa"
+    ):
+        open_input(place, {}, {}, {})
+    assert (len(scans), len(values)) == (1, 0)
+    found = open_input(place, {}, {}, {"typeOfLevel": "isobaricInhPa"})["temperature"]
+    assert found["level"].values.tolist() == [5, 45] and len(scans) == 2
+    np.testing.assert_allclose(found.isel(level=0).max(), FIELD.max(), atol=1e-4)
+    assert len(values) > 0
+
+
+def test_what_files_say_of_one_date_is_compared(tmp_path) -> None:
+    """Two accumulations in two files; filters choose among files, too."""
+    for name, content in (("a", precipitation("0-12")), ("b", precipitation("6-12", 1.0)),
+                          ("c", precipitation("0-12", 2.0, day=2))):  # fmt: skip
+        written(tmp_path / name, content)
+    with pytest.raises(
+        ValueError, match=r"overlap: total_precipitation of 2020-01-01T12:00 is in "
+    ):
+        open_input(str(tmp_path), {}, {}, {})
+    lines: list[str] = []
+    found = open_input(str(tmp_path), {}, {}, {"stepRange": "0-12"}, lines.append)
+    highest = found["total_precipitation"].max(["latitude", "longitude"])
+    np.testing.assert_allclose(highest, FIELD.max() + np.array([0, 2]), atol=1e-4)
+    assert "filters match no message of a file, which is left out (in 1 files)" in lines
+    with pytest.raises(ValueError, match=r"filters.stepRange=0-18: valid: "):
+        open_input(str(tmp_path), {}, {}, {"stepRange": "0-18"})
