@@ -56,6 +56,7 @@ def test_evaluation_validates() -> None:
     ("override", "message"),
     [
         ("model.num_heads=5", "num_heads"),
+        ("+data.transforms.ozone={kind: log, scale: 1.0}", "no stream has ozone"),
         ("model.stencil=[2,3,3]", "stencil"),
         ("model.num_members=1", "num_members"),
         ("model.neighbourhood=4", "neighbourhood"),

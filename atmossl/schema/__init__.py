@@ -234,6 +234,16 @@ def _token_faults(spec: StreamSpec, window: WindowConfig) -> list[str]:
     return []
 
 
+def _transform_faults(config: TrainConfig) -> list[str]:
+    """Transforms of variables that no stream has, such as misspelt ones."""
+    have = sorted({name for stream in config.stream.values() for name in stream.variables})
+    return [
+        f"data.transforms.{name}: no stream has {name}; valid: {have}"
+        for name in config.data.transforms
+        if name not in have
+    ]
+
+
 def _model_faults(config: TrainConfig) -> list[str]:
     faults = []
     model = config.model
@@ -269,7 +279,7 @@ def _model_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
-CHECKS = (_stream_faults, _model_faults, _tuning_faults)
+CHECKS = (_stream_faults, _transform_faults, _model_faults, _tuning_faults)
 
 
 class PredictConfig(Strict):
