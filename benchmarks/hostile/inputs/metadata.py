@@ -183,7 +183,7 @@ def _python(item: Contradiction) -> Row:
         del arguments
         opened = xr.open_dataset("in.nc")
         other = dataset(tuple({"temperature", "u_component_of_wind"} - set(opened.data_vars)))
-        opened = opened.assign({name: other[name] for name in other.data_vars})
+        opened = opened.assign({name: other[name].variable for name in other.data_vars})
         return in_python(lambda: atmossl.load("fix/tiny.ckpt").predict(
             "forecast", opened, "2001-01-03T00", lead_time="6h"))  # fmt: skip
 
