@@ -259,8 +259,12 @@ def steps_in(folder: Path) -> dict[int, Path]:
     """The checkpoints `step-N.ckpt` of a run by their step. Those of a branch that is just being
     left are not among them."""
     limit = min((int(mark.name.removeprefix(LEAVING)) for mark in marks_in(folder)), default=None)
-    steps = {step: path for path in folder.glob("*.ckpt") if (step := step_of(path.name))}
-    return {step: path for step, path in steps.items() if limit is None or step <= limit}
+    steps = {path: step_of(path.name) for path in folder.glob("*.ckpt")}
+    return {
+        step: path
+        for path, step in steps.items()
+        if step is not None and (limit is None or step <= limit)
+    }
 
 
 def marks_in(folder: Path) -> list[Path]:

@@ -137,7 +137,8 @@ class KeepCheckpoints(L.Callback):
         self._start = departure.start
         if departure.aside:
             names = ", ".join(departure.aside)
-            _LOGGER.warning("%s: moved aside to %s", names, departure.into)
+            text = "training goes on from step %d; %s moved aside to %s"
+            _LOGGER.warning(text, trainer.global_step, names, departure.into)
         tidy(self.folder, self._start, self.keep)
         return (self.folder / BEST).exists()
 
