@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from atmossl.data.catalog import find_file
 from atmossl.data.limits import show_in_one_line
-from atmossl.lineage import end_with_parent, is_started_by_first_rank
+from atmossl.lineage import end_with_parent, is_started_by_first_rank, run_name
 from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
@@ -59,11 +60,21 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         ValueError: an override that does not fit, in one line.
     """
     GlobalHydra.instance().clear()
+    _register_run_name()
     with (
         _in_one_line(overrides),
         initialize_config_dir(str(find_file("conf")), version_base="1.3"),
     ):
         return _to_plain(compose(name, list(map(for_hydra, overrides))))
+
+
+def _register_run_name() -> None:
+    """`${run_name:}` in conf/, the same wherever it stands in one configuration."""
+
+    def name() -> str:
+        return run_name(os.environ, datetime.now())
+
+    OmegaConf.register_new_resolver("run_name", name, use_cache=True, replace=True)
 
 
 @contextmanager
@@ -109,6 +120,7 @@ def _train(arguments: Sequence[str]) -> None:
         return
     import hydra
 
+    _register_run_name()
     arguments = [for_hydra(item, sweep=True) for item in arguments]
     sys.argv = ["atmossl train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong; else Hydra prints and exits

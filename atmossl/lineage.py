@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from datetime import datetime
 from multiprocessing.connection import wait
 from threading import Thread
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "RANK")  # others than Lightning
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
+_RUN_NAME = "ATMOSSL_RUN_NAME"  # by which the first rank tells those that it starts
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -46,6 +48,17 @@ def is_started_by_first_rank(environment: Mapping[str, str]) -> bool:
     launcher (torchrun, srun, mpirun) has started them all."""
     further = environment.get("LOCAL_RANK", "0") != "0"
     return further and not any(key in environment for key in _LAUNCHERS)
+
+
+def run_name(environment: MutableMapping[str, str], now: datetime) -> str:
+    """Name of a run that got none: its start and a number of its own, the same on all ranks."""
+    if is_started_by_first_rank(environment) and _RUN_NAME in environment:
+        return environment[_RUN_NAME]
+    number = str(os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid())
+    if "SLURM_PROCID" in environment:
+        number = environment.get("SLURM_JOB_ID", number)
+    environment[_RUN_NAME] = f"{now:%Y-%m-%d_%H-%M-%S}-{number}"
+    return environment[_RUN_NAME]
 
 
 def is_first_rank(environment: Mapping[str, str]) -> bool:

@@ -50,13 +50,24 @@ def owned(path: Path, key: str, *, inside: bool = False) -> Iterator[None]:
     stop = Event()
     Thread(target=_beat, args=(lock, _held[lock], named, stop), daemon=True).start()
     try:
-        yield
-    except OSError as error:
-        raise _naming(error, named, path) from error
+        with naming_errors(path, key):
+            yield
     finally:
         stop.set()
         _release(lock)
         _remove_empty(made)
+
+
+@contextmanager
+def naming_errors(path: Path, key: str) -> Iterator[None]:
+    """Errors of writing name the key or variable that chose the place."""
+    try:
+        yield
+    except OSError as error:
+        named = _naming(error, f"{key}={path}", path)
+        if named is error:
+            raise
+        raise named from error
 
 
 def release_all() -> None:

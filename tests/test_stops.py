@@ -198,6 +198,23 @@ def test_a_stopped_prediction_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zarr", "whole.zarr"]
 
 
+@pytest.mark.parametrize("changed", [0, 6, 9])
+def test_a_prediction_does_not_go_on_from_a_store_that_has_changed(
+    changed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """changed: the first of the steps that hold other values."""
+    store = STORE.copy(deep=True)
+    catalog(tmp_path, train=store, validation=store, test=store)
+    save_tiny(tmp_path / "tiny.ckpt")
+    command = ["predict", "init_time=all", *arguments(tmp_path, tmp_path / "out.zarr")]
+    stopped(command, monkeypatch, capsys, writer._Progress, "save", 3)
+    store["temperature"][changed:] += 1.0
+    store.to_zarr(tmp_path / "test.zarr", mode="w", consolidated=False)
+    assert main([*command, "resume=true"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert f"was begun with content of {tmp_path / 'test.zarr'}" in line and "\n" not in line
+
+
 def test_a_stopped_ingest_and_statistics_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

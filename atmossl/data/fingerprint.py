@@ -26,10 +26,15 @@ Transforms = Mapping[str, Transform]
 NO_TRANSFORMS: Transforms = MappingProxyType({})
 
 
-def fingerprint(segments: Sequence[Segment], transforms: Transforms = NO_TRANSFORMS) -> str:
+def fingerprint(
+    segments: Sequence[Segment],
+    transforms: Transforms = NO_TRANSFORMS,
+    steps: Sequence[int] = (),
+) -> str:
     """Hash of what statistics depend on: period, grid, variables, levels, encoding, the first,
     middle and last fields of every segment, the checksums of `atmossl data ingest` where the store
-    has them, and the transforms. Where a store lies does not matter.
+    has them, and the transforms. Where a store lies does not matter. steps: more of which the
+    fields count.
 
     For zarr stores a second hash follows, of the stored sizes of chunks spread over the period: a
     compressed chunk of other values hardly has the same. Compare with `agree`: what was computed by
@@ -40,7 +45,7 @@ def fingerprint(segments: Sequence[Segment], transforms: Transforms = NO_TRANSFO
         for name in segment.variables
         if (found := _stored_sizes(segment, name)) is not None
     ]
-    content = _content(segments, transforms)
+    content = _content(segments, transforms, steps)
     if not sizes:
         return content
     return f"{content}-{hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]}"
@@ -52,7 +57,9 @@ def agree(one: str, other: str) -> bool:
     return content == content_too and (not sizes or not sizes_too or sizes == sizes_too)
 
 
-def _content(segments: Sequence[Segment], transforms: Transforms) -> str:
+def _content(
+    segments: Sequence[Segment], transforms: Transforms, steps: Sequence[int] = ()
+) -> str:
     digest = hashlib.sha256(f"format {_FORMAT}".encode())
     for segment in segments:
         for values in (segment.times, segment.grid.latitude, segment.grid.longitude):
@@ -62,7 +69,7 @@ def _content(segments: Sequence[Segment], transforms: Transforms) -> str:
             digest.update(segment.calendar.name.encode())
         for name in segment.variables:
             if name not in FORCINGS:  # those follow from times and grid
-                _add_variable(digest, segment, name)
+                _add_variable(digest, segment, name, steps)
     for name, transform in sorted(transforms.items()):
         digest.update(f"{name} {transform}".encode())
     return digest.hexdigest()[:16]
@@ -129,14 +136,16 @@ async def _size(store: Store, key: str) -> int:
         return -1
 
 
-def _add_variable(digest: "hashlib._Hash", segment: Segment, name: str) -> None:
+def _add_variable(
+    digest: "hashlib._Hash", segment: Segment, name: str, steps: Sequence[int]
+) -> None:
     array = segment.dataset[name]
     digest.update(f"{name} {array.shape} {array.dtype}".encode())
     if "time" not in array.dims:
         digest.update(array.values.tobytes())
         return
     total, retries = len(segment.times), segment.access.retries_of(segment.location)
-    for step in sorted({0, total // 2, total - 1}):
+    for step in sorted({0, total // 2, total - 1, *steps}):
         field = array.isel(time=step)
         digest.update(retries.call(lambda field=field: field.values).tobytes())
     for note, checksum in _checksums(segment, name):

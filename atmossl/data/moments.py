@@ -4,8 +4,6 @@ Blocks of steps are summed up in float64 about their own mean and merged pairwis
 LeVeque 1983), so that neither the length of the record nor a large mean costs precision.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 
 from atmossl.data.segment import Segment
 from atmossl.data.transforms import Transform
+from atmossl.sealed import read_sealed, write_sealed
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -143,17 +142,17 @@ def segment_moments(
 def _resume(partial: Path | None) -> tuple[Moments | None, int]:
     if partial is None or not partial.exists():
         return None, 0
-    state = json.loads(partial.read_text())
-    return Moments.from_dict(state["moments"]), int(state["done"])
+    try:
+        state = read_sealed(partial)
+        return Moments.from_dict(state["moments"]), int(state["done"])
+    except (ValueError, KeyError, TypeError):  # damaged: it is only work that is done again
+        return None, 0
 
 
 def _save(partial: Path | None, state: dict) -> None:
     if partial is None:
         return
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    written = partial.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(state))
-    written.replace(partial)
+    write_sealed(partial, state)
 
 
 def pooled(moments: Sequence[Moments]) -> Moments:

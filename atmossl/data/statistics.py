@@ -1,12 +1,14 @@
 """Training-period statistics: one streaming pass, saved with a fingerprint, refused when stale."""
 
-import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,9 +28,12 @@ from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
 from atmossl.data.transforms import Transform
 from atmossl.data.variables import VARIABLES, physical_range
+from atmossl.locks import naming_errors
 from atmossl.names import file_name
+from atmossl.sealed import read_sealed, write_sealed
 from atmossl.tokens import patch_values
 
+_LOGGER = logging.getLogger(__name__)
 _ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
 
 
@@ -202,8 +207,11 @@ def _check_changes(moments: Moments, segment: Segment, name: str) -> None:
 
 def cache_folder() -> Path:
     """Where statistics are kept: `ATMOSSL_CACHE`, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atmossl"
-    return Path(os.environ.get("ATMOSSL_CACHE", default))
+    chosen = os.environ.get("ATMOSSL_CACHE")
+    if chosen:
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "atmossl"
 
 
 def load_or_compute(
@@ -223,21 +231,58 @@ def load_or_compute(
         ValueError: the store has changed since; names the file, and what to do.
     """
     now = fingerprint(segments, transforms)
-    path = (folder or cache_folder()) / f"statistics-{identity(segments, transforms)}.json"
-    if path.exists():
-        found = Statistics.from_dict(json.loads(path.read_text()))
-        if agree(found.fingerprint, now):
-            return found
+    cache = folder or cache_folder()
+    path = cache / f"statistics-{identity(segments, transforms)}.json"
+    cached = _cached(path, segments) if path.exists() else None
+    if cached is not None:
+        if agree(cached.fingerprint, now):
+            return cached
         if not force:
-            raise ValueError(stale_message(path, segments, found.fingerprint, now))
+            raise ValueError(stale_message(path, segments, cached.fingerprint, now))
     partial = path.with_suffix(f".{now}.partial")
-    statistics = Statistics.compute(segments, transforms, partial, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(statistics.to_dict(), indent=1))
-    written.replace(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    _check_writable(cache)
+    with naming_errors(cache, "ATMOSSL_CACHE"):
+        statistics = Statistics.compute(segments, transforms, partial, progress)
+        write_sealed(path, statistics.to_dict())
+        for left in cache.glob(f"{path.stem}.*.partial"):  # of other states of the store, too
+            shutil.rmtree(left, ignore_errors=True)
     return statistics
+
+
+def _cached(path: Path, segments: Sequence[Segment]) -> Statistics | None:
+    """What the file holds; None, with a note, if it is damaged."""
+    try:
+        statistics = Statistics.from_dict(read_sealed(path))
+        first = segments[0]
+        shape = (len(first.variables), len(first.levels or (0,)))
+        whole = all(
+            values.shape == shape and values.dtype.kind in "fi"
+            for values in (getattr(statistics, key) for key in _ARRAYS)
+            if values is not None
+        )
+        if not whole or statistics.variables != first.variables:
+            raise ValueError(f"{path} is damaged: it lacks values of some variables or levels")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error) if "is damaged" in str(error) else f"{path} is damaged"
+        _LOGGER.warning("%s; the statistics are computed anew", why)
+        return None
+    return statistics
+
+
+def _check_writable(cache: Path) -> None:
+    """Raise ValueError, before the pass over the data, if its result could not be kept."""
+    probe = cache / f".{uuid4().hex}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        probe.write_text("room for this?")
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        raise ValueError(
+            f"statistics cannot be kept in {cache}: {error.strerror}; set ATMOSSL_CACHE to a "
+            "folder that can be written"
+        ) from error
 
 
 class Normaliser:

@@ -3,23 +3,24 @@ where it stopped. It appears under its own name when it is complete."""
 
 import errno
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
 
+from atmossl.data.fingerprint import fingerprint
 from atmossl.inference.blend import Part
 from atmossl.inference.layout import Layout, LayoutName, encoding
 from atmossl.inference.predict import Predictor
+from atmossl.sealed import read_sealed, write_sealed
 from atmossl.stops import Stopped
 
+_NUM_SAMPLED = 8  # times at which the fields of a store are compared when an output goes on
 SUFFIXES = (".zarr", ".nc", ".grib2")
 
 
@@ -59,9 +60,7 @@ class _Progress:
 
     def save(self) -> None:
         values = {k: v for k, v in vars(self).items() if k != "path"}
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(values))
-        partial.replace(self.path)
+        write_sealed(self.path, values)
 
     def add(self, part: Part) -> None:
         count = part.rows.stop - part.rows.start
@@ -140,7 +139,31 @@ def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, s
         "seed": str(predictor.seed),
         "missing": "fill" if predictor.fill_missing else "keep",
         "layout": names,
+        **_content_of_stores(predictor, times),
     }
+
+
+def _content_of_stores(predictor: Predictor, times: np.ndarray) -> dict[str, str]:
+    """By store, a hash of its state: of the whole, and of the fields at some of the times. For one
+    time there is none, since nothing of it would be kept."""
+    if len(times) == 1:
+        return {}
+    chosen = times[np.unique(np.linspace(0, len(times) - 1, _NUM_SAMPLED).astype(int))]
+    steps: dict[int, list[int]] = {}
+    for time in chosen:
+        try:
+            source = predictor.find(time).segment
+        except ValueError:  # prediction refuses it; what was begun with other dates says so first
+            continue
+        number = next(n for n, one in enumerate(predictor.segments) if one is source)
+        steps.setdefault(number, []).append(source.find_time(time))
+    states = {}
+    for number, segment in enumerate(predictor.segments):
+        key = f"content of {segment.location} ({segment.name})"
+        states[key] = fingerprint([segment], steps=steps.get(number, ()))
+        for data, companion in segment.companions.items():
+            states[f"{key}, data={data}"] = fingerprint([companion.segment])
+    return states
 
 
 def _digest(times: np.ndarray) -> str:
@@ -158,15 +181,21 @@ def _begun(partial: Path, request: dict[str, str]) -> _Progress:
     if not path.exists() or not partial.exists():
         shutil.rmtree(partial, ignore_errors=True)
         return _Progress(path, request)
-    values: dict[str, Any] = json.loads(path.read_text())
-    before = values["request"]
+    try:
+        values = read_sealed(path)
+        begun = _Progress(path, **values)
+        before = dict(begun.request)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"resume=true: {path} is damaged, so what {partial} holds is not known; remove both"
+        ) from error
     for key, now in request.items():
         if before.get(key) != now:
             raise ValueError(
                 f"resume=true: {partial} was begun with {key}={before.get(key)}, now it is {now}; "
                 "ask for the same, or remove it"
             )
-    return _Progress(path, **values)
+    return begun
 
 
 def _written(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from atmossl.checkpoint_files import checkpoints_in, marks_in, read_record_to_go_on
+from atmossl.data.fingerprint import agree
 from atmossl.training.keeping import ABANDONED
 
 # Keys of the configuration that weights and states of the optimiser depend on.
@@ -136,6 +137,12 @@ def check_same_statistics(
         raise ValueError(
             f"resume: {path} was trained on {before['period']}, whose statistics or transforms "
             f"differ from those of {entry} now, {now['period']}; go on with the same data, or "
+            f"start a new run from its weights: warm_start.checkpoints=[{path}]"
+        )
+    if not agree(before["fingerprint"], now["fingerprint"]):
+        raise ValueError(
+            f"resume: {path} was trained on another state of the store of {entry} (fingerprint "
+            f"{before['fingerprint']}, now {now['fingerprint']}); go on with the same data, or "
             f"start a new run from its weights: warm_start.checkpoints=[{path}]"
         )
     others = before.get("others", {})

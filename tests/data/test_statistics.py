@@ -1,6 +1,8 @@
 """Statistics against float64 numpy, over the training period alone."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,3 +190,51 @@ def test_a_large_mean_costs_no_precision(monkeypatch) -> None:
             assert statistics.std[row, column] == pytest.approx(variance**0.5, rel=1e-12)
             assert statistics.minimum[row, column] == values[:, column].min()
             assert statistics.maximum[row, column] == values[:, column].max()
+
+
+def cut(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def one_digit(text: str) -> str:
+    """Another digit in the first number that has a fraction."""
+    place = text.index(".") + 1
+    return text[:place] + ("7" if text[place] != "7" else "3") + text[place + 1 :]
+
+
+DAMAGE = [
+    lambda _: "", cut, one_digit, lambda _: "{}", lambda _: "[1]", lambda _: "null",
+    lambda text: text.replace('"mean"', '"mead"', 1), lambda _: '{"variables": 3}',
+    lambda text: "\0" * len(text),
+    lambda _: '{"variables": ["temperature"], "levels": [], "period": "", "fingerprint": ""}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "of an older version"])
+def test_a_damaged_file_is_computed_anew_with_a_note(
+    damage, sealed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    segments = [segment(dataset(steps=6))]
+    expected = load_or_compute(segments, folder=tmp_path / "cache").to_dict()
+    (path,) = (tmp_path / "cache").iterdir()
+    if not sealed:
+        if damage is one_digit:
+            pytest.skip("older files cannot tell")
+        path.write_text(json.dumps(expected))
+    path.write_text(damage(path.read_text()))
+    assert load_or_compute(segments, folder=tmp_path / "cache").to_dict() == expected
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    assert load_or_compute(segments, folder=tmp_path / "cache").to_dict() == expected
+    assert caplog.records == []
+
+
+def test_a_folder_that_cannot_hold_the_statistics_is_named_before_the_pass(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"{tmp_path}/file/cache: Not a dir.*set ATMOSSL_CACHE"):
+        load_or_compute(
+            [segment(dataset(steps=6))],
+            folder=tmp_path / "file" / "cache",
+            progress=lambda _: pytest.fail("read too early"),
+        )
