@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -307,18 +307,21 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
-def _flush() -> None:
-    """Bring what was printed to its file, whose disk may be full or whose reader may have gone."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # not again at the end
-        raise OSError(error.errno, f"standard output: {error.strerror}") from error
+def _came_from_printing(error: OSError) -> bool:
+    """Whether the file behind the standard output took no more, as on a full disk."""
+    trace, module = error.__traceback__, ""
+    while trace is not None:
+        trace, module = trace.tb_next, trace.tb_frame.f_globals.get("__name__", "")
+    return module.startswith("rich.")
 
 
 def _system_words(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
+    if _came_from_printing(error):
+        with suppress(OSError):  # what is left of it would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"standard output: {error.strerror}"
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
@@ -338,7 +341,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with answering(command):
             _COMMANDS[command](rest)
-            _flush()
     except ValueError as error:
         text, code = str(error), 2
     except FloatingPointError as error:

@@ -26,6 +26,10 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(text)
         partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         with suppress(OSError):
             partial.unlink()

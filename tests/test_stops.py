@@ -51,6 +51,17 @@ def test_a_signal_in_the_first_seconds_is_one_line(number: signal.Signals, momen
     assert done.stdout == "" and done.stderr.strip().count("\n") == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has it")
+def test_a_full_disk_behind_the_standard_output_is_named() -> None:
+    code = "import sys; from atmossl.cli import main; sys.exit(main(['data', 'list']))"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "atmossl data: standard output: No space left on device\n"
+
+
 def test_importing_the_package_elsewhere_leaves_signals_alone() -> None:
     code = "import signal, atmossl; print(signal.getsignal(signal.SIGINT).__name__)"
     assert python(code).stdout == "default_int_handler\n"
