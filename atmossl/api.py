@@ -29,6 +29,7 @@ from atmossl.inference.cautions import unseen, untrained_step, untrained_window
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.layout import LayoutName
 from atmossl.inference.predict import Predictor
+from atmossl.inference.unseen import unseen_by_training
 from atmossl.inference.writer import check_output, check_request, predictions, write
 from atmossl.locks import owned
 from atmossl.masking.tasks import Task
@@ -94,7 +95,7 @@ class Model:
         _check_data(predictor, data)
         chosen = chosen_times(predictor, times)
         _check_request(predictor, chosen, output, layout)
-        for caution in cautions(predictor, chosen[0]):
+        for caution in cautions(predictor, chosen):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
             with owned(Path(output), "output"):
@@ -289,16 +290,18 @@ def _named(times: Any, calendar: Calendar) -> list[Any]:
     return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]
 
 
-def cautions(predictor: Predictor, time: np.datetime64) -> list[str]:
-    """What the task asks that the checkpoint's training never did, as far as it is recorded."""
-    record = predictor.trained.record
+def cautions(predictor: Predictor, times: np.ndarray) -> list[str]:
+    """What the task asks at these times that the checkpoint's training never did, as far as that
+    is recorded."""
+    record, view = predictor.trained.record, predictor.first_view(times[0])
     step_hours = float(predictor.step / np.timedelta64(1, "h"))
-    found = untrained_step(step_hours, record.get("step_hours"))
-    found += untrained_window(predictor.tiles, predictor.trained.window)
+    lines = untrained_step(step_hours, record.get("step_hours"))
+    lines += untrained_window(predictor.tiles, predictor.trained.window)
+    lines += unseen_by_training(predictor, times, view)
     masking = record.get("config", {}).get("masking")
     if masking is not None:
-        task, view = predictor.task.downscaling, predictor.first_view(time)
+        task = predictor.task.downscaling
         factor = None if task is None else task.factor
-        times = (record.get("step_hours") or step_hours) / step_hours
-        found += unseen(view, instantiate(masking), factor, stretch=times)
-    return found
+        stretch = (record.get("step_hours") or step_hours) / step_hours
+        lines += unseen(view, instantiate(masking), factor, stretch=stretch)
+    return lines

@@ -22,6 +22,7 @@ from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule, check_samples
 from atmossl.data.limits import InputLimits
+from atmossl.data.seen import Seen
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.windows import WindowSize
@@ -173,12 +174,14 @@ def build_module(
     resolved: dict[str, Any],
     *,
     step_hours: float | None = None,
+    seen: Mapping[str, Seen] | None = None,
     resumed: bool = False,
 ) -> TrainingModule:
     """Model, objective and optimiser settings in one LightningModule.
 
     resolved: the configuration as plain values, kept in every checkpoint.
-    step_hours: time step of the training data, for the record; None: not known.
+    step_hours: time step of the training data, for the record; None: not known. seen: where and
+    when its records lie, by the streams' `data`, likewise.
     resumed: the weights come from a checkpoint of the same run, so there is no warm start.
     """
     scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
@@ -196,6 +199,7 @@ def build_module(
         "window": {"time": window.time, "lat": window.lat, "lon": window.lon},
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,
+        "seen": {data: record.to_dict() for data, record in (seen or {}).items()},
         "data": config.data.name,
         "config": resolved,
         "warm_start": warm_started(config, model) if warm else {},

@@ -5,18 +5,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
+from atmossl.api import cautions
 from atmossl.commands.common import check_split, device_for, note, open_for
 from atmossl.data.catalog import catalog_entry
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.predict import Predictor
 from atmossl.locks import owned
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
 from atmossl.stops import keeping
+
+
+class _Cautions:
+    """Notes what tasks ask that the checkpoint was not trained for, each once."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def __call__(self, predictor: Predictor, times: np.ndarray) -> None:
+        for caution in cautions(predictor, times):
+            if caution not in self.told:
+                self.told.add(caution)
+                note(f"this checkpoint was not trained for {caution}")
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
@@ -69,7 +85,8 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
                     f"streams with data={others} are not scored here; predict writes them into "
                     "groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
                 )
-            reports = score_tasks(config, trained, test, training, device_for(config.accelerator))
+            device = device_for(config.accelerator)
+            reports = score_tasks(config, trained, test, training, device, _Cautions())
         write_report(reports, provenance_of(config, trained, command), partial)
         partial.replace(config.output)
     finally:

@@ -44,7 +44,7 @@ def _predict(config: PredictConfig) -> str:
     predictor = _predictor(config)
     times = _times(config, predictor)
     check_request(predictor, times, config.output, config.layout)
-    for caution in cautions(predictor, times[0]):
+    for caution in cautions(predictor, times):
         note(f"this checkpoint was not trained for {caution}")
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:

@@ -80,6 +80,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         statistics,
         values,
         step_hours=datamodule.step_hours,
+        seen=datamodule.seen,
         resumed=start is not None,
     )
     keep_metrics(output)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from atmossl.batch import Batch, StreamSpec
 from atmossl.data.loader import Collate, Together, WindowLoader, worker_context
 from atmossl.data.reader import UnreadableChunk
+from atmossl.data.seen import seen_by_data
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
@@ -108,6 +109,7 @@ class WindowDataModule(L.LightningDataModule):
         self.num_skipped = 0
         self._start = (0, 0)  # optimiser steps and samples that the run has behind it
         self.step_hours = train[0].step_hours
+        self.seen = seen_by_data(train)
         self.train_set = WindowDataset(
             segments=train,
             sampler=sampler,

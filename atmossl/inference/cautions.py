@@ -1,15 +1,22 @@
 """What a task asks of a checkpoint that its training never did."""
 
+import calendar
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from atmossl.batch import Corruption, StreamMask, TokenGrid, View
+from atmossl.batch import Corruption, StreamMask, StreamWindow, TokenGrid, View
+from atmossl.data.seen import DAYS, Seen, eastward_extent
+from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import WindowSize
-from atmossl.geometry import TilePlan
+from atmossl.geometry import Grid, TilePlan
 from atmossl.masking.base import Layout, MaskingSampler
 
 _NUM_DRAWS = 200
+_HALF_MONTH_DAYS = 15
 
 
 @dataclass(frozen=True)
@@ -100,3 +107,114 @@ def untrained_step(step_hours: float, trained_hours: float | None) -> list[str]:
     if trained_hours is None or abs(step_hours - trained_hours) < 1e-6:
         return []
     return [f"steps of {step_hours:g} h; training had {trained_hours:g} h"]
+
+
+def unseen_place(seen: Seen, grid: Grid) -> list[str]:
+    """Sentences if the grid's cells are of another size than those of the training, or lie beyond
+    them by more than one."""
+    lines = []
+    if seen.cell is not None:
+        cell = (grid.latitude_spacing, grid.longitude_spacing)
+        if max(abs(math.log(now / had)) for now, had in zip(cell, seen.cell, strict=True)) > 0.05:
+            lines.append(f"cells of {_size(cell)} degrees; training had {_size(seen.cell)}")
+        south, north = seen.latitudes or (-90.0, 90.0)
+        low, high = float(grid.latitude[0]), float(grid.latitude[-1])
+        margin = max(cell[0], seen.cell[0]) * 1.01
+        if low < south - margin or high > north + margin:
+            lines.append(f"latitudes from {low:g} to {high:g}; training had {south:g} to {north:g}")
+        lines += _unseen_longitudes(seen, grid, max(cell[1], seen.cell[1]) * 1.01)
+    return lines
+
+
+def _unseen_longitudes(seen: Seen, grid: Grid, margin: float) -> list[str]:
+    west, extent = seen.longitudes or (0.0, 360.0)
+    first, now = float(grid.longitude[0]), eastward_extent(grid)
+    if extent == 360.0:
+        return []
+    beyond = (first - (west - margin)) % 360.0  # where it begins, from the edge eastwards
+    if beyond + now <= extent + 2 * margin:
+        return []
+    return [
+        f"longitudes from {first % 360:g} eastwards over {now:g} degrees; training had "
+        f"{west % 360:g} over {extent:g}"
+    ]
+
+
+def _size(cell: tuple[float, float]) -> str:
+    return f"{cell[0]:.3g} x {cell[1]:.3g}"
+
+
+def unseen_dates(seen: Seen, days: Sequence[int]) -> list[str]:
+    """A sentence if days of the year are further than half a month from all of the training."""
+    if not seen.days:
+        return []
+    apart = np.abs(np.subtract.outer(np.asarray(days), np.asarray(seen.days)))
+    far = np.minimum(apart, DAYS - apart).min(axis=1) > _HALF_MONTH_DAYS
+    if not far.any():
+        return []
+    return [f"dates in {_months(np.asarray(days)[far])}; training had {_months(seen.days)}"]
+
+
+def _months(days: Sequence[int] | np.ndarray) -> str:
+    dates = np.datetime64("2001-01-01") + np.unique(np.asarray(days)).astype("timedelta64[D]")
+    numbers = np.unique(dates.astype("datetime64[M]").astype(int) % 12)
+    return ", ".join(calendar.month_name[number + 1] for number in numbers)
+
+
+def unseen_calendar(seen: Seen, name: str) -> list[str]:
+    """A sentence if dates are of another calendar than those of the training."""
+    if seen.calendar in (None, name):
+        return []
+    return [f"dates of calendar {name}; training had {seen.calendar}"]
+
+
+def unseen_levels(view: View) -> list[str]:
+    """A sentence if the network is told levels that its streams do not have."""
+    for stream in view.streams:
+        size = stream.spec.token_size.level
+        had = np.asarray(stream.spec.level_values, float).reshape(-1, size).mean(axis=1)
+        told = stream.grid.level_hpa.double().numpy().reshape(-1)
+        if not np.allclose(told, had, rtol=1e-3):
+            shown = [", ".join(f"{level:g}" for level in levels) for levels in (told, had)]
+            mean = " on average" if size > 1 else ""
+            return [f"levels of {shown[0]} hPa{mean}; training had {shown[1]}"]
+    return []
+
+
+def unseen_values(windows: Sequence[StreamWindow], statistics: Statistics) -> list[str]:
+    """A sentence for every variable with values beyond those of the training by more than a
+    standard deviation, at the level where they are furthest."""
+    lines: dict[str, str] = {}
+    for window in windows:
+        known = statistics.others[window.spec.data] if window.spec.data else statistics
+        if known.minimum is None or known.maximum is None or not window.fields.numel():
+            continue
+        for row, name in enumerate(window.spec.variables):
+            line = _unseen_range(window, row, statistics)
+            if line:
+                lines.setdefault(name, f"{name}{line}")
+    return list(lines.values())
+
+
+def _unseen_range(window: StreamWindow, row: int, statistics: Statistics) -> str:
+    """Where and how far one variable of a window is beyond the training; empty if it is not."""
+    spec, name = window.spec, window.spec.variables[row]
+    mean, std, low, high = (
+        statistics.select(spec, field)[row].double().numpy()
+        for field in ("mean", "std", "minimum", "maximum")
+    )
+    fields = window.fields[row].flatten(1).double()  # [level point]
+    lowest, highest = (values.numpy() * std + mean for values in fields.aminmax(dim=1))
+    beyond = np.maximum(low - lowest, highest - high) / std
+    column = int(beyond.argmax())
+    if beyond[column] <= 1.0:
+        return ""
+    numbers = np.array([values[column] for values in (lowest, highest, low, high)])
+    transform = Normaliser(statistics).transform(name, spec.data)
+    numbers = numbers if transform is None else transform.inverse(numbers)
+    level = spec.level_values[column]
+    units = f" {VARIABLES[name].units}" if name in VARIABLES else ""
+    return (
+        f"{f' at {level} hPa' if level else ''} from {numbers[0]:.4g} to {numbers[1]:.4g}{units}; "
+        f"training had {numbers[2]:.4g} to {numbers[3]:.4g}"
+    )

@@ -1,6 +1,6 @@
 """A checkpoint's zero-shot tasks on held-out dates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,9 +41,11 @@ def score_tasks(
     test: Sequence[Segment],
     training: Sequence[Segment],
     device: str,
+    tell: Callable[[Predictor, np.ndarray], object] | None = None,
 ) -> list[TaskReport]:
     """Every task of the configuration against its rivals, a few dates at a time.
 
+    tell: called with the predictor and the dates of every task and record before any is scored.
     All segments of the split are scored, or the one that the configuration names: each by itself,
     all in one table.
 
@@ -60,6 +62,9 @@ def score_tasks(
         _setting(config, of_task[0].predictor, task.name, training)
         for task, of_task in zip(config.tasks, runs, strict=True)
     ]
+    if tell is not None:
+        for run in [run for of_task in runs for run in of_task]:
+            tell(run.predictor, run.times)
     history = [record_of(segment) for segment in training]
     climate = Climate.of(history, quantiles=config.tails, mean=mean)
     rng = np.random.default_rng(config.seed)
