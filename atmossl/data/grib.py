@@ -199,7 +199,7 @@ def _check_between(messages: Messages, tell: Tell) -> None:
     with path.open("rb") as file:
         end, stray = 0, 0
         for start in [*starts, path.stat().st_size]:
-            if start > end:
+            if end is not None and start > end:
                 file.seek(end)
                 between = file.read(start - end)
                 if b"GRIB" in between or b"7777" in between:
@@ -208,13 +208,14 @@ def _check_between(messages: Messages, tell: Tell) -> None:
                     )
                 stray += len(between.strip(b"\0"))
             file.seek(start)
-            end = max(end, start + _length(file.read(16)))
+            length = _length(file.read(16))
+            end = start + length if length else None
     if stray:
         tell(f"{stray} bytes between GRIB messages are no part of any and are not read")
 
 
 def _length(head: bytes) -> int:
-    """Bytes of a message by its section 0; 0 where GRIB 1 cannot tell, above 8 MB."""
+    """Bytes of a message by its section 0; 0 where GRIB 1 does not tell, as above 8 MB."""
     if head[7:8] == b"\2":
         return int.from_bytes(head[8:16], "big")
     length = int.from_bytes(head[4:7], "big")

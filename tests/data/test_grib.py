@@ -367,3 +367,21 @@ def test_what_files_say_of_one_date_is_compared(tmp_path) -> None:
     assert "filters match no message of a file, which is left out (in 1 files)" in lines
     with pytest.raises(ValueError, match=r"filters.stepRange=0-18: valid: "):
         open_input(str(tmp_path), {}, {}, {"stepRange": "0-18"})
+
+
+def test_messages_above_8_mb_are_read(tmp_path) -> None:
+    """GRIB 1 has three bytes for the length of a message; larger ones count otherwise."""
+    grid = {"Ni": 3000, "Nj": 1500, "iDirectionIncrementInDegrees": 0.1}
+    grid |= {"jDirectionIncrementInDegrees": 0.1, "latitudeOfFirstGridPointInDegrees": 75}
+    grid |= {"latitudeOfLastGridPointInDegrees": -74.9, "longitudeOfFirstGridPointInDegrees": 0}
+    grid |= {"longitudeOfLastGridPointInDegrees": 299.9, "bitsPerValue": 16}
+    field = 200.0 + np.arange(1500 * 3000).reshape(1500, 3000) / 1e5
+    days = [
+        message(field, grid | T500 | {"dataDate": 20200101 + day}, "regular_ll_pl_grib1")
+        for day in range(2)
+    ]
+    assert len(days[0]) > 2**23
+    found = open_input(written(tmp_path / "in", *days), {}, {}, {})["temperature"]
+    assert found.sizes["time"] == 2
+    corners = found.isel(time=1, level=0, latitude=[-1, 0], longitude=[0, -1]).values
+    np.testing.assert_allclose(corners, field[[0, -1]][:, [0, -1]], atol=1e-3)
