@@ -21,7 +21,12 @@ from rich.console import Console
 
 from atmossl.data.catalog import find_file
 from atmossl.data.limits import show_in_one_line
-from atmossl.lineage import end_with_parent, is_started_by_first_rank, run_name
+from atmossl.lineage import (
+    end_with_parent,
+    is_started_by_first_rank,
+    lost_another_process,
+    run_name,
+)
 from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
@@ -349,6 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, code = _system_words(error), getattr(error, "exit_code", 1)
     except Stopped as stop:
         text, code = str(stop), 128 + stop.number
+    except RuntimeError as error:
+        if not lost_another_process(error):
+            raise
+        text, code = "another process of this run has ended; its own line says why", 1
     else:
         return 0
     console.print(f"atmossl {command}: {text}", markup=False, highlight=False, soft_wrap=True)

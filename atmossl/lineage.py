@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -65,3 +66,20 @@ def is_first_rank(environment: Mapping[str, str]) -> bool:
     """Whether this is the first process of a training run, or the only one."""
     ranks = [environment[key] for key in _RANKS if key in environment]
     return not ranks or ranks[0] == "0"
+
+
+_LOST = re.compile(
+    r"gloo.*(closed by peer|reset by peer|timed out|no error|broken pipe|refused)"
+    r"|(closed|reset) by peer|NCCL|TCPStore|recvValue|Broken pipe",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def lost_another_process(error: RuntimeError) -> bool:
+    """Whether a collective of torch failed because another process of the run is gone."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None:
+        return False
+    return isinstance(error, getattr(distributed, "DistError", ())) or bool(
+        _LOST.search(str(error))
+    )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from atmossl.lineage import is_started_by_first_rank
+from atmossl.lineage import is_started_by_first_rank, lost_another_process
 from tests.processes import all_end, is_alive
 
 CHILD = "from atmossl.lineage import end_with_parent; end_with_parent(); print(1, flush=True); "
@@ -46,3 +46,21 @@ def test_a_child_ends_with_a_parent_that_is_killed() -> None:
 def test_only_a_rank_that_lightning_started_ends_with_the_first(environment, expected) -> None:
     """The parent of others is their launcher, or a shell that may well end before them."""
     assert is_started_by_first_rank(environment) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:5", True),
+        (
+            "[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection reset by peer",
+            True,
+        ),
+        ("NCCL error in: ProcessGroupNCCL.cpp:2251, remote process exited", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_fails_since_another_rank_is_gone_is_known(text: str, lost: bool) -> None:
+    import torch.distributed  # noqa: F401
+
+    assert lost_another_process(RuntimeError(text)) == lost

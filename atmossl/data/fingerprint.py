@@ -57,9 +57,7 @@ def agree(one: str, other: str) -> bool:
     return content == content_too and (not sizes or not sizes_too or sizes == sizes_too)
 
 
-def _content(
-    segments: Sequence[Segment], transforms: Transforms, steps: Sequence[int] = ()
-) -> str:
+def _content(segments: Sequence[Segment], transforms: Transforms, steps: Sequence[int] = ()) -> str:
     digest = hashlib.sha256(f"format {_FORMAT}".encode())
     for segment in segments:
         for values in (segment.times, segment.grid.latitude, segment.grid.longitude):

@@ -24,6 +24,7 @@ from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 
 _LOGGER = logging.getLogger(__name__)
 _POOL = Pool()
+_NUM_TRIES = 20  # of samples in place of a batch of which none can be read
 _SURELY_FINITE = 1e25  # float32 of that size can be divided by any standard deviation
 Memory = Callable[[int], np.ndarray]
 
@@ -285,9 +286,17 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
         """The samples of one batch, called by torch's loader; chunks are shared among them.
 
+        Where unreadable samples are skipped the batch is smaller, but never empty if another sample
+        can be read: batches go on at one pace in all processes.
+
         Raises:
-            UnreadableChunk: unless such samples are skipped, which leaves the batch smaller.
+            UnreadableChunk: unless such samples are skipped.
         """
+        samples = self._readable(keys)
+        return samples or self._in_place_of(keys[0])
+
+    def _readable(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
+        """The samples that can be read, of those that are asked for."""
         try:
             return self._samples(keys)
         except UnreadableChunk as error:
@@ -296,7 +305,17 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
             if len(keys) == 1:
                 _LOGGER.warning("sample %s is skipped: %s", self.identity(keys[0].sample_id), error)
                 return []
-        return [sample for key in keys for sample in self.__getitems__([key])]
+        return [sample for key in keys for sample in self._readable([key])]
+
+    def _in_place_of(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
+        """The first sample that can be read, a window's length later each time; none after some."""
+        stride = self.windows_per_time * self.window.time
+        for number in range(1, _NUM_TRIES + 1):
+            later = SampleKey(key.epoch, (key.sample_id + number * stride) % len(self))
+            samples = self._readable([later])
+            if samples:
+                return samples
+        return []
 
     def _samples(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
         rngs = [sample_rng(self.seed, key.epoch, key.sample_id) for key in keys]

@@ -245,6 +245,9 @@ def test_unreadable_samples_are_skipped_on_request(tmp_path, caplog) -> None:
     left = WindowDataset(**arguments, skip_unreadable=True).__getitems__(keys)
     assert [sample_id for _, sample_id in left] == [0, 8, 12]
     assert sum("is skipped" in record.message for record in caplog.records) == 2
+    for keys in ([SampleKey(0, 3)], [SampleKey(0, 6), SampleKey(0, 4)]):  # none can be read
+        (other,) = WindowDataset(**arguments, skip_unreadable=True).__getitems__(keys)
+        assert other[1] in (0, *range(8, 21)), "another sample, later"
 
 
 def test_remote_chunks_are_tried_again() -> None:
