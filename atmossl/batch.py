@@ -366,14 +366,11 @@ class Batch(Movable):
     """Views of the same samples: one for masked objectives, crops or pairs for others.
 
     num_skipped: samples of the batch that could not be read and are left out.
-    mean_weight: by predicted stream, the weight of what is hidden, mean over the batches that one
-        optimiser step accumulates. None: the step sees this batch alone.
     """
 
     views: tuple[View, ...]
     sample_id: Int[Tensor, "*batch"]
     num_skipped: int = 0
-    mean_weight: Float[Tensor, "stream"] | None = None
 
 
 @dataclass(frozen=True)
@@ -391,20 +388,36 @@ class Prediction(Movable):
 
 @dataclass(frozen=True)
 class Losses:
-    """The total to be minimised and its parts by name, all scalars; and what was predicted, for
-    objectives that reconstruct the field."""
+    """The terms of a loss by name, scalars, each a mean over one batch; and what was predicted, for
+    objectives that reconstruct the field.
 
-    total: Float[Tensor, ""]
-    parts: tuple[tuple[str, Float[Tensor, ""]], ...]
+    factors: of every term in the total, which is the terms' weighted mean.
+    """
+
+    terms: tuple[tuple[str, Float[Tensor, ""]], ...]
+    factors: tuple[float, ...]
     prediction: Prediction | None = None
 
     @property
+    def total(self) -> Float[Tensor, ""]:
+        """What is minimised."""
+        pairs = zip(self.factors, self.terms, strict=True)
+        total = sum(factor * value for factor, (_, value) in pairs)
+        assert isinstance(total, Tensor), "the loss has no term: no stream with role predict"
+        return total / sum(self.factors)
+
+    def scaled(self, shares: Float[Tensor, "term"]) -> Self:
+        """Every term times its share."""
+        pairs = zip(self.terms, shares.unbind(), strict=True)
+        return replace(self, terms=tuple((name, value * share) for (name, value), share in pairs))
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.parts)
+        return tuple(name for name, _ in self.terms)
 
     def values(self) -> Float[Tensor, "loss"]:
-        """The total and then the parts, without their graph."""
-        return torch.stack([self.total, *(value for _, value in self.parts)]).detach()
+        """The total and then the terms, without their graph."""
+        return torch.stack([self.total, *(value for _, value in self.terms)]).detach()
 
 
 def collate_views(

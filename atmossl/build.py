@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ from atmossl.model.blocks import DecoderBlock, Feedforward, GatedConvolution
 from atmossl.model.encoder import EncoderLayer
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.multiformer import Multiformer
-from atmossl.objectives.base import Objective
-from atmossl.objectives.masked import MaskedModelling, weigh_together
+from atmossl.objectives.base import Monitor, Objective
+from atmossl.objectives.masked import MaskedModelling
 from atmossl.schema import TrainConfig
-from atmossl.training.callbacks import CurvesAtEnd, LearningRate, StopOnNonFinite
+from atmossl.training.callbacks import CurvesAtEnd, LearningRate, LogMetrics, StopOnNonFinite
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
 from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
@@ -106,7 +105,6 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         settings=settings,
         num_batches=config.trainer.max_steps * config.trainer.accumulate,
         validation_batches=config.trainer.validation_batches,
-        together=partial(weigh_together, latitude_weighted=config.objective.latitude_weighted),
     )
     return datamodule, statistics
 
@@ -157,7 +155,7 @@ def build_objective(config: TrainConfig, scales: Mapping[str, Tensor]) -> Object
     choices = config.objective.model_dump(exclude={"train_only"})
     objective = MaskedModelling(scales=scales, **choices)
     if config.trainer.compile:
-        objective.compile()
+        objective.compile_blocks()
     return objective
 
 
@@ -239,8 +237,11 @@ def warm_started(config: TrainConfig, model: Multiformer) -> dict[str, Any]:
     return warm_start(model, config.specs, sources).summary()
 
 
-def build_trainer(config: TrainConfig, normaliser: Normaliser) -> L.Trainer:
-    """The Lightning trainer with callbacks and loggers; epochs are unknown to it."""
+def build_trainer(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) -> L.Trainer:
+    """The Lightning trainer with callbacks and loggers; epochs are unknown to it.
+
+    monitor: what chooses the best checkpoint.
+    """
     settings, folder = config.trainer, config.paths.output
     csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     strategy = choose_strategy(
@@ -272,14 +273,16 @@ def build_trainer(config: TrainConfig, normaliser: Normaliser) -> L.Trainer:
         log_every_n_steps=settings.log_interval,
         use_distributed_sampler=False,
         logger=[csv, *_loggers(config)],
-        callbacks=_callbacks(config, normaliser, Path(csv.log_dir) / "metrics.csv"),
+        callbacks=_callbacks(config, normaliser, monitor, Path(csv.log_dir) / "metrics.csv"),
         default_root_dir=folder,
         enable_checkpointing=False,  # KeepCheckpoints does it
         enable_model_summary=False,
     )
 
 
-def _callbacks(config: TrainConfig, normaliser: Normaliser, metrics: Path) -> list[L.Callback]:
+def _callbacks(
+    config: TrainConfig, normaliser: Normaliser, monitor: Monitor, metrics: Path
+) -> list[L.Callback]:
     settings, folder = config.trainer, config.paths.output
     log_batches = settings.log_interval * settings.accumulate
     watch = StopOnNonFinite(settings.nonfinite_limit, folder)
@@ -287,7 +290,7 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, metrics: Path) -> li
         folder / "checkpoints",
         interval=settings.checkpoint_interval,
         keep=settings.keep_checkpoints,
-        monitor="ratio/mean",
+        monitor=monitor,
         healthy=watch.healthy,
     )
     optional: list[L.Callback] = []
@@ -297,6 +300,7 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, metrics: Path) -> li
         first, count = settings.profile_steps
         optional.append(TraceSteps(folder / "profile", first=first, count=count))
     return [
+        LogMetrics(),
         Throughput(log_batches),
         LearningRate(log_batches),
         watch,

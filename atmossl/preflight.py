@@ -20,9 +20,10 @@ from atmossl.data.companions import open_records, paired
 from atmossl.data.windows import WindowSize
 from atmossl.masking.base import make_view
 from atmossl.model.multiformer import Multiformer
+from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig
 from atmossl.training.cost import StepCost, measure_step
-from atmossl.training.optimizer import freeze, make_optimizer
+from atmossl.training.optimizer import freeze, make_optimizer, named_parameters
 
 _STEP_HOURS = 6.0  # any: a cost does not depend on it
 _GPU_SHARE = 0.9  # of its memory for tensors; the rest is its runtime's, and fragments
@@ -79,19 +80,18 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
             stream's own data cannot.
     """
 
-    def build() -> Multiformer:
+    def build() -> tuple[Multiformer, Objective]:
         model = build_model(config, {})
         slim_down(config, model)
-        settings = optimizer_settings(config)
-        freeze(model, settings.freeze, only=settings.only)
+        objective, settings = build_objective(config, {}), optimizer_settings(config)
+        freeze(named_parameters(model, objective), settings.freeze, only=settings.only)
         forget_activations(config, model)
-        return model
+        return model, objective
 
     batch = sample_batch(config)
     cost = measure_step(
         build,
-        build_objective(config, {}),
-        lambda model: make_optimizer(model, optimizer_settings(config), fused=True),
+        lambda parameters: make_optimizer(parameters, optimizer_settings(config), fused=True),
         batch,
         precision=config.trainer.precision,
         units=SHARDED_UNITS,

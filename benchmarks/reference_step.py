@@ -83,10 +83,7 @@ class PlainTail(nn.Module):
 class PlainLoss(MaskedModelling):
     """AtmoRep's two losses of an ensemble (their weights are 1), each as its formula reads."""
 
-    def stream_loss(
-        self, stream: StreamTokens, predicted: StreamPrediction, mean_weight: Any = None
-    ) -> Tensor:
-        del mean_weight  # over ranks and accumulated batches, of which there are none here
+    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
         target, weight, _ = hidden_values(stream)
         members, valid = predicted.members, predicted.queries.valid[..., None]
         squared = ((members - target[:, :, None]) ** 2).mean(dim=2)

@@ -286,7 +286,8 @@ def step_of_run(
     forget_activations(config, model.to(device))
     dtype = _DTYPES[config.trainer.precision]
     fused = dtype != torch.float16
-    optimizer = make_optimizer(model, optimizer_settings(config), fused=fused)
+    named, settings = dict(model.named_parameters()), optimizer_settings(config)
+    optimizer = make_optimizer(named, settings, fused=fused)
     return model, stepper(model, build_objective(config, scales), optimizer, dtype)
 
 

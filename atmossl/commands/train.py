@@ -37,8 +37,9 @@ from atmossl.training.resume import (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run ends with: its last checkpoint, and the lowest error over the first guess's that
-    a validation saw, None without one."""
+    """What a run ends with: its last checkpoint, and the best value of the objective's monitor that
+    a validation saw, None without one. Lower is better: a monitor that should be high is negated.
+    """
 
     checkpoint: Path
     score: float | None
@@ -84,7 +85,8 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         resumed=start is not None,
     )
     keep_metrics(output)
-    trainer = build_trainer(config, Normaliser(statistics))
+    monitor = module.objective.monitor
+    trainer = build_trainer(config, Normaliser(statistics), monitor)
     tell_warm_start(trainer, module.record["warm_start"], output)
     if trainer.is_global_zero:
         write_yaml(values, output / "config.yaml")
@@ -97,7 +99,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         )
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
-    return Trained(last, keep.best)
+    return Trained(last, None if keep.best is None else monitor.cost(keep.best))
 
 
 def write_yaml(values: Mapping[str, Any], path: Path) -> None:

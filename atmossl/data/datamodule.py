@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from atmossl.batch import Batch, StreamSpec
-from atmossl.data.loader import Collate, Together, WindowLoader, worker_context
+from atmossl.data.loader import Collate, WindowLoader, worker_context
 from atmossl.data.reader import UnreadableChunk
 from atmossl.data.seen import seen_by_data
 from atmossl.data.segment import Segment
@@ -73,7 +73,6 @@ class WindowDataModule(L.LightningDataModule):
     """Training windows under the pretraining masks, validation windows under each task's mask.
 
     num_batches: batches of the whole run on one device. validation_batches: per task.
-    together: what the batches of one optimiser step have to know of each other.
     A run that goes on (`go_on`) reads the sample after the last one that its checkpoint has learned
     from, whatever the batch size, the accumulation and the number of ranks are now.
     """
@@ -91,10 +90,8 @@ class WindowDataModule(L.LightningDataModule):
         settings: LoaderSettings,
         num_batches: int,
         validation_batches: int,
-        together: Together = list,
     ) -> None:
         super().__init__()
-        self.together = together
         self.settings = settings
         self.num_batches = num_batches
         self.validation_batches = validation_batches
@@ -153,7 +150,8 @@ class WindowDataModule(L.LightningDataModule):
         accumulate = trainer.accumulate_grad_batches
         if accumulate == 1:
             return self._loader(self.train_set, order)
-        return self._loader(self.train_set, order, accumulate=accumulate, together=self.together)
+        look_ahead = trainer.lightning_module.expect  # of `atmossl.training.module`
+        return self._loader(self.train_set, order, accumulate=accumulate, look_ahead=look_ahead)
 
     def val_dataloader(self) -> list[DataLoader]:
         trainer = self.trainer

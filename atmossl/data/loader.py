@@ -61,7 +61,7 @@ def _start_worker(number: int) -> None:
     leave_to_creator()
 
 
-Together = Callable[[Sequence[Batch]], Sequence[Batch]]
+LookAhead = Callable[[Sequence[Batch]], object]
 
 
 class WindowLoader(DataLoader):
@@ -69,7 +69,7 @@ class WindowLoader(DataLoader):
     worker refuses in its own words.
 
     describe: names of the samples of the n-th batch that is delivered.
-    together: applied to every `accumulate` batches, before the first of them is delivered.
+    look_ahead: is shown every `accumulate` batches, before the first of them is delivered.
     """
 
     def __init__(
@@ -77,18 +77,20 @@ class WindowLoader(DataLoader):
         *args: Any,
         describe: Callable[[int], str],
         accumulate: int = 1,
-        together: Together = list,
+        look_ahead: LookAhead | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, worker_init_fn=_start_worker, **kwargs)
         self._describe = describe
         self._accumulate = accumulate
-        self._together = together
+        self._look_ahead = look_ahead
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         batches = self._read()
         while group := list(islice(batches, self._accumulate)):
-            yield from self._together(group)
+            if self._look_ahead is not None:
+                self._look_ahead(group)
+            yield from group
 
     def _read(self) -> Iterator[Batch]:
         batches = super().__iter__()

@@ -1,36 +1,87 @@
-"""The protocol of objectives, and the mean over what all ranks hide."""
+"""What every objective of training is: a module that owns all that its loss needs.
 
-from typing import Protocol
+The training step gives an objective the network and a batch. The objective returns the terms of its
+loss, each a mean over this batch alone, and says what the batch counts in each term. How the terms
+of several batches make one optimiser step (over ranks, over accumulated batches) is the training
+step's matter, `atmossl.training.module`.
+"""
 
-import torch.distributed as dist
-from jaxtyping import Float
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
 from torch import Tensor, nn
 
 from atmossl.batch import Batch, Losses
-from atmossl.losses import weighted_mean
+
+Ability = Literal["reconstruct", "embed", "distance"]
 
 
-class Objective(Protocol):
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Losses of the model on one batch; `total` is minimised."""
+@dataclass(frozen=True)
+class Monitor:
+    """The logged value that chooses the best checkpoint and that a sweep optimises."""
+
+    key: str
+    direction: Literal["min", "max"] = "min"
+
+    def cost(self, value: float) -> float:
+        """A number that is the lower the better."""
+        return value if self.direction == "min" else -value
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        return best is None or self.cost(value) < self.cost(best)
+
+
+class Metric(Protocol):
+    """A quantity that is computed from sums, so that batches and ranks can be added up."""
+
+    def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
+        """What one batch adds to the sums, by name."""
+        ...
+
+    def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What is logged, by key, from the sums of every validation task (of `""` in training)."""
         ...
 
 
-def global_mean(
-    values: Float[Tensor, "*batch"],
-    weight: Float[Tensor, "*batch"],
-    mean_weight: Float[Tensor, ""] | None = None,
-) -> Float[Tensor, ""]:
-    """This batch's share of the weighted mean over all batches of an optimiser step, on all ranks
-    and accumulated one after the other: the mean of the shares is the mean over all values, however
-    unequal the batches' weights are; 0 where no weight is left. Gradients are averaged over ranks
-    and over accumulated batches, so they are those of one batch that holds all. Where there is one
-    batch, it is the plain weighted mean.
+class Objective(nn.Module):
+    """What training optimises, with its heads, predictor, teacher and buffers as submodules.
 
-    mean_weight: of this rank's accumulated batches; None: there is one.
+    Its parameters are trained, frozen, averaged, sharded and saved as those of the network are;
+    their names begin with `objective.`. A subclass whose constructor has a parameter `network` or
+    `scales` is given the network, or [level, patch] typical residuals by stream.
+
+    monitor: chooses the best checkpoint. provides: what a checkpoint of this objective can be asked
+        for: `reconstruct` fields, `embed` windows, tell the `distance` of two states.
+    metrics: by stage, `train` or `validation`, what a callback logs beside the losses.
+    ends: names of the submodules that are the last layers, which have no square geometry.
     """
-    total = weight.sum().detach() if mean_weight is None else mean_weight
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        total = total / dist.get_world_size()
-        dist.all_reduce(total)
-    return weighted_mean(values, weight, total)
+
+    monitor: ClassVar[Monitor]
+    provides: ClassVar[frozenset[Ability]]
+    ends: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {}
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """Submodules that a sharded run gathers one at a time."""
+        return ()
+
+    def forward(self, network: Any, batch: Batch) -> Losses:
+        raise NotImplementedError
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        """What the batch counts in every term of the loss, [term]. None: all batches count the
+        same."""
+        del batch
+        return None
+
+    def after_step(self, network: Any, step: int) -> None:
+        """Update teacher and buffers after optimiser step number `step`, from 1 on, as a function
+        of that number and of the weights alone."""
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile what is worth it."""

@@ -1,24 +1,23 @@
 """Masked token modelling: predict the hidden tokens of every stream (BERT, AtmoRep; MAE when the
 hidden tokens are dropped instead of masked)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
-from atmossl.losses import LOSSES, Ensemble
-from atmossl.objectives.base import global_mean
+from atmossl.losses import LOSSES, Ensemble, weighted_mean
+from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.tokens import patch_weights
 
 Weighting = Literal["departure", "uniform"]
 
 
-class MaskedModelling:
+class MaskedModelling(Objective):
     """Weighted sum of losses over the hidden tokens of all predicted streams.
 
     losses: weight by name of a loss in `atmossl.losses.LOSSES`.
@@ -29,6 +28,9 @@ class MaskedModelling:
     scales: per predicted stream [level, patch], what `departure` divides by.
     """
 
+    monitor = Monitor("rmse_ratio/mean")
+    provides: ClassVar[frozenset[Ability]] = frozenset({"reconstruct", "embed"})
+
     def __init__(
         self,
         *,
@@ -37,42 +39,54 @@ class MaskedModelling:
         latitude_weighted: bool = True,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
+        super().__init__()
         unknown = sorted(set(losses) - set(LOSSES))
         if unknown or not losses:
             raise ValueError(f"objective.losses has unknown {unknown}; valid: {sorted(LOSSES)}")
         self.losses = dict(losses)
         self.latitude_weighted = latitude_weighted
-        self.scales = dict(scales or {}) if weighting == "departure" else {}
+        if weighting == "departure":  # in no checkpoint: its statistics tell them
+            for name, scale in (scales or {}).items():
+                self.register_buffer(f"scale_{name}", scale, persistent=False)
         self._values = self._elementwise
 
-    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"train": LevelErrors(), "validation": ErrorRatios()}
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile what goes over all members, which are large: a few passes instead of many."""
         self._values = torch.compile(self._elementwise, backend=backend)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+    def forward(self, network: Any, batch: Batch) -> Losses:
         (view,) = batch.views
-        prediction = model(view)
-        parts, total, weights = [], 0.0, 0.0
+        prediction = network(view)
         streams = predicted_streams(view)
-        means = [None] * len(streams) if batch.mean_weight is None else batch.mean_weight.unbind()
-        for stream, predicted, mean in zip(streams, prediction.streams, means, strict=True):
-            loss = self.stream_loss(stream, predicted, mean)
-            parts.append((stream.spec.name, loss))
-            total = total + stream.spec.loss_weight * loss
-            weights += stream.spec.loss_weight
-        assert isinstance(total, Tensor), "no stream with role predict"
-        return Losses(total / weights, tuple(parts), prediction)
+        terms = tuple(
+            (stream.spec.name, self.stream_loss(stream, predicted))
+            for stream, predicted in zip(streams, prediction.streams, strict=True)
+        )
+        return Losses(terms, tuple(stream.spec.loss_weight for stream in streams), prediction)
 
-    def stream_loss(
-        self, stream: StreamTokens, predicted: StreamPrediction, mean_weight: Tensor | None = None
-    ) -> Tensor:
+    def weights(self, batch: Batch) -> Float[Tensor, "stream"]:
+        """Weight of all that every predicted stream hides."""
+        (view,) = batch.views
+        return torch.stack([self._hidden_weight(stream) for stream in predicted_streams(view)])
+
+    def _hidden_weight(self, stream: StreamTokens) -> Tensor:
+        queries = stream.queries
+        assert queries is not None, "collate the view first: token indices are missing"
+        weight = _weights(stream, queries.index, self.latitude_weighted)
+        return (weight * queries.valid[..., None].to(weight)).sum()
+
+    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
         """Mean loss over the valid hidden values of one stream, weighted by cell area."""
         target, weight, level = hidden_values(stream, latitude_weighted=self.latitude_weighted)
-        scale = self.scales.get(stream.spec.name)
+        scale = getattr(self, f"scale_{stream.spec.name}", None)
         if scale is not None:
             scale = scale.to(target, non_blocking=True)[level]
         weight = weight * predicted.queries.valid[..., None].to(weight)
-        return global_mean(self._values(predicted.members, target, scale), weight, mean_weight)
+        return weighted_mean(self._values(predicted.members, target, scale), weight)
 
     def _elementwise(
         self,
@@ -87,6 +101,84 @@ class MaskedModelling:
         values = sum(share * LOSSES[name](ensemble, target) for name, share in self.losses.items())
         assert isinstance(values, Tensor)
         return values
+
+
+class ErrorRatios:
+    """RMSE of the ensemble mean over that of the first guess, for every variable: below 1 the
+    network knows more than its first guess."""
+
+    def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
+        """Squared errors of the ensemble mean and of the first guess, by variable."""
+        (view,), prediction, sums = batch.views, losses.prediction, {}
+        assert prediction is not None
+        for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True):
+            target, weight, _ = hidden_values(stream)
+            weight = weight * predicted.queries.valid[..., None]
+            index = predicted.queries.index[..., None].expand_as(target)
+            guess = stream.guess.flatten(1, 4).gather(1, index)
+            squares = [
+                (weight * (field - target) ** 2).unflatten(-1, (len(stream.spec.variables), -1))
+                for field in (predicted.members.mean(dim=2), guess)
+            ]
+            for number, name in enumerate(stream.spec.variables):
+                key = f"{stream.spec.name}_{name}" if stream.spec.data else name
+                sums[key] = torch.stack([square[..., number, :].sum() for square in squares])
+        return sums
+
+    def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """By task and variable; their mean by task; and the mean over tasks, `rmse_ratio/mean`."""
+        values, means = {}, []
+        for task, by_variable in sums.items():
+            ratios = {
+                f"rmse_ratio/{task}/{name}": (square[0] / square[1]).sqrt()
+                for name, square in by_variable.items()
+                if square[1] > 0  # else the task gives this stream as it is
+            }
+            if ratios:
+                means.append(torch.stack(list(ratios.values())).mean())
+                values |= ratios | {f"rmse_ratio/{task}": means[-1]}
+        return values | ({"rmse_ratio/mean": torch.stack(means).mean()} if means else {})
+
+
+class LevelErrors:
+    """RMSE of the ensemble mean by stream and level, in standard deviations."""
+
+    def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
+        (view,), prediction = batch.views, losses.prediction
+        assert prediction is not None
+        return {
+            f"{stream.spec.name}_{level}": sums
+            for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True)
+            for level, sums in zip(
+                stream.spec.level_values, level_sums(stream, predicted).mT, strict=True
+            )
+        }
+
+    def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            f"train/rmse_{name}": (square / weight).sqrt()
+            for by_level in sums.values()
+            for name, (square, weight) in by_level.items()
+        }
+
+
+def level_sums(
+    stream: StreamTokens, predicted: StreamPrediction
+) -> Float[Tensor, "two num_levels"]:
+    """Weighted squared errors of the ensemble mean, and weights, summed by level."""
+    spec = stream.spec
+    target, weight, token_level = hidden_values(stream)
+    weight = weight * predicted.queries.valid[..., None]
+    squared = weight * (predicted.members.float().mean(dim=2) - target) ** 2
+    inside = spec.token_size.level
+    values = torch.stack([squared, weight.expand_as(squared)])
+    values = reduce(
+        values, "kind batch query (variable level point) -> (batch query) (kind level)", "sum",
+        variable=len(spec.variables), level=inside,
+    )  # fmt: skip
+    sums = values.new_zeros(spec.num_levels // inside, values.shape[-1])
+    sums.index_add_(0, token_level.flatten(), values)
+    return rearrange(sums, "token (kind level) -> kind (token level)", kind=2)
 
 
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
@@ -121,21 +213,3 @@ def _weights(stream: StreamTokens, index: Tensor, latitude_weighted: bool) -> Te
         if counts is not None:
             weight = weight * counts.flatten(1, 4).gather(1, index[..., None].expand_as(weight))
     return weight
-
-
-def weigh_together(batches: Sequence[Batch], *, latitude_weighted: bool) -> list[Batch]:
-    """Batches of one optimiser step, each of which knows the mean weight of all of them."""
-    sums = []
-    for batch in batches:
-        (view,) = batch.views
-        sums.append([hidden_weight(s, latitude_weighted) for s in predicted_streams(view)])
-    mean = torch.tensor(sums).mean(dim=0)
-    return [replace(batch, mean_weight=mean) for batch in batches]
-
-
-def hidden_weight(stream: StreamTokens, latitude_weighted: bool) -> float:
-    """Weight of all that a stream hides."""
-    queries = stream.queries
-    assert queries is not None, "collate the view first: token indices are missing"
-    weight = _weights(stream, queries.index, latitude_weighted)
-    return float((weight * queries.valid[..., None]).sum())

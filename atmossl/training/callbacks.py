@@ -1,4 +1,4 @@
-"""Callbacks: early failure on non-finite losses, learning rate, curves at the end."""
+"""Callbacks: early failure on non-finite losses, metrics, learning rate, curves at the end."""
 
 import json
 from collections import deque
@@ -126,6 +126,54 @@ class CurvesAtEnd(L.Callback):
         del pl_module
         if trainer.is_global_zero and self.metrics.exists():
             plot_curves(self.metrics, self.folder)
+
+
+class LogMetrics(L.Callback):
+    """Logs the metrics of the objective, over the batches of all ranks: in training those of the
+    batch before a log, in validation those of every task."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, list[Tensor]]] = {}  # of every validation batch, by task
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
+    ) -> None:
+        del idx
+        if outputs.get("sums"):
+            sums = {"": _over_ranks(trainer, outputs["sums"])}
+            common = {"batch_size": len(batch.sample_id), "rank_zero_only": True}
+            pl_module.log_dict(pl_module.objective.metrics["train"].values(sums), **common)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        del trainer, batch_idx
+        metric = pl_module.objective.metrics.get("validation")
+        if metric is not None:
+            task = self._sums.setdefault(pl_module.task_names[dataloader_idx], {})
+            for name, value in metric.sums(batch, outputs).items():
+                task.setdefault(name, []).append(value)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        sums = {
+            task: _over_ranks(trainer, {n: torch.stack(v).sum(dim=0) for n, v in names.items()})
+            for task, names in self._sums.items()
+        }
+        self._sums = {}
+        if sums:
+            for key, value in pl_module.objective.metrics["validation"].values(sums).items():
+                # they are the same on all ranks; Lightning would warn otherwise
+                pl_module.log(key, value, prog_bar=key.count("/") == 1, sync_dist=True)
+
+
+def _over_ranks(trainer: L.Trainer, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every value added up over all ranks, in one exchange."""
+    flat = torch.cat([value.flatten() for value in sums.values()])
+    total: Any = trainer.strategy.reduce(flat, reduce_op="sum")
+    parts = total.split([value.numel() for value in sums.values()])
+    shaped = zip(sums.items(), parts, strict=True)
+    return {name: part.view_as(value) for (name, value), part in shaped}
 
 
 class LearningRate(L.Callback):

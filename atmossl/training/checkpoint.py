@@ -18,6 +18,7 @@ from atmossl.checkpoint_files import (
     save_contents,
     write_atomically,
 )
+from atmossl.objectives.base import Monitor
 from atmossl.training.distributed import failing_together
 from atmossl.training.keeping import leave_branch, tidy
 from atmossl.training.strategies import ShardedStrategy
@@ -87,8 +88,8 @@ def _done(work: Callable[[], None]) -> Future:
 
 
 class KeepCheckpoints(L.Callback):
-    """Saves every `interval` optimiser steps, keeps the newest `keep` and the best by `monitor`
-    (lower is better).
+    """Saves every `interval` optimiser steps, keeps the newest `keep` and the best by the
+    objective's `monitor`.
 
     healthy: whether the state is worth keeping; while it is not, nothing is saved or removed.
     An older checkpoint goes only once newer ones are on the disk. A resumed run moves the branch
@@ -102,7 +103,7 @@ class KeepCheckpoints(L.Callback):
         *,
         interval: int,
         keep: int,
-        monitor: str,
+        monitor: Monitor,
         healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         self.folder = folder
@@ -152,8 +153,8 @@ class KeepCheckpoints(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and (self.best is None or float(score) < self.best):
+        score = trainer.callback_metrics.get(self.monitor.key)
+        if score is not None and self.monitor.is_better(float(score), self.best):
             self.best = float(score)
             if self.healthy():
                 self._write(trainer, self.folder / BEST)

@@ -1,7 +1,7 @@
 """What a training step costs, found without running it: shapes only, no data and no device."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from atmossl.batch import Batch
 from atmossl.objectives.base import Objective
+from atmossl.training.optimizer import named_parameters
 from atmossl.training.watch import model_flops
 
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -82,9 +83,8 @@ class _Tracker(MemTracker):
 
 
 def measure_step(
-    build: Callable[[], nn.Module],
-    objective: Objective,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    build: Callable[[], tuple[nn.Module, Objective]],
+    make_optimizer: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
     batch: Batch,
     *,
     precision: str,
@@ -92,15 +92,15 @@ def measure_step(
 ) -> StepCost:
     """Follow two training steps with tensors that have shapes but no values."""
     with FakeTensorMode() as mode:
-        model = build()
+        model, objective = build()
         shapes: Batch = batch._map(mode.from_tensor)
-        optimizer = make_optimizer(model)
-        parameters = list(model.parameters())
+        named = named_parameters(model, objective)
+        optimizer, parameters = make_optimizer(named), list(named.values())
         tracker = _Tracker()
         for frozen in (p for p in parameters if not p.requires_grad):
             # or it would ask them for their gradients
             tracker._param_to_grad_hook_handles[frozen] = (_no_hook(), _no_hook())
-        tracker.track_external(model, optimizer)
+        tracker.track_external(model, objective, optimizer)
         dtype = _DTYPES.get(precision)
         flops = sum(model_flops(model, view) for view in shapes.views)
         with tracker:
@@ -115,16 +115,16 @@ def measure_step(
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
         states = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
         trained = [p for p in parameters if p.requires_grad]
-        named = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
+        kinds = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
         return StepCost(
-            parameters=_parts(model),
+            parameters=_parts(named),
             flops=flops,
-            weights=_bytes(parameters) + _bytes(model.buffers()),
+            weights=_bytes(parameters) + _bytes((*model.buffers(), *objective.buffers())),
             averaged=_bytes(parameters),
             optimizer=_bytes(states),
             gradients=_bytes(trained),
-            gradients_at_peak=named["GRAD"],
-            peak=named["Total"],
+            gradients_at_peak=kinds["GRAD"],
+            peak=kinds["Total"],
             units=tuple(_bytes(m.parameters()) for m in model.modules() if isinstance(m, units)),
             batch=_batch_bytes(batch),
         )
@@ -138,10 +138,10 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _parts(model: nn.Module) -> dict[str, int]:
+def _parts(named: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Parameters by part; those of the coupling between streams apart."""
     parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         part = "coupling" if ".coupling." in name else name.split(".")[0]
         parts[part] = parts.get(part, 0) + parameter.numel()
     return parts

@@ -49,7 +49,7 @@ def plot_curves(metrics: Path, folder: Path) -> list[Path]:
     table = read_metrics(metrics)
     pictures = {
         "loss": (["train/loss"], "validation/", "/loss", "loss"),
-        "skill": ([], "ratio/", "", "RMSE / RMSE of first guess"),
+        "skill": ([], "rmse_ratio/", "", "RMSE / RMSE of first guess"),
         "learning_rate": (["learning_rate"], None, "", "learning rate"),
     }
     written = []

@@ -1,26 +1,31 @@
-"""The LightningModule: it delegates to model, objective, schedule and the averaged weights."""
+"""The LightningModule: the loop around network and objective, which it knows nothing about.
 
+It delegates the loss to the objective, and does what all objectives share: the mean of the loss
+over ranks and accumulated batches, clipping, the optimiser and its schedule, the averaged weights,
+and what a checkpoint holds.
+"""
+
+from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import lightning as L
 import torch
-from einops import rearrange, reduce
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from atmossl.batch import (
-    Batch,
-    Prediction,
-    StreamPrediction,
-    StreamSpec,
-    StreamTokens,
-)
+from atmossl.batch import Batch, Losses
 from atmossl.objectives.base import Objective
-from atmossl.objectives.masked import hidden_values, predicted_streams
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state
-from atmossl.training.optimizer import OptimizerSettings, freeze, make_optimizer
+from atmossl.training.optimizer import (
+    OptimizerSettings,
+    freeze,
+    make_optimizer,
+    named_parameters,
+)
 from atmossl.training.resume import regroup_batches
 from atmossl.training.schedule import learning_rate_factor
 from atmossl.training.strategies import ShardedStrategy
@@ -53,12 +58,18 @@ class TrainingModule(L.LightningModule):
         self.objective = objective
         self.settings = optimizer
         self.record = record
-        freeze(model, optimizer.freeze, only=optimizer.only)
+        freeze(self.trained, optimizer.freeze, only=optimizer.only)
         self.task_names = task_names
         self.ema = AveragedModel(model, use_buffers=False)
-        self.ema.requires_grad_(False)  # DDP waits for every parameter that wants a gradient
-        self._squares: dict[str, list[Tensor]] = {}
+        # an objective without weights of its own is its own average, and adds nothing to a file
+        learns = any(parameter.requires_grad for parameter in objective.parameters())
+        self.averaged_objective = deepcopy(objective) if learns else None
+        for averaged in (self.ema, self.averaged_objective):
+            if averaged is not None:  # DDP waits for every parameter that wants a gradient
+                averaged.requires_grad_(False)
         self._step_losses: list[Tensor] = []  # of the batches that the step has accumulated
+        self._expected: deque[Tensor | None] = deque()  # mean weights of the coming steps' batches
+        self._mean_weights: Tensor | None = None  # of the batches of the present step
         self.gradient_norm: Tensor | None = None
         self._restored: list[dict[str, Tensor]] | None = None
         self._configured: list[dict[str, Any]] = []  # rates of every group of parameters
@@ -67,34 +78,72 @@ class TrainingModule(L.LightningModule):
         """Let a strategy that shards parameters do so, before the optimiser sees them."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
-            strategy.shard((self.model, self.ema.module))
+            parts = (self.model, self.ema.module, self.objective, self.averaged_objective)
+            strategy.shard([part for part in parts if part is not None])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of network and objective by name."""
+        return named_parameters(self.model, self.objective)
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Note, on the host, what the batches of one coming optimiser step count together. The
+        loader calls it before it delivers the first of several batches that are accumulated."""
+        weights = [self.objective.weights(batch) for batch in batches]
+        known = [weight for weight in weights if weight is not None]
+        self._expected.append(torch.stack(known).mean(dim=0) if known else None)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate > 1 and batch_idx % accumulate == 0:
+            mean = self._expected.popleft()
+            self._mean_weights = mean if mean is None else _mean_over_ranks(mean.to(self.device))
         losses = self.objective(self.model, batch)
+        losses = self._normalised(losses, batch, self._mean_weights)
         self._step_losses.append(losses.values())
-        trainer: Any = self.trainer
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return losses.total
+        if (batch_idx + 1) % accumulate:
+            return {"loss": losses.total}
+        sums: dict[str, Tensor] = {}
         # other steps log nothing, so that they wait neither for the device nor for other ranks
-        if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) == 0:
+        if (batch_idx + 1) % (self.trainer.log_every_n_steps * accumulate) == 0:  # type: ignore[attr-defined]
             means = torch.stack(self._step_losses).mean(dim=0)
             self._log_losses("train", losses.names, means, batch, prog_bar=True)
-            if losses.prediction is not None:
-                with torch.no_grad():
-                    self._log_levels(batch, losses.prediction)
+            metric = self.objective.metrics.get("train")
+            with torch.no_grad():
+                sums = {} if metric is None else metric.sums(batch, losses)
         self._step_losses.clear()
-        return losses.total
+        return {"loss": losses.total, "sums": sums}
+
+    def _normalised(self, losses: Losses, batch: Batch, mean: Tensor | None) -> Losses:
+        """Terms times what this batch counts over the mean of all batches of the step, on all ranks
+        and accumulated one after the other. Gradients are averaged over them, so they are those of
+        one batch that holds all, however unequal the batches are.
+
+        mean: the mean weights, where batches are accumulated.
+        """
+        if mean is None and not _is_distributed():
+            return losses
+        with torch.no_grad():
+            own = self.objective.weights(batch)
+            if own is None:
+                return losses
+            mean = _mean_over_ranks(own) if mean is None else mean
+            shares = own / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+        return losses.scaled(shares)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         del optimizer, gradient_clip_algorithm
         assert gradient_clip_val is not None
-        self.gradient_norm = clip_gradients(self.model.parameters(), float(gradient_clip_val))
+        self.gradient_norm = clip_gradients(self.trained.values(), float(gradient_clip_val))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.update_ema(self.global_step + 1)  # Lightning counts the step after this
+        step = self.global_step + 1  # Lightning counts the step after this
+        with torch.no_grad():
+            self.objective.after_step(self.model, step)
+        self.update_ema(step)
 
     def update_ema(self, step: int) -> None:
         """Fold the weights after an optimiser step into their moving average. Updates are counted
@@ -104,53 +153,18 @@ class TrainingModule(L.LightningModule):
             pairs = zip(self.ema.module.parameters(), self.model.parameters(), strict=True)
             for averaged, current in pairs:
                 averaged.lerp_(current, share)
+            if self.averaged_objective is not None:
+                _average_objective(self.averaged_objective, self.objective, share)
             self.ema.n_averaged += 1
 
-    def validation_step(
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> Prediction | None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Losses:
         del batch_idx
         task = self.task_names[dataloader_idx]
-        losses = self.objective(self.ema, batch)
-        self._log_losses(f"validation/{task}", losses.names, losses.values(), batch)
-        if losses.prediction is not None:
-            self._gather_errors(task, batch, losses.prediction)
-        return losses.prediction
-
-    def _gather_errors(self, task: str, batch: Batch, prediction: Prediction) -> None:
-        """Squared errors of the ensemble mean and of the first guess, per variable."""
-        (view,) = batch.views
-        for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True):
-            target, weight, _ = hidden_values(stream)
-            weight = weight * predicted.queries.valid[..., None]
-            index = predicted.queries.index[..., None].expand_as(target)
-            guess = stream.guess.flatten(1, 4).gather(1, index)
-            for number, name in enumerate(stream.spec.variables):
-                errors = [
-                    (_of_variable(weight * (x - target) ** 2, stream.spec, number)).sum()
-                    for x in (predicted.members.mean(dim=2), guess)
-                ]
-                key = f"{stream.spec.name}_{name}" if stream.spec.data else name
-                self._squares.setdefault(f"{task}/{key}", []).append(torch.stack(errors))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log RMSE over the first guess's RMSE: below 1 the model knows more than its guess."""
-        ratios: dict[str, list[Tensor]] = {}
-        alike: dict[str, Any] = {"sync_dist": True}  # they are; Lightning would warn otherwise
-        for key, squares in self._squares.items():
-            total = self.trainer.strategy.reduce(torch.stack(squares).sum(dim=0), reduce_op="sum")
-            assert isinstance(total, Tensor)
-            if not total[1] > 0:  # the task gives this stream as it is
-                continue
-            ratio = (total[0] / total[1]).sqrt()
-            ratios.setdefault(key.split("/")[0], []).append(ratio)
-            self.log(f"ratio/{key}", ratio, **alike)
-        for task, values in ratios.items():
-            self.log(f"ratio/{task}", torch.stack(values).mean(), prog_bar=True, **alike)
-        if ratios:
-            mean = torch.stack([torch.stack(values).mean() for values in ratios.values()]).mean()
-            self.log("ratio/mean", mean, **alike)
-        self._squares.clear()
+        objective = self.objective if self.averaged_objective is None else self.averaged_objective
+        losses = objective(self.ema.module, batch)
+        normalised = self._normalised(losses, batch, None)
+        self._log_losses(f"validation/{task}", losses.names, normalised.values(), batch)
+        return losses
 
     def _log_losses(
         self, stage: str, names: Sequence[str], values: Tensor, batch: Batch, **kwargs: Any
@@ -164,22 +178,11 @@ class TrainingModule(L.LightningModule):
         for name, value in zip(names, values[1:], strict=True):
             self.log(f"{stage}/loss_{name}", value, **common)
 
-    def _log_levels(self, batch: Batch, prediction: Prediction) -> None:
-        """RMSE of the ensemble mean by stream and level, in standard deviations, of all ranks."""
-        (view,) = batch.views
-        for stream, predicted in zip(predicted_streams(view), prediction.streams, strict=True):
-            total = self.trainer.strategy.reduce(level_sums(stream, predicted), reduce_op="sum")
-            assert isinstance(total, Tensor)
-            errors = (total[0] / total[1]).sqrt()
-            for level, error in zip(stream.spec.level_values, errors, strict=True):
-                name = f"train/rmse_{stream.spec.name}_{level}"
-                self.log(name, error, batch_size=len(batch.sample_id), rank_zero_only=True)
-
     def configure_optimizers(self) -> Any:
         settings = self.settings
         # a fused step unscales fp16 gradients by itself, after they should have been clipped
         fused = self.trainer.precision != "16-mixed"
-        optimizer = make_optimizer(self.model, settings, fused=fused)
+        optimizer = make_optimizer(self.trained, settings, fused=fused)
         factor = learning_rate_factor(
             settings.schedule,
             warmup_steps=settings.warmup_steps,
@@ -227,25 +230,21 @@ class TrainingModule(L.LightningModule):
             self._restored = None
 
 
-def _of_variable(values: Tensor, spec: StreamSpec, number: int) -> Tensor:
-    """The share of a patch axis that belongs to one variable of the stream."""
-    return values.unflatten(-1, (len(spec.variables), -1))[..., number, :]
+def _average_objective(averaged: Objective, current: Objective, share: float) -> None:
+    """What is trained is averaged as the network is; teachers and buffers are taken as they are."""
+    for mean, new in zip(averaged.parameters(), current.parameters(), strict=True):
+        mean.lerp_(new, share if new.requires_grad else 1.0)
+    for mean, new in zip(averaged.buffers(), current.buffers(), strict=True):
+        mean.copy_(new)
 
 
-def level_sums(
-    stream: StreamTokens, predicted: StreamPrediction
-) -> Float[Tensor, "two num_levels"]:
-    """Weighted squared errors of the ensemble mean, and weights, summed by level."""
-    spec = stream.spec
-    target, weight, token_level = hidden_values(stream)
-    weight = weight * predicted.queries.valid[..., None]
-    squared = weight * (predicted.members.float().mean(dim=2) - target) ** 2
-    inside = spec.token_size.level
-    values = torch.stack([squared, weight.expand_as(squared)])
-    values = reduce(
-        values, "kind batch query (variable level point) -> (batch query) (kind level)", "sum",
-        variable=len(spec.variables), level=inside,
-    )  # fmt: skip
-    sums = values.new_zeros(spec.num_levels // inside, values.shape[-1])
-    sums.index_add_(0, token_level.flatten(), values)
-    return rearrange(sums, "token (kind level) -> kind (token level)", kind=2)
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    if not _is_distributed():
+        return values
+    mean = values / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean

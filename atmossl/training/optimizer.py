@@ -42,45 +42,53 @@ class OptimizerSettings:
     layer_decay: float = 1.0
 
 
-def freeze(model: nn.Module, patterns: Iterable[str], *, only: Sequence[str] = ()) -> list[str]:
+def named_parameters(network: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
+    """All that a run can train: the network's parameters by their names, then the objective's,
+    whose names begin with `objective.`."""
+    names = dict(network.named_parameters())
+    return names | {f"objective.{name}": p for name, p in objective.named_parameters()}
+
+
+def freeze(
+    parameters: Mapping[str, nn.Parameter], patterns: Iterable[str], *, only: Sequence[str] = ()
+) -> list[str]:
     """Take the parameters whose names match out of the training, and those that match none of
     `only`, if there is any; returns their names.
 
     Raises:
         ValueError: a pattern that matches nothing, or no parameter is left.
     """
-    names = [name for name, _ in model.named_parameters()]
-    frozen = [name for name in names if only and not any(fnmatchcase(name, p) for p in only)]
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)
+    frozen = [name for name in parameters if only and not any(fnmatchcase(name, p) for p in only)]
     for pattern in patterns:
-        matching = {n: p for n, p in model.named_parameters() if fnmatchcase(n, pattern)}
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
         if not matching:
-            raise ValueError(_no_match("optimizer.freeze", pattern, model))
-        for name, parameter in matching.items():
-            parameter.requires_grad_(False)
-            frozen.append(name)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(_no_match("optimizer.freeze", pattern, parameters))
+        frozen += matching
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError("optimizer.freeze leaves no parameter to train")
     return frozen
 
 
-def _no_match(key: str, pattern: str, model: nn.Module) -> str:
-    names = sorted({".".join(name.split(".")[:3]) + ".*" for name, _ in model.named_parameters()})
+def _no_match(key: str, pattern: str, names_of: Iterable[str]) -> str:
+    names = sorted({".".join(name.split(".")[:3]) + ".*" for name in names_of})
     return f"{key}: {pattern!r} matches no parameter; valid: patterns of names such as {names}"
 
 
-def learning_rate_factors(model: nn.Module, settings: OptimizerSettings) -> dict[str, float]:
+def learning_rate_factors(
+    parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings
+) -> dict[str, float]:
     """Factor of the learning rate of every trained parameter.
 
     Raises:
         ValueError: a pattern of `factors` that matches nothing.
     """
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
     patterns = dict(settings.factors or {})
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(_no_match("optimizer.factors", pattern, model))
+            raise ValueError(_no_match("optimizer.factors", pattern, parameters))
     layers = [int(match[1]) for name in names if (match := _LAYER.search(name))]
     depth = 1 + max(layers, default=-1)
     return {name: _factor(name, patterns, settings.layer_decay, depth) for name in names}
@@ -95,20 +103,20 @@ def _factor(name: str, patterns: Mapping[str, float], decay: float, depth: int) 
 
 
 def make_optimizer(
-    model: nn.Module, settings: OptimizerSettings, *, fused: bool
+    parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, *, fused: bool
 ) -> torch.optim.Optimizer:
     """Matrices decay, and with Muon are orthogonalised, except for the last layer, which has no
     square geometry; vectors do neither. One group for each of these kinds and each factor."""
-    factors = learning_rate_factors(model, settings)
+    factors = learning_rate_factors(parameters, settings)
     is_muon = settings.algorithm == "muon"
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if name in factors:
             chosen = parameter.ndim > 1 and not (is_muon and name.startswith("tail."))
             groups.setdefault((chosen, factors[name]), []).append(parameter)
     listed: list[dict[str, Any]] = []
-    for (chosen, factor), parameters in sorted(groups.items(), key=lambda item: not item[0][0]):
-        group: dict[str, Any] = {"params": parameters, "lr": settings.learning_rate * factor}
+    for (chosen, factor), members in sorted(groups.items(), key=lambda item: not item[0][0]):
+        group: dict[str, Any] = {"params": members, "lr": settings.learning_rate * factor}
         group |= {} if chosen else {"weight_decay": 0.0}
         listed.append(group | ({"muon": chosen} if is_muon else {}))
     common: dict[str, Any] = {

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from atmossl.batch import Batch, Corruption, Prediction, StreamPrediction, StreamTokens
+from atmossl.batch import Batch, Corruption, StreamPrediction, StreamTokens
 from atmossl.checkpoint_files import write_atomically
 from atmossl.data.statistics import Normaliser
 from atmossl.names import file_name
@@ -131,10 +131,10 @@ class Pictures(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        if idx or not trainer.is_global_zero or not isinstance(outputs, Prediction):
+        if idx or not trainer.is_global_zero or outputs.prediction is None:
             return
         (view,) = batch.views
-        pairs = zip(predicted_streams(view), outputs.streams, strict=True)
+        pairs = zip(predicted_streams(view), outputs.prediction.streams, strict=True)
         rows = [row for one, two in pairs for row in reconstructions(one, two, self.normaliser)]
         task, step = pl_module.task_names[dataloader_idx], trainer.global_step
         figure = draw(rows[:_MAX_ROWS], f"{task}, step {step}")

@@ -121,7 +121,7 @@ def test_compiled_losses_are_one_graph_and_agree(scaled: bool) -> None:
     plain, compiled = (
         MaskedModelling(losses=dict.fromkeys(LOSSES, 0.5), scales=scales) for _ in range(2)
     )
-    compiled.compile(count)
+    compiled.compile_blocks(count)
     model, of = network("full", STREAMS[:1]), batch(0.5, streams=STREAMS[:1])
     results = []
     for objective in (plain, compiled):

@@ -14,6 +14,7 @@ from atmossl.checkpoint_files import (
     read_contents,
     write_atomically,
 )
+from atmossl.objectives.base import Monitor
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
 
 
@@ -57,7 +58,8 @@ def test_an_error_beside_training_is_raised_at_the_next_call(tmp_path: Path) -> 
 
 def test_the_newest_good_ones_stay_while_the_loss_is_not_finite(tmp_path: Path) -> None:
     healthy = True
-    keep = KeepCheckpoints(tmp_path, interval=1, keep=2, monitor="m", healthy=lambda: healthy)
+    monitor = Monitor("m")
+    keep = KeepCheckpoints(tmp_path, interval=1, keep=2, monitor=monitor, healthy=lambda: healthy)
 
     def save(path: Path, *, weights_only: bool) -> None:
         assert not weights_only

@@ -4,16 +4,23 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from atmossl.batch import TokenGrid
+from atmossl.batch import TokenGrid, collate_views
+from atmossl.masking.base import make_view
+from atmossl.masking.random import RandomMasking
+from atmossl.model.multiformer import Multiformer
+from atmossl.objectives.base import Monitor, Objective
+from atmossl.objectives.masked import MaskedModelling
 from atmossl.training.callbacks import StopOnNonFinite
 from atmossl.training.distributed import clip_gradients
 from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
 from atmossl.training.resume import check_same_run, check_same_statistics
+from tests.synthetic import spec, window
 
 SETTINGS = OptimizerSettings(
     algorithm="adamw",
@@ -38,7 +45,7 @@ def module(steps: list[int]) -> TrainingModule:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     return Counted(
-        model=model, objective=lambda *_: None, optimizer=SETTINGS, record={}, task_names=()
+        model=model, objective=Objective(), optimizer=SETTINGS, record={}, task_names=()
     )  # pyright: ignore
 
 
@@ -182,3 +189,52 @@ def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
     one.grad = torch.tensor([float("nan"), 1.0])
     assert not clip_gradients([one, two], 1.0).isfinite()
     assert not one.grad.any() and not two.grad.any()
+
+
+class Trainer(SimpleNamespace):
+    """What a training step asks of Lightning's trainer."""
+
+    accumulate_grad_batches = 2
+    log_every_n_steps = 1000
+
+
+def test_accumulated_batches_count_by_what_they_hide(monkeypatch) -> None:
+    """The mean over a batch that hides little and one that hides much is that of both in one; so is
+    every stream's, though the shares of the streams differ."""
+    streams = (spec("air"), spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))
+    torch.manual_seed(0)
+    network = Multiformer(
+        streams=streams, dim=16, num_layers=1, num_decoder_layers=1, num_heads=2, num_members=3
+    )
+    windows = [window(s, seed=n) for n, s in enumerate(streams)]
+    views = [
+        (make_view(windows, RandomMasking((share, share)), np.random.default_rng(0)),)
+        for share in (0.1, 0.8)
+    ]
+    objective = MaskedModelling(losses={"fair_crps": 1.0})
+    tested = TrainingModule(
+        model=network, objective=objective, optimizer=SETTINGS, record={}, task_names=()
+    )
+    monkeypatch.setattr(TrainingModule, "trainer", Trainer(), raising=False)
+    batches = [collate_views([view], [0]) for view in views]
+    tested.expect(batches)
+    terms = [tested.training_step(batch, number)["loss"] for number, batch in enumerate(batches)]
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    together = objective(network, collate_views(views, [0, 1])).total
+    together.backward()
+    assert loss.item() == pytest.approx(together.item(), rel=1e-5)
+    assert terms[0].item() != pytest.approx(terms[1].item(), rel=0.5)
+    for name, gradient in found.items():
+        expected = network.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_monitor_knows_what_is_better() -> None:
+    for direction, better in (("min", 1.0), ("max", 3.0)):
+        monitor = Monitor("m", direction)
+        assert monitor.is_better(2.0, None) and monitor.is_better(better, 2.0)
+        assert not monitor.is_better(2.0, 2.0) and not monitor.is_better(4.0 - better, 2.0)
+        assert monitor.cost(better) < monitor.cost(2.0)

@@ -16,9 +16,13 @@ def network() -> nn.Module:
     return nn.ModuleDict({"embedding": nn.Linear(2, 3), "encoder": layers, "tail": nn.Linear(3, 2)})
 
 
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
 def test_layers_below_learn_more_slowly() -> None:
     settings = dataclasses.replace(SETTINGS, layer_decay=0.5, factors={"tail.bias": 3.0})
-    found = learning_rate_factors(network(), settings)
+    found = learning_rate_factors(named(network()), settings)
     expected = {"embedding": 0.125, "encoder.0": 0.25, "encoder.1": 0.5, "encoder.2": 1.0}
     expected |= {"tail.weight": 1.0, "tail.bias": 3.0}
     for prefix, factor in expected.items():
@@ -31,8 +35,8 @@ def test_frozen_parameters_stay_and_others_move_by_their_factor(algorithm: str) 
         SETTINGS, algorithm=algorithm, factors={"encoder.1.*.weight": 0.1}
     )
     model = network()
-    assert len(freeze(model, ["encoder.0.*", "embedding.weight"])) == 3
-    optimizer = make_optimizer(model, settings, fused=False)
+    assert len(freeze(named(model), ["encoder.0.*", "embedding.weight"])) == 3
+    optimizer = make_optimizer(named(model), settings, fused=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
@@ -50,7 +54,7 @@ def test_frozen_parameters_stay_and_others_move_by_their_factor(algorithm: str) 
 def test_without_choices_there_are_two_groups_as_ever() -> None:
     """So that optimiser states of earlier runs fit."""
     model = network()
-    groups = make_optimizer(model, SETTINGS, fused=False).param_groups
+    groups = make_optimizer(named(model), SETTINGS, fused=False).param_groups
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     assert [list(map(id, group["params"])) for group in groups] == [
@@ -63,7 +67,7 @@ def test_without_choices_there_are_two_groups_as_ever() -> None:
 def test_a_pattern_that_matches_nothing_is_named(key: str) -> None:
     with pytest.raises(ValueError, match=rf"optimizer\.{key}.*decodr.*encoder\.0"):
         if key == "freeze":
-            freeze(network(), ["decodr.*"])
+            freeze(named(network()), ["decodr.*"])
         else:
             settings = dataclasses.replace(SETTINGS, factors={"decodr.*": 0.1})
-            make_optimizer(network(), settings, fused=False)
+            make_optimizer(named(network()), settings, fused=False)

@@ -181,6 +181,6 @@ def assert_same_end(*runs: Path) -> None:
         assert differing(one[key], two[key]) == [], key
     assert differing(one["atmossl"]["rng"], two["atmossl"]["rng"]) == []
     logs = [read_metrics(folder / "metrics.csv") for folder in runs]
-    for column in ("train/loss", "gradient_norm", "learning_rate", "ratio/mean"):
+    for column in ("train/loss", "gradient_norm", "learning_rate", "rmse_ratio/mean"):
         first, second = (log[["step", column]].dropna().to_numpy().tolist() for log in logs)
         assert first == second, column

@@ -24,10 +24,9 @@ from atmossl.masking.tasks import Forecast
 from atmossl.model.blocks import DecoderBlock
 from atmossl.model.encoder import EncoderLayer
 from atmossl.model.multiformer import Multiformer
-from atmossl.objectives.masked import MaskedModelling
+from atmossl.objectives.masked import MaskedModelling, level_sums
 from atmossl.tokens import tokenise
 from atmossl.training.cost import StepCost, measure_step
-from atmossl.training.module import level_sums
 from atmossl.training.optimizer import freeze
 from atmossl.training.pictures import draw, reconstructions
 from atmossl.training.watch import TraceSteps, model_flops
@@ -71,7 +70,7 @@ def test_the_estimate_counts_what_a_real_step_holds() -> None:
 
     objective = MaskedModelling(losses={"fair_crps": 1.0})
     cost = measure_step(
-        build, objective, lambda m: torch.optim.AdamW(m.parameters()), batch(),
+        lambda: (build(), objective), lambda named: torch.optim.AdamW(named.values()), batch(),
         precision="32-true", units=UNITS,
     )  # fmt: skip
     model = build()
@@ -94,13 +93,13 @@ def test_the_estimate_counts_what_a_real_step_holds() -> None:
 def test_what_is_frozen_costs_neither_gradients_nor_states() -> None:
     def build(*only: str) -> Multiformer:
         model = Multiformer(streams=(STREAM,), **SIZES)
-        freeze(model, (), only=only)
+        freeze(dict(model.named_parameters()), (), only=only)
         return model
 
     def cost(*only: str) -> StepCost:
         return measure_step(
-            lambda: build(*only), MaskedModelling(losses={"fair_crps": 1.0}),
-            lambda m: torch.optim.AdamW(p for p in m.parameters() if p.requires_grad), batch(),
+            lambda: (build(*only), MaskedModelling(losses={"fair_crps": 1.0})),
+            lambda named: torch.optim.AdamW(p for p in named.values() if p.requires_grad), batch(),
             precision="32-true", units=UNITS,
         )  # fmt: skip
 
@@ -113,9 +112,10 @@ def test_what_is_frozen_costs_neither_gradients_nor_states() -> None:
 
 
 def test_shards_and_replicas_need_what_they_hold() -> None:
+    objective = MaskedModelling(losses={"fair_crps": 1.0})
     cost = measure_step(
-        lambda: Multiformer(streams=(STREAM,), **SIZES), MaskedModelling(losses={"fair_crps": 1.0}),
-        lambda m: torch.optim.AdamW(m.parameters()), batch(), precision="32-true", units=UNITS,
+        lambda: (Multiformer(streams=(STREAM,), **SIZES), objective),
+        lambda named: torch.optim.AdamW(named.values()), batch(), precision="32-true", units=UNITS,
     )  # fmt: skip
     whole = cost.per_device(1, 1.0)
     assert whole == cost.peak + cost.averaged + cost.batch
