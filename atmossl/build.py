@@ -26,10 +26,9 @@ from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
-from atmossl.model.blocks import DecoderBlock, Feedforward, GatedConvolution
-from atmossl.model.encoder import EncoderLayer
+from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
-from atmossl.model.multiformer import Multiformer
+from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.schema import TrainConfig
@@ -44,9 +43,8 @@ from atmossl.training.strategies import choose_strategy
 from atmossl.training.warm_start import renamed, warm_start
 from atmossl.training.watch import Throughput, TraceSteps
 
-_WIDE_PARTS = (Feedforward, GatedConvolution)
+_NETWORK = "multiformer"  # of `atmossl.model.kinds`
 _LOGGER = logging.getLogger(__name__)
-SHARDED_UNITS = (EncoderLayer, DecoderBlock)  # what FSDP gathers at a time
 
 
 Records = dict[str, tuple[Segment, ...]]
@@ -143,9 +141,10 @@ def _warn(lines: Sequence[str]) -> None:
         _LOGGER.warning("%s", line)
 
 
-def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Multiformer:
+def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
     torch.manual_seed(config.seed)
-    model = Multiformer(streams=config.specs, scales=scales, **config.model.model_dump())
+    arguments = config.model.model_dump()
+    model = build_network(_NETWORK, streams=config.specs, scales=scales, **arguments)
     if config.trainer.compile:
         model.compile_blocks()
     return model
@@ -215,25 +214,25 @@ def build_module(
     return module
 
 
-def forget_activations(config: TrainConfig, model: Multiformer) -> None:
+def forget_activations(config: TrainConfig, model: Network) -> None:
     """Apply `trainer.recompute` to the trained model; its averaged copy needs no such thing."""
-    recompute(model, config.trainer.recompute, blocks=SHARDED_UNITS, wide_parts=_WIDE_PARTS)
+    recompute(model, config.trainer.recompute)
 
 
-def slim_down(config: TrainConfig, model: Multiformer) -> None:
+def slim_down(config: TrainConfig, model: Network) -> None:
     """Apply `warm_start.low_rank` to a model that has its weights."""
     choice = config.warm_start.low_rank
     if choice.rank:
         add_low_rank(model, choice.layers, choice.rank)
 
 
-def warm_started(config: TrainConfig, model: Multiformer) -> dict[str, Any]:
+def warm_started(config: TrainConfig, model: Network) -> dict[str, Any]:
     """Fill the model from `warm_start.checkpoints`; what became of every weight."""
     sources = []
     for name in config.warm_start.checkpoints:
         trained = load_checkpoint(name)
         names = {s.name: config.warm_start.rename.get(s.name, s.name) for s in trained.specs}
-        sources.append(renamed(name, trained.specs, trained.model.state_dict(), names))
+        sources.append(renamed(name, trained.specs, dict(trained.model.named_parameters()), names))
     return warm_start(model, config.specs, sources).summary()
 
 
@@ -246,7 +245,6 @@ def build_trainer(config: TrainConfig, normaliser: Normaliser, monitor: Monitor)
     csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     strategy = choose_strategy(
         settings.strategy,
-        units=SHARDED_UNITS,
         precision=settings.precision,
         checkpoint_format=settings.checkpoint_format,
         async_checkpoint=settings.async_checkpoint,

@@ -9,7 +9,6 @@ import torch
 
 from atmossl.batch import Batch, StreamSpec, StreamWindow, collate_views
 from atmossl.build import (
-    SHARDED_UNITS,
     build_model,
     build_objective,
     forget_activations,
@@ -19,7 +18,7 @@ from atmossl.build import (
 from atmossl.data.companions import open_records, paired
 from atmossl.data.windows import WindowSize
 from atmossl.masking.base import make_view
-from atmossl.model.multiformer import Multiformer
+from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig
 from atmossl.training.cost import StepCost, measure_step
@@ -80,7 +79,7 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
             stream's own data cannot.
     """
 
-    def build() -> tuple[Multiformer, Objective]:
+    def build() -> tuple[Network, Objective]:
         model = build_model(config, {})
         slim_down(config, model)
         objective, settings = build_objective(config, {}), optimizer_settings(config)
@@ -91,10 +90,9 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     batch = sample_batch(config)
     cost = measure_step(
         build,
-        lambda parameters: make_optimizer(parameters, optimizer_settings(config), fused=True),
+        lambda *parts: make_optimizer(*parts, optimizer_settings(config), fused=True),
         batch,
         precision=config.trainer.precision,
-        units=SHARDED_UNITS,
     )
     devices = num_devices(config)
     shards = devices if config.trainer.strategy == "fsdp" else 1

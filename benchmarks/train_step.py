@@ -286,9 +286,9 @@ def step_of_run(
     forget_activations(config, model.to(device))
     dtype = _DTYPES[config.trainer.precision]
     fused = dtype != torch.float16
-    named, settings = dict(model.named_parameters()), optimizer_settings(config)
-    optimizer = make_optimizer(named, settings, fused=fused)
-    return model, stepper(model, build_objective(config, scales), optimizer, dtype)
+    objective, settings = build_objective(config, scales), optimizer_settings(config)
+    optimizer = make_optimizer(model, objective, settings, fused=fused)
+    return model, stepper(model, objective, optimizer, dtype)
 
 
 def needed_flops(

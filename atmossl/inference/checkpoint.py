@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from atmossl.batch import StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
@@ -21,8 +20,9 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
+from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import merged
-from atmossl.model.multiformer import Multiformer
+from atmossl.model.network import Network
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
@@ -38,7 +38,7 @@ class TrainedModel:
     record: streams, model arguments, statistics, window and resolved configuration, as saved.
     """
 
-    model: nn.Module
+    model: Network
     specs: tuple[StreamSpec, ...]
     normaliser: Normaliser
     window: WindowSize
@@ -113,7 +113,7 @@ def load_checkpoint(name: str) -> TrainedModel:
     if missing := [key for key in _NEEDED if key not in record]:
         raise ValueError(f"checkpoint={name} is incomplete: its record lacks {missing}")
     specs = _specs_of(record, name)
-    model = Multiformer(streams=specs, **record["model"])
+    model = build_network("multiformer", streams=specs, **record["model"])
     weights = {
         key.removeprefix(_AVERAGED): value
         for key, value in contents["state_dict"].items()

@@ -1,1 +1,1 @@
-"""Networks behind the contract encode(view) and decode(latents, view)."""
+"""Networks behind one contract, `atmossl.model.network.Network`."""

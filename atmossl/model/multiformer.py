@@ -1,11 +1,11 @@
 """The multi-stream transformer: one encoder per stream, coupled layer by layer; decoder; tail.
 
 After AtmoRep's multiformer (Lessig et al. 2023, arXiv 2308.13280, section on the architecture).
-The contract that any other network has to meet is `encode(view)` and `decode(latents, view)`.
 """
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from atmossl.batch import (
     View,
 )
 from atmossl.model.attention import Attention, attend_by
-from atmossl.model.blocks import BlockSizes, DecoderBlock
+from atmossl.model.blocks import BlockSizes, DecoderBlock, Feedforward, GatedConvolution
 from atmossl.model.embedding import Embedding, Tail
 from atmossl.model.encoder import EncoderLayer, Plan
 from atmossl.model.layout import Latent, Place, gather, scatter
+from atmossl.model.network import Latents, Network, StreamLatents
 from atmossl.model.positions import (
     RotaryPositions,
     absolute_features,
@@ -34,19 +35,24 @@ from atmossl.model.positions import (
 )
 
 
-@dataclass(frozen=True)
-class StreamLatents:
-    """What the encoder made of one stream: latents after every layer, first layer first."""
-
-    layers: tuple[Latent, ...]
-    given: TokenIndex
-
-
 def _flatten(tokens: Tensor) -> Tensor:
     return rearrange(tokens, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch")
 
 
-class Multiformer(nn.Module):
+_LAYER = re.compile(r"encoder\.(\d+)\.")
+# Axis of a parameter over the values of a token; by the first part and the end of its name.
+_PATCH_AXES = {
+    ("embedding", "values.weight"): 1,
+    ("embedding", "details.weight"): 1,
+    ("query", "values.weight"): 1,
+    ("query", "details.weight"): 1,
+    ("tail", "project.weight"): 0,
+    ("tail", "project.bias"): 0,
+    ("tail", "linear.weight"): 0,
+}
+
+
+class Multiformer(Network):
     """Encoder, decoder and tail of every stream.
 
     dim: latent width; `dims` overrides it by stream name. Decoder layer j reads an encoder layer,
@@ -58,6 +64,8 @@ class Multiformer(nn.Module):
     scales: per stream, [level, patch] typical departure from the first guess.
     Raises ValueError if the sizes do not fit together.
     """
+
+    ends = ("tail",)
 
     def __init__(
         self,
@@ -118,10 +126,28 @@ class Multiformer(nn.Module):
             if isinstance(module, EncoderLayer | DecoderBlock | Tail):
                 module.compile(backend=backend)
 
-    def forward(self, view: View) -> Prediction:
-        return self.decode(self.encode(view), view)
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        kinds = (EncoderLayer, DecoderBlock)
+        return tuple(module for module in self.modules() if isinstance(module, kinds))
 
-    def encode(self, view: View) -> dict[str, StreamLatents]:
+    @property
+    def wide_parts(self) -> tuple[nn.Module, ...]:
+        kinds = (Feedforward, GatedConvolution)
+        return tuple(module for module in self.modules() if isinstance(module, kinds))
+
+    def depth(self, name: str) -> int | None:
+        layer = _LAYER.match(name)
+        if layer is not None:
+            return self.num_layers - 1 - int(layer[1])
+        return self.num_layers if name.startswith("embedding.") else None
+
+    def patch_axis(self, name: str) -> int | None:
+        part = name.split(".")[0]
+        axes = (axis for (p, end), axis in _PATCH_AXES.items() if p == part and name.endswith(end))
+        return next(axes, None)
+
+    def encode(self, view: View) -> Latents:
         """Latents of the given tokens of every stream in the view, after every layer."""
         latents, given, layers = {}, {}, {}
         for stream in view.streams:
@@ -136,7 +162,12 @@ class Multiformer(nn.Module):
             batches = layer(batches, plan)
             for name, latent in plan.streams(batches):
                 layers[name].append(latent)
-        return {name: StreamLatents(tuple(layers[name]), given[name]) for name in given}
+        return {
+            stream.spec.name: StreamLatents(
+                tuple(layers[stream.spec.name]), given[stream.spec.name], stream.grid
+            )
+            for stream in view.streams
+        }
 
     def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
         name = stream.spec.name
@@ -154,39 +185,58 @@ class Multiformer(nn.Module):
         }
         return Place(turns, chosen, grid.shape, grid.periodic)
 
-    def decode(self, latents: dict[str, StreamLatents], view: View) -> Prediction:
+    def reconstruct(self, latents: Latents, view: View) -> Prediction:
         """Ensemble of patches for every hidden token of the view's predicted streams."""
-        return Prediction(
-            tuple(
-                self._decode_stream(latents[stream.spec.name], stream)
-                for stream in view.streams
-                if stream.spec.role == "predict"
-            )
-        )
+        predictions = []
+        for stream in _predicted(view):
+            name, queries = stream.spec.name, _queries(stream)
+            decoded, embedded = self._decode(latents[name], stream)
+            guess, level = gather(_flatten(stream.guess), queries), self._token_level(stream)
+            members = self.tail[name](decoded.features, embedded, guess, level)
+            predictions.append(StreamPrediction(members, queries))
+        return Prediction(tuple(predictions))
 
-    def _decode_stream(self, latents: StreamLatents, stream: StreamTokens) -> StreamPrediction:
-        name, queries = stream.spec.name, stream.queries
-        assert queries is not None, "collate the view first: token indices are missing"
-        guess = gather(_flatten(stream.guess), queries)
+    def predict(self, latents: Latents, view: View) -> Latents:
+        """Latents of every hidden token of the view's predicted streams, of the encoder's width."""
+        predicted = {}
+        for stream in _predicted(view):
+            blank = replace(stream, guess=torch.zeros_like(stream.guess))
+            decoded, _ = self._decode(latents[stream.spec.name], blank)
+            predicted[stream.spec.name] = StreamLatents(
+                (decoded,), decoded.place.chosen, stream.grid
+            )
+        return predicted
+
+    def _decode(self, latents: StreamLatents, stream: StreamTokens) -> tuple[Latent, Tensor]:
+        """The decoder's last latents of the hidden tokens, and the embedded first guess."""
+        name, queries = stream.spec.name, _queries(stream)
         features = absolute_features(stream.grid)
         embedded = self.query[name](stream.guess, features, stream.corruption, stream.grid, queries)
-        own = gather(scatter(latents.layers[-1].features, latents.given), queries)
+        own = gather(scatter(latents.last, latents.chosen), queries)
         place, x = self._place(stream, queries), embedded + own
         blocks = self.decoder[name]
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
             memory = latents.layers[self._memory_layer(number)]
             x = block(x, memory.features, place, memory.place)
-        level = self._token_level(stream, queries)
-        return StreamPrediction(self.tail[name](x, embedded, guess, level), queries)
+        return Latent(x, place), embedded
 
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
         return self.num_layers - 1 - number * self.num_layers // self.num_decoder_layers
 
     @staticmethod
-    def _token_level(stream: StreamTokens, queries: TokenIndex) -> Int[Tensor, "batch query"]:
-        return queries.index // (stream.grid.num_tokens // stream.grid.shape[0])
+    def _token_level(stream: StreamTokens) -> Int[Tensor, "batch query"]:
+        return _queries(stream).index // (stream.grid.num_tokens // stream.grid.shape[0])
+
+
+def _predicted(view: View) -> list[StreamTokens]:
+    return [stream for stream in view.streams if stream.spec.role == "predict"]
+
+
+def _queries(stream: StreamTokens) -> TokenIndex:
+    assert stream.queries is not None, "collate the view first: token indices are missing"
+    return stream.queries
 
 
 def _gappy(streams: tuple[StreamSpec, ...]) -> list[StreamSpec]:

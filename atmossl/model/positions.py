@@ -14,7 +14,7 @@ _WAVENUMBERS = (1, 2, 3, 4, 6, 8)
 NUM_FEATURES = 4 * len(_WAVENUMBERS) + 2 + 4 + 3 + 3
 
 
-def _flat(grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_coordinates(grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coordinates of all tokens, each [batch token]: hours, hPa, degrees, degrees."""
     num_level, num_time, num_lat, num_lon = grid.shape
     sizes = {"level": num_level, "nt": num_time, "nlat": num_lat, "nlon": num_lon}
@@ -37,7 +37,7 @@ def absolute_features(grid: TokenGrid) -> Float[Tensor, "batch token feature"]:
     Sine and cosine of multiples of longitude and latitude, of the day of year and of the local
     solar time; functions of pressure; logarithms of the token's extent in hours and degrees.
     """
-    hours, level, lat, lon = _flat(grid)
+    hours, level, lat, lon = token_coordinates(grid)
     lon_rad, lat_rad = torch.deg2rad(lon), torch.deg2rad(lat)
     year = 2 * math.pi * (hours % grid.year_hours) / grid.year_hours
     solar = 2 * math.pi * (hours % HOURS_PER_DAY) / HOURS_PER_DAY + lon_rad
@@ -98,7 +98,7 @@ class RotaryPositions(nn.Module):
     def forward(self, grid: TokenGrid) -> Float[Tensor, "batch token pair"]:
         """Phase of every token and feature pair, in radians; time counts from the window's start,
         which leaves differences as they are and keeps the phases small."""
-        hours, level, lat, lon = _flat(grid)
+        hours, level, lat, lon = token_coordinates(grid)
         start = hours.amin(dim=-1, keepdim=True)
         phases = [
             torch.deg2rad(lon)[..., None] * self.lon_waves,

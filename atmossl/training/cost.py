@@ -12,6 +12,7 @@ from torch.distributed._tools.mem_tracker import _TOTAL_KEY, MemTracker
 from torch.utils.hooks import RemovableHandle
 
 from atmossl.batch import Batch
+from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.training.optimizer import named_parameters
 from atmossl.training.watch import model_flops
@@ -83,19 +84,18 @@ class _Tracker(MemTracker):
 
 
 def measure_step(
-    build: Callable[[], tuple[nn.Module, Objective]],
-    make_optimizer: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
+    build: Callable[[], tuple[Network, Objective]],
+    make_optimizer: Callable[[Network, Objective], torch.optim.Optimizer],
     batch: Batch,
     *,
     precision: str,
-    units: tuple[type[nn.Module], ...],
 ) -> StepCost:
     """Follow two training steps with tensors that have shapes but no values."""
     with FakeTensorMode() as mode:
         model, objective = build()
         shapes: Batch = batch._map(mode.from_tensor)
         named = named_parameters(model, objective)
-        optimizer, parameters = make_optimizer(named), list(named.values())
+        optimizer, parameters = make_optimizer(model, objective), list(named.values())
         tracker = _Tracker()
         for frozen in (p for p in parameters if not p.requires_grad):
             # or it would ask them for their gradients
@@ -125,7 +125,7 @@ def measure_step(
             gradients=_bytes(trained),
             gradients_at_peak=kinds["GRAD"],
             peak=kinds["Total"],
-            units=tuple(_bytes(m.parameters()) for m in model.modules() if isinstance(m, units)),
+            units=tuple(_bytes(m.parameters()) for m in (*model.blocks, *objective.blocks)),
             batch=_batch_bytes(batch),
         )
 

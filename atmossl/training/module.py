@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from atmossl.batch import Batch, Losses
+from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state
 from atmossl.training.optimizer import (
@@ -47,7 +48,7 @@ class TrainingModule(L.LightningModule):
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: Network,
         objective: Objective,
         optimizer: OptimizerSettings,
         record: dict[str, Any],
@@ -182,7 +183,7 @@ class TrainingModule(L.LightningModule):
         settings = self.settings
         # a fused step unscales fp16 gradients by itself, after they should have been clipped
         fused = self.trainer.precision != "16-mixed"
-        optimizer = make_optimizer(self.trained, settings, fused=fused)
+        optimizer = make_optimizer(self.model, self.objective, settings, fused=fused)
         factor = learning_rate_factor(
             settings.schedule,
             warmup_steps=settings.warmup_steps,

@@ -1,7 +1,6 @@
 """Which parameters are trained, how fast, by which optimiser."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -9,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from atmossl.model.network import Network
+from atmossl.objectives.base import Objective
 from atmossl.training.muon import Muon
 from atmossl.training.schedule import Schedule
 
-_LAYER = re.compile(r"(?:^|\.)encoder\.(\d+)\.")
-_BEFORE_ENCODER = re.compile(r"(?:^|\.)embedding\.")
+Depth = Callable[[str], int | None]  # encoder layers above a parameter; None: not in the encoder
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ def _no_match(key: str, pattern: str, names_of: Iterable[str]) -> str:
 
 
 def learning_rate_factors(
-    parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings
+    parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, depth: Depth
 ) -> dict[str, float]:
     """Factor of the learning rate of every trained parameter.
+
+    depth: as the network tells it; the uppermost layer that is trained has the whole rate.
 
     Raises:
         ValueError: a pattern of `factors` that matches nothing.
@@ -89,30 +91,33 @@ def learning_rate_factors(
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(_no_match("optimizer.factors", pattern, parameters))
-    layers = [int(match[1]) for name in names if (match := _LAYER.search(name))]
-    depth = 1 + max(layers, default=-1)
-    return {name: _factor(name, patterns, settings.layer_decay, depth) for name in names}
+    depths = {name: level for name in names if (level := depth(name)) is not None}
+    top = min(depths.values(), default=0)
+    return {
+        name: _of_pattern(name, patterns) * settings.layer_decay ** (depths.get(name, top) - top)
+        for name in names
+    }
 
 
-def _factor(name: str, patterns: Mapping[str, float], decay: float, depth: int) -> float:
-    chosen = next((f for pattern, f in patterns.items() if fnmatchcase(name, pattern)), 1.0)
-    layer = _LAYER.search(name)
-    if layer is not None:
-        return chosen * decay ** (depth - 1 - int(layer[1]))
-    return chosen * decay**depth if _BEFORE_ENCODER.search(name) else chosen
+def _of_pattern(name: str, patterns: Mapping[str, float]) -> float:
+    return next((f for pattern, f in patterns.items() if fnmatchcase(name, pattern)), 1.0)
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, *, fused: bool
+    network: Network, objective: Objective, settings: OptimizerSettings, *, fused: bool
 ) -> torch.optim.Optimizer:
-    """Matrices decay, and with Muon are orthogonalised, except for the last layer, which has no
-    square geometry; vectors do neither. One group for each of these kinds and each factor."""
-    factors = learning_rate_factors(parameters, settings)
+    """Matrices decay, and with Muon are orthogonalised, except for the ends of network and
+    objective, which have no square geometry; vectors do neither. One group for each of these kinds
+    and each factor."""
+    parameters = named_parameters(network, objective)
+    factors = learning_rate_factors(parameters, settings, network.depth)
+    names = (*network.ends, *(f"objective.{end}" for end in objective.ends))
+    ends = tuple(f"{end}." for end in names)
     is_muon = settings.algorithm == "muon"
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if name in factors:
-            chosen = parameter.ndim > 1 and not (is_muon and name.startswith("tail."))
+            chosen = parameter.ndim > 1 and not (is_muon and name.startswith(ends))
             groups.setdefault((chosen, factors[name]), []).append(parameter)
     listed: list[dict[str, Any]] = []
     for (chosen, factor), members in sorted(groups.items(), key=lambda item: not item[0][0]):

@@ -3,29 +3,23 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from atmossl.model.network import Network
 
 Recompute = Literal["none", "selective", "full"]
 
 
-def recompute(
-    model: nn.Module,
-    kind: Recompute,
-    *,
-    blocks: tuple[type[nn.Module], ...],
-    wide_parts: tuple[type[nn.Module], ...],
-) -> None:
+def recompute(model: Network, kind: Recompute) -> None:
     """Let `full` blocks, or `selective` their wide parts alone, forget what is inside of them.
 
     `selective` drops the feedforward layers' activations, most of a block's, and keeps what
     attention made, the dearest to compute.
     Call it on the trained model after its averaged copy was made: a copy would call the original.
     """
-    kinds = {"none": (), "selective": wide_parts, "full": blocks}[kind]
-    for module in model.modules():
-        if isinstance(module, kinds):
-            module.forward = _forgetting(module.forward)  # type: ignore[method-assign]
+    parts = {"none": (), "selective": model.wide_parts, "full": model.blocks}[kind]
+    for module in parts:
+        module.forward = _forgetting(module.forward)  # type: ignore[method-assign]
 
 
 def _forgetting(forward: Callable[..., Any]) -> Callable[..., Any]:

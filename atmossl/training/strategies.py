@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 
 from atmossl.checkpoint_files import (
@@ -39,6 +40,8 @@ from atmossl.checkpoint_files import (
     save_contents,
 )
 from atmossl.checksums import UnsoundError, write_manifest
+from atmossl.model.network import Network
+from atmossl.objectives.base import Objective
 from atmossl.shards import SafePlanner, ShardReader, as_unsound
 from atmossl.training.distributed import failing_together
 
@@ -49,7 +52,6 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: weights, gradients and optimiser states are spread over all devices, and gathered
     block by block for the computation.
 
-    units: the kinds of submodule that are gathered at a time.
     compute_dtype: of the gathered weights; gradients are reduced in float32, and the shards, hence
         the optimiser, stay float32.
     checkpoint_format: `file`, gathered on the first rank; or `sharded`, a folder that every rank
@@ -63,14 +65,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(
         self,
         *,
-        units: tuple[type[nn.Module], ...],
         compute_dtype: torch.dtype | None,
         checkpoint_format: CheckpointFormat,
         async_checkpoint: bool,
         cpu_offload: bool,
     ) -> None:
         super().__init__(save_distributed_checkpoint=checkpoint_format == "sharded")
-        self.units = units
         self.policy = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -89,8 +89,9 @@ class ShardedStrategy(ModelParallelStrategy):
         """The host's own group serves random states and signals."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
-    def shard(self, models: Sequence[nn.Module]) -> None:
-        """Shard every model alike, once."""
+    def shard(self, models: Sequence[Network | Objective]) -> None:
+        """Shard every network and objective alike, once; each of their blocks is gathered on its
+        own. What has no weights stays as it is."""
         pin = self.root_device.type == "cuda"
         how: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
@@ -98,11 +99,15 @@ class ShardedStrategy(ModelParallelStrategy):
             "offload_policy": CPUOffloadPolicy(pin) if self.offloads else OffloadPolicy(),
         }
         for model in models:
-            if isinstance(model, FSDPModule):
+            if isinstance(model, FSDPModule) or not any(True for _ in model.parameters()):
                 continue
-            for part in [part for part in model.modules() if isinstance(part, self.units)]:
+            for part in model.blocks:
                 fully_shard(part, **how)
-            self._sharded.append(fully_shard(model, **how))
+            sharded = fully_shard(model, **how)
+            if isinstance(model, Network):  # else these would find only a part of every weight
+                for name in ("encode", "reconstruct", "predict"):
+                    register_fsdp_forward_method(model, name)
+            self._sharded.append(sharded)
 
     def model_to_device(self) -> None:
         """All of it; of an offloaded model only the buffers, which are not sharded."""
@@ -250,7 +255,6 @@ def as_system_error() -> Generator[None]:
 def choose_strategy(
     name: Literal["auto", "ddp", "fsdp"],
     *,
-    units: tuple[type[nn.Module], ...],
     precision: str,
     checkpoint_format: CheckpointFormat,
     async_checkpoint: bool,
@@ -265,7 +269,6 @@ def choose_strategy(
     if name == "fsdp":
         dtype = torch.bfloat16 if precision == "bf16-mixed" else None
         return ShardedStrategy(
-            units=units,
             compute_dtype=dtype,
             checkpoint_format=checkpoint_format,
             async_checkpoint=async_checkpoint,

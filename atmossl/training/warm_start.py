@@ -6,27 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atmossl.batch import StreamSpec
-
-# Axis of a weight that runs over the values of a token, several times over; the first key matches
-# the room of the network, the second the end of the name.
-_PATCH_AXES = {
-    ("embedding", "values.weight"): 1,
-    ("embedding", "details.weight"): 1,
-    ("query", "values.weight"): 1,
-    ("query", "details.weight"): 1,
-    ("tail", "project.weight"): 0,
-    ("tail", "project.bias"): 0,
-    ("tail", "linear.weight"): 0,
-}
-_OWN = "scale"  # a buffer that belongs to the data of the new run
+from atmossl.model.network import Network
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trained model: its streams, under the names that they have in the new one, and weights."""
+    """A trained model: its streams, under the names that they have in the new one, and its
+    parameters; its buffers belong to the data that it was trained on."""
 
     name: str
     specs: Mapping[str, StreamSpec]
@@ -71,7 +60,7 @@ def renamed(
 
 
 @torch.no_grad()
-def warm_start(model: nn.Module, specs: Sequence[StreamSpec], sources: Sequence[Source]) -> Report:
+def warm_start(model: Network, specs: Sequence[StreamSpec], sources: Sequence[Source]) -> Report:
     """Fill a model with the weights of one or several trained ones; a later source wins.
 
     Coupling between streams that were trained apart starts shut (its last layer is 0), so every
@@ -81,13 +70,13 @@ def warm_start(model: nn.Module, specs: Sequence[StreamSpec], sources: Sequence[
         ValueError: no weight of a source has a place in the model.
     """
     report = Report()
-    targets = model.state_dict()
+    targets = dict(model.named_parameters())
     new_specs = {spec.name: spec for spec in specs}
     placed: dict[str, str] = {}
     for source in sources:
         used = [
             key for key, value in source.weights.items()
-            if key in targets and _place(targets[key], value, key, source, new_specs, placed)
+            if key in targets and _place(model, targets[key], value, key, source, new_specs, placed)
         ]  # fmt: skip
         if not used:
             raise ValueError(
@@ -95,37 +84,30 @@ def warm_start(model: nn.Module, specs: Sequence[StreamSpec], sources: Sequence[
                 f"are {sorted(source.specs)}, those of the model {sorted(new_specs)}"
             )
         missed = set(source.weights) - set(used)
-        report.left += [f"{source.name}: {k}" for k in sorted(missed) if not k.endswith(_OWN)]
+        report.left += [f"{source.name}: {key}" for key in sorted(missed)]
     for key in sorted(targets):
-        if not key.endswith(_OWN):
-            getattr(report, placed.get(key, "initialised")).append(key)
+        getattr(report, placed.get(key, "initialised")).append(key)
     return report
 
 
 def _place(
-    target: Tensor, value: Tensor, key: str, source: Source, specs: Mapping[str, StreamSpec],
-    placed: dict[str, str],
+    model: Network, target: Tensor, value: Tensor, key: str, source: Source,
+    specs: Mapping[str, StreamSpec], placed: dict[str, str],
 ) -> bool:  # fmt: skip
     """Copy one weight where it fits; whether it did."""
-    if key.endswith(_OWN):
-        return False
     stream = next((part for part in key.split(".")[1:] if part in source.specs), None)
-    axis = _patch_axis(key)
+    axis = model.patch_axis(key)
     if axis is not None and stream in specs and stream is not None:
         index = patch_index(source.specs[stream], specs[stream])
         if index != list(range(source.specs[stream].patch)) or len(index) != specs[stream].patch:
-            return _grow(target, value, key, axis, index, source.specs[stream].patch, placed)
+            blank = key.split(".")[0] not in model.ends
+            old_patch = source.specs[stream].patch
+            return _grow(target, value, key, axis, index, old_patch, placed, blank=blank)
     if target.shape != value.shape:
         return False
     target.copy_(value)
     placed[key] = "loaded"
     return True
-
-
-def _patch_axis(key: str) -> int | None:
-    room = key.split(".")[0]
-    found = (axis for (r, end), axis in _PATCH_AXES.items() if r == room and key.endswith(end))
-    return next(found, None)
 
 
 def patch_index(old: StreamSpec, new: StreamSpec) -> list[int | None]:
@@ -149,9 +131,10 @@ def _patch_keys(spec: StreamSpec) -> Iterator[tuple[Any, ...]]:
 
 def _grow(
     target: Tensor, value: Tensor, key: str, axis: int, index: list[int | None], old_patch: int,
-    placed: dict[str, str],
+    placed: dict[str, str], *, blank: bool,
 ) -> bool:  # fmt: skip
-    """Copy the values that both tokens have; an embedding does not look at the others."""
+    """Copy the values that both tokens have. blank: the others are not looked at; else they stay as
+    they were initialised."""
     repeats = value.shape[axis] // old_patch
     same = [
         a == b for n, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if n != axis
@@ -163,7 +146,7 @@ def _grow(
     for new, old in enumerate(index):
         if old is not None:
             into[:, new] = out_of[:, old]
-        elif not key.startswith("tail."):
+        elif blank:
             into[:, new] = 0.0
     placed[key] = "grown"
     return True

@@ -13,6 +13,7 @@ from atmossl.batch import TokenGrid, collate_views
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.model.multiformer import Multiformer
+from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.training.callbacks import StopOnNonFinite
@@ -42,8 +43,8 @@ def module(steps: list[int]) -> TrainingModule:
         def global_step(self) -> int:  # pyright: ignore
             return steps[0]
 
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
+    model = Network()
+    model.weight = nn.Parameter(torch.zeros(1, 1))
     return Counted(
         model=model, objective=Objective(), optimizer=SETTINGS, record={}, task_names=()
     )  # pyright: ignore

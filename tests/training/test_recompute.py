@@ -7,15 +7,12 @@ import torch
 from atmossl.batch import collate_views
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.model.blocks import DecoderBlock, Feedforward, GatedConvolution
-from atmossl.model.encoder import EncoderLayer
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.training.recompute import recompute
 from tests.synthetic import spec, window
 
 STREAMS = (spec("air", variables=("temperature",)), spec("wind", variables=("u",)))
-PARTS = (Feedforward, GatedConvolution)
 
 
 def gradients(kind: str, neighbourhood: int) -> tuple[dict[str, torch.Tensor], int]:
@@ -25,7 +22,7 @@ def gradients(kind: str, neighbourhood: int) -> tuple[dict[str, torch.Tensor], i
         streams=STREAMS, dim=16, num_layers=3, num_decoder_layers=1, num_heads=2, num_members=3,
         neighbourhood=neighbourhood,
     )  # fmt: skip
-    recompute(model, kind, blocks=(EncoderLayer, DecoderBlock), wide_parts=PARTS)
+    recompute(model, kind)
     windows = tuple(window(s, seed=n) for n, s in enumerate(STREAMS))
     sampler = RandomMasking((0.5, 0.5), {"mask": 1.0})
     view = make_view(windows, sampler, np.random.default_rng(0))

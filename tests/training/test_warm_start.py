@@ -39,7 +39,7 @@ def test_fields_trained_apart_predict_the_same_when_coupled() -> None:
     apart = [network(AIR, seed=1), network(WIND, seed=2)]
     coupled = network(AIR, WIND, seed=3)
     sources = [
-        renamed(s.name, [s], model.state_dict(), {})
+        renamed(s.name, [s], dict(model.named_parameters()), {})
         for s, model in zip((AIR, WIND), apart, strict=True)
     ]
     report = warm_start(coupled, (AIR, WIND), sources)
@@ -55,7 +55,7 @@ def test_fields_trained_apart_predict_the_same_when_coupled() -> None:
 def test_a_token_with_a_new_variable_predicts_the_old_ones_as_before() -> None:
     both = spec("air", variables=("u_component_of_wind", "temperature"))
     old, grown = network(AIR, seed=1), network(both, seed=2)
-    report = warm_start(grown, (both,), [renamed("old", [AIR], old.state_dict(), {})])
+    report = warm_start(grown, (both,), [renamed("old", [AIR], dict(old.named_parameters()), {})])
     assert not report.initialised and not report.left
     assert {name.split(".")[0] for name in report.grown} == {"embedding", "query", "tail"}
     wide = window(both, seed=3)
@@ -75,22 +75,22 @@ def test_levels_of_a_token_are_matched_by_pressure() -> None:
 
 def test_a_stream_of_another_name_is_renamed() -> None:
     old, new = network(AIR, seed=1), network(spec("t", variables=("temperature",)), seed=2)
-    source = renamed("old", [AIR], old.state_dict(), {"air": "t"})
+    source = renamed("old", [AIR], dict(old.named_parameters()), {"air": "t"})
     assert not warm_start(new, (spec("t", variables=("temperature",)),), [source]).initialised
     with pytest.raises(ValueError, match=r"warm_start\.rename.*ozone.*air"):
-        renamed("old", [AIR], old.state_dict(), {"ozone": "t"})
+        renamed("old", [AIR], dict(old.named_parameters()), {"ozone": "t"})
 
 
 def test_a_model_without_a_common_stream_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no weight of old.*air.*wind"):
-        source = renamed("old", [AIR], network(AIR).state_dict(), {})
+        source = renamed("old", [AIR], dict(network(AIR).named_parameters()), {})
         warm_start(network(WIND), (WIND,), [source])
 
 
 def test_other_widths_are_initialised_and_named() -> None:
     torch.manual_seed(0)
     wider = Multiformer(streams=(AIR,), **(SIZES | {"num_members": 5}))
-    source = renamed("old", [AIR], network(AIR).state_dict(), {})
+    source = renamed("old", [AIR], dict(network(AIR).named_parameters()), {})
     report = warm_start(wider, (AIR,), [source])
     assert report.initialised == ["tail.air.project.bias", "tail.air.project.weight"]
     assert report.left == ["old: tail.air.project.bias", "old: tail.air.project.weight"]

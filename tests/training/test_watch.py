@@ -21,8 +21,6 @@ from atmossl.geometry import Box
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.model.blocks import DecoderBlock
-from atmossl.model.encoder import EncoderLayer
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling, level_sums
 from atmossl.tokens import tokenise
@@ -34,7 +32,6 @@ from tests.synthetic import dataset, spec, window
 
 STREAM = spec(token=(1, 2, 4))
 SIZES = {"dim": 16, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2, "num_members": 4}
-UNITS = (EncoderLayer, DecoderBlock)
 
 
 def batch(size: int = 2) -> Batch:
@@ -70,8 +67,8 @@ def test_the_estimate_counts_what_a_real_step_holds() -> None:
 
     objective = MaskedModelling(losses={"fair_crps": 1.0})
     cost = measure_step(
-        lambda: (build(), objective), lambda named: torch.optim.AdamW(named.values()), batch(),
-        precision="32-true", units=UNITS,
+        lambda: (build(), objective), lambda m, _: torch.optim.AdamW(m.parameters()), batch(),
+        precision="32-true",
     )  # fmt: skip
     model = build()
     count = sum(p.numel() for p in model.parameters())
@@ -99,8 +96,8 @@ def test_what_is_frozen_costs_neither_gradients_nor_states() -> None:
     def cost(*only: str) -> StepCost:
         return measure_step(
             lambda: (build(*only), MaskedModelling(losses={"fair_crps": 1.0})),
-            lambda named: torch.optim.AdamW(p for p in named.values() if p.requires_grad), batch(),
-            precision="32-true", units=UNITS,
+            lambda m, _: torch.optim.AdamW(p for p in m.parameters() if p.requires_grad), batch(),
+            precision="32-true",
         )  # fmt: skip
 
     whole, tail = cost(), cost("tail.*")
@@ -115,7 +112,7 @@ def test_shards_and_replicas_need_what_they_hold() -> None:
     objective = MaskedModelling(losses={"fair_crps": 1.0})
     cost = measure_step(
         lambda: (Multiformer(streams=(STREAM,), **SIZES), objective),
-        lambda named: torch.optim.AdamW(named.values()), batch(), precision="32-true", units=UNITS,
+        lambda model, _: torch.optim.AdamW(model.parameters()), batch(), precision="32-true",
     )  # fmt: skip
     whole = cost.per_device(1, 1.0)
     assert whole == cost.peak + cost.averaged + cost.batch

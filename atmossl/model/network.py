@@ -1,0 +1,113 @@
+"""What the rest of the program asks of a network, whichever it is: views to latents, latents to
+fields or to other latents, and what training has to know of its parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from atmossl.batch import Prediction, TokenGrid, TokenIndex, View
+from atmossl.model.layout import Latent, gather
+from atmossl.model.positions import token_coordinates
+
+
+@dataclass(frozen=True)
+class StreamLatents:
+    """Latents of chosen tokens of one stream after every layer, first layer first.
+
+    chosen: which tokens of the window they are. grid: physical coordinates of all its tokens.
+    """
+
+    layers: tuple[Latent, ...]
+    chosen: TokenIndex
+    grid: TokenGrid
+
+    @property
+    def last(self) -> Float[Tensor, "batch token feature"]:
+        return self.layers[-1].features
+
+    def coordinates(self) -> dict[str, Float[Tensor, "batch token"]]:
+        """Time in hours since 1970-01-01T00, level in hPa, latitude and longitude in degrees of
+        every latent's token centre."""
+        names = ("time_hours", "level_hpa", "lat", "lon")
+        values = token_coordinates(self.grid)
+        return {
+            name: gather(value[..., None], self.chosen)[..., 0]
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def areas(self) -> Float[Tensor, "batch token"]:
+        """Area of every latent's token on the unit sphere; 0 where the list is padded."""
+        lat = torch.deg2rad(self.coordinates()["lat"].double())
+        height = torch.deg2rad(self.grid.lat_extent.double())[..., None] / 2
+        width = torch.deg2rad(self.grid.lon_extent.double())[..., None]
+        pole = torch.pi / 2
+        north, south = (lat + height).clamp_max(pole), (lat - height).clamp_min(-pole)
+        return ((north.sin() - south.sin()) * width * self.chosen.valid).float()
+
+
+Latents = dict[str, StreamLatents]  # by the stream's name
+
+
+class Network(nn.Module):
+    """The contract of every network: `encode`, `reconstruct` and `predict`.
+
+    ends: names of the submodules that turn latents into values. They have no square geometry, and
+        `objective.train_only` can train them alone.
+    """
+
+    ends: ClassVar[tuple[str, ...]] = ()
+
+    def encode(self, view: View) -> Latents:
+        """Latents of all tokens that the view gives."""
+        raise NotImplementedError
+
+    def reconstruct(self, latents: Latents, view: View) -> Prediction:
+        """Values of the tokens that the view hides."""
+        raise NotImplementedError
+
+    def predict(self, latents: Latents, view: View) -> Latents:
+        """Latents of the tokens that the view hides, by their coordinates alone: neither the first
+        guess nor the ends take part."""
+        raise NotImplementedError
+
+    def forward(self, view: View) -> Prediction:
+        return self.reconstruct(self.encode(view), view)
+
+    def pool(self, latents: Latents) -> Float[Tensor, "batch feature"]:
+        """The mean of the last layer over all tokens, weighted by their area on the sphere; one
+        stream's features after another's."""
+        means = []
+        for stream in latents.values():
+            weight = stream.areas()[..., None].to(stream.last)
+            means.append((stream.last * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-12))
+        return torch.cat(means, dim=-1)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The layers: sharded runs gather one at a time; `trainer.recompute=full` recomputes their
+        activations."""
+        return ()
+
+    @property
+    def wide_parts(self) -> tuple[nn.Module, ...]:
+        """Parts of the blocks whose activations are the largest, for `trainer.recompute=selective`.
+        """
+        return ()
+
+    def depth(self, name: str) -> int | None:
+        """How many encoder layers are above the layer of a parameter, for learning rates that fall
+        from layer to layer. None: the parameter is no part of the encoder."""
+        del name
+        return None
+
+    def patch_axis(self, name: str) -> int | None:
+        """The axis of a parameter that runs over the values of a token, several times over."""
+        del name
+        return None
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile what is worth it."""
