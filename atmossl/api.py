@@ -27,6 +27,7 @@ from atmossl.data.segment import Segment
 from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.inference.cautions import unseen, untrained_step, untrained_window
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.inference.embed import Embedder, embeddings, write_embeddings
 from atmossl.inference.layout import LayoutName
 from atmossl.inference.predict import Predictor
 from atmossl.inference.unseen import unseen_by_training
@@ -107,8 +108,46 @@ class Model:
         along = next(name for name in ("init_time", "time") if name in parts[0].dims)
         return xr.concat(parts, along, combine_attrs="override", data_vars="minimal", join="outer")
 
+    def embed(
+        self,
+        dataset: xr.Dataset,
+        times: Times = None,
+        *,
+        layer: int = -1,
+        output: str | Path | None = None,
+        overlap: float = 0.5,
+        batch_size: int = 16,
+        input_limits: InputLimits = "refuse",
+        others: Mapping[str, xr.Dataset] | None = None,
+    ) -> xr.Dataset:
+        """Latents of an encoder layer (0 the first, -1 the last) at the given times, each the last
+        step of the window that is encoded, with nothing hidden; at all that are possible by
+        default. Dims (init_time, offset, level, latitude, longitude, feature) are those of the
+        tokens, their coordinates the tokens' centres; of several streams the names of variables
+        and dims end with the stream's. output: a zarr store that is written and opened lazily; in
+        memory otherwise. Other arguments are those of `predict`.
+
+        Raises:
+            ValueError: anything that does not fit, before the model runs.
+        """
+        _check_choices(dataset, "cf", input_limits, batch_size=batch_size)
+        embedder = Embedder(
+            trained=self.trained,
+            segments=(self._record({"": dataset, **(others or {})}, None, input_limits),),
+            layer=layer,
+            overlap=overlap,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        chosen = chosen_times(embedder, times)
+        if output is not None:
+            write_embeddings(embedder, chosen, Path(output))
+            return xr.open_zarr(output, decode_timedelta=True)
+        return xr.concat(embeddings(embedder, list(chosen)), "init_time", data_vars="minimal",
+                         coords="minimal", compat="override", combine_attrs="override")  # fmt: skip
+
     def _record(
-        self, datasets: Mapping[str, xr.Dataset], task: Task, input_limits: InputLimits
+        self, datasets: Mapping[str, xr.Dataset], task: Task | None, input_limits: InputLimits
     ) -> Segment:
         """One record of all datasets, by the streams' `data`, as the task needs it."""
         needed = {spec.data for spec in self.trained.specs}
@@ -244,7 +283,7 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
         raise ValueError("\n".join(lines)) from error
 
 
-def chosen_times(predictor: Predictor, times: Times, every: int = 1) -> np.ndarray:
+def chosen_times(predictor: Predictor | Embedder, times: Times, every: int = 1) -> np.ndarray:
     """Reference times in order, checked to have their steps; every n-th possible one for None.
 
     Raises:

@@ -387,9 +387,19 @@ class Prediction(Movable):
 
 
 @dataclass(frozen=True)
+class LatentPrediction:
+    """Predicted and true latents of one stream's hidden tokens, and what each token counts."""
+
+    stream: str
+    predicted: Float[Tensor, "batch query feature"]
+    target: Float[Tensor, "batch query feature"]
+    weight: Float[Tensor, "batch query"]
+
+
+@dataclass(frozen=True)
 class Losses:
     """The terms of a loss by name, scalars, each a mean over one batch; and what was predicted, for
-    objectives that reconstruct the field.
+    metrics and pictures: fields, latents, or neither.
 
     factors: of every term in the total, which is the terms' weighted mean.
     """
@@ -397,6 +407,7 @@ class Losses:
     terms: tuple[tuple[str, Float[Tensor, ""]], ...]
     factors: tuple[float, ...]
     prediction: Prediction | None = None
+    latents: tuple[LatentPrediction, ...] = ()
 
     @property
     def total(self) -> Float[Tensor, ""]:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from atmossl import __version__
+from atmossl.checkpoint_formats import FORMAT
 from atmossl.data.chunks import Access
 from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule, check_samples
@@ -30,7 +31,6 @@ from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
-from atmossl.objectives.masked import MaskedModelling
 from atmossl.schema import TrainConfig
 from atmossl.training.callbacks import CurvesAtEnd, LearningRate, LogMetrics, StopOnNonFinite
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
@@ -103,6 +103,7 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         settings=settings,
         num_batches=config.trainer.max_steps * config.trainer.accumulate,
         validation_batches=config.trainer.validation_batches,
+        views=[view.masking for view in config.objective.kind.views],
     )
     return datamodule, statistics
 
@@ -150,9 +151,13 @@ def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
     return model
 
 
-def build_objective(config: TrainConfig, scales: Mapping[str, Tensor]) -> Objective:
-    choices = config.objective.model_dump(exclude={"train_only"})
-    objective = MaskedModelling(scales=scales, **choices)
+def build_objective(
+    config: TrainConfig, scales: Mapping[str, Tensor], network: Network
+) -> Objective:
+    """The objective; what it draws for weights of its own follows from the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        objective = config.objective.build(scales=scales, network=network)
     if config.trainer.compile:
         objective.compile_blocks()
     return objective
@@ -183,14 +188,15 @@ def build_module(
     """
     scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
     model = build_model(config, scales)
-    objective = build_objective(config, scales)
     warm = bool(config.warm_start.checkpoints) and not resumed
     window = WindowSize(**config.data.window.model_dump())
-    record = {
+    record: dict[str, Any] = {
+        "format": FORMAT,
         "atmossl": __version__,
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
         "streams": [spec_to_dict(spec) for spec in config.specs],
+        "network": _NETWORK,
         "model": config.model.model_dump(),
         "statistics": statistics.to_dict(),
         "window": {"time": window.time, "lat": window.lat, "lon": window.lon},
@@ -202,6 +208,11 @@ def build_module(
         "warm_start": warm_started(config, model) if warm else {},
     }
     slim_down(config, model)
+    objective = build_objective(config, scales, model)
+    record["objective"] = {
+        "kind": config.objective.target,
+        "provides": sorted(objective.provides),
+    }
     names = tuple(task.name for task in config.tasks)
     module = TrainingModule(
         model=model,
@@ -249,7 +260,7 @@ def build_trainer(config: TrainConfig, normaliser: Normaliser, monitor: Monitor)
         checkpoint_format=settings.checkpoint_format,
         async_checkpoint=settings.async_checkpoint,
         cpu_offload=settings.cpu_offload,
-        has_idle_parameters=any(spec.role == "input" for spec in config.specs),
+        has_idle_parameters=has_idle_parameters(config),
     )
     plugins: list[Any] = [AtomicCheckpointIO(asynchronous=settings.async_checkpoint)]
     if SLURMEnvironment.detect():
@@ -276,6 +287,13 @@ def build_trainer(config: TrainConfig, normaliser: Normaliser, monitor: Monitor)
         enable_checkpointing=False,  # KeepCheckpoints does it
         enable_model_summary=False,
     )
+
+
+def has_idle_parameters(config: TrainConfig) -> bool:
+    """Whether some parameters get no gradient: the last layer of a stream that is context only, or
+    the ends of a network whose objective reconstructs nothing."""
+    reconstructs = "reconstruct" in config.objective.kind.provides
+    return not reconstructs or any(spec.role == "input" for spec in config.specs)
 
 
 def _callbacks(

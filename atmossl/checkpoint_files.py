@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from atmossl.checkpoint_formats import migrated
 from atmossl.checksums import MANIFEST, UnsoundError, seal_file, verified_digest
 
 METADATA = "meta.pt"  # Lightning's name for what is no tensor of model or optimiser
@@ -216,7 +217,10 @@ def _checked(path: Path, contents: Any) -> dict[str, Any]:
         raise ValueError(f"checkpoint={path} was not written by atmossl: it has no atmossl record")
     if "state_dict" not in contents:
         raise ValueError(f"checkpoint={path} is incomplete: it has no weights (state_dict)")
-    return contents
+    try:
+        return {**contents, "atmossl": migrated(contents["atmossl"])}
+    except ValueError as error:
+        raise ValueError(f"checkpoint={path} cannot be read: {error}") from error
 
 
 def _read_shards(path: Path) -> dict[str, Any]:

@@ -42,6 +42,8 @@ _USAGE = """atmossl COMMAND [key=value ...]
                   cross_variable | combined | counterfactual
             atmossl predict task=forecast task.lead_time=5d layout=weatherbench2 output=out.nc
             atmossl predict task=my_task.yaml init_time=all every=4 output=out.zarr resume=true
+  embed     atmossl embed checkpoint=PATH init_time=1959-02-01T00 output=latents.zarr
+            atmossl embed checkpoint=PATH layer=0 init_time=all every=4 output=latents.zarr
   calibrate atmossl calibrate task=forecast checkpoint=PATH output=new.ckpt
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
@@ -157,6 +159,12 @@ def _predict(arguments: Sequence[str]) -> None:
     from atmossl.commands.predict import predict
 
     predict(_compose_with_task_file(arguments))
+
+
+def _embed(arguments: Sequence[str]) -> None:
+    from atmossl.commands.embed import embed
+
+    embed(_compose_with_data_name("embed", arguments))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
@@ -289,6 +297,7 @@ def _export(arguments: Sequence[str]) -> None:
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "predict": _predict,
+    "embed": _embed,
     "evaluate": _evaluate,
     "calibrate": _calibrate,
     "export": _export,

@@ -6,7 +6,7 @@ Every loss maps an ensemble of members [..., member, value] and a target [..., v
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -141,7 +141,10 @@ def crps(ensemble: Ensemble, target: Values) -> Values:
     return ensemble.distance(target) - ensemble.gap / ensemble.count**2
 
 
-LOSSES: dict[str, Loss] = {
+LossName = Literal[
+    "ensemble_mse", "mean_mse", "statistical", "gaussian_nll", "fair_crps", "crps"
+]
+LOSSES: dict[LossName, Loss] = {
     "ensemble_mse": ensemble_mse,
     "mean_mse": mean_mse,
     "statistical": statistical,

@@ -82,7 +82,7 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     def build() -> tuple[Network, Objective]:
         model = build_model(config, {})
         slim_down(config, model)
-        objective, settings = build_objective(config, {}), optimizer_settings(config)
+        objective, settings = build_objective(config, {}, model), optimizer_settings(config)
         freeze(named_parameters(model, objective), settings.freeze, only=settings.only)
         forget_activations(config, model)
         return model, objective
@@ -90,14 +90,16 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     batch = sample_batch(config)
     cost = measure_step(
         build,
-        lambda *parts: make_optimizer(*parts, optimizer_settings(config), fused=True),
+        lambda network, objective: make_optimizer(
+            network, objective, optimizer_settings(config), fused=True
+        ),
         batch,
         precision=config.trainer.precision,
     )
     devices = num_devices(config)
     shards = devices if config.trainer.strategy == "fsdp" else 1
     share = 0.5 if config.trainer.precision == "bf16-mixed" else 1.0
-    streams = [stream for view in batch.views for stream in view.streams]
+    streams = batch.views[0].streams  # the others are of the same window
     size = config.data.batch_size
     return Estimate(
         cost=cost,
@@ -133,8 +135,12 @@ def sample_batch(config: TrainConfig) -> Batch:
             window_of_zeros(spec, *shape) for spec, shape in zip(config.specs, shapes, strict=True)
         )
         rng = np.random.default_rng([config.seed, number])
+        guess = config.data.first_guess
         views.append(
-            (make_view(windows, config.masking, rng, first_guess=config.data.first_guess),)
+            tuple(
+                make_view(windows, view.masking or config.masking, rng, first_guess=guess)
+                for view in config.objective.kind.views
+            )
         )
     return collate_views(views, list(range(len(views))))
 

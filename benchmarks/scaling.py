@@ -136,9 +136,11 @@ def measure_memory(queue: Any, rank: int, ranks: int) -> None:
     del rank, ranks
     torch.set_num_threads(1)
     config = configuration(_RUN)
-    batch, objective = sample_batch(config), build_objective(config, {})
+    batch = sample_batch(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step = training_step(build_model(config, {}), objective, batch, torch.float32, fused=True)
+        model = build_model(config, {})
+        objective = build_objective(config, {}, model)
+        step = training_step(model, objective, batch, torch.float32, fused=True)
         for _ in range(2):
             step()
     held = resident_bytes()
@@ -160,7 +162,8 @@ def measure_ranks(queue: Any, rank: int, ranks: int, port: int, repeats: int) ->
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     config = configuration(_RUN)
-    model = DistributedDataParallel(build_model(config, {}), gradient_as_bucket_view=True)
+    network = build_model(config, {})
+    model = DistributedDataParallel(network, gradient_as_bucket_view=True)
     handed = 0
 
     def count(state, bucket):  # without types, for torch compares them with its own
@@ -172,7 +175,7 @@ def measure_ranks(queue: Any, rank: int, ranks: int, port: int, repeats: int) ->
         return work.get_future().then(lambda future: future.value()[0])
 
     model.register_comm_hook(None, count)
-    batch, objective = sample_batch(config), build_objective(config, {})
+    batch, objective = sample_batch(config), build_objective(config, {}, network)
     step = training_step(model, objective, batch, torch.float32, fused=True)
     times = []
     for _ in range(repeats + 2):

@@ -52,6 +52,7 @@ from atmossl.build import (
 from atmossl.cli import compose_config
 from atmossl.model.linear import half_is_fast
 from atmossl.model.multiformer import Multiformer
+from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.preflight import estimate, sample_batch
 from atmossl.schema import TrainConfig, parse
@@ -163,8 +164,10 @@ def against_reference(device: torch.device, repeats: int) -> dict[str, Any]:
     for suffix, stream in _FIELDS.items():
         config = configuration([*_SIZES, f"stream={stream}"])
         batch = sample_batch(config).to(device)
-        model, objective = build_model(config, {}).to(device), build_objective(config, {})
-        plain, plain_loss = unfused(model), PlainLoss(losses=config.objective.losses)
+        model = build_model(config, {}).to(device)
+        objective = build_objective(config, {}, model)
+        assert isinstance(model, Multiformer)
+        plain, plain_loss = unfused(model), PlainLoss(losses=config.objective.arguments["losses"])
         with torch.no_grad():
             pairs = zip(model(batch.views[0]).streams, plain(batch.views[0]).streams, strict=True)
             for one, two in pairs:
@@ -205,7 +208,8 @@ def against_atmorep(device: torch.device, repeats: int) -> dict[str, Any]:
     for suffix, stream in _FIELDS.items():
         config = configuration([*_SIZES, f"stream={stream}", *_ATMOREP_SIZES[suffix]])
         batch = sample_batch(config).to(device)
-        model, objective = build_model(config, {}).to(device), build_objective(config, {})
+        model = build_model(config, {}).to(device)
+        objective = build_objective(config, {}, model)
         for dtype, ceiling in _ATMOREP_CEILING.items():
             if dtype == torch.bfloat16 and not half_is_fast(device):
                 continue
@@ -279,14 +283,14 @@ def from_data(config: TrainConfig) -> tuple[Iterable[Batch], dict[str, torch.Ten
 
 def step_of_run(
     config: TrainConfig, scales: Mapping[str, torch.Tensor], device: torch.device
-) -> tuple[Multiformer, Callable[[Batch], None]]:
+) -> tuple[Network, Callable[[Batch], None]]:
     """The model of a run and its optimiser step."""
     model = build_model(config, scales)
     slim_down(config, model)
     forget_activations(config, model.to(device))
     dtype = _DTYPES[config.trainer.precision]
     fused = dtype != torch.float16
-    objective, settings = build_objective(config, scales), optimizer_settings(config)
+    objective, settings = build_objective(config, scales, model), optimizer_settings(config)
     optimizer = make_optimizer(model, objective, settings, fused=fused)
     return model, stepper(model, objective, optimizer, dtype)
 

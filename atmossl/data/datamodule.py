@@ -72,7 +72,8 @@ def check_samples(
 class WindowDataModule(L.LightningDataModule):
     """Training windows under the pretraining masks, validation windows under each task's mask.
 
-    num_batches: batches of the whole run on one device. validation_batches: per task.
+    num_batches: batches of the whole run on one device. validation_batches: per task. views: of
+    every window, see `WindowDataset`.
     A run that goes on (`go_on`) reads the sample after the last one that its checkpoint has learned
     from, whatever the batch size, the accumulation and the number of ranks are now.
     """
@@ -90,6 +91,7 @@ class WindowDataModule(L.LightningDataModule):
         settings: LoaderSettings,
         num_batches: int,
         validation_batches: int,
+        views: Sequence[MaskingSampler | None] = (None,),
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -102,6 +104,7 @@ class WindowDataModule(L.LightningDataModule):
             "window": window,
             "seed": settings.seed,
             "first_guess": settings.first_guess,
+            "views": views,
         }
         self.num_skipped = 0
         self._start = (0, 0)  # optimiser steps and samples that the run has behind it

@@ -227,7 +227,10 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
 
 class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
     """Masked windows of all segments. Sample ids number every start time `windows_per_time`
-    times; the place of the window and its mask are drawn from the sample's generator.
+    times; the place of the window and its masks are drawn from the sample's generator.
+
+    sampler: of the masks. views: a sample has one view of its window for each; None: under
+    `sampler`, otherwise under the sampler that is given.
     """
 
     def __init__(
@@ -242,16 +245,17 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         windows_per_time: int = 1,
         first_guess: FirstGuess = True,
         skip_unreadable: bool = False,
+        views: Sequence[MaskingSampler | None] = (None,),
     ) -> None:
         self.segments = tuple(segments)
         self.specs = tuple(specs)
         self.normaliser = normaliser
         self.window = window.on(self.segments[0])
-        self.sampler = sampler
         self.seed = seed
         self.windows_per_time = windows_per_time
         self.first_guess: FirstGuess = first_guess
         self.skip_unreadable = skip_unreadable
+        self.samplers = tuple(own or sampler for own in views)
         for spec in self.specs:
             spec.token_shape(*self.window.points(self.segments[0], spec))
         self._starts = [
@@ -336,12 +340,17 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
             )
             windows.update(zip(found, read, strict=True))
         return [
-            ((self._view(windows[position], rng),), key.sample_id)
+            (self._views(windows[position], rng), key.sample_id)
             for position, (key, rng) in enumerate(zip(keys, rngs, strict=True))
         ]
 
-    def _view(self, windows: tuple[StreamWindow, ...], rng: np.random.Generator) -> View:
-        return make_view(windows, self.sampler, rng, first_guess=self.first_guess)
+    def _views(
+        self, windows: tuple[StreamWindow, ...], rng: np.random.Generator
+    ) -> tuple[View, ...]:
+        return tuple(
+            make_view(windows, sampler, rng, first_guess=self.first_guess)
+            for sampler in self.samplers
+        )
 
     def identity(self, sample_id: int) -> str:
         """Segment and start time of a sample."""

@@ -27,8 +27,10 @@ from atmossl.model.network import Network
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
 _AVERAGED = "ema.module."
-_NEEDED = ("streams", "model", "statistics", "window", "first_guess", "data")
-_MUST_AGREE = ("streams", "model", "statistics", "window")
+_NEEDED = (
+    "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
+)  # fmt: skip
+_MUST_AGREE = ("streams", "network", "model", "statistics", "window")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainedModel:
     """A model with averaged weights, and what it was trained on.
 
     record: streams, model arguments, statistics, window and resolved configuration, as saved.
+    provides: what its objective taught it, see `atmossl.objectives.base.Objective`.
     """
 
     model: Network
@@ -46,6 +49,16 @@ class TrainedModel:
     data: str
     record: dict[str, Any]
     digest: str
+    provides: frozenset[str] = frozenset({"reconstruct", "embed"})
+
+    def require(self, ability: str) -> None:
+        """Raise ValueError if the objective did not teach it this."""
+        if ability not in self.provides:
+            kind = self.record["objective"]["kind"].rpartition(".")[2]
+            raise ValueError(
+                f"the checkpoint was trained by {kind}, from which it did not learn to {ability}; "
+                f"it can {' and '.join(sorted(self.provides))}"
+            )
 
     @property
     def own_specs(self) -> tuple[StreamSpec, ...]:
@@ -113,7 +126,7 @@ def load_checkpoint(name: str) -> TrainedModel:
     if missing := [key for key in _NEEDED if key not in record]:
         raise ValueError(f"checkpoint={name} is incomplete: its record lacks {missing}")
     specs = _specs_of(record, name)
-    model = build_network("multiformer", streams=specs, **record["model"])
+    model = build_network(record["network"], streams=specs, **record["model"])
     weights = {
         key.removeprefix(_AVERAGED): value
         for key, value in contents["state_dict"].items()
@@ -133,6 +146,7 @@ def load_checkpoint(name: str) -> TrainedModel:
         data=record["data"],
         record=record,
         digest=digest,
+        provides=frozenset(record["objective"]["provides"]),
     )
 
 

@@ -22,7 +22,7 @@ LayoutName = Literal["cf", "weatherbench2"]
 _WEATHERBENCH2 = {"init_time": "time", "lead_time": "prediction_timedelta", "member": "number"}
 _HOUR = np.timedelta64(1, "h")
 
-_COORDINATES = {
+COORDINATES = {
     "latitude": {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
     "longitude": {"standard_name": "longitude", "units": "degrees_east", "axis": "X"},
     "level": {
@@ -170,7 +170,7 @@ class Layout:
             arrays[name] = (dims, values, _description(name))
         dataset = xr.Dataset(arrays, coordinates, self._attributes())
         for name in coordinates:
-            dataset[name].attrs = dict(_COORDINATES[name])
+            dataset[name].attrs = dict(COORDINATES[name])
         return self.renamed(dataset)
 
     def renamed(self, dataset: xr.Dataset) -> xr.Dataset:

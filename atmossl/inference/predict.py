@@ -50,6 +50,9 @@ class Predictor:
     fill_missing: bool = False
     others: tuple[Segment, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.trained.require("reconstruct")
+
     @property
     def segments(self) -> tuple[Segment, ...]:
         return (self.segment, *self.others)

@@ -117,6 +117,12 @@ class MaskingSampler(Protocol):
         ...
 
 
+def hide_nothing(layouts: tuple[Layout, ...], rng: np.random.Generator) -> tuple[StreamMask, ...]:
+    """The masking sampler of a view that shows everything."""
+    del rng
+    return tuple(layout.nothing_hidden() for layout in layouts)
+
+
 def make_view(
     windows: tuple[StreamWindow, ...],
     sampler: MaskingSampler,

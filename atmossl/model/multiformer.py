@@ -127,6 +127,10 @@ class Multiformer(Network):
                 module.compile(backend=backend)
 
     @property
+    def num_encoder_layers(self) -> int:
+        return self.num_layers
+
+    @property
     def blocks(self) -> tuple[nn.Module, ...]:
         kinds = (EncoderLayer, DecoderBlock)
         return tuple(module for module in self.modules() if isinstance(module, kinds))

@@ -87,6 +87,11 @@ class Network(nn.Module):
         return torch.cat(means, dim=-1)
 
     @property
+    def num_encoder_layers(self) -> int:
+        """Layers whose latents `encode` gives."""
+        raise NotImplementedError
+
+    @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The layers: sharded runs gather one at a time; `trainer.recompute=full` recomputes their
         activations."""
@@ -94,8 +99,7 @@ class Network(nn.Module):
 
     @property
     def wide_parts(self) -> tuple[nn.Module, ...]:
-        """Parts of the blocks whose activations are the largest, for `trainer.recompute=selective`.
-        """
+        """Parts of the blocks with the largest activations, for `trainer.recompute=selective`."""
         return ()
 
     def depth(self, name: str) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from atmossl.batch import Batch, Losses
+from atmossl.masking.base import MaskingSampler
 
 Ability = Literal["reconstruct", "embed", "distance"]
 
@@ -30,6 +31,16 @@ class Monitor:
 
     def is_better(self, value: float, best: float | None) -> bool:
         return best is None or self.cost(value) < self.cost(best)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One view that the loader makes of every window.
+
+    masking: the sampler of its mask. None: the run's own, which is a task's in validation.
+    """
+
+    masking: MaskingSampler | None = None
 
 
 class Metric(Protocol):
@@ -51,12 +62,14 @@ class Objective(nn.Module):
     their names begin with `objective.`. A subclass whose constructor has a parameter `network` or
     `scales` is given the network, or [level, patch] typical residuals by stream.
 
+    views: of every window, in the order in which a batch has them.
     monitor: chooses the best checkpoint. provides: what a checkpoint of this objective can be asked
         for: `reconstruct` fields, `embed` windows, tell the `distance` of two states.
     metrics: by stage, `train` or `validation`, what a callback logs beside the losses.
     ends: names of the submodules that are the last layers, which have no square geometry.
     """
 
+    views: ClassVar[tuple[ViewSpec, ...]] = (ViewSpec(),)
     monitor: ClassVar[Monitor]
     provides: ClassVar[frozenset[Ability]]
     ends: ClassVar[tuple[str, ...]] = ()

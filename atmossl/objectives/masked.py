@@ -2,15 +2,16 @@
 hidden tokens are dropped instead of masked)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
-from atmossl.losses import LOSSES, Ensemble, weighted_mean
+from atmossl.losses import LOSSES, Ensemble, LossName, weighted_mean
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.tokens import patch_weights
 
@@ -34,15 +35,12 @@ class MaskedModelling(Objective):
     def __init__(
         self,
         *,
-        losses: Mapping[str, float],
+        losses: Annotated[Mapping[LossName, float], Field(min_length=1)],
         weighting: Weighting = "departure",
         latitude_weighted: bool = True,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        unknown = sorted(set(losses) - set(LOSSES))
-        if unknown or not losses:
-            raise ValueError(f"objective.losses has unknown {unknown}; valid: {sorted(LOSSES)}")
         self.losses = dict(losses)
         self.latitude_weighted = latitude_weighted
         if weighting == "departure":  # in no checkpoint: its statistics tell them
@@ -122,7 +120,8 @@ class ErrorRatios:
             ]
             for number, name in enumerate(stream.spec.variables):
                 key = f"{stream.spec.name}_{name}" if stream.spec.data else name
-                sums[key] = torch.stack([square[..., number, :].sum() for square in squares])
+                errors = torch.stack([square[..., number, :].sum() for square in squares])
+                sums[key] = sums[key] + errors if key in sums else errors  # of other levels
         return sums
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -24,10 +24,10 @@ from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.limits import InputLimits
 from atmossl.evaluation.regions import boxes, find_regions
-from atmossl.losses import LOSSES
 from atmossl.schema.data import DataConfig, WindowConfig
 from atmossl.schema.faults import lines_of
 from atmossl.schema.masks import MASKS, Mask
+from atmossl.schema.objectives import Chosen
 from atmossl.schema.strict import ConfigError, NotNegative, Positive, Strict
 from atmossl.schema.tasks import TaskConfig, hours
 from atmossl.schema.training import (
@@ -41,6 +41,7 @@ from atmossl.schema.training import (
 __all__ = [
     "MASKS",
     "ConfigError",
+    "EmbedConfig",
     "EvaluateConfig",
     "PredictConfig",
     "StatsConfig",
@@ -95,20 +96,6 @@ class ModelConfig(Strict):
     details: bool
 
 
-class ObjectiveConfig(Strict):
-    losses: dict[str, float] = Field(min_length=1)
-    weighting: Literal["departure", "uniform"]
-    latitude_weighted: bool
-    train_only: Literal["tail"] | None
-
-    @model_validator(mode="after")
-    def _losses_exist(self) -> "ObjectiveConfig":
-        unknown = sorted(set(self.losses) - set(LOSSES))
-        if unknown:
-            raise ValueError(f"losses {unknown} do not exist; valid: {sorted(LOSSES)}")
-        return self
-
-
 class PathsConfig(Strict):
     output: Path
 
@@ -125,7 +112,7 @@ class TrainConfig(Strict):
     masking: Mask
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: Chosen
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     logger: LoggerConfig
@@ -247,7 +234,9 @@ def _transform_faults(config: TrainConfig) -> list[str]:
 def _model_faults(config: TrainConfig) -> list[str]:
     faults = []
     model = config.model
-    needs_ensemble = sorted(set(config.objective.losses) - {"ensemble_mse", "mean_mse"})
+    needs_ensemble = sorted(
+        set(config.objective.arguments.get("losses", ())) - {"ensemble_mse", "mean_mse"}
+    )
     if needs_ensemble and model.num_members < 2:
         faults.append(f"model.num_members=1 but objective.losses={needs_ensemble} need at least 2")
     if any(size % 2 == 0 for size in model.stencil):
@@ -301,6 +290,24 @@ class PredictConfig(Strict):
     layout: Literal["cf", "weatherbench2"]
     resume: bool
     missing: Literal["keep", "fill"]
+    input_limits: InputLimits
+    output: Path
+
+
+class EmbedConfig(Strict):
+    """Everything that `atmossl embed` obeys. Times are ISO dates, or `all`."""
+
+    checkpoint: str
+    data: str | None
+    catalog: Path | None
+    split: Literal["train", "validation", "test"]
+    segment: str | None
+    init_time: str | tuple[str, ...]
+    every: Positive
+    layer: int
+    overlap: float = Field(ge=0.0, lt=1.0)
+    batch_size: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
     input_limits: InputLimits
     output: Path
 

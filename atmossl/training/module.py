@@ -79,7 +79,8 @@ class TrainingModule(L.LightningModule):
         """Let a strategy that shards parameters do so, before the optimiser sees them."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
-            parts = (self.model, self.ema.module, self.objective, self.averaged_objective)
+            averaged: Any = self.ema.module
+            parts = (self.model, averaged, self.objective, self.averaged_objective)
             strategy.shard([part for part in parts if part is not None])
 
     @property

@@ -14,7 +14,7 @@ from atmossl.training.keeping import ABANDONED
 # Keys of the configuration that weights and states of the optimiser depend on.
 _FIXED = (
     ("optimizer", ("algorithm", "freeze", "factors", "layer_decay")),
-    ("objective", ("train_only",)),
+    ("objective", ("_target_", "train_only")),
     ("warm_start", ("low_rank",)),
     ("data", ("first_guess",)),
 )

@@ -1,0 +1,40 @@
+"""Versions of a checkpoint's record, and how an older one becomes the present one.
+
+A record says what a checkpoint is: streams, statistics, window, the network and the objective it
+was trained by. Its `format` is a whole number. Whoever changes what a record means adds one to
+`FORMAT`, a function to `_MIGRATIONS`, and a tiny file of the old format to `tests/checkpoints/`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+FORMAT = 2
+
+
+def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 knew one network and one objective, which it did not name."""
+    objective = {
+        "kind": "atmossl.objectives.masked.MaskedModelling",
+        "provides": ["embed", "reconstruct"],
+    }
+    return {**record, "network": "multiformer", "objective": objective}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_kinds}
+
+
+def migrated(record: dict[str, Any]) -> dict[str, Any]:
+    """The record in the present format.
+
+    Raises:
+        ValueError: a format of a later version than this.
+    """
+    version = record.get("format", 1)  # the first format did not say so
+    if version not in (*_MIGRATIONS, FORMAT):
+        raise ValueError(
+            f"its format {version} is newer than this atmossl reads (up to {FORMAT}), or none; it "
+            f"was written by atmossl {record.get('atmossl', 'of an unknown version')}"
+        )
+    for number in range(version, FORMAT):
+        record = _MIGRATIONS[number](record)
+    return {**record, "format": FORMAT}

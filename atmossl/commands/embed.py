@@ -1,0 +1,46 @@
+"""`atmossl embed`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+from atmossl.api import chosen_times
+from atmossl.commands.common import device_for, open_for
+from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
+from atmossl.schema import EmbedConfig, parse
+
+
+def embed(values: Mapping[str, Any]) -> Path:
+    """Encode every chosen time and write the latents; returns the path of the zarr store."""
+    config: EmbedConfig = parse(EmbedConfig, values)
+    check_embedding_output(config.output)
+    trained = load_checkpoint(config.checkpoint)
+    embedder = Embedder(
+        trained=trained,
+        segments=open_for(
+            trained,
+            config.data,
+            config.catalog,
+            config.split,
+            name=config.segment,
+            input_limits=config.input_limits,
+        ),
+        layer=config.layer,
+        overlap=config.overlap,
+        batch_size=config.batch_size,
+        device=device_for(config.accelerator),
+    )
+    wanted = None if config.init_time == "all" else config.init_time
+    times = chosen_times(embedder, wanted, config.every)
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        shown = bar.add_task(f"latents, {len(times)} times", total=len(times))
+        write_embeddings(
+            embedder, times, config.output, advance=lambda share: bar.advance(shown, share)
+        )
+    Console().print(f"latents: {config.output}", highlight=False)
+    return config.output

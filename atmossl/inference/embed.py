@@ -1,0 +1,288 @@
+"""Latents of a trained encoder over the whole grid, with the coordinates of their tokens.
+
+Windows of the training's size are encoded with nothing hidden, tile by tile. All tiles start at
+token edges, so that every token of the grid has one place, and its latents from several tiles are
+blended as predictions are: with weights that sum to one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import dask.array
+import numpy as np
+import torch
+import xarray as xr
+from einops import rearrange, reduce
+from jaxtyping import Float
+
+from atmossl import __version__
+from atmossl.batch import StreamSpec, TokenGrid, View, collate_views
+from atmossl.checkpoint_files import write_atomically
+from atmossl.data.segment import Segment
+from atmossl.geometry import Box, TilePlan
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.layout import COORDINATES, encoding
+from atmossl.inference.windows import Source, WindowReader, columns
+from atmossl.masking.base import hide_nothing, make_view
+from atmossl.masking.tasks import TimePlan
+
+_DIMS = ("offset", "level", "latitude", "longitude", "feature")
+_OFFSET = {"long_name": "time from init_time to the centre of the token"}
+
+
+@dataclass(frozen=True)
+class StreamField:
+    """One stream's latents of one window on the whole grid, and their tokens' coordinates:
+    `offset` hours from the reference time, `level` hPa, degrees."""
+
+    latents: Float[np.ndarray, "offset level latitude longitude feature"]
+    offset: Float[np.ndarray, "offset"]
+    level: Float[np.ndarray, "level"]
+    latitude: Float[np.ndarray, "latitude"]
+    longitude: Float[np.ndarray, "longitude"]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    box: Box
+    weight: np.ndarray
+    view: View
+
+
+@dataclass
+class _Blend:
+    """The sum of a stream's weighted tiles, and the coordinates that they brought."""
+
+    spec: StreamSpec
+    num_lat: int
+    num_lon: int
+    first_lon: int  # cell at which the tokens of the grid begin
+    latents: np.ndarray | None = None
+    coordinates: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, latents: np.ndarray, tile: _Tile, grid: TokenGrid, number: int) -> None:
+        """[level nt nlat nlon feature] of one tile, the sample `number` of a batch."""
+        size = self.spec.token_size
+        rows = tile.box.lat_start // size.lat + np.arange(latents.shape[2])
+        first = (tile.box.lon_start - self.first_lon) // size.lon
+        places = (first + np.arange(latents.shape[3])) % (self.num_lon // size.lon)
+        shape = (*latents.shape[:2], self.num_lat // size.lat, self.num_lon // size.lon)
+        if self.latents is None:
+            self.latents = np.zeros((*shape, latents.shape[-1]), np.float32)
+            self.coordinates = {"latitude": np.zeros(shape[2]), "longitude": np.zeros(shape[3])}
+        weight = reduce(
+            tile.weight, "(nlat lat) (nlon lon) -> nlat nlon 1", "mean", lat=size.lat, lon=size.lon
+        ).astype(np.float32)
+        self.latents[:, :, rows[:, None], places] += latents * weight
+        self.coordinates["latitude"][rows] = grid.lat[number].double().numpy()
+        self.coordinates["longitude"][places] = grid.lon[number].double().numpy() % 360.0
+        self.coordinates["level"] = grid.level_hpa[number].double().numpy()
+        self.coordinates["time_hours"] = grid.time_hours[number].double().numpy()
+
+    def field(self, reference_hours: float) -> StreamField:
+        assert self.latents is not None
+        places = dict(self.coordinates)
+        offset = places.pop("time_hours") - reference_hours
+        latents = rearrange(self.latents, "level time ... -> time level ...")
+        return StreamField(latents, offset, **places)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The latents of one encoder layer over records of one grid and time step.
+
+    The reference time (`init_time`) is the last step of a window. layer: 0 the first, -1 the last.
+    overlap, batch_size: as of a `Predictor`. Streams with data of their own are shown to the
+    encoder, but their latents, which lie on other cells, are not given.
+
+    Raises:
+        ValueError: an objective that teaches no latents, no such layer, or a grid that is no whole
+            number of tokens.
+    """
+
+    trained: TrainedModel
+    segments: tuple[Segment, ...]
+    layer: int
+    overlap: float
+    batch_size: int
+    device: str
+
+    def __post_init__(self) -> None:
+        self.trained.require("embed")
+        count = self.trained.model.num_encoder_layers
+        if not -count <= self.layer < count:
+            raise ValueError(f"layer={self.layer}; valid: {-count} to {count - 1}")
+        _ = self.tiles
+
+    @property
+    def segment(self) -> Segment:
+        return self.segments[0]
+
+    @property
+    def _steps(self) -> int:
+        return self.trained.window.time
+
+    @cached_property
+    def tiles(self) -> TilePlan:
+        window, grid = self.trained.window, self.segment.grid
+        sizes = [spec.token_size for spec in self.trained.own_specs]
+        cells = [cell for size in sizes for cell in (size.lat, size.lon)]
+        align = math.lcm(self.segment.alignment.cells, *cells)
+        for key, have in zip(("rows", "columns"), grid.shape, strict=True):
+            if have % align:
+                raise ValueError(
+                    f"the grid has {have} {key}, which tokens of {align} cells do not fill; "
+                    "latents need a grid of whole tokens"
+                )
+        lat, lon = (
+            wanted if 0 < wanted <= have else have
+            for wanted, have in zip((window.lat, window.lon), grid.shape, strict=True)
+        )
+        return TilePlan(grid, lat, lon, self.overlap, (self._first_lon,), align)
+
+    @property
+    def _first_lon(self) -> int:
+        return self.segment.alignment.lon_shift
+
+    def possible_times(self) -> np.ndarray:
+        """Reference times with a whole window before them, in order."""
+        return np.sort(np.concatenate([s.times[self._steps - 1 :] for s in self.segments]))
+
+    def find(self, time: np.datetime64) -> Source:
+        """The record that holds a reference time and the window before it.
+
+        Raises:
+            ValueError: none does.
+        """
+        for segment in self.segments:
+            if time in segment.times[self._steps - 1 :]:
+                return Source(segment, segment.find_time(time) - (self._steps - 1))
+        self.segment.find_time(time)  # says what it covers if it lacks the time itself
+        when = self.segment.calendar.show(time)
+        raise ValueError(
+            f"init_time={when} lacks steps before it: a window has {self._steps}, of which it is "
+            "the last"
+        )
+
+    def fields(self, time: np.datetime64) -> dict[str, StreamField]:
+        """Every stream's latents of the window that ends at a reference time."""
+        source, (num_lat, num_lon) = self.find(time), self.segment.grid.shape
+        blends = {
+            spec.name: _Blend(spec, num_lat, num_lon, self._first_lon)
+            for spec in self.trained.own_specs
+        }
+        tiles = self._tiles(source)
+        while batch := list(islice(tiles, self.batch_size)):
+            (view,) = collate_views([(t.view,) for t in batch], list(range(len(batch)))).views
+            with torch.inference_mode():
+                encoded = self.trained.model.to(self.device).encode(view.to(self.device))
+            for name, blend in blends.items():
+                stream = encoded[name]
+                level, steps, nlat, nlon = stream.grid.shape
+                latents = rearrange(
+                    stream.layers[self.layer].features.float().cpu().numpy(),
+                    "batch (level nt nlat nlon) feature -> batch level nt nlat nlon feature",
+                    level=level, nt=steps, nlat=nlat, nlon=nlon,
+                )  # fmt: skip
+                grid = stream.grid.to("cpu", non_blocking=False)
+                for number, tile in enumerate(batch):
+                    blend.add(latents[number], tile, grid, number)
+        reference = source.segment.time_hours(source.start + self._steps - 1, 1)[0]
+        return {name: blend.field(float(reference)) for name, blend in blends.items()}
+
+    def _tiles(self, source: Source) -> Iterator[_Tile]:
+        """All tiles of a window; each band of latitude is read once."""
+        plan, grid, used = self.tiles, self.segment.grid, self.trained
+        everything = TimePlan(self._steps - 1, (0,), tuple(range(self._steps)))
+        reader, rng = WindowReader(used, everything, grid), np.random.default_rng(0)  # never used
+        for numbers in plan.rows():
+            south = plan.tiles[numbers[0]].lat_start
+            around = Box(south, self._first_lon, plan.lat_size, grid.shape[1])
+            band = reader.read(source, around)
+            for number in numbers:
+                windows = columns(band, source.segment, around, plan.tiles[number])
+                view = make_view(windows, hide_nothing, rng, first_guess=used.first_guess)
+                yield _Tile(plan.tiles[number], plan.weights[number], view)
+
+    def dataset(
+        self, times: np.ndarray, fields: dict[str, StreamField] | None = None
+    ) -> xr.Dataset:
+        """Described as CF asks. fields: of the only time; without, empty and lazy for all times,
+        with the tokens of the first."""
+        described = fields or self.fields(times[0])
+        several = len(described) > 1
+        dataset = xr.Dataset(coords={"init_time": self.segment.calendar.dates(times)})
+        for name, stream in described.items():
+            end = f"_{name}" if several else ""
+            dims = tuple(f"{dim}{end}" for dim in _DIMS)
+            shape = (len(times), *stream.latents.shape)
+            values = (
+                dask.array.zeros(shape, dtype=np.float32, chunks=(1, *shape[1:]))
+                if fields is None
+                else stream.latents[None]
+            )
+            about = {"long_name": f"latents of stream {name}, encoder layer {self.layer}"}
+            dataset[f"latents{end}"] = (("init_time", *dims), values, about)
+            dataset = dataset.assign_coords(self._coordinates(times, stream, dims, f"time{end}"))
+        for name in map(str, dataset.coords):
+            kind = name if name in COORDINATES else name.partition("_")[0]
+            dataset[name].attrs = dict(_OFFSET if kind == "offset" else COORDINATES[kind])
+        return dataset.assign_attrs(
+            Conventions="CF-1.11",
+            title="atmossl latents",
+            source=f"atmossl {__version__}, checkpoint {self.trained.digest}",
+        )
+
+    def _coordinates(
+        self, times: np.ndarray, stream: StreamField, dims: tuple[str, ...], time_name: str
+    ) -> dict[str, Any]:
+        """Of the tokens' centres: offset and the valid times that follow, level and place."""
+        offset = np.round(stream.offset * 3600).astype("timedelta64[s]")
+        valid = self.segment.calendar.dates((times[:, None] + offset).ravel())
+        values = (offset.astype("timedelta64[ns]"), stream.level, stream.latitude, stream.longitude)
+        valid_times = (("init_time", dims[0]), valid.reshape(len(times), -1))
+        return {**dict(zip(dims, values, strict=False)), time_name: valid_times}
+
+
+def embeddings(embedder: Embedder, times: Sequence[np.datetime64]) -> Iterator[xr.Dataset]:
+    """One dataset after another, in memory, for every reference time."""
+    for time in times:
+        yield embedder.dataset(np.array([time]), embedder.fields(time))
+
+
+def write_embeddings(
+    embedder: Embedder,
+    times: np.ndarray,
+    output: Path,
+    *,
+    advance: Callable[[float], object] = float,  # of no consequence
+) -> None:
+    """Write the latents of all times as zarr, a time at a time; `output` appears when it is whole.
+
+    Raises:
+        ValueError: the output exists or is no zarr.
+    """
+    check_embedding_output(output)
+
+    def fill(partial: Path) -> None:
+        empty = embedder.dataset(times)
+        empty.to_zarr(partial, compute=False, encoding=encoding(empty), consolidated=True)
+        arrays = [str(name) for name in empty.data_vars]
+        for case, dataset in enumerate(embeddings(embedder, list(times))):
+            part = dataset[arrays].drop_vars(list(dataset.coords))
+            part.to_zarr(partial, region={"init_time": slice(case, case + 1)})
+            advance(1.0)
+
+    write_atomically(output, fill)
+
+
+def check_embedding_output(output: Path) -> None:
+    if output.suffix != ".zarr":
+        raise ValueError(f"output={output} must end in .zarr")
+    if output.exists():
+        raise ValueError(f"output={output} exists; choose another path or remove it")
