@@ -73,6 +73,24 @@ def test_ranks_learn_what_one_rank_learns(kind: str, alone: Path, cache: Path) -
         assert exchanges(together, one["state_dict"]) == 1
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_learn_an_objective_with_a_teacher_as_one_rank_does(
+    strategy: str, cache: Path
+) -> None:
+    """Latents are predicted without the network's forward pass, and the tail gets no gradient."""
+    alone, together = cache / "jepa", cache / f"jepa-{strategy}"
+    more = ("objective=jepa", "trainer.validation_interval=2")
+    if not alone.exists():
+        assert run(arguments(alone, 1, *more), cache=cache) == 0
+    parts = arguments(together, 2, *more, f"trainer.strategy={strategy}")
+    assert run_ranks(parts, 2, cache=cache) == [0, 0]
+    for name in ("train/loss", "gradient_norm", "latent_ratio/mean"):
+        np.testing.assert_allclose(column(together, name), column(alone, name), rtol=5e-4)
+    one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (alone, together))
+    for name, expected in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], expected, rtol=1e-3, atol=2e-5)
+
+
 def exchanges(run_folder: Path, weights: dict[str, torch.Tensor]) -> float:
     """How often every gradient went through a collective in the traced step."""
     trace = json.loads((run_folder / "profile" / "trace-rank0.json").read_text())

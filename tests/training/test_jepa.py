@@ -1,0 +1,166 @@
+"""Joint-embedding prediction: a second objective behind the same contract."""
+
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atmossl.batch import Batch, collate_views
+from atmossl.checkpoint_files import checkpoints_in, read_contents
+from atmossl.cli import main
+from atmossl.masking.base import hide_nothing, make_view
+from atmossl.masking.random import RandomMasking
+from atmossl.model.multiformer import Multiformer
+from atmossl.objectives.jepa import JointEmbedding, LatentRatios, momentum_at
+from tests.processes import kill_at_batch, run, training
+from tests.synthetic import spec, window
+from tests.training.test_resume import differing
+
+STREAMS = (spec("air"), spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))
+
+
+def network(seed: int = 0) -> Multiformer:
+    torch.manual_seed(seed)
+    return Multiformer(
+        streams=STREAMS, dim=16, num_layers=2, num_decoder_layers=1, num_heads=2, num_members=2
+    )
+
+
+def objective(model: Multiformer) -> JointEmbedding:
+    return JointEmbedding(network=model, momentum=(0.9, 1.0), momentum_steps=10)
+
+
+def batch() -> Batch:
+    """Two samples, of which the first hides little and the second much."""
+    samples = []
+    for seed, share in ((0, 0.2), (1, 0.7)):
+        windows = tuple(window(s, seed=10 * seed + n) for n, s in enumerate(STREAMS))
+        rng = np.random.default_rng(seed)
+        sampler = RandomMasking((share, share), {"mask": 0.5, "drop": 0.5})
+        samples.append((make_view(windows, sampler, rng), make_view(windows, hide_nothing, rng)))
+    return collate_views(samples, [0, 1])
+
+
+def test_the_loss_is_the_distance_to_normalised_latents_of_the_teacher() -> None:
+    """In float64 from the latents themselves, hidden token by hidden token."""
+    model = network()
+    tested, given = objective(model), batch()
+    with torch.no_grad():
+        losses = tested(model, given)
+        view, whole = given.views
+        predicted = model.predict(model.encode(view), view)
+        teacher = tested.teacher.encode(whole)
+    for number, stream in enumerate(view.streams):
+        sums = [0.0, 0.0]
+        truth = teacher[stream.spec.name].last.double()
+        found = predicted[stream.spec.name].last.double()
+        num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
+        for sample in range(2):
+            chosen = stream.queries.index[sample][stream.queries.valid[sample]]
+            for place, token in enumerate(chosen.tolist()):
+                target = truth[sample, token]
+                target = (target - target.mean()) / (target.var(correction=0) + 1e-5).sqrt()
+                gap = (found[sample, place] - target).abs()
+                distance = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+                lat = math.radians(float(stream.grid.lat[sample, token // num_lon % num_lat]))
+                half = math.radians(float(stream.grid.lat_extent[sample])) / 2
+                area = math.sin(lat + half) - math.sin(lat - half)
+                sums[0] += float(distance) * area
+                sums[1] += area
+        assert losses.terms[number][1].item() == pytest.approx(sums[0] / sums[1], rel=1e-5)
+        weight = tested.weights(given)[number].item()
+        width = math.radians(float(stream.grid.lon_extent[0]))
+        assert weight == pytest.approx(sums[1] * width, rel=1e-5)
+
+
+def test_the_teacher_follows_by_the_momentum_of_the_step_alone() -> None:
+    model = network()
+    tested = objective(model)
+    expected = [p.detach().clone().double() for p in model.parameters()]
+    assert not any(p.requires_grad for p in tested.parameters())
+    with torch.no_grad():
+        for step in (1, 5, 10, 12):
+            for parameter in model.parameters():
+                parameter += 0.1
+            tested.after_step(model, step)
+            share = min(step, 10) / 10
+            momentum = 1.0 - 0.1 * (1 + math.cos(math.pi * share)) / 2
+            expected = [
+                momentum * old + (1 - momentum) * new
+                for old, new in zip(expected, model.parameters(), strict=True)
+            ]
+    for found, old in zip(tested.teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.double(), old, rtol=1e-5, atol=1e-6)
+    assert momentum_at(0, 10, (0.9, 1.0)) == pytest.approx(0.9)
+
+
+def test_gradients_reach_encoder_and_predictor_but_neither_ends_nor_teacher() -> None:
+    model = network()
+    tested = objective(model)
+    tested(model, batch()).total.backward()
+    with_gradient = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"embedding", "encoder", "query", "decoder"}
+    assert all(p.grad is None for p in tested.parameters())
+
+
+def test_the_first_guess_takes_no_part_in_a_predicted_latent() -> None:
+    model, (view, _) = network(), batch().views
+    changed = replace(
+        view, streams=tuple(replace(s, guess=s.guess + 1e3) for s in view.streams)
+    )
+    with torch.no_grad():
+        one, two = (model.predict(model.encode(view), v) for v in (view, changed))
+    for name in one:
+        assert torch.equal(one[name].last, two[name].last)
+
+
+def test_a_constant_has_a_ratio_of_one() -> None:
+    model, given = network(), batch()
+    with torch.no_grad():
+        losses = objective(model)(model, given)
+    weight = losses.latents[0].weight[..., None]
+    target = losses.latents[0].target
+    mean = (weight * target).sum(dim=(0, 1)) / weight.sum()
+    constant = replace(losses.latents[0], predicted=mean.expand_as(target))
+    sums = LatentRatios().sums(given, replace(losses, latents=(constant,)))
+    values = LatentRatios().values({"task": sums})
+    assert values["latent_ratio/mean"].item() == pytest.approx(1.0, rel=1e-4)
+
+
+def arguments(output: Path, *more: str) -> list[str]:
+    return training(
+        output, "objective=jepa", "trainer.max_steps=6", "trainer.accumulate=2",
+        "trainer.checkpoint_interval=3", "trainer.validation_interval=3", *more,
+    )  # fmt: skip
+
+
+@pytest.mark.e2e
+def test_a_killed_run_ends_as_the_unbroken_one_and_its_latents_can_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Network, optimiser and teacher, bit for bit."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(arguments(whole), cache=tmp_path) == 0
+    before = (kill_at_batch, (10,))
+    assert run(arguments(broken), cache=tmp_path, before=before) == -signal.SIGKILL
+    assert [path.name for path in checkpoints_in(broken / "checkpoints")][0] == "step-3.ckpt"
+    assert run(arguments(broken, "resume=auto"), cache=tmp_path) == 0
+    one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (whole, broken))
+    for key in ("state_dict", "optimizer_states"):
+        assert differing(one[key], two[key]) == []
+    weights = one["state_dict"]
+    teacher = {k for k in weights if k.startswith("objective.teacher.")}
+    assert teacher and any(
+        not torch.equal(weights[k], weights["model." + k.removeprefix("objective.teacher.")])
+        for k in teacher
+    )
+    last = whole / "checkpoints" / "last.ckpt"
+    assert one["atmossl"]["objective"]["provides"] == ["embed"]
+    common = [f"checkpoint={last}", "init_time=1959-02-12T00", "accelerator=cpu"]
+    assert main(["embed", *common, f"output={tmp_path / 'latents.zarr'}"]) == 0
+    assert main(["predict", *common, f"output={tmp_path / 'forecast.zarr'}"]) == 2
+    assert "trained by JointEmbedding" in capsys.readouterr().err
