@@ -1,4 +1,4 @@
-"""The command line: train, predict, calibrate, evaluate, data, config, info."""
+"""The command line: train, predict, embed, calibrate, evaluate, data, config, info."""
 
 import logging
 import os

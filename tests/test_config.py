@@ -66,6 +66,10 @@ def test_evaluation_validates() -> None:
         ("optimizer.warmup_steps=1000", "warmup_steps"),
         ("optimizer.schedule=linear", "cosine"),
         ("+objective.losses.hinge=1", "fair_crps"),
+        ("objective._target_=os.system", "atmossl.objectives.masked.MaskedModelling"),
+        ("+objective.momentum=0.9", "objective.momentum=0.9: unknown key"),
+        ("objective.weighting=equal", "objective.weighting='equal'.*departure"),
+        ("objective.train_only=encoder", "tail"),
         ("data.name=era6", "era6"),
         ("stream.temperature.variables=[ozone]", "ozone"),
         ("stream.temperature.levels=[13]", "13"),
@@ -85,6 +89,17 @@ def test_evaluation_validates() -> None:
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         composed("stream=five_fields", override)
+
+
+def test_keys_of_another_objective_are_its_own() -> None:
+    assert composed("objective=jepa").objective.arguments["momentum"] == (0.99, 1.0)
+    for override, message in (
+        ("objective.momentum=[0.9,1.5]", "objective.momentum.1=1.5: .* less than or equal to 1"),
+        ("+objective.losses={crps: 1.0}", "objective.losses: unknown key"),
+        ("objective.train_only=tail", "reconstructs nothing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            composed("objective=jepa", override)
 
 
 def test_temporal_attention_wants_convolutions_beside_it() -> None:

@@ -138,6 +138,11 @@ def _tuning_faults(config: TrainConfig) -> list[str]:
     chosen += [f"warm_start.low_rank.rank={rank}"] if rank else []
     if len(chosen) > 1:
         return [f"{' and '.join(chosen)} exclude each other; choose one"]
+    if only is not None and "reconstruct" not in config.objective.kind.provides:
+        return [
+            f"objective.train_only={only} with an objective that reconstructs nothing, so that the "
+            f"{only} would learn nothing; choose objective=masked"
+        ]
     if chosen and not config.warm_start.checkpoints:
         return [
             f"{chosen[0]} would leave the rest of a new network at random; name the trained one in "

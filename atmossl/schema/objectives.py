@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 
 import atmossl.objectives
 from atmossl.objectives.base import Objective
-from atmossl.schema.faults import line_of
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
@@ -63,10 +62,7 @@ def choose_objective(node: Any) -> ObjectiveChoice:
         raise ValueError(f"_target_={target!r}; valid: {sorted(known)}")
     if train_only not in (None, *_ENDS):
         raise ValueError(f"train_only={train_only!r}; valid: null or one of {list(_ENDS)}")
-    try:
-        checked = _keywords_of(known[target]).model_validate(values)
-    except ValidationError as error:
-        raise ValueError(" | ".join(map(line_of, error.errors()))) from error
+    checked = _keywords_of(known[target]).model_validate(values)
     arguments = {name: getattr(checked, name) for name in type(checked).model_fields}
     return ObjectiveChoice(known[target], arguments, train_only)
 

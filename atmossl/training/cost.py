@@ -115,12 +115,13 @@ def measure_step(
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
         states = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
         trained = [p for p in parameters if p.requires_grad]
+        learns = any(p.requires_grad for p in objective.parameters())
         kinds = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
         return StepCost(
             parameters=_parts(named),
             flops=flops,
             weights=_bytes(parameters) + _bytes((*model.buffers(), *objective.buffers())),
-            averaged=_bytes(parameters),
+            averaged=_bytes((*model.parameters(), *(objective.parameters() if learns else ()))),
             optimizer=_bytes(states),
             gradients=_bytes(trained),
             gradients_at_peak=kinds["GRAD"],

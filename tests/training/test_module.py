@@ -239,3 +239,42 @@ def test_a_monitor_knows_what_is_better() -> None:
         assert monitor.is_better(2.0, None) and monitor.is_better(better, 2.0)
         assert not monitor.is_better(2.0, 2.0) and not monitor.is_better(4.0 - better, 2.0)
         assert monitor.cost(better) < monitor.cost(2.0)
+
+
+class Taught(Objective):
+    """A head that learns, a teacher that does not, and a buffer."""
+
+    centre: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.teacher = (nn.Linear(1, 1, bias=False) for _ in range(2))
+        self.teacher.requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(1))
+
+    def after_step(self, network: Network, step: int) -> None:
+        del network
+        self.teacher.weight.fill_(step)
+        self.centre += step
+
+
+def test_heads_are_averaged_as_the_network_is_and_teachers_taken_as_they_are() -> None:
+    model = Network()
+    model.weight, objective = nn.Parameter(torch.zeros(1, 1)), Taught()
+    tested = TrainingModule(
+        model=model, objective=objective, optimizer=SETTINGS, record={}, task_names=()
+    )
+    assert "objective.head.weight" in tested.trained
+    averaged = tested.averaged_objective
+    assert isinstance(averaged, Taught) and not any(p.requires_grad for p in averaged.parameters())
+    for step in (1, 2, 3):
+        for parameter in (model.weight, objective.head.weight):
+            nn.init.constant_(parameter, float(step))
+        with torch.no_grad():
+            objective.after_step(model, step)
+        tested.update_ema(step)
+    assert float(averaged.head.weight) == float(tested.ema.module.weight) < 3.0
+    assert (float(averaged.teacher.weight), float(averaged.centre)) == (3.0, 6.0)
+    names = set(tested.state_dict())
+    owned = {"objective.teacher.weight", "objective.centre", "averaged_objective.head.weight"}
+    assert owned <= names
