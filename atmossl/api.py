@@ -141,7 +141,8 @@ class Model:
         )
         chosen = chosen_times(embedder, times)
         if output is not None:
-            write_embeddings(embedder, chosen, Path(output))
+            with owned(Path(output), "output"):
+                write_embeddings(embedder, chosen, Path(output))
             return xr.open_zarr(output, decode_timedelta=True)
         return xr.concat(embeddings(embedder, list(chosen)), "init_time", data_vars="minimal",
                          coords="minimal", compat="override", combine_attrs="override")  # fmt: skip

@@ -11,13 +11,22 @@ from atmossl.api import chosen_times
 from atmossl.commands.common import device_for, open_for
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
+from atmossl.locks import owned
 from atmossl.schema import EmbedConfig, parse
+from atmossl.stops import keeping
 
 
 def embed(values: Mapping[str, Any]) -> Path:
     """Encode every chosen time and write the latents; returns the path of the zarr store."""
     config: EmbedConfig = parse(EmbedConfig, values)
-    check_embedding_output(config.output)
+    with owned(config.output, "output"), keeping("nothing was written"):
+        check_embedding_output(config.output)
+        _embed(config)
+    Console(markup=False).print(f"latents: {config.output}", highlight=False, soft_wrap=True)
+    return config.output
+
+
+def _embed(config: EmbedConfig) -> None:
     trained = load_checkpoint(config.checkpoint)
     embedder = Embedder(
         trained=trained,
@@ -26,8 +35,8 @@ def embed(values: Mapping[str, Any]) -> Path:
             config.data,
             config.catalog,
             config.split,
-            name=config.segment,
             input_limits=config.input_limits,
+            name=config.segment,
         ),
         layer=config.layer,
         overlap=config.overlap,
@@ -42,5 +51,3 @@ def embed(values: Mapping[str, Any]) -> Path:
         write_embeddings(
             embedder, times, config.output, advance=lambda share: bar.advance(shown, share)
         )
-    Console().print(f"latents: {config.output}", highlight=False)
-    return config.output

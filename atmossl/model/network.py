@@ -75,7 +75,10 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def forward(self, view: View) -> Prediction:
-        return self.reconstruct(self.encode(view), view)
+        # by the class: on shards the methods of an object gather its weights and let them go again,
+        # which the call of the object has done already
+        kind = type(self)
+        return kind.reconstruct(self, kind.encode(self, view), view)
 
     def pool(self, latents: Latents) -> Float[Tensor, "batch feature"]:
         """The mean of the last layer over all tokens, weighted by their area on the sphere; one
