@@ -72,7 +72,8 @@ def _losses(run: Path) -> dict[str, str]:
     Logs of runs that were broken off are `metrics-N.csv`."""
     earlier = sorted(run.glob("metrics-*.csv"), key=lambda path: int(path.stem[8:]))
     found: dict[str, str] = {}
-    for path in (*earlier, run / "metrics.csv"):
+    last = run / "metrics.csv"  # not there where nothing was left to train
+    for path in (*earlier, *([last] if last.exists() else [])):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
@@ -124,5 +125,8 @@ def scores_of(report: str) -> dict[str, str]:
 
 
 def differences(one: dict[str, str], two: dict[str, str]) -> str:
-    names = sorted(name for name in set(one) | set(two) if one.get(name) != two.get(name))
-    return ", ".join(names)[:200]
+    """Names of what differs. A line of a log that is not there is no difference: a checkpoint is
+    saved before its step is logged, and a kill in between loses the line, not the step."""
+    lines = {name for name in set(one) ^ set(two) if " at " in name}
+    names = sorted((set(one) | set(two)) - lines)
+    return ", ".join(name for name in names if one.get(name) != two.get(name))[:200]

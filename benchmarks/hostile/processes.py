@@ -247,6 +247,7 @@ def _enter(
         server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
     else:
         server.ensure_running = lambda: None  # the benchmark's own runs
+        forkserver.ensure_running = server.ensure_running
 
 
 def _leave(code: int) -> None:

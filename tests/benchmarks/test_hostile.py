@@ -41,7 +41,7 @@ TRACE = "Traceback (most recent call last):\n  File\nTypeError: no\n"
     ("expect", "left", "wrong", "faults"),
     [
         ("refused", ended(2, "atmossl train: model.dim=1 is small\n"), "", ()),
-        ("refused", ended(2, "note: slow\natmossl train: model.dim=1\n"), "", ()),
+        ("refused", ended(2, "note: slow\nSIGINT: saving\natmossl train: model.dim=1\n"), "", ()),
         ("refused", ended(2, "atmossl train: it does not fit\n"), "", ("not_as_expected",)),
         ("refused", ended(2, "atmossl train: model.dim=1\nand more\n"), "", ("not_as_expected",)),
         ("refused", ended(2, "atmossl train: model.dim=1: odd\nseed='x': no\n"), "", ()),

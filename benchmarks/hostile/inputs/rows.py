@@ -20,6 +20,7 @@ from benchmarks.hostile.processes import Ended, call, run, start
 LATE_CPU_S = 5.0
 Program = Callable[[Sequence[str]], int]
 _FAULT_OF_A_KEY = re.compile(r"(atmossl \w+: )?[\w.'\[\]]+(=.*)?: ")  # one line for each of them
+_NOTE = re.compile(r"note:|warning|SIG\w+: ", re.IGNORECASE)
 COUNTERS = ("tracebacks", "late_refusals", "silent_wrong", "not_as_expected")
 
 
@@ -146,9 +147,9 @@ def _refusal_fault(row: Row, ended: Ended, allowed: Sequence[str]) -> str:
 
 
 def refusal_lines(ended: Ended) -> list[str]:
-    """Lines of the standard error other than notes."""
+    """Lines of the standard error other than notes, of which the answer to a signal is one."""
     lines = [line for line in ended.stderr.splitlines() if line.strip()]
-    return [line for line in lines if not line.lower().startswith(("note:", "warning"))]
+    return [line for line in lines if not _NOTE.match(line)]
 
 
 def _names(words: Sequence[str], text: str) -> bool:
