@@ -52,20 +52,20 @@ def scenarios(fixtures: Path) -> list[Scenario]:
     stats = ["data", "stats", *training(fixtures, "run")[1:], "climatologies=[month]", "output=c"]
     ingest = ["data", "ingest", f"input={fixtures}/train.zarr", "output=o.zarr", "layout.time=4"]
     return [
-        train("adamw", 5),
-        train("muon", 4, "optimizer=muon", "optimizer.warmup_steps=1"),
+        train("adamw", 7),
+        train("muon", 5, "optimizer=muon", "optimizer.warmup_steps=1"),
         train("with workers", 4, "data.num_workers=2"),
         train("with accumulation", 4, "trainer.accumulate=2"),
         train("with asynchronous saves", 4, "trainer.async_checkpoint=true"),
         train("sharded, asynchronous", 2, *sharded, "trainer.async_checkpoint=true"),
         train("of two ranks", 4, *ddp, ranks=2),
         Scenario("predict", predicting(fixtures, "o.zarr", "resume=true", "batch_size=1"),
-                 "o.zarr", comparing.store_of, 5),
+                 "o.zarr", comparing.store_of, 8),
         Scenario("predict to NetCDF", predicting(fixtures, "o.nc", "resume=true", "every=2"),
                  "o.nc", comparing.store_of, 2),
-        Scenario("ingest", ingest, "o.zarr", comparing.store_of, 4),
-        Scenario("stats", stats, "cache", comparing.statistics_of, 2),
-        Scenario("climatologies", stats, "c", comparing.stores_in, 2),
+        Scenario("ingest", ingest, "o.zarr", comparing.store_of, 8),
+        Scenario("stats", stats, "cache", comparing.statistics_of, 4),
+        Scenario("climatologies", stats, "c", comparing.stores_in, 4),
         Scenario("evaluate", evaluating(fixtures, "r"), "r", comparing.scores_of, 2, kills_each=2),
     ]  # fmt: skip
 

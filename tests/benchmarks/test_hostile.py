@@ -26,7 +26,7 @@ def test_the_tables_are_whole() -> None:
         if row.expect == "told":
             assert row.words, row.name
     whole = kills.scenarios(Path("fix"))
-    assert sum(one.sequences * one.kills_each for one in whole) >= 110  # some come too late
+    assert sum(one.sequences * one.kills_each for one in whole) >= 150  # some come too late
     assert sum(target.flips for target in flips.targets(Path("fix"))) >= 300
 
 
