@@ -78,7 +78,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._pool = ThreadPoolExecutor(1) if async_checkpoint else None
         self._saving_group: Any = None
         self._pending: Future | None = None
-        self._sharded: list[FSDPModule] = []
+        self._learning: list[FSDPModule] = []
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -107,7 +107,8 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(model, Network):  # else these would find only a part of every weight
                 for name in ("encode", "reconstruct", "predict"):
                     register_fsdp_forward_method(model, name)
-            self._sharded.append(sharded)
+            if any(parameter.requires_grad for parameter in model.parameters()):
+                self._learning.append(sharded)  # others, such as teachers, have no gradients
 
     def model_to_device(self) -> None:
         """All of it; of an offloaded model only the buffers, which are not sharded."""
@@ -121,12 +122,12 @@ class ShardedStrategy(ModelParallelStrategy):
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
         """Gradients of accumulated batches are added up on every rank, and reduced once."""
-        for model in self._sharded:
+        for model in self._learning:
             model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            for model in self._sharded:
+            for model in self._learning:
                 model.set_requires_gradient_sync(True)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:

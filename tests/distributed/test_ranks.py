@@ -73,18 +73,19 @@ def test_ranks_learn_what_one_rank_learns(kind: str, alone: Path, cache: Path) -
         assert exchanges(together, one["state_dict"]) == 1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "accumulate"), [("ddp", 1), ("fsdp", 2)])
 def test_ranks_learn_an_objective_with_a_teacher_as_one_rank_does(
-    strategy: str, cache: Path
+    strategy: str, accumulate: int, cache: Path
 ) -> None:
     """Latents are predicted without the network's forward pass, and the tail gets no gradient."""
     alone, together = cache / "jepa", cache / f"jepa-{strategy}"
     more = ("objective=jepa", "trainer.validation_interval=2")
     if not alone.exists():
         assert run(arguments(alone, 1, *more), cache=cache) == 0
-    parts = arguments(together, 2, *more, f"trainer.strategy={strategy}")
-    assert run_ranks(parts, 2, cache=cache) == [0, 0]
-    for name in ("train/loss", "gradient_norm", "latent_ratio/mean"):
+    how = (f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}")
+    assert run_ranks(arguments(together, 2 * accumulate, *more, *how), 2, cache=cache) == [0, 0]
+    assert len(column(together, "latent_ratio/mean")) == 2
+    for name in ("train/loss", "gradient_norm"):
         np.testing.assert_allclose(column(together, name), column(alone, name), rtol=5e-4)
     one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (alone, together))
     for name, expected in one["state_dict"].items():
