@@ -353,9 +353,14 @@ class StreamTokens(Movable):
 
 @dataclass(frozen=True)
 class View(Movable):
-    """One window as tokens of all streams."""
+    """One window as tokens of all streams.
+
+    start_hours: first time of the window in hours since 1970-01-01T00, as the record has it; None
+        unless the sample has views of several times.
+    """
 
     streams: tuple[StreamTokens, ...]
+    start_hours: Float[Tensor, "*batch"] | None = None
 
     def names(self) -> tuple[str, ...]:
         return tuple(stream.spec.name for stream in self.streams)
@@ -371,6 +376,13 @@ class Batch(Movable):
     views: tuple[View, ...]
     sample_id: Int[Tensor, "*batch"]
     num_skipped: int = 0
+
+    @property
+    def lag_hours(self) -> Float[Tensor, "batch"]:
+        """Hours from the first view's window to the last one's."""
+        first, last = self.views[0].start_hours, self.views[-1].start_hours
+        assert first is not None and last is not None, "the views are of one time"
+        return last - first
 
 
 @dataclass(frozen=True)
@@ -399,7 +411,7 @@ class LatentPrediction:
 @dataclass(frozen=True)
 class Losses:
     """The terms of a loss by name, scalars, each a mean over one batch; and what was predicted, for
-    metrics and pictures: fields, latents, or neither.
+    metrics and pictures: fields, latents, pooled latents of every view, or none of them.
 
     factors: of every term in the total, which is the terms' weighted mean.
     """
@@ -408,6 +420,7 @@ class Losses:
     factors: tuple[float, ...]
     prediction: Prediction | None = None
     latents: tuple[LatentPrediction, ...] = ()
+    pooled: tuple[Float[Tensor, "batch feature"], ...] = ()
 
     @property
     def total(self) -> Float[Tensor, ""]:
@@ -439,7 +452,9 @@ def collate_views(
     Counts are taken here, on the host, so that no step waits for the device.
     """
     views = collate(samples, empty)
-    indexed = tuple(View(tuple(stream.indexed() for stream in view.streams)) for view in views)
+    indexed = tuple(
+        replace(view, streams=tuple(stream.indexed() for stream in view.streams)) for view in views
+    )
     return Batch(indexed, torch.tensor(sample_ids))
 
 

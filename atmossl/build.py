@@ -75,7 +75,7 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     tasks = {task.name: task.sampler() for task in config.tasks}
     samplers = [(paired_train, config.masking)]
     samplers += [(paired_validation, task) for task in tasks.values()]
-    check_samples(samplers, config.specs, window)
+    check_samples(samplers, config.specs, window, config.objective.views)
     _warn(shared_steps(train[""], validation[""]))
     transforms = config.data.transform_of()
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
@@ -103,7 +103,7 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
         settings=settings,
         num_batches=config.trainer.max_steps * config.trainer.accumulate,
         validation_batches=config.trainer.validation_batches,
-        views=[view.masking for view in config.objective.kind.views],
+        views=config.objective.views,
     )
     return datamodule, statistics
 

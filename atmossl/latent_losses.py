@@ -7,13 +7,13 @@ with all samples would, gradients included.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 Latents = Float[Tensor, "sample feature"]
 Scalar = Float[Tensor, ""]
@@ -26,7 +26,27 @@ def is_distributed() -> bool:
 def gathered(x: Tensor) -> Tensor:
     """Samples of all ranks one after the other, first axis; gradients go back to their own rank.
     Every rank must have equally many."""
-    return torch.cat(all_gather(x)) if is_distributed() else x
+    gathered_values = _Gather.apply(x) if is_distributed() else x
+    assert isinstance(gathered_values, Tensor)
+    return gathered_values
+
+
+class _Gather(torch.autograd.Function):
+    """A rank's samples get the sum of the gradients that all ranks have for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        del ctx
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def nt_xent(

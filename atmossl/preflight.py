@@ -17,7 +17,7 @@ from atmossl.build import (
 )
 from atmossl.data.companions import open_records, paired
 from atmossl.data.windows import WindowSize
-from atmossl.masking.base import make_view
+from atmossl.masking.views import make_views
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig
@@ -135,12 +135,9 @@ def sample_batch(config: TrainConfig) -> Batch:
             window_of_zeros(spec, *shape) for spec, shape in zip(config.specs, shapes, strict=True)
         )
         rng = np.random.default_rng([config.seed, number])
-        guess = config.data.first_guess
+        specs, guess = config.objective.views, config.data.first_guess
         views.append(
-            tuple(
-                make_view(windows, view.masking or config.masking, rng, first_guess=guess)
-                for view in config.objective.kind.views
-            )
+            make_views([windows] * len(specs), specs, config.masking, rng, first_guess=guess)
         )
     return collate_views(views, list(range(len(views))))
 

@@ -19,6 +19,7 @@ from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
 from atmossl.masking.base import FirstGuess, Layout, MaskingSampler
+from atmossl.masking.views import ViewSpec
 
 _LOGGER = logging.getLogger(__name__)
 _NUM_DRAWS = 40
@@ -44,8 +45,9 @@ def check_samples(
     records: Sequence[tuple[Sequence[Segment], MaskingSampler]],
     specs: Sequence[StreamSpec],
     window: WindowSize,
+    views: Sequence[ViewSpec] = (ViewSpec(),),
 ) -> None:
-    """Read one window of every record under its mask, before statistics are computed.
+    """Read one sample of every record under its mask, before statistics are computed.
 
     Raises:
         ValueError: streams, windows and masks that do not fit the records, or each other.
@@ -58,12 +60,12 @@ def check_samples(
         normaliser = Normaliser(replace(statistics.pop(""), others=statistics))
         dataset = WindowDataset(
             segments=segments, specs=specs, normaliser=normaliser, window=window, sampler=sampler,
-            seed=0,
+            seed=0, views=views,
         )  # fmt: skip
         order = SampleOrder(num_samples=len(dataset), batch_size=1, num_batches=1, seed=0)
         with suppress(UnreadableChunk):  # the loader's matter, which `data.unreadable` decides
             for (key,) in islice(order, 1):
-                ((view,), _) = dataset[key]
+                (view, *_), _ = dataset[key]
                 layouts = tuple(Layout(stream.spec, stream.grid) for stream in view.streams)
                 for number in range(_NUM_DRAWS):  # of a mixture, so that each part has its turn
                     sampler(layouts, np.random.default_rng(number))
@@ -73,7 +75,7 @@ class WindowDataModule(L.LightningDataModule):
     """Training windows under the pretraining masks, validation windows under each task's mask.
 
     num_batches: batches of the whole run on one device. validation_batches: per task. views: of
-    every window, see `WindowDataset`.
+    every sample, see `WindowDataset`.
     A run that goes on (`go_on`) reads the sample after the last one that its checkpoint has learned
     from, whatever the batch size, the accumulation and the number of ranks are now.
     """
@@ -91,7 +93,7 @@ class WindowDataModule(L.LightningDataModule):
         settings: LoaderSettings,
         num_batches: int,
         validation_batches: int,
-        views: Sequence[MaskingSampler | None] = (None,),
+        views: Sequence[ViewSpec] = (ViewSpec(),),
     ) -> None:
         super().__init__()
         self.settings = settings

@@ -20,7 +20,8 @@ from atmossl.data.segment import Place, Segment
 from atmossl.data.statistics import Normaliser
 from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
-from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
+from atmossl.masking.base import FirstGuess, MaskingSampler
+from atmossl.masking.views import ViewSpec, lag_steps, make_views, show_hours
 
 _LOGGER = logging.getLogger(__name__)
 _POOL = Pool()
@@ -229,8 +230,8 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
     """Masked windows of all segments. Sample ids number every start time `windows_per_time`
     times; the place of the window and its masks are drawn from the sample's generator.
 
-    sampler: of the masks. views: a sample has one view of its window for each; None: under
-    `sampler`, otherwise under the sampler that is given.
+    sampler: of the masks of views that have none of their own. views: those of every sample. Where
+    they start later than the sample, samples end so much earlier that all views are in the record.
     """
 
     def __init__(
@@ -245,7 +246,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         windows_per_time: int = 1,
         first_guess: FirstGuess = True,
         skip_unreadable: bool = False,
-        views: Sequence[MaskingSampler | None] = (None,),
+        views: Sequence[ViewSpec] = (ViewSpec(),),
     ) -> None:
         self.segments = tuple(segments)
         self.specs = tuple(specs)
@@ -255,29 +256,50 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         self.windows_per_time = windows_per_time
         self.first_guess: FirstGuess = first_guess
         self.skip_unreadable = skip_unreadable
-        self.samplers = tuple(own or sampler for own in views)
+        self.sampler = sampler
+        self.views = tuple(views)
+        self._lags = [  # of every view in time steps, by segment
+            [lag_steps(view, segment.step_hours, segment.location) for view in self.views]
+            for segment in self.segments
+        ]
         for spec in self.specs:
             spec.token_shape(*self.window.points(self.segments[0], spec))
         self._starts = [
             (index, start)
             for index, segment in enumerate(self.segments)
-            for start in range(len(segment.times) - self.window.on(segment).time + 1)
+            for start in range(len(segment.times) - self._reach(index) + 1)
         ]
         if not self._starts:
             longest = max(len(segment.times) for segment in self.segments)
             raise ValueError(
-                f"data.window.time={self.window.time} steps is longer than the longest unbroken "
-                f"part of {self.segments[0].location} with {longest} steps"
+                f"{self._asked()} {'are' if self._lag_hours else 'is'} longer than the longest "
+                f"unbroken part of {self.segments[0].location} with {longest} steps"
             )
 
+    @property
+    def _lag_hours(self) -> list[float]:
+        return sorted({lag for view in self.views for lag in view.lag_hours})
+
+    def _reach(self, index: int) -> int:
+        """Time steps from the start of a sample to the end of the last of its windows."""
+        return self.window.on(self.segments[index]).time + max(map(max, self._lags[index]))
+
+    def _asked(self) -> str:
+        """The steps that a sample needs, for messages."""
+        asked = f"data.window.time={self.window.time} steps"
+        if not self._lag_hours:
+            return asked
+        lags, reach = show_hours(self._lag_hours), self._reach(0)
+        return f"{asked} and objective.lag_hours={lags}, together {reach} steps,"
+
     def tell_short_segments(self) -> None:
-        """Say how many parts of a record are too short for a window."""
+        """Say how many parts of a record are too short for a sample."""
         lengths = [len(segment.times) for segment in self.segments]
-        short = sum(length < self.window.time for length in lengths)
+        short = sum(length < self._reach(index) for index, length in enumerate(lengths))
         if short:
             _LOGGER.warning(
-                "%d of %d unbroken parts of the record are shorter than data.window.time=%d steps "
-                "and give no window", short, len(lengths), self.window.time
+                "%d of %d unbroken parts of the record are shorter than %s and give no window",
+                short, len(lengths), self._asked(),
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -323,34 +345,42 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
 
     def _samples(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
         rngs = [sample_rng(self.seed, key.epoch, key.sample_id) for key in keys]
-        places: dict[int, dict[int, tuple[int, Box]]] = {}  # by segment and position in the batch
+        lags: list[tuple[int, ...]] = []  # of every sample's views in time steps
+        # by segment, position in the batch and lag; views of equal lag share a window
+        places: dict[int, dict[tuple[int, int], tuple[int, Box]]] = {}
         for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
             index, start = self._starts[key.sample_id // self.windows_per_time]
             segment, size = self.segments[index], self.window
             box = random_box(segment.grid, size.lat, size.lon, rng, segment.alignment)
-            places.setdefault(index, {})[position] = (start, box)
-        windows: dict[int, tuple[StreamWindow, ...]] = {}
-        for index, found in places.items():
+            lags.append(self._draw_lags(index, rng))
+            for lag in lags[-1]:
+                places.setdefault(index, {})[position, lag] = (start + lag, box)
+        windows: dict[tuple[int, int], tuple[StreamWindow, ...]] = {}
+        for index, wanted in places.items():
             read = read_windows(
                 self.segments[index],
                 self.specs,
                 self.normaliser,
                 self.window.time,
-                list(found.values()),
+                list(wanted.values()),
             )
-            windows.update(zip(found, read, strict=True))
+            windows.update(zip(wanted, read, strict=True))
         return [
-            (self._views(windows[position], rng), key.sample_id)
+            (self._views([windows[position, lag] for lag in lags[position]], rng), key.sample_id)
             for position, (key, rng) in enumerate(zip(keys, rngs, strict=True))
         ]
 
-    def _views(
-        self, windows: tuple[StreamWindow, ...], rng: np.random.Generator
-    ) -> tuple[View, ...]:
+    def _draw_lags(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
+        """Of every view in time steps; nothing is drawn for a view without lags."""
         return tuple(
-            make_view(windows, sampler, rng, first_guess=self.first_guess)
-            for sampler in self.samplers
+            int(rng.choice(steps)) if view.lag_hours else 0
+            for view, steps in zip(self.views, self._lags[index], strict=True)
         )
+
+    def _views(
+        self, windows: list[tuple[StreamWindow, ...]], rng: np.random.Generator
+    ) -> tuple[View, ...]:
+        return make_views(windows, self.views, self.sampler, rng, first_guess=self.first_guess)
 
     def identity(self, sample_id: int) -> str:
         """Segment and start time of a sample."""

@@ -89,6 +89,7 @@ class Multiformer(Network):
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
         _check_sizes(widths, num_heads, (*stencil, neighbourhood), dims or {})
+        self.widths = widths
         attend = attend_by(attention, attention_window)
         sizes = BlockSizes(num_heads, feedforward_ratio, attend, neighbourhood)
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
@@ -125,6 +126,10 @@ class Multiformer(Network):
         for module in self.modules():
             if isinstance(module, EncoderLayer | DecoderBlock | Tail):
                 module.compile(backend=backend)
+
+    @property
+    def num_pooled(self) -> int:
+        return sum(self.widths.values())
 
     @property
     def num_encoder_layers(self) -> int:

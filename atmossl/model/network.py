@@ -90,6 +90,11 @@ class Network(nn.Module):
         return torch.cat(means, dim=-1)
 
     @property
+    def num_pooled(self) -> int:
+        """Features that `pool` gives if no stream is absent."""
+        raise NotImplementedError
+
+    @property
     def num_encoder_layers(self) -> int:
         """Layers whose latents `encode` gives."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from atmossl.batch import Batch, Losses
-from atmossl.masking.base import MaskingSampler
+from atmossl.masking.views import ViewSpec
 
 Ability = Literal["reconstruct", "embed", "distance"]
 
@@ -31,16 +31,6 @@ class Monitor:
 
     def is_better(self, value: float, best: float | None) -> bool:
         return best is None or self.cost(value) < self.cost(best)
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """One view that the loader makes of every window.
-
-    masking: the sampler of its mask. None: the run's own, which is a task's in validation.
-    """
-
-    masking: MaskingSampler | None = None
 
 
 class Metric(Protocol):
@@ -67,12 +57,20 @@ class Objective(nn.Module):
         for: `reconstruct` fields, `embed` windows, tell the `distance` of two states.
     metrics: by stage, `train` or `validation`, what a callback logs beside the losses.
     ends: names of the submodules that are the last layers, which have no square geometry.
+    compares_samples: whether its loss compares the samples of a batch, over all ranks.
     """
 
     views: ClassVar[tuple[ViewSpec, ...]] = (ViewSpec(),)
     monitor: ClassVar[Monitor]
     provides: ClassVar[frozenset[Ability]]
     ends: ClassVar[tuple[str, ...]] = ()
+    compares_samples: ClassVar[bool] = False
+
+    @classmethod
+    def views_of(cls, arguments: Mapping[str, Any]) -> tuple[ViewSpec, ...]:
+        """The views under these keywords of the constructor."""
+        del arguments
+        return cls.views
 
     @property
     def metrics(self) -> Mapping[str, Metric]:

@@ -151,6 +151,24 @@ def _tuning_faults(config: TrainConfig) -> list[str]:
     return []
 
 
+def _comparison_faults(config: TrainConfig) -> list[str]:
+    """What an objective that compares the samples of a batch cannot take."""
+    if not config.objective.kind.compares_samples:
+        return []
+    faults, name = [], config.objective.kind.__name__
+    if config.data.batch_size < 2:
+        faults.append(
+            f"data.batch_size={config.data.batch_size} but {name} compares the samples of a batch; "
+            "give at least 2"
+        )
+    if config.data.unreadable == "skip":
+        faults.append(
+            f"data.unreadable=skip but {name} compares the samples of all devices, which must have "
+            "equally many; valid: raise"
+        )
+    return faults
+
+
 class StatsConfig(TrainConfig):
     """Everything that `atmossl data stats` obeys: a training run's data, and what is wanted of
     them. See `atmossl.data.climatology.write_climatology`."""
@@ -273,7 +291,13 @@ def _model_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
-CHECKS = (_stream_faults, _transform_faults, _model_faults, _tuning_faults)
+CHECKS = (
+    _stream_faults,
+    _transform_faults,
+    _model_faults,
+    _tuning_faults,
+    _comparison_faults,
+)
 
 
 class PredictConfig(Strict):

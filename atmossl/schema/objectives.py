@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 
 import atmossl.objectives
+from atmossl.masking.views import ViewSpec
 from atmossl.objectives.base import Objective
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
@@ -32,6 +33,10 @@ class ObjectiveChoice:
     @property
     def target(self) -> str:
         return _target_of(self.kind)
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return self.kind.views_of(self.arguments)
 
     def build(self, **of_the_run: Any) -> Objective:
         """The objective. of_the_run: `scales` and `network`, for a constructor that wants them."""
