@@ -102,6 +102,22 @@ def test_keys_of_another_objective_are_its_own() -> None:
             composed("objective=jepa", override)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.lag_hours=[]", "objective.lag_hours"),
+        ("objective.lag_hours=[0,6]", "objective.lag_hours.0=0: .* greater than 0"),
+        ("objective.lag_hours=[12,6]", "objective.lag_hours=.*the shortest first"),
+        ("objective.loss=triplet", "objective.loss='triplet'.*nt_xent"),
+        ("data.batch_size=1", "data.batch_size=1 but Contrastive compares .* at least 2"),
+        ("data.unreadable=skip", "data.unreadable=skip but Contrastive"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        composed("experiment=contrastive", override)
+
+
 def test_temporal_attention_wants_convolutions_beside_it() -> None:
     with pytest.raises(ValueError, match="neighbourhood"):
         composed("model.attention=temporal", "model.neighbourhood=1")

@@ -92,6 +92,22 @@ def test_ranks_learn_an_objective_with_a_teacher_as_one_rank_does(
         torch.testing.assert_close(two["state_dict"][name], expected, rtol=1e-3, atol=2e-5)
 
 
+def test_sharded_ranks_compare_the_samples_of_all_as_one_rank_does(cache: Path) -> None:
+    """A loss over pairs of samples, and an objective with heads of its own."""
+    alone, together = cache / "contrastive", cache / "contrastive-fsdp"
+    more = ("objective=contrastive", "trainer.validation_interval=2")
+    assert run(arguments(alone, 1, *more), cache=cache) == 0
+    parts = arguments(together, 2, *more, "trainer.strategy=fsdp")
+    assert run_ranks(parts, 2, cache=cache) == [0, 0]
+    for name in ("train/loss", "gradient_norm", "rank/mean"):
+        np.testing.assert_allclose(column(together, name), column(alone, name), rtol=5e-4)
+    one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (alone, together))
+    for name, expected in one["state_dict"].items():
+        # a wrong gradient moves most of a tensor; single weights may differ, see below
+        off = (two["state_dict"][name] - expected).double().square().mean().sqrt()
+        assert float(off) < 2e-5, name
+
+
 def exchanges(run_folder: Path, weights: dict[str, torch.Tensor]) -> float:
     """How often every gradient went through a collective in the traced step."""
     trace = json.loads((run_folder / "profile" / "trace-rank0.json").read_text())
