@@ -22,7 +22,7 @@ ensure_home()
 # that one, finds no database and frees memory twice at exit; one that comes before keeps its own.
 import pyproj  # noqa: E402, F401
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(checkpoint="default", *, device=None):

@@ -395,6 +395,9 @@ class StreamPrediction(Movable):
 
 @dataclass(frozen=True)
 class Prediction(Movable):
+    """Ensembles of the hidden tokens of every predicted stream, in the order of the view's
+    streams."""
+
     streams: tuple[StreamPrediction, ...]
 
 

@@ -143,6 +143,7 @@ def _warn(lines: Sequence[str]) -> None:
 
 
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
+    """The network of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
     arguments = config.model.model_dump()
     model = build_network(_NETWORK, streams=config.specs, scales=scales, **arguments)
@@ -164,6 +165,7 @@ def build_objective(
 
 
 def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
+    """Settings of the optimiser, and which parameters it trains."""
     values = config.optimizer.model_dump(exclude={"gradient_clip"})
     only = () if config.objective.train_only is None else (f"{config.objective.train_only}.*",)
     only = LOW_RANK if config.warm_start.low_rank.rank else only

@@ -40,6 +40,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_catalog() -> None:
+    """Print a table of the catalog's entries."""
     table = Table("name", "levels", "segments", "description", "licence")
     for name, entry in load_catalog().items():
         table.add_row(

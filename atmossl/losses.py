@@ -141,9 +141,7 @@ def crps(ensemble: Ensemble, target: Values) -> Values:
     return ensemble.distance(target) - ensemble.gap / ensemble.count**2
 
 
-LossName = Literal[
-    "ensemble_mse", "mean_mse", "statistical", "gaussian_nll", "fair_crps", "crps"
-]
+LossName = Literal["ensemble_mse", "mean_mse", "statistical", "gaussian_nll", "fair_crps", "crps"]
 LOSSES: dict[LossName, Loss] = {
     "ensemble_mse": ensemble_mse,
     "mean_mse": mean_mse,

@@ -153,6 +153,7 @@ def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
 
 
 def window_of_zeros(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int) -> StreamWindow:
+    """A window of a stream with plausible coordinates and no values, to follow shapes with."""
     shape = (len(spec.variables), spec.num_levels, num_times, num_lat, num_lon)
     return StreamWindow(
         spec=spec,

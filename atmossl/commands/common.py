@@ -28,6 +28,7 @@ def note(text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
+    """Make the folder of a run; ValueError with the key `paths.output` if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,6 +36,7 @@ def make_folder(folder: Path) -> None:
 
 
 def device_for(accelerator: str) -> str:
+    """`cuda` or `cpu` for the configured accelerator; ValueError if a GPU is asked for in vain."""
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu but no GPU is visible; valid here: auto, cpu")
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"

@@ -103,6 +103,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
 
 
 def write_yaml(values: Mapping[str, Any], path: Path) -> None:
+    """Write plain values as YAML, atomically."""
     write_atomically(path, lambda partial: OmegaConf.save(OmegaConf.create(dict(values)), partial))
 
 

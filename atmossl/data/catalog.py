@@ -93,6 +93,7 @@ def find_file(name: str) -> Path:
 
 
 def resolve_location(location: str) -> str:
+    """A location with `package://` replaced by the folder of the package."""
     if location.startswith("package://"):
         return str(Path(str(resources.files("atmossl"))) / location.removeprefix("package://"))
     return location

@@ -54,6 +54,7 @@ def kind_of(path: Path) -> str:
 
 
 def is_zarr(path: Path) -> bool:
+    """Whether a folder is a zarr store, of format 2 or 3."""
     return path.is_dir() and any((path / name).exists() for name in ZARR_METADATA)
 
 

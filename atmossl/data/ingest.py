@@ -70,6 +70,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Region:
+    """One piece of the store that is written at once: a variable from one step to before
+    another."""
+
     variable: str
     start: int
     stop: int

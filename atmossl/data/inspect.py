@@ -88,6 +88,8 @@ class VariableReport:
 
 @dataclass(frozen=True)
 class SegmentReport:
+    """What `atmossl data inspect` tells of one segment."""
+
     name: str
     location: str
     time: TimeAxis

@@ -217,6 +217,8 @@ def read_window(
 
 
 class SampleKey(NamedTuple):
+    """Names one sample of one epoch; all its randomness is a function of these two and the seed."""
+
     epoch: int
     sample_id: int
 

@@ -164,6 +164,7 @@ def _specs_of(record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
 
 
 def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
+    """A stream as plain values, for the record of a checkpoint."""
     size = spec.token_size
     return {
         "name": spec.name,
@@ -178,6 +179,7 @@ def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
 
 
 def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
+    """The stream that `spec_to_dict` wrote, also by older versions."""
     return StreamSpec(
         name=values["name"],
         variables=tuple(values["variables"]),

@@ -282,6 +282,7 @@ def write_embeddings(
 
 
 def check_embedding_output(output: Path) -> None:
+    """Raise ValueError if the output exists or is not to be a zarr store."""
     if output.suffix != ".zarr":
         raise ValueError(f"output={output} must end in .zarr")
     if output.exists():

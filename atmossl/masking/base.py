@@ -110,6 +110,8 @@ def coarse_mask(corruption: Tensor, factor: int, noise_std: float = 1.0) -> Stre
 
 
 class MaskingSampler(Protocol):
+    """Draws masks and corruptions, as a pure function of the token grids and a generator."""
+
     def __call__(
         self, layouts: tuple[Layout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:

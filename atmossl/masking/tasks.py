@@ -111,6 +111,7 @@ def steps_of(key: str, hours: float, step_hours: float) -> int:
 
 
 def step_hours_of(layouts: tuple[Layout, ...]) -> float:
+    """Hours between the steps of a window: of its finest stream, if streams differ."""
     return min(layout.step_hours for layout in layouts)
 
 

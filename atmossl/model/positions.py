@@ -125,8 +125,10 @@ def rotate(
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """One axis of features to one of heads and one of features within a head."""
     return rearrange(x, "batch token (head feature) -> batch head token feature", head=num_heads)
 
 
 def merge_heads(x: Tensor) -> Tensor:
+    """The inverse of `split_heads`."""
     return rearrange(x, "batch head token feature -> batch token (head feature)")

@@ -181,6 +181,7 @@ def level_sums(
 
 
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
+    """The streams of a view that are hidden and predicted."""
     return tuple(stream for stream in view.streams if stream.spec.role == "predict")
 
 

@@ -53,6 +53,8 @@ __all__ = [
 
 
 class TokenSizeConfig(Strict):
+    """Points of one token along each axis."""
+
     time: Positive
     lat: Positive
     lon: Positive
@@ -60,6 +62,8 @@ class TokenSizeConfig(Strict):
 
 
 class StreamConfig(Strict):
+    """One stream, `stream.NAME`; see `atmossl.batch.StreamSpec`."""
+
     variables: tuple[str, ...] = Field(min_length=1)
     levels: tuple[Positive, ...]
     token_size: TokenSizeConfig
@@ -82,6 +86,8 @@ class StreamConfig(Strict):
 
 
 class ModelConfig(Strict):
+    """The network, `model`; see `atmossl.model.multiformer.Multiformer`."""
+
     dim: Positive
     dims: dict[str, Positive]
     num_layers: Positive
@@ -97,6 +103,8 @@ class ModelConfig(Strict):
 
 
 class PathsConfig(Strict):
+    """Where a run is written, `paths`."""
+
     output: Path
 
 

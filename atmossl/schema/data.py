@@ -14,6 +14,8 @@ from atmossl.schema.strict import NotNegative, Positive, Strict
 
 
 class WindowConfig(Strict):
+    """Points of a window, `data.window`; lat or lon of 0 take the whole grid."""
+
     time: Positive
     lat: NotNegative
     lon: NotNegative
@@ -36,6 +38,8 @@ class TransformConfig(Strict):
 
 
 class DataConfig(Strict):
+    """What is read and how, `data`; see `atmossl.data.datamodule.LoaderSettings`."""
+
     name: str
     catalog: Path | None
     in_memory: bool

@@ -14,4 +14,6 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
+    """Settings that refuse unknown keys and never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)

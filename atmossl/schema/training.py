@@ -8,6 +8,8 @@ from atmossl.schema.strict import NotNegative, Positive, Share, Strict
 
 
 class OptimizerConfig(Strict):
+    """The optimiser and its schedule, `optimizer`."""
+
     algorithm: Literal["adamw", "muon"]
     learning_rate: float = Field(gt=0.0)
     weight_decay: float = Field(ge=0.0)
@@ -24,6 +26,8 @@ class OptimizerConfig(Strict):
 
 
 class TrainerConfig(Strict):
+    """Devices, steps, precision and intervals of a run, `trainer`."""
+
     max_steps: Positive
     accumulate: Positive
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -63,6 +67,8 @@ class WarmStartConfig(Strict):
 
 
 class LoggerConfig(Strict):
+    """Where metrics go beside `metrics.csv`, `logger`."""
+
     tensorboard: bool
     wandb: bool
     wandb_project: str

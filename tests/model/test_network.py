@@ -54,9 +54,7 @@ def test_latents_know_where_their_tokens_are() -> None:
         shape, grid = stream.grid.shape, stream.grid
         for number in range(found.last.shape[1]):
             index = np.unravel_index(int(found.chosen.index[0, number]), shape)
-            for name, axis in zip(
-                ("level_hpa", "time_hours", "lat", "lon"), index, strict=True
-            ):
+            for name, axis in zip(("level_hpa", "time_hours", "lat", "lon"), index, strict=True):
                 assert places[name][0, number] == getattr(grid, name)[0, axis]
 
 

@@ -109,9 +109,7 @@ def test_gradients_reach_encoder_and_predictor_but_neither_ends_nor_teacher() ->
 
 def test_the_first_guess_takes_no_part_in_a_predicted_latent() -> None:
     model, (view, _) = network(), batch().views
-    changed = replace(
-        view, streams=tuple(replace(s, guess=s.guess + 1e3) for s in view.streams)
-    )
+    changed = replace(view, streams=tuple(replace(s, guess=s.guess + 1e3) for s in view.streams))
     with torch.no_grad():
         one, two = (model.predict(model.encode(view), v) for v in (view, changed))
     for name in one:

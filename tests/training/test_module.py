@@ -45,9 +45,7 @@ def module(steps: list[int]) -> TrainingModule:
 
     model = Network()
     model.weight = nn.Parameter(torch.zeros(1, 1))
-    return Counted(
-        model=model, objective=Objective(), optimizer=SETTINGS, record={}, task_names=()
-    )  # pyright: ignore
+    return Counted(model=model, objective=Objective(), optimizer=SETTINGS, record={}, task_names=())  # pyright: ignore
 
 
 def test_the_average_forgets_its_start() -> None:

@@ -54,6 +54,7 @@ def webp_bytes(figure: Figure, dpi: int) -> bytes:
 
 
 def png_bytes(figure: Figure, dpi: int) -> bytes:
+    """A figure as a PNG file in memory."""
     picture = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(picture, format="png", dpi=dpi)

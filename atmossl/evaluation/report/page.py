@@ -52,10 +52,12 @@ class Picture:
 
 
 def svg_picture(figure: Figure, alt: str) -> Picture:
+    """A figure as SVG inside the page; `alt` is its text for readers who do not see it."""
     return Picture(_data_url(svg_bytes(figure), "image/svg+xml"), alt)
 
 
 def map_picture(figure: Figure, alt: str) -> Picture:
+    """A map as a WebP picture inside the page; `alt` is its text for readers who do not see it."""
     return Picture(_data_url(webp_bytes(figure, _MAP_DPI), "image/webp"), alt)
 
 
