@@ -31,6 +31,7 @@ from atmossl.data.fingerprint import noted
 from atmossl.data.input_state import changes, input_state, local_state
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
+from atmossl.data.store_checksums import UnequalError, check_around, checksums_around
 from atmossl.data.variables import VARIABLES
 from atmossl.names import file_name
 
@@ -387,6 +388,8 @@ def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region
             "missing": _as_text(notes, "missing"),
         }
     )
+    around = checksums_around(store, consolidated=False)
+    group.attrs["checksums_around"] = json.dumps(around)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         zarr.consolidate_metadata(store)
@@ -410,27 +413,41 @@ def missing_shares(store: Path) -> dict[str, float]:
 
 def verify(store: Path) -> int:
     """Read a finished store and compare it with its checksums; returns the number of regions.
+    Coordinates and metadata are compared, too, if the store has checksums of them, which earlier
+    versions did not write.
 
     Raises:
-        ValueError: no checksums, or a region that differs; names it.
+        ValueError: no checksums, a region, coordinate or variable that differs, by its name, or
+            something that cannot be read.
     """
-    group = zarr.open_group(store, mode="r")
+    try:
+        return _verify(store)
+    except UnequalError:
+        raise
+    except Exception as error:  # of many kinds: zarr and its codecs trust what they read
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UnequalError(f"{store} is damaged: it cannot be read ({why})") from error
+
+
+def _verify(store: Path) -> int:
+    group = zarr.open_group(store, mode="r", use_consolidated=False)
     checksums = noted(group.attrs, "checksums")
     if not checksums:
-        raise ValueError(f"{store} has no checksums: it was not made by atmossl data ingest")
+        raise UnequalError(f"{store} has no checksums: it was not made by atmossl data ingest")
+    check_around(store, noted(group.attrs, "checksums_around"))
     starts: dict[str, list[int]] = {}
     for note in checksums:
         name, _, start = note.rpartition("-")
         starts.setdefault(name, []).append(int(start))
-    for name, found in starts.items():
+    for name, first_steps in starts.items():
         array = group[name]
         assert isinstance(array, zarr.Array)
         timed = "time" in (array.metadata.dimension_names or ())  # pyright: ignore
-        ends = [*sorted(found)[1:], array.shape[0]]
-        for start, end in zip(sorted(found), ends, strict=True):
+        ends = [*sorted(first_steps)[1:], array.shape[0]]
+        for start, end in zip(sorted(first_steps), ends, strict=True):
             values = np.ascontiguousarray(np.asarray(array[start:end] if timed else array[:]))
             if hashlib.sha256(values.tobytes()).hexdigest() != checksums[f"{name}-{start}"]:
-                raise ValueError(f"{store}: {name} differs from its checksum from step {start}")
+                raise UnequalError(f"{store}: {name} differs from its checksum from step {start}")
     return len(checksums)
 
 

@@ -2,16 +2,21 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atmossl.cli import main
 from atmossl.data import ingest as module
@@ -237,6 +242,76 @@ def test_a_store_that_was_changed_fails_its_checksums(tmp_path) -> None:
     array[4, 0, 0, 0] = 17.0
     with pytest.raises(ValueError, match="temperature differs from its checksum from step 3"):
         verify(tmp_path / "out.zarr")
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ingested")
+    ingest(Source(str(netcdf(folder))), folder / "out.zarr", LAYOUT, THREADS, quiet)
+    return folder / "out.zarr"
+
+
+def contents(store: Path) -> dict[str, Any]:
+    """Everything that xarray reads of a store's variables and coordinates, without decoding."""
+    with xr.open_zarr(store, consolidated=False, decode_cf=False) as opened:
+        return {
+            str(name): (array.dims, array.dtype, repr(array.attrs), array.values.tobytes())
+            for name, array in opened.variables.items()
+        }
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_changed_byte_passes_the_checksums_of_a_store(data: st.DataObject, ingested) -> None:
+    """In metadata, coordinates and fields: refused in one line, or without effect."""
+    files = sorted(path for path in ingested.rglob("*") if path.is_file())
+    file = data.draw(st.sampled_from(files))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "out.zarr"
+        shutil.copytree(ingested, copy)
+        changed = bytearray(content)
+        changed[position] ^= data.draw(st.integers(1, 255))
+        (copy / file.relative_to(ingested)).write_bytes(changed)
+        try:
+            verify(copy)
+        except ValueError as error:
+            assert str(copy) in str(error) and "\n" not in str(error)
+        else:
+            assert contents(copy) == contents(ingested)
+
+
+@pytest.mark.parametrize(
+    "name", ["time", "level", "latitude", "longitude", "temperature", "attributes of the store"]
+)
+def test_changed_metadata_fail_their_checksums(ingested, tmp_path, name: str) -> None:
+    store = tmp_path / "out.zarr"
+    shutil.copytree(ingested, store)
+    assert verify(store) == 8
+    group = zarr.open_group(store, mode="r+", use_consolidated=False)
+    changed = group.get(name, group)
+    changed.attrs["source" if changed is group else "units"] = "furlongs"
+    with pytest.raises(ValueError, match=f"{name} .*differ"):
+        verify(store)
+
+
+@pytest.mark.parametrize("name", ["time", "level", "latitude", "longitude"])
+def test_changed_coordinates_fail_their_checksums(ingested, tmp_path, name: str) -> None:
+    store = tmp_path / "out.zarr"
+    shutil.copytree(ingested, store)
+    array = zarr.open_array(store / name, mode="r+")
+    array[0] = array[0] - 1
+    with pytest.raises(ValueError, match=f"{name} .*differs"):
+        verify(store)
+
+
+def test_a_store_of_earlier_versions_keeps_its_checksums(ingested, tmp_path) -> None:
+    store = tmp_path / "out.zarr"
+    shutil.copytree(ingested, store)
+    group = zarr.open_group(store, mode="r+", use_consolidated=False)
+    del group.attrs["checksums_around"]
+    assert verify(store) == 8
 
 
 def test_a_region_across_the_dateline_and_a_period_are_cut_out(tmp_path) -> None:
