@@ -183,7 +183,7 @@ def test_a_tail_without_a_trained_network_is_refused(
     assert main(["train", *more, output]) == 2
     assert "16-mixed needs a GPU; valid here: 32-true" in capsys.readouterr().err
     assert main(["train", "resume=default", "trainer.accelerator=cpu", output]) == 2
-    assert "resume=default holds weights alone" in capsys.readouterr().err
+    assert "holds weights alone" in capsys.readouterr().err
     assert not (folder / "none").exists()
 
 

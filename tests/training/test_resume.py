@@ -147,10 +147,10 @@ def test_steps_of_as_many_samples_are_the_same_however_they_are_grouped(tmp_path
                    f"data.batch_size={batch_size}")  # fmt: skip
         assert run(arguments(grouped, *common, *changed), cache=tmp_path) == 0
     one, two = (read_metrics(folder / "metrics.csv") for folder in (whole, grouped))
-    for column in ("train/loss", "gradient_norm", "learning_rate", "ratio/mean"):
+    for column in ("train/loss", "gradient_norm", "learning_rate", "rmse_ratio/mean"):
         first, second = (log[["step", column]].dropna().to_numpy() for log in (one, two))
         assert first[:, 0].tolist() == second[:, 0].tolist(), column
-        if column != "ratio/mean":  # validations take as many batches, hence other samples
+        if column != "rmse_ratio/mean":  # validations take as many batches, hence other samples
             np.testing.assert_allclose(second[:, 1], first[:, 1], rtol=5e-4, err_msg=column)
     records = [read_contents(f / "checkpoints" / "last.ckpt")["atmossl"] for f in (whole, grouped)]
     assert [record["samples"] for record in records] == [32, 32]
