@@ -18,6 +18,7 @@ import xarray as xr
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from atmossl.data.backends import OpenedStore
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.chunks import Access
@@ -162,7 +163,7 @@ class Model:
             needs = Needs.of([s for s in self.trained.specs_for(task) if s.data == data])
             segment = open_segment(
                 "dataset",
-                dataset,
+                OpenedStore(dataset, pressure_levels=self.trained.pressure_levels),
                 f"others[{data!r}]" if data else "the dataset",
                 variables=needs.variables,
                 levels=needs.levels,

@@ -47,6 +47,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
   calibrate atmossl calibrate task=forecast checkpoint=PATH output=new.ckpt
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
+  import    atmossl import atmorep FOLDER data=NAME output=atmorep.ckpt    docs/atmorep.md
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
             atmossl export checkpoint=PATH,PATH output=mean.ckpt    mean of the weights
   data      atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
@@ -294,6 +295,20 @@ def _export(arguments: Sequence[str]) -> None:
         export(checkpoints, Path(output))
 
 
+def _import(arguments: Sequence[str]) -> None:
+    from atmossl.commands.import_atmorep import import_atmorep
+
+    kind, folder, *overrides = [*arguments, "", ""][: max(2, len(arguments))]
+    if kind != "atmorep" or not folder or "=" in folder:
+        raise ValueError(
+            f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME [catalog=PATH]"
+        )
+    given = [item for item in overrides if not item.startswith("catalog=")]
+    catalogs = [Path(*_keyword([item], ["catalog"])) for item in overrides if item not in given]
+    output, data = _keyword(given, ["output", "data"])
+    import_atmorep(Path(folder), Path(output), data, catalogs[-1] if catalogs else None)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "predict": _predict,
@@ -301,6 +316,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _evaluate,
     "calibrate": _calibrate,
     "export": _export,
+    "import": _import,
     "data": _data,
     "config": _config,
     "info": _info,

@@ -73,6 +73,8 @@ def open_for(
         trained.specs_for(task), data or trained.data, catalog, split, access=access
     )
     segments = paired(records)
+    for segment in segments:
+        trained.check_levels(segment)
     chosen = tuple(one for one in segments if one.is_called(name))
     if not chosen:
         have = sorted({one.name for one in segments})

@@ -11,6 +11,7 @@ from atmossl.names import check_name
 
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
+LevelKind = Literal["pressure", "model"]
 StoreFormat = Literal["auto", "zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"]
 _COORDINATES = ("time", "level", "latitude", "longitude")
 _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
@@ -41,7 +42,8 @@ class Period(_Strict):
 class CatalogEntry(_Strict):
     """A named collection of segments on one grid with one time step.
 
-    variables: canonical name -> name in the store. levels: pressure levels in hPa.
+    variables: canonical name -> name in the store. levels: pressure levels in hPa, or numbers of
+        model levels where `levels_are` is `model`.
     coordinates: canonical coordinate (time, level, latitude, longitude) -> name in the store.
     gaps: what missing time steps do: `error`, or `split` the record into its unbroken parts, so
         that no window spans a gap.
@@ -52,6 +54,7 @@ class CatalogEntry(_Strict):
     splits: dict[Split, Annotated[tuple[Period, ...], Field(min_length=1)]]
     variables: dict[str, str]
     levels: tuple[int, ...] = ()
+    levels_are: LevelKind = "pressure"
     coordinates: dict[str, str] = Field(default_factory=dict)
     gaps: Gaps = "error"
     licence: str

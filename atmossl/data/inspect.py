@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from zarr.storage import LocalStore
 
 from atmossl.data.axes import read_times, regular_times, unlike_gaps, usual_step, why_uneven
-from atmossl.data.backends import OpenedStore, open_store
+from atmossl.data.backends import OpenedStore
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.metadata import check_statements, is_mean
-from atmossl.data.store import check_dims, rename_coordinates
+from atmossl.data.store import check_dims, open_entry, rename_coordinates
 from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
 from atmossl.geometry import ascending_longitudes
@@ -158,7 +158,7 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
     """
     reports = []
     for name, source in entry.segments.items():
-        opened, location = open_store(source), resolve_location(source.location)
+        opened, location = open_entry(entry, name), resolve_location(source.location)
         dataset = rename_coordinates(opened.dataset, entry.coordinates, location)
         if dataset.sizes["time"] == 0:
             raise ValueError(f"{location}: its time axis is empty")
@@ -169,7 +169,7 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
         variables = tuple(
             replace(
                 _variable(canonical, stored, dataset[stored], opened, window, samples),
-                contradiction=_contradiction(canonical, dataset[stored], opened.dataset, location),
+                contradiction=_contradiction(canonical, dataset[stored], opened, location),
             )
             for canonical, stored in entry.variables.items()
         )
@@ -178,9 +178,11 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
     return reports
 
 
-def _contradiction(variable: str, array: xr.DataArray, whole: xr.Dataset, location: str) -> str:
+def _contradiction(variable: str, array: xr.DataArray, opened: OpenedStore, location: str) -> str:
     try:
-        check_statements(variable, array, whole, location)
+        check_statements(
+            variable, array, opened.dataset, location, pressure_levels=opened.pressure_levels
+        )
     except ValueError as error:
         return str(error)
     return ""

@@ -132,11 +132,19 @@ _START = re.compile(
 )
 
 
-def check_statements(variable: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
+def check_statements(
+    variable: str,
+    array: xr.DataArray,
+    whole: xr.Dataset,
+    where: str,
+    *,
+    pressure_levels: bool = True,
+) -> None:
     """That a variable with canonical dimensions, and all its coordinates, are what they are taken
     for, as far as the file says.
 
-    whole: all that the file holds, under its own names.
+    whole: all that the file holds, under its own names. pressure_levels: whether levels are taken
+        for pressures, or for numbers of model levels.
 
     Raises:
         ValueError: names the file, what contradicts what, and what to do.
@@ -150,7 +158,10 @@ def check_statements(variable: str, array: xr.DataArray, whole: xr.Dataset, wher
         if axis in array.coords:
             _check_degrees(axis, degrees, array, where)
     if "level" in array.dims:
-        _check_level(variable, array["level"], whole, where)
+        if pressure_levels:
+            _check_level(variable, array["level"], whole, where)
+        else:
+            _check_model_level(variable, array["level"], where)
     if "time" in array.dims:
         _check_valid_time(variable, array, where)
 
@@ -426,7 +437,18 @@ def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: s
         raise ValueError(
             f"{where}: {variable} lies on levels with {', '.join(faults)}, which are not pressure. "
             "Levels must be pressure in hPa or Pa: interpolate to pressure levels first, or, if "
-            "they are pressure, say so by units and standard_name air_pressure"
+            "they are pressure, say so by units and standard_name air_pressure; numbers of model "
+            "levels, which AtmoRep's models take, need `levels_are: model` in the catalog entry"
+        )
+
+
+def _check_model_level(variable: str, level: xr.DataArray, where: str) -> None:
+    """That levels do not say that they are pressures."""
+    if is_pressure(level):
+        raise ValueError(
+            f"{where}: {variable} lies on levels of pressure, as their attributes say, where "
+            "numbers of model levels are needed; leave `levels_are: model` out of the catalog "
+            "entry, or choose another store"
         )
 
 

@@ -102,10 +102,18 @@ def open_parts(
     dataset = rename_coordinates(dataset, coordinates or {}, location)
     dataset = with_regular_axes(dataset, location)
     for variable in names:
-        check_statements(variable, dataset[variable], opened.dataset, location)
+        check_statements(
+            variable,
+            dataset[variable],
+            opened.dataset,
+            location,
+            pressure_levels=opened.pressure_levels,
+        )
         check_units(variable, dataset[variable].attrs.get("units"), location)
         check_dims(variable, dataset[variable].dims, location)
-    stored_levels = _checked_levels(dataset, levels, location)
+    stored_levels = _checked_levels(
+        dataset, levels, location, pressure_levels=opened.pressure_levels
+    )
     times, calendar = _checked_times(dataset, location)
     parts = _unbroken(times, gaps, calendar, location)
     latitude_order, longitude_order, grid = _canonical_grid(dataset, location)
@@ -267,7 +275,9 @@ def check_dims(name: str, dims: Sequence[Hashable], location: str) -> None:
         )
 
 
-def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -> tuple[float, ...]:
+def _checked_levels(
+    dataset: xr.Dataset, levels: Sequence[int], location: str, *, pressure_levels: bool = True
+) -> tuple[float, ...]:
     """Levels of the store, in its order."""
     if not any("level" in array.dims for array in dataset.data_vars.values()):
         return ()
@@ -282,7 +292,8 @@ def _checked_levels(dataset: xr.Dataset, levels: Sequence[int], location: str) -
         raise ValueError(f"{location}: levels [{shown}] are there more than once")
     missing = sorted(set(levels) - set(have))
     if missing:
-        raise ValueError(f"{location}: levels {missing} hPa are missing; the store has [{shown}]")
+        unit = " hPa" if pressure_levels else ""
+        raise ValueError(f"{location}: levels {missing}{unit} are missing; the store has [{shown}]")
     return tuple(have)
 
 
@@ -399,6 +410,14 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
     return chosen[0]
 
 
+def open_entry(
+    entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCESS
+) -> OpenedStore:
+    """The store of a segment, whose levels are what the entry says."""
+    opened = open_store(entry.segments[segment], access)
+    return replace(opened, pressure_levels=False) if entry.levels_are == "model" else opened
+
+
 def _open_period(
     entry: CatalogEntry,
     period: Period,
@@ -408,11 +427,10 @@ def _open_period(
     may_miss: Sequence[str],
 ) -> list[Segment]:
     """The unbroken parts of a segment in a period."""
-    source = entry.segments[period.segment]
     parts = open_parts(
         period.segment,
-        open_store(source, access),
-        resolve_location(source.location),
+        open_entry(entry, period.segment, access),
+        resolve_location(entry.segments[period.segment].location),
         variables=variables,
         levels=levels,
         variable_names=entry.variables,

@@ -16,17 +16,18 @@ from atmossl.checkpoint_files import (
     write_output,
 )
 from atmossl.checksums import in_one_line, verified_digest
+from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
-from atmossl.model.kinds import build_network
+from atmossl.model.kinds import build_network, network_class
 from atmossl.model.low_rank import merged
 from atmossl.model.network import Network
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
-_AVERAGED = "ema.module."
+AVERAGED = "ema.module."
 _NEEDED = (
     "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
 )  # fmt: skip
@@ -58,6 +59,21 @@ class TrainedModel:
             raise ValueError(
                 f"the checkpoint was trained by {kind}, from which it did not learn to {ability}; "
                 f"it can {' and '.join(sorted(self.provides))}"
+            )
+
+    @property
+    def pressure_levels(self) -> bool:
+        """Whether its levels are pressures in hPa; else they are numbers of model levels."""
+        return self.record.get("levels_are", "pressure") == "pressure"
+
+    def check_levels(self, segment: Segment) -> None:
+        """Raise ValueError if a record has levels of pressure where numbers of model levels are
+        needed."""
+        if self.levels and segment.pressure_levels and not self.pressure_levels:
+            raise ValueError(
+                f"{segment.location}: the checkpoint needs model levels {list(self.levels)}, and "
+                "the levels of this store are taken for pressures; if they are numbers of model "
+                "levels, say `levels_are: model` in its catalog entry"
             )
 
     @property
@@ -128,9 +144,9 @@ def load_checkpoint(name: str) -> TrainedModel:
     specs = _specs_of(record, name)
     model = build_network(record["network"], streams=specs, **record["model"])
     weights = {
-        key.removeprefix(_AVERAGED): value
+        key.removeprefix(AVERAGED): value
         for key, value in contents["state_dict"].items()
-        if key.startswith(_AVERAGED)
+        if key.startswith(AVERAGED)
     }
     try:
         model.load_state_dict(merged(weights))
@@ -197,7 +213,8 @@ def export(names: Sequence[str], output: Path) -> None:
 
     Of several checkpoints, stages of one run say, the mean of their weights and the last one's
     record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
-    half precision (11 bits of mantissa); loading makes them float32 again.
+    the network's `exported_dtype`, half precision (11 bits of mantissa) for our own; loading makes
+    them float32 again.
 
     Raises:
         ValueError: the output exists, or checkpoints of different models.
@@ -214,10 +231,11 @@ def export(names: Sequence[str], output: Path) -> None:
         if bool(contents["atmossl"]["first_guess"]) != bool(last["atmossl"]["first_guess"]):
             raise ValueError(f"checkpoint={name}: its first_guess is not that of {names[-1]}")
     states = [merged(checkpoints[name]["state_dict"]) for name in names]
+    dtype = network_class(last["atmossl"]["network"]).exported_dtype
     weights = {
-        key: _mean([state[key] for state in states])
+        key: _mean([state[key] for state in states], dtype)
         for key in states[-1]
-        if key.startswith(_AVERAGED)
+        if key.startswith(AVERAGED)
     }
     record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
     if len(names) > 1:
@@ -226,8 +244,8 @@ def export(names: Sequence[str], output: Path) -> None:
     write_output(exported, output)
 
 
-def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In half precision; what is no weight is the last one's."""
+def _mean(values: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """What is no weight is the last one's."""
     if not values[-1].is_floating_point():
         return values[-1]
-    return torch.stack([value.float() for value in values]).mean(dim=0).half()
+    return torch.stack([value.float() for value in values]).mean(dim=0).to(dtype)

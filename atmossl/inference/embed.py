@@ -26,7 +26,7 @@ from atmossl.checkpoint_files import write_atomically
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.layout import COORDINATES, encoding
+from atmossl.inference.layout import COORDINATES, attributes_of, encoding
 from atmossl.inference.windows import Source, WindowReader, columns
 from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.tasks import TimePlan
@@ -231,7 +231,12 @@ class Embedder:
             dataset = dataset.assign_coords(self._coordinates(times, stream, dims, f"time{end}"))
         for name in map(str, dataset.coords):
             kind = name if name in COORDINATES else name.partition("_")[0]
-            dataset[name].attrs = dict(_OFFSET if kind == "offset" else COORDINATES[kind])
+            pressure_levels = self.trained.pressure_levels
+            dataset[name].attrs = (
+                attributes_of(kind, pressure_levels=pressure_levels)
+                if kind in COORDINATES
+                else dict(_OFFSET)
+            )
         return dataset.assign_attrs(
             Conventions="CF-1.11",
             title="atmossl latents",

@@ -44,6 +44,8 @@ def check_grib(predictor: Predictor) -> None:
     if not predictor.segment.calendar.plain:
         name = predictor.segment.calendar.name
         raise ValueError(f"output: .grib2 has no calendar {name}; write .zarr or .nc")
+    if not predictor.trained.pressure_levels:
+        raise ValueError("output: .grib2 of model levels is not written here; write .zarr or .nc")
     specs = [spec for spec in predictor.trained.own_specs if spec.role == "predict"]
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:

@@ -32,6 +32,13 @@ COORDINATES = {
         "positive": "down",
         "axis": "Z",
     },
+    "model_level": {
+        "standard_name": "model_level_number",
+        "long_name": "model level",
+        "units": "1",
+        "positive": "down",
+        "axis": "Z",
+    },
     "member": {"standard_name": "realization", "long_name": "ensemble member", "units": "1"},
     "time": {
         "standard_name": "time",
@@ -46,6 +53,12 @@ COORDINATES = {
     },
     "lead_time": {"standard_name": "forecast_period", "long_name": "lead time"},
 }
+
+
+def attributes_of(coordinate: str, *, pressure_levels: bool) -> dict[str, str]:
+    """Attributes of a coordinate of predictions and latents, as CF names them."""
+    is_number = coordinate == "level" and not pressure_levels
+    return dict(COORDINATES["model_level" if is_number else coordinate])
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,8 @@ class Layout:
             arrays[name] = (dims, values, _description(name))
         dataset = xr.Dataset(arrays, coordinates, self._attributes())
         for name in coordinates:
-            dataset[name].attrs = dict(COORDINATES[name])
+            pressure_levels = self.predictor.trained.pressure_levels
+            dataset[name].attrs = attributes_of(name, pressure_levels=pressure_levels)
         return self.renamed(dataset)
 
     def renamed(self, dataset: xr.Dataset) -> xr.Dataset:

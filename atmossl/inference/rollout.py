@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atmossl.data.backends import OpenedStore
 from atmossl.data.chunks import Access
 from atmossl.data.companions import Companion
 from atmossl.data.forcings import FORCINGS
@@ -181,7 +182,7 @@ def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> S
     times = last + record.step * (np.arange(count) + 1 - count)
     return open_segment(
         f"{record.name} rolled out",
-        record.dataset_of(state, times),
+        OpenedStore(record.dataset_of(state, times), pressure_levels=record.pressure_levels),
         record.location,
         variables=record.variables,
         levels=record.levels,

@@ -333,12 +333,7 @@ class AtmoRep(nn.Module):
 
     def decode(self, name: str, latents: list[Tensor]) -> AtmoRepOutput:
         """Members of all tokens of a predicted field from the latents of its encoder's layers."""
-        decoder = self._decoder(name)
-        x = latents[-1]
-        layers = zip(decoder.attentions, decoder.perceptrons, strict=True)
-        for number, (attention, perceptron) in enumerate(layers):
-            x = perceptron(attention(x, latents[self.settings.encoder_layer_read_by(number)]))
-        members = decoder.tail(x)
+        members = self._decoder(name).tail(self.decoded(name, latents))
         num_levels = len(self.settings.field(name).levels)
         return AtmoRepOutput(
             rearrange(
@@ -346,6 +341,17 @@ class AtmoRep(nn.Module):
                 level=num_levels,
             )
         )  # fmt: skip
+
+    def decoded(
+        self, name: str, latents: list[Tensor]
+    ) -> Float[Tensor, "batch token width"]:
+        """Latents of all tokens of a predicted field after the last layer of its decoder."""
+        decoder = self._decoder(name)
+        x = latents[-1]
+        layers = zip(decoder.attentions, decoder.perceptrons, strict=True)
+        for number, (attention, perceptron) in enumerate(layers):
+            x = perceptron(attention(x, latents[self.settings.encoder_layer_read_by(number)]))
+        return x
 
     def forward(self, inputs: Mapping[str, AtmoRepInput]) -> dict[str, AtmoRepOutput]:
         latents = self.encode(inputs)

@@ -57,9 +57,11 @@ class Network(nn.Module):
 
     ends: names of the submodules that turn latents into values. They have no square geometry, and
         `objective.train_only` can train them alone.
+    exported_dtype: in which `atmossl export` keeps the weights.
     """
 
-    ends: ClassVar[tuple[str, ...]] = ()
+    ends: tuple[str, ...] = ()
+    exported_dtype: ClassVar[torch.dtype] = torch.float16
 
     def encode(self, view: View) -> Latents:
         """Latents of all tokens that the view gives."""

@@ -183,7 +183,7 @@ class PlainAtmoRep:
                         self.linear(f"embeds_token_info.{n}", info[v, number]),
                     ]
                 )
-                a, o = place // rows, place % rows
+                a, o = place // rows, place % columns
                 for j in range(width // 2):
                     w = 2 * math.pi * 2 * j / width
                     x[2 * j] += 0.5 * math.sin(8 * a * w) + math.sin(t * w)

@@ -17,9 +17,9 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "atmorep_reference"
 FOLDERS = reference_folders(REFERENCE) if REFERENCE.exists() else []
 ONE = [field("temperature", 8)]
 THREE = [
-    field("velocity_u", 8, ("temperature", "specific_humidity")),
+    field("velocity_u", 10, ("temperature", "specific_humidity")),
     field("temperature", 12, ("velocity_u",), (137,), (1, 2, 2), (2, 2, 3)),
-    field("specific_humidity", 16, (), (96, 105, 114), (2, 3, 2)),
+    field("specific_humidity", 20, (), (96, 105, 114), (2, 3, 2)),
 ]
 
 

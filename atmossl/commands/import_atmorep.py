@@ -1,0 +1,122 @@
+"""`atmossl import atmorep`."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from atmossl import __version__
+from atmossl.batch import YEAR_HOURS, StreamSpec
+from atmossl.checkpoint_files import check_room, size_on_disk, write_output
+from atmossl.checkpoint_formats import FORMAT
+from atmossl.commands.common import note
+from atmossl.data.companions import open_records
+from atmossl.data.segment import Segment
+from atmossl.data.statistics import Statistics, load_or_compute
+from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
+from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
+from atmossl.model.atmorep_files import load_atmorep
+from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
+
+_STEP_HOURS = 1.0  # of ERA5 as AtmoRep reads it
+
+
+def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None) -> Path:
+    """Write a checkpoint of a published model of AtmoRep; returns its path.
+
+    location: the folder with `model_idX.json` and `AtmoRep_idX.mod`, or its `.tar.gz`. data: the
+    catalog entry whose train split the fields are normalised by.
+
+    Raises:
+        ValueError: a file, option or field that does not fit, or a store that lacks what the
+            network needs.
+    """
+    if output.suffix != ".ckpt" or output.exists():
+        raise ValueError(f"output={output} must end in .ckpt and not exist")
+    core = load_atmorep(location)
+    try:
+        specs, window = streams_of(core.settings), window_of(core.settings)
+        network = _network(core, specs)
+    except ValueError as error:
+        raise ValueError(f"{location}: {error}") from error
+    segments = open_records(specs, data, catalog, "train")[""]
+    _check_store(segments, specs, core.settings, data)
+    check_room(output, 1)
+    statistics = load_or_compute(segments)
+    record = _record(core.settings, specs, window, statistics)
+    record |= {"data": data, "imported_from": location.name}
+    weights = {f"{AVERAGED}{name}": value for name, value in network.state_dict().items()}
+    write_output({"state_dict": weights, "atmossl": record}, output)
+    note(
+        f"values are normalised by mean and standard deviation of data={data} ({statistics.period})"
+        "; AtmoRep's training normalised every month by its own, so that predictions may be worse "
+        "than published ones"
+    )
+    told = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
+    Console(markup=False).print(told, highlight=False, soft_wrap=True)
+    return output
+
+
+def _network(core: AtmoRep, specs: tuple[StreamSpec, ...]) -> AtmoRepNetwork:
+    network = AtmoRepNetwork(streams=specs, **asdict(core.settings))
+    network.core.load_state_dict(core.state_dict())
+    return network
+
+
+def _record(
+    settings: AtmoRepSettings,
+    specs: Sequence[StreamSpec],
+    window: tuple[int, int, int],
+    statistics: Statistics,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself; see `atmossl.checkpoint_formats`."""
+    steps, rows, columns = window
+    return {
+        "format": FORMAT,
+        "atmossl": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),
+        "streams": [spec_to_dict(spec) for spec in specs],
+        "network": "atmorep",
+        "model": asdict(settings),
+        "objective": {"kind": "AtmoRep", "provides": ["embed", "reconstruct"]},
+        "statistics": statistics.to_dict(),
+        "window": {"time": steps, "lat": rows, "lon": columns},
+        "first_guess": False,
+        "step_hours": _STEP_HOURS,
+        "step": 0,  # AtmoRep's files do not tell how many steps it was trained for
+        "levels_are": "model",
+        "config": {},
+        "warm_start": {},
+    }
+
+
+def _check_store(
+    segments: Sequence[Segment],
+    specs: Sequence[StreamSpec],
+    settings: AtmoRepSettings,
+    data: str,
+) -> None:
+    """Raise ValueError if a store cannot give windows of the network, or says that its levels are
+    pressures."""
+    _, rows, columns = window_of(settings)
+    first = segments[0]
+    if first.pressure_levels and any(spec.levels for spec in specs):
+        raise ValueError(
+            f"data={data}: AtmoRep's levels {list(first.levels)} are numbers of model levels; if "
+            "those of the store are, say `levels_are: model` in the catalog entry"
+        )
+    if first.grid.shape[0] < rows or first.grid.shape[1] < columns:
+        raise ValueError(
+            f"data={data}: its grid of {first.grid.shape[0]} x {first.grid.shape[1]} cells is "
+            f"smaller than the network's window of {rows} x {columns}, which its positions are "
+            "fixed to"
+        )
+    if first.calendar.year_hours != YEAR_HOURS:
+        raise ValueError(
+            f"data={data}: its calendar is {first.calendar.name}; AtmoRep knows the standard one"
+        )

@@ -1,0 +1,335 @@
+"""AtmoRep's network behind the contract of every network: it takes views of streams.
+
+A stream is one field of AtmoRep. AtmoRep wants tokens from north to south, each described by its
+date, level and place as raw numbers (`token_info`), and knows them by their position in a window
+of fixed size. It predicts values, not departures from a first guess, and shows a hidden token as
+zeros. `atmossl.model.atmorep` is the network itself, `atmossl.model.atmorep_files` reads its files.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from atmossl.batch import (
+    YEAR_HOURS,
+    Corruption,
+    Prediction,
+    StreamPrediction,
+    StreamSpec,
+    StreamTokens,
+    TokenGrid,
+    TokenIndex,
+    TokenSize,
+    View,
+)
+from atmossl.model.atmorep import (
+    AtmoRep,
+    AtmoRepField,
+    AtmoRepInput,
+    AtmoRepSettings,
+    DecoderAttention,
+    FieldAttention,
+    Perceptron,
+    Tail,
+)
+from atmossl.model.layout import Latent, Place, gather
+from atmossl.model.network import Latents, Network, StreamLatents
+
+HOURS_PER_DAY = 24.0
+_SECONDS_PER_HOUR = 3600.0
+# AtmoRep's names of fields, and those of ERA5 that stores have here.
+VARIABLE_OF_FIELD = {
+    "temperature": "temperature",
+    "velocity_u": "u_component_of_wind",
+    "velocity_v": "v_component_of_wind",
+    "velocity_z": "vertical_velocity",
+    "specific_humidity": "specific_humidity",
+    "vorticity": "vorticity",
+    "divergence": "divergence",
+    "geopotential": "geopotential",
+    "t2m": "2m_temperature",
+    "u10m": "10m_u_component_of_wind",
+    "v10m": "10m_v_component_of_wind",
+    "msl": "mean_sea_level_pressure",
+    "total_precip": "total_precipitation",
+}
+_INFO_ENTRIES = (8, 6)  # numbers that describe a token, in models of 2024 and in older ones
+_LAYER = re.compile(r"core\.encoders\.[^.]+\.(?:attentions|perceptrons)\.(\d+)\.")
+_EMBEDDING = re.compile(r"core\.encoders\.[^.]+\.embed(_info)?\.")
+
+
+class AtmoRepNetwork(Network):
+    """AtmoRep on views whose streams are its fields, by the fields' names.
+
+    fields, sizes: what `AtmoRepSettings` are built from, as plain values (`dataclasses.asdict`).
+
+    Raises:
+        ValueError: streams that are not the fields.
+    """
+
+    exported_dtype = torch.float32  # half precision would change what is known to be exact
+
+    def __init__(
+        self, *, streams: tuple[StreamSpec, ...], fields: Sequence[Mapping[str, Any]], **sizes: Any
+    ) -> None:
+        super().__init__()
+        settings = AtmoRepSettings(tuple(AtmoRepField(**field) for field in fields), **sizes)
+        if settings.info_entries not in _INFO_ENTRIES:
+            raise ValueError(
+                f"size_token_info={settings.info_entries}: AtmoRep's models are told "
+                f"{' or '.join(map(str, _INFO_ENTRIES))} numbers of a token"
+            )
+        if set(streams) != set(streams_of(settings)):
+            raise ValueError(
+                f"streams {[spec.name for spec in streams]} are not the fields of AtmoRep's "
+                f"settings, {[field.name for field in settings.fields]}, with their levels and "
+                "token sizes"
+            )
+        self.core = AtmoRep(settings)
+        self.ends = tuple(f"core.decoders.{name}.tail" for name in settings.predicted)
+
+    @property
+    def settings(self) -> AtmoRepSettings:
+        return self.core.settings
+
+    @property
+    def num_encoder_layers(self) -> int:
+        return self.settings.encoder_layers
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        kinds = (FieldAttention, DecoderAttention, Perceptron)
+        return tuple(module for module in self.modules() if isinstance(module, kinds))
+
+    @property
+    def wide_parts(self) -> tuple[nn.Module, ...]:
+        return tuple(module for module in self.modules() if isinstance(module, Perceptron))
+
+    def depth(self, name: str) -> int | None:
+        layer = _LAYER.match(name)
+        if layer is not None:
+            return self.num_encoder_layers - 1 - int(layer[1])
+        return self.num_encoder_layers if _EMBEDDING.match(name) else None
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        for module in (*self.blocks, *(m for m in self.modules() if isinstance(m, Tail))):
+            module.compile(backend=backend)
+
+    def encode(self, view: View) -> Latents:
+        """Latents of all tokens of every field, hidden ones included: AtmoRep drops none."""
+        for stream in view.streams:
+            _check_window(stream, self.settings.field(stream.spec.name))
+        inputs = {stream.spec.name: self._input(stream) for stream in view.streams}
+        states = self.core.encode(inputs)
+        return {
+            stream.spec.name: _latents(states[stream.spec.name], stream) for stream in view.streams
+        }
+
+    def _input(self, stream: StreamTokens) -> AtmoRepInput:
+        """The tokens of one stream with hidden ones as zeros, from north to south."""
+        field = self.settings.field(stream.spec.name)
+        corruption = stream.corruption[..., None]
+        is_hidden = (corruption == Corruption.MASK) | (corruption == Corruption.DROP)
+        time, lat, lon = field.token_size
+        values = rearrange(
+            stream.source.masked_fill(is_hidden, 0.0),
+            "batch level nt nlat nlon (time lat lon) -> batch level nt nlat nlon time lat lon",
+            time=time, lat=lat, lon=lon,
+        )  # fmt: skip
+        info = token_info(stream.grid, field, self.settings.info_entries)
+        return AtmoRepInput(values.flip(3, 6), info)
+
+    def reconstruct(self, latents: Latents, view: View) -> Prediction:
+        """Members of the hidden tokens; the view's first guess takes no part."""
+        predictions = []
+        for stream in view.streams:
+            name, queries = stream.spec.name, stream.queries
+            if name not in self.settings.predicted:
+                continue
+            assert queries is not None, "collate the view first: token indices are missing"
+            output = self.core.decode(name, _states(latents[name]))
+            patches = _from_south_to_north(output.members, self.settings.field(name))
+            members = gather(patches.flatten(2), queries)
+            predictions.append(
+                StreamPrediction(members.unflatten(2, tuple(patches.shape[2:])), queries)
+            )
+        return Prediction(tuple(predictions))
+
+    def predict(self, latents: Latents, view: View) -> Latents:
+        """Latents of the hidden tokens after the decoder; the tail takes no part."""
+        predicted = {}
+        for stream in view.streams:
+            name, queries = stream.spec.name, stream.queries
+            if name not in self.settings.predicted:
+                continue
+            assert queries is not None, "collate the view first: token indices are missing"
+            decoded = _turned(self.core.decoded(name, _states(latents[name])), stream.grid)
+            place = Place({}, queries, stream.grid.shape, stream.grid.periodic)
+            latent = Latent(gather(decoded, queries), place)
+            predicted[name] = StreamLatents((latent,), queries, stream.grid)
+        return predicted
+
+
+def streams_of(settings: AtmoRepSettings) -> tuple[StreamSpec, ...]:
+    """One stream for every field, by its name; fields that are not predicted are input alone.
+
+    Raises:
+        ValueError: a field whose variable is not known here, or one at the surface and above it.
+    """
+    specs = []
+    for field in settings.fields:
+        if field.name not in VARIABLE_OF_FIELD:
+            raise ValueError(
+                f"fields: {field.name!r} is no field that is known here; known: "
+                f"{sorted(VARIABLE_OF_FIELD)}"
+            )
+        if 0 in field.levels and len(field.levels) > 1:
+            raise ValueError(
+                f"fields: {field.name} has levels {list(field.levels)}, of which 0 is the surface; "
+                "a stream has levels or none"
+            )
+        specs.append(
+            StreamSpec(
+                name=field.name,
+                variables=(VARIABLE_OF_FIELD[field.name],),
+                levels=() if field.levels == (0,) else field.levels,
+                token_size=TokenSize(*field.token_size),
+                role="predict" if field.name in settings.predicted else "input",
+            )
+        )
+    return tuple(specs)
+
+
+def window_of(settings: AtmoRepSettings) -> tuple[int, int, int]:
+    """Steps, rows and columns of the window that all fields share.
+
+    Raises:
+        ValueError: fields with windows of different sizes.
+    """
+    windows = {
+        field.name: tuple(
+            count * size for count, size in zip(field.num_tokens, field.token_size, strict=True)
+        )
+        for field in settings.fields
+    }
+    steps, rows, columns = next(iter(windows.values()))
+    if len(set(windows.values())) > 1:
+        raise ValueError(
+            f"fields: their windows differ in time steps, rows or columns: {windows}; streams share "
+            "a window here"
+        )
+    return steps, rows, columns
+
+
+def token_info(
+    grid: TokenGrid, field: AtmoRepField, num_entries: int
+) -> Float[Tensor, "batch level token entry"]:
+    """What AtmoRep is told of every token, raw numbers, tokens in order of time, latitude from
+    north to south, and longitude.
+
+    Eight entries: year, day of year from 0, hour, level, latitude from 0 at the north pole to 180,
+    longitude, level again, grid spacing in degrees. Six, in older models: year, day of year with
+    the hour as its fraction, level, latitude, longitude, grid spacing. The time is that of the last
+    step of a token, the place that of its point number size // 2.
+    """
+    steps, rows, columns = field.token_size
+    last = grid.time_hours.double() + grid.time_extent.double()[:, None] * (steps - 1) / steps / 2
+    year, day, hour = _dates(last)
+    height = grid.lat_extent.double()[:, None] / rows
+    width = grid.lon_extent.double()[:, None] / columns
+    lat = grid.lat.double().flip(1) + height * ((rows - 1) / 2 - rows // 2)
+    lon = (grid.lon.double() + width * (columns // 2 - (columns - 1) / 2)) % 360.0
+    level = torch.tensor(field.levels, dtype=torch.float64, device=lat.device)
+    sizes = {"level": len(field.levels), "nt": last.shape[1], "nlat": lat.shape[1]}
+    sizes |= {"nlon": lon.shape[1], "batch": lat.shape[0]}
+
+    def spread(values: Tensor, axes: str) -> Tensor:
+        others = {name: size for name, size in sizes.items() if name not in axes.split()}
+        return repeat(values, f"{axes} -> batch level (nt nlat nlon)", **others)
+
+    levels, spacing = spread(level, "level"), spread(height[:, 0], "batch")
+    place = (spread(90.0 - lat, "batch nlat"), spread(lon, "batch nlon"))
+    if num_entries == 8:
+        when = (spread(time, "batch nt") for time in (year, day, hour))
+        entries = (*when, levels, *place, levels, spacing)
+    else:
+        when = (spread(time, "batch nt") for time in (year, day + hour / HOURS_PER_DAY))
+        entries = (*when, levels, *place, spacing)
+    return torch.stack(entries, dim=-1).float()
+
+
+def _dates(hours: Float[Tensor, "batch nt"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Year, day of year from 0 and hour of hours since 1970-01-01T00, standard calendar."""
+    hours = (hours * _SECONDS_PER_HOUR).round() / _SECONDS_PER_HOUR
+    days = (hours / HOURS_PER_DAY).floor()
+    year = ((days + 0.5) * HOURS_PER_DAY / YEAR_HOURS).floor() + 1970
+    year = year - (days < _new_year(year)).double()  # leap days come irregularly
+    year = year + (days >= _new_year(year + 1)).double()
+    return year, days - _new_year(year), hours - days * HOURS_PER_DAY
+
+
+def _new_year(year: Tensor) -> Tensor:
+    """Days from 1970-01-01 to the first of January of a year."""
+    before = year - 1
+    leaps = (before / 4).floor() - (before / 100).floor() + (before / 400).floor()
+    return 365 * (year - 1970) + leaps - 477  # leap days before 1970
+
+
+def _check_window(stream: StreamTokens, field: AtmoRepField) -> None:
+    needed = (len(field.levels), *field.num_tokens)
+    if stream.grid.shape != needed:
+        raise ValueError(
+            f"stream {field.name} has {stream.grid.shape} tokens (level, time, latitude, "
+            f"longitude); the positions of this network are fixed to {needed}: the grid must have "
+            "at least a window's rows and columns"
+        )
+    if abs(stream.grid.year_hours - YEAR_HOURS) > 1e-6:
+        raise ValueError(
+            "AtmoRep is told dates of the standard calendar; this record has another one"
+        )
+
+
+def _latents(states: list[Tensor], stream: StreamTokens) -> StreamLatents:
+    """AtmoRep's latents of one field, from south to north."""
+    grid, device = stream.grid, stream.source.device
+    everything = torch.ones((len(stream.source), *grid.shape), dtype=torch.bool)
+    chosen = TokenIndex.of(everything).to(device)
+    place = Place({}, chosen, grid.shape, grid.periodic)
+    layers = tuple(Latent(_turned(state, grid), place) for state in states)
+    return StreamLatents(layers, chosen, grid)
+
+
+def _states(latents: StreamLatents) -> list[Tensor]:
+    """The latents of all layers from north to south, as AtmoRep has them."""
+    return [_turned(layer.features, latents.grid) for layer in latents.layers]
+
+
+def _turned(
+    x: Float[Tensor, "batch token width"], grid: TokenGrid
+) -> Float[Tensor, "batch token width"]:
+    """Tokens with their rows in the opposite order."""
+    return x.unflatten(1, grid.shape).flip(3).flatten(1, 4)
+
+
+def _from_south_to_north(
+    members: Float[Tensor, "batch level token member value"], field: AtmoRepField
+) -> Float[Tensor, "batch token member patch"]:
+    """AtmoRep's output from south to north, as patches of streams."""
+    _, nlat, nlon = field.num_tokens
+    _, lat, lon = field.token_size
+    split = rearrange(
+        members,
+        "batch level (nt nlat nlon) member (time lat lon) -> "
+        "batch level nt nlat nlon member time lat lon",
+        nlat=nlat, nlon=nlon, lat=lat, lon=lon,
+    ).flip(3, 7)  # fmt: skip
+    return rearrange(
+        split,
+        "batch level nt nlat nlon member time lat lon -> "
+        "batch (level nt nlat nlon) member (time lat lon)",
+    )
