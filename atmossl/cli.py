@@ -306,7 +306,9 @@ def _import(arguments: Sequence[str]) -> None:
     given = [item for item in overrides if not item.startswith("catalog=")]
     catalogs = [Path(*_keyword([item], ["catalog"])) for item in overrides if item not in given]
     output, data = _keyword(given, ["output", "data"])
-    import_atmorep(Path(folder), Path(output), data, catalogs[-1] if catalogs else None)
+    catalog = catalogs[-1] if catalogs else None
+    with owned(Path(output), "output"), keeping("nothing is kept"):
+        import_atmorep(Path(folder), Path(output), data, catalog)
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -12,17 +12,23 @@ def show_checkpoint(checkpoint: str) -> None:
     record = trained.record
     table = Table("what", "value", show_header=False)
     count = sum(parameter.numel() for parameter in trained.model.parameters())
+    origin = record.get("imported_from")
+    imported = {} if origin is None else {"imported from": origin}
     rows = {
         "written by": f"atmossl {record['atmossl']}, torch {record['torch']}",
         "optimiser steps": str(record["step"]),
         "parameters": f"{count:,}",
         "window (time, lat, lon)": str(tuple(record["window"].values())),
-        "trained on": f"{record['data']}: {record['statistics']['period']}",
+        **imported,
+        "normalised by" if imported else "trained on": (
+            f"{record['data']}: {record['statistics']['period']}"
+        ),
         "digest": trained.digest,
         **{f"model.{key}": str(value) for key, value in record["model"].items()},
     }
     for spec in trained.specs:
-        rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {list(spec.levels)} hPa"
+        unit = "hPa" if trained.pressure_levels else "of the model levels"
+        rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {list(spec.levels)} {unit}"
     for key, value in rows.items():
         table.add_row(key, value)
     Console(markup=False).print(table)

@@ -5,7 +5,7 @@ longitudes ascending, longitudes in [0, 360). Nothing is read at open but coordi
 """
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -101,19 +101,8 @@ def open_parts(
     dataset = _chosen(opened.dataset, names, location)
     dataset = rename_coordinates(dataset, coordinates or {}, location)
     dataset = with_regular_axes(dataset, location)
-    for variable in names:
-        check_statements(
-            variable,
-            dataset[variable],
-            opened.dataset,
-            location,
-            pressure_levels=opened.pressure_levels,
-        )
-        check_units(variable, dataset[variable].attrs.get("units"), location)
-        check_dims(variable, dataset[variable].dims, location)
-    stored_levels = _checked_levels(
-        dataset, levels, location, pressure_levels=opened.pressure_levels
-    )
+    _check_variables(names, dataset, opened, location)
+    stored_levels = _checked_levels(dataset, levels, location, opened.pressure_levels)
     times, calendar = _checked_times(dataset, location)
     parts = _unbroken(times, gaps, calendar, location)
     latitude_order, longitude_order, grid = _canonical_grid(dataset, location)
@@ -149,6 +138,17 @@ def open_parts(
         pressure_levels=opened.pressure_levels,
     )
     return _named_parts(whole, parts)
+
+
+def _check_variables(
+    names: Iterable[str], dataset: xr.Dataset, opened: OpenedStore, location: str
+) -> None:
+    """That every variable, by its canonical name, is what it is taken for."""
+    for name in names:
+        array, are_pressures = dataset[name], opened.pressure_levels
+        check_statements(name, array, opened.dataset, location, pressure_levels=are_pressures)
+        check_units(name, array.attrs.get("units"), location)
+        check_dims(name, array.dims, location)
 
 
 def _named_parts(whole: Segment, parts: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
@@ -276,7 +276,7 @@ def check_dims(name: str, dims: Sequence[Hashable], location: str) -> None:
 
 
 def _checked_levels(
-    dataset: xr.Dataset, levels: Sequence[int], location: str, *, pressure_levels: bool = True
+    dataset: xr.Dataset, levels: Sequence[int], location: str, pressure_levels: bool = True
 ) -> tuple[float, ...]:
     """Levels of the store, in its order."""
     if not any("level" in array.dims for array in dataset.data_vars.values()):
@@ -410,9 +410,7 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
     return chosen[0]
 
 
-def open_entry(
-    entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCESS
-) -> OpenedStore:
+def open_entry(entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
     """The store of a segment, whose levels are what the entry says."""
     opened = open_store(entry.segments[segment], access)
     return replace(opened, pressure_levels=False) if entry.levels_are == "model" else opened

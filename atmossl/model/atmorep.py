@@ -342,9 +342,7 @@ class AtmoRep(nn.Module):
             )
         )  # fmt: skip
 
-    def decoded(
-        self, name: str, latents: list[Tensor]
-    ) -> Float[Tensor, "batch token width"]:
+    def decoded(self, name: str, latents: list[Tensor]) -> Float[Tensor, "batch token width"]:
         """Latents of all tokens of a predicted field after the last layer of its decoder."""
         decoder = self._decoder(name)
         x = latents[-1]

@@ -220,8 +220,7 @@ def window_of(settings: AtmoRepSettings) -> tuple[int, int, int]:
     steps, rows, columns = next(iter(windows.values()))
     if len(set(windows.values())) > 1:
         raise ValueError(
-            f"fields: their windows differ in time steps, rows or columns: {windows}; streams share "
-            "a window here"
+            f"fields: their windows (time, lat, lon) differ: {windows}; streams share one here"
         )
     return steps, rows, columns
 
@@ -239,7 +238,7 @@ def token_info(
     """
     steps, rows, columns = field.token_size
     last = grid.time_hours.double() + grid.time_extent.double()[:, None] * (steps - 1) / steps / 2
-    year, day, hour = _dates(last)
+    year, day, hour = dates_of(last)
     height = grid.lat_extent.double()[:, None] / rows
     width = grid.lon_extent.double()[:, None] / columns
     lat = grid.lat.double().flip(1) + height * ((rows - 1) / 2 - rows // 2)
@@ -263,7 +262,7 @@ def token_info(
     return torch.stack(entries, dim=-1).float()
 
 
-def _dates(hours: Float[Tensor, "batch nt"]) -> tuple[Tensor, Tensor, Tensor]:
+def dates_of(hours: Float[Tensor, "batch nt"]) -> tuple[Tensor, Tensor, Tensor]:
     """Year, day of year from 0 and hour of hours since 1970-01-01T00, standard calendar."""
     hours = (hours * _SECONDS_PER_HOUR).round() / _SECONDS_PER_HOUR
     days = (hours / HOURS_PER_DAY).floor()

@@ -11,7 +11,9 @@ import xarray as xr
 
 import atmossl
 from atmossl.cli import main
+from atmossl.evaluation.report.tables import summarise
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.model.atmorep_network import dates_of
 from tests.model.plain_atmorep import PlainAtmoRep, field, write_model
 from tests.synthetic import catalog, dataset
 
@@ -81,15 +83,18 @@ def plain(folder: Path) -> PlainAtmoRep:
     return PlainAtmoRep(folder / "model", {k: v.double().numpy() for k, v in tensors.items()})
 
 
-def by_hand(network: PlainAtmoRep, windows: dict[str, xr.DataArray], hidden_step: int):
-    """Members [member level time lat lon] of every field in a window of normalised values from
-    north to south, one step of tokens hidden."""
+def inputs_of(
+    network: PlainAtmoRep, windows: dict[str, xr.DataArray], hidden_step: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values and token information of normalised windows from north to south, one step of tokens
+    hidden."""
     values, info = {}, {}
     for name, _, levels, (nt, nlat, nlon), (time, lat, lon), *_ in network.s["fields"]:
         window = windows[name]
         cut = window.values.reshape(len(levels), nt, time, nlat, lat, nlon, lon)
         values[name] = cut.transpose(0, 1, 3, 5, 2, 4, 6).copy()
-        values[name][:, hidden_step] = 0.0
+        if hidden_step is not None:
+            values[name][:, hidden_step] = 0.0
         info[name] = np.zeros((len(levels), nt * nlat * nlon, 8))
         for v, level in enumerate(levels):
             for token in range(nt * nlat * nlon):
@@ -101,10 +106,14 @@ def by_hand(network: PlainAtmoRep, windows: dict[str, xr.DataArray], hidden_step
                     window["longitude"].values[column * lon + lon // 2],
                     level, 15.0,
                 ]  # fmt: skip
+    return values, info
+
+
+def by_hand(network: PlainAtmoRep, windows: dict[str, xr.DataArray], hidden_step: int):
+    """Members [member level time lat lon] of every field in a window; see `inputs_of`."""
+    outputs = network(*inputs_of(network, windows, hidden_step))
     found = {}
-    for (name, members), entry in zip(
-        network(values, info).items(), network.s["fields"], strict=True
-    ):
+    for (name, members), entry in zip(outputs.items(), network.s["fields"], strict=True):
         _, _, levels, (nt, nlat, nlon), (time, lat, lon), *_ = entry
         cut = members.reshape(len(levels), nt, nlat, nlon, -1, time, lat, lon)
         together = cut.transpose(4, 0, 1, 5, 2, 6, 3, 7)
@@ -161,3 +170,207 @@ def test_predictions_are_those_of_the_plain_network(
             # `atmossl predict` orders the members of every token's cells alike
             own, expected = np.sort((found - mean) / std, 0), np.sort(members[:, :, hidden], 0)
             np.testing.assert_allclose(own, expected, atol=2e-5, rtol=0)
+
+
+def test_exported_weights_are_the_very_ones(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small.ckpt"
+    assert main(["export", f"checkpoint={folder / 'atmorep.ckpt'}", f"output={output}"]) == 0
+    before, after = (load_checkpoint(str(file)) for file in (folder / "atmorep.ckpt", output))
+    assert before.specs == after.specs
+    for name, value in before.model.state_dict().items():
+        assert torch.equal(value, after.model.state_dict()[name])
+
+
+def test_python_embeds_and_predicts(folder: Path, tmp_path: Path) -> None:
+    model = atmossl.load(folder / "atmorep.ckpt", device="cpu")
+    latents = model.embed(STORE, "2004-03-01T01", overlap=0.0)
+    assert latents["latents_velocity_u"].sizes["feature_velocity_u"] == 20
+    assert latents["level_velocity_u"].values.tolist() == list(LEVELS)
+    assert latents["level_velocity_u"].attrs["standard_name"] == "model_level_number"
+    predicted = model.predict(
+        "forecast", STORE, "2004-03-01T01", lead_time="4h", rollout_time="2h", overlap=0.0,
+        tilings=1,
+    )  # fmt: skip
+    output = tmp_path / "out.zarr"
+    more = ["task=forecast", "task.lead_time=4h", "task.rollout_time=2h", "overlap=0.0",
+            "tilings=1", "init_time=2004-03-01T01"]  # fmt: skip
+    assert main(["predict", *arguments(folder, output, *more)]) == 0
+    written = xr.open_zarr(output, decode_timedelta=True)
+    xr.testing.assert_allclose(predicted[list(written)], written.load())
+    assert bool(np.isfinite(written["u_component_of_wind"]).all())
+
+
+def test_latents_lie_where_their_coordinates_say(folder: Path) -> None:
+    """Those of one field in the order of the plain network, whose rows go southwards."""
+    model = atmossl.load(folder / "atmorep.ckpt", device="cpu")
+    latents = model.embed(STORE, "2004-03-01T01", layer=0, overlap=0.0)["latents_velocity_u"]
+    there = latents.sel(longitude_velocity_u=slice(0, 180), latitude_velocity_u=slice(0, 90))
+    there = there.sortby("latitude_velocity_u", ascending=False).isel(init_time=0)
+    statistics = model.trained.normaliser.statistics
+    end = STORE.get_index("time").get_loc(pd.Timestamp("2004-03-01T01")) + 1
+    windows = {}
+    for name, _, levels, *_ in FIELDS:
+        variable = VARIABLES[name]
+        row = statistics.variables.index(variable)
+        columns = [statistics.levels.index(level) for level in levels]
+        mean, std = (
+            getattr(statistics, kind)[row, columns][:, None, None, None] for kind in ("mean", "std")
+        )
+        window = (
+            STORE[variable]
+            .sel(level=list(levels))
+            .isel(
+                time=slice(end - STEPS, end), latitude=slice(0, ROWS), longitude=slice(0, COLUMNS)
+            )
+        )
+        windows[name] = (window.transpose("level", ...) - mean) / std
+    values, info = inputs_of(plain(folder), windows, None)
+    first = plain(folder).encode(values, info)["velocity_u"][0]
+    own = there.transpose("level_velocity_u", "offset_velocity_u", "latitude_velocity_u", ...)
+    np.testing.assert_allclose(own.values.reshape(first.shape), first, atol=5e-5, rtol=0)
+
+
+def test_evaluate_scores_it(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    reports = []
+    write = "atmossl.commands.evaluate.write_report"  # draws for seconds
+    monkeypatch.setattr(write, lambda found, *_: reports.extend(found))
+    output, task = tmp_path / "report", tmp_path / "inside.yaml"
+    task.write_text("name: temporal_interpolation\nhidden_time: 2h\nsteps: null\nrefine: 1\n")
+    more = [f"tasks=[{task}]", "every=12", "ridge=false", "bootstrap=2", "regions=[]",
+            "overlap=0.0", "tilings=1"]  # fmt: skip
+    assert main(["evaluate", *arguments(folder, output, *more)]) == 0
+    (report,) = reports
+    summary = summarise(report.table, model_name=report.model_name)
+    print(summary[["level","rmse model","crps"]])
+    assert set(summary["level"]) == {123, 137}
+    assert bool(np.isfinite(summary[["rmse model", "crps"]]).to_numpy().all())
+
+
+def test_info_says_where_it_comes_from(folder: Path, capsys) -> None:
+    assert main(["info", f"checkpoint={folder / 'atmorep.ckpt'}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "imported from" in said and "[137] of the model levels" in said
+
+
+def other_store(tmp_path: Path, store: xr.Dataset = STORE, levels_are: str = "model") -> list[str]:
+    """Arguments of an import that reads another store."""
+    path = write_catalog(tmp_path, store, levels_are)
+    return [f"output={tmp_path / 'new.ckpt'}", "data=waves", f"catalog={path}"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "words"),
+    [
+        ([field("ozone", 8)], {}, "'ozone' is no field that is known here"),
+        ([field("temperature", 8, levels=(0, 137))], {}, "0 is the surface"),
+        ([field("temperature", 8)], {"size_token_info": 7}, "size_token_info=7"),
+        (
+            [field("temperature", 8), field("velocity_u", 8, tokens=(2, 2, 2))],
+            {},
+            "their windows (time, lat, lon) differ",
+        ),
+        ([field("temperature", 8, levels=(96, 137))], {}, "levels [96] are missing"),
+        ([field("temperature", 8, tokens=(2, 8, 3))], {}, "smaller than the network's window"),
+        ([field("vorticity", 8)], {}, "stream variables ['vorticity'] are not in the catalog"),
+    ],
+    ids=["field", "surface", "entries", "windows", "levels", "grid", "variable"],
+)
+def test_model_that_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, capsys, fields: list, changes: dict, words: str
+) -> None:
+    write_model(tmp_path / "model", fields, [fields[0][0]], **changes)
+    assert main(["import", "atmorep", str(tmp_path / "model"), *other_store(tmp_path)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said
+    assert not (tmp_path / "new.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "levels_are", "words"),
+    [
+        ({"standard_name": "model_level_number"}, "pressure", "`levels_are: model`"),
+        ({}, "pressure", "`levels_are: model`"),
+        ({"standard_name": "air_pressure", "units": "hPa"}, "model", "levels of pressure"),
+    ],
+    ids=["said-to-be-model", "says-nothing", "said-to-be-pressure"],
+)
+def test_store_of_other_levels_is_refused(
+    folder: Path, tmp_path: Path, capsys, attributes: dict, levels_are: str, words: str
+) -> None:
+    """At import, and where an imported checkpoint reads it."""
+    store = STORE.copy()
+    store["level"] = store["level"].assign_attrs(attributes)
+    store["level"].attrs = attributes
+    new = other_store(tmp_path, store, levels_are)
+    lines = [["import", "atmorep", str(folder / "model"), *new]]
+    used = [item for item in arguments(folder, tmp_path / "out.zarr") if "catalog" not in item]
+    lines += [["predict", "task=forecast", "task.lead_time=2h", *used, new[-1]]]
+    for line in lines:
+        assert main(line) == 2
+        said = capsys.readouterr().err.strip()
+        assert words in said and "\n" not in said, said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["atmorep"],
+        ["other", "model", "output=a.ckpt", "data=waves"],
+        ["atmorep", "model", "output=a.ckpt"],
+        ["atmorep", "model", "output=a.ckpt", "data=waves", "more=1"],
+        ["atmorep", "model", "output=a.zarr", "data=waves"],
+        ["atmorep", "model", "output=a.ckpt", "data=waves"],
+    ],
+)
+def test_odd_arguments_of_import_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch, capsys, given: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", *given]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("atmossl import: ") and "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_dates_of_tokens_are_those_of_the_calendar() -> None:
+    """Every 31 h from 1871 to 2160, against pandas."""
+    dates = pd.date_range("1871-01-01T05", "2160-12-31", freq="31h")
+    hours = torch.tensor((dates - pd.Timestamp(0)) / pd.Timedelta("1h"), dtype=torch.float64)
+    year, day, hour = (values[0].numpy() for values in dates_of(hours[None]))
+    np.testing.assert_array_equal(year, dates.year)
+    np.testing.assert_array_equal(day, dates.day_of_year - 1)
+    np.testing.assert_array_equal(hour, dates.hour)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["task=hindcast", "task.lead_time=2h"],
+        ["task=downscaling", "task.factor=3"],
+        ["task=inpainting", "task.boxes=[[0,45,60,150]]"],
+        ["task=cross_variable", "task.variables=[temperature]"],
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_tasks_run(folder: Path, tmp_path: Path, task: list[str]) -> None:
+    output = tmp_path / "out.zarr"
+    more = [*task, "init_time=2004-03-01T02", "overlap=0.0", "tilings=1"]
+    assert main(["predict", *arguments(folder, output, *more)]) == 0
+    predicted = xr.open_zarr(output, decode_timedelta=True)
+    assert bool(np.isfinite(predicted["temperature"].sel(level=137)).all())
+
+
+def test_network_tells_training_its_parts(folder: Path) -> None:
+    network = load_checkpoint(str(folder / "atmorep.ckpt")).model
+    depths = {name: network.depth(name) for name, _ in network.named_parameters()}
+    of_encoders = {n for n, _ in network.named_parameters() if n.startswith("core.encoders.")}
+    assert {name for name, depth in depths.items() if depth is not None} == of_encoders
+    assert {d for n, d in depths.items() if ".attentions.0." in n and n in of_encoders} == {1}
+    assert {d for n, d in depths.items() if ".perceptrons.1." in n and n in of_encoders} == {0}
+    assert {depth for name, depth in depths.items() if ".embed" in name} == {2}
+    inside = {id(p) for block in network.blocks for p in block.parameters()}
+    outside = {n for n, p in network.named_parameters() if id(p) not in inside}
+    ends = tuple(f"{end}." for end in network.ends)
+    assert outside == {n for n in depths if ".embed" in n or n.startswith(ends)}
+    assert all(any(name.startswith(end) for name in depths) for end in ends)

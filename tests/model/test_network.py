@@ -84,7 +84,7 @@ def test_pooling_weighs_by_area_of_the_sphere() -> None:
 
 def test_every_network_tells_training_its_parts() -> None:
     model = network()
-    assert set(NETWORKS) == {"multiformer"}
+    assert set(NETWORKS) == {"multiformer", "atmorep"}
     names = [name for name, _ in model.named_parameters()]
     depths = {name: model.depth(name) for name in names}
     assert {depth for name, depth in depths.items() if name.startswith("encoder.0.")} == {2}
