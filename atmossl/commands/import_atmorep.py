@@ -14,7 +14,9 @@ from atmossl.batch import YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.checkpoint_formats import FORMAT
 from atmossl.commands.common import note
+from atmossl.data.calendars import STANDARD
 from atmossl.data.companions import open_records
+from atmossl.data.seen import DAYS, Seen
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics, load_or_compute
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
@@ -22,7 +24,15 @@ from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
 
-_STEP_HOURS = 1.0  # of ERA5 as AtmoRep reads it
+# What AtmoRep's published models were trained on: hourly ERA5, whole years of the globe.
+_STEP_HOURS = 1.0
+_SEEN = Seen(
+    days=tuple(range(DAYS)),
+    calendar=STANDARD.name,
+    cell=(0.25, 0.25),
+    latitudes=(-90.0, 90.0),
+    longitudes=(0.0, 360.0),
+)
 
 
 def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None) -> Path:
@@ -88,6 +98,7 @@ def _record(
         "window": {"time": steps, "lat": rows, "lon": columns},
         "first_guess": False,
         "step_hours": _STEP_HOURS,
+        "seen": {"": _SEEN.to_dict()},
         "step": 0,  # AtmoRep's files do not tell how many steps it was trained for
         "levels_are": "model",
         "config": {},
