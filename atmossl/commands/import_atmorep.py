@@ -18,7 +18,7 @@ from atmossl.data.calendars import STANDARD
 from atmossl.data.companions import open_records
 from atmossl.data.seen import DAYS, Seen
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Statistics, load_or_compute
+from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
@@ -57,6 +57,8 @@ def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None
     _check_store(segments, specs, core.settings, data)
     check_room(output, 1)
     statistics = load_or_compute(segments)
+    if lines := outside_limits(statistics, pressure_levels=False):
+        raise ValueError(f"data={data}: {'; '.join(lines)}")
     record = _record(core.settings, specs, window, statistics)
     record |= {"data": data, "imported_from": location.name}
     weights = {f"{AVERAGED}{name}": value for name, value in network.state_dict().items()}

@@ -313,6 +313,14 @@ def test_store_of_other_levels_is_refused(
         assert words in said and "\n" not in said, said
 
 
+def test_store_in_other_units_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
+    store = STORE.assign(temperature=STORE["temperature"] - 273.15)
+    new = other_store(tmp_path, store)
+    assert main(["import", "atmorep", str(folder / "model"), *new]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "temperature goes from" in said and "\n" not in said
+
+
 @pytest.mark.parametrize(
     "given",
     [
