@@ -65,8 +65,8 @@ def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None
     write_output({"state_dict": weights, "atmossl": record}, output)
     note(
         f"values are normalised by mean and standard deviation of data={data} ({statistics.period})"
-        "; AtmoRep's training normalised every month by its own, so that predictions may be worse "
-        "than published ones"
+        "; AtmoRep was trained with those of every month, of the globe or of every grid point, so "
+        "that predictions are worse than published ones"
     )
     told = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
     Console(markup=False).print(told, highlight=False, soft_wrap=True)

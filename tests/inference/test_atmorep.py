@@ -10,12 +10,16 @@ import torch
 import xarray as xr
 
 import atmossl
+from atmossl.batch import TokenGrid, collate_views
 from atmossl.cli import main
 from atmossl.evaluation.report.tables import summarise
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.model.atmorep_network import dates_of
+from atmossl.masking.base import make_view
+from atmossl.masking.random import RandomMasking
+from atmossl.model.atmorep import AtmoRepField
+from atmossl.model.atmorep_network import dates_of, token_info
 from tests.model.plain_atmorep import PlainAtmoRep, field, write_model
-from tests.synthetic import catalog, dataset
+from tests.synthetic import catalog, dataset, window
 
 LEVELS = (123, 137)
 FIELDS = [
@@ -384,3 +388,68 @@ def test_network_tells_training_its_parts(folder: Path) -> None:
     ends = tuple(f"{end}." for end in network.ends)
     assert outside == {n for n in depths if ".embed" in n or n.startswith(ends)}
     assert all(any(name.startswith(end) for name in depths) for end in ends)
+
+
+def test_field_at_the_surface_is_a_stream_without_levels(tmp_path: Path) -> None:
+    store = STORE.copy()
+    rain = 1e-3 * abs(STORE["u_component_of_wind"].isel(level=0, drop=True))
+    store["total_precipitation"] = rain.assign_attrs(units="m")
+    fields = [FIELDS[1], field("total_precip", 12, ("temperature",), (0,), (3, 2, 4), (2, 3, 3))]
+    fields[0] = field("temperature", 12, ("total_precip",), (137,), (3, 3, 2), (2, 2, 6))
+    write_model(tmp_path / "model", fields, ["temperature", "total_precip"])
+    new = other_store(tmp_path, store)
+    assert main(["import", "atmorep", str(tmp_path / "model"), *new]) == 0
+    specs = load_checkpoint(str(tmp_path / "new.ckpt")).specs
+    assert [spec.levels for spec in specs] == [(137,), ()]
+    model = atmossl.load(tmp_path / "new.ckpt", device="cpu")
+    with pytest.warns(UserWarning, match=r"0\.25"):
+        predicted = model.predict("forecast", store, "2004-03-01T01", lead_time="2h")
+    assert "level" not in predicted["total_precipitation"].dims
+    assert bool(np.isfinite(predicted["total_precipitation"]).all())
+
+
+def test_older_models_are_told_six_numbers_of_a_token() -> None:
+    """Those of eight, with the hour as a fraction of the day and the level once."""
+    grid = TokenGrid(
+        time_hours=torch.tensor([[300_000.5, 300_002.5]], dtype=torch.float64),
+        level_hpa=torch.tensor([[123.0]]),
+        lat=torch.tensor([[10.0, 40.0]]),
+        lon=torch.tensor([[350.0, 20.0, 50.0]]),
+        time_extent=torch.tensor([2.0]),
+        lat_extent=torch.tensor([30.0]),
+        lon_extent=torch.tensor([30.0]),
+    )
+    one = AtmoRepField("temperature", 8, (), (123,), (2, 2, 3), (2, 3, 2))
+    (now,), (older,) = (token_info(grid, one, count)[0] for count in (8, 6))
+    # the middle of three rows around 40 N, and the second of two columns around 350 E
+    date = pd.Timestamp(0) + pd.Timedelta(300_001, "h")
+    expected = [date.year, date.day_of_year - 1, date.hour, 123, 50, 357.5, 123, 10]
+    np.testing.assert_allclose(now[0], expected)
+    np.testing.assert_allclose(older[:, 1], now[:, 1] + now[:, 2] / 24, rtol=1e-6)
+    assert torch.equal(older[:, [0, 2, 3, 4, 5]], now[:, [0, 3, 4, 5, 7]])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
+def test_compiled_network_gives_the_same(folder: Path) -> None:
+    torch._dynamo.reset()
+    before, after = (load_checkpoint(str(folder / "atmorep.ckpt")).model for _ in range(2))
+    after.compile_blocks("eager")
+    windows = tuple(
+        window(spec, time=STEPS, lat=ROWS, lon=COLUMNS, seed=number)
+        for number, spec in enumerate(load_checkpoint(str(folder / "atmorep.ckpt")).specs)
+    )
+    view = make_view(windows, RandomMasking((0.5, 0.5)), np.random.default_rng(0))
+    here = collate_views([(view,)], [0]).views[0]
+    for one, two in zip(before(here).streams, after(here).streams, strict=True):
+        torch.testing.assert_close(one.members, two.members, atol=2e-5, rtol=0)
+    latents = before.predict(before.encode(here), here)
+    for stream in here.streams:
+        assert stream.queries is not None
+        shape = (
+            *stream.queries.index.shape,
+            {"velocity_u": 20, "temperature": 12}[stream.spec.name],
+        )
+        assert latents[stream.spec.name].last.shape == shape
+    torch.stack([s.members.pow(2).mean() for s in after(here).streams]).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in after.parameters() if p.grad is not None)
