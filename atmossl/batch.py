@@ -414,7 +414,8 @@ class LatentPrediction:
 @dataclass(frozen=True)
 class Losses:
     """The terms of a loss by name, scalars, each a mean over one batch; and what was predicted, for
-    metrics and pictures: fields, latents, pooled latents of every view, or none of them.
+    metrics and pictures: fields, latents, pooled latents of every view, scores of choices (the
+    logarithms of their chances up to a constant), or none of them.
 
     factors: of every term in the total, which is the terms' weighted mean.
     """
@@ -424,6 +425,7 @@ class Losses:
     prediction: Prediction | None = None
     latents: tuple[LatentPrediction, ...] = ()
     pooled: tuple[Float[Tensor, "batch feature"], ...] = ()
+    scores: Float[Tensor, "batch choice"] | None = None
 
     @property
     def total(self) -> Float[Tensor, ""]:

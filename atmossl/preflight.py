@@ -99,13 +99,14 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     devices = num_devices(config)
     shards = devices if config.trainer.strategy == "fsdp" else 1
     share = 0.5 if config.trainer.precision == "bf16-mixed" else 1.0
-    streams = batch.views[0].streams  # the others are of the same window
+    streams = batch.views[0].streams  # those of other views have the same shapes
+    num_windows = len({view.lag_hours for view in config.objective.views})
     size = config.data.batch_size
     return Estimate(
         cost=cost,
         tokens={s.spec.name: s.corruption[0].numel() for s in streams},
         hidden_share=float(torch.cat([s.hidden.flatten() for s in streams]).float().mean()),
-        bytes_per_sample=sum(4 * s.target[0].numel() for s in streams),
+        bytes_per_sample=num_windows * sum(4 * s.target[0].numel() for s in streams),
         num_devices=devices,
         device_bytes=cost.per_device(
             shards,

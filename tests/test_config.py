@@ -118,6 +118,11 @@ def test_pairs_that_do_not_fit_are_named(override: str, message: str) -> None:
         composed("experiment=contrastive", override)
 
 
+def test_one_lag_cannot_be_told_apart() -> None:
+    with pytest.raises(ConfigError, match=r"objective.lag_hours=\[6\].* at least 2"):
+        composed("experiment=atmodist", "objective.lag_hours=[6]")
+
+
 def test_temporal_attention_wants_convolutions_beside_it() -> None:
     with pytest.raises(ValueError, match="neighbourhood"):
         composed("model.attention=temporal", "model.neighbourhood=1")

@@ -51,3 +51,11 @@ def test_a_process_on_the_host_needs_more_than_its_tensors() -> None:
     assert not plain.fits(0.99 * plain.process_bytes / 2**30)
     on_gpu = replace(plain, on_host=False)
     assert on_gpu.fits(1.001 * on_gpu.process_bytes / 2**30) and not on_gpu.fits(1.0)
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "atmodist"])
+def test_a_pair_of_windows_is_read_where_one_is_otherwise(objective: str) -> None:
+    plain, pairs = (
+        found(f"objective={name}", "data.batch_size=2") for name in ("masked", objective)
+    )
+    assert pairs.bytes_per_sample == 2 * plain.bytes_per_sample

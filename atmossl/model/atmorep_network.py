@@ -90,6 +90,7 @@ class AtmoRepNetwork(Network):
                 f"settings, {[field.name for field in settings.fields]}, with their levels and "
                 "token sizes"
             )
+        self.widths = {field.name: field.width for field in settings.fields}
         self.core = AtmoRep(settings)
         self.ends = tuple(f"core.decoders.{name}.tail" for name in settings.predicted)
 

@@ -128,10 +128,6 @@ class Multiformer(Network):
                 module.compile(backend=backend)
 
     @property
-    def num_pooled(self) -> int:
-        return sum(self.widths.values())
-
-    @property
     def num_encoder_layers(self) -> int:
         return self.num_layers
 

@@ -1,7 +1,7 @@
 """What the rest of the program asks of a network, whichever it is: views to latents, latents to
 fields or to other latents, and what training has to know of its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,11 +55,13 @@ Latents = dict[str, StreamLatents]  # by the stream's name
 class Network(nn.Module):
     """The contract of every network: `encode`, `reconstruct` and `predict`.
 
+    widths: features of a latent, by stream.
     ends: names of the submodules that turn latents into values. They have no square geometry, and
         `objective.train_only` can train them alone.
     exported_dtype: in which `atmossl export` keeps the weights.
     """
 
+    widths: Mapping[str, int]
     ends: tuple[str, ...] = ()
     exported_dtype: ClassVar[torch.dtype] = torch.float16
 
@@ -94,7 +96,7 @@ class Network(nn.Module):
     @property
     def num_pooled(self) -> int:
         """Features that `pool` gives if no stream is absent."""
-        raise NotImplementedError
+        return sum(self.widths.values())
 
     @property
     def num_encoder_layers(self) -> int:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from atmossl.batch import Batch, Losses
 from atmossl.latent_losses import alignment, gathered, rankme
+from atmossl.masking.base import MaskingSampler
 from atmossl.masking.views import ViewSpec
 
 
@@ -27,10 +28,12 @@ LagHours = Annotated[
 ]
 
 
-def pair_views(lag_hours: Sequence[float]) -> tuple[ViewSpec, ...]:
+def pair_views(
+    lag_hours: Sequence[float], masking: MaskingSampler | None = None
+) -> tuple[ViewSpec, ...]:
     """The sample's window, and one of the same place later, whose date is not told: dates alone
     would tell which states belong together and how far apart they are."""
-    return ViewSpec(), ViewSpec(lag_hours=tuple(lag_hours), tells_time=False)
+    return ViewSpec(masking), ViewSpec(masking, tuple(lag_hours), tells_time=False)
 
 
 def perceptron(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
@@ -81,14 +84,18 @@ class PairMeasures:
         mean squared distance of pairs over that of any two states, 1 if pairs are nothing special.
         alignment, uniformity: of directions (Wang and Isola 2020).
         """
-        by_task = {task: _measures(of_task) for task, of_task in sums.items()}
-        names = next(iter(by_task.values()))
-        values = {f"{name}/{task}": by_task[task][name] for name in names for task in by_task}
-        means = {
-            f"{name}/mean": torch.stack([measures[name] for measures in by_task.values()]).mean()
-            for name in names
-        }
-        return values | means
+        return by_task_and_mean({task: _measures(of_task) for task, of_task in sums.items()})
+
+
+def by_task_and_mean(by_task: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`NAME/TASK` of measures by task and name, and their means over the tasks, `NAME/mean`."""
+    names = next(iter(by_task.values()))
+    values = {f"{name}/{task}": by_task[task][name] for name in names for task in by_task}
+    means = {
+        f"{name}/mean": torch.stack([measures[name] for measures in by_task.values()]).mean()
+        for name in names
+    }
+    return values | means
 
 
 def _measures(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

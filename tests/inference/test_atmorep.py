@@ -189,6 +189,7 @@ def test_python_embeds_and_predicts(folder: Path, tmp_path: Path) -> None:
     model = atmossl.load(folder / "atmorep.ckpt", device="cpu")
     latents = model.embed(STORE, "2004-03-01T01", overlap=0.0)
     assert latents["latents_velocity_u"].sizes["feature_velocity_u"] == 20
+    assert model.trained.model.widths["velocity_u"] == 20
     assert latents["level_velocity_u"].values.tolist() == list(LEVELS)
     assert latents["level_velocity_u"].attrs["standard_name"] == "model_level_number"
     with pytest.warns(UserWarning, match=r"0\.25"):

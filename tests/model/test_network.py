@@ -82,6 +82,14 @@ def test_pooling_weighs_by_area_of_the_sphere() -> None:
     assert float(StreamLatents((), half, stream.grid).areas().sum()) == 0.0
 
 
+def test_a_network_tells_the_width_of_its_latents() -> None:
+    model = Multiformer(streams=STREAMS, **SIZES, dims={"wind": 24})
+    with torch.no_grad():
+        latents = model.encode(view())
+    assert model.widths == {name: stream.last.shape[-1] for name, stream in latents.items()}
+    assert model.pool(latents).shape[1] == model.num_pooled == 16 + 24
+
+
 def test_every_network_tells_training_its_parts() -> None:
     model = network()
     assert set(NETWORKS) == {"multiformer", "atmorep"}
