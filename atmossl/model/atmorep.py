@@ -263,7 +263,9 @@ class FieldEncoder(nn.Module):
             given.values,
             "batch level nt nlat nlon time lat lon -> batch level (nt nlat nlon) (time lat lon)",
         )
-        return torch.cat([self.embed(values), self.embed_info(given.token_info)], dim=-1)
+        with torch.autocast(values.device.type, enabled=False):
+            info = self.embed_info(given.token_info)  # half precision would round year and day
+        return torch.cat([self.embed(values), info], dim=-1)
 
 
 class FieldDecoder(nn.Module):

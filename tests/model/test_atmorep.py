@@ -167,3 +167,17 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     torch.save({}, weights)
     with pytest.raises(ValueError, match="another version"):
         load_atmorep(tmp_path)
+
+
+def test_half_precision_rounds_no_date_or_place(tmp_path):
+    """Year 2017 and day 201 are no numbers of 8 bits."""
+    write_model(tmp_path, ONE, ["temperature"])
+    network = load_atmorep(tmp_path)
+    given = inputs_of(network)["temperature"]
+    numbers = torch.tensor([2017.0, 201.0, 17.0, 123.0, 41.25, 271.75, 123.0, 0.25])
+    given = AtmoRepInput(given.values, numbers.expand(given.token_info.shape))
+    encoder, width = network.encoders["temperature"], network.settings.info_width
+    whole = encoder.embedded(given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = encoder.embedded(given)
+    assert torch.equal(half[..., -width:].float(), whole[..., -width:])
