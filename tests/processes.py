@@ -91,6 +91,22 @@ def kill_at_commit(number: int) -> None:
     strategies.publish = counted
 
 
+def kill_after_save(number: int) -> None:
+    """SIGKILL this process when its n-th checkpoint is on the disk, before its step is logged."""
+    from atmossl.training.checkpoint import KeepCheckpoints
+
+    save, count = KeepCheckpoints.save, 0
+
+    def counted(self: KeepCheckpoints, trainer: Any) -> None:
+        nonlocal count
+        save(self, trainer)
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    KeepCheckpoints.save = counted  # type: ignore[method-assign]
+
+
 def full_disk(size: int) -> None:
     """No file of this process can grow beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

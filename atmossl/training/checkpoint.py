@@ -94,7 +94,8 @@ class KeepCheckpoints(L.Callback):
     healthy: whether the state is worth keeping; while it is not, nothing is saved or removed.
     An older checkpoint goes only once newer ones are on the disk. A resumed run moves the branch
     that it leaves aside. Where a validation is due at the same step, the save comes after it, so
-    that a resumed run has the same log.
+    that a resumed run has the same log. Lightning logs a step only after the save, so a checkpoint
+    carries what is not yet logged, and a resumed run logs that first.
     """
 
     def __init__(
@@ -114,12 +115,14 @@ class KeepCheckpoints(L.Callback):
         self._saved = -1
         self._start: tuple[int, str] | None = None  # step and name of what training went on from
         self.best: float | None = None
+        self._unlogged: dict[str, float] = {}  # of the step of the checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "unlogged": self._unlogged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        self._unlogged = state_dict.get("unlogged", {})  # earlier versions lack it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
@@ -130,6 +133,9 @@ class KeepCheckpoints(L.Callback):
             has_best = trainer.is_global_zero and self._leave_branch(trainer)
         if not trainer.strategy.broadcast(has_best):
             self.best = None  # the next validation writes a new one
+        for logger in trainer.loggers if self._unlogged else ():
+            logger.log_metrics(self._unlogged, step=trainer.global_step - 1)
+        self._unlogged = {}
 
     def _leave_branch(self, trainer: L.Trainer) -> bool:
         """Make the folder ready for the line that goes on; whether that has a `best.ckpt`."""
@@ -176,6 +182,7 @@ class KeepCheckpoints(L.Callback):
     def _write(self, trainer: L.Trainer, path: Path) -> None:
         """Save, once the checkpoint before is on the disk. All ranks fail if one of them does."""
         self.settle(trainer)
+        self._unlogged = unlogged(trainer)
         trainer.save_checkpoint(path, weights_only=False)
         io = trainer.strategy.checkpoint_io
         if not (isinstance(io, AtomicCheckpointIO) and io.asynchronous):
@@ -191,6 +198,17 @@ class KeepCheckpoints(L.Callback):
                 io.wait()
             if trainer.is_global_zero:
                 tidy(self.folder, self._start, self.keep)
+
+
+def unlogged(trainer: L.Trainer) -> dict[str, float]:
+    """What Lightning will log of the present batch once its callbacks are done; empty after that,
+    and at steps that are not logged."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    connector = trainer._logger_connector
+    if batches.processed == batches.completed or not connector.should_update_logs:
+        return {}
+    values = {name: float(value) for name, value in connector.metrics["log"].items()}
+    return values | {"epoch": trainer.current_epoch}
 
 
 def validates_now(trainer: L.Trainer) -> bool:

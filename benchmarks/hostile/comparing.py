@@ -125,8 +125,6 @@ def scores_of(report: str) -> dict[str, str]:
 
 
 def differences(one: dict[str, str], two: dict[str, str]) -> str:
-    """Names of what differs. A line of a log that is not there is no difference: a checkpoint is
-    saved before its step is logged, and a kill in between loses the line, not the step."""
-    lines = {name for name in set(one) ^ set(two) if " at " in name}
-    names = sorted((set(one) | set(two)) - lines)
+    """Names of what differs."""
+    names = sorted(set(one) | set(two))
     return ", ".join(name for name in names if one.get(name) != two.get(name))[:200]

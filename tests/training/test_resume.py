@@ -15,7 +15,17 @@ from torch.utils import _pytree as pytree
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.curves import read_metrics
 from atmossl.training.resume import regroup_batches, samples_seen
-from tests.processes import Ended, all_end, command, kill_at_batch, kill_at_commit, run, training
+from tests.processes import (
+    Ended,
+    all_end,
+    command,
+    kill_after_save,
+    kill_at_batch,
+    kill_at_commit,
+    run,
+    signal_at_batch,
+    training,
+)
 
 pytestmark = pytest.mark.e2e
 STEPS, ACCUMULATE, INTERVAL = 14, 2, 3
@@ -83,6 +93,25 @@ def test_a_run_killed_while_shards_are_written_ends_as_the_unbroken_one(tmp_path
     assert [p.name for p in checkpoints_in(folder)] == [f"step-{INTERVAL}.ckpt", "best.ckpt"]
     assert (folder / f".partial-step-{2 * INTERVAL}.ckpt").exists()
     assert run(arguments(broken, *beside, "resume=auto"), cache=tmp_path) == 0
+    assert_same_end(whole, broken)
+
+
+@pytest.mark.parametrize(
+    ("before", "code"),
+    [((kill_after_save, (1,)), -signal.SIGKILL),
+     ((signal_at_batch, (7, signal.SIGTERM)), 128 + signal.SIGTERM)],
+    ids=["killed", "stopped"],
+)  # fmt: skip
+def test_a_run_that_ends_between_a_save_and_its_log_has_the_whole_log(
+    before: Any, code: int, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    steps = "trainer.max_steps=7"
+    assert run(arguments(whole, steps), cache=tmp_path) == 0
+    assert run(arguments(broken, steps), cache=tmp_path, before=before) == code
+    saved = read_contents(checkpoints_in(broken / "checkpoints")[0])["global_step"]
+    assert read_metrics(broken / "metrics.csv")["step"].max() == saved - 2  # steps count from 0
+    assert run(arguments(broken, steps, "resume=auto"), cache=tmp_path) == 0
     assert_same_end(whole, broken)
 
 
