@@ -65,7 +65,10 @@ def test_the_newest_good_ones_stay_while_the_loss_is_not_finite(tmp_path: Path) 
         assert not weights_only
         write_atomically(path, lambda partial: torch.save(contents(trainer.global_step), partial))
 
+    progress = SimpleNamespace(current=SimpleNamespace(processed=1, completed=1))
     trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        _logger_connector=None,
         global_step=0,
         is_global_zero=True,
         save_checkpoint=save,
