@@ -119,8 +119,9 @@ def undocumented(trees: dict[Path, ast.Module]) -> list[str]:
         if ast.get_docstring(tree) is None:
             names.append(where)
         for node in tree.body:
-            is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
-            if is_public and ast.get_docstring(node) is None:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            if node.name[0] != "_" and ast.get_docstring(node) is None:
                 names.append(f"{where}: {node.name}")
     return names
 
