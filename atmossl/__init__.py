@@ -8,7 +8,7 @@ The way of one sample, from a store to a written field (`tests/test_one_sample.p
 A prediction goes it tile by tile, in `inference/` (`Predictor` holds the steps together):
 
     Predictor.find -> WindowReader.read -> masked_view -> model -> detokenise
-    -> Normaliser.inverse -> Mosaic (blends) -> Calibration (spread) -> write
+    -> Normaliser.inverse -> TileBlender (blends) -> Calibration (spread) -> write
 """
 
 from atmossl.home import ensure_home

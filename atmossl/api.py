@@ -18,26 +18,26 @@ import xarray as xr
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from atmossl.data.auxiliary_sources import StoreRequest, paired
 from atmossl.data.backends import OpenedStore
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.chunks import Access
-from atmossl.data.companions import Needs, paired
 from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.data.store import only_segment, open_segment, open_split
-from atmossl.inference.cautions import unseen, untrained_step, untrained_window
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder, embeddings, write_embeddings
 from atmossl.inference.layout import LayoutName
+from atmossl.inference.out_of_training_warnings import unseen, untrained_step, untrained_window
 from atmossl.inference.predict import Predictor
 from atmossl.inference.unseen import unseen_by_training
 from atmossl.inference.writer import check_output, check_request, predictions, write
 from atmossl.locks import owned
 from atmossl.masking.tasks import Task
-from atmossl.schema.faults import lines_of
+from atmossl.schema.config_errors import lines_of
 from atmossl.schema.masks import instantiate
-from atmossl.schema.tasks import TaskConfig
+from atmossl.schema.task_config import TaskConfig
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 
@@ -97,7 +97,7 @@ class Model:
         _check_data(predictor, data)
         chosen = chosen_times(predictor, times)
         _check_request(predictor, chosen, output, layout)
-        for caution in cautions(predictor, chosen):
+        for caution in out_of_training_warnings(predictor, chosen):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
             with owned(Path(output), "output"):
@@ -160,7 +160,7 @@ class Model:
             )
         records, access = {}, Access(input_limits=input_limits)
         for data, dataset in datasets.items():
-            needs = Needs.of([s for s in self.trained.specs_for(task) if s.data == data])
+            needs = StoreRequest.of([s for s in self.trained.specs_for(task) if s.data == data])
             segment = open_segment(
                 "dataset",
                 OpenedStore(dataset, pressure_levels=self.trained.pressure_levels),
@@ -331,7 +331,7 @@ def _named(times: Any, calendar: Calendar) -> list[Any]:
     return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]
 
 
-def cautions(predictor: Predictor, times: np.ndarray) -> list[str]:
+def out_of_training_warnings(predictor: Predictor, times: np.ndarray) -> list[str]:
     """What the task asks at these times that the checkpoint's training never did, as far as that
     is recorded."""
     record, view = predictor.trained.record, predictor.first_view(times[0])

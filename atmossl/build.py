@@ -18,8 +18,8 @@ from torch import Tensor
 
 from atmossl import __version__
 from atmossl.checkpoint_formats import FORMAT
+from atmossl.data.auxiliary_sources import open_records, paired
 from atmossl.data.chunks import Access
-from atmossl.data.companions import open_records, paired
 from atmossl.data.datamodule import LoaderSettings, WindowDataModule, check_samples
 from atmossl.data.limits import InputLimits
 from atmossl.data.seen import Seen
@@ -40,8 +40,8 @@ from atmossl.training.pictures import Pictures
 from atmossl.training.preemption import SaveOnSignal
 from atmossl.training.recompute import recompute
 from atmossl.training.strategies import choose_strategy
+from atmossl.training.throughput import Throughput, TraceSteps
 from atmossl.training.warm_start import renamed, warm_start
-from atmossl.training.watch import Throughput, TraceSteps
 
 _NETWORK = "multiformer"  # of `atmossl.model.kinds`
 _LOGGER = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def build_module(
     when its records lie, by the streams' `data`, likewise.
     resumed: the weights come from a checkpoint of the same run, so there is no warm start.
     """
-    scales = {spec.name: statistics.departure_scale(spec) for spec in config.specs}
+    scales = {spec.name: statistics.residual_scale(spec) for spec in config.specs}
     model = build_model(config, scales)
     warm = bool(config.warm_start.checkpoints) and not resumed
     window = WindowSize(**config.data.window.model_dump())
@@ -209,7 +209,7 @@ def build_module(
         "config": resolved,
         "warm_start": warm_started(config, model) if warm else {},
     }
-    slim_down(config, model)
+    apply_lora(config, model)
     objective = build_objective(config, scales, model)
     record["objective"] = {
         "kind": config.objective.target,
@@ -223,16 +223,16 @@ def build_module(
         record=record,
         task_names=names,
     )
-    forget_activations(config, model)
+    checkpoint_activations(config, model)
     return module
 
 
-def forget_activations(config: TrainConfig, model: Network) -> None:
+def checkpoint_activations(config: TrainConfig, model: Network) -> None:
     """Apply `trainer.recompute` to the trained model; its averaged copy needs no such thing."""
     recompute(model, config.trainer.recompute)
 
 
-def slim_down(config: TrainConfig, model: Network) -> None:
+def apply_lora(config: TrainConfig, model: Network) -> None:
     """Apply `warm_start.low_rank` to a model that has its weights."""
     choice = config.warm_start.low_rank
     if choice.rank:

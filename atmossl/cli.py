@@ -21,14 +21,14 @@ from rich.console import Console
 
 from atmossl.data.catalog import find_file
 from atmossl.data.limits import show_in_one_line
-from atmossl.lineage import (
+from atmossl.locks import owned
+from atmossl.overrides import PATHS, for_hydra, split, unquoted
+from atmossl.process_lifetime import (
     end_with_parent,
     is_started_by_first_rank,
     lost_another_process,
     run_name,
 )
-from atmossl.locks import owned
-from atmossl.overrides import PATHS, for_hydra, split, unquoted
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 _USAGE = """atmossl COMMAND [key=value ...]

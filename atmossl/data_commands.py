@@ -14,7 +14,7 @@ from rich.table import Table
 from atmossl.build import limits_told, open_splits
 from atmossl.data.catalog import catalog_entry, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
-from atmossl.data.ingest import Layout, Source, Workers, ingest, missing_shares, verify
+from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest, missing_shares, verify
 from atmossl.data.inspect import (
     SegmentReport,
     VariableReport,
@@ -123,7 +123,7 @@ def _write_climatology(
 def run_ingest(values: Mapping[str, Any]) -> Path:
     """Make a training store of what others wrote; returns its path."""
     config: IngestConfig = parse(IngestConfig, _plain(values))
-    source = Source(
+    source = IngestInput(
         location=config.input,
         names=config.variables,
         select=config.select,
@@ -141,7 +141,7 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
         ingest(
             source,
             config.output,
-            Layout(**config.layout.model_dump()),
+            ChunkLayout(**config.layout.model_dump()),
             workers,
             lambda done, total: bar.update(task, completed=done, total=total),
             lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),

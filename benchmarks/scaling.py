@@ -3,7 +3,7 @@
     python -m benchmarks.scaling
 
 `step_time_exponent_*`: slope of log time over log tokens from 256 to 4096 tokens, CPU seconds of
-the process on one thread (GPU: time). `memory_estimate_over_measured`: the preflight's estimate
+the process on one thread (GPU: time). `memory_estimate_over_measured`: the cost estimate's estimate
 over the most that tensors take in two steps; `memory_estimate_over_resident`: its estimate of the
 whole process over what that holds at most. `weak_efficiency_2_ranks`: time of a step on one rank
 with one thread over that of two gloo ranks with one each and twice the batch, by the clock on the
@@ -31,12 +31,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from atmossl.batch import Batch, StreamSpec, TokenSize, collate_views
 from atmossl.build import build_model, build_objective
+from atmossl.cost_estimate import estimate, resident_bytes, sample_batch, window_of_zeros
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.model.attention import Attention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
-from atmossl.preflight import estimate, resident_bytes, sample_batch, window_of_zeros
 from benchmarks.projection import Cluster, Step, table
 from benchmarks.report import finish
 from benchmarks.train_step import configuration, in_turns, training_step
@@ -123,7 +123,7 @@ def in_process(function: Callable[..., None], *arguments: Any, ranks: int = 1) -
 
 
 def estimate_memory(queue: Any, rank: int, ranks: int) -> None:
-    """The preflight's bytes of tensors and of the process, without an average of the weights."""
+    """The cost estimate's bytes of tensors and of the process, without averaged weights."""
     del rank, ranks
     found = estimate(configuration(_RUN), on_host=True)
     plain = replace(found, device_bytes=found.cost.peak)

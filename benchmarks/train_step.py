@@ -9,7 +9,7 @@ The step is that of `atmossl train` with the same overrides: its optimiser, prec
 blocks and forgotten activations. `matmul_fraction`: floating-point operations of the matrix
 products that a step needs, none done anew, over those of one large product in the same time; on a
 GPU this is the model FLOPs utilisation. `data_wait_share`: of the time of steps fed by the loader.
-`memory_estimate_over_peak` (GPUs; `benchmarks.scaling` has it for CPUs): the preflight's estimate,
+`memory_estimate_over_peak` (GPUs; `benchmarks.scaling` has it for CPUs): the cost estimate,
 without averaged weights, over what the allocator held. `top_costs`: shares of a step's time.
 With --zeros fields are 0 and no store is read, nor a loader timed.
 
@@ -42,22 +42,22 @@ from torch.profiler import ProfilerActivity, profile
 
 from atmossl.batch import Batch
 from atmossl.build import (
+    apply_lora,
     build_data,
     build_model,
     build_objective,
-    forget_activations,
+    checkpoint_activations,
     optimizer_settings,
-    slim_down,
 )
 from atmossl.cli import compose_config
+from atmossl.cost_estimate import estimate, sample_batch
 from atmossl.model.linear import half_is_fast
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
-from atmossl.preflight import estimate, sample_batch
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.optimizer import make_optimizer
-from atmossl.training.watch import flop_counter, model_flops
+from atmossl.training.throughput import flop_counter, model_flops
 from benchmarks.reference_step import PlainLoss, unfused
 from benchmarks.report import finish
 
@@ -277,7 +277,7 @@ def from_data(config: TrainConfig) -> tuple[Iterable[Batch], dict[str, torch.Ten
     datamodule.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the loader asks for
         global_rank=0, world_size=1, global_step=0, accumulate_grad_batches=1
     )
-    scales = {spec.name: stats.departure_scale(spec) for spec in config.specs}
+    scales = {spec.name: stats.residual_scale(spec) for spec in config.specs}
     return datamodule.train_dataloader(), scales
 
 
@@ -286,8 +286,8 @@ def step_of_run(
 ) -> tuple[Network, Callable[[Batch], None]]:
     """The model of a run and its optimiser step."""
     model = build_model(config, scales)
-    slim_down(config, model)
-    forget_activations(config, model.to(device))
+    apply_lora(config, model)
+    checkpoint_activations(config, model.to(device))
     dtype = _DTYPES[config.trainer.precision]
     fused = dtype != torch.float16
     objective, settings = build_objective(config, scales, model), optimizer_settings(config)

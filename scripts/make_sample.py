@@ -8,7 +8,7 @@
 killed run goes on where it stopped. Each run starts from the ERA5 state of 1959-01-02T00 rotated
 in longitude by its own angle, with its own noise seed. A rotation keeps the zonal mean and the
 geostrophic balance, but puts every weather system elsewhere, so no two runs are ever near twins.
-Needs the extra `sample` (neuralgcm, jax); users of the sample need neither.
+StoreRequest the extra `sample` (neuralgcm, jax); users of the sample need neither.
 """
 
 import argparse

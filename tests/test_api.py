@@ -14,10 +14,10 @@ from nbclient import NotebookClient
 
 import atmossl
 from atmossl.api import Model, chosen_times, find_task
-from atmossl.inference.cautions import unseen, untrained_step
+from atmossl.inference.out_of_training_warnings import unseen, untrained_step
 from atmossl.masking.random import RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
-from tests.inference.known import STORE, Known, predictor
+from tests.inference.oracle_models import STORE, Known, predictor
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -17,7 +17,7 @@ from atmossl.evaluation.climate import Climate
 from atmossl.inference.tiles import _Tiles
 from atmossl.scorecard import zero_shot
 from tests.evaluation.test_forecasts import forecast_of, weatherbench2
-from tests.inference.known import NAMES
+from tests.inference.oracle_models import NAMES
 from tests.inference.test_command import save_tiny
 from tests.synthetic import catalog, dataset
 

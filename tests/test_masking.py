@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atmossl.batch import Corruption, TokenSize
-from atmossl.masking.base import Layout, coarsen, make_view
+from atmossl.masking.base import TokenLayout, coarsen, make_view
 from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation, points_of
@@ -17,11 +17,11 @@ from tests.synthetic import spec, window
 KINDS = ("drop", "mask", "noise", "coarsen", "keep")
 
 
-def layouts(*streams, **sizes) -> tuple[Layout, ...]:
-    return tuple(Layout(s, token_grid(window(s, **sizes))) for s in streams)
+def layouts(*streams, **sizes) -> tuple[TokenLayout, ...]:
+    return tuple(TokenLayout(s, token_grid(window(s, **sizes))) for s in streams)
 
 
-def draws(sampler, shapes: tuple[Layout, ...], count: int) -> list:
+def draws(sampler, shapes: tuple[TokenLayout, ...], count: int) -> list:
     rng = np.random.default_rng(0)
     return [sampler(shapes, rng) for _ in range(count)]
 

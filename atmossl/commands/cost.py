@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from atmossl.commands.common import device_for, plain
-from atmossl.preflight import advice, estimate
+from atmossl.cost_estimate import advice, estimate
 from atmossl.schema import TrainConfig, parse
-from atmossl.training.watch import matmul_rate
+from atmossl.training.throughput import matmul_rate
 
 
 def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from atmossl.api import cautions
+from atmossl.api import out_of_training_warnings
 from atmossl.commands.common import check_split, device_for, note, open_for
 from atmossl.data.catalog import catalog_entry
 from atmossl.evaluation.report.content import TaskReport
@@ -29,7 +29,7 @@ class _Cautions:
         self.told: set[str] = set()
 
     def __call__(self, predictor: Predictor, times: np.ndarray) -> None:
-        for caution in cautions(predictor, times):
+        for caution in out_of_training_warnings(predictor, times):
             if caution not in self.told:
                 self.told.add(caution)
                 note(f"this checkpoint was not trained for {caution}")

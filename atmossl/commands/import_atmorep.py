@@ -14,8 +14,8 @@ from atmossl.batch import YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.checkpoint_formats import FORMAT
 from atmossl.commands.common import note
+from atmossl.data.auxiliary_sources import open_records
 from atmossl.data.calendars import STANDARD
-from atmossl.data.companions import open_records
 from atmossl.data.seen import DAYS, Seen
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics, load_or_compute, outside_limits

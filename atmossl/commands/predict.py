@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-from atmossl.api import cautions, chosen_times
+from atmossl.api import chosen_times, out_of_training_warnings
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.commands.common import check_split, device_for, note, open_for
 from atmossl.inference.calibration import (
@@ -44,7 +44,7 @@ def _predict(config: PredictConfig) -> str:
     predictor = _predictor(config)
     times = _times(config, predictor)
     check_request(predictor, times, config.output, config.layout)
-    for caution in cautions(predictor, times):
+    for caution in out_of_training_warnings(predictor, times):
         note(f"this checkpoint was not trained for {caution}")
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:

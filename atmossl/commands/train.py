@@ -18,9 +18,9 @@ from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.data.statistics import Normaliser
 from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
-from atmossl.lineage import is_first_rank
 from atmossl.locks import owned
 from atmossl.model.linear import half_is_fast
+from atmossl.process_lifetime import is_first_rank
 from atmossl.schema import TrainConfig, parse
 from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints

@@ -18,7 +18,7 @@ from atmossl.data.seen import seen_by_data
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
-from atmossl.masking.base import FirstGuess, Layout, MaskingSampler
+from atmossl.masking.base import FirstGuess, MaskingSampler, TokenLayout
 from atmossl.masking.views import ViewSpec
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ def check_samples(
     """
     for segments, sampler in records:
         statistics = {"": Statistics.neutral(segments[0])} | {
-            data: Statistics.neutral(companion.segment)
-            for data, companion in segments[0].companions.items()
+            data: Statistics.neutral(auxiliary.segment)
+            for data, auxiliary in segments[0].auxiliaries.items()
         }
         normaliser = Normaliser(replace(statistics.pop(""), others=statistics))
         dataset = WindowDataset(
@@ -66,7 +66,7 @@ def check_samples(
         with suppress(UnreadableChunk):  # the loader's matter, which `data.unreadable` decides
             for (key,) in islice(order, 1):
                 (view, *_), _ = dataset[key]
-                layouts = tuple(Layout(stream.spec, stream.grid) for stream in view.streams)
+                layouts = tuple(TokenLayout(stream.spec, stream.grid) for stream in view.streams)
                 for number in range(_NUM_DRAWS):  # of a mixture, so that each part has its turn
                     sampler(layouts, np.random.default_rng(number))
 

@@ -41,7 +41,7 @@ _ROUNDING_DEG = 1e-4
 
 
 @dataclass(frozen=True)
-class Source:
+class IngestInput:
     """What is read: see `atmossl.data.inputs.open_input`. levels: hPa, all if empty. start, end:
     ISO dates, open if empty. region: degrees (south, north, west, east), across the dateline if
     west is greater than east."""
@@ -58,7 +58,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkLayout:
     """Chunk lengths, 0 for the whole axis; chunks of time in one shard, 0 for none; zstd level."""
 
     time: int
@@ -70,7 +70,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Region:
+class WrittenRegion:
     """One piece of the store that is written at once: a variable from one step to before
     another."""
 
@@ -87,10 +87,10 @@ class Region:
 class Job:
     """All that a worker needs to write one region, in any process."""
 
-    source: Source
+    source: IngestInput
     store: str
     journal: str
-    region: Region
+    region: WrittenRegion
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Workers:
 
 
 def ingest(
-    source: Source,
+    source: IngestInput,
     output: Path,
-    layout: Layout,
+    layout: ChunkLayout,
     workers: Workers,
     progress: Callable[[int, int], object],
     tell: Callable[[str], object] = lambda _: None,
@@ -164,7 +164,7 @@ def _writing(output: Path, folder: Path) -> Iterator[None]:
 @lru_cache(maxsize=1)
 def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
     """The chosen part of the input, and what is left out of it."""
-    source, left_out = Source(**json.loads(settings)), list[str]()
+    source, left_out = IngestInput(**json.loads(settings)), list[str]()
     where = f"input={source.location}"
     dataset = open_input(
         source.location,
@@ -188,7 +188,7 @@ def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
     return _cut(dataset, source), tuple(left_out)
 
 
-def _check_dates(dataset: xr.Dataset, source: Source) -> None:
+def _check_dates(dataset: xr.Dataset, source: IngestInput) -> None:
     calendar = Calendar.of(dataset["time"].values)
     for key, text in (("start", source.start), ("end", source.end)):
         if calendar is not None and text:
@@ -198,18 +198,18 @@ def _check_dates(dataset: xr.Dataset, source: Source) -> None:
                 raise ValueError(f"{key}: {error}") from error
 
 
-def opened(source: Source) -> xr.Dataset:
+def opened(source: IngestInput) -> xr.Dataset:
     """The chosen part of the input; opened once per process, by one thread at a time, as neither
     cfgrib nor the NetCDF library may be entered by two. Reading is serial under xarray's locks."""
     return _entered(source)[0]
 
 
-def _entered(source: Source) -> tuple[xr.Dataset, tuple[str, ...]]:
+def _entered(source: IngestInput) -> tuple[xr.Dataset, tuple[str, ...]]:
     with _OPENING:
         return _opened(json.dumps(asdict(source)))
 
 
-def _cut(dataset: xr.Dataset, source: Source) -> xr.Dataset:
+def _cut(dataset: xr.Dataset, source: IngestInput) -> xr.Dataset:
     if source.region is None:
         return dataset
     south, north, west, east = source.region
@@ -225,7 +225,9 @@ def _cut(dataset: xr.Dataset, source: Source) -> xr.Dataset:
     return dataset
 
 
-def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, journal: Path) -> None:
+def _begin(
+    dataset: xr.Dataset, source: IngestInput, layout: ChunkLayout, store: Path, journal: Path
+) -> None:
     """Make the empty store, or check that the one that was begun is the same."""
     settings = json.dumps([asdict(source), asdict(layout)], sort_keys=True)
     state = {
@@ -253,7 +255,7 @@ def _begin(dataset: xr.Dataset, source: Source, layout: Layout, store: Path, jou
     _write(note, json.dumps(state))
 
 
-def _check_begun(note: Path, state: Mapping[str, Any], source: Source) -> None:
+def _check_begun(note: Path, state: Mapping[str, Any], source: IngestInput) -> None:
     """That a store that was begun was begun with the same settings, from the same inputs."""
     folder = note.parents[1]
     try:
@@ -277,7 +279,7 @@ def _shape_of(dataset: xr.Dataset) -> str:
     return f"{dict(dataset.sizes)} {sorted(map(str, dataset.data_vars))} {times.hex()}"
 
 
-def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Layout) -> None:
+def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: ChunkLayout) -> None:
     wanted = {
         "time": layout.time,
         "level": layout.level,
@@ -314,14 +316,14 @@ def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Layou
     )
 
 
-def _regions(dataset: xr.Dataset, layout: Layout) -> list[Region]:
+def _regions(dataset: xr.Dataset, layout: ChunkLayout) -> list[WrittenRegion]:
     """Pieces that no two of which share a chunk."""
     found = []
     for name, array in dataset.data_vars.items():
         total = array.sizes.get("time", 1)
         length = min((layout.time or total) * max(layout.shard, 1), total)
         starts = range(0, total, length)
-        found += [Region(str(name), s, min(s + length, total)) for s in starts]
+        found += [WrittenRegion(str(name), s, min(s + length, total)) for s in starts]
     return found
 
 
@@ -367,7 +369,9 @@ def _write(path: Path, text: str) -> None:
     written.replace(path)
 
 
-def _finish(store: Path, journal: Path, source: Source, regions: Iterable[Region]) -> None:
+def _finish(
+    store: Path, journal: Path, source: IngestInput, regions: Iterable[WrittenRegion]
+) -> None:
     """Provenance and checksums into the store's attributes."""
     begun = json.loads((journal / "identity").read_text())["inputs"]
     now = local_state(input_files(source.location))

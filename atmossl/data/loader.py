@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from atmossl.batch import Batch, collate_views
 from atmossl.data.limits import show_in_one_line
 from atmossl.data.transfer import Arena, Packed
-from atmossl.lineage import end_with_creator
+from atmossl.process_lifetime import end_with_creator
 from atmossl.stops import leave_to_creator, start_worker_server
 
 

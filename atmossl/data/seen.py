@@ -68,8 +68,8 @@ class Seen:
 
 def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:
     """Of the run's own data, as '', and of those of streams with `data` of their own."""
-    names = segments[0].companions
-    others = {name: Seen.of([s.companions[name].segment for s in segments]) for name in names}
+    names = segments[0].auxiliaries
+    others = {name: Seen.of([s.auxiliaries[name].segment for s in segments]) for name in names}
     return {"": Seen.of(segments), **others}
 
 

@@ -15,12 +15,12 @@ from atmossl.data.reader import AXES, Index, StoredVariable, Target, read_target
 from atmossl.geometry import Alignment, Box, Grid, common_alignment
 
 if TYPE_CHECKING:
-    from atmossl.data.companions import Companion
+    from atmossl.data.auxiliary_sources import AuxiliarySource
 
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
 
 
-class Place(NamedTuple):
+class WindowPlace(NamedTuple):
     """A window of a record: `count` steps from `start` on in a box of cells."""
 
     segment: "Segment"
@@ -37,10 +37,10 @@ class Segment:
     hPa, none if it has no level axis. levels: those that were asked for.
     latitude_order, longitude_order: position in the store of every canonical row and column.
     may_miss: variables whose missing values are marked; those of others are an error.
-    companions: records of the same air for streams with `data` of their own, by catalog entry.
+    auxiliaries: records of the same air for streams with `data` of their own, by catalog entry.
     calendar: of its dates; see there what `times` are.
-    partial: cut out of a longer record at a gap or by a companion, so it may be shorter than a
-        window.
+    partial: cut out of a longer record at a gap or by an auxiliary source, so it may be shorter
+        than a window.
     part: of a record with gaps, its first date, which is the end of its name; else empty.
     pressure_levels: whether its levels are pressures; else they may be numbers of a model.
     """
@@ -59,7 +59,7 @@ class Segment:
     access: Access = Access()
     first_step: int = 0
     may_miss: frozenset[str] = frozenset()
-    companions: Mapping[str, "Companion"] = field(default_factory=dict)
+    auxiliaries: Mapping[str, "AuxiliarySource"] = field(default_factory=dict)
     calendar: Calendar = STANDARD
     partial: bool = False
     part: str = ""
@@ -76,23 +76,23 @@ class Segment:
 
     @cached_property
     def alignment(self) -> Alignment:
-        """Where windows may start so that those of all companions share their edges."""
-        return common_alignment([companion.nesting for companion in self.companions.values()])
+        """Where windows may start so that those of all auxiliary sources share their edges."""
+        return common_alignment([auxiliary.nesting for auxiliary in self.auxiliaries.values()])
 
-    def place(self, data: str, start: int, count: int, box: Box) -> Place:
+    def place(self, data: str, start: int, count: int, box: Box) -> WindowPlace:
         """What a window of this record is in the record of a stream with that `data`."""
         if not data:
-            return Place(self, start, count, box)
-        companion = self.companions[data]
+            return WindowPlace(self, start, count, box)
+        auxiliary = self.auxiliaries[data]
         first = self.times[0] + start * self.step
-        steps = companion.steps(first, count * self.step)
-        return Place(companion.segment, steps.start, len(steps), companion.nesting.box(box))
+        steps = auxiliary.steps(first, count * self.step)
+        return WindowPlace(auxiliary.segment, steps.start, len(steps), auxiliary.nesting.box(box))
 
     def cells(self, data: str, box: Box) -> tuple[Box, int]:
         """A box in the cells of a stream with that `data`, and how many close the circle there."""
         if not data:
             return box, self.grid.shape[1]
-        nesting = self.companions[data].nesting
+        nesting = self.auxiliaries[data].nesting
         return nesting.box(box), nesting.other.shape[1]
 
     @property

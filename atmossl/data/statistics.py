@@ -125,7 +125,7 @@ class Statistics:
         columns = [own.levels.index(level) if spec.levels else 0 for level in spec.level_values]
         return torch.from_numpy(getattr(own, field)[np.ix_(rows, columns)]).float()
 
-    def departure_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
+    def residual_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
         """Standard deviation of a one-step change in normalised units, for a stream's tokens; 1
         for what never changes in time."""
         change, std = self.select(spec, "step_std"), self.select(spec, "std")

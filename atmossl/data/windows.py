@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
-from atmossl.data.companions import check_window
+from atmossl.data.auxiliary_sources import check_window
 from atmossl.data.limits import Limits
 from atmossl.data.memory import Pool
 from atmossl.data.reader import Index, Target, UnreadableChunk
-from atmossl.data.segment import Place, Segment
+from atmossl.data.segment import Segment, WindowPlace
 from atmossl.data.statistics import Normaliser
 from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
@@ -124,13 +124,13 @@ def read_windows(
             for name, target in _targets(place, window, normaliser):
                 targets.setdefault(name, []).append(target)
     for data, targets in wanted.items():
-        record = segment.companions[data].segment if data else segment
+        record = segment.auxiliaries[data].segment if data else segment
         record.read_into(targets)
     return windows
 
 
 def _targets(
-    place: Place, window: StreamWindow, normaliser: Normaliser
+    place: WindowPlace, window: StreamWindow, normaliser: Normaliser
 ) -> Iterator[tuple[str, Target]]:
     """What is to be read of every variable of a stream."""
     record, start, count, box = place
@@ -168,7 +168,7 @@ def _field_writers(
 
 
 def _empty_windows(
-    laid: Sequence[Sequence[Place]], specs: Sequence[StreamSpec], memory: Memory
+    laid: Sequence[Sequence[WindowPlace]], specs: Sequence[StreamSpec], memory: Memory
 ) -> list[tuple[StreamWindow, ...]]:
     """Windows with their coordinates, whose fields are still to be read, in one piece of memory:
     numpy asks for large pages where it is large, which the system clears much faster."""
@@ -186,7 +186,7 @@ def _empty_windows(
     ]
 
 
-def _empty_window(place: Place, spec: StreamSpec, fields: np.ndarray) -> StreamWindow:
+def _empty_window(place: WindowPlace, spec: StreamSpec, fields: np.ndarray) -> StreamWindow:
     segment, start, count, box = place
     grid = segment.grid
     lat, lon = box.lat_index(), box.lon_index(grid.shape[1])

@@ -13,7 +13,7 @@ _CELL = ("latitude", "longitude")
 
 
 @dataclass(frozen=True)
-class Region:
+class ScoreRegion:
     """A set of latitude belts, or one box.
 
     Attributes:
@@ -45,16 +45,16 @@ class Region:
 REGIONS = {
     region.name: region
     for region in (
-        Region("global", ((-90.0, 90.0),)),
-        Region("tropics", ((-20.0, 20.0),)),
-        Region("northern_extratropics", ((20.0, 90.0),)),
-        Region("southern_extratropics", ((-90.0, -20.0),)),
-        Region("poles", ((-90.0, -60.0), (60.0, 90.0))),
+        ScoreRegion("global", ((-90.0, 90.0),)),
+        ScoreRegion("tropics", ((-20.0, 20.0),)),
+        ScoreRegion("northern_extratropics", ((20.0, 90.0),)),
+        ScoreRegion("southern_extratropics", ((-90.0, -20.0),)),
+        ScoreRegion("poles", ((-90.0, -60.0), (60.0, 90.0))),
     )
 }
 
 
-def find_regions(names: Iterable[str]) -> list[Region]:
+def find_regions(names: Iterable[str]) -> list[ScoreRegion]:
     """Regions by name.
 
     Raises:
@@ -69,7 +69,7 @@ def find_regions(names: Iterable[str]) -> list[Region]:
     return [REGIONS[name] for name in names]
 
 
-def boxes(limits: Mapping[str, Sequence[float]]) -> list[Region]:
+def boxes(limits: Mapping[str, Sequence[float]]) -> list[ScoreRegion]:
     """Boxes by name from south, north, west and east in degrees.
 
     Raises:
@@ -84,11 +84,11 @@ def boxes(limits: Mapping[str, Sequence[float]]) -> list[Region]:
                 f"boxes.{name}={[south, north, west, east]}: needed are south < north within "
                 "-90..90, then west and east"
             )
-        found.append(Region(name, ((south, north),), (west, east)))
+        found.append(ScoreRegion(name, ((south, north),), (west, east)))
     return found
 
 
-def area_weights_like(field: xr.DataArray | xr.Dataset, region: Region) -> xr.DataArray:
+def area_weights_like(field: xr.DataArray | xr.Dataset, region: ScoreRegion) -> xr.DataArray:
     """Area weights [latitude], for a box [latitude, longitude]; zero outside the region.
 
     Raises:
@@ -107,7 +107,9 @@ def area_weights_like(field: xr.DataArray | xr.Dataset, region: Region) -> xr.Da
     return weights
 
 
-def stacked_weights(field: xr.DataArray | xr.Dataset, regions: Sequence[Region]) -> xr.DataArray:
+def stacked_weights(
+    field: xr.DataArray | xr.Dataset, regions: Sequence[ScoreRegion]
+) -> xr.DataArray:
     """Area weights of several regions, [region, latitude] or with boxes [.., longitude].
 
     A belt that the grid does not reach is left out; a box without cells is a ValueError.
@@ -153,6 +155,6 @@ def weighted_mean(field: xr.DataArray, weights: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(mean, coords, (*rest, *more))
 
 
-def area_mean(field: xr.DataArray, region: Region) -> xr.DataArray:
+def area_mean(field: xr.DataArray, region: ScoreRegion) -> xr.DataArray:
     """Mean over the area of one region; missing values are left out."""
     return weighted_mean(field, area_weights_like(field, region))

@@ -14,7 +14,7 @@ def rows_where(table: pd.DataFrame, **labels: Any) -> Any:
 
 
 def rows_of_prefix(table: pd.DataFrame, prefix: str) -> Any:
-    """The rows (a data frame) whose score begins with `prefix`, what follows it as `rival`."""
+    """The rows (a data frame) whose score begins with `prefix`, what follows it as `baseline`."""
     scores: Any = table["score"]
     rows: Any = table[scores.str.startswith(prefix)]
-    return rows.assign(rival=rows["score"].str.removeprefix(prefix))
+    return rows.assign(baseline=rows["score"].str.removeprefix(prefix))

@@ -23,7 +23,7 @@ from atmossl.evaluation.baselines import climatology_at
 from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_samples, score_interval
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
-from atmossl.evaluation.regions import REGIONS, Region, stacked_weights
+from atmossl.evaluation.regions import REGIONS, ScoreRegion, stacked_weights
 from atmossl.evaluation.scores import DEFAULT_SCORES, Case, FairCrps, Rmse, Score
 from atmossl.evaluation.spherical import SphericalSpectrum
 
@@ -55,7 +55,7 @@ _SCORES = (*DEFAULT_SCORES, Outliers())
 
 @dataclass
 class Tally:
-    """Area means of every score, case by case, of one task's predictions and their rivals.
+    """Area means of every score, case by case, of one task's predictions and their baselines.
 
     Attributes:
         model_name: the source that the ratios compare with every other one.
@@ -65,7 +65,7 @@ class Tally:
 
     task: str
     model_name: str = "model"
-    regions: Sequence[Region] = (REGIONS["global"],)
+    regions: Sequence[ScoreRegion] = (REGIONS["global"],)
     scores: Sequence[Score] = _SCORES
     diagnostics: Sequence[Diagnostic] = ()
     _parts: dict[tuple[str, str, str], list[xr.Dataset]] = field(default_factory=dict)
@@ -98,7 +98,8 @@ class Tally:
         if climate is not None:
             require_same_grid(predictions, climate.mean, "the climatology")
         sources = {self.model_name: predictions} | {
-            name: match_baseline(rival, predictions, name) for name, rival in baselines.items()
+            name: match_baseline(baseline, predictions, name)
+            for name, baseline in baselines.items()
         }
         self._dim = time_dim(predictions)
         weights = stacked_weights(beside, self.regions)
@@ -120,7 +121,7 @@ class Tally:
 
     def table(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
         """Every score of every source with its interval, and the ratios of the model's RMSE and
-        CRPS to its rivals'; all share the draws of the bootstrap.
+        CRPS to its baselines'; all share the draws of the bootstrap.
 
         Level is NaN for surface variables, lead_hours for tasks without lead time. Scores that a
         source cannot have (spread of one member) have no row. Seasons have rows of their own if
@@ -155,18 +156,18 @@ class Tally:
         for (source, name), per_time in means.items():
             if name in scores:
                 yield plan.score_frame(scores[name], per_time).assign(source=source, score=name)
-        rivals = [s for s in dict.fromkeys(s for s, _ in means) if s != self.model_name]
+        baselines = [s for s in dict.fromkeys(s for s, _ in means) if s != self.model_name]
         for prefix, score in _COMPARED:
             ours = means.get((self.model_name, score.name))
             if ours is None:
                 continue
-            for rival in rivals:
-                frame = plan.ratio_frame(score, ours, means[rival, score.name])
-                yield frame.assign(source=self.model_name, score=prefix + rival)
+            for baseline in baselines:
+                frame = plan.ratio_frame(score, ours, means[baseline, score.name])
+                yield frame.assign(source=self.model_name, score=prefix + baseline)
 
     def overall(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
-        """Ratio of RMSE to each rival's on the globe, one number: the mean over variables, levels
-        and lead times, with its interval (columns rival, value, low, high, p_value)."""
+        """Ratio of RMSE to each baseline's on the globe, one number: the mean over variables,
+        levels and lead times, with its interval (columns baseline, value, low, high, p_value)."""
         draws = self._draws(bootstrap, rng)
         found: dict[str, list[tuple[xr.DataArray, xr.DataArray]]] = {}
         for variable in self._units:
@@ -177,7 +178,7 @@ class Tally:
                     ratio = plan.ratio(Rmse(), means[self.model_name, name], theirs)
                     found.setdefault(source, []).append(ratio)
         rows = []
-        for rival, ratios in found.items():
+        for baseline, ratios in found.items():
             value, samples = (
                 xr.concat([_mean_of_globe(part) for part in parts], "variable").mean("variable")
                 for parts in zip(*ratios, strict=True)
@@ -186,8 +187,8 @@ class Tally:
             p_value = float(bootstrap.p_value(samples, null=1.0))
             if not bootstrap.is_possible(min(counts.shape[1] for counts in draws.values())):
                 low = high = p_value = np.nan
-            rows.append((rival, float(value), low, high, p_value))
-        return pd.DataFrame(rows, columns=["rival", "value", "low", "high", "p_value"])
+            rows.append((baseline, float(value), low, high, p_value))
+        return pd.DataFrame(rows, columns=["baseline", "value", "low", "high", "p_value"])
 
     def _means(self, variable: str) -> dict[tuple[str, str], xr.Dataset]:
         """Area means of all cases by source and score."""
@@ -218,7 +219,7 @@ def verify(
     task: str,
     rng: np.random.Generator,
     model_name: str = "model",
-    regions: Sequence[Region] = (REGIONS["global"],),
+    regions: Sequence[ScoreRegion] = (REGIONS["global"],),
     scores: Sequence[Score] = _SCORES,
     bootstrap: BlockBootstrap | None = None,
 ) -> pd.DataFrame:

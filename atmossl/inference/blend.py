@@ -12,7 +12,7 @@ Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in it
 
 
 @dataclass(frozen=True)
-class Part:
+class BlendedPart:
     """What is ready to be written of one case, which is one init or valid time.
 
     leads: times of the steps that the fields hold, from the reference time. rows: latitudes that
@@ -30,7 +30,7 @@ class Part:
     data: str = ""
 
 
-class Mosaic:
+class TileBlender:
     """Weighted mean of the tiles of one case, over the bands of latitude that are still open.
 
     Members of the same number in two tiles are hardly related, so their mean has less spread than

@@ -7,22 +7,22 @@ from typing import Self
 import numpy as np
 from einops import reduce, repeat
 
-from atmossl.data.companions import Companion
+from atmossl.data.auxiliary_sources import AuxiliarySource
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, Grid, Nesting
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The cells of a companion's grid that the cells of a segment fill. whole: them, as a box in
-    that grid; from its first column on if they close the circle."""
+    """The cells of an auxiliary source's grid that the cells of a segment fill. whole: them, as a
+    box in that grid; from its first column on if they close the circle."""
 
     nesting: Nesting
     whole: Box
 
     @classmethod
     def of(cls, segment: Segment, data: str) -> Self:
-        nesting = segment.companions[data].nesting
+        nesting = segment.auxiliaries[data].nesting
         whole = nesting.box(Box(0, segment.alignment.lon_shift, *segment.grid.shape))
         closed = nesting.other.periodic and whole.lon_size == nesting.other.shape[1]
         return cls(nesting, replace(whole, lon_start=0) if closed else whole)
@@ -49,7 +49,9 @@ class Coverage:
         return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other, x=lon.other)
 
 
-def leads_within(companion: Companion, reference: np.datetime64, leads: np.ndarray) -> np.ndarray:
-    """Those of the lead times at which the companion's store has its steps."""
-    since = reference + leads - companion.segment.times[0]
-    return leads[since % companion.segment.step == np.timedelta64(0)]
+def leads_within(
+    auxiliary: AuxiliarySource, reference: np.datetime64, leads: np.ndarray
+) -> np.ndarray:
+    """Those of the lead times at which the auxiliary source's store has its steps."""
+    since = reference + leads - auxiliary.segment.times[0]
+    return leads[since % auxiliary.segment.step == np.timedelta64(0)]

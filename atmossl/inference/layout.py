@@ -62,7 +62,7 @@ def attributes_of(coordinate: str, *, pressure_levels: bool) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputLayout:
     """The dimensions and coordinates of one prediction.
 
     Forecasts and hindcasts are (init_time, lead_time, member, level, latitude, longitude), all

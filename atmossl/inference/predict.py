@@ -12,11 +12,11 @@ from functools import cached_property
 import numpy as np
 
 from atmossl.batch import View
+from atmossl.data.auxiliary_sources import check_window
 from atmossl.data.calendars import Calendar
-from atmossl.data.companions import check_window
 from atmossl.data.segment import Segment
 from atmossl.geometry import Grid, TilePlan
-from atmossl.inference.blend import Fields, Part
+from atmossl.inference.blend import BlendedPart, Fields
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.consistency import CoarseCells
 from atmossl.inference.coverage import Coverage, leads_within
@@ -102,12 +102,12 @@ class Predictor:
         steps."""
         if not data:
             return leads
-        return leads_within(self.find(time).segment.companions[data], time, leads)
+        return leads_within(self.find(time).segment.auxiliaries[data], time, leads)
 
     @cached_property
     def tiles(self) -> TilePlan:
         self.task.check(self.grid)
-        self._check_companions()
+        self._check_auxiliary()
         return TilePlan(self.grid, *self._tile_size, self.overlap, self._shifts, self._align)
 
     @property
@@ -132,11 +132,11 @@ class Predictor:
             found.append(wanted if 0 < wanted <= have else have // cells * cells)
         return found[0], found[1]
 
-    def _check_companions(self) -> None:
+    def _check_auxiliary(self) -> None:
         """Raise ValueError for what cannot be done with streams that read other data."""
-        if not self.segment.companions:
+        if not self.segment.auxiliaries:
             return
-        names = sorted(self.segment.companions)
+        names = sorted(self.segment.auxiliaries)
         if self.plan.refine > 1 or self.coarse_factor > 1:
             raise ValueError(
                 "task.refine and task.coarse_input change the cells or steps of a single store; "
@@ -239,7 +239,7 @@ class Predictor:
                 yield whole
                 whole = {}
 
-    def parts(self, times: Sequence[np.datetime64]) -> Iterator[Part]:
+    def parts(self, times: Sequence[np.datetime64]) -> Iterator[BlendedPart]:
         """All that is written, case after case, each as soon as it is ready.
 
         Raises:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atmossl.data.auxiliary_sources import AuxiliarySource
 from atmossl.data.backends import OpenedStore
 from atmossl.data.chunks import Access
-from atmossl.data.companions import Companion
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box, Nesting
-from atmossl.inference.blend import Fields, Part
+from atmossl.inference.blend import BlendedPart, Fields
 from atmossl.inference.coverage import Coverage
 from atmossl.inference.tiles import blended
 from atmossl.inference.windows import Source
@@ -25,7 +25,7 @@ State = dict[str, np.ndarray]  # by variable, [level time lat lon]
 States = dict[str, State]  # by `data` of the streams; their last steps are the latest there are
 
 
-def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part]:
+def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[BlendedPart]:
     """One init time: every member's state is the start of its own next pass.
 
     A member of the tail has its own place in the distribution everywhere on the globe; going on
@@ -48,7 +48,7 @@ def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Part
             leads = leads[leads <= total * step]
             written = {name: values[: len(leads)] for name, values in found.fields.items()}
             rows = slice(0, predictor.grid_of(data).shape[0])
-            yield Part(case, leads, rows, written, completes and not data, data=data)
+            yield BlendedPart(case, leads, rows, written, completes and not data, data=data)
         if completes:
             return
         num_members = next(iter(joined[""].fields.values())).shape[1]
@@ -111,11 +111,11 @@ def _states(predictor: "Predictor", segment: Segment, source: Source) -> States:
     """The steps of every record that the first pass reads, at all its levels."""
     count = len(predictor.plan.read)
     states = {"": _read(segment, source.start, count, segment.whole())}
-    for data, companion in segment.companions.items():
-        steps = companion.steps(segment.times[source.start], count * segment.step)
+    for data, auxiliary in segment.auxiliaries.items():
+        steps = auxiliary.steps(segment.times[source.start], count * segment.step)
         known = max(1, len(steps))  # what is static is known even if none of the steps is
         start = max(0, steps.stop - known)
-        states[data] = _read(companion.segment, start, known, Coverage.of(segment, data).whole)
+        states[data] = _read(auxiliary.segment, start, known, Coverage.of(segment, data).whole)
     return states
 
 
@@ -133,7 +133,7 @@ def _appended(
     """The states moved on: their steps and those of the pass, of which the latest are kept."""
     segment, moved = predictor.segment, {}
     for data, state in states.items():
-        record = segment.companions[data].segment if data else segment
+        record = segment.auxiliaries[data].segment if data else segment
         fields = joined[data].fields if data in joined else {}
         kept = _kept(predictor, record)
         # static, or moved on below
@@ -167,14 +167,14 @@ def _source(
 ) -> Source:
     """The states as records whose last steps are the latest ones up to a time."""
     own = _rolled(segment, states[""], latest, _kept(predictor, segment))
-    companions = {}
-    for data, companion in segment.companions.items():
-        record = replace(companion.segment, grid=Coverage.of(segment, data).grid)
+    auxiliaries = {}
+    for data, auxiliary in segment.auxiliaries.items():
+        record = replace(auxiliary.segment, grid=Coverage.of(segment, data).grid)
         last = latest - (latest - record.times[0]) % record.step
         rolled = _rolled(record, states[data], last, _kept(predictor, record))
-        companions[data] = Companion(rolled, Nesting.of(own.grid, rolled.grid))
+        auxiliaries[data] = AuxiliarySource(rolled, Nesting.of(own.grid, rolled.grid))
     start = len(own.times) - len(predictor.plan.read)
-    return Source(replace(own, companions=companions), start, member)
+    return Source(replace(own, auxiliaries=auxiliaries), start, member)
 
 
 def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> Segment:

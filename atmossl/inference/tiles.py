@@ -14,7 +14,7 @@ from torch import Tensor
 from atmossl.batch import StreamPrediction, StreamSpec, StreamTokens, View, collate_views
 from atmossl.data.segment import HOUR
 from atmossl.geometry import Box
-from atmossl.inference.blend import Fields, Mosaic, Part
+from atmossl.inference.blend import BlendedPart, Fields, TileBlender
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.coherence import coherent
 from atmossl.inference.coverage import leads_within
@@ -38,7 +38,7 @@ class _Tile:
     complete: int | None
 
 
-def blended(predictor: "Predictor", sources: Sequence[Source]) -> Iterator[Part]:
+def blended(predictor: "Predictor", sources: Sequence[Source]) -> Iterator[BlendedPart]:
     """Bands of latitude of one source after another, for the steps of one pass; of streams with
     data of their own before those of the others."""
     return _Tiles(predictor, sources).parts()
@@ -56,7 +56,7 @@ class _Tiles:
     predictor: "Predictor"
     sources: Sequence[Source]
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[BlendedPart]:
         """See `blended`."""
         used = self.predictor
         tiles, mosaics = self.tiles(), self._mosaics()
@@ -87,11 +87,11 @@ class _Tiles:
             for stream, predicted in zip(streams, prediction.streams, strict=True)
         ]
 
-    def _mosaics(self) -> dict[str, Mosaic]:
+    def _mosaics(self) -> dict[str, TileBlender]:
         """One for every grid of predicted streams, that of the run's own data last."""
         used = self.predictor
         return {
-            data: Mosaic(used.grid_of(data).shape[1], used.trained.predicted_levels(data))
+            data: TileBlender(used.grid_of(data).shape[1], used.trained.predicted_levels(data))
             for data in (*used.coverage, "")
         }
 
@@ -103,8 +103,8 @@ class _Tiles:
         return coverage.box(tile.box), coverage.weights(tile.weight)
 
     def _taken(
-        self, mosaics: Mapping[str, Mosaic], tile: _Tile, *, completes: bool
-    ) -> Iterator[Part]:
+        self, mosaics: Mapping[str, TileBlender], tile: _Tile, *, completes: bool
+    ) -> Iterator[BlendedPart]:
         """The rows of every grid that are final after a tile."""
         assert tile.complete is not None
         for data, mosaic in mosaics.items():
@@ -114,7 +114,9 @@ class _Tiles:
                 source = self.sources[tile.case]
                 leads = self._written(data, source)[1]
                 members = self._members_of(source, done, rows, leads, data)
-                yield Part(tile.case, leads, rows, members, completes and not data, data=data)
+                yield BlendedPart(
+                    tile.case, leads, rows, members, completes and not data, data=data
+                )
 
     def _members_of(
         self, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
@@ -137,13 +139,13 @@ class _Tiles:
         leads = np.array(plan.pass_offsets) * used.step
         if not data:
             return [plan.reference + offset for offset in plan.pass_offsets], leads
-        companion = segment.companions[data]
+        auxiliary = segment.auxiliaries[data]
         first = segment.times[source.start] - plan.read[0] * segment.step
         reference = first + plan.reference * segment.step
-        leads = leads_within(companion, reference, leads)
-        begin = companion.steps(first, used.trained.window.time * segment.step).start
-        since = reference + leads - companion.segment.times[0]
-        return (since // companion.segment.step - begin).astype(int).tolist(), leads
+        leads = leads_within(auxiliary, reference, leads)
+        begin = auxiliary.steps(first, used.trained.window.time * segment.step).start
+        since = reference + leads - auxiliary.segment.times[0]
+        return (since // auxiliary.segment.step - begin).astype(int).tolist(), leads
 
     def _windows(
         self, stream: StreamTokens, predicted: StreamPrediction, batch: list[_Tile]

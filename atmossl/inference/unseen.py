@@ -10,14 +10,14 @@ from atmossl.data.seen import Seen, days_of
 from atmossl.data.store import open_split
 from atmossl.data.windows import read_window
 from atmossl.geometry import Grid
-from atmossl.inference.cautions import (
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.out_of_training_warnings import (
     unseen_calendar,
     unseen_dates,
     unseen_levels,
     unseen_place,
     unseen_values,
 )
-from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
 from atmossl.masking.combined import Counterfactual
 
@@ -33,8 +33,8 @@ def unseen_by_training(predictor: Predictor, times: np.ndarray, view: View) -> l
     by_data = seen_in_training(trained)
     seen = by_data.get("", Seen())
     lines = unseen_place(seen, _told_grid(predictor))
-    for data, companion in segment.companions.items():
-        beside = unseen_place(by_data.get(data, Seen()), companion.segment.grid)
+    for data, auxiliary in segment.auxiliaries.items():
+        beside = unseen_place(by_data.get(data, Seen()), auxiliary.segment.grid)
         lines += [f"{line} (data={data})" for line in beside]
     lines += unseen_calendar(seen, segment.calendar.name)
     lines += unseen_dates(seen, _told_days(predictor, times, view))

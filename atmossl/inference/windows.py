@@ -14,7 +14,7 @@ from atmossl.data.segment import Segment
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.masking.base import FirstGuess, Layout, Points, make_view
+from atmossl.masking.base import FirstGuess, Points, TokenLayout, make_view
 from atmossl.masking.tasks import Task, TimePlan, points_of
 from atmossl.tokens import token_grid
 
@@ -108,7 +108,7 @@ class WindowReader:
             step_hours = segment.step_hours / plan.refine
             read = segment.time_hours(source.start, 1)[0]
             return read + (torch.arange(count, dtype=torch.float64) - plan.read[0]) * step_hours
-        record, steps = segment.companions[data].segment, self._steps(data, source)
+        record, steps = segment.auxiliaries[data].segment, self._steps(data, source)
         start = record.time_hours(0, 1)[0]
         return start + torch.arange(steps.start, steps.stop).double() * record.step_hours
 
@@ -116,17 +116,17 @@ class WindowReader:
         """The same as times of the record's calendar."""
         segment, plan = source.segment, self.plan
         if data:
-            record = segment.companions[data].segment
+            record = segment.auxiliaries[data].segment
             return record.times[0] + np.array(self._steps(data, source)) * record.step
         steps = np.arange(self.trained.window.time) - plan.read[0]
         return segment.times[source.start] + steps * (segment.step // plan.refine)
 
     def _steps(self, data: str, source: Source) -> range:
-        """Steps of a companion's record in the window; they may lie outside the record."""
+        """Steps of an auxiliary source's record in the window; they may lie outside the record."""
         segment = source.segment
         first = segment.times[source.start] - self.plan.read[0] * segment.step
-        companion = segment.companions[data]
-        return companion.steps(first, self.trained.window.time * segment.step)
+        auxiliary = segment.auxiliaries[data]
+        return auxiliary.steps(first, self.trained.window.time * segment.step)
 
     def _placed(self, window: StreamWindow, box: Box) -> StreamWindow:
         """Coarse cells repeated over the fine ones that lie in them."""
@@ -191,7 +191,7 @@ def masked_view(
     of every stream it hides."""
     windows = task.conditioned(windows)
     task = task.seeing(windows)
-    layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
+    layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
     hidden = task.hidden_points(layouts)
     if hidden is not None and task.fills_missing:
         windows = tuple(map(_without_gaps, windows, hidden))

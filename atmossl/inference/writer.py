@@ -14,8 +14,8 @@ import xarray as xr
 import zarr
 
 from atmossl.data.fingerprint import fingerprint
-from atmossl.inference.blend import Part
-from atmossl.inference.layout import Layout, LayoutName, encoding
+from atmossl.inference.blend import BlendedPart
+from atmossl.inference.layout import LayoutName, OutputLayout, encoding
 from atmossl.inference.predict import Predictor
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.stops import Stopped
@@ -62,7 +62,7 @@ class _Progress:
         values = {k: v for k, v in vars(self).items() if k != "path"}
         write_sealed(self.path, values)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: BlendedPart) -> None:
         count = part.rows.stop - part.rows.start
         for name, mean_square in part.departure.items():
             self.squares[name] = self.squares.get(name, 0.0) + count * mean_square
@@ -161,8 +161,8 @@ def _content_of_stores(predictor: Predictor, times: np.ndarray) -> dict[str, str
     for number, segment in enumerate(predictor.segments):
         key = f"content of {segment.location} ({segment.name})"
         states[key] = fingerprint([segment], steps=steps.get(number, ()))
-        for data, companion in segment.companions.items():
-            states[f"{key}, data={data}"] = fingerprint([companion.segment])
+        for data, auxiliary in segment.auxiliaries.items():
+            states[f"{key}, data={data}"] = fingerprint([auxiliary.segment])
     return states
 
 
@@ -200,10 +200,10 @@ def _begun(partial: Path, request: dict[str, str]) -> _Progress:
 
 def _written(
     predictor: Predictor, times: np.ndarray, partial: Path, names: LayoutName, progress: _Progress
-) -> Iterator[Part]:
+) -> Iterator[BlendedPart]:
     """Every part, once it is in the store."""
     done = progress.cases
-    layouts: dict[str, Layout] = {}
+    layouts: dict[str, OutputLayout] = {}
     groups: dict[str, zarr.Group] = {}
     for part in predictor.parts(list(times[done:])):
         if not layouts:
@@ -223,7 +223,7 @@ def _written(
 
 def _layouts(
     predictor: Predictor, times: np.ndarray, num_members: int, names: LayoutName
-) -> dict[str, Layout]:
+) -> dict[str, OutputLayout]:
     """By the streams' `data`, which is the name of their group: the root, and one group for every
     other grid of which anything is written.
 
@@ -231,7 +231,7 @@ def _layouts(
         ValueError: times that do not fit, or a group that would have the name of a variable.
     """
     layouts = {
-        data: Layout(predictor, times, num_members, names, data)
+        data: OutputLayout(predictor, times, num_members, names, data)
         for data in ("", *predictor.coverage)
     }
     root = layouts[""]
@@ -244,7 +244,7 @@ def _layouts(
     return {data: layout for data, layout in layouts.items() if not layout.is_empty}
 
 
-def _make_empty(partial: Path, layouts: dict[str, Layout]) -> None:
+def _make_empty(partial: Path, layouts: dict[str, OutputLayout]) -> None:
     """A store of missing values."""
     shutil.rmtree(partial, ignore_errors=True)
     for data, layout in layouts.items():
@@ -259,7 +259,7 @@ def _make_empty(partial: Path, layouts: dict[str, Layout]) -> None:
         )
 
 
-def _put(group: zarr.Group, layout: Layout, part: Part, case: int) -> None:
+def _put(group: zarr.Group, layout: OutputLayout, part: BlendedPart, case: int) -> None:
     where = layout.where(case, part.leads)
     for name, values in part.fields.items():
         array = group[name]
@@ -320,4 +320,4 @@ def predictions(
         if fields:
             num_members = next(iter(fields.values())).shape[1]
             case = times[number : number + 1]
-            yield Layout(predictor, case, num_members, names, data).dataset(fields)
+            yield OutputLayout(predictor, case, num_members, names, data).dataset(fields)

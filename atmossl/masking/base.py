@@ -38,7 +38,7 @@ FirstGuess = bool | Literal["surroundings"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """The tokens of one stream of a window, before anything is hidden."""
 
     spec: StreamSpec
@@ -79,7 +79,7 @@ def _points(centre: Tensor, extent: Tensor, count: int) -> Tensor:
     return (centre[:, None] + offset).flatten()
 
 
-def own_factor(layout: Layout, layouts: tuple[Layout, ...], factor: int) -> int:
+def own_factor(layout: TokenLayout, layouts: tuple[TokenLayout, ...], factor: int) -> int:
     """Cells of a stream along one coarse cell, which is `factor` cells of the run's own data; 1 if
     the stream's cells are as large or larger.
 
@@ -113,13 +113,15 @@ class MaskingSampler(Protocol):
     """Draws masks and corruptions, as a pure function of the token grids and a generator."""
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         """Draw one mask per stream of one window."""
         ...
 
 
-def hide_nothing(layouts: tuple[Layout, ...], rng: np.random.Generator) -> tuple[StreamMask, ...]:
+def hide_nothing(
+    layouts: tuple[TokenLayout, ...], rng: np.random.Generator
+) -> tuple[StreamMask, ...]:
     """The masking sampler of a view that shows everything."""
     del rng
     return tuple(layout.nothing_hidden() for layout in layouts)
@@ -137,7 +139,7 @@ def make_view(
 
     hidden_points: of every stream, for a sampler that does not tell them with its masks.
     """
-    layouts = tuple(Layout(window.spec, token_grid(window)) for window in windows)
+    layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
     masks = sampler(layouts, rng)
     if hidden_points is not None:
         masks = [replace(m, points=p) for m, p in zip(masks, hidden_points, strict=True)]

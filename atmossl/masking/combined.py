@@ -9,7 +9,7 @@ import torch
 
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import Layout
+from atmossl.masking.base import TokenLayout
 from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, points_of, union
 
 
@@ -64,7 +64,7 @@ class Combined(Task):
         for part in self.parts:
             part.check(grid)
 
-    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
+    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         found = [part.hidden_points(layouts) for part in self.parts]
         if all(points is None for points in found):
             return None
@@ -78,7 +78,7 @@ class Combined(Task):
         return tuple(reduce(torch.logical_or, streams) for streams in zip(*whole, strict=True))
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         return union([part(layouts, rng) for part in self.parts])
 
@@ -133,15 +133,15 @@ class Counterfactual(Task):
     def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
         return self.task.cells(lat, lon)
 
-    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
+    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         return self.task.hidden_points(self._true(layouts))
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         return self.task(self._true(layouts), rng)
 
-    def _true(self, layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
+    def _true(self, layouts: tuple[TokenLayout, ...]) -> tuple[TokenLayout, ...]:
         """Dates and places as they are, which regions of the task refer to."""
         return tuple(
             replace(

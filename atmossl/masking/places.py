@@ -13,11 +13,11 @@ from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
-from atmossl.masking.base import Layout, Points, share_known
+from atmossl.masking.base import Points, TokenLayout, share_known
 from atmossl.masking.tasks import Task, TimePlan, points_of, step_hours_of, steps_of
 
 
-class Region(Protocol):
+class HiddenCells(Protocol):
     """A set of cells to be hidden, the same whatever window looks at them."""
 
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ class Inpainting(Task):
     gaps: those of one window, by stream; see `seeing`. The middle step is written.
     """
 
-    regions: Sequence[Region]
+    regions: Sequence[HiddenCells]
     hidden_hours: float | None = None
     missing: bool = False
     gaps: tuple[Points, ...] | None = None
@@ -174,7 +174,7 @@ class Inpainting(Task):
         for region in self.regions:
             region.check(grid)
 
-    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...]:
+    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...]:
         hidden = tuple(
             self._hidden(layout, step_hours_of(layouts))
             if layout.spec.role == "predict"
@@ -192,7 +192,7 @@ class Inpainting(Task):
             hidden |= region.contains(lat, lon)
         return hidden
 
-    def _hidden(self, layout: Layout, step_hours: float) -> Points:
+    def _hidden(self, layout: TokenLayout, step_hours: float) -> Points:
         cells = self.cells(layout.point_lat().numpy(), layout.point_lon().numpy())
         times = layout.point_times().flatten()
         steps = torch.ones(len(times), dtype=torch.bool)
@@ -205,7 +205,7 @@ class Inpainting(Task):
         return repeat(where, "time lat lon -> level time lat lon", level=layout.spec.num_levels)
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         return tuple(
@@ -277,7 +277,7 @@ class CrossVariable(Task):
         return tokens.all(dim=1) & all(inside)
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         self._check([layout.spec for layout in layouts])

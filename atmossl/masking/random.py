@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from atmossl.batch import Corruption, StreamMask
-from atmossl.masking.base import Layout, MaskingSampler, coarse_mask, own_factor
+from atmossl.masking.base import MaskingSampler, TokenLayout, coarse_mask, own_factor
 from atmossl.masking.places import mask_of_points
 from atmossl.masking.tasks import hide_times, points_of, step_hours_of, window_times
 
@@ -68,7 +68,7 @@ class RandomMasking:
             raise ValueError(f"masking.fractions must be positive and sum to 1, got {total:g}")
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         common = _common("masking.synced", _token_counts(layouts)) if self.synced else None
         score = rng.random(common) if common else None
@@ -89,7 +89,7 @@ class RandomMasking:
         )
 
     def _mask(
-        self, layout: Layout, layouts: tuple[Layout, ...], corruption: np.ndarray
+        self, layout: TokenLayout, layouts: tuple[TokenLayout, ...], corruption: np.ndarray
     ) -> StreamMask:
         if layout.spec.role != "predict":
             return layout.nothing_hidden()
@@ -120,7 +120,10 @@ class RandomMasking:
                 values[level] = int(Corruption.MASK)
 
     def _hide_one_stream(
-        self, corruptions: list[np.ndarray], layouts: tuple[Layout, ...], rng: np.random.Generator
+        self,
+        corruptions: list[np.ndarray],
+        layouts: tuple[TokenLayout, ...],
+        rng: np.random.Generator,
     ) -> None:
         hide, choice = rng.random() < self.hide_stream, rng.random()
         predicted = {x.spec.name: i for i, x in enumerate(layouts) if x.spec.role == "predict"}
@@ -132,7 +135,7 @@ class RandomMasking:
             corruptions[predicted[names[int(choice * len(names))]]][:] = int(Corruption.MASK)
 
 
-def _token_counts(layouts: tuple[Layout, ...]) -> dict[str, tuple[int, ...]]:
+def _token_counts(layouts: tuple[TokenLayout, ...]) -> dict[str, tuple[int, ...]]:
     """Tokens [level time lat lon] of every predicted stream."""
     return {x.spec.name: x.grid.shape for x in layouts if x.spec.role == "predict"}
 
@@ -160,7 +163,7 @@ def _common(key: str, counts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     return common
 
 
-def _spread(blocks: np.ndarray, layout: Layout) -> np.ndarray:
+def _spread(blocks: np.ndarray, layout: TokenLayout) -> np.ndarray:
     """Values of common blocks at the tokens of a stream; False for one that is not predicted."""
     if layout.spec.role != "predict":
         return np.zeros(layout.grid.shape, bool)
@@ -192,7 +195,7 @@ class BlockMasking:
             raise ValueError("masking.corruption=drop takes whole tokens: masking.cells=false")
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         boxes = []
         for _ in range(self.num_blocks):
@@ -205,13 +208,13 @@ class BlockMasking:
             hidden[lat, lon] = True
         return tuple(self._mask(layout, hidden) for layout in layouts)
 
-    def _counts(self, layout: Layout) -> tuple[int, ...]:
+    def _counts(self, layout: TokenLayout) -> tuple[int, ...]:
         """Rows and columns of a stream at which boxes may end."""
         num_lat, num_lon = layout.grid.shape[2:]
         size = layout.spec.token_size
         return (num_lat * size.lat, num_lon * size.lon) if self.cells else (num_lat, num_lon)
 
-    def _mask(self, layout: Layout, hidden: np.ndarray) -> StreamMask:
+    def _mask(self, layout: TokenLayout, hidden: np.ndarray) -> StreamMask:
         nothing = layout.nothing_hidden()
         if layout.spec.role != "predict":
             return nothing
@@ -251,7 +254,7 @@ class TimeBlockMasking:
             raise ValueError(f"masking.hidden_steps={[low, high]} must be 1 <= low <= high")
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         coarsest = max(layouts, key=lambda layout: float(layout.grid.time_extent))
         num_steps = coarsest.grid.shape[1]
@@ -284,7 +287,7 @@ class Mixture:
             )
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         choice = rng.choice(len(self.samplers), p=list(self.probabilities))
         return self.samplers[int(choice)](layouts, rng)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import Layout, Points, coarse_mask, own_factor
+from atmossl.masking.base import Points, TokenLayout, coarse_mask, own_factor
 
 _TOLERANCE_HOURS = 1e-3
 
@@ -67,7 +67,7 @@ class Task:
         raise NotImplementedError
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         raise NotImplementedError
 
@@ -78,7 +78,7 @@ class Task:
         """Cells [lat lon] of the given centres, degrees, at which the task may hide something."""
         return np.ones((len(lat), len(lon)), bool)
 
-    def hidden_points(self, layouts: tuple[Layout, ...]) -> tuple[Points, ...] | None:
+    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         """Hidden points of every stream, for a task that hides less than whole tokens."""
         del layouts
 
@@ -110,19 +110,19 @@ def steps_of(key: str, hours: float, step_hours: float) -> int:
     return count
 
 
-def step_hours_of(layouts: tuple[Layout, ...]) -> float:
+def step_hours_of(layouts: tuple[TokenLayout, ...]) -> float:
     """Hours between the steps of a window: of its finest stream, if streams differ."""
     return min(layout.step_hours for layout in layouts)
 
 
-def window_times(layouts: tuple[Layout, ...]) -> Tensor:
+def window_times(layouts: tuple[TokenLayout, ...]) -> Tensor:
     """Times [step] of the window's points, hours since 1970."""
     finest = min(layouts, key=lambda layout: layout.step_hours)
     return finest.point_times().flatten()
 
 
 def hide_times(
-    layouts: tuple[Layout, ...], first_hour: float, last_hour: float
+    layouts: tuple[TokenLayout, ...], first_hour: float, last_hour: float
 ) -> tuple[StreamMask, ...]:
     """Mask every token whose points all lie in [first_hour, last_hour], hours since 1970.
 
@@ -236,7 +236,7 @@ class Forecast(Task):
         )
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         end, step = float(window_times(layouts)[-1]), step_hours_of(layouts)
@@ -262,7 +262,7 @@ class Hindcast(Task):
         )
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         start, step = float(window_times(layouts)[0]), step_hours_of(layouts)
@@ -337,7 +337,7 @@ class TemporalInterpolation(Task):
         )
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         times = window_times(layouts)
@@ -386,7 +386,7 @@ class Downscaling(Task):
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
     def __call__(
-        self, layouts: tuple[Layout, ...], rng: np.random.Generator
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         return tuple(

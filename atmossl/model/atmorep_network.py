@@ -37,7 +37,7 @@ from atmossl.model.atmorep import (
     Perceptron,
     Tail,
 )
-from atmossl.model.layout import Latent, Place, gather
+from atmossl.model.layout import Latent, TokenPlace, gather
 from atmossl.model.network import Latents, Network, StreamLatents
 
 HOURS_PER_DAY = 24.0
@@ -170,7 +170,7 @@ class AtmoRepNetwork(Network):
                 continue
             assert queries is not None, "collate the view first: token indices are missing"
             decoded = _turned(self.core.decoded(name, _states(latents[name])), stream.grid)
-            place = Place({}, queries, stream.grid.shape, stream.grid.periodic)
+            place = TokenPlace({}, queries, stream.grid.shape, stream.grid.periodic)
             latent = Latent(gather(decoded, queries), place)
             predicted[name] = StreamLatents((latent,), queries, stream.grid)
         return predicted
@@ -299,7 +299,7 @@ def _latents(states: list[Tensor], stream: StreamTokens) -> StreamLatents:
     grid, device = stream.grid, stream.source.device
     everything = torch.ones((len(stream.source), *grid.shape), dtype=torch.bool)
     chosen = TokenIndex.of(everything).to(device)
-    place = Place({}, chosen, grid.shape, grid.periodic)
+    place = TokenPlace({}, chosen, grid.shape, grid.periodic)
     layers = tuple(Latent(_turned(state, grid), place) for state in states)
     return StreamLatents(layers, chosen, grid)
 

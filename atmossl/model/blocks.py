@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.attention import Attend, CrossAttention, SelfAttention
-from atmossl.model.layout import Latent, Place, from_frames, joined, pad_edges, to_frames
+from atmossl.model.layout import Latent, TokenPlace, from_frames, joined, pad_edges, to_frames
 from atmossl.model.linear import Linear, linear_each
 
 
@@ -122,8 +122,8 @@ class DecoderBlock(nn.Module):
         self,
         x: Float[Tensor, "batch query feature"],
         memory: Float[Tensor, "batch token feature"],
-        place: Place,
-        memory_place: Place,
+        place: TokenPlace,
+        memory_place: TokenPlace,
     ) -> Float[Tensor, "batch query feature"]:
         """`x`: the queries. Tensors come and go bare, so that FSDP finds them in what comes out."""
         x = x + self.attention(Latent(self.norm(x), place))

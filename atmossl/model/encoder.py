@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.blocks import BlockSizes, EncoderBlock
-from atmossl.model.layout import Latent, Place, alike, joined
+from atmossl.model.layout import Latent, TokenPlace, alike, joined
 
 Features = Float[Tensor, "batch token feature"]
 
@@ -19,7 +19,7 @@ class Group:
     """Streams that are one batch, in the order of `names`."""
 
     names: tuple[str, ...]
-    place: Place
+    place: TokenPlace
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Pairs:
 
     group: int
     names: tuple[tuple[str, str], ...]
-    place: Place
-    context: Place
+    place: TokenPlace
+    context: TokenPlace
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Plan:
         places = {name: latent.place for name, latent in latents.items()}
         sorted_names = alike(latents) if together else tuple((name,) for name in latents)
         groups = tuple(
-            Group(names, Place.joined([places[name] for name in names])) for names in sorted_names
+            Group(names, TokenPlace.joined([places[name] for name in names]))
+            for names in sorted_names
         )
         pairs = []
         for number, group in enumerate(groups):
@@ -55,7 +56,9 @@ class Plan:
                 names = tuple((a, b) for a in group.names for b in other.names if a != b)
                 if names:
                     own, seen = ([places[pair[n]] for pair in names] for n in (0, 1))
-                    pairs.append(Pairs(number, names, Place.joined(own), Place.joined(seen)))
+                    pairs.append(
+                        Pairs(number, names, TokenPlace.joined(own), TokenPlace.joined(seen))
+                    )
         return cls(groups, tuple(pairs))
 
     def batches(self, latents: Mapping[str, Latent]) -> tuple[Features, ...]:

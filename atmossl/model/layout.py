@@ -16,7 +16,7 @@ from atmossl.batch import TokenIndex
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPlace:
     """Which tokens of a grid some latents are, and the rotations that their positions ask for.
 
     turns: by the width of a head; one stream's keys have the width of the stream that looks at it.
@@ -28,10 +28,10 @@ class Place:
     chosen: TokenIndex
     shape: tuple[int, int, int, int]
     periodic: bool
-    parts: tuple["Place", ...] = ()
+    parts: tuple["TokenPlace", ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence["Place"]) -> "Place":
+    def joined(cls, parts: Sequence["TokenPlace"]) -> "TokenPlace":
         """Of several streams that are alike, as one batch."""
         first, *others = parts
         if not others:
@@ -48,7 +48,7 @@ class Latent:
     """Latent tokens of one stream, or of several as one batch, and where they are."""
 
     features: Float[Tensor, "batch token feature"]
-    place: Place
+    place: TokenPlace
 
     @property
     def valid(self) -> Bool[Tensor, "batch token"] | None:

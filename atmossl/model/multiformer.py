@@ -26,7 +26,7 @@ from atmossl.model.attention import Attention, attend_by
 from atmossl.model.blocks import BlockSizes, DecoderBlock, Feedforward, GatedConvolution
 from atmossl.model.embedding import Embedding, Tail
 from atmossl.model.encoder import EncoderLayer, Plan
-from atmossl.model.layout import Latent, Place, gather, scatter
+from atmossl.model.layout import Latent, TokenPlace, gather, scatter
 from atmossl.model.network import Latents, Network, StreamLatents
 from atmossl.model.positions import (
     RotaryPositions,
@@ -182,13 +182,13 @@ class Multiformer(Network):
             x = x + self.absent[name](gather(_flatten(_absent(stream)), given))
         return Latent(x, self._place(stream, given))
 
-    def _place(self, stream: StreamTokens, chosen: TokenIndex) -> Place:
+    def _place(self, stream: StreamTokens, chosen: TokenIndex) -> TokenPlace:
         grid = stream.grid
         turns = {
             int(width): rotation(gather(rotary(grid), chosen))
             for width, rotary in self.rotary.items()
         }
-        return Place(turns, chosen, grid.shape, grid.periodic)
+        return TokenPlace(turns, chosen, grid.shape, grid.periodic)
 
     def reconstruct(self, latents: Latents, view: View) -> Prediction:
         """Ensemble of patches for every hidden token of the view's predicted streams."""

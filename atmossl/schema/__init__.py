@@ -24,12 +24,12 @@ from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.limits import InputLimits
 from atmossl.evaluation.regions import boxes, find_regions
+from atmossl.schema.config_errors import lines_of
 from atmossl.schema.data import DataConfig, WindowConfig
-from atmossl.schema.faults import lines_of
 from atmossl.schema.masks import MASKS, Mask
 from atmossl.schema.objectives import Chosen
 from atmossl.schema.strict import ConfigError, NotNegative, Positive, Strict
-from atmossl.schema.tasks import TaskConfig, hours
+from atmossl.schema.task_config import TaskConfig, hours
 from atmossl.schema.training import (
     LoggerConfig,
     OptimizerConfig,

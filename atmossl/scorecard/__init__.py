@@ -1,7 +1,7 @@
 """Predictions to report: zero-shot tasks or forecast stores, scored against baselines."""
 
 from atmossl.scorecard.forecasts import compare_forecasts
-from atmossl.scorecard.verified import provenance_of
+from atmossl.scorecard.task_report import provenance_of
 from atmossl.scorecard.zero_shot import check_tasks, score_tasks
 
 __all__ = ["check_tasks", "compare_forecasts", "provenance_of", "score_tasks"]

@@ -7,9 +7,9 @@ from atmossl.evaluation import ridge
 from atmossl.evaluation.climate import is_precipitation, rain_factor
 from atmossl.evaluation.infill import require_visible
 from atmossl.schema import EvaluateConfig
-from atmossl.scorecard.hidden import hidden_cells
-from atmossl.scorecard.rivals import Setting, problem_of
-from atmossl.scorecard.verified import check_regions
+from atmossl.scorecard.baselines import Setting, problem_of
+from atmossl.scorecard.scored_cells import hidden_cells
+from atmossl.scorecard.task_report import check_regions
 
 
 def check_records(
@@ -46,7 +46,7 @@ def check_rain(training: Segment) -> None:
         rain_factor(name, training.dataset[name].attrs.get("units"))
 
 
-def check_rivals(setting: Setting, name: str, training: Sequence[Segment]) -> None:
+def check_baselines(setting: Setting, name: str, training: Sequence[Segment]) -> None:
     """Raise ValueError if a task's baselines cannot be worked out of the training record.
 
     name: of the task, for messages.

@@ -34,10 +34,10 @@ from atmossl.evaluation.regrid import ConservativeRegridder
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.geometry import Grid
 from atmossl.schema import EvaluateConfig
-from atmossl.scorecard.about import period
 from atmossl.scorecard.checks import check_calendar, check_rain
+from atmossl.scorecard.describe_task import period
 from atmossl.scorecard.records import chosen_segments
-from atmossl.scorecard.verified import check_regions, empty_tally, example_of, reported
+from atmossl.scorecard.task_report import check_regions, empty_tally, example_of, reported
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 
@@ -148,10 +148,10 @@ def score_forecasts(
         needed = np.concatenate([ours[common.dim], case_times(ours).to_numpy().ravel()])
         known = np.intersect1d(needed, record["time"].to_numpy())
         beside = _on_common(record[[name]].sel(time=known), common)
-        rivals = datasets | _trivial(ours, beside, climate, persists=persists)
-        ours, rivals, share = _where_all_have(ours, rivals)
+        baselines = datasets | _trivial(ours, beside, climate, persists=persists)
+        ours, baselines, share = _where_all_have(ours, baselines)
         lacking[name] = max(lacking.get(name, 0.0), share)
-        tally.add(ours, beside, rivals, climate, name_of_series)
+        tally.add(ours, beside, baselines, climate, name_of_series)
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
             examples[name] = example_of(case, beside, name)
@@ -220,19 +220,19 @@ def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:
 
 
 def _where_all_have(
-    ours: xr.Dataset, rivals: dict[str, xr.Dataset]
+    ours: xr.Dataset, baselines: dict[str, xr.Dataset]
 ) -> tuple[xr.Dataset, dict[str, xr.Dataset], float]:
     """All forecasts of a variable where each of them has values in all members, since their scores
     are paired; and the share that is left out."""
     (name,) = ours.data_vars
     there = True
-    for dataset in (ours, *rivals.values()):
+    for dataset in (ours, *baselines.values()):
         there = there & complete(dataset[name])
     assert isinstance(there, xr.DataArray)
     share = 1.0 - float(there.mean())
     if share == 0.0:
-        return ours, rivals, share
-    kept = {source: dataset.where(there) for source, dataset in rivals.items()}
+        return ours, baselines, share
+    kept = {source: dataset.where(there) for source, dataset in baselines.items()}
     return ours.where(there), kept, share
 
 

@@ -17,12 +17,12 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
 from atmossl.schema import EvaluateConfig, TaskConfig
-from atmossl.scorecard.about import about, period
-from atmossl.scorecard.checks import check_records, check_rivals
-from atmossl.scorecard.hidden import beside, check_scorable, hidden_cells, only_hidden
+from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
+from atmossl.scorecard.checks import check_baselines, check_records
+from atmossl.scorecard.describe_task import describe_task, period
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
-from atmossl.scorecard.rivals import Rivals, Setting, build_rivals
-from atmossl.scorecard.verified import empty_tally, example_of, reported
+from atmossl.scorecard.scored_cells import beside, check_scorable, hidden_cells, only_hidden
+from atmossl.scorecard.task_report import empty_tally, example_of, reported
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -43,7 +43,7 @@ def score_tasks(
     device: str,
     tell: Callable[[Predictor, np.ndarray], object] | None = None,
 ) -> list[TaskReport]:
-    """Every task of the configuration against its rivals, a few dates at a time.
+    """Every task of the configuration against its baselines, a few dates at a time.
 
     tell: called with the predictor and the dates of every task and record before any is scored.
     All segments of the split are scored, or the one that the configuration names: each by itself,
@@ -129,10 +129,10 @@ def scored_runs(predictors: Sequence[Predictor], every: int, name: str) -> list[
 def _setting(
     config: EvaluateConfig, predictor: Predictor, name: str, training: Sequence[Segment]
 ) -> Setting:
-    """What a task's rivals may know, but for the training record.
+    """What a task's baselines may know, but for the training record.
 
     Raises:
-        ValueError: records that the task's rivals cannot use.
+        ValueError: records that the task's baselines cannot use.
     """
     plan, segment = predictor.plan, predictor.segment
     setting = Setting(
@@ -145,7 +145,7 @@ def _setting(
         with_ridge=config.ridge,
         levels={v: segment.levels_of(v) for v in segment.variables if v not in segment.may_miss},
     )
-    check_rivals(setting, name, training)
+    check_baselines(setting, name, training)
     return setting
 
 
@@ -169,17 +169,17 @@ def _score_task(
     rng: np.random.Generator,
 ) -> TaskReport:
     predictor, plan, climate = runs[0].predictor, runs[0].predictor.plan, setting.climate
-    rivals = build_rivals(task.name, setting)
+    baselines = build_baselines(task.name, setting)
     tally = empty_tally(config, task.name)
-    examples = [_tallied(tally, run, rivals, climate, str(n)) for n, run in enumerate(runs)]
+    examples = [_tallied(tally, run, baselines, climate, str(n)) for n, run in enumerate(runs)]
     step_hours = float(predictor.step / np.timedelta64(1, "h"))
-    said = about(predictor.task, plan, step_hours, predictor.grid)
+    said = describe_task(predictor.task, plan, step_hours, predictor.grid)
     covered = "; ".join(period(run.times) for run in runs)
     return reported(config, tally, examples[0], rng, about=said, period=covered)
 
 
 def _tallied(
-    tally: Tally, run: _Run, rivals: Rivals, climate: Climate, series: str
+    tally: Tally, run: _Run, baselines: Baselines, climate: Climate, series: str
 ) -> list[Example]:
     """Score all dates of one record; its middle one is the example of every variable."""
     predictor, times = run.predictor, run.times
@@ -190,7 +190,7 @@ def _tallied(
     for first, predicted in _chunks(predictor, times, tally.task):
         predicted = only_hidden(predictor.task, predicted)
         here = _times_of(predicted, truth)
-        answers = {name: one.load() for name, one in rivals(predicted, truth).items()}
+        answers = {name: one.load() for name, one in baselines(predicted, truth).items()}
         tally.add(predicted, beside(here, hidden), answers, climate, series)
         dim = "init_time" if plan.is_forecast else "time"
         place = (middle - first) * (1 if plan.is_forecast else len(plan.offsets))

@@ -15,7 +15,7 @@ from atmossl.batch import Batch
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.training.optimizer import named_parameters
-from atmossl.training.watch import model_flops
+from atmossl.training.throughput import model_flops
 
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -13,7 +13,7 @@ from atmossl.model.network import Network
 
 
 @dataclass(frozen=True)
-class Source:
+class PretrainedStreams:
     """A trained model: its streams, under the names that they have in the new one, and its
     parameters; its buffers belong to the data that it was trained on."""
 
@@ -38,7 +38,7 @@ class Report:
 
 def renamed(
     name: str, specs: Sequence[StreamSpec], weights: Mapping[str, Tensor], names: Mapping[str, str]
-) -> Source:
+) -> PretrainedStreams:
     """A source whose streams go by other names in the new model.
 
     Raises:
@@ -52,7 +52,7 @@ def renamed(
     def rename(key: str) -> str:
         return ".".join(names.get(part, part) for part in key.split("."))
 
-    return Source(
+    return PretrainedStreams(
         name,
         {names.get(spec.name, spec.name): spec for spec in specs},
         {rename(key): value for key, value in weights.items()},
@@ -60,7 +60,9 @@ def renamed(
 
 
 @torch.no_grad()
-def warm_start(model: Network, specs: Sequence[StreamSpec], sources: Sequence[Source]) -> Report:
+def warm_start(
+    model: Network, specs: Sequence[StreamSpec], sources: Sequence[PretrainedStreams]
+) -> Report:
     """Fill a model with the weights of one or several trained ones; a later source wins.
 
     Coupling between streams that were trained apart starts shut (its last layer is 0), so every
@@ -91,7 +93,7 @@ def warm_start(model: Network, specs: Sequence[StreamSpec], sources: Sequence[So
 
 
 def _place(
-    model: Network, target: Tensor, value: Tensor, key: str, source: Source,
+    model: Network, target: Tensor, value: Tensor, key: str, source: PretrainedStreams,
     specs: Mapping[str, StreamSpec], placed: dict[str, str],
 ) -> bool:  # fmt: skip
     """Copy one weight where it fits; whether it did."""

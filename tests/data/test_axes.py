@@ -18,7 +18,7 @@ from atmossl.data.axes import (
 from atmossl.data.backends import open_store
 from atmossl.data.calendars import STANDARD, Calendar, integer_units
 from atmossl.data.catalog import SegmentEntry
-from atmossl.data.ingest import Layout, Source, Workers, ingest
+from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest
 from atmossl.data.inputs import open_input
 from atmossl.data.inspect import time_axis
 from atmossl.data.store import open_parts, open_segment
@@ -98,7 +98,9 @@ def test_noisy_times_are_read_alike_on_every_way_in(unit, calendar, tmp_path: Pa
         "2000-01-01", periods=24, freq="20min", calendar=calendar, use_cftime=calendar != "standard"
     ).shift(367 * 24, "h")
     ingest(
-        Source(str(tmp_path / "noisy.nc")), tmp_path / "out.zarr", Layout(24, 0, 0, 0, 0, 1),
+        IngestInput(str(tmp_path / "noisy.nc")),
+        tmp_path / "out.zarr",
+        ChunkLayout(24, 0, 0, 0, 0, 1),
         Workers("threads", 1), max,
     )  # fmt: skip
     ingested = xr.open_zarr(tmp_path / "out.zarr")

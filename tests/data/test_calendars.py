@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atmossl.batch import YEAR_HOURS, StreamSpec, TokenSize
+from atmossl.data.auxiliary_sources import paired
 from atmossl.data.backends import open_store
 from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
-from atmossl.data.companions import paired
 from atmossl.data.fingerprint import fingerprint
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from atmossl.cli import main
 from atmossl.data import ingest as module
 from atmossl.data.fingerprint import noted
-from atmossl.data.ingest import Layout, Source, Workers, ingest, missing_shares, verify
+from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest, missing_shares, verify
 from tests.synthetic import dataset
 
 RECORD = dataset(steps=10)
 NAMES = ("temperature", "u_component_of_wind")
-LAYOUT = Layout(time=3, level=1, lat=0, lon=0, shard=0, compression=3)
+LAYOUT = ChunkLayout(time=3, level=1, lat=0, lon=0, shard=0, compression=3)
 THREADS = Workers("threads", 2)
 SAMPLES = Path(os.environ.get("ATMOSSL_CFGRIB_SAMPLES", "/nonexistent"))
 
@@ -87,8 +87,8 @@ def compare(store: Path, expected: xr.Dataset = RECORD, atol: float = 0.0) -> No
 
 @pytest.mark.parametrize("shard", [0, 2])
 def test_netcdf_files_become_one_store(tmp_path, shard: int) -> None:
-    layout = Layout(3, 1, 0, 0, shard, 3)
-    ingest(Source(str(netcdf(tmp_path))), tmp_path / "out.zarr", layout, THREADS, quiet)
+    layout = ChunkLayout(3, 1, 0, 0, shard, 3)
+    ingest(IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr", layout, THREADS, quiet)
     compare(tmp_path / "out.zarr")
     array = zarr.open_array(tmp_path / "out.zarr" / "temperature", mode="r")
     assert array.chunks == (3, 1, 8, 16)
@@ -99,14 +99,14 @@ def test_netcdf_files_become_one_store(tmp_path, shard: int) -> None:
 
 def test_grib_messages_become_a_store(tmp_path) -> None:
     path = grib(tmp_path / "era5.grib")
-    ingest(Source(str(path)), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    ingest(IngestInput(str(path)), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
     expected = RECORD.copy()
     expected["u_component_of_wind"].attrs["units"] = "m s**-1"
     compare(tmp_path / "out.zarr", expected, atol=1e-6)
     cut = tmp_path / "cut.grib"
     cut.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cut.grib"):
-        ingest(Source(str(cut)), tmp_path / "other.zarr", LAYOUT, THREADS, quiet)
+        ingest(IngestInput(str(cut)), tmp_path / "other.zarr", LAYOUT, THREADS, quiet)
 
 
 @pytest.mark.parametrize("first", ["eccodes", "xarray"])
@@ -130,7 +130,7 @@ assert abs(x - 6378137.0 * 3.141592653589793 / 2) < 1e-3 and abs(y) < 1e-3, (x, 
 
 
 def test_a_stopped_run_writes_only_what_is_missing(tmp_path, monkeypatch) -> None:
-    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    source, output = IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr"
     written: list[module.Region] = []
     original = module.write_region
 
@@ -147,7 +147,7 @@ def test_a_stopped_run_writes_only_what_is_missing(tmp_path, monkeypatch) -> Non
             ingest(source, output, LAYOUT, one, quiet)
     assert not output.exists()
     with pytest.raises(ValueError, match="other settings"):
-        ingest(source, output, Layout(2, 1, 0, 0, 0, 3), one, quiet)
+        ingest(source, output, ChunkLayout(2, 1, 0, 0, 0, 3), one, quiet)
 
     def counts(job: module.Job) -> str:
         written.append(job.region)
@@ -167,7 +167,7 @@ def test_a_killed_process_loses_only_its_open_regions(tmp_path) -> None:
     """SIGKILL in the middle: what was noted is never written again, the result is the same."""
     record = dataset(steps=80)
     record.to_netcdf(tmp_path / "waves.nc")
-    source, layout = Source(str(tmp_path / "waves.nc")), Layout(1, 0, 0, 0, 0, 3)
+    source, layout = IngestInput(str(tmp_path / "waves.nc")), ChunkLayout(1, 0, 0, 0, 0, 3)
     ingest(source, tmp_path / "whole.zarr", layout, THREADS, quiet)
     output, folder = tmp_path / "out.zarr", tmp_path / ".out.zarr.partial"
     script = f"""
@@ -229,7 +229,7 @@ def test_slurm_jobs_write_the_same_store(tmp_path, monkeypatch) -> None:
     settings = {"queue": "weather", "cores": 1, "memory": "1GB", "walltime": "00:05:00"}
     workers = Workers("slurm", 2, settings | {"interface": "lo", "local_directory": str(tmp_path)})
     (tmp_path / "in").mkdir()
-    ingest(Source(str(netcdf(tmp_path / "in"))), tmp_path / "out.zarr", LAYOUT, workers, quiet)
+    ingest(IngestInput(str(netcdf(tmp_path / "in"))), tmp_path / "out.zarr", LAYOUT, workers, quiet)
     compare(tmp_path / "out.zarr")
     jobs = [path for path in programs.glob("job.*") if path.suffix != ".log"]
     assert len([job for job in jobs if "#SBATCH -p weather" in job.read_text()]) == 2
@@ -237,7 +237,7 @@ def test_slurm_jobs_write_the_same_store(tmp_path, monkeypatch) -> None:
 
 
 def test_a_store_that_was_changed_fails_its_checksums(tmp_path) -> None:
-    ingest(Source(str(netcdf(tmp_path))), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    ingest(IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
     array = zarr.open_array(tmp_path / "out.zarr" / "temperature", mode="r+")
     array[4, 0, 0, 0] = 17.0
     with pytest.raises(ValueError, match="temperature differs from its checksum from step 3"):
@@ -247,7 +247,7 @@ def test_a_store_that_was_changed_fails_its_checksums(tmp_path) -> None:
 @pytest.fixture(scope="module")
 def ingested(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ingested")
-    ingest(Source(str(netcdf(folder))), folder / "out.zarr", LAYOUT, THREADS, quiet)
+    ingest(IngestInput(str(netcdf(folder))), folder / "out.zarr", LAYOUT, THREADS, quiet)
     return folder / "out.zarr"
 
 
@@ -315,7 +315,7 @@ def test_a_store_of_earlier_versions_keeps_its_checksums(ingested, tmp_path) -> 
 
 
 def test_a_region_across_the_dateline_and_a_period_are_cut_out(tmp_path) -> None:
-    source = Source(
+    source = IngestInput(
         str(netcdf(tmp_path)),
         levels=(850,),
         start="2001-01-02",
@@ -334,7 +334,7 @@ def test_a_worker_process_writes_the_same_store(tmp_path) -> None:
     """Two of them are started above, as jobs of Slurm."""
     pytest.importorskip("distributed")
     workers = Workers("local_cluster", 1)
-    ingest(Source(str(netcdf(tmp_path))), tmp_path / "out.zarr", LAYOUT, workers, quiet)
+    ingest(IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr", LAYOUT, workers, quiet)
     compare(tmp_path / "out.zarr")
 
 
@@ -366,7 +366,7 @@ def test_the_command_ingests_and_refuses_in_one_line(tmp_path, capsys) -> None:
     ],
 )
 def test_files_of_others(tmp_path, file: str, select: dict, outcome) -> None:
-    source = Source(str(SAMPLES / file), select=select)
+    source = IngestInput(str(SAMPLES / file), select=select)
     if isinstance(outcome, str):
         with pytest.raises(ValueError, match=outcome):
             ingest(source, tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
@@ -382,7 +382,7 @@ def test_an_ingested_store_can_be_written_to_netcdf(tmp_path) -> None:
     """All attributes are those that NetCDF knows; stores that hold mappings are still read."""
     RECORD.to_netcdf(tmp_path / "in.nc")
     store = tmp_path / "out.zarr"
-    ingest(Source(str(tmp_path / "in.nc")), store, LAYOUT, THREADS, quiet)
+    ingest(IngestInput(str(tmp_path / "in.nc")), store, LAYOUT, THREADS, quiet)
     with xr.open_zarr(store) as opened:
         for kind in ("NETCDF4", "NETCDF3_64BIT"):
             opened.drop_encoding().to_netcdf(tmp_path / f"{kind}.nc", format=kind)
@@ -402,7 +402,7 @@ def test_a_region_is_stored_from_west_to_east(tmp_path, west: float) -> None:
     part.to_netcdf(tmp_path / "in.nc")
     region = (-90.0, 90.0, west, west + 60.0)
     for name, cut in (("whole", None), ("cut", region)):
-        source = Source(str(tmp_path / "in.nc"), region=cut)
+        source = IngestInput(str(tmp_path / "in.nc"), region=cut)
         ingest(source, tmp_path / f"{name}.zarr", LAYOUT, THREADS, quiet)
         with xr.open_zarr(tmp_path / f"{name}.zarr") as opened:
             np.testing.assert_array_equal(opened["longitude"], longitude % 360)
@@ -417,7 +417,7 @@ def changed_content(path: Path) -> None:
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
-def stopped(source: Source, output: Path, monkeypatch, after: int = 1) -> None:
+def stopped(source: IngestInput, output: Path, monkeypatch, after: int = 1) -> None:
     """An ingest that ends after some regions."""
     original, written = module.write_region, []
 
@@ -445,7 +445,7 @@ def stopped(source: Source, output: Path, monkeypatch, after: int = 1) -> None:
 def test_an_input_that_changed_is_named_when_ingest_goes_on(
     tmp_path, monkeypatch, change, words: str
 ) -> None:
-    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    source, output = IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr"
     stopped(source, output, monkeypatch)
     change(tmp_path)
     if words:
@@ -458,7 +458,7 @@ def test_an_input_that_changed_is_named_when_ingest_goes_on(
 
 def test_an_array_that_changed_is_named_when_ingest_goes_on(tmp_path, monkeypatch) -> None:
     RECORD.to_zarr(tmp_path / "in.zarr", consolidated=False)
-    source, output = Source(str(tmp_path / "in.zarr")), tmp_path / "out.zarr"
+    source, output = IngestInput(str(tmp_path / "in.zarr")), tmp_path / "out.zarr"
     stopped(source, output, monkeypatch)
     array = zarr.open_array(tmp_path / "in.zarr" / "temperature", mode="r+")
     array[0, 0, 0, 0] = 250.0
@@ -467,7 +467,7 @@ def test_an_array_that_changed_is_named_when_ingest_goes_on(tmp_path, monkeypatc
 
 
 def test_an_input_that_changes_meanwhile_makes_no_store(tmp_path) -> None:
-    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    source, output = IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr"
 
     def touches(done: int, total: int) -> None:
         if done == total - 1:
@@ -481,7 +481,7 @@ def test_an_input_that_changes_meanwhile_makes_no_store(tmp_path) -> None:
 @pytest.mark.parametrize("limit", [100, 1500])
 def test_a_full_disk_is_told_with_file_and_key(tmp_path, limit: int) -> None:
     """A limit on the size of files stands for it."""
-    source, output = Source(str(netcdf(tmp_path))), tmp_path / "out.zarr"
+    source, output = IngestInput(str(netcdf(tmp_path))), tmp_path / "out.zarr"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

@@ -11,7 +11,7 @@ import xarray as xr
 from atmossl.cli import main
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
-from atmossl.data.ingest import Layout, Source, Workers, ingest
+from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest
 from atmossl.data.inputs import open_input
 from atmossl.data.store import open_segment
 from atmossl.data.variables import VARIABLES, conversion
@@ -19,7 +19,7 @@ from tests.synthetic import dataset
 
 # Any folder with files of the packages hvsampledata and neuralgcm, below or right in it.
 SAMPLES = Path(os.environ.get("ATMOSSL_NETCDF_SAMPLES", "nowhere"))
-LAYOUT = Layout(time=3, level=1, lat=0, lon=0, shard=0, compression=3)
+LAYOUT = ChunkLayout(time=3, level=1, lat=0, lon=0, shard=0, compression=3)
 ONE = Workers("threads", 1)
 AIR, TL31 = "air_temperature_small.nc", "era5_tl31_19590102T00.nc"
 needs_samples = pytest.mark.skipif(
@@ -100,7 +100,7 @@ def test_odd_files_read_alike(files, tmp_path: Path) -> None:
     ],
 )
 def test_files_that_make_no_record_are_refused_before_work(files, message, tmp_path: Path) -> None:
-    source = Source(folder_of(tmp_path, *files))
+    source = IngestInput(folder_of(tmp_path, *files))
     with pytest.raises(ValueError, match=message):
         ingest(source, tmp_path / "out.zarr", LAYOUT, ONE, print)
     assert not list(tmp_path.glob(".out*"))
@@ -243,14 +243,14 @@ def test_a_torn_chunk_of_the_input_is_named(tmp_path: Path) -> None:
     RECORD.to_zarr(tmp_path / "in.zarr", consolidated=False)
     chunk = tmp_path / "in.zarr" / "temperature" / "c" / "0" / "0" / "0" / "0"
     chunk.write_bytes(chunk.read_bytes()[:-7])
-    source = Source(str(tmp_path / "in.zarr"))
+    source = IngestInput(str(tmp_path / "in.zarr"))
     with pytest.raises(ValueError, match=r"in.zarr: cannot read temperature, steps 0 to 2 \(Runt"):
         ingest(source, tmp_path / "out.zarr", LAYOUT, ONE, lambda *_: None)
 
 
 def test_a_single_date_is_ingested(tmp_path: Path) -> None:
     place = folder_of(tmp_path, RECORD.isel(time=[2]))
-    ingest(Source(place), tmp_path / "out.zarr", LAYOUT, ONE, lambda *_: None)
+    ingest(IngestInput(place), tmp_path / "out.zarr", LAYOUT, ONE, lambda *_: None)
     with xr.open_zarr(tmp_path / "out.zarr") as found:
         np.testing.assert_array_equal(found["time"], RECORD["time"][2:3])
 
@@ -263,7 +263,11 @@ def test_a_wrong_date_and_an_empty_region_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ingest(
-                Source(place, **wrong), tmp_path / "o.zarr", LAYOUT, Workers("threads", 1), print
+                IngestInput(place, **wrong),
+                tmp_path / "o.zarr",
+                LAYOUT,
+                Workers("threads", 1),
+                print,
             )
 
 

@@ -10,7 +10,7 @@ import xarray as xr
 from atmossl.cli import main
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
-from atmossl.data.ingest import Layout, Source, Workers, ingest
+from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest
 from atmossl.data.inputs import open_input
 from atmossl.data.inspect import advice, inspect, refusals
 from atmossl.data.store import open_segment
@@ -388,7 +388,7 @@ def test_means_over_time_are_told_and_not_compared_with_values(tmp_path) -> None
     check_same_units({"theirs": record("temperature", units="K")}, mean)
     with pytest.raises(ValueError, match="theirs: temperature has cell_methods"):
         check_same_units({"theirs": point}, mean)
-    ingest(Source(str(path)), tmp_path / "out.zarr", Layout(2, 0, 0, 0, 0, 1),
+    ingest(IngestInput(str(path)), tmp_path / "out.zarr", ChunkLayout(2, 0, 0, 0, 0, 1),
            Workers("threads", 1), max)  # fmt: skip
     assert "time: mean" in xr.open_zarr(tmp_path / "out.zarr").temperature.cell_methods
 

@@ -198,7 +198,7 @@ def test_static_and_computed_variables_are_streams() -> None:
     segment = open_segment("static", store, "memory", variables=names, levels=[])
     statistics = Statistics.compute([segment])
     static = StreamSpec("static", names, (), TokenSize(1, 2, 2), role="static")
-    assert torch.isfinite(statistics.departure_scale(static)).all()
+    assert torch.isfinite(statistics.residual_scale(static)).all()
     normaliser = Normaliser(statistics)
     (window,) = read_window(segment, (static,), normaliser, 3, 4, segment.whole())
     values = normaliser.inverse(window.fields, static)

@@ -15,7 +15,7 @@ from atmossl.evaluation.rows import rows_where
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import records, score_tasks
 from atmossl.scorecard.records import record_of
-from tests.inference.known import Known, predictor, segment
+from tests.inference.oracle_models import Known, predictor, segment
 from tests.synthetic import dataset
 
 TASKS = [

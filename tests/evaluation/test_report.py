@@ -292,7 +292,7 @@ def test_names_with_markup_are_text_in_the_report(table, case, tmp_path):
         task=evil["forecast"],
         model_name="model",
         table=renamed,
-        overall=pd.DataFrame({"rival": ["<b>r</b>"], "value": [1.0], "low": [np.nan],
+        overall=pd.DataFrame({"baseline": ["<b>r</b>"], "value": [1.0], "low": [np.nan],
                               "high": [np.nan], "p_value": [np.nan]}),
         diagnosed={},
         examples=(Example(evil["temperature"], 500.0, truth, prediction),),

@@ -14,7 +14,7 @@ from atmossl.evaluation.ridge import (
     TemporalInterpolation,
     fit_ridge,
 )
-from atmossl.evaluation.ridge.moments import Moments
+from atmossl.evaluation.ridge.moments import RidgeMoments
 from atmossl.evaluation.spatial import bicubic, coarsen
 
 STEP = np.timedelta64(6, "h").astype("timedelta64[ns]")
@@ -103,7 +103,7 @@ def test_moments_equal_those_of_a_plain_design_matrix():
     wide = rng.standard_normal((4, num_channels, num_rows + 2 * radius, num_cols))
     halo = np.concatenate([wide[..., -2 * radius :], wide, wide[..., : 2 * radius]], axis=-1)
     targets = rng.standard_normal((4, 5, num_rows, num_cols))
-    moments = Moments.zeros(
+    moments = RidgeMoments.zeros(
         radius=radius, num_rows=num_rows, num_channels=num_channels, num_outputs=5
     )
     moments.add(halo[:1], targets[:1])

@@ -149,7 +149,7 @@ def test_cases_in_any_pieces_give_the_same_table(dataset):
 
 
 def test_ensembles_of_any_size_and_gaps_stand_side_by_side(dataset):
-    """A rival of four members with a case and a cell missing: it is scored as if they were not."""
+    """A baseline of four members with a case and a cell missing is scored as if they were not."""
     truth = dataset(num_times=16, seed=1)
     ours = _noisy_forecast(truth, 12, noise=0.5)
     theirs = ours.isel(member=slice(4)).copy(deep=True)

@@ -3,14 +3,14 @@
 import numpy as np
 
 from atmossl.geometry import Box
-from atmossl.inference.blend import Mosaic
+from atmossl.inference.blend import TileBlender
 from tests.synthetic import spec
 
 LEVELS = (300, 500)
 
 
 def blended(tiles: list[np.ndarray], shares: list[float]) -> np.ndarray:
-    mosaic = Mosaic(num_lon=8, levels={"temperature": LEVELS[: tiles[0].shape[2]]})
+    mosaic = TileBlender(num_lon=8, levels={"temperature": LEVELS[: tiles[0].shape[2]]})
     stream = spec(variables=("temperature",), levels=LEVELS[: tiles[0].shape[2]])
     for values, share in zip(tiles, shares, strict=True):
         weight = np.full(values.shape[-2:], share)

@@ -11,7 +11,7 @@ from atmossl.inference.calibration import Calibration, SpreadInflation, estimate
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.known import STORE, Diffusing, Known, predictor, run_at
+from tests.inference.oracle_models import STORE, Diffusing, Known, predictor, run_at
 
 
 class Overconfident(nn.Module):

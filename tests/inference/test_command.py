@@ -16,7 +16,7 @@ from atmossl.data.statistics import Statistics
 from atmossl.inference.checkpoint import spec_to_dict
 from atmossl.inference.writer import partial_of
 from atmossl.model.multiformer import Multiformer
-from tests.inference.known import NAMES, segment
+from tests.inference.oracle_models import NAMES, segment
 from tests.processes import start
 from tests.synthetic import catalog, dataset, spec
 
@@ -139,7 +139,7 @@ def test_missing_values_are_filled(gappy: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_fields_with_missing_values_are_scored(gappy: Path, tmp_path: Path, capsys) -> None:
-    """Against all rivals that can answer; only what is never missing has a regression."""
+    """Against all baselines that can answer; only what is never missing has a regression."""
     save_tiny(tmp_path / "gaps.ckpt", missing="mask")
     (tmp_path / "fine.yaml").write_text("name: downscaling\nfactor: 2\n")
     (tmp_path / "box.yaml").write_text("name: inpainting\nboxes: [[-50, 0, 0, 120]]\n")
@@ -153,8 +153,8 @@ def test_fields_with_missing_values_are_scored(gappy: Path, tmp_path: Path, caps
     lacking = rows.apply(lambda values: values.isna().any())
     sources = {"downscaling": {"bicubic", "bilinear", "conservative"},
                "inpainting": {"harmonic", "climatology"}}  # fmt: skip
-    for task, rivals in sources.items():
-        assert set(lacking[task].index.get_level_values(0)) == {"model", "ridge", *rivals}
+    for task, baselines in sources.items():
+        assert set(lacking[task].index.get_level_values(0)) == {"model", "ridge", *baselines}
         found = lacking[task][lacking[task]]
         assert list(found.index) == [("ridge", "u_component_of_wind")]
 

@@ -17,7 +17,7 @@ from atmossl.data.store import open_parts
 from atmossl.inference.grib import check_grib
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Forecast, TemporalInterpolation
-from tests.inference.known import NAMES, STORE, Known, predictor
+from tests.inference.oracle_models import NAMES, STORE, Known, predictor
 
 DATES = xr.date_range("0001-02-27", periods=12, freq="6h", calendar="noleap", use_cftime=True)
 MODEL = STORE.assign_coords(time=DATES)

@@ -13,9 +13,9 @@ from atmossl.cli import main
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.model.layout import Latent, Place
+from atmossl.model.layout import Latent, TokenPlace
 from atmossl.model.network import Latents, Network, StreamLatents
-from tests.inference.known import STORE, segment
+from tests.inference.oracle_models import STORE, segment
 from tests.synthetic import spec
 
 STEPS = 4
@@ -38,7 +38,7 @@ class Known(Network):
             means = stream.source.mean(dim=-1).flatten(1)
             bare = StreamLatents((), stream.given, stream.grid)
             places = [value.float() for value in bare.coordinates().values()]
-            place = Place({}, stream.given, stream.grid.shape, stream.grid.periodic)
+            place = TokenPlace({}, stream.given, stream.grid.shape, stream.grid.periodic)
             layers = tuple(
                 Latent(torch.stack([torch.full_like(means, k), means, *places], dim=-1), place)
                 for k in range(self.num_encoder_layers)

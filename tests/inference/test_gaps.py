@@ -15,7 +15,7 @@ from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast
 from atmossl.tokens import detokenise
-from tests.inference.known import NAMES, STORE, Known, predictor, run_at, segment
+from tests.inference.oracle_models import NAMES, STORE, Known, predictor, run_at, segment
 from tests.inference.test_tasks import TWO_STREAMS, Spy
 from tests.synthetic import dataset, spec
 

@@ -10,12 +10,12 @@ import xarray as xr
 from torch import nn
 
 from atmossl.batch import Prediction, View
-from atmossl.inference.cautions import untrained_window
+from atmossl.inference.out_of_training_warnings import untrained_window
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
-from tests.inference.known import NAMES, STORE, Known, run_at
-from tests.inference.known import predictor as known
+from tests.inference.oracle_models import NAMES, STORE, Known, run_at
+from tests.inference.oracle_models import predictor as known
 from tests.synthetic import spec
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import atmossl
 from atmossl.batch import StreamSpec, TokenSize, shared_fields
 from atmossl.cli import main
-from atmossl.data.companions import paired
+from atmossl.data.auxiliary_sources import paired
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
@@ -26,7 +26,7 @@ from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, spec_to_
 from atmossl.inference.predict import Predictor
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.model.multiformer import Multiformer
-from tests.inference.known import NAMES, Known, predictor, run_at, segment
+from tests.inference.oracle_models import NAMES, Known, predictor, run_at, segment
 from tests.inference.test_command import MODEL
 from tests.synthetic import catalog, dataset, spec
 

@@ -16,7 +16,7 @@ from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import AllButStations, CellMask, CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.known import NAMES, STORE, Diffusing, Known, predictor, run_at, segment
+from tests.inference.oracle_models import NAMES, STORE, Diffusing, Known, predictor, run_at, segment
 from tests.synthetic import dataset, spec
 
 BOX = LatLonBox(-40, 20, 300, 100)  # across Greenwich

@@ -11,13 +11,13 @@ import torch
 import xarray as xr
 
 import atmossl
-from atmossl.api import Model, cautions
+from atmossl.api import Model, out_of_training_warnings
+from atmossl.data.auxiliary_sources import StoreRequest
 from atmossl.data.calendars import STANDARD
-from atmossl.data.companions import Needs
 from atmossl.data.seen import Seen, days_of
 from atmossl.data.store import open_segment
 from atmossl.geometry import Grid
-from atmossl.inference.cautions import unseen_dates, unseen_place
+from atmossl.inference.out_of_training_warnings import unseen_dates, unseen_place
 from atmossl.inference.predict import Predictor
 from atmossl.inference.unseen import seen_in_training
 from atmossl.masking.tasks import Forecast
@@ -38,7 +38,7 @@ def sample() -> xr.Dataset:
 
 
 def told(model: Model, store: xr.Dataset, time=TIME, task=None) -> list[str]:
-    needs = Needs.of(model.trained.specs)
+    needs = StoreRequest.of(model.trained.specs)
     segment = open_segment(
         "dataset", store, "memory", variables=needs.variables, levels=needs.levels
     )
@@ -50,7 +50,7 @@ def told(model: Model, store: xr.Dataset, time=TIME, task=None) -> list[str]:
         batch_size=1,
         device="cpu",
     )
-    return cautions(predictor, np.atleast_1d(time).astype(segment.times.dtype))
+    return out_of_training_warnings(predictor, np.atleast_1d(time).astype(segment.times.dtype))
 
 
 def finer(store: xr.Dataset) -> xr.Dataset:

@@ -20,13 +20,13 @@ from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.forecasts import canonical_forecast
 from atmossl.evaluation.scores import AnomalyCorrelation, FairCrps, Rmse
 from atmossl.evaluation.verify import verify
-from atmossl.inference.blend import Part
-from atmossl.inference.layout import Layout
+from atmossl.inference.blend import BlendedPart
+from atmossl.inference.layout import OutputLayout
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import _begun, _request, partial_of, write
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.known import NAMES, STORE, Known, predictor
+from tests.inference.oracle_models import NAMES, STORE, Known, predictor
 from tests.synthetic import dataset, spec
 
 OFFSETS = (-1.0, 0.25, 1.5)
@@ -265,17 +265,17 @@ def test_memory_holds_one_band_of_one_case(tmp_path: Path, monkeypatch) -> None:
     store = dataset(num_lat=32, steps=16, variables=NAMES)
     used = forecaster(Forecast(6), store=store, statistics=store, window=(5, 8, 8))
     sizes = []
-    put = Layout.place
+    put = OutputLayout.place
 
     def place(self, name: str, values: np.ndarray) -> np.ndarray:
         sizes.append(values.size)
         return put(self, name, values)
 
-    monkeypatch.setattr(Layout, "place", place)
+    monkeypatch.setattr(OutputLayout, "place", place)
     write(used, used.possible_times(), tmp_path / "out.zarr")
     assert len(sizes) >= 2 * 3 * len(used.possible_times())
     assert max(sizes) <= 3 * 3 * (8 + used.row_chunk) * 16  # member level rows lon
-    assert isinstance(next(used.parts(used.possible_times()[:1])), Part)
+    assert isinstance(next(used.parts(used.possible_times()[:1])), BlendedPart)
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:

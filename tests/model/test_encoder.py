@@ -11,7 +11,7 @@ from atmossl.model import linear
 from atmossl.model.attention import Attend, attend_factorised, attend_fully, attend_in_windows
 from atmossl.model.blocks import BlockSizes
 from atmossl.model.encoder import EncoderLayer, Plan
-from atmossl.model.layout import Latent, Place
+from atmossl.model.layout import Latent, TokenPlace
 from atmossl.model.low_rank import add_low_rank
 from atmossl.model.positions import rotation
 
@@ -40,7 +40,7 @@ def latents(counts: tuple[int, int], names: tuple[str, ...] = tuple(WIDTHS)) -> 
         features = torch.randn(*size, generator=generator, dtype=torch.float64, requires_grad=True)
         phases = {w // 2: torch.randn(*size[:2], w // 4, generator=generator) for w in (16, 24)}
         turns = {width: rotation(phase.double()) for width, phase in phases.items()}
-        made[name] = Latent(features, Place(turns, chosen, SHAPE, False))
+        made[name] = Latent(features, TokenPlace(turns, chosen, SHAPE, False))
     return made
 
 

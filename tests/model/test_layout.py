@@ -17,7 +17,7 @@ from atmossl.model.attention import (
     attend_temporally,
 )
 from atmossl.model.blocks import GatedConvolution
-from atmossl.model.layout import Latent, Place, from_frames, gather, scatter, to_frames
+from atmossl.model.layout import Latent, TokenPlace, from_frames, gather, scatter, to_frames
 
 SHAPE = (2, 3, 4, 6)  # level nt nlat nlon
 
@@ -29,7 +29,7 @@ def chosen_tokens(rate: float, seed: int = 0, batch: int = 2) -> TokenIndex:
 
 def latent(features: torch.Tensor, chosen: TokenIndex, *, periodic: bool = False) -> Latent:
     turn = torch.zeros(2, len(features), 1, features.shape[1], features.shape[2])
-    return Latent(features, Place({features.shape[2]: turn}, chosen, SHAPE, periodic))
+    return Latent(features, TokenPlace({features.shape[2]: turn}, chosen, SHAPE, periodic))
 
 
 @given(rate=st.floats(0.0, 1.0), seed=st.integers(0, 99))

@@ -6,7 +6,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from atmossl.model.linear import AVAILABLE, Linear
-from atmossl.training.watch import flop_counter
+from atmossl.training.throughput import flop_counter
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch was built without oneDNN")
 

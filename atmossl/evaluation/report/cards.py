@@ -1,4 +1,4 @@
-"""Score cards: a model's error over each rival's, as a coloured table."""
+"""Score cards: a model's error over each baseline's, as a coloured table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from atmossl.evaluation.rows import rows_of_prefix, rows_where
 from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
 
 _MAX_COLUMNS = 10
-_FULL_COLOUR = np.log(2.0)  # half or double the rival's error
+_FULL_COLOUR = np.log(2.0)  # half or double the baseline's error
 _BETTER, _WORSE = (33, 102, 172), (178, 24, 43)
 
 
@@ -56,9 +56,9 @@ def ratio_cell(rows: Any) -> Cell:
 
 
 def score_cards(report: TaskReport) -> list[Card]:
-    """RMSE and CRPS over each rival's by variable, level and lead time.
+    """RMSE and CRPS over each baseline's by variable, level and lead time.
 
-    With lead times there is a card per rival, else one card with a column per rival.
+    With lead times there is a card per baseline, else one card with a column per baseline.
     """
     cards = []
     for prefix, name in ((RATIO_PREFIX, "RMSE"), (CRPS_RATIO_PREFIX, "CRPS")):
@@ -67,13 +67,15 @@ def score_cards(report: TaskReport) -> list[Card]:
         if rows.empty:
             continue
         if rows["lead_hours"].isna().all():
-            cards.append(_card(rows, "rival", report.rivals, f"{name} over that of"))
+            cards.append(_card(rows, "baseline", report.baselines, f"{name} over that of"))
             continue
         hours = np.unique(rows["lead_hours"].dropna())
         hours = hours[:: max(1, -(-len(hours) // _MAX_COLUMNS))]
-        for rival in report.rivals:
-            chosen = rows_where(rows, rival=rival)
-            cards.append(_card(chosen, "lead_hours", list(hours), f"{name} over that of {rival}"))
+        for baseline in report.baselines:
+            chosen = rows_where(rows, baseline=baseline)
+            cards.append(
+                _card(chosen, "lead_hours", list(hours), f"{name} over that of {baseline}")
+            )
     return cards
 
 
@@ -88,10 +90,13 @@ def region_card(report: TaskReport) -> Card | None:
         chosen = rows_where(rows, region=region, season=season)
         if chosen["value"].isna().all():
             continue  # nothing of the region was hidden
-        cells = [ratio_cell(_mean(rows_where(chosen, rival=rival))) for rival in report.rivals]
+        cells = [
+            ratio_cell(_mean(rows_where(chosen, baseline=baseline)))
+            for baseline in report.baselines
+        ]
         name = readable(region) if season == WHOLE_YEAR else f"{readable(region)}, {season}"
         lines.append((name, tuple(cells)))
-    return Card("RMSE over that of", "region", tuple(report.rivals), tuple(lines))
+    return Card("RMSE over that of", "region", tuple(report.baselines), tuple(lines))
 
 
 def _mean(rows: Any) -> pd.DataFrame:

@@ -42,7 +42,7 @@ class TaskReport:
     period: str
 
     @property
-    def rivals(self) -> list[str]:
+    def baselines(self) -> list[str]:
         sources = dict.fromkeys(map(str, self.table["source"]))
         return [source for source in sources if source != self.model_name]
 

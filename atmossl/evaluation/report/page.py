@@ -128,7 +128,9 @@ def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
             own = rows_where(own, lead_hours=last)
         if not own.empty:
             title = _heading(example) + (f", {last:g} h" if np.isfinite(last) else "")
-            yield svg_picture(ratio_panel(own, title), f"error over rivals' of {example.variable}")
+            yield svg_picture(
+                ratio_panel(own, title), f"error over baselines' of {example.variable}"
+            )
 
 
 def _heading(example: Example) -> str:

@@ -1,4 +1,4 @@
-"""Small pictures of one variable: rank histogram, reliability, spectrum, errors over rivals'."""
+"""Small pictures of one variable: rank histogram, reliability, spectrum, errors over baselines'."""
 
 import numpy as np
 import pandas as pd
@@ -74,9 +74,9 @@ def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str, axis: str
 
 
 def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
-    """Ratios of RMSE with their intervals: a point per rival, in the order of the rows.
+    """Ratios of RMSE with their intervals: a point per baseline, in the order of the rows.
 
-    `rows` has columns rival, value, low, high of one variable and level.
+    `rows` has columns baseline, value, low, high of one variable and level.
     """
     figure, axes = _panel(title)
     for number, row in enumerate(rows.to_dict("records")):
@@ -84,7 +84,7 @@ def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
         ends = np.nan_to_num(np.array(ends))
         axes.errorbar([row["value"]], [number], xerr=ends, fmt="o", capsize=3, color=f"C{number}")
     axes.axvline(1.0, **_REFERENCE)
-    axes.set_yticks(range(len(rows)), [plain(readable(str(name))) for name in rows["rival"]])
+    axes.set_yticks(range(len(rows)), [plain(readable(str(name))) for name in rows["baseline"]])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("RMSE over that of")

@@ -87,7 +87,7 @@ def figures(reports: Sequence[TaskReport]) -> dict[str, Any]:
             report.table, source=report.model_name, region="global", season=WHOLE_YEAR
         )
         for row in report.overall.to_dict("records"):
-            key = f"{report.task}_vs_{row['rival']}"
+            key = f"{report.task}_vs_{row['baseline']}"
             found[key] = round(row["value"], 4)
             if np.isfinite(row["low"]):
                 found[f"{key}_interval"] = [round(row[end], 4) for end in ("low", "high")]

@@ -2,10 +2,10 @@
 
 from atmossl.evaluation.ridge.channels import Channels
 from atmossl.evaluation.ridge.model import RidgeModel, check_runs, fit_ridge
-from atmossl.evaluation.ridge.tasks import (
+from atmossl.evaluation.ridge.predictors import (
     CrossVariable,
-    Downscaling,
-    Forecast,
+    RidgeDownscaling,
+    RidgeForecast,
     RidgeTask,
     TemporalInterpolation,
 )
@@ -13,8 +13,8 @@ from atmossl.evaluation.ridge.tasks import (
 __all__ = [
     "Channels",
     "CrossVariable",
-    "Downscaling",
-    "Forecast",
+    "RidgeDownscaling",
+    "RidgeForecast",
     "RidgeModel",
     "RidgeTask",
     "TemporalInterpolation",

@@ -17,8 +17,8 @@ from scipy.linalg import cho_factor, cho_solve
 
 from atmossl.evaluation.alignment import grid_of, require_labels
 from atmossl.evaluation.ridge.channels import Channels
-from atmossl.evaluation.ridge.moments import Moments, RowMoments
-from atmossl.evaluation.ridge.tasks import Block, RidgeTask
+from atmossl.evaluation.ridge.moments import RidgeMoments, RowMoments
+from atmossl.evaluation.ridge.predictors import Block, RidgeTask
 from atmossl.evaluation.spatial import Coarsening
 from atmossl.evaluation.sphere import Halo
 from atmossl.geometry import Grid
@@ -243,12 +243,12 @@ def _first_block_mean(frame: _Frame, segment: xr.Dataset) -> np.ndarray:
 
 def _accumulate(
     frame: _Frame, segments: Sequence[xr.Dataset], centre: np.ndarray, held_out: float
-) -> tuple[Moments, Moments]:
+) -> tuple[RidgeMoments, RidgeMoments]:
     """Moments of the fitted and of the held-out part."""
     task = frame.task
     num_targets = len(task.target_offsets) * len(frame.channels)
     parts = [
-        Moments.zeros(
+        RidgeMoments.zeros(
             radius=frame.radius,
             num_rows=frame.input_grid.shape[0],
             num_channels=len(task.input_offsets) * len(frame.channels),

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 
 @dataclass
-class Moments:
+class RidgeMoments:
     """Sums over samples (times and longitudes), in float64.
 
     Attributes:
@@ -34,7 +34,9 @@ class Moments:
     num_samples: int = 0
 
     @classmethod
-    def zeros(cls, *, radius: int, num_rows: int, num_channels: int, num_outputs: int) -> "Moments":
+    def zeros(
+        cls, *, radius: int, num_rows: int, num_channels: int, num_outputs: int
+    ) -> "RidgeMoments":
         width, num_halo = 2 * radius + 1, num_rows + 2 * radius
         return cls(
             radius,
@@ -74,8 +76,8 @@ class Moments:
                 self.sum_yy[row] += (y * y).sum(axis=0)
         self.num_samples += targets.shape[0] * num_cols
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
+    def __add__(self, other: "RidgeMoments") -> "RidgeMoments":
+        return RidgeMoments(
             self.radius,
             self.lagged + other.lagged,
             self.cross + other.cross,

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
-from atmossl.masking.places import AllButStations, CrossVariable, Inpainting, LatLonBox, Region
+from atmossl.masking.places import AllButStations, CrossVariable, HiddenCells, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.schema.strict import NotNegative, Positive, Strict
 
@@ -105,7 +105,7 @@ class InpaintingConfig(Strict):
     missing: bool = False
 
     def sampler(self) -> Inpainting:
-        regions: list[Region] = list(self.boxes)
+        regions: list[HiddenCells] = list(self.boxes)
         if self.mask_file is not None:
             regions.append(read_cell_mask(self.mask_file))
         if self.observed is not None:

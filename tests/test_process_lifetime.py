@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from atmossl.lineage import is_started_by_first_rank, lost_another_process
+from atmossl.process_lifetime import is_started_by_first_rank, lost_another_process
 from tests.processes import all_end, is_alive
 
-CHILD = "from atmossl.lineage import end_with_parent; end_with_parent(); print(1, flush=True); "
+CHILD = "from atmossl.process_lifetime import end_with_parent; end_with_parent(); "
+CHILD += "print(1, flush=True); "
 CHILD += "import time; time.sleep(60)"
 PARENT = f"""
 import subprocess, sys, time

@@ -8,10 +8,10 @@ from atmossl.geometry import Grid
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import CrossVariable, Inpainting
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation, TimePlan
-from atmossl.scorecard.hidden import hidden_cells
+from atmossl.scorecard.scored_cells import hidden_cells
 
 
-def about(task: Any, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+def describe_task(task: Any, plan: TimePlan, step_hours: float, grid: Grid) -> str:
     """Given and predicted, for the tasks that are known here; empty for others."""
     given = f"Given: {len(plan.read)} steps of {step_hours * plan.refine:g} h"
     match task:

@@ -65,7 +65,7 @@ class RidgeTask(Protocol):
 
 
 @dataclass(frozen=True)
-class Forecast:
+class RidgeForecast:
     """States `leads` steps ahead from `history` steps that end now; trivially, persistence."""
 
     history: int = 3
@@ -134,7 +134,7 @@ class _Around:
 
 
 @dataclass(frozen=True)
-class Downscaling(_Around):
+class RidgeDownscaling(_Around):
     """All fine values of a block from block means, `neighbours` steps on each side and now.
 
     Trivially, bicubic interpolation of the block means. Every dataset handed in is at full

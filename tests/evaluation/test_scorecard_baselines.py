@@ -1,4 +1,4 @@
-"""What tasks hid, and what their rivals answer from the rest."""
+"""What tasks hid, and what their baselines answer from the rest."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,8 +12,8 @@ from atmossl.evaluation.climate import Climate
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation
-from atmossl.scorecard.hidden import beside, check_scorable, hidden_cells, only_hidden
-from atmossl.scorecard.rivals import Setting, build_rivals
+from atmossl.scorecard.baselines import Setting, build_baselines
+from atmossl.scorecard.scored_cells import beside, check_scorable, hidden_cells, only_hidden
 from tests.evaluation.conftest import STEP, make_dataset
 from tests.evaluation.test_forecasts import forecast_of
 
@@ -71,7 +71,7 @@ def test_a_union_of_gaps_is_scored_in_them_alone():
     np.testing.assert_array_equal(cells[2], cells[0] | cells[1])
     np.testing.assert_array_equal(cells[3], cells[2])
     assert hidden_cells(Combined((Forecast(12.0), BOX)), grid) is None
-    answers = build_rivals("combined", setting(union))(truth.isel(time=slice(2, 4)), truth)
+    answers = build_baselines("combined", setting(union))(truth.isel(time=slice(2, 4)), truth)
     assert list(answers) == ["harmonic", "climatology"]
 
 
@@ -104,7 +104,7 @@ def test_rivals_never_look_at_hidden_cells(name):
     if name == "combined":
         predicted = forecast_of(predicted)
     truth = truth_of_a_run().where(~hidden_mask(hidden), 1e6)
-    answers = build_rivals(name, setting(task))(predicted, truth)
+    answers = build_baselines(name, setting(task))(predicted, truth)
     expected = {"inpainting": {"harmonic", "climatology", "ridge"}}
     assert set(answers) == expected.get(name, {"persistence", "climatology"})
     for answer in answers.values():
@@ -119,7 +119,7 @@ def test_a_hindcast_s_persistence_is_the_state_after_it():
     predicted = forecast_of(make_dataset(num_times=12)).isel(init_time=slice(2, 6))
     predicted = predicted.assign_coords(lead_time=-predicted["lead_time"].to_numpy())
     here = setting(Hindcast(12.0), offsets=(-2, -1))
-    answer = build_rivals("hindcast", here)(predicted, truth_of_a_run())["persistence"][
+    answer = build_baselines("hindcast", here)(predicted, truth_of_a_run())["persistence"][
         "temperature"
     ]
     for lead in range(2):
@@ -128,7 +128,7 @@ def test_a_hindcast_s_persistence_is_the_state_after_it():
 
 def test_a_task_without_rivals_of_its_own_has_climatology():
     predicted = make_dataset(num_times=3)
-    answers = build_rivals("counterfactual", setting(Counterfactual(BOX)))(
+    answers = build_baselines("counterfactual", setting(Counterfactual(BOX)))(
         predicted, truth_of_a_run()
     )
     assert set(answers) == {"climatology"}
@@ -137,7 +137,7 @@ def test_a_task_without_rivals_of_its_own_has_climatology():
 def test_hidden_variables_have_a_ridge_on_the_rest():
     predicted = make_dataset(num_times=12).isel(time=slice(2, 6))[["temperature"]]
     task = CrossVariable(("temperature",))
-    answers = build_rivals("cross_variable", setting(task))(predicted, truth_of_a_run())
+    answers = build_baselines("cross_variable", setting(task))(predicted, truth_of_a_run())
     assert set(answers) == {"climatology", "ridge"}
     assert answers["ridge"].sizes["time"] == 4
 
@@ -154,7 +154,7 @@ def test_a_regression_leaves_out_what_may_be_missing(name: str):
     for record in (truth, *whole.history):
         record["u_component_of_wind"][:, :, 2:4, 3:6] = np.nan
     gappy = replace(whole, levels={"temperature": (500, 850)})
-    found = build_rivals(name, gappy)(predicted, truth)["ridge"]
-    expected = build_rivals(name, alone)(there[1], there[0])["ridge"]
+    found = build_baselines(name, gappy)(predicted, truth)["ridge"]
+    expected = build_baselines(name, alone)(there[1], there[0])["ridge"]
     xr.testing.assert_allclose(found[["temperature"]], expected)
     assert bool(found["u_component_of_wind"].isnull().all())

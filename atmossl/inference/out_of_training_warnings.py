@@ -13,7 +13,7 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import WindowSize
 from atmossl.geometry import Grid, TilePlan
-from atmossl.masking.base import Layout, MaskingSampler
+from atmossl.masking.base import MaskingSampler, TokenLayout
 
 _NUM_DRAWS = 200
 _HALF_MONTH_DAYS = 15
@@ -58,7 +58,7 @@ def unseen(
     over that of the view, so that the sampler meets windows as in training.
     """
     layouts = tuple(
-        Layout(stream.spec, _stretched(stream.grid, stretch)) for stream in view.streams
+        TokenLayout(stream.spec, _stretched(stream.grid, stretch)) for stream in view.streams
     )
     asked = _Seen.of([StreamMask(stream.corruption, factor or 1) for stream in view.streams])
     rng = np.random.default_rng(0)

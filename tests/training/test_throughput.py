@@ -27,7 +27,7 @@ from atmossl.tokens import tokenise
 from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.optimizer import freeze
 from atmossl.training.pictures import draw, reconstructions
-from atmossl.training.watch import TraceSteps, model_flops
+from atmossl.training.throughput import TraceSteps, model_flops
 from tests.synthetic import dataset, spec, window
 
 STREAM = spec(token=(1, 2, 4))

@@ -10,7 +10,7 @@ from atmossl import __version__
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.events import event_scores
-from atmossl.evaluation.regions import Region, boxes, find_regions, stacked_weights
+from atmossl.evaluation.regions import ScoreRegion, boxes, find_regions, stacked_weights
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.scores import DEFAULT_SCORES
@@ -21,7 +21,7 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.schema import EvaluateConfig
 
 
-def regions_of(config: EvaluateConfig) -> list[Region]:
+def regions_of(config: EvaluateConfig) -> list[ScoreRegion]:
     """The configured belts and boxes, the globe first."""
     names = ["global", *(name for name in config.regions if name != "global")]
     return [*find_regions(names), *boxes(config.boxes or {})]

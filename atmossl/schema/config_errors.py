@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atmossl.schema.tasks import TASK_NAMES
+from atmossl.schema.task_config import TASK_NAMES
 
 
 def lines_of(faults: Sequence[Any], within: tuple[str, ...] = ()) -> list[str]:

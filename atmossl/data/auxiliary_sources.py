@@ -17,7 +17,7 @@ _DEFAULT_ACCESS = Access()
 
 
 @dataclass(frozen=True)
-class Companion:
+class AuxiliarySource:
     """A record that covers the same air as a segment, and how its cells nest in those."""
 
     segment: Segment
@@ -32,7 +32,7 @@ class Companion:
 
 
 @dataclass(frozen=True)
-class Needs:
+class StoreRequest:
     """What streams read of one store."""
 
     variables: list[str]
@@ -40,7 +40,7 @@ class Needs:
     may_miss: list[str]
 
     @classmethod
-    def of(cls, specs: Sequence[StreamSpec]) -> "Needs":
+    def of(cls, specs: Sequence[StreamSpec]) -> "StoreRequest":
         return cls(
             sorted({name for spec in specs for name in spec.variables}),
             sorted({level for spec in specs for level in spec.levels}),
@@ -65,7 +65,7 @@ def open_records(
     """
     records = {}
     for data in ["", *sorted({spec.data for spec in specs} - {""})]:
-        needs = Needs.of([spec for spec in specs if spec.data == data])
+        needs = StoreRequest.of([spec for spec in specs if spec.data == data])
         records[data] = open_split(
             catalog_entry(data or name, catalog),
             split,
@@ -79,7 +79,7 @@ def open_records(
 
 
 def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
-    """The run's own segments with their companions, cut to the periods that all of them cover.
+    """The run's own segments with their auxiliary sources, cut to the periods that all cover.
 
     Where both entries name segments alike, as those of an ensemble, a segment goes with the one of
     its name; otherwise with all that overlap in time.
@@ -137,18 +137,18 @@ def _with_companion(segment: Segment, name: str, other: Segment) -> Segment | No
         return None
     whole = len(inside) == len(segment.times)
     part = segment if whole else segment.steps(int(inside[0]), int(inside[-1]) + 1)
-    companions = {**segment.companions, name: Companion(other, nesting)}
-    return replace(part, companions=companions, partial=segment.partial or not whole)
+    auxiliaries = {**segment.auxiliaries, name: AuxiliarySource(other, nesting)}
+    return replace(part, auxiliaries=auxiliaries, partial=segment.partial or not whole)
 
 
 def check_window(segment: Segment, count: int, lat_size: int, lon_size: int) -> None:
-    """Raise ValueError if a window does not cut the records of all companions at their edges."""
-    if segment.companions:
+    """Raise ValueError if a window does not cut all auxiliary sources at their cells' edges."""
+    if segment.auxiliaries:
         segment.alignment.check(lat_size, lon_size)
-    for name, companion in segment.companions.items():
-        other = companion.segment
+    for name, auxiliary in segment.auxiliaries.items():
+        other = auxiliary.segment
         steps = count * segment.step / other.step
-        cells = companion.nesting.box(Box(0, segment.alignment.lon_shift, lat_size, lon_size))
+        cells = auxiliary.nesting.box(Box(0, segment.alignment.lon_shift, lat_size, lon_size))
         if steps != round(steps) or steps < 2:
             raise ValueError(
                 f"data.window.time={count} steps of {segment.step_hours:g} h hold {steps:g} of the "

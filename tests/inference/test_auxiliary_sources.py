@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from atmossl.batch import StreamSpec, TokenSize, View
-from atmossl.data.companions import paired
+from atmossl.data.auxiliary_sources import paired
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -21,7 +21,7 @@ from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.tokens import detokenise
-from tests.inference.known import NAMES, Known, run_at
+from tests.inference.oracle_models import NAMES, Known, run_at
 from tests.synthetic import dataset
 
 LEVELS = (300, 850)

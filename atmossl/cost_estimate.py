@@ -9,13 +9,13 @@ import torch
 
 from atmossl.batch import Batch, StreamSpec, StreamWindow, collate_views
 from atmossl.build import (
+    apply_lora,
     build_model,
     build_objective,
-    forget_activations,
+    checkpoint_activations,
     optimizer_settings,
-    slim_down,
 )
-from atmossl.data.companions import open_records, paired
+from atmossl.data.auxiliary_sources import open_records, paired
 from atmossl.data.windows import WindowSize
 from atmossl.masking.views import make_views
 from atmossl.model.network import Network
@@ -81,10 +81,10 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
 
     def build() -> tuple[Network, Objective]:
         model = build_model(config, {})
-        slim_down(config, model)
+        apply_lora(config, model)
         objective, settings = build_objective(config, {}, model), optimizer_settings(config)
         freeze(named_parameters(model, objective), settings.freeze, only=settings.only)
-        forget_activations(config, model)
+        checkpoint_activations(config, model)
         return model, objective
 
     batch = sample_batch(config)

@@ -1,6 +1,6 @@
 """What a model has to beat in each task, from the same inputs; fitted on training segments only.
 
-A builder makes a task's rivals once (a ridge regression is fitted then); they answer chunk by
+A builder makes a task's baselines once (a ridge regression is fitted then); they answer chunk by
 chunk, from the predictions, of which they take the labels, and the record that these are of. A new
 task is a new entry of `BUILDERS`; one without an entry is compared to climatology.
 """
@@ -20,15 +20,15 @@ from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
 from atmossl.geometry import Grid
 from atmossl.masking import tasks
 from atmossl.masking.places import CrossVariable
-from atmossl.scorecard.hidden import hidden_cells
+from atmossl.scorecard.scored_cells import hidden_cells
 
 Answers = dict[str, xr.Dataset]
-Rivals = Callable[[xr.Dataset, xr.Dataset], Answers]
+Baselines = Callable[[xr.Dataset, xr.Dataset], Answers]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What rivals may know: the task, the grid of the truth, the training record.
+    """What baselines may know: the task, the grid of the truth, the training record.
 
     Attributes:
         task: its mask, with the choices that were made.
@@ -63,7 +63,7 @@ class Setting:
     def regresses(self) -> bool:
         return self.with_ridge and len(self.complete) > 0
 
-    def fitted(self) -> Rivals:
+    def fitted(self) -> Baselines:
         """The ridge regression of the training record, or none; missing for other variables."""
         problem = problem_of(self)
         if problem is None:
@@ -71,11 +71,11 @@ class Setting:
         model = ridge.fit_ridge(self.known, problem)
         dim = "init_time" if problem.is_forecast else "time"
 
-        def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+        def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
             answer = model.predict(truth[list(self.complete)], predicted[dim].to_numpy())
             return {"ridge": beside_missing(answer, predicted)}
 
-        return rivals
+        return baselines
 
     def climatology(self, predicted: xr.Dataset) -> xr.Dataset:
         if "init_time" in predicted.dims:
@@ -101,12 +101,12 @@ def problem_of(setting: Setting) -> ridge.RidgeTask | None:
         case _ if not setting.regresses:
             return None
         case tasks.Forecast():
-            return ridge.Forecast(history=min(3, setting.reference + 1), leads=setting.offsets)
+            return ridge.RidgeForecast(history=min(3, setting.reference + 1), leads=setting.offsets)
         case tasks.TemporalInterpolation() if len(setting.offsets) == 1:
             neighbours = min(2, setting.num_steps - setting.reference - 1)
             return ridge.TemporalInterpolation(neighbours=neighbours)
         case tasks.Downscaling(factor=factor):
-            return ridge.Downscaling(factor=factor, neighbours=around)
+            return ridge.RidgeDownscaling(factor=factor, neighbours=around)
         case CrossVariable():
             hidden = _hidden_channels(setting)
             return ridge.CrossVariable(hidden, neighbours=around) if hidden else None
@@ -125,17 +125,17 @@ def _hidden_channels(setting: Setting) -> tuple[int, ...]:
     )
 
 
-def forecast(setting: Setting) -> Rivals:
+def forecast(setting: Setting) -> Baselines:
     """Persistence, climatology, and a ridge regression on the last three states."""
     regression = setting.fitted()
 
-    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         return _persisting(setting, predicted, truth) | regression(predicted, truth)
 
-    return rivals
+    return baselines
 
 
-def hindcast(setting: Setting) -> Rivals:
+def hindcast(setting: Setting) -> Baselines:
     """Persistence backwards, and climatology."""
     return partial(_persisting, setting)
 
@@ -145,12 +145,12 @@ def _persisting(setting: Setting, predicted: xr.Dataset, truth: xr.Dataset) -> A
     return {"persistence": still, "climatology": setting.climatology(predicted)}
 
 
-def temporal_interpolation(setting: Setting) -> Rivals:
+def temporal_interpolation(setting: Setting) -> Baselines:
     """The line in time between the known states, climatology, and a ridge regression."""
     count = len(setting.offsets)
     regression = setting.fitted()
 
-    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
         lines = [
             base.linear_in_time(
@@ -165,15 +165,15 @@ def temporal_interpolation(setting: Setting) -> Rivals:
         found = {"linear": line, "climatology": setting.climatology(predicted)}
         return found | regression(predicted, truth)
 
-    return rivals
+    return baselines
 
 
-def downscaling(setting: Setting) -> Rivals:
+def downscaling(setting: Setting) -> Baselines:
     """Three interpolations of the coarse cells, and a ridge regression on their neighbourhoods."""
     factor = setting.task.factor
     regression = setting.fitted()
 
-    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
         coarse = spatial.coarsen(truth.sel(time=times), factor)
         found = {
@@ -186,10 +186,10 @@ def downscaling(setting: Setting) -> Rivals:
         }
         return found | regression(predicted, truth)
 
-    return rivals
+    return baselines
 
 
-def inpainting(setting: Setting) -> Rivals:
+def inpainting(setting: Setting) -> Baselines:
     """Harmonic infill, climatology, and a ridge regression on the nearest visible cells."""
     hidden = hidden_cells(setting.task, setting.grid)
     assert hidden is not None, setting.task
@@ -197,27 +197,27 @@ def inpainting(setting: Setting) -> Rivals:
     names = list(setting.complete)
     regression = LocalRidge.fit(setting.known, hidden) if setting.regresses else None
 
-    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         given = truth.sel(time=predicted["time"])
         found = {"harmonic": harmonic(given), "climatology": setting.climatology(predicted)}
         if regression is not None:
             found["ridge"] = beside_missing(regression(given[names]), predicted)
         return found
 
-    return rivals
+    return baselines
 
 
-def cross_variable(setting: Setting) -> Rivals:
+def cross_variable(setting: Setting) -> Baselines:
     """Climatology, and a ridge regression on the variables and levels that were given."""
     regression = setting.fitted()
 
-    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         return {"climatology": setting.climatology(predicted)} | regression(predicted, truth)
 
-    return rivals
+    return baselines
 
 
-def combined(setting: Setting) -> Rivals:
+def combined(setting: Setting) -> Baselines:
     """Persistence, of a state with its gaps filled, for a union with a forecast; harmonic infill
     for a union of gaps; climatology."""
     gaps = [hidden_cells(part, setting.grid) for part in setting.task.parts]
@@ -225,7 +225,7 @@ def combined(setting: Setting) -> Rivals:
     hidden = hidden_cells(setting.task, setting.grid)  # of a union of gaps alone
     harmonic = None if hidden is None else HarmonicInfill(setting.grid, hidden)
 
-    def rivals(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+    def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         found = {"climatology": setting.climatology(predicted)}
         if harmonic is not None:
             found = {"harmonic": harmonic(truth.sel(time=predicted["time"]))} | found
@@ -237,15 +237,15 @@ def combined(setting: Setting) -> Rivals:
             start = HarmonicInfill(setting.grid, np.any(gaps, axis=0))(start)
         return {"persistence": base.persistence(start, init, lead)} | found
 
-    return rivals
+    return baselines
 
 
-def climatology(setting: Setting) -> Rivals:
+def climatology(setting: Setting) -> Baselines:
     """The least that any task has to beat."""
     return lambda predicted, truth: {"climatology": setting.climatology(predicted)}  # noqa: ARG005
 
 
-BUILDERS: dict[str, Callable[[Setting], Rivals]] = {
+BUILDERS: dict[str, Callable[[Setting], Baselines]] = {
     "forecast": forecast,
     "hindcast": hindcast,
     "temporal_interpolation": temporal_interpolation,
@@ -256,6 +256,6 @@ BUILDERS: dict[str, Callable[[Setting], Rivals]] = {
 }
 
 
-def build_rivals(name: str, setting: Setting) -> Rivals:
-    """The rivals of a task by its name."""
+def build_baselines(name: str, setting: Setting) -> Baselines:
+    """The baselines of a task by its name."""
     return BUILDERS.get(name, climatology)(setting)

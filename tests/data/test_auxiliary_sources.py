@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atmossl.batch import StreamSpec, StreamWindow, TokenSize
-from atmossl.data.companions import check_window, open_records, paired
+from atmossl.data.auxiliary_sources import check_window, open_records, paired
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
 from atmossl.geometry import Box, Grid, Nesting, latitude_edges, random_box
-from atmossl.masking.base import Layout
+from atmossl.masking.base import TokenLayout
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.random import BlockMasking, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation, points_of
@@ -131,7 +131,7 @@ def test_windows_hold_the_same_air(start: int, box: Box) -> None:
     assert token_grid(fine).periodic == token_grid(coarse).periodic == (box.lon_size == 32)
 
 
-def hidden_bounds(layout: Layout, hidden: Tensor) -> dict[str, set[float]]:
+def hidden_bounds(layout: TokenLayout, hidden: Tensor) -> dict[str, set[float]]:
     """Coordinates of the hidden points, per axis."""
     points = points_of(hidden, layout.spec)
     times = layout.point_times().flatten()[points.any(dim=(0, 2, 3))]
@@ -156,7 +156,7 @@ def hidden_bounds(layout: Layout, hidden: Tensor) -> dict[str, set[float]]:
     ids=repr,
 )
 def test_tasks_hide_the_same_times_of_both(task, start: int) -> None:
-    layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(start, Box(4, 6, 8, 12)))
+    layouts = tuple(TokenLayout(w.spec, token_grid(w)) for w in windows(start, Box(4, 6, 8, 12)))
     for seed in range(8):
         masks = task(layouts, np.random.default_rng(seed))
         fine, coarse = (
@@ -171,7 +171,9 @@ def test_tasks_hide_the_same_times_of_both(task, start: int) -> None:
 def test_random_masks_hide_the_same_air_of_both(sampler) -> None:
     """What is hidden of the fine store, at the steps of the coarse one, in means over its cells."""
     for start in (0, 3):
-        layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(start, Box(4, 28, 8, 8)))
+        layouts = tuple(
+            TokenLayout(w.spec, token_grid(w)) for w in windows(start, Box(4, 28, 8, 8))
+        )
         times = [layout.point_times().flatten().tolist() for layout in layouts]
         shared = [times[0].index(hour) for hour in times[1]]
         for seed in range(20):
@@ -185,7 +187,7 @@ def test_random_masks_hide_the_same_air_of_both(sampler) -> None:
 
 
 def test_tasks_hide_the_same_places_of_both() -> None:
-    layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(0, Box(4, 28, 8, 8)))
+    layouts = tuple(TokenLayout(w.spec, token_grid(w)) for w in windows(0, Box(4, 28, 8, 8)))
     box = LatLonBox(-22.5, 0.0, 337.5, 22.5)
     fine, coarse = Inpainting((box,)).hidden_points(layouts)
     halves = fine.unflatten(-1, (-1, 2)).all(-1).unflatten(-2, (-1, 2)).all(-2)
@@ -194,7 +196,7 @@ def test_tasks_hide_the_same_places_of_both() -> None:
 
 
 def test_coarse_cells_are_the_same_cells() -> None:
-    layouts = tuple(Layout(w.spec, token_grid(w)) for w in windows(0, Box(4, 28, 8, 8)))
+    layouts = tuple(TokenLayout(w.spec, token_grid(w)) for w in windows(0, Box(4, 28, 8, 8)))
     rng = np.random.default_rng(0)
     by_four, by_two = Downscaling(4)(layouts, rng), Downscaling(2)(layouts, rng)
     assert [mask.coarsen_factor for mask in by_four] == [4, 2]
@@ -244,7 +246,7 @@ def test_segments_pair_by_name() -> None:
     """Members of an ensemble cover the same dates."""
     fine, coarse = [opened(FINE, n) for n in "ab"], [opened(COARSE, n) for n in "ba"]
     found = paired({"": fine, "reduced": coarse})
-    assert [(s.name, s.companions["reduced"].segment.name) for s in found] == [
+    assert [(s.name, s.auxiliaries["reduced"].segment.name) for s in found] == [
         ("a", "a"),
         ("b", "b"),
     ]
@@ -286,7 +288,7 @@ def test_statistics_of_every_entry_survive_a_checkpoint() -> None:
         plain = StreamSpec(spec.name, spec.variables, spec.levels, spec.token_size)
         for field in ("mean", "std", "step_std"):
             assert torch.equal(again.select(spec, field), single.select(plain, field))
-        assert torch.equal(again.departure_scale(spec), single.departure_scale(plain))
+        assert torch.equal(again.residual_scale(spec), single.residual_scale(plain))
 
 
 def test_an_unknown_entry_is_named() -> None:
