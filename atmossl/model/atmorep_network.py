@@ -244,15 +244,15 @@ def token_info(
     width = grid.lon_extent.double()[:, None] / columns
     lat = grid.lat.double().flip(1) + height * ((rows - 1) / 2 - rows // 2)
     lon = (grid.lon.double() + width * (columns // 2 - (columns - 1) / 2)) % 360.0
-    level = torch.tensor(field.levels, dtype=torch.float64, device=lat.device)
-    sizes = {"level": len(field.levels), "nt": last.shape[1], "nlat": lat.shape[1]}
+    level = grid.level_hpa.double()  # numbers of model levels; a counterfactual may tell others
+    sizes = {"level": level.shape[1], "nt": last.shape[1], "nlat": lat.shape[1]}
     sizes |= {"nlon": lon.shape[1], "batch": lat.shape[0]}
 
     def spread(values: Tensor, axes: str) -> Tensor:
         others = {name: size for name, size in sizes.items() if name not in axes.split()}
         return repeat(values, f"{axes} -> batch level (nt nlat nlon)", **others)
 
-    levels, spacing = spread(level, "level"), spread(height[:, 0], "batch")
+    levels, spacing = spread(level, "batch level"), spread(height[:, 0], "batch")
     place = (spread(90.0 - lat, "batch nlat"), spread(lon, "batch nlon"))
     if num_entries == 8:
         when = (spread(time, "batch nt") for time in (year, day, hour))

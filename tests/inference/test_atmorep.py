@@ -409,6 +409,20 @@ def test_field_at_the_surface_is_a_stream_without_levels(tmp_path: Path) -> None
     assert bool(np.isfinite(predicted["total_precipitation"]).all())
 
 
+@pytest.mark.filterwarnings("ignore:this checkpoint was not trained")
+def test_counterfactual_tells_the_network_other_levels_and_places(folder: Path) -> None:
+    model = atmossl.load(folder / "atmorep.ckpt", device="cpu")
+    inner = {"name": "forecast", "lead_time": "2h"}
+    predicted = []
+    for change in ({}, {"levels": {137: 96}}, {"shift_lon": 90.0}, {"shift_time": "1h"}):
+        task = {"name": "counterfactual", "task": inner, "shift_time": "0h", "shift_lat": 0.0,
+                "shift_lon": 0.0, "levels": {}, **change}  # fmt: skip
+        one = model.predict(task, STORE, "2004-03-01T01", overlap=0.0, tilings=1)
+        predicted.append(one["temperature"].sel(level=137).values)
+    for changed in predicted[1:]:
+        assert np.abs(changed - predicted[0]).max() > 0.01
+
+
 def test_older_models_are_told_six_numbers_of_a_token() -> None:
     """Those of eight, with the hour as a fraction of the day and the level once."""
     grid = TokenGrid(
