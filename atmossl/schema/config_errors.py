@@ -16,12 +16,23 @@ def lines_of(faults: Sequence[Any], within: tuple[str, ...] = ()) -> list[str]:
         inside = any(other[: len(loc)] == loc and len(other) > len(loc) for other in places)
         return fault["type"] == "too_short" and inside
 
+    lengths: dict[tuple, int] = {}  # of the lists that lack items
+    for loc in (fault["loc"] for fault in faults if _lacks_item(fault)):
+        lengths[loc[:-1]] = max(lengths.get(loc[:-1], 0), loc[-1] + 1)
     messages: dict[str, list[str]] = {}  # a value of several types has an error for each of them
     for fault in faults:
+        if _lacks_item(fault):
+            loc = fault["loc"][:-1]
+            fault = {**fault, "loc": loc, "msg": f"valid: {lengths[loc]} values"}
         if not follows(fault):
             value, colon, message = line_of(fault, within).partition(": ")
             messages.setdefault(value + colon, []).append(message)
     return [value + "; or: ".join(dict.fromkeys(found)) for value, found in messages.items()]
+
+
+def _lacks_item(fault: Any) -> bool:
+    """Whether a list of fixed length lacks an item."""
+    return fault["type"] == "missing" and isinstance(fault["loc"][-1], int)
 
 
 def _is_kind(part: Any) -> bool:

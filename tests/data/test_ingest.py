@@ -349,6 +349,14 @@ def test_the_command_ingests_and_refuses_in_one_line(tmp_path, capsys) -> None:
     assert "exists" in captured.err and "/nonexistent" in captured.err
 
 
+@pytest.mark.parametrize("region", ["[0]", "[0,9]", "[0,9,20]"])
+def test_a_region_that_lacks_numbers_is_refused_in_one_line(region: str, tmp_path, capsys) -> None:
+    output = f"output={tmp_path}/out.zarr"
+    assert main(["data", "ingest", "input=in.nc", output, f"region={region}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"atmossl data: region={region.replace(',', ', ')}: valid: 4 values"
+
+
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="set ATMOSSL_CFGRIB_SAMPLES to cfgrib's test data")
 @pytest.mark.parametrize(
     ("file", "select", "outcome"),
