@@ -139,7 +139,7 @@ def shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> lis
 @rank_zero_only
 def _warn(lines: Sequence[str]) -> None:
     for line in lines:
-        _LOGGER.warning("%s", line)
+        _LOGGER.warning("note: %s", line)
 
 
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:

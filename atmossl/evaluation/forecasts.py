@@ -58,6 +58,11 @@ def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
             names["time"] = "init_time"
     time = "init_time" if lead is not None else "time"
     lacking = {"latitude", "longitude", time} - {names.get(str(d), str(d)) for d in dataset.dims}
+    if "time" in lacking and "init_time" in dataset.dims:
+        raise ValueError(
+            f"{where}: no dimension for lead times beside init_time, tried {list(_LEAD_NAMES)}; it "
+            f"has {sorted(map(str, dataset.dims))}"
+        )
     if lacking:
         raise ValueError(
             f"{where}: no dimension for {sorted(lacking)}; it has {sorted(map(str, dataset.dims))}"

@@ -1,6 +1,6 @@
 """Forecast stores of several models on what they have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -136,6 +136,7 @@ def score_forecasts(
     tally = empty_tally(config, "forecasts", first)
     examples: dict[str, Example] = {}
     lacking: dict[str, float] = {}
+    empty = set(common.variables)  # of which no value can be scored
     middle = common.cases[len(common.cases) // 2]
     parts = [
         (part, record, str(number))
@@ -151,14 +152,24 @@ def score_forecasts(
         baselines = datasets | _trivial(ours, beside, climate, persists=persists)
         ours, baselines, share = _where_all_have(ours, baselines)
         lacking[name] = max(lacking.get(name, 0.0), share)
+        empty -= {name} if share < 1 else set()
         tally.add(ours, beside, baselines, climate, name_of_series)
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
             examples[name] = example_of(case, beside, name)
+    _check_some_scored(forecasts, empty)
     said = _about(common, first, lacking)
     rng = np.random.default_rng(config.seed)
     cases = tuple(examples.values())
     return reported(config, tally, cases, rng, about=said, period=period(common.cases))
+
+
+def _check_some_scored(forecasts: Iterable[str], empty: Iterable[str]) -> None:
+    if names := sorted(empty):
+        raise ValueError(
+            f"forecasts={list(forecasts)}: no value of {names} can be scored, as some forecast has "
+            "none anywhere; leave out that forecast or variable"
+        )
 
 
 def _about(common: Common, first: str, lacking: Mapping[str, float]) -> str:

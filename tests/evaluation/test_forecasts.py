@@ -107,6 +107,12 @@ def test_a_store_without_times_is_named():
         canonical_forecast(make_dataset().isel(time=0), "theirs.zarr")
 
 
+def test_starts_without_lead_times_are_told_what_is_missing():
+    starts = make_dataset().rename(time="init_time")
+    with pytest.raises(ValueError, match=r"theirs\.zarr: no dimension for lead times .*lead_time"):
+        canonical_forecast(starts, "theirs.zarr")
+
+
 def test_common_ground_is_the_intersection_that_the_truth_covers():
     truth = make_dataset(num_times=12)
     ours = forecast_of(truth, leads=(1, 2, 3)).isel(init_time=slice(0, 8))

@@ -426,9 +426,10 @@ def _own_store(folder: Path, plus: float = 0.0, steps: int = 24) -> None:
 
 
 def _after_change(
-    first: Sequence[str], second: Sequence[str], plus: float = 3.0, share: float = 1.0
+    first: Sequence[str], second: Sequence[str], plus: float | None = 3.0, share: float = 1.0
 ) -> Callable[[Place], Ended]:
-    """A command, up to a share of its operations on files; its input changes; then another."""
+    """A command, up to a share of its operations on files; its input changes, or is not touched
+    if `plus` is None; then another."""
 
     def act(place: Place) -> Ended:
         call(_own_store, place.folder)
@@ -450,7 +451,8 @@ def _after_change(
             begun = place.run(first, environment=OWN)
             if begun.code:
                 return failed(begun, "the first command itself")
-        call(_own_store, place.folder, plus)
+        if plus is not None:
+            call(_own_store, place.folder, plus)
         return place.run(second, environment=OWN)
 
     return act
@@ -476,7 +478,7 @@ def _changes() -> list[Row]:
         Row("an ingest whose input changed", "refused", words=refused,
             act=_after_change(ingest, ingest, share=0.6)),
         Row("an ingest with other settings", "refused", words=refused, act=other_settings),
-        Row("an ingest that goes on", "right", act=_after_change(ingest, ingest, 0.0, 0.6)),
+        Row("an ingest that goes on", "right", act=_after_change(ingest, ingest, None, 0.6)),
         Row("statistics whose store changed", "refused", words=refused,
             act=_after_change(stats, stats)),
         Row("statistics made anew", "right", act=_after_change(stats, (*stats, "--force"))),
