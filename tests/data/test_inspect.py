@@ -113,8 +113,8 @@ def test_the_command_prints_and_draws(tmp_path, capsys) -> None:
         "u_component_of_wind.png",
     ]
     assert main(["data", "inspect"]) == 2
-    assert main([*command[:-1], f"output={path}"]) == 1
-    assert f"atmossl data: {path}: File exists" in capsys.readouterr().err
+    assert main([*command[:-1], f"output={path}"]) == 2
+    assert f"output={path} cannot be written: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("west", [-20.0, 160.0, 0.0])

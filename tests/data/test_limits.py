@@ -194,7 +194,10 @@ def test_python_refuses_or_warns(sample) -> None:
     model, time = atmossl.load("default", device="cpu"), sample["time"].values[4]
     with pytest.raises(ValueError, match=r"temperature at .*input_limits=warn"):
         model.predict("forecast", celsius, time)
-    with pytest.warns(InputWarning, match="temperature at"):
+    with (
+        pytest.warns(InputWarning, match="temperature at"),
+        pytest.warns(UserWarning, match="not trained for temperature at"),
+    ):
         model.predict("forecast", celsius, time, overlap=0.0, tilings=1, input_limits="warn")
     with pytest.raises(ValueError, match="input_limits='all'; valid"):
         model.predict("forecast", sample, time, input_limits="all")

@@ -197,7 +197,7 @@ def test_mask_file_hides_its_cells_whatever_its_order(tmp_path) -> None:
 def test_files_that_do_not_fit_are_named(tmp_path) -> None:
     other = dataset(num_lat=4)
     mask = CellMask(segment(other).grid, np.ones((4, 16), bool), "task.mask_file=gap.nc")
-    with pytest.raises(ValueError, match=r"gap.nc.*\(4, 16\).*\(8, 16\)"):
+    with pytest.raises(ValueError, match=r"gap.nc.*: 4 latitudes .*, not 8 latitudes"):
         run_at(predictor(Inpainting((mask,)), Known(attrgetter("target"))), 6)
     nothing = replace(mask, grid=segment().grid, hidden=np.zeros((8, 16), bool))
     with pytest.raises(ValueError, match="gap.nc hides no cell"):
