@@ -298,12 +298,13 @@ def chosen_times(predictor: Predictor | Embedder, times: Times, every: int = 1) 
         for time in found[1:][np.diff(found) == np.timedelta64(0)][:1]:
             predictor.find(time)  # in several segments: says in which
         return found
-    names = _named(times, predictor.segment.calendar)
+    names = [str(name) if isinstance(name, str) else name  # plain ones are shown in messages
+             for name in _named(times, predictor.segment.calendar)]  # fmt: skip
     parse = predictor.segment.calendar.parse
     try:
         found = np.unique(np.array([parse(name) for name in names], predictor.segment.times.dtype))
     except ValueError as error:
-        raise ValueError(f"init_time={names}: {error}; valid: ISO dates, or all") from error
+        raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
     if len(found) == 0:
         raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
     for time in found:

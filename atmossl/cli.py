@@ -212,12 +212,21 @@ def _evaluate(arguments: Sequence[str]) -> None:
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))
 
 
+def _named_catalog(arguments: Sequence[str]) -> Path | None:
+    """The file of `catalog=PATH`, the only key of `atmossl data list`."""
+    unknown = [item for item in arguments if not item.startswith("catalog=")]
+    if unknown:
+        raise ValueError(f"data list: {unknown[0]} is unknown; valid: catalog=PATH")
+    paths = [item.removeprefix("catalog=") for item in arguments]
+    return Path(paths[-1]) if paths else None
+
+
 def _data(arguments: Sequence[str]) -> None:
     from atmossl import data_commands
 
     action, *overrides = arguments or [""]
     if action == "list":
-        data_commands.list_catalog()
+        data_commands.list_catalog(_named_catalog(overrides))
     elif action == "stats":
         keys = [item for item in overrides if item != "--force"]
         forced = ["force=true"] if len(keys) < len(overrides) else []

@@ -39,10 +39,10 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "hydra"}
 
 
-def list_catalog() -> None:
-    """Print a table of the catalog's entries."""
+def list_catalog(path: Path | None = None) -> None:
+    """Print a table of the entries of a catalog file, by default the one of the package."""
     table = Table("name", "levels", "segments", "description", "licence")
-    for name, entry in load_catalog().items():
+    for name, entry in load_catalog(path).items():
         table.add_row(
             name, str(len(entry.levels)), str(len(entry.segments)), entry.description, entry.licence
         )

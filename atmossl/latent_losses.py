@@ -20,6 +20,7 @@ Scalar = Float[Tensor, ""]
 
 
 def is_distributed() -> bool:
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

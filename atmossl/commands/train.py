@@ -92,10 +92,11 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         write_yaml(values, output / "config.yaml")
     path = None if start is None else start.path
     trainer.fit(module, datamodule, ckpt_path=path, weights_only=True)
-    last = checkpoints / "last.ckpt"
+    last, curves = checkpoints / "last.ckpt", output / "curves"
     if trainer.is_global_zero:
         Console(markup=False).print(
-            f"checkpoint: {last}\ncurves: {output / 'curves'}", highlight=False
+            f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else ""),
+            highlight=False,
         )
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))

@@ -46,7 +46,8 @@ def model_folder(location: Path) -> Iterator[Path]:
             with tarfile.open(location) as archive:
                 archive.extractall(unpacked, filter="data")
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"{location}: no archive that can be read ({error})") from error
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"{location}: no archive that can be read ({why})") from error
         yield Path(unpacked)
 
 
@@ -95,8 +96,8 @@ def _fill(network: AtmoRep, state: dict[str, Tensor], file: str) -> None:
 def _only(folder: Path, pattern: str, location: Path) -> Path:
     files = sorted(folder.rglob(pattern))
     if len(files) != 1:
-        names = [file.name for file in files]
-        raise ValueError(f"{location}: one file {pattern} is needed there, but there are {names}")
+        names = [file.name for file in files] or "none"
+        raise ValueError(f"{location}: one file {pattern} is needed there; found {names}")
     return files[0]
 
 

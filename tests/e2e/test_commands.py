@@ -12,6 +12,8 @@ import pytest
 import torch
 import xarray as xr
 
+from atmossl.cli import main
+from atmossl.data.catalog import find_file
 from tests.processes import command
 from tests.synthetic import catalog, dataset
 
@@ -138,3 +140,13 @@ def test_a_store_of_the_user_is_predicted_too(run: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 2
     assert "u_component_of_wind" in done.stderr
+
+
+def test_the_template_of_the_catalog_can_be_copied_and_listed(tmp_path, capsys) -> None:
+    shipped = find_file("data_catalog.yaml").read_text()
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(shipped[shipped.index("\nlocal:") :])
+    assert main(["data", "list", f"catalog={copy}"]) == 0
+    assert "local" in capsys.readouterr().out
+    assert main(["data", "list", f"catalgo={copy}"]) == 2
+    assert "catalgo=" in capsys.readouterr().err
