@@ -233,7 +233,7 @@ def _begin(
     state = {
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
         "inputs": input_state(input_files(source.location), dataset),
-        "shape": hashlib.sha256(_shape_of(dataset).encode()).hexdigest(),
+        "extent": _extent_of(dataset),
     }
     note = journal / "identity"
     if note.exists():
@@ -265,18 +265,23 @@ def _check_begun(note: Path, state: Mapping[str, Any], source: IngestInput) -> N
     if before.get("settings") != state["settings"]:
         raise ValueError(f"{folder} was begun from another input or with other settings; remove it")
     changed = changes(before["inputs"], state["inputs"])
-    if changed or before["shape"] != state["shape"]:
+    if changed := changed or changes(before.get("extent", {}), state["extent"]):
         raise ValueError(
-            f"input={source.location}: {changed or 'the input has changed'} since {folder} was "
-            "begun; remove that folder, and ingest starts anew"
+            f"input={source.location}: {changed} since {folder} was begun; remove that folder, and "
+            "ingest starts anew"
         )
 
 
-def _shape_of(dataset: xr.Dataset) -> str:
+def _extent_of(dataset: xr.Dataset) -> dict[str, str]:
+    """Sizes, variables and dates of an input, as text, whatever the order of its dimensions."""
     dates = dataset["time"].values
     calendar = Calendar.of(dates)
-    times = (dates if calendar is None else calendar.encode(dates)).tobytes()
-    return f"{dict(dataset.sizes)} {sorted(map(str, dataset.data_vars))} {times.hex()}"
+    times = dates if calendar is None else calendar.encode(dates)
+    return {
+        "the extent": str(sorted((str(dim), size) for dim, size in dataset.sizes.items())),
+        "the list of variables": str(sorted(map(str, dataset.data_vars))),
+        "the time axis": hashlib.sha256(times.tobytes()).hexdigest()[:16],
+    }
 
 
 def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: ChunkLayout) -> None:

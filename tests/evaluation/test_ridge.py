@@ -7,8 +7,8 @@ import xarray as xr
 from atmossl.evaluation.baselines import linear_in_time, persistence
 from atmossl.evaluation.ridge import (
     CrossVariable,
-    Downscaling,
-    Forecast,
+    RidgeDownscaling,
+    RidgeForecast,
     RidgeModel,
     RidgeTask,
     TemporalInterpolation,
@@ -18,7 +18,7 @@ from atmossl.evaluation.ridge.moments import RidgeMoments
 from atmossl.evaluation.spatial import bicubic, coarsen
 
 STEP = np.timedelta64(6, "h").astype("timedelta64[ns]")
-TASKS = (Forecast(), TemporalInterpolation(), Downscaling())
+TASKS = (RidgeForecast(), TemporalInterpolation(), RidgeDownscaling())
 
 
 def _advected(dataset, *, start: str, seed: int, num_times: int = 40) -> xr.Dataset:
@@ -40,7 +40,9 @@ def _noise_fit(dataset, task: RidgeTask, **options) -> tuple[RidgeModel, xr.Data
 
 
 def test_forecast_recovers_advection_by_one_cell(dataset):
-    model = fit_ridge(_runs(dataset), Forecast(history=1, leads=(1, 2)), strengths=(1e-9, 1e-3))
+    model = fit_ridge(
+        _runs(dataset), RidgeForecast(history=1, leads=(1, 2)), strengths=(1e-9, 1e-3)
+    )
     test_run = _advected(dataset, start="2030-01-01", seed=99)
     forecast = model.predict(test_run, test_run["time"][:10])
     for lead in (1, 2):
@@ -71,7 +73,7 @@ def test_downscaling_recovers_detail_that_is_linear_in_block_means(dataset):
         return xr.Dataset(fields, run.coords).astype(np.float32)
 
     runs = [with_detail(dataset(num_times=60, seed=seed)) for seed in range(2)]
-    model = fit_ridge(runs, Downscaling(factor=2, neighbours=0), strengths=(1e-8,))
+    model = fit_ridge(runs, RidgeDownscaling(factor=2, neighbours=0), strengths=(1e-8,))
     test_run = with_detail(dataset(num_times=3, seed=9))
     np.testing.assert_allclose(
         model.predict(test_run)["temperature"], test_run["temperature"], atol=1e-3
@@ -139,7 +141,7 @@ def _design_matrix(wide: np.ndarray, row: int, radius: int) -> np.ndarray:
 
 
 def test_regression_turns_with_the_globe(dataset):
-    model, run = _noise_fit(dataset, Forecast(history=1, leads=(1,)))
+    model, run = _noise_fit(dataset, RidgeForecast(history=1, leads=(1,)))
     turned = run.roll(longitude=5, roll_coords=False)
     np.testing.assert_allclose(
         model.predict(turned)["temperature"],
@@ -170,7 +172,7 @@ def _spoil_targets(run: xr.Dataset, task: RidgeTask) -> None:
 
 def test_nothing_is_learned_across_runs(dataset):
     # One run cut in two at a jump: only whole runs may supply samples.
-    task = Forecast(history=2, leads=(1,))
+    task = RidgeForecast(history=2, leads=(1,))
     run = dataset(num_times=40)
     halves = [run.isel(time=slice(20)), run.isel(time=slice(20, None))]
     loud = [halves[0], halves[1] + 100.0]
@@ -187,7 +189,7 @@ def test_variables_without_levels_and_single_times_are_served(dataset):
         return run.assign(surface_pressure=surface.assign_attrs(units="Pa"))
 
     runs = [with_surface(dataset(num_times=24, seed=seed)) for seed in range(2)]
-    model = fit_ridge(runs, Forecast(), radius=1)
+    model = fit_ridge(runs, RidgeForecast(), radius=1)
     forecast = model.predict(runs[0], runs[0]["time"][4])
     assert forecast["surface_pressure"].dims == (
         "init_time",
@@ -201,7 +203,7 @@ def test_variables_without_levels_and_single_times_are_served(dataset):
 
 
 def test_unservable_input_is_named(dataset):
-    task = Forecast()
+    task = RidgeForecast()
     model, run = _noise_fit(dataset, task)
     with pytest.raises(ValueError, match="time: the run .with its input steps. lacks"):
         model.predict(run, run["time"][:1])
@@ -220,9 +222,9 @@ def test_unservable_input_is_named(dataset):
 @pytest.mark.parametrize(
     ("task", "wrong"),
     [
-        (Forecast, {"history": 0}),
+        (RidgeForecast, {"history": 0}),
         (TemporalInterpolation, {"neighbours": 0}),
-        (Downscaling, {"factor": 1}),
+        (RidgeDownscaling, {"factor": 1}),
     ],
 )
 def test_task_setting_out_of_range_is_named(task, wrong: dict[str, int] | Sequence[str]):
