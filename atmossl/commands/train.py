@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import write_atomically
+from atmossl.checkpoint_files import link_atomically, write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.data.statistics import Normaliser
 from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
@@ -91,6 +91,10 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     if trainer.is_global_zero:
         write_yaml(values, output / "config.yaml")
     path = None if start is None else start.path
+    is_own_step = path is not None and path.parent == checkpoints and path.name[:5] == "step-"
+    if path is not None and is_own_step and trainer.is_global_zero:
+        # a run that was killed before it renewed the link may have nothing left to train
+        link_atomically(checkpoints / "last.ckpt", path.name)
     trainer.fit(module, datamodule, ckpt_path=path, weights_only=True)
     last, curves = checkpoints / "last.ckpt", output / "curves"
     if trainer.is_global_zero:
