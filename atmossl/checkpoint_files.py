@@ -1,4 +1,5 @@
-"""Files of checkpoints: written atomically, read as one file or as a folder of shards.
+"""Files of checkpoints: written atomically, read as one file, as a folder of shards or as a folder
+of a model hub (`atmossl.hub`).
 
 Every read compares the checksums (`atmossl.checksums`) first, and says in one line what is wrong
 with a file that is damaged, incomplete or not ours, whatever torch makes of it.
@@ -17,6 +18,7 @@ import torch
 
 from atmossl.checkpoint_formats import migrated
 from atmossl.checksums import MANIFEST, UnsoundError, seal_file, verified_digest
+from atmossl.hub import is_hub_folder, read_folder
 
 METADATA = "meta.pt"  # Lightning's name for what is no tensor of model or optimiser
 _PARTIAL = ".partial-"
@@ -154,9 +156,13 @@ def read_contents(path: Path) -> dict[str, Any]:
 
 def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
     """The contents of `read_contents`, and the digits that identify them."""
+    contents: Any
     with _naming(path):
-        digest = verified_digest(path)
-        contents = _read_shards(path) if path.is_dir() else _load(path)
+        if is_hub_folder(path):
+            contents, digest = read_folder(path)
+        else:
+            digest = verified_digest(path)
+            contents = _read_shards(path) if path.is_dir() else _load(path)
     return _checked(path, contents), digest
 
 
@@ -167,10 +173,12 @@ def read_record_to_go_on(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, incomplete, no torch file, not one of ours, or weights alone.
     """
+    contents: Any
     with _naming(path):
-        verified_digest(path)
-        if not path.is_dir():
-            contents: Any = _load(path, mmap=True)
+        if is_hub_folder(path):
+            contents, _ = read_folder(path)
+        elif verified_digest(path) and not path.is_dir():
+            contents = _load(path, mmap=True)
         elif (path / MANIFEST).exists():
             shards: Any = dict.fromkeys(("state_dict", "optimizer_states"))
             contents = {**_load(path / METADATA, mmap=True), **shards}

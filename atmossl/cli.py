@@ -50,6 +50,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
   import    atmossl import atmorep FOLDER data=NAME output=atmorep.ckpt    docs/atmorep.md
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
             atmossl export checkpoint=PATH,PATH output=mean.ckpt    mean of the weights
+            atmossl export checkpoint=PATH hub=FOLDER [report=FOLDER]    for a model hub
   data      atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
             atmossl data stats climatologies=[month,cell_month] output=climate [--force]
             atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
@@ -295,13 +296,24 @@ def _gib(text: str) -> float:
 
 
 def _export(arguments: Sequence[str]) -> None:
+    from atmossl.commands.export import export_folder
     from atmossl.inference.checkpoint import export
 
-    checkpoint, output = _keyword(arguments, ["checkpoint", "output"])
+    optional = ("report", "catalog", "licence")
+    more = {key: item for item in arguments for key in optional if item.startswith(f"{key}=")}
+    rest = [item for item in arguments if item not in more.values()]
+    key = "hub" if any(item.startswith("hub=") for item in rest) else "output"
+    if more and key == "output":
+        raise ValueError(f"{' '.join(more.values())}: of hub=FOLDER alone; leave it out")
+    checkpoint, output = _keyword(rest, ["checkpoint", key])
     alone = Path(checkpoint).exists()  # commas in it are its own
     checkpoints = [checkpoint] if alone else [*map(unquoted, split(checkpoint))]
-    with owned(Path(output), "output"), keeping("nothing is kept"):
-        export(checkpoints, Path(output))
+    with owned(Path(output), key), keeping("nothing is kept"):
+        if key == "output":
+            export(checkpoints, Path(output))
+        else:
+            given = {name: _keyword([item], [name])[0] for name, item in more.items()}
+            export_folder(checkpoints, Path(output), **given)
 
 
 def _import(arguments: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ def show_checkpoint(checkpoint: str) -> None:
             f"{record['data']}: {record['statistics']['period']}"
         ),
         "digest": trained.digest,
+        **({"hub": record["hub"]} if "hub" in record else {}),
         **{f"model.{key}": str(value) for key, value in record["model"].items()},
     }
     for spec in trained.specs:

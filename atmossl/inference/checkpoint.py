@@ -15,10 +15,11 @@ from atmossl.checkpoint_files import (
     read_with_digest,
     write_output,
 )
-from atmossl.checksums import in_one_line, verified_digest
+from atmossl.checksums import in_one_line
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
+from atmossl.hub import AVERAGED, SCHEME, commit_of, downloaded
 from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
 from atmossl.model.kinds import build_network, network_class
@@ -27,7 +28,6 @@ from atmossl.model.network import Network
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
-AVERAGED = "ema.module."
 _NEEDED = (
     "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
 )  # fmt: skip
@@ -111,18 +111,23 @@ class TrainedModel:
 
 
 def checkpoint_path(name: str) -> Path:
-    """A checkpoint of the package by its name (`PACKAGED`), anything else is a path.
+    """A checkpoint of the package by its name (`PACKAGED`), one of a model hub by `hf://OWNER/NAME`
+    (`atmossl.hub`), anything else is a path.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it cannot be fetched.
     """
+    if name.startswith(SCHEME):
+        return downloaded(name)
     if name in PACKAGED:
         path = Path(str(resources.files("atmossl"))) / "assets" / PACKAGED[name]
     else:
         path = Path(name)
     if not path.exists():
         names = " or ".join(f"`{known}`" for known in PACKAGED)
-        raise ValueError(f"checkpoint={name}: no file {path}; give a path, or {names}")
+        raise ValueError(
+            f"checkpoint={name}: no file {path}; give a path, {names}, or hf://OWNER/NAME"
+        )
     return path
 
 
@@ -137,12 +142,15 @@ def load_checkpoint(name: str) -> TrainedModel:
     Raises:
         ValueError: no such file, truncated, foreign, or weights that do not fit the record.
     """
-    contents, digest = read_with_digest(checkpoint_path(name))
+    path = checkpoint_path(name)
+    contents, digest = read_with_digest(path)
     record = contents["atmossl"]
     if missing := [key for key in _NEEDED if key not in record]:
         raise ValueError(f"checkpoint={name} is incomplete: its record lacks {missing}")
+    if name.startswith(SCHEME):
+        record = {**record, "hub": name.partition("@")[0] + commit_of(path)}
     specs = _specs_of(record, name)
-    model = build_network(record["network"], streams=specs, **record["model"])
+    model = _network_of(record, specs, name)
     weights = {
         key.removeprefix(AVERAGED): value
         for key, value in contents["state_dict"].items()
@@ -164,6 +172,15 @@ def load_checkpoint(name: str) -> TrainedModel:
         digest=digest,
         provides=frozenset(record["objective"]["provides"]),
     )
+
+
+def _network_of(record: dict[str, Any], specs: tuple[StreamSpec, ...], name: str) -> Network:
+    """The network of a record; ValueError for one that others have changed."""
+    try:
+        return build_network(record["network"], streams=specs, **record["model"])
+    except (TypeError, KeyError, AttributeError) as error:
+        words = in_one_line(error)
+        raise ValueError(f"checkpoint={name}: its record makes no network: {words}") from error
 
 
 def _specs_of(record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
@@ -208,8 +225,8 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
     )
 
 
-def export(names: Sequence[str], output: Path) -> None:
-    """Write the averaged weights and the record alone, atomically: what inference needs.
+def exported(names: Sequence[str]) -> dict[str, Any]:
+    """The averaged weights and the record alone: what inference needs.
 
     Of several checkpoints, stages of one run say, the mean of their weights and the last one's
     record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
@@ -217,12 +234,10 @@ def export(names: Sequence[str], output: Path) -> None:
     them float32 again.
 
     Raises:
-        ValueError: the output exists, or checkpoints of different models.
+        ValueError: checkpoints of different models.
     """
-    if output.exists():
-        raise ValueError(f"output={output} exists; choose another path or remove it")
-    check_room(output, 1)
-    checkpoints = {name: read_checkpoint(name) for name in names}
+    read = {name: read_with_digest(checkpoint_path(name)) for name in dict.fromkeys(names)}
+    checkpoints = {name: contents for name, (contents, _) in read.items()}
     last = checkpoints[names[-1]]
     for name, contents in checkpoints.items():
         for key in _MUST_AGREE:
@@ -239,9 +254,20 @@ def export(names: Sequence[str], output: Path) -> None:
     }
     record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
     if len(names) > 1:
-        record["mean_of"] = [verified_digest(checkpoint_path(name)) for name in names]
-    exported = {"state_dict": weights, "atmossl": record}
-    write_output(exported, output)
+        record["mean_of"] = [read[name][1] for name in names]
+    return {"state_dict": weights, "atmossl": record}
+
+
+def export(names: Sequence[str], output: Path) -> None:
+    """Write what `exported` gives as one file, atomically.
+
+    Raises:
+        ValueError: the output exists, or checkpoints of different models.
+    """
+    if output.exists():
+        raise ValueError(f"output={output} exists; choose another path or remove it")
+    check_room(output, 1)
+    write_output(exported(names), output)
 
 
 def _mean(values: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,151 @@
+"""`atmossl export hub=FOLDER`: a checkpoint for a model hub, with its model card."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atmossl.checkpoint_files import check_room, size_on_disk, write_atomically
+from atmossl.checksums import UnsoundError
+from atmossl.data.catalog import CatalogEntry, catalog_entry
+from atmossl.hub import CARD, write_folder
+from atmossl.inference.checkpoint import exported, load_checkpoint
+
+_FENCE = "```"
+
+
+def export_folder(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    report: str | None = None,
+    catalog: str | None = None,
+    licence: str = "other",
+) -> Path:
+    """Write a folder for a model hub: weights, configuration and model card; see `atmossl.hub`.
+
+    names: checkpoints; of several the mean, as `atmossl.inference.checkpoint.exported` makes it.
+    report: a folder of `atmossl evaluate` of the only checkpoint, whose scores the card shows.
+    catalog: has the entry of the training data, by default the catalog of the package. licence: of
+    the weights, as the hub calls it.
+
+    Raises:
+        ValueError: the folder exists, checkpoints of different models, a report of another
+            checkpoint, or `safetensors` is not installed.
+    """
+    if folder.exists():
+        raise ValueError(f"hub={folder} exists; choose another folder or remove it")
+    check_room(folder, 1, "hub")
+    contents = exported(names)
+    record = contents["atmossl"]
+    entry = _entry(record["data"], catalog)
+    scores = [] if report is None else _scores(Path(report), names)
+
+    def fill(partial: Path) -> None:
+        hashes = write_folder(partial, contents)
+        count = sum(value.numel() for value in contents["state_dict"].values())
+        text = "\n".join(_card(record, count, entry, scores, licence, hashes))
+        (partial / CARD).write_text(f"{text}\n")
+
+    try:
+        write_atomically(folder, fill)
+    except UnsoundError as error:
+        raise ValueError(f"hub={folder} {error}") from error
+    told = f"hub: {folder} ({size_on_disk(folder) / 2**20:.0f} MiB)"
+    Console(markup=False).print(told, highlight=False, soft_wrap=True)
+    return folder
+
+
+def _entry(data: str, catalog: str | None) -> CatalogEntry | None:
+    """The catalog entry of the training data; None if the package's catalog has none of the name,
+    which an own catalog would have to have."""
+    try:
+        return catalog_entry(data, None if catalog is None else Path(catalog))
+    except ValueError:
+        if catalog is not None:
+            raise
+        return None
+
+
+def _scores(report: Path, names: Sequence[str]) -> list[str]:
+    """Lines of a report's summary: ratios with their intervals, and the command behind them.
+
+    Raises:
+        ValueError: no report, or one that does not name the checkpoint's digest.
+    """
+    try:
+        summary = (report / "summary.md").read_text()
+        figures = json.loads((report / "figures.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"report={report} is no folder of `atmossl evaluate`: {error}") from error
+    digests = [load_checkpoint(name).digest for name in names]
+    if len(digests) > 1 or f"digest {digests[0]}" not in summary:
+        raise ValueError(f"report={report} is of another checkpoint than {names}: {digests}")
+    lines = ["| score | mean | 95 % interval |", "| --- | ---: | --- |"]
+    for key, value in figures.items():
+        if isinstance(value, float | int):
+            low_high = figures.get(f"{key}_interval")
+            lines.append(f"| {key} | {value} | {low_high or ''} |")
+    _, _, command = summary.partition("## How to reproduce")
+    return [*lines, "", "How to reproduce:", command.rstrip()]
+
+
+def _card(
+    record: Mapping[str, Any],
+    num_weights: int,
+    entry: CatalogEntry | None,
+    scores: Sequence[str],
+    licence: str,
+    hashes: Mapping[str, str],
+) -> Iterator[str]:
+    """The model card, line by line."""
+    yield from ["---", "library_name: atmossl", f"license: {licence}"]
+    yield from ["tags: [weather, climate, self-supervised-learning]", "---", ""]
+    origin = record.get("imported_from")
+    kind = f"imported from {origin}" if origin else f"trained by atmossl {record['atmossl']}"
+    yield f"# A model of the atmosphere ({kind})\n"
+    yield f"{num_weights:,} weights; network `{record['network']}`, {record['step']} steps.\n"
+    yield f"{_FENCE}python\nimport atmossl\n"
+    yield f'model = atmossl.load("hf://OWNER/NAME")  # pip install "atmossl[hub]"\n{_FENCE}\n'
+    yield from _about_data(record, entry)
+    yield from ["## Training", *_about_training(record)]
+    yield from ["", "## Scores", *(scores or ["None were given to `atmossl export report=...`."])]
+    yield from ["", "## Files", "", "| file | sha256 |", "| --- | --- |"]
+    yield from (f"| `{name}` | `{value}` |" for name, value in hashes.items())
+
+
+def _about_data(record: Mapping[str, Any], entry: CatalogEntry | None) -> Iterator[str]:
+    yield "## Data\n"
+    licence, citation, told = "not in the catalog", "not in the catalog", ""
+    if entry is not None:
+        licence, citation = entry.licence.strip(), entry.citation.strip()
+        told = f": {entry.description.strip()}"
+    yield f"- Data: `{record['data']}`{told}"
+    yield f"- Period of training and statistics: {record['statistics']['period']}"
+    unit = "hPa" if record.get("levels_are", "pressure") == "pressure" else "of the model levels"
+    for stream in record["streams"]:
+        levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
+        variables = ", ".join(stream["variables"])
+        yield f"- Stream `{stream['name']}` ({stream['role']}): {variables}, {levels}"
+    for seen in record.get("seen", {}).values():
+        box = f"latitudes {list(seen['latitudes'])}, longitudes {list(seen['longitudes'])}"
+        yield f"- Grid: cells of {list(seen['cell'])} degrees; {box}"
+    steps = f"{record['step_hours']:g} h" if record.get("step_hours") else "not recorded"
+    size = record["window"]
+    rows, columns = (size[key] or "all" for key in ("lat", "lon"))
+    yield f"- Time step: {steps}; window: {size['time']} steps, {rows} rows, {columns} columns"
+    yield f"- Licence of the data: {licence}"
+    yield f"- Citation of the data: {citation}\n"
+
+
+def _about_training(record: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"- Objective: `{record['objective']['kind'].rpartition('.')[2]}`"
+    config = record["config"]
+    for key, title in (("masking", "Masks"), ("seed", "Seed"), ("trainer", "Trainer")):
+        if key in config:
+            yield f"- {title}: `{json.dumps(config[key], default=str)}`"
+    if not config:
+        yield "- Its configuration is not known."
