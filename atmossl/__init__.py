@@ -11,6 +11,9 @@ A prediction goes it tile by tile, in `inference/` (`Predictor` holds the steps 
     -> Normaliser.inverse -> TileBlender (blends) -> Calibration (spread) -> write
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from atmossl.home import ensure_home
 from atmossl.stops import answer_from_the_start
 
@@ -22,21 +25,16 @@ ensure_home()
 # that one, finds no database and frees memory twice at exit; one that comes before keeps its own.
 import pyproj  # noqa: E402, F401
 
+if TYPE_CHECKING:
+    from atmossl.api import Model, load, open_data
+
+__all__ = ["Model", "__version__", "load", "open_data"]
 __version__ = "0.2.0"
 
 
-def load(checkpoint="default", *, device=None):
-    """A checkpoint ready to predict: `atmossl.load().predict(task, dataset)`; see `api.load`."""
-    return _api().load(checkpoint, device=device)
-
-
-def open_data(name="sample", split="test", catalog=None, *, segment=None):
-    """A split of a catalog entry as an xarray dataset; see `api.open_data`."""
-    return _api().open_data(name, split, catalog, segment=segment)
-
-
-def _api():
-    # by name, so that the rooms that read `__version__` here do not come to import the API
-    from importlib import import_module
-
-    return import_module("atmossl.api")
+def __getattr__(name: str) -> Any:
+    """`Model`, `load` and `open_data` of `atmossl.api`, which is imported when one is asked for:
+    it needs torch and xarray, and the command line should answer a typo before they are loaded."""
+    if name in __all__:
+        return getattr(import_module("atmossl.api"), name)
+    raise AttributeError(f"module 'atmossl' has no attribute {name!r}")

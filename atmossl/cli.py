@@ -119,13 +119,23 @@ def _to_plain(config: Any) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _train(arguments: Sequence[str]) -> None:
-    from atmossl.commands.train import train
+def _valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, found valid as that class of `atmossl.schema`. A command validates them itself;
+    it is done here so that an error is told before the command's libraries are imported."""
+    from atmossl import schema
 
+    schema.parse(getattr(schema, kind), {key: values[key] for key in values if key != "hydra"})
+    return values
+
+
+def _train(arguments: Sequence[str]) -> None:
     if is_started_by_first_rank(os.environ):
         end_with_parent()
     if not {"-m", "--multirun"} & set(arguments):
-        train(compose_config("train", arguments))
+        values = _valid("TrainConfig", compose_config("train", arguments))
+        from atmossl.commands.train import train
+
+        train(values)
         return
     import hydra
 
@@ -158,22 +168,26 @@ def _train_one_of_many(config: Any) -> float | None:
 
 
 def _predict(arguments: Sequence[str]) -> None:
+    values = _valid("PredictConfig", _compose_with_task_file(arguments))
     from atmossl.commands.predict import predict
 
-    predict(_compose_with_task_file(arguments))
+    predict(values)
 
 
 def _embed(arguments: Sequence[str]) -> None:
+    values = _valid("EmbedConfig", _compose_with_data_name("embed", arguments))
     from atmossl.commands.embed import embed
 
-    embed(_compose_with_data_name("embed", arguments))
+    embed(values)
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
+    # the test split is kept for scores
+    values = _compose_with_task_file(["split=validation", *arguments])
+    _valid("PredictConfig", values)
     from atmossl.commands.predict import calibrate
 
-    # the test split is kept for scores
-    calibrate(_compose_with_task_file(["split=validation", *arguments]))
+    calibrate(values)
 
 
 def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
@@ -200,8 +214,6 @@ def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    from atmossl.commands.evaluate import evaluate
-
     listed = [item for item in arguments if item.startswith("tasks=[")]
     values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
     if listed:  # names of conf/task or YAML files; any other value is a file of conf/tasks
@@ -210,6 +222,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
             raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
         tasks = [_compose_with_task_file([f"task={name}", "output=_"])["task"] for name in names]
         values = values | {"tasks": tasks}
+    _valid("EvaluateConfig", values)
+    from atmossl.commands.evaluate import evaluate
+
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))
 
 
@@ -223,19 +238,28 @@ def _named_catalog(arguments: Sequence[str]) -> Path | None:
 
 
 def _data(arguments: Sequence[str]) -> None:
-    from atmossl import data_commands
-
     action, *overrides = arguments or [""]
     if action == "list":
-        data_commands.list_catalog(_named_catalog(overrides))
+        from atmossl.commands.catalog import list_catalog
+
+        list_catalog(_named_catalog(overrides))
     elif action == "stats":
         keys = [item for item in overrides if item != "--force"]
         forced = ["force=true"] if len(keys) < len(overrides) else []
-        data_commands.show_statistics(compose_config("stats", [*keys, *forced]))
+        values = _valid("StatsConfig", compose_config("stats", [*keys, *forced]))
+        from atmossl.data_commands import show_statistics
+
+        show_statistics(values)
     elif action == "ingest":
-        data_commands.run_ingest(compose_config("ingest", [_open_ended(o) for o in overrides]))
+        values = compose_config("ingest", [_open_ended(o) for o in overrides])
+        from atmossl.data_commands import run_ingest
+
+        run_ingest(values)
     elif action == "inspect" and overrides and "=" not in overrides[0]:
-        data_commands.show_inspection(overrides[0], compose_config("inspect", overrides[1:]))
+        values = compose_config("inspect", overrides[1:])
+        from atmossl.data_commands import show_inspection
+
+        show_inspection(overrides[0], values)
     elif action == "inspect":
         raise ValueError("inspect needs the name of a catalog entry; see atmossl data list")
     else:
@@ -254,15 +278,13 @@ def _open_ended(override: str, mappings: tuple[str, ...] = _OF_INGEST) -> str:
 
 
 def _config(arguments: Sequence[str]) -> None:
-    from atmossl.schema import TrainConfig, parse
-
     action, *overrides = arguments or [""]
     if action not in ("show", "validate"):
         raise ValueError(f"config {action!r} is no action; valid: show, validate")
     values = compose_config("train", overrides)
     if action == "show":
         Console().print(OmegaConf.to_yaml(OmegaConf.create(values)), markup=False)
-    parse(TrainConfig, values)
+    _valid("TrainConfig", values)
     if action == "validate":
         Console().print("the configuration is valid")
 
@@ -280,12 +302,13 @@ def _info(arguments: Sequence[str]) -> None:
 
         show_checkpoint(*_keyword(arguments, ["checkpoint"]))
         return
-    from atmossl.commands.cost import show_estimate
-
     given = [item for item in arguments if item.startswith("memory=")]
     overrides = [item for item in arguments if item != "--check" and item not in given]
     memory = _gib(given[-1].removeprefix("memory=")) if given else None
-    show_estimate(compose_config("train", overrides), memory, check="--check" in arguments)
+    values = _valid("TrainConfig", compose_config("train", overrides))
+    from atmossl.commands.cost import show_estimate
+
+    show_estimate(values, memory, check="--check" in arguments)
 
 
 def _gib(text: str) -> float:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from atmossl.build import limits_told, open_splits
-from atmossl.data.catalog import catalog_entry, load_catalog
+from atmossl.data.catalog import catalog_entry
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest, missing_shares, verify
 from atmossl.data.inspect import (
@@ -37,16 +37,6 @@ from atmossl.stops import keeping
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "hydra"}
-
-
-def list_catalog(path: Path | None = None) -> None:
-    """Print a table of the entries of a catalog file, by default the one of the package."""
-    table = Table("name", "levels", "segments", "description", "licence")
-    for name, entry in load_catalog(path).items():
-        table.add_row(
-            name, str(len(entry.levels)), str(len(entry.segments)), entry.description, entry.licence
-        )
-    Console(markup=False).print(table)
 
 
 def show_statistics(values: Mapping[str, Any]) -> None:

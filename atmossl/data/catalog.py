@@ -87,12 +87,16 @@ class CatalogEntry(_Strict):
 
 
 def find_file(name: str) -> Path:
-    """A file or folder that lies at the top of a checkout, and inside an installed package."""
+    """A file or folder that lies inside an installed package, and at the top of a checkout.
+
+    The package's own comes first: the folder beside an installed package is site-packages, where
+    other packages may have left a `conf`.
+    """
     package = Path(str(resources.files("atmossl")))
-    for candidate in (package.parent / name, package / name):
+    for candidate in (package / name, package.parent / name):
         if candidate.exists():
             return candidate
-    raise ValueError(f"{name} is missing: looked in {package.parent} and {package}")
+    raise ValueError(f"{name} is missing: looked in {package} and {package.parent}")
 
 
 def resolve_location(location: str) -> str:
