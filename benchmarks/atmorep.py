@@ -2,8 +2,8 @@
 
 python -m benchmarks.atmorep --reference FOLDER
 
-FOLDER holds one subfolder a network: `model_idX.json` and `AtmoRep_idX.mod`, as AtmoRep writes
-them, and `forward.npz`: inputs `source/FIELD` [batch level nt nlat nlon time lat lon],
+FOLDER holds one subfolder a network, or is one: `model_idX.json` and `AtmoRep_idX.mod`, as AtmoRep
+writes them, and `forward.npz`: inputs `source/FIELD` [batch level nt nlat nlon time lat lon],
 `token_info/FIELD` [batch level token entry], `masked_idx/FIELD/LEVEL`, and the public code's
 `ensemble/FIELD` [token member value], `mean/FIELD` and `std/FIELD` of the masked tokens. Prints the
 largest absolute difference of each network and of all.
@@ -21,7 +21,7 @@ from benchmarks.report import finish
 
 
 def reference_folders(reference: Path) -> list[Path]:
-    return sorted(path.parent for path in reference.glob("*/forward.npz"))
+    return sorted(path.parent for path in reference.rglob("forward.npz"))
 
 
 def stored_inputs(network: AtmoRep, stored: dict[str, np.ndarray]) -> dict[str, AtmoRepInput]:
@@ -44,7 +44,7 @@ def largest_difference(folder: Path, dtype: torch.dtype = torch.float32) -> floa
     differences = []
     for name, output in outputs.items():
         levels = range(len(network.settings.field(name).levels))
-        index = {n: torch.from_numpy(stored[f"masked_idx/{name}/{n}"]) for n in levels}
+        index = {n: torch.tensor(stored[f"masked_idx/{name}/{n}"]).long() for n in levels}
         members = output.of_tokens(index).float()
         spread = members.std(dim=1) if members.shape[1] > 1 else torch.zeros_like(members[:, 0])
         for key, value in (("ensemble", members), ("mean", members.mean(dim=1)), ("std", spread)):

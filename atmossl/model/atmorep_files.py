@@ -6,10 +6,12 @@ and every weight of the network its tensor, or the reading ends with an error th
 """
 
 import json
+import math
 import pickle
 import re
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atmossl.checksums import UnsoundError, verified_digest
 from atmossl.model.atmorep import AtmoRep, AtmoRepField, AtmoRepSettings
 
 _REFUSED = {
     "encoder_att_type": ("dense",),
     "decoder_att_type": ("dense",),
     "decoder_self_att": (False,),
-    "coupling_num_heads_per_field": (1,),
 }
 _OLD_HEAD = re.compile(r"(.*)\.(heads_self|heads_other|heads)\.(\d+)\.proj_(qs|ks|vs)\.weight")
 
@@ -67,17 +69,22 @@ def load_atmorep(location: Path) -> AtmoRep:
     settings = settings_of(raw, str(settings_file.name), is_of_2023=is_of_2023)
     if is_of_2023:
         tensors = joined_heads(tensors)
-    if raw["with_cls"]:  # the class token has no effect on what is predicted
+    if raw.get("with_cls"):  # the class token has no effect on what is predicted
         tensors = {key: value for key, value in tensors.items() if "cls" not in key}
-    network = AtmoRep(settings)
+    with torch.device("meta"):  # nothing is drawn, and no size of the settings takes memory
+        network = AtmoRep(settings)
     state = state_of(settings, tensors, weights_file.name)
     if is_of_2023:  # norms of heads had no parameters then
-        state = {k: v for k, v in network.state_dict().items() if "_norm." in k} | state
+        norms = {k: v for k, v in network.state_dict().items() if "_norm." in k}
+        ones = {k: torch.full(v.shape, float(k.endswith("weight"))) for k, v in norms.items()}
+        state = ones | state
     _fill(network, state, weights_file.name)
     return network.eval()
 
 
 def _fill(network: AtmoRep, state: dict[str, Tensor], file: str) -> None:
+    """Give every weight its tensor; ValueError for one that is missing, left over or of another
+    shape."""
     wanted = network.state_dict()
     missing = sorted(set(wanted) - set(state))
     if missing:
@@ -90,7 +97,7 @@ def _fill(network: AtmoRep, state: dict[str, Tensor], file: str) -> None:
                 f"{file}: {name} has shape {tuple(value.shape)}; its settings need "
                 f"{tuple(wanted[name].shape)}"
             )
-    network.load_state_dict(state)
+    network.load_state_dict(state, assign=True)
 
 
 def _only(folder: Path, pattern: str, location: Path) -> Path:
@@ -128,7 +135,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
+        if zipfile.is_zipfile(file):
+            verified_digest(file)
         contents = torch.load(file, map_location="cpu", weights_only=True)
+    except UnsoundError as error:
+        raise ValueError(f"{file.name} {error}") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file.name}: truncated, or no torch file of weights alone ({type(error).__name__})"
@@ -158,9 +169,15 @@ def settings_of(raw: dict[str, Any], file: str, *, is_of_2023: bool) -> AtmoRepS
         settings = _settings(raw, is_of_2023)
     except KeyError as error:
         raise ValueError(f"{file}: key {error} is missing: settings of another version?") from error
-    except (TypeError, IndexError, ValueError, AttributeError) as error:
+    except (TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{file}: settings of another form than AtmoRep's ({error})") from error
     _check(settings, file)
+    per_field = raw.get("coupling_num_heads_per_field", 1)
+    if per_field != 1 and any(field.coupled for field in settings.fields):
+        raise ValueError(
+            f"{file}: coupling_num_heads_per_field={per_field} is not known to work in AtmoRep's "
+            "own code, which has one head for every coupled field; valid: 1"
+        )
     return settings
 
 
@@ -202,7 +219,29 @@ def _field(entry: list[Any]) -> AtmoRepField:
     )
 
 
+def _check_sizes(settings: AtmoRepSettings, file: str) -> None:
+    """Raise ValueError for sizes of which no network can be made, and for names given twice."""
+    sizes = {key: value for key, value in vars(settings).items() if type(value) is int}
+    may_be_zero = ("tail_layers", "cross_heads")
+    faults = [f"{k}={v}" for k, v in sizes.items() if v < (0 if k in may_be_zero else 1)]
+    for field in settings.fields:
+        counts = (field.width, *field.num_tokens, *field.token_size)
+        if min(counts) < 1 or not field.levels or field.width <= settings.info_width:
+            faults.append(
+                f"{field.name}: width {field.width} of which {settings.info_width} for token "
+                f"information, {len(field.levels)} levels, tokens {field.num_tokens} of "
+                f"{field.token_size}"
+            )
+    if not math.isfinite(settings.cross_rate) or settings.cross_rate < 0:
+        faults.append(f"decoder_cross_att_rate={settings.cross_rate}")
+    for names in ([field.name for field in settings.fields], list(settings.predicted)):
+        faults += [f"{name} is there twice" for name in set(names) if names.count(name) > 1]
+    if faults:
+        raise ValueError(f"{file}: no network can be made of {'; '.join(faults)}")
+
+
 def _check(settings: AtmoRepSettings, file: str) -> None:
+    _check_sizes(settings, file)
     names = [field.name for field in settings.fields]
     for field in settings.fields:
         unknown = sorted(set(field.coupled) - set(names))
@@ -238,8 +277,7 @@ def joined_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             heads = groups.setdefault((match[1], match[2]), {})
             heads.setdefault(int(match[3]), {})[match[4]] = value
-    for (layer, group), by_number in groups.items():
-        heads = [by_number[number] for number in sorted(by_number)]
+    for (layer, group), heads in groups.items():
         if group != "heads_other":
             joined[f"{layer}.proj_heads.weight"] = _stacked(heads, ("qs", "ks", "vs"), layer)
         elif layer.startswith("decoders."):
@@ -247,19 +285,19 @@ def joined_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             joined[f"{layer}.proj_heads_o_kv.weight"] = _stacked(heads, ("ks", "vs"), layer)
         else:
             joined[f"{layer}.proj_heads_other.0.weight"] = _stacked(heads, ("qs",), layer)
-            for number, head in enumerate(heads, 1):
-                coupled = _stacked([head], ("ks", "vs"), layer)
-                joined[f"{layer}.proj_heads_other.{number}.weight"] = coupled
+            for place, number in enumerate(sorted(heads), 1):
+                coupled = _stacked({number: heads[number]}, ("ks", "vs"), layer)
+                joined[f"{layer}.proj_heads_other.{place}.weight"] = coupled
     return joined
 
 
-def _stacked(heads: list[dict[str, Tensor]], kinds: tuple[str, ...], layer: str) -> Tensor:
-    """Matrices head after head, in each kind after kind."""
-    for number, head in enumerate(heads):
+def _stacked(heads: dict[int, dict[str, Tensor]], kinds: tuple[str, ...], layer: str) -> Tensor:
+    """Matrices of heads by their number, head after head, in each kind after kind."""
+    for number, head in heads.items():
         for kind in kinds:
             if kind not in head:
                 raise ValueError(f"tensor {layer}, head {number}: proj_{kind}.weight is missing")
-    return torch.cat([head[kind] for head in heads for kind in kinds])
+    return torch.cat([heads[number][kind] for number in sorted(heads) for kind in kinds])
 
 
 def state_of(settings: AtmoRepSettings, tensors: dict[str, Tensor], file: str) -> dict[str, Tensor]:
@@ -310,10 +348,17 @@ def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
     }
 
 
+def _number(parts: list[str], kind: str, count: int) -> int | None:
+    """The number of a field in a tensor's name, if it is one of that kind and there are so many."""
+    is_one = len(parts) > 2 and parts[0] == kind and parts[1].isdigit()
+    return int(parts[1]) if is_one and int(parts[1]) < count else None
+
+
 def _encoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
-    if parts[0] != "encoders" or int(parts[1]) >= len(settings.fields):
+    number = _number(parts, "encoders", len(settings.fields))
+    if number is None:
         return None
-    field, kind = f"encoders.{settings.fields[int(parts[1])].name}", parts[-1]
+    field, kind = f"encoders.{settings.fields[number].name}", parts[-1]
     match parts[2:-1]:
         case ["embed"]:
             return f"{field}.embed.{kind}"
@@ -321,8 +366,8 @@ def _encoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, i
             return f"{field}.attentions.{layer}.own.{kind}"
         case ["heads", layer, "proj_heads_other", "0"]:
             return f"{field}.attentions.{layer}.queries.{kind}"
-        case ["heads", layer, "proj_heads_other", number]:
-            return f"{field}.attentions.{layer}.coupled.{int(number) - 1}.{kind}"
+        case ["heads", layer, "proj_heads_other", head] if head.isdigit():
+            return f"{field}.attentions.{layer}.coupled.{int(head) - 1}.{kind}"
         case ["heads", layer, "proj_out"]:
             return f"{field}.attentions.{layer}.out.{kind}"
         case ["mlps", layer, "blocks", _]:
@@ -342,9 +387,10 @@ _DECODER_HEADS = {
 
 def _decoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
     """Attention and perceptrons take turns in AtmoRep's list of blocks."""
-    if parts[0] != "decoders" or int(parts[1]) >= len(settings.predicted):
+    number = _number(parts, "decoders", len(settings.predicted))
+    if number is None or len(parts) < 5 or not parts[3].isdigit():
         return None
-    field, kind = f"decoders.{settings.predicted[int(parts[1])]}", parts[-1]
+    field, kind = f"decoders.{settings.predicted[number]}", parts[-1]
     match parts[2:-1]:
         case ["blocks", block, name] if name in _DECODER_HEADS and int(block) % 2 == 0:
             return f"{field}.attentions.{int(block) // 2}.{_DECODER_HEADS[name]}.{kind}"
@@ -357,9 +403,12 @@ def _decoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, i
 def _tail_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
     """The first part of every member is its norm, the others are linear maps."""
     match parts:
-        case ["tails", number, "tail_nets", _, _, kind] if int(number) < len(settings.predicted):
+        case ["tails", _, "tail_nets", member, _, kind] if member.isdigit():
+            number = _number(parts, "tails", len(settings.predicted))
+            if number is None:
+                return None
             layer = rank[".".join(parts[:-1])]
-            tail = f"decoders.{settings.predicted[int(number)]}.tail"
+            tail = f"decoders.{settings.predicted[number]}.tail"
             if layer == 0:
                 return f"{tail}.{'scale' if kind == 'weight' else 'shift'}"
             return f"{tail}.{'weights' if kind == 'weight' else 'biases'}.{layer - 1}"
@@ -383,5 +432,5 @@ def _embeddings(
             for name, key in keys.items():
                 if key not in tensors:
                     raise ValueError(f"{file}: tensor {key} is missing")
-                found[name] = tensors[key]
+                found[name] = tensors[key].clone()  # fields that share it train it apart
     return found

@@ -68,6 +68,39 @@ def write_model(
     return {key: value.double().numpy() for key, value in stored.items()}
 
 
+def as_of_2023(folder: Path, name: str = "test") -> None:
+    """Rewrite a model's weights in the layout of 2023: matrices per head, one shared map of token
+    information, and no parameters in the norms of heads."""
+    file = folder / f"AtmoRep_id{name}.mod"
+    settings = json.loads((folder / f"model_id{name}.json").read_text())
+    new, old = torch.load(file, weights_only=True), {}
+    for key, value in new.items():
+        if ".proj_heads" in key:
+            old |= {head: matrix.clone() for head, matrix in heads_of(key, value, settings)}
+        elif ".ln_" not in key and "embeds_token_info" not in key:
+            old[key] = value
+    torch.save(old, file)
+
+
+def heads_of(key: str, value: torch.Tensor, settings: dict[str, Any]):
+    """Names and matrices of single heads that one joined matrix of 2024 holds."""
+    part, number, *_ = key.split(".")
+    layer, _, kind = key.removesuffix(".weight").partition(".proj_heads")
+    by_name = {entry[0]: entry[1] for entry in settings["fields"]}
+    predicted = [settings["fields_prediction"][int(number)][0]] if part == "decoders" else []
+    own = by_name[predicted[0]] if predicted else settings["fields"][int(number)][1]
+    size = own[1] // settings[f"{part.removesuffix('s')}_num_heads"]
+    group, kinds, first = {
+        "": ("heads" if part == "decoders" else "heads_self", ("qs", "ks", "vs"), 0),
+        "_o_q": ("heads_other", ("qs",), 0),
+        "_o_kv": ("heads_other", ("ks", "vs"), 0),
+        "_other.0": ("heads_other", ("qs",), 0),
+    }.get(kind) or ("heads_other", ("ks", "vs"), int(kind.rpartition(".")[2]) - 1)
+    for row, matrix in enumerate(value.split(size) if len(value) else ()):
+        head, which = divmod(row, len(kinds))
+        yield f"{layer}.{group}.{first + head}.proj_{kinds[which]}.weight", matrix
+
+
 def shapes(s: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a file of 2024."""
     entries, info = s["size_token_info"], s["size_token_info_net"]
@@ -154,9 +187,18 @@ def attend(q, k, v):
 
 
 class PlainAtmoRep:
-    """The network of one file, for one sample at a time."""
+    """The network of one file, for one sample at a time. is_of_2023: the tensors were those of a
+    file of 2023: one map of token information, and norms of heads without parameters."""
 
-    def __init__(self, folder: Path, tensors: dict[str, np.ndarray], name: str = "test") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, np.ndarray],
+        name: str = "test",
+        *,
+        is_of_2023: bool = False,
+    ) -> None:
+        self.is_of_2023 = is_of_2023
         self.s = json.loads((folder / f"model_id{name}.json").read_text())
         self.t = tensors
         self.order = [entry[0] for entry in self.s["fields"]]
@@ -171,6 +213,7 @@ class PlainAtmoRep:
     def embed(self, n: int, values, info):
         """values [level nt nlat nlon time lat lon], info [level token entry]."""
         _, (_, width, *_), levels, (steps, rows, columns), *_ = self.s["fields"][n]
+        info_map = "embed_token_info" if self.is_of_2023 else f"embeds_token_info.{n}"
         tokens = []
         for v, _ in enumerate(levels):
             for number in range(steps * rows * columns):
@@ -180,7 +223,7 @@ class PlainAtmoRep:
                 x = np.concatenate(
                     [
                         self.linear(f"encoders.{n}.embed", patch),
-                        self.linear(f"embeds_token_info.{n}", info[v, number]),
+                        self.linear(info_map, info[v, number]),
                     ]
                 )
                 a, o = place // rows, place % columns
@@ -240,6 +283,8 @@ class PlainAtmoRep:
             key = f"decoders.{n}.blocks.{2 * layer}"
             read = s["encoder_num_layers"] - 1 - int(s["decoder_cross_att_rate"] * layer)
             ln_q, ln_k = (partial(self.affine_norm, f"{key}.ln_{q}") for q in "qk")
+            if self.is_of_2023:
+                ln_q = ln_k = norm if s["with_qk_lnorm"] else lambda x: x
             own, encoded, outputs = norm(x), norm(layers[read]), []
             for h in range(heads - cross):
                 joint = self.linear(f"{key}.proj_heads", own)[:, 3 * h * size : 3 * (h + 1) * size]

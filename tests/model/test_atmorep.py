@@ -11,11 +11,12 @@ import torch
 from atmossl.model.atmorep import AtmoRep, AtmoRepInput
 from atmossl.model.atmorep_files import load_atmorep
 from benchmarks.atmorep import largest_difference, reference_folders
-from tests.model.plain_atmorep import PlainAtmoRep, field, write_model
+from tests.model.plain_atmorep import PlainAtmoRep, as_of_2023, field, write_model
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "atmorep_reference"
 FOLDERS = reference_folders(REFERENCE) if REFERENCE.exists() else []
 ONE = [field("temperature", 8)]
+TWO = [field("temperature", 8, ("velocity_u",)), field("velocity_u", 8)]
 THREE = [
     field("velocity_u", 10, ("temperature", "specific_humidity")),
     field("temperature", 12, ("velocity_u",), (137,), (1, 2, 2), (2, 2, 3)),
@@ -68,6 +69,74 @@ def test_network_is_the_plain_one(tmp_path, fields, predicted, changes):
             np.testing.assert_allclose(own, members, atol=2e-5, rtol=0)
 
 
+def drawn_model(rng: np.random.Generator) -> tuple[list, list[str], dict]:
+    """Fields, predicted ones and settings, whatever the public code runs."""
+    names = ["velocity_u", "temperature", "specific_humidity"][: rng.integers(1, 4)]
+    heads = int(rng.choice([2, 4]))
+    fields = []
+    for name in names:
+        others = [other for other in names if other != name]
+        coupled = rng.permutation(others)[: rng.integers(0, len(others) + 1)].tolist()
+        fields.append(
+            field(name, int(rng.choice([8, 16, 24])), coupled, (96, 114, 137)[: rng.integers(1, 4)],
+                  rng.integers(1, 4, 3).tolist(), rng.integers(1, 4, 3).tolist())
+        )  # fmt: skip
+    predicted = rng.permutation(names)[: rng.integers(1, len(names) + 1)].tolist()
+    layers, rate = int(rng.integers(1, 4)), float(rng.choice([0.5, 1.0, 1.5]))
+    deepest = max(n for n in range(1, layers + 1) if int(rate * (n - 1)) < layers)
+    changes = {
+        "size_token_info": int(rng.choice([6, 8])),
+        "size_token_info_net": int(rng.choice([2, 4])),
+        "with_cls": bool(rng.integers(2)),
+        "with_layernorm": bool(rng.integers(2)),
+        "with_qk_lnorm": bool(rng.integers(2)),
+        "encoder_num_layers": layers,
+        "encoder_num_heads": heads,
+        "encoder_num_mlp_layers": int(rng.integers(1, 4)),
+        "decoder_num_layers": int(rng.integers(1, deepest + 1)),
+        "decoder_num_heads": int(rng.choice([2, 4])),
+        "decoder_num_mlp_layers": int(rng.integers(1, 4)),
+        "decoder_cross_att_ratio": float(rng.choice([0.5, 0.75, 1.0])),
+        "decoder_cross_att_rate": rate,
+        "net_tail_num_nets": int(rng.integers(1, 4)),
+        "net_tail_num_layers": int(rng.integers(0, 3)),
+        "grad_checkpointing": bool(rng.integers(2)),
+        "attention": bool(rng.integers(2)),
+        "dropout_rate": 0.3,
+    }
+    return fields, predicted, changes
+
+
+@pytest.mark.parametrize("is_of_2023", [False, True], ids=["2024", "2023"])
+@pytest.mark.parametrize("seed", range(8))
+def test_networks_of_drawn_settings_are_the_plain_ones(tmp_path, seed, is_of_2023):
+    fields, predicted, changes = drawn_model(np.random.default_rng(seed))
+    tensors = write_model(tmp_path, fields, predicted, seed=seed, **changes)
+    if is_of_2023:
+        as_of_2023(tmp_path)
+    network = load_atmorep(tmp_path)
+    plain = PlainAtmoRep(tmp_path, tensors, is_of_2023=is_of_2023)
+    inputs = inputs_of(network, batch=1)
+    with torch.no_grad():
+        outputs = network(inputs)
+    expected = plain(
+        {name: given.values[0].double().numpy() for name, given in inputs.items()},
+        {name: given.token_info[0].double().numpy() for name, given in inputs.items()},
+    )
+    assert set(outputs) == set(expected) == set(predicted)
+    for name, members in expected.items():
+        own = outputs[name].members[0].flatten(0, 1).numpy()
+        np.testing.assert_allclose(own, members, atol=2e-5, rtol=0)
+
+
+def test_missing_head_of_a_file_of_2023_is_named(tmp_path):
+    write_model(tmp_path, THREE, ["temperature"])
+    as_of_2023(tmp_path)
+    change_tensors(tmp_path, lambda t: t.pop("encoders.0.heads.1.heads_other.1.proj_ks.weight"))
+    with pytest.raises(ValueError, match=r"encoders\.0\.heads\.1, head 1: proj_ks\.weight"):
+        load_atmorep(tmp_path)
+
+
 @pytest.mark.skipif(not FOLDERS, reason="outputs of the public code lie beside the project")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_network_is_that_of_the_public_code(folder):
@@ -117,6 +186,11 @@ def test_shared_token_map_serves_all_fields_where_the_first_ones_is_zero(tmp_pat
         (lambda t: t.pop("decoders.0.blocks.2.proj_out.weight"), "attentions.1.out.weight"),
         (lambda t: t.update({"encoders.0.extra": torch.ones(2)}), "encoders.0.extra"),
         (lambda t: t.update({"encoders.7.embed.weight": torch.ones(2)}), "encoders.7"),
+        (lambda t: t.update({"encoders.x.embed.weight": torch.ones(2)}), "encoders.x"),
+        (lambda t: t.update({"encoders": torch.ones(2)}), "encoders has no place"),
+        (lambda t: t.update({"decoders.0.blocks.x.proj_out.weight": torch.ones(2)}), "blocks.x"),
+        (lambda t: t.update({"tails.0.tail_nets.x.0.weight": torch.ones(2)}), "tail_nets.x"),
+        (lambda t: t.update({"encoders.0.heads.9.proj_out.weight": torch.ones(2)}), "attentions.9"),
         (lambda t: t.update({"tails.0.tail_nets.0.0.bias": torch.ones(9)}), "tail.shift"),
         (lambda t: t.pop("embeds_token_info.0.bias"), "embeds_token_info.0.bias"),
         (lambda t: t.pop("tails.0.tail_nets.1.1.weight"), "tail"),
@@ -136,7 +210,14 @@ def test_tensor_that_is_missing_left_over_or_odd_is_named(tmp_path, change, word
         ({"decoder_self_att": True}, "decoder_self_att=True"),
         ({"decoder_cross_att_ratio": 0.0}, "decoder_cross_att_ratio"),
         ({"decoder_num_layers": 3}, "decoder_num_layers=3"),
-        ({"coupling_num_heads_per_field": 2}, "coupling_num_heads_per_field=2"),
+        ({"coupling_num_heads_per_field": 2, "fields": TWO}, "coupling_num_heads_per_field=2"),
+        ({"fields": ONE * 2}, "temperature is there twice"),
+        ({"encoder_num_heads": 0}, "encoder_heads=0"),
+        ({"net_tail_num_nets": -1}, "members=-1"),
+        ({"size_token_info_net": 8}, "width 8 of which 8"),
+        ({"fields": [["temperature", [1, 8, [], 0], [], [2, 2, 3], [1, 2, 2]]]}, "0 levels"),
+        ({"decoder_cross_att_rate": float("nan")}, "decoder_cross_att_rate"),
+        ({"encoder_num_layers": float("inf")}, "another form"),
         ({"fields_prediction": [["vorticity", 1.0]]}, "fields_prediction"),
         ({"fields": [["temperature", [1, 8]]]}, "another form"),
     ],
@@ -156,7 +237,13 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_atmorep(tmp_path)
     write_model(tmp_path, ONE, ["temperature"])
     weights = tmp_path / "AtmoRep_idtest.mod"
-    weights.write_bytes(weights.read_bytes()[:-4000])
+    whole = weights.read_bytes()
+    number = whole.index(torch.load(weights, weights_only=True)["tails.0.tail_nets.1.1.weight"]
+                         .numpy().tobytes()[:16])  # fmt: skip
+    weights.write_bytes(whole[:number] + b"x" + whole[number + 1 :])
+    with pytest.raises(ValueError, match=r"AtmoRep_idtest\.mod is damaged"):
+        load_atmorep(tmp_path)
+    weights.write_bytes(whole[:-4000])
     with pytest.raises(ValueError, match="truncated"):
         load_atmorep(tmp_path)
     weights.unlink()
