@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atmossl.data.auxiliary_sources import StoreRequest, paired
 from atmossl.data.backends import OpenedStore
@@ -35,9 +35,9 @@ from atmossl.inference.unseen import unseen_by_training
 from atmossl.inference.writer import check_output, check_request, predictions, write
 from atmossl.locks import owned
 from atmossl.masking.tasks import Task
+from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.masks import instantiate
-from atmossl.schema.task_config import TaskConfig
+from atmossl.schema.targets import MASKS, ChosenTask, choose
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 
@@ -177,7 +177,7 @@ class Model:
 
 def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
     if not isinstance(task, Task):
-        return find_task(task, choices).sampler()
+        return find_task(task, choices)
     if choices:
         raise ValueError(f"{choices} change keys of a task by name; {task} is one already")
     return task
@@ -268,8 +268,8 @@ def read_task(task: str) -> Any:
         raise ValueError(f"task={path} is no YAML: {' '.join(str(error).split())}") from error
 
 
-def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
-    """The configuration of a task by name, by YAML file or by its keys, with some changed.
+def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Task:
+    """A task by name, by YAML file or by its keys, with some changed.
 
     Raises:
         ValueError: no such task or file, an unknown key, or a value that does not fit.
@@ -277,9 +277,11 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Any:
     if isinstance(task, str):
         task = read_task(task)
     if not isinstance(task, Mapping):
-        raise ValueError(f"task={task!r} has no keys; valid: name and the choices of a task")
+        raise ValueError(f"task={task!r} has no keys; valid: _target_ and the choices of a task")
+    values = with_present_names({"task": {**task, **choices}})["task"]
     try:
-        return TypeAdapter(TaskConfig).validate_python({**task, **choices})
+        config = ConfigDict(arbitrary_types_allowed=True)
+        return TypeAdapter(ChosenTask, config=config).validate_python(values)
     except ValidationError as error:
         lines = lines_of(error.errors(), within=("task",))
         raise ValueError("\n".join(lines)) from error
@@ -345,5 +347,5 @@ def out_of_training_warnings(predictor: Predictor, times: np.ndarray) -> list[st
         task = predictor.task.downscaling
         factor = None if task is None else task.factor
         stretch = (record.get("step_hours") or step_hours) / step_hours
-        lines += unseen(view, instantiate(masking), factor, stretch=stretch)
+        lines += unseen(view, choose(masking, MASKS), factor, stretch=stretch)
     return lines

@@ -72,7 +72,7 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     train, validation = open_splits(config)
     paired_train, paired_validation = paired(train), paired(validation)
     window = WindowSize(**config.data.window.model_dump())
-    tasks = {task.name: task.sampler() for task in config.tasks}
+    tasks = {task.name: task for task in config.tasks}
     samplers = [(paired_train, config.masking)]
     samplers += [(paired_validation, task) for task in tasks.values()]
     check_samples(samplers, config.specs, window, config.objective.views)

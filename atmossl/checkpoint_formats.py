@@ -8,7 +8,9 @@ was trained by. Its `format` is a whole number. Whoever changes what a record me
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = 2
+from atmossl.renamed_keys import renamed
+
+FORMAT = 3
 
 
 def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +22,17 @@ def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "network": "multiformer", "objective": objective}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_kinds}
+def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 had other names for some keys of the configuration."""
+    config, _ = renamed(record.get("config", {}))
+    model, _ = renamed({"model": record["model"]})
+    return {**record, **model, "config": config}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _with_kinds,
+    2: _with_present_names,
+}
 
 
 def migrated(record: dict[str, Any]) -> dict[str, Any]:

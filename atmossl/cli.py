@@ -29,6 +29,7 @@ from atmossl.process_lifetime import (
     lost_another_process,
     run_name,
 )
+from atmossl.renamed_keys import renamed_override
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 _USAGE = """atmossl COMMAND [key=value ...]
@@ -410,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         Console().print(_USAGE, markup=False, highlight=False)
         return 0
-    command, *rest = arguments
+    command, *rest = map(renamed_override, arguments)
     if command not in _COMMANDS:
         console.print(f"atmossl: no command {command!r}; valid: {', '.join(_COMMANDS)}")
         return 2

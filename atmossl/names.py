@@ -25,6 +25,17 @@ def _quoted(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match.group().encode(errors="surrogatepass"))
 
 
+def snake_case(name: str) -> str:
+    """The name of a class in small letters with underscores."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def target_name(target: str) -> str:
+    """The short name of a class of this package, as a `_target_` of the configuration may name it
+    with its module in front; any other name stays as it is."""
+    return snake_case(target.rpartition(".")[2]) if target.startswith("atmossl.") else target
+
+
 def check_name(name: str, key: str) -> None:
     """Raise ValueError for a name that neither zarr nor NetCDF can hold."""
     if not name.strip() or "/" in name or name in (".", "..") or not name.isprintable():

@@ -65,7 +65,7 @@ def one_run(checkpoint: str, task: str, dates: int, batch_size: int) -> dict[str
     predictor = Predictor(
         trained=replace(trained, model=model),
         segment=segment,
-        task=find_task(task, {}).sampler(),
+        task=find_task(task, {}),
         overlap=0.5,
         tilings=2,
         batch_size=batch_size,

@@ -67,13 +67,13 @@ def growth(device: torch.device, repeats: int) -> dict[str, Any]:
     """Exponents of step time, and what a step keeps for its backward pass, by kind of attention."""
     figures: dict[str, Any] = {}
     objective = MaskedModelling(losses={"crps": 1.0})
-    for kind, neighbourhood in _KINDS.items():
+    for kind, kernel_size in _KINDS.items():
         times, kept = [], []
         for grid in _GRIDS:
             spec, batch = tokens_batch(grid)
             model = Multiformer(
                 streams=(spec,), dim=128, num_layers=2, num_decoder_layers=1, num_heads=4,
-                num_members=4, attention=kind, neighbourhood=neighbourhood,
+                num_members=4, attention=kind, kernel_size=kernel_size,
             ).to(device)  # fmt: skip
             step = training_step(model, objective, batch.to(device), torch.float32, fused=True)
             times.append(in_turns({kind: step}, repeats)[kind])

@@ -38,20 +38,17 @@ TASKS: dict[str, dict[str, Any]] = {
     "cross_variable": {"variables": ["specific_humidity"]},
     "combined": {
         "parts": [
-            {"name": "forecast", "lead_time": "12h"},
-            {"name": "inpainting", "boxes": [[20.0, 50.0, 120.0, 170.0]]},
+            {"_target_": "forecast", "lead_time": "12h"},
+            {"_target_": "inpainting", "boxes": [[20.0, 50.0, 120.0, 170.0]]},
         ]
     },
 }
 STREAMS = "default_streams"  # hides humidity, which the reference checkpoint cannot
 # The mask that a specialist of each task is trained with.
 SPECIALISTS: dict[str, dict[str, Any]] = {
-    "forecast": {"_target_": "atmossl.masking.tasks.Forecast", "lead_hours": 12.0},
-    "temporal_interpolation": {
-        "_target_": "atmossl.masking.tasks.TemporalInterpolation",
-        "hidden_hours": 6.0,
-    },
-    "downscaling": {"_target_": "atmossl.masking.tasks.Downscaling", "factor": 4},
+    "forecast": {"_target_": "forecast", "lead_time": "12h"},
+    "temporal_interpolation": {"_target_": "temporal_interpolation", "hidden_time": "6h"},
+    "downscaling": {"_target_": "downscaling", "factor": 4},
     "inpainting": {
         "_target_": "atmossl.masking.places.Inpainting",
         "regions": [
@@ -127,7 +124,7 @@ def refusals(checkpoint: str) -> dict[str, str]:
         predictor = Predictor(
             trained=trained,
             segment=segment,
-            task=find_task({"name": name, **choices}, {}).sampler(),
+            task=find_task({"_target_": name, **choices}, {}),
             overlap=0.5,
             batch_size=1,
             device="cpu",

@@ -57,11 +57,15 @@ def test_times_are_all_possible_ones_by_default() -> None:
         ("none.yaml", {}, "no file none.yaml"),
         ("forecast", {"lead": "6h"}, "task.lead='6h'"),
         ("forecast", {"lead_time": "soon"}, "task.lead_time='soon'"),
-        ({"name": "oracle"}, {}, "task.name='oracle': valid: .*forecast"),
-        ({"lead_time": "6h"}, {}, "task: needs a name; valid: .*forecast"),
-        ({"name": "inpainting", "boxes": [50, 20, 0, 9]}, {}, r"task.boxes=\[50.*in a list"),
-        ({"name": "combined", "parts": [{"name": "forecast"}]}, {}, "task.parts.0.lead_time"),
-        ({"name": "inpainting", "boxes": [[50, 20, 0, 9]]}, {}, "south < north"),
+        ({"_target_": "oracle"}, {}, "task._target_='oracle': valid: .*forecast"),
+        ({"lead_time": "6h"}, {}, "task: .*_target_ among them; valid: .*forecast"),
+        ({"_target_": "inpainting", "boxes": [50, 20, 0, 9]}, {}, r"task.boxes=\[50.*in a list"),
+        (
+            {"_target_": "combined", "parts": [{"_target_": "forecast"}]},
+            {},
+            "task.parts.0.lead_time",
+        ),
+        ({"_target_": "inpainting", "boxes": [[50, 20, 0, 9]]}, {}, "south < north"),
     ],
 )
 def test_what_is_no_task_is_named(task, choices: dict, message: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from atmossl.cli import compose_config
-from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, hours, parse
+from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, parse
+from atmossl.setting_types import hours
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("data", "stream", "masking", "tasks", "model", "objective", "optimizer", "trainer")
@@ -57,24 +58,24 @@ def test_evaluation_validates() -> None:
     [
         ("model.num_heads=5", "num_heads"),
         ("+data.transforms.ozone={kind: log, scale: 1.0}", "no stream has ozone"),
-        ("model.stencil=[2,3,3]", "stencil"),
+        ("model.embedding_stencil=[2,3,3]", "embedding_stencil"),
         ("model.num_members=1", "num_members"),
-        ("model.neighbourhood=4", "neighbourhood"),
+        ("model.kernel_size=4", "kernel_size"),
         ("model.attention=sparse", "factorised"),
         ("model.attention_window=[2,0,2]", "attention_window"),
         ("data.window.lat=15", "token_size.lat"),
         ("optimizer.warmup_steps=1000", "warmup_steps"),
         ("optimizer.schedule=linear", "cosine"),
         ("+objective.losses.hinge=1", "fair_crps"),
-        ("objective._target_=os.system", "atmossl.objectives.masked.MaskedModelling"),
+        ("objective._target_=os.system", "masked_modelling"),
         ("+objective.momentum=0.9", "objective.momentum=0.9: unknown key"),
-        ("objective.weighting=equal", "objective.weighting='equal'.*departure"),
+        ("objective.weighting=equal", "objective.weighting='equal'.*residual"),
         ("objective.train_only=encoder", "tail"),
         ("data.name=era6", "era6"),
         ("stream.temperature.variables=[ozone]", "ozone"),
         ("stream.temperature.levels=[13]", "13"),
         ("tasks.0.lead_time=soon", "soon"),
-        ("tasks.0.name=oracle", "oracle"),
+        ("tasks.0._target_=oracle", "oracle"),
         ("masking.probabilities=[1.0]", "probabilities"),
         ("+masking.samplers.0.rates=[0,1]", "rates"),
         ("trainer.precision=8", "bf16-mixed"),
@@ -124,8 +125,8 @@ def test_one_lag_cannot_be_told_apart() -> None:
 
 
 def test_temporal_attention_wants_convolutions_beside_it() -> None:
-    with pytest.raises(ValueError, match="neighbourhood"):
-        composed("model.attention=temporal", "model.neighbourhood=1")
+    with pytest.raises(ValueError, match="kernel_size"):
+        composed("model.attention=temporal", "model.kernel_size=1")
 
 
 def test_two_kinds_of_heads_want_an_even_number() -> None:

@@ -65,8 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     xr.Dataset({"mask": (("latitude", "longitude"), mask)}, places).to_netcdf(folder / "mask.nc")
     places["longitude"] = store.longitude
     xr.Dataset({"mask": (("latitude", "longitude"), mask)}, places).to_netcdf(folder / "all.nc")
-    (folder / "three.yaml").write_text("name: downscaling\nfactor: 3")
-    (folder / "bad.yaml").write_text("name: forecast\nlead_time: soon")
+    (folder / "three.yaml").write_text("_target_: downscaling\nfactor: 3")
+    (folder / "bad.yaml").write_text("_target_: forecast\nlead_time: soon")
     return folder
 
 

@@ -131,7 +131,7 @@ def test_commands_take_such_paths(tmp_path: Path, capsys: pytest.CaptureFixture)
     folder = tmp_path / "runs" / "lr=0.1, [new] ü"
     folder.mkdir(parents=True)
     save_tiny(folder / "last.ckpt")
-    (folder / "my=task.yaml").write_text("{name: forecast, lead_time: 12h}")
+    (folder / "my=task.yaml").write_text("{_target_: forecast, lead_time: 12h}")
     checkpoint = f"checkpoint={folder}/last.ckpt"
     assert main(["info", checkpoint]) == 0
     assert main(["export", checkpoint, f"output={folder}/small.ckpt"]) == 0

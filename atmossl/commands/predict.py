@@ -62,7 +62,6 @@ def _predict(config: PredictConfig) -> str:
 
 def _predictor(config: PredictConfig) -> Predictor:
     device = device_for(config.accelerator)
-    task = config.task.sampler()  # which reads the files that it names
     check_split(config.data, config.catalog, config.split)
     trained = load_checkpoint(config.checkpoint)
     first, *others = open_for(
@@ -72,13 +71,13 @@ def _predictor(config: PredictConfig) -> Predictor:
         config.split,
         input_limits=config.input_limits,
         name=config.segment,
-        task=task,
+        task=config.task,
     )
     return Predictor(
         trained=trained,
         segment=first,
         others=tuple(others),
-        task=task,
+        task=config.task,
         overlap=config.overlap,
         tilings=config.tilings,
         batch_size=config.batch_size,
@@ -102,7 +101,7 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     with owned(config.output, "output"), keeping("nothing is kept"):
         if config.output.suffix != ".ckpt" or config.output.exists():
             raise ValueError(f"output={config.output} must end in .ckpt and not exist")
-        check_calibrated(config.task.sampler())
+        check_calibrated(config.task)
         found = _calibrate(config)
     for name, factors in found.factors.items():
         text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))

@@ -21,6 +21,7 @@ from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
 from atmossl.locks import owned
 from atmossl.model.linear import half_is_fast
 from atmossl.process_lifetime import is_first_rank
+from atmossl.renamed_keys import with_present_names
 from atmossl.schema import TrainConfig, parse
 from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
@@ -51,7 +52,7 @@ def train(values: Mapping[str, Any]) -> Trained:
     Raises:
         ValueError: anything wrong with the configuration, before any work.
     """
-    values = plain(values)
+    values = with_present_names(plain(values))
     config: TrainConfig = parse(TrainConfig, values)
     _check_precision(config)
     first = is_first_rank(os.environ)

@@ -1,14 +1,25 @@
-"""Hidden cells from a user's files."""
+"""Hidden cells from a user's files, and the task of inpainting that is made of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from pydantic import BeforeValidator, Field
 
 from atmossl.geometry import Grid, ascending_longitudes
-from atmossl.masking.places import CellMask, described
+from atmossl.masking.places import (
+    AllButStations,
+    CellMask,
+    HiddenCells,
+    Inpainting,
+    LatLonBox,
+    described,
+)
+from atmossl.setting_types import Hours, NotNegative
 
 
 def read_cell_mask(path: Path) -> CellMask:
@@ -106,3 +117,40 @@ def read_stations(path: Path) -> AllButListed:
             "latitudes from -90 to 90 and finite longitudes"
         )
     return AllButListed(lat, lon, key)
+
+
+def _boxes(values: Any) -> Any:
+    try:
+        return tuple(box if isinstance(box, LatLonBox) else LatLonBox(*map(float, box))
+                     for box in values)  # fmt: skip
+    except TypeError as error:
+        raise ValueError(
+            "needed: boxes [south, north, west, east] in degrees, in a list"
+        ) from error
+
+
+def inpainting(
+    boxes: Annotated[tuple[LatLonBox, ...], BeforeValidator(_boxes)] = (),
+    mask_file: Path | None = None,
+    observed: float | None = None,
+    stations: Path | None = None,
+    seed: NotNegative = 0,
+    regions: Sequence[HiddenCells] = (),
+    hidden_hours: Annotated[Hours | None, Field(alias="hidden_time")] = None,
+    missing: bool = False,
+) -> Inpainting:
+    """The task that hides `boxes` [south, north, west, east], the cells of a `mask_file`, all cells
+    but a share `observed` or those of the `stations` file, and further `regions`; for `hidden_time`
+    only, if given. missing: the store's missing values, too.
+
+    Raises:
+        ValueError: a file that cannot be read or does not fit, or nothing is named.
+    """
+    cells: list[HiddenCells] = [*boxes, *regions]
+    if mask_file is not None:
+        cells.append(read_cell_mask(mask_file))
+    if observed is not None:
+        cells.append(AllButStations(observed, seed))
+    if stations is not None:
+        cells.append(read_stations(stations))
+    return Inpainting(tuple(cells), hidden_hours, missing)

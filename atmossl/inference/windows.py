@@ -189,8 +189,8 @@ def masked_view(
 ) -> tuple[View, tuple[Points, ...]]:
     """The windows as tokens under the task's mask, and which points [variable level time lat lon]
     of every stream it hides."""
-    windows = task.conditioned(windows)
-    task = task.seeing(windows)
+    windows = task.change_coordinates(windows)
+    task = task.with_gaps_of(windows)
     layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
     hidden = task.hidden_points(layouts)
     if hidden is not None and task.fills_missing:

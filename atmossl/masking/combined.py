@@ -1,16 +1,19 @@
 """Tasks made of other tasks: unions of masks, and changed conditions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator, Field
 
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout
 from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, points_of, union
+from atmossl.setting_types import Positive, SignedHours
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Combined(Task):
     def fills_missing(self) -> bool:
         return any(part.fills_missing for part in self.parts)
 
-    def seeing(self, windows: tuple[StreamWindow, ...]) -> Task:
-        return replace(self, parts=tuple(part.seeing(windows) for part in self.parts))
+    def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> Task:
+        return replace(self, parts=tuple(part.with_gaps_of(windows) for part in self.parts))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         plans = [part.plan(num_steps, step_hours) for part in self.parts]
@@ -82,10 +85,14 @@ class Combined(Task):
     ) -> tuple[StreamMask, ...]:
         return union([part(layouts, rng) for part in self.parts])
 
-    def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
+    def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         for part in self.parts:
-            windows = part.conditioned(windows)
+            windows = part.change_coordinates(windows)
         return windows
+
+
+def _pairs(levels: Any) -> Any:
+    return tuple(levels.items()) if isinstance(levels, Mapping) else levels
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,10 @@ class Counterfactual(Task):
     """
 
     task: Task
-    shift_hours: float = 0.0
+    shift_hours: Annotated[SignedHours, Field(alias="shift_time")] = 0.0
     shift_lat: float = 0.0
     shift_lon: float = 0.0
-    levels: tuple[tuple[int, int], ...] = ()
+    levels: Annotated[tuple[tuple[Positive, Positive], ...], BeforeValidator(_pairs)] = ()
 
     @property
     def align(self) -> int:
@@ -115,8 +122,8 @@ class Counterfactual(Task):
     def fills_missing(self) -> bool:
         return self.task.fills_missing
 
-    def seeing(self, windows: tuple[StreamWindow, ...]) -> Task:
-        return replace(self, task=self.task.seeing(windows))
+    def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> Task:
+        return replace(self, task=self.task.with_gaps_of(windows))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         return self.task.plan(num_steps, step_hours)
@@ -156,7 +163,7 @@ class Counterfactual(Task):
             for layout in layouts
         )
 
-    def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
+    def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         told = dict(self.levels)
         have = {int(level) for window in windows for level in window.level_hpa}
         if not have.issuperset(told):
@@ -165,7 +172,7 @@ class Counterfactual(Task):
                 f"valid: {sorted(have)}"
             )
         moved = []
-        for window in self.task.conditioned(windows):
+        for window in self.task.change_coordinates(windows):
             levels = [float(told.get(int(level), level)) for level in window.level_hpa]
             moved.append(
                 replace(

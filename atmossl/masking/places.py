@@ -15,6 +15,7 @@ from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
 from atmossl.masking.base import Points, TokenLayout, share_known
 from atmossl.masking.tasks import Task, TimePlan, points_of, step_hours_of, steps_of
+from atmossl.setting_types import Positive
 
 
 class HiddenCells(Protocol):
@@ -131,7 +132,7 @@ class Inpainting(Task):
     A token with some cells hidden shows the mean of the others, as a coarse one; given cells are
     written as they are. hidden_hours: only so long in the middle of the window; at all its steps
     by default. missing: hide the store's missing values as well, each in its own variable.
-    gaps: those of one window, by stream; see `seeing`. The middle step is written.
+    gaps: those of one window, by stream; see `with_gaps_of`. The middle step is written.
     """
 
     regions: Sequence[HiddenCells]
@@ -150,7 +151,7 @@ class Inpainting(Task):
     def fills_missing(self) -> bool:
         return self.missing
 
-    def seeing(self, windows: tuple[StreamWindow, ...]) -> Task:
+    def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> Task:
         if not self.missing:
             return self
         nothing = (torch.zeros_like(window.fields, dtype=torch.bool) for window in windows)
@@ -233,7 +234,7 @@ class CrossVariable(Task):
     """
 
     variables: tuple[str, ...] = ()
-    levels: tuple[int, ...] = ()
+    levels: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variables and not self.levels:

@@ -7,16 +7,20 @@ streams hide the same air. Tasks that hide places or variables are in `masking.p
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import torch
 from einops import repeat
 from jaxtyping import Bool
+from pydantic import Field
 from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import Points, TokenLayout, coarse_mask, own_factor
+from atmossl.names import snake_case
+from atmossl.setting_types import Hours, NotNegative, Positive
 
 _TOLERANCE_HOURS = 1e-3
 
@@ -53,6 +57,11 @@ class Task:
     """What a task adds to its mask."""
 
     @property
+    def name(self) -> str:
+        """What configurations and reports call it."""
+        return snake_case(type(self).__name__)
+
+    @property
     def align(self) -> int:
         """Cells that tiles have to keep together."""
         return 1
@@ -82,7 +91,7 @@ class Task:
         """Hidden points of every stream, for a task that hides less than whole tokens."""
         del layouts
 
-    def conditioned(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
+    def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         """The windows as the model is to take them."""
         return windows
 
@@ -94,7 +103,7 @@ class Task:
         """The task without passes that go on from earlier ones."""
         return self
 
-    def seeing(self, windows: tuple[StreamWindow, ...]) -> "Task":
+    def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> "Task":
         """The task for these windows, where it depends on what they lack."""
         del windows
         return self
@@ -206,8 +215,8 @@ class Forecast(Task):
     longer lead time is reached by passes that each go on from the members of the one before.
     """
 
-    lead_hours: float
-    rollout_hours: float | None = None
+    lead_hours: Annotated[Hours, Field(alias="lead_time")]
+    rollout_hours: Annotated[Hours | None, Field(alias="rollout_time")] = None
 
     def __post_init__(self) -> None:
         for key, value in (("lead_time", self.lead_hours), ("rollout_time", self.rollout_hours)):
@@ -249,7 +258,7 @@ class Hindcast(Task):
     """Hide the first `lead_hours` of the window: what came before the init time. Written as lead
     times below 0."""
 
-    lead_hours: float
+    lead_hours: Annotated[Hours, Field(alias="lead_time")]
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         count = steps_of("task.lead_time", self.lead_hours, step_hours)
@@ -279,9 +288,9 @@ class TemporalInterpolation(Task):
         shorter than the store's, and hide all that lie between those of the store.
     """
 
-    hidden_hours: float
-    steps: tuple[int, ...] | None = None
-    refine: int = 1
+    hidden_hours: Annotated[Hours, Field(alias="hidden_time")]
+    steps: tuple[NotNegative, ...] | None = None
+    refine: Positive = 1
 
     def __post_init__(self) -> None:
         if self.hidden_hours <= 0:

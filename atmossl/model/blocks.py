@@ -17,20 +17,20 @@ class BlockSizes:
 
     attend: which tokens see which (`model.attention`).
     ratio: width of a feedforward layer over that of the latents.
-    neighbourhood: tokens along latitude and longitude that a feedforward layer sees, an odd number;
+    kernel_size: tokens along latitude and longitude that a feedforward layer sees, an odd number;
         1 is the plain layer of a transformer, more the gated convolution of `GatedConvolution`.
     """
 
     num_heads: int
     ratio: float
     attend: Attend
-    neighbourhood: int
+    kernel_size: int
 
     def feedforward(self, dim: int) -> nn.Module:
         hidden = int(dim * self.ratio)
-        if self.neighbourhood == 1:
+        if self.kernel_size == 1:
             return Feedforward(dim, hidden)
-        return GatedConvolution(dim, hidden, self.neighbourhood)
+        return GatedConvolution(dim, hidden, self.kernel_size)
 
 
 class Feedforward(nn.Module):
@@ -56,11 +56,11 @@ class GatedConvolution(nn.Module):
     Longitude wraps where the window closes the circle; absent tokens are zeros.
     """
 
-    def __init__(self, dim: int, hidden: int, neighbourhood: int) -> None:
+    def __init__(self, dim: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
-        self.expand = nn.Conv2d(dim, 2 * hidden, neighbourhood)
+        self.expand = nn.Conv2d(dim, 2 * hidden, kernel_size)
         self.contract = Linear(hidden, dim)
-        self.reach = neighbourhood // 2
+        self.reach = kernel_size // 2
 
     def forward(
         self, x: Latent, *alike: "GatedConvolution"

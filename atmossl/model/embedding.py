@@ -23,9 +23,9 @@ class Embedding(nn.Module):
     stencil: (nt, nlat, nlon) tokens whose values enter each token's latent; (1, 1, 1) is AtmoRep's
         embedding of every token on its own, a larger one lets a latent hold gradients and
         tendencies from the start. Beyond the window's edge the nearest token is repeated.
-    details: whether the stencil reads `details` of the values instead of the values themselves,
-        which then enter token by token.
-    scale [level, patch]: typical departure from the first guess, in normalised units.
+    gradient_features: whether the stencil reads tendencies and spatial gradients of the values
+        (function `gradient_features`) instead of the values, which then enter token by token.
+    scale [level, patch]: typical residual, the truth minus the first guess, in normalised units.
     """
 
     told: Tensor
@@ -37,14 +37,19 @@ class Embedding(nn.Module):
         spec: StreamSpec,
         dim: int,
         stencil: tuple[int, int, int],
-        details: bool,
+        gradient_features: bool,
         scale: Float[Tensor, "level patch"],
     ) -> None:
         super().__init__()
         self.reach = tuple(size // 2 for size in stencil)
-        own = (1, 1) if details else stencil[1:]
-        self.values = nn.Conv2d(spec.patch * (1 if details else stencil[0]), dim, own)
-        self.details = nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:]) if details else None
+        self.values = nn.Conv2d(
+            spec.patch * (1 if gradient_features else stencil[0]),
+            dim,
+            (1, 1) if gradient_features else stencil[1:],
+        )
+        self.details = None  # of the gradient features, by the name that checkpoints have for it
+        if gradient_features:
+            self.details = nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:])
         context = NUM_FEATURES + _STATES * (2 * _STEPS_AROUND + 1)
         self.position = nn.Sequential(Linear(context, dim), nn.GELU(), Linear(dim, 2 * dim))
         told = torch.zeros(len(Corruption), dtype=torch.int64)
@@ -71,8 +76,8 @@ class Embedding(nn.Module):
         reach = self.reach if self.details is None else (0, 0, 0)
         values = self._convolve(self.values, tokens, reach, grid, chosen)
         if self.details is not None:
-            departures = details(tokens, self.scale, self.fields, periodic=grid.periodic)
-            values = values + self._convolve(self.details, departures, self.reach, grid, chosen)
+            gradients = gradient_features(tokens, self.scale, self.fields, periodic=grid.periodic)
+            values = values + self._convolve(self.details, gradients, self.reach, grid, chosen)
         states = states_around(self.told[corruption])
         context = gather(torch.cat([features, states.flatten(1, 4)], dim=-1), chosen)
         gain, shift = self.position(context).chunk(2, dim=-1)
@@ -119,17 +124,17 @@ def states_around(
     return torch.cat(shifted, dim=-1)
 
 
-def details(
+def gradient_features(
     tokens: Float[Tensor, "batch level nt nlat nlon patch"],
     scale: Float[Tensor, "level patch"],
     num_fields: int,
     *,
     periodic: bool,
 ) -> Float[Tensor, "batch level nt nlat nlon twice_patch"]:
-    """What the values add to their surroundings, in units of the typical departure.
+    """Tendencies and spatial gradients of the values, in units of the typical residual.
 
     The first half is the change since the step before (0 at the first step), the second half the
-    departure from the mean over the 3 x 3 tokens around (halved, as it is about twice as large).
+    difference from the mean over the 3 x 3 tokens around (halved, as it is about twice as large).
     Normalised values are dominated by the contrast of pole and equator, which hardly changes: for
     geopotential a change within six hours is a fifteenth of their size.
     """
@@ -152,11 +157,11 @@ def details(
 
 
 class Tail(nn.Module):
-    """Decoded tokens to an ensemble of patches, as departures from the first guess.
+    """Decoded tokens to an ensemble of patches, as residuals: values minus the first guess.
 
-    A departure is a linear function of the decoded token after its norm, plus one of the query's
+    A residual is a linear function of the decoded token after its norm, plus one of the query's
     embedding without any norm: what grows with the anomalies, such as advection, keeps its size.
-    `scale` [level, patch]: typical size of a departure, in normalised units.
+    `scale` [level, patch]: typical size of a residual, in normalised units.
     """
 
     scale: Tensor
@@ -179,11 +184,11 @@ class Tail(nn.Module):
         guess: Float[Tensor, "batch query patch"],
         level: Int[Tensor, "batch query"],
     ) -> Float[Tensor, "batch query member patch"]:
-        departures = rearrange(
+        residuals = rearrange(
             self.project(self.norm(decoded)).float(),
             "batch query (member patch) -> batch query member patch",
             member=self.num_members,
         )
         scale = self.scale[level]
         mean = torch.addcmul(guess, self.linear(embedded).float(), scale)
-        return torch.addcmul(mean[:, :, None], departures, scale[:, :, None])
+        return torch.addcmul(mean[:, :, None], residuals, scale[:, :, None])

@@ -57,11 +57,11 @@ class Multiformer(Network):
 
     dim: latent width; `dims` overrides it by stream name. Decoder layer j reads an encoder layer,
     the last one first, evenly spread over them.
-    attention, neighbourhood: kind of attention and reach of a feedforward layer (`BlockSizes`).
+    attention, kernel_size: kind of attention and reach of a feedforward layer (`BlockSizes`).
     attention_window: (time, lat, lon) tokens of a window of `windowed` attention.
-    stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
-    details: embed departures from the surroundings as well (`Embedding`).
-    scales: per stream, [level, patch] typical departure from the first guess.
+    embedding_stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
+    gradient_features: embed tendencies and spatial gradients as well (`Embedding`).
+    scales: per stream, [level, patch] typical residual, the truth minus the first guess.
     Raises ValueError if the sizes do not fit together.
     """
 
@@ -79,26 +79,32 @@ class Multiformer(Network):
         feedforward_ratio: float = 4.0,
         attention: Attention = "full",
         attention_window: tuple[int, int, int] = (4, 4, 4),
-        neighbourhood: int = 1,
-        stencil: tuple[int, int, int] = (1, 1, 1),
-        details: bool = False,
+        kernel_size: int = 1,
+        embedding_stencil: tuple[int, int, int] = (1, 1, 1),
+        gradient_features: bool = False,
         dims: Mapping[str, int] | None = None,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
-        _check_sizes(widths, num_heads, (*stencil, neighbourhood), dims or {})
+        _check_sizes(widths, num_heads, (*embedding_stencil, kernel_size), dims or {})
         self.widths = widths
         attend = attend_by(attention, attention_window)
-        sizes = BlockSizes(num_heads, feedforward_ratio, attend, neighbourhood)
+        sizes = BlockSizes(num_heads, feedforward_ratio, attend, kernel_size)
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         head_dims = sorted({width // num_heads for width in widths.values()})
         scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}
 
         def embedding(spec: StreamSpec) -> Embedding:
             width, scale = widths[spec.name], scale_of[spec.name]
-            return Embedding(spec=spec, dim=width, stencil=stencil, details=details, scale=scale)
+            return Embedding(
+                spec=spec,
+                dim=width,
+                stencil=embedding_stencil,
+                gradient_features=gradient_features,
+                scale=scale,
+            )
 
         self.rotary = nn.ModuleDict(
             {str(size): RotaryPositions(head_dim=size) for size in head_dims}
@@ -271,7 +277,7 @@ def _check_sizes(
 ) -> None:
     if any(size % 2 == 0 for size in odd):
         raise ValueError(
-            f"model.stencil={list(odd[:3])} and model.neighbourhood={odd[3]} must be odd"
+            f"model.embedding_stencil={list(odd[:3])} and model.kernel_size={odd[3]} must be odd"
         )
     unknown = sorted(set(dims) - set(widths))
     if unknown:

@@ -15,18 +15,18 @@ from atmossl.losses import LOSSES, Ensemble, LossName, weighted_mean
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.tokens import patch_weights
 
-Weighting = Literal["departure", "uniform"]
+Weighting = Literal["residual", "uniform"]
 
 
 class MaskedModelling(Objective):
     """Weighted sum of losses over the hidden tokens of all predicted streams.
 
     losses: weight by name of a loss in `atmossl.losses.LOSSES`.
-    weighting: `departure` measures every variable and level in units of its typical departure
+    weighting: `residual` measures every variable and level in units of its typical residual
         from the first guess (as GraphCast weighs by the inverse variance of time differences,
         Lam et al. 2023), `uniform` in units of its standard deviation.
     latitude_weighted: weigh every value by the area of its cell.
-    scales: per predicted stream [level, patch], what `departure` divides by.
+    scales: per predicted stream [level, patch], what `residual` divides by.
     """
 
     monitor = Monitor("rmse_ratio/mean")
@@ -36,14 +36,14 @@ class MaskedModelling(Objective):
         self,
         *,
         losses: Annotated[Mapping[LossName, float], Field(min_length=1)],
-        weighting: Weighting = "departure",
+        weighting: Weighting = "residual",
         latitude_weighted: bool = True,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.losses = dict(losses)
         self.latitude_weighted = latitude_weighted
-        if weighting == "departure":  # in no checkpoint: its statistics tell them
+        if weighting == "residual":  # in no checkpoint: its statistics tell them
             for name, scale in (scales or {}).items():
                 self.register_buffer(f"scale_{name}", scale, persistent=False)
         self._values = self._elementwise

@@ -24,12 +24,11 @@ from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.limits import InputLimits
 from atmossl.evaluation.regions import boxes, find_regions
+from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.data import DataConfig, WindowConfig
-from atmossl.schema.masks import MASKS, Mask
-from atmossl.schema.objectives import Chosen
-from atmossl.schema.strict import ConfigError, NotNegative, Positive, Strict
-from atmossl.schema.task_config import TaskConfig, hours
+from atmossl.schema.strict import ConfigError, Strict
+from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.schema.training import (
     LoggerConfig,
     OptimizerConfig,
@@ -37,17 +36,15 @@ from atmossl.schema.training import (
     WarmStartConfig,
     trainer_faults,
 )
+from atmossl.setting_types import NotNegative, Positive
 
 __all__ = [
-    "MASKS",
     "ConfigError",
     "EmbedConfig",
     "EvaluateConfig",
     "PredictConfig",
     "StatsConfig",
-    "TaskConfig",
     "TrainConfig",
-    "hours",
     "parse",
 ]
 
@@ -97,9 +94,9 @@ class ModelConfig(Strict):
     feedforward_ratio: float = Field(gt=0.0)
     attention: Literal["full", "factorised", "temporal", "windowed"]
     attention_window: tuple[Positive, Positive, Positive]
-    neighbourhood: Positive
-    stencil: tuple[Positive, Positive, Positive]
-    details: bool
+    kernel_size: Positive
+    embedding_stencil: tuple[Positive, Positive, Positive]
+    gradient_features: bool
 
 
 class PathsConfig(Strict):
@@ -117,10 +114,10 @@ class TrainConfig(Strict):
     warm_start: WarmStartConfig
     data: DataConfig
     stream: dict[str, StreamConfig] = Field(min_length=1)
-    masking: Mask
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    masking: ChosenMask
+    tasks: tuple[ChosenTask, ...] = Field(min_length=1)
     model: ModelConfig
-    objective: Chosen
+    objective: ChosenObjective
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     logger: LoggerConfig
@@ -270,18 +267,20 @@ def _model_faults(config: TrainConfig) -> list[str]:
     )
     if needs_ensemble and model.num_members < 2:
         faults.append(f"model.num_members=1 but objective.losses={needs_ensemble} need at least 2")
-    if any(size % 2 == 0 for size in model.stencil):
-        faults.append(f"model.stencil={list(model.stencil)} must be odd along every axis")
-    if model.neighbourhood % 2 == 0:
-        faults.append(f"model.neighbourhood={model.neighbourhood} must be odd")
+    if any(size % 2 == 0 for size in model.embedding_stencil):
+        faults.append(
+            f"model.embedding_stencil={list(model.embedding_stencil)} must be odd along every axis"
+        )
+    if model.kernel_size % 2 == 0:
+        faults.append(f"model.kernel_size={model.kernel_size} must be odd")
     if model.attention in ("factorised", "windowed") and model.num_heads % 2:
         faults.append(
             f"model.num_heads={model.num_heads} must be even for "
             f"model.attention={model.attention}: its two kinds of heads share them"
         )
-    if model.attention == "temporal" and model.neighbourhood == 1:
+    if model.attention == "temporal" and model.kernel_size == 1:
         faults.append(
-            "model.attention=temporal leaves space to the convolutions of model.neighbourhood, "
+            "model.attention=temporal leaves space to the convolutions of model.kernel_size, "
             "which is 1; set it to 3 or more, or choose full or factorised attention"
         )
     for name in config.stream:
@@ -311,7 +310,7 @@ CHECKS = (
 class PredictConfig(Strict):
     """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
 
-    task: TaskConfig
+    task: ChosenTask
     checkpoint: str
     data: str | None
     catalog: Path | None
@@ -374,7 +373,7 @@ class EvaluateConfig(Strict):
     """
 
     checkpoint: str
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    tasks: tuple[ChosenTask, ...] = Field(min_length=1)
     forecasts: tuple[str, ...]
     regions: tuple[str, ...]
     boxes: dict[str, Limits] | None
@@ -418,6 +417,6 @@ def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
     """
     try:
-        return kind(**values)
+        return kind(**with_present_names(values))
     except ValidationError as error:
         raise ConfigError("\n".join(lines_of(error.errors()))) from error

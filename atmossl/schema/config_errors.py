@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atmossl.schema.task_config import TASK_NAMES
-
 
 def lines_of(faults: Sequence[Any], within: tuple[str, ...] = ()) -> list[str]:
     """A line for each of pydantic's errors, but for lists that are too short since an item of
@@ -43,23 +41,18 @@ def _is_kind(part: Any) -> bool:
 def line_of(fault: Any, within: tuple[str, ...] = ()) -> str:
     """Key, value and what would be valid, of one of pydantic's errors.
 
-    within: the keys that lead to what was validated. The names of tasks, which pydantic puts
-    between keys, are left out.
+    within: the keys that lead to what was validated.
     """
-    parts = [part for part in (*within, *fault["loc"]) if part not in TASK_NAMES]
-    key = ".".join(str(part) for part in parts if not _is_kind(part))
+    key = ".".join(str(part) for part in (*within, *fault["loc"]) if not _is_kind(part))
     message = fault["msg"].removeprefix("Value error, ")
     if not key:
         return message.replace(" | ", "\n")
+    if message.startswith((f"{key}.", f"{key}=", f"{key}:")):  # it says itself where it is
+        return message
     value = "" if isinstance(fault["input"], Mapping) else f"={fault['input']!r}"
     match fault["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             message = "unknown key"
-        case "union_tag_not_found":
-            message = f"needs a name; valid: {list(TASK_NAMES)}"
-        case "union_tag_invalid":
-            key, value = f"{key}.name", f"={fault['input']['name']!r}"
-            message = f"valid: {list(TASK_NAMES)}"
-        case "model_attributes_type":
+        case "model_attributes_type" | "dataclass_type":
             message = "valid: a mapping of keys and values"
     return f"{key}{value}: {message}"

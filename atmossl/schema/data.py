@@ -10,7 +10,8 @@ from atmossl.data.chunks import Engine
 from atmossl.data.transforms import Kind, Transform
 from atmossl.masking.base import FirstGuess
 from atmossl.names import check_name
-from atmossl.schema.strict import NotNegative, Positive, Strict
+from atmossl.schema.strict import Strict
+from atmossl.setting_types import NotNegative, Positive
 
 
 class WindowConfig(Strict):

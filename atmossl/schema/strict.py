@@ -1,12 +1,6 @@
 """What every part of the configuration obeys."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
-
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from pydantic import BaseModel, ConfigDict
 
 
 class ConfigError(ValueError):

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from atmossl.schema.strict import NotNegative, Positive, Share, Strict
+from atmossl.schema.strict import Strict
+from atmossl.setting_types import NotNegative, Positive, Share
 
 
 class OptimizerConfig(Strict):

@@ -16,7 +16,8 @@ from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import predictions
-from atmossl.schema import EvaluateConfig, TaskConfig
+from atmossl.masking.tasks import Task
+from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
 from atmossl.scorecard.describe_task import describe_task, period
@@ -86,7 +87,7 @@ def _runs(
             Predictor(
                 trained=trained,
                 segment=segment,
-                task=task.sampler(),
+                task=task,
                 overlap=config.overlap,
                 tilings=config.tilings,
                 batch_size=config.batch_size,
@@ -100,14 +101,14 @@ def _runs(
     return runs
 
 
-def check_tasks(tasks: Sequence[TaskConfig]) -> None:
+def check_tasks(tasks: Sequence[Task]) -> None:
     """Raise ValueError for two tasks of one name, or a task that has no truth."""
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"tasks: {twice} are there twice; evaluate them in reports of their own")
     for task in tasks:
-        check_scorable(task.sampler(), task.name)
+        check_scorable(task, task.name)
 
 
 def scored_runs(predictors: Sequence[Predictor], every: int, name: str) -> list[_Run]:
@@ -163,7 +164,7 @@ def _loaded(runs: Sequence[Sequence[_Run]]) -> list[list[_Run]]:
 
 def _score_task(
     config: EvaluateConfig,
-    task: TaskConfig,
+    task: Task,
     runs: Sequence[_Run],
     setting: Setting,
     rng: np.random.Generator,

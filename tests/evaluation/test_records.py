@@ -19,10 +19,10 @@ from tests.inference.oracle_models import Known, predictor, segment
 from tests.synthetic import dataset
 
 TASKS = [
-    {"name": "forecast", "lead_time": "12h"},
-    {"name": "temporal_interpolation", "hidden_time": "6h"},
-    {"name": "downscaling", "factor": 2},
-    {"name": "inpainting", "boxes": [[-30, 30, 0, 90]]},
+    {"_target_": "forecast", "lead_time": "12h"},
+    {"_target_": "temporal_interpolation", "hidden_time": "6h"},
+    {"_target_": "downscaling", "factor": 2},
+    {"_target_": "inpainting", "boxes": [[-30, 30, 0, 90]]},
 ]
 
 

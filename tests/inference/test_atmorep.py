@@ -241,7 +241,7 @@ def test_evaluate_scores_it(folder: Path, tmp_path: Path, monkeypatch) -> None:
     write = "atmossl.commands.evaluate.write_report"  # draws for seconds
     monkeypatch.setattr(write, lambda found, *_: reports.extend(found))
     output, task = tmp_path / "report", tmp_path / "inside.yaml"
-    task.write_text("name: temporal_interpolation\nhidden_time: 2h\nsteps: null\nrefine: 1\n")
+    task.write_text("_target_: temporal_interpolation\nhidden_time: 2h\nsteps: null\nrefine: 1\n")
     more = [f"tasks=[{task}]", "every=12", "ridge=false", "bootstrap=2", "regions=[]",
             "overlap=0.0", "tilings=1"]  # fmt: skip
     assert main(["evaluate", *arguments(folder, output, *more)]) == 0
@@ -412,10 +412,10 @@ def test_field_at_the_surface_is_a_stream_without_levels(tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore:this checkpoint was not trained")
 def test_counterfactual_tells_the_network_other_levels_and_places(folder: Path) -> None:
     model = atmossl.load(folder / "atmorep.ckpt", device="cpu")
-    inner = {"name": "forecast", "lead_time": "2h"}
+    inner = {"_target_": "forecast", "lead_time": "2h"}
     predicted = []
     for change in ({}, {"levels": {137: 96}}, {"shift_lon": 90.0}, {"shift_time": "1h"}):
-        task = {"name": "counterfactual", "task": inner, "shift_time": "0h", "shift_lat": 0.0,
+        task = {"_target_": "counterfactual", "task": inner, "shift_time": "0h", "shift_lat": 0.0,
                 "shift_lon": 0.0, "levels": {}, **change}  # fmt: skip
         one = model.predict(task, STORE, "2004-03-01T01", overlap=0.0, tilings=1)
         predicted.append(one["temperature"].sel(level=137).values)

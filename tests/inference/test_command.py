@@ -90,7 +90,7 @@ def test_every_task_runs(folder: Path, tmp_path: Path, task: list[str], dims: di
 
 def test_a_task_of_ones_own_is_a_file(folder: Path, tmp_path: Path) -> None:
     file, output = tmp_path / "mine.yaml", tmp_path / "out.zarr"
-    file.write_text("name: inpainting\nboxes: [[-30, 30, 0, 90]]\n")
+    file.write_text("_target_: inpainting\nboxes: [[-30, 30, 0, 90]]\n")
     own = [f"task={file}", "task.hidden_time=6h", "every=6"]
     assert main(["predict", *own, *arguments(folder, output)]) == 0
     with xr.open_zarr(output, consolidated=False) as found:
@@ -130,7 +130,7 @@ def test_missing_values_are_filled(gappy: Path, tmp_path: Path, capsys) -> None:
         assert (found["temperature"].std("member") < 1e-4).all()
     report = [a for a in arguments(gappy, tmp_path / "report") if not a.startswith("output")]
     file = tmp_path / "fill.yaml"
-    file.write_text("name: inpainting\nmissing: true\n")
+    file.write_text("_target_: inpainting\nmissing: true\n")
     capsys.readouterr()
     report += [f"tasks=[{file}]", f"output={tmp_path / 'report'}"]
     assert main(["evaluate", *report]) == 2
@@ -141,8 +141,8 @@ def test_missing_values_are_filled(gappy: Path, tmp_path: Path, capsys) -> None:
 def test_fields_with_missing_values_are_scored(gappy: Path, tmp_path: Path, capsys) -> None:
     """Against all baselines that can answer; only what is never missing has a regression."""
     save_tiny(tmp_path / "gaps.ckpt", missing="mask")
-    (tmp_path / "fine.yaml").write_text("name: downscaling\nfactor: 2\n")
-    (tmp_path / "box.yaml").write_text("name: inpainting\nboxes: [[-50, 0, 0, 120]]\n")
+    (tmp_path / "fine.yaml").write_text("_target_: downscaling\nfactor: 2\n")
+    (tmp_path / "box.yaml").write_text("_target_: inpainting\nboxes: [[-50, 0, 0, 120]]\n")
     given = [a for a in arguments(gappy, tmp_path / "report") if "checkpoint" not in a]
     given += [f"tasks=[{tmp_path}/fine.yaml,{tmp_path}/box.yaml]", "bootstrap=10", "every=3",
               f"checkpoint={tmp_path}/gaps.ckpt", "regions=[]"]  # fmt: skip
@@ -201,7 +201,7 @@ def test_regions_from_files_are_predicted_and_scored(
         rows = [f"{lat[row] + 1},{lon[column] - 3}" for row, column in places]
         file.write_text("\n".join(["latitude,longitude", *rows]))
     task, output = tmp_path / "own.yaml", tmp_path / "out.zarr"
-    task.write_text(f"name: inpainting\n{kind}: {file}\n")
+    task.write_text(f"_target_: inpainting\n{kind}: {file}\n")
     assert main(["predict", f"task={task}", "every=4", *arguments(folder, output)]) == 0
     with xr.open_zarr(output, consolidated=False) as found:
         spread = found["temperature"].std("member").isel(time=0, level=0)
@@ -214,7 +214,7 @@ def test_regions_from_files_are_predicted_and_scored(
     scores = pd.read_csv(report / "scores.csv")
     assert set(scores["source"]) == {"model", "harmonic", "climatology"}
     mask.isel(latitude=slice(1, None)).to_netcdf(tmp_path / "other.nc")
-    task.write_text(f"name: inpainting\nmask_file: {tmp_path / 'other.nc'}\n")
+    task.write_text(f"_target_: inpainting\nmask_file: {tmp_path / 'other.nc'}\n")
     capsys.readouterr()
     for command, key in (("predict", f"task={task}"), ("evaluate", f"tasks=[{task}]")):
         assert main([command, key, *arguments(folder, tmp_path / f"no-{command}.nc")]) == 2
@@ -252,7 +252,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys, more, messa
 
 
 def test_a_broken_task_file_is_named(folder: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "broken.yaml").write_text("name: combined\nparts: [a\n")
+    (tmp_path / "broken.yaml").write_text("_target_: combined\nparts: [a\n")
     given = [f"task={tmp_path / 'broken.yaml'}", *arguments(folder, tmp_path / "out.zarr")]
     assert main(["predict", *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()

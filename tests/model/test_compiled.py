@@ -26,7 +26,7 @@ def network(attention: str, streams=STREAMS, num_decoder_layers: int = 1) -> Mul
     torch.manual_seed(0)
     return Multiformer(
         streams=streams, dim=16, num_layers=1, num_decoder_layers=num_decoder_layers, num_heads=2,
-        num_members=3, attention=attention, attention_window=(2, 2, 3), neighbourhood=1,
+        num_members=3, attention=attention, attention_window=(2, 2, 3), kernel_size=1,
     )  # fmt: skip
 
 

@@ -20,9 +20,9 @@ WIDTHS = {"air": 16, "wind": 16, "sea": 24, "humidity": 16}  # the sea is unlike
 KINDS = (attend_fully, attend_factorised, partial(attend_in_windows, size=(2, 2, 3)))
 
 
-def layer(attend: Attend = attend_fully, neighbourhood: int = 1) -> EncoderLayer:
+def layer(attend: Attend = attend_fully, kernel_size: int = 1) -> EncoderLayer:
     torch.manual_seed(0)
-    made = EncoderLayer(WIDTHS, BlockSizes(2, 2.0, attend, neighbourhood)).double()
+    made = EncoderLayer(WIDTHS, BlockSizes(2, 2.0, attend, kernel_size)).double()
     with torch.no_grad():  # away from the start, where coupling is shut
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -93,7 +93,7 @@ def test_streams_as_one_batch_are_streams_one_by_one(
 
 def test_convolutions_see_their_own_stream_alone(monkeypatch) -> None:
     monkeypatch.setattr(linear, "_batched", lambda *_: True)
-    compare(layer(neighbourhood=3), latents((90, 60)))
+    compare(layer(kernel_size=3), latents((90, 60)))
 
 
 def test_a_stream_may_be_absent() -> None:

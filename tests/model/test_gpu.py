@@ -26,11 +26,11 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def network(attention: str = "full", neighbourhood: int = 1) -> Multiformer:
+def network(attention: str = "full", kernel_size: int = 1) -> Multiformer:
     torch.manual_seed(0)
     model = Multiformer(
         streams=STREAMS, dim=32, num_layers=2, num_decoder_layers=1, num_heads=2, num_members=3,
-        attention=attention, attention_window=(2, 2, 3), neighbourhood=neighbourhood,
+        attention=attention, attention_window=(2, 2, 3), kernel_size=kernel_size,
     )  # fmt: skip
     with torch.no_grad():  # away from the start, where coupling is shut
         for parameter in model.parameters():
@@ -50,19 +50,19 @@ def step(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("attention", "neighbourhood"), [(k, 1) for k in KINDS] + [("full", 3)])
+@pytest.mark.parametrize(("attention", "kernel_size"), [(k, 1) for k in KINDS] + [("full", 3)])
 @pytest.mark.parametrize(
     ("dtype", "loss_tolerance", "tolerance"),
     [(torch.float32, 1e-4, 2e-3), (torch.bfloat16, 3e-2, 0.15), (torch.float16, 5e-3, 3e-2)],
 )
 def test_loss_and_gradients_are_those_of_a_cpu(
-    attention: str, neighbourhood: int, compiled: bool, dtype: torch.dtype, loss_tolerance: float,
+    attention: str, kernel_size: int, compiled: bool, dtype: torch.dtype, loss_tolerance: float,
     tolerance: float,
 ) -> None:  # fmt: skip
     """Gradients to `tolerance` of each tensor's norm, for half precision rounds every product."""
     torch._dynamo.reset()
-    expected, gradients = step(network(attention, neighbourhood), "cpu", torch.float32)
-    model, objective = network(attention, neighbourhood), MaskedModelling(losses=LOSSES)
+    expected, gradients = step(network(attention, kernel_size), "cpu", torch.float32)
+    model, objective = network(attention, kernel_size), MaskedModelling(losses=LOSSES)
     if compiled:
         model.compile_blocks()
         objective.compile()

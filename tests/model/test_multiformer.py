@@ -24,7 +24,7 @@ STREAMS = (
 
 VARIANTS = (
     {},
-    {"attention": "factorised", "neighbourhood": 3, "num_decoder_layers": 3},
+    {"attention": "factorised", "kernel_size": 3, "num_decoder_layers": 3},
     {"attention": "windowed", "attention_window": (2, 2, 3), "dims": {"wind": 24}},
 )
 
@@ -32,7 +32,7 @@ VARIANTS = (
 def network(**changes) -> Multiformer:
     torch.manual_seed(0)
     sizes = {"dim": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "num_members": 3}
-    sizes |= {"stencil": (1, 3, 3), "details": True}
+    sizes |= {"embedding_stencil": (1, 3, 3), "gradient_features": True}
     return Multiformer(streams=STREAMS, **(sizes | changes))
 
 
@@ -119,8 +119,8 @@ def test_time_of_year_and_place_matter() -> None:
     ("changes", "message"),
     [
         ({"num_heads": 3}, "num_heads"),
-        ({"neighbourhood": 2}, "neighbourhood"),
-        ({"stencil": (1, 2, 3)}, "stencil"),
+        ({"kernel_size": 2}, "kernel_size"),
+        ({"embedding_stencil": (1, 2, 3)}, "embedding_stencil"),
         ({"dims": {"ozone": 16}}, "ozone"),
     ],
 )

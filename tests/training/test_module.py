@@ -104,7 +104,11 @@ CONFIG = {
     "warm_start": {"low_rank": {"rank": 0}},
     "data": {"first_guess": True},
 }
-RECORD = {"streams": [STREAM], "model": {"dim": 16, "stencil": (1, 1, 1)}, "config": CONFIG}
+RECORD = {
+    "streams": [STREAM],
+    "model": {"dim": 16, "embedding_stencil": (1, 1, 1)},
+    "config": CONFIG,
+}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ RECORD = {"streams": [STREAM], "model": {"dim": 16, "stencil": (1, 1, 1)}, "conf
         ({"stream": {"levels": [500, 300]}}, r"stream.air.levels=\[300, 500\], not \[500, 300\]"),
         ({"stream": {"name": "sea"}}, r"streams \['air'\], not \['sea'\]"),
         ({"model": {"dim": 32}}, r"model.dim=16, not 32.*warm_start.checkpoints=\[last.ckpt\]"),
-        ({"model": {"stencil": [1, 1, 1], "added": 3}}, None),
+        ({"model": {"embedding_stencil": [1, 1, 1], "added": 3}}, None),
         ({"optimizer": {"freeze": ["tail.*"]}}, r"optimizer.freeze=\[\], not \['tail.\*'\]"),
         ({"optimizer": {"learning_rate": 3.0}}, None),
     ],

@@ -15,12 +15,12 @@ from tests.synthetic import spec, window
 STREAMS = (spec("air", variables=("temperature",)), spec("wind", variables=("u",)))
 
 
-def gradients(kind: str, neighbourhood: int) -> tuple[dict[str, torch.Tensor], int]:
+def gradients(kind: str, kernel_size: int) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients of one step, and the bytes that it kept for the backward pass."""
     torch.manual_seed(0)
     model = Multiformer(
         streams=STREAMS, dim=16, num_layers=3, num_decoder_layers=1, num_heads=2, num_members=3,
-        neighbourhood=neighbourhood,
+        kernel_size=kernel_size,
     )  # fmt: skip
     recompute(model, kind)
     windows = tuple(window(s, seed=n) for n, s in enumerate(STREAMS))
@@ -40,12 +40,12 @@ def gradients(kind: str, neighbourhood: int) -> tuple[dict[str, torch.Tensor], i
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, kept
 
 
-@pytest.mark.parametrize("neighbourhood", [1, 3])
-def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(neighbourhood: int) -> None:
-    expected, everything = gradients("none", neighbourhood)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(kernel_size: int) -> None:
+    expected, everything = gradients("none", kernel_size)
     sizes = [everything]
     for kind in ("selective", "full"):
-        found, kept = gradients(kind, neighbourhood)
+        found, kept = gradients(kind, kernel_size)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         sizes.append(kept)

@@ -14,7 +14,7 @@ from tests.synthetic import spec, window
 AIR = spec("air", variables=("temperature",))
 WIND = spec("wind", variables=("u_component_of_wind",))
 SIZES = {"dim": 16, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2, "num_members": 3}
-SIZES |= {"stencil": (3, 1, 3), "details": True}
+SIZES |= {"embedding_stencil": (3, 1, 3), "gradient_features": True}
 
 
 def network(*streams: StreamSpec, seed: int = 0) -> Multiformer:

@@ -41,7 +41,7 @@ SETTINGS = [
     ("task=cross_variable task.variables=[ozone]", "ozone"),
     ("task=cross_variable task.variables=[]", "variables|stream"),
     ("task=cross_variable task.levels=[700] task.variables=[temperature]", "700"),
-    ("task=combined task.parts=[{name: forecast, lead_time: 6h}]", "parts"),
+    ("task=combined task.parts=[{_target_: forecast, lead_time: 6h}]", "parts"),
     ("task=combined task.parts=[]", "parts"),
     ("task=combined task.parts=[forecast,inpainting]", "parts"),
     ("task=counterfactual task.shift_time=long", "long|shift_time"),
@@ -101,7 +101,7 @@ def _files() -> list[Row]:
         Row("a task file without a name", "refused", own, ("name",),
             written("own.yaml", "lead_time: 6h\n")),
         Row("a task file with an unknown key", "refused", own, ("lead",),
-            written("own.yaml", "name: forecast\nlead: 6h\n")),
+            written("own.yaml", "_target_: forecast\nlead: 6h\n")),
         Row("a task file that is a list", "refused", own, ("own.yaml",),
             written("own.yaml", "- forecast\n")),
         Row("an empty task file", "refused", own, ("own.yaml",), written("own.yaml", "")),
@@ -122,7 +122,7 @@ def _files() -> list[Row]:
             written("places.csv", "latitude,longitude\n")),
         Row("evaluate a task without truth", "refused",
             tuple(evaluating(FIXTURES, "report", "tasks=[own.yaml]")), ("truth|refine",),
-            written("own.yaml", "name: temporal_interpolation\nhidden_time: 6h\nrefine: 2\n")),
+            written("own.yaml", "_target_: temporal_interpolation\nhidden_time: 6h\nrefine: 2\n")),
     ]  # fmt: skip
 
 

@@ -1,0 +1,39 @@
+"""Types of settings that carry their bounds: numbers, and durations as people write them.
+
+They annotate the classes that a configuration is validated against (`atmossl.schema`), wherever
+those classes are. Nothing is checked when such a class is made in code, without a configuration.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NotNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+_HOURS = {"s": 1 / 3600, "min": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+def signed_hours(text: str) -> float:
+    """Hours of a duration such as `12h`, `90min`, `2d` or `-30d`; ValueError if it is none."""
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is no duration; valid: a number and min, h or d, such as 12h")
+    return float(match[1]) * _HOURS[match[2]]
+
+
+def hours(text: str) -> float:
+    """Hours of a duration that is not negative; ValueError if it is none."""
+    value = signed_hours(text)
+    if value < 0:
+        raise ValueError(f"{text!r} is negative; valid: a duration such as 12h")
+    return value
+
+
+# Hours in code, a number and its unit in a configuration: `12h`
+Hours = Annotated[float, BeforeValidator(hours)]
+SignedHours = Annotated[float, BeforeValidator(signed_hours)]

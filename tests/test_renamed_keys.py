@@ -1,0 +1,70 @@
+"""Old names of configuration keys work for one release, with a line that has the new name."""
+
+import pytest
+
+from atmossl.api import find_task
+from atmossl.cli import compose_config, main
+from atmossl.masking.tasks import Forecast, TemporalInterpolation
+from atmossl.renamed_keys import renamed, renamed_override
+from atmossl.schema import TrainConfig, parse
+
+OLD = {
+    "model.stencil=[5,3,3]": "model.embedding_stencil=[5,3,3]",
+    "model.neighbourhood=5": "model.kernel_size=5",
+    "++model.details=false": "++model.gradient_features=false",
+    "objective.weighting=departure": "objective.weighting=residual",
+    "tasks.0.name=forecast": "tasks.0._target_=forecast",
+    "task.task.name=forecast": "task.task._target_=forecast",
+    "masking.samplers.2.hidden_hours=6": "masking.samplers.2.hidden_time=6h",
+}
+PRESENT = ("data.name=sample", "-m", "--force", "NAME", "stream.s.variables=[a=b]", "a..b=c", "~x")
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_the_command_line_takes_old_names_and_says_the_new_ones(old: str, caplog) -> None:
+    assert renamed_override(old) == OLD[old]
+    (line,) = caplog.messages
+    assert line.startswith(f"note: {old.lstrip('+').split('=')[0]}")
+    assert OLD[old].lstrip("+").split("=")[0] in line
+
+
+@pytest.mark.parametrize("word", PRESENT)
+def test_present_names_stay_without_a_word(word: str, caplog) -> None:
+    assert renamed_override(word) == word and not caplog.messages
+
+
+def test_a_file_with_old_names_is_the_same_configuration(caplog) -> None:
+    present = compose_config("train", [])
+    old = {**present, "model": dict(present["model"]), "masking": dict(present["masking"])}
+    for now, before in (
+        ("kernel_size", "neighbourhood"),
+        ("embedding_stencil", "stencil"),
+        ("gradient_features", "details"),
+    ):
+        old["model"][before] = old["model"].pop(now)
+    old["tasks"] = [
+        {("name" if key == "_target_" else key): value for key, value in task.items()}
+        for task in present["tasks"]
+    ]
+    old["masking"]["samplers"] = [
+        {"_target_": "atmossl.masking.tasks.TemporalInterpolation", "hidden_hours": 6}
+        if sampler["_target_"] == "temporal_interpolation"
+        else sampler
+        for sampler in present["masking"]["samplers"]
+    ]
+    assert renamed(old)[0] == present
+    assert parse(TrainConfig, old) == parse(TrainConfig, present)
+    assert len(caplog.messages) == 3 + len(present["tasks"]) + 1
+
+
+def test_a_task_is_the_same_object_in_a_file_and_in_a_mixture() -> None:
+    config = parse(TrainConfig, compose_config("train", []))
+    assert TemporalInterpolation(6.0) in config.masking.samplers
+    assert TemporalInterpolation(6.0) in config.tasks
+    assert find_task("forecast", {"lead_time": "90min"}) == Forecast(1.5, 12.0)
+
+
+def test_an_old_name_is_noted_in_one_line_of_a_command(capsys) -> None:
+    assert main(["config", "validate", "model.neighbourhood=5"]) == 0
+    assert main(["config", "validate", "model.neighbourhood=4"]) == 2
+    assert "model.kernel_size=4 must be odd" in capsys.readouterr().err
