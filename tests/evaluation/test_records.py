@@ -34,7 +34,7 @@ def table(
     values = compose_config("evaluate", ["output=_", "bootstrap=5", "regions=[]"])
     config: EvaluateConfig = parse(EvaluateConfig, values | {"tasks": tasks} | changes)
     known = Known(attrgetter("guess"), (-0.1, 0.1))
-    trained = predictor(config.tasks[0].sampler(), known).trained
+    trained = predictor(config.tasks[0], known).trained
     reports = score_tasks(config, trained, tests, [train], "cpu")
     return pd.concat([report.table for report in reports])
 

@@ -27,7 +27,7 @@ def test_a_specialist_is_the_checkpoint_s_run_with_one_mask(task, tmp_path: Path
     assert alone.trainer.max_steps == record["trainer"]["max_steps"]
     assert alone.model.dim == record["model"]["dim"]
     assert list(alone.stream) == list(record["stream"])
-    sampler = alone.tasks[0].sampler()
+    sampler = alone.tasks[0]
     assert type(alone.masking) is type(sampler)
     assert [*map(as_json, (alone.masking, tuned.masking))] == [as_json(sampler)] * 2
     assert tuned.trainer.max_steps == alone.trainer.max_steps // 10
