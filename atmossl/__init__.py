@@ -11,6 +11,7 @@ A prediction goes it tile by tile, in `inference/` (`Predictor` holds the steps 
     -> Normaliser.inverse -> TileBlender (blends) -> Calibration (spread) -> write
 """
 
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ ensure_home()
 # Before all other libraries: ecCodes, which xarray loads to open a NetCDF file wherever cfgrib is
 # installed, shows the whole process a PROJ of its own. A pyproj that comes after it is bound to
 # that one, finds no database and frees memory twice at exit; one that comes before keeps its own.
-import pyproj  # noqa: E402, F401
+with suppress(ModuleNotFoundError):  # comes with cartopy, for maps
+    import pyproj  # noqa: F401
 
 if TYPE_CHECKING:
     from atmossl.api import Model, load, open_data

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from atmossl.data.catalog import find_file
 from atmossl.data.limits import show_in_one_line
+from atmossl.extras import naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
 from atmossl.process_lifetime import (
@@ -416,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"atmossl: no command {command!r}; valid: {', '.join(_COMMANDS)}")
         return 2
     try:
-        with answering(command):
+        with answering(command), naming_extras():
             _COMMANDS[command](rest)
     except ValueError as error:
         text, code = str(error), 2

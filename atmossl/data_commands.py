@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from atmossl.build import limits_told, open_splits
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest, missing_shares, verify
@@ -20,7 +19,6 @@ from atmossl.data.inspect import (
     VariableReport,
     advice,
     inspect,
-    map_of,
     names_of,
     refusals,
     time_advice,
@@ -50,6 +48,8 @@ def show_statistics(values: Mapping[str, Any]) -> None:
 
 
 def _show_statistics(config: StatsConfig) -> None:
+    from atmossl.build import limits_told, open_splits  # needs Lightning, which ingest does not
+
     train, _ = open_splits(config)
     for data, segments in train.items():
         name = data or config.data.name
@@ -152,6 +152,8 @@ def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]
 
 
 def _show_inspection(name: str, config: InspectConfig) -> list[SegmentReport]:
+    from atmossl.data.field_map import map_of  # needs Cartopy, which ingest does not
+
     entry = catalog_entry(name, config.catalog)
     window = WindowSize(**config.window.model_dump())
     reports = inspect(entry, window, config.samples)

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup.sh
+bash scripts/setup.sh train,report
 atmossl=.venv/bin/atmossl
 tasks=(forecast temporal_interpolation downscaling)
 

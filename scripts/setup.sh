@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv and installs atmossl into it, editable; does nothing if that is already done.
 #
-#   bash scripts/setup.sh [EXTRAS]      EXTRAS: comma-separated extras of pyproject.toml, e.g. dev
+#   bash scripts/setup.sh               what training, prediction and reports need
+#   bash scripts/setup.sh [EXTRAS]      EXTRAS: comma-separated extras of pyproject.toml, e.g. dev;
+#                                       '' for prediction alone
 #   ATMOSSL_PYTHON=python3.12 bash scripts/setup.sh     the Python that makes .venv, by default python3
 #
 # The plain install of torch uses a GPU where there is one. Where pip knows an index with CPU builds
@@ -9,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras="${1:-}"
+usual=train,report
+extras="${1-$usual}"
 python="${ATMOSSL_PYTHON:-python3}"
 
 fail() {
@@ -37,8 +40,10 @@ stamp=".venv/.atmossl-installed${extras:+-$extras}"
 up_to_date() { # STAMP
     [[ -f $1 && $(<"$1") == "$wanted" ]]
 }
-if up_to_date "$stamp" || { [[ -z $extras ]] && up_to_date "$stamp-dev"; }; then
-    exit 0 # dev holds all that users need, too
+if up_to_date "$stamp"; then
+    exit 0
+elif [[ -z $extras || $extras == "$usual" ]] && up_to_date .venv/.atmossl-installed-dev; then
+    exit 0 # dev holds what users usually need, too
 fi
 
 echo "setup: installing atmossl${extras:+[$extras]} (a few minutes the first time)"

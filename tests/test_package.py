@@ -1,14 +1,19 @@
 """What an installed package brings: its names, its own files, and what it imports when."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from atmossl import cli
 from atmossl.data.catalog import find_file
+from atmossl.extras import EXTRAS, missing_extra
 
 HEAVY = ("torch", "lightning", "xarray", "dask", "pandas", "scipy", "matplotlib", "cartopy", "zarr")
 CODE = f"""
@@ -55,3 +60,56 @@ def test_the_package_finds_its_own_files_before_those_beside_it(
     assert find_file("conf") == package / "conf"
     (package / "conf").rmdir()
     assert find_file("conf") == package.parent / "conf"  # of a checkout
+
+
+def requirements() -> dict[str, set[str]]:
+    """Extra -> import names of what it requires; the core's are those of the empty name."""
+    path = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    project = tomllib.loads(path.read_text())["project"]
+    listed = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {
+        extra: {re.split(r"[\[<>=]", entry)[0].lower().replace("-", "_") for entry in entries}
+        for extra, entries in listed.items()
+    }
+
+
+def test_every_package_of_an_extra_is_required_there_and_not_in_the_core() -> None:
+    required = requirements()
+    through_others = {"aiohttp": "fsspec"}  # of fsspec[http]
+    for package, extra in EXTRAS.items():
+        assert through_others.get(package, package) in required[extra], (package, extra)
+        assert package not in required[""], package
+
+
+@pytest.mark.parametrize("package", sorted(EXTRAS))
+def test_a_missing_package_is_named_in_one_line_with_its_extra(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # so that its import fails
+    monkeypatch.setitem(cli._COMMANDS, "train", lambda _: importlib.import_module(package))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        f"atmossl train: needs the package {package}, which is not installed; "
+        f"pip install 'atmossl[{EXTRAS[package]}]'\n"
+    )
+
+
+def test_inspection_tells_that_maps_need_an_extra_before_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "cartopy.crs", None)
+    monkeypatch.delitem(sys.modules, "atmossl.data.field_map", raising=False)
+    assert cli.main(["data", "inspect", "sample", f"output={tmp_path / 'maps'}"]) == 2
+    captured = capsys.readouterr()
+    assert "pip install 'atmossl[report]'" in captured.err
+    assert captured.out == ""
+
+
+def test_a_missing_package_behind_another_error_is_found() -> None:
+    told_in_words = ImportError("Install s3fs to access S3")
+    error = ValueError("no store")
+    error.__cause__ = told_in_words
+    assert missing_extra(error) == (
+        "needs the package s3fs, which is not installed; pip install 'atmossl[cloud]'"
+    )
+    assert missing_extra(ImportError("no module of ours", name="atmossl.nothing")) is None

@@ -21,6 +21,7 @@ from atmossl.data.catalog import SegmentEntry, resolve_location
 from atmossl.data.chunks import Access, ChunkedArray
 from atmossl.data.file_kinds import NETCDF, ZARR_METADATA, ZIP, data_files, is_zarr, kind_of
 from atmossl.data.metadata import FileStatements
+from atmossl.extras import missing_extra
 
 _DEFAULT_ACCESS = Access()
 _LOGGER = logging.getLogger(__name__)
@@ -61,10 +62,8 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
         retries = access.retries_of(location)
         return retries.call(lambda: _OPENERS[kind](location, entry.storage_options))
     except ImportError as error:
-        raise ValueError(
-            f"store {location} of format {kind} needs a package that is not installed ({error}); "
-            "see the extras of atmossl: cloud, stores"
-        ) from error
+        text = missing_extra(error) or f"needs a package that is not installed ({error})"
+        raise ValueError(f"store {location} of format {kind} {text}") from error
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -6,12 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import cartopy.crs as ccrs
 import numpy as np
 import xarray as xr
 import zarr
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from zarr.storage import LocalStore
 
 from atmossl.data.axes import read_times, regular_times, unlike_gaps, usual_step, why_uneven
@@ -23,7 +20,6 @@ from atmossl.data.metadata import check_statements, is_mean
 from atmossl.data.store import check_dims, open_entry, rename_coordinates
 from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
-from atmossl.geometry import ascending_longitudes
 
 _SMALL_CHUNK_BYTES = 256 * 2**10
 _MUCH = 2.0  # times what a window needs
@@ -301,36 +297,6 @@ def refusals(variable: VariableReport, location: str) -> list[str]:
         except ValueError as error:
             found.append(f"training refuses {error}")
     return found
-
-
-def map_of(variable: VariableReport) -> Figure:
-    """A map of the first sampled field, longitudes from west to east."""
-    order, longitude = ascending_longitudes(variable.picture["longitude"].values)
-    field = variable.picture.isel(longitude=order)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    middle = (longitude[0] + longitude[-1]) / 2  # no cell crosses the edge of the map
-    axes: Any = figure.add_subplot(projection=ccrs.PlateCarree(central_longitude=middle))
-    shown = axes.pcolormesh(
-        longitude,
-        field["latitude"].values,
-        field.values,
-        transform=ccrs.PlateCarree(),
-        shading="nearest",
-    )
-    lines = axes.gridlines(draw_labels=True, linewidth=0.3, color="0.5")
-    lines.top_labels = lines.right_labels = False
-    level = f", {field['level'].item():g} hPa" if "level" in field.coords else ""
-    when = f", {_date(field['time'].values)}" if "time" in field.coords else ""
-    axes.set_title(f"{variable.name}{level}{when}", fontsize=10, parse_math=False)
-    units = field.attrs.get("units", "")
-    figure.colorbar(shown, ax=axes, shrink=0.8, label=units)
-    return figure
-
-
-def _date(time: np.ndarray) -> str:
-    calendar = Calendar.of(time)
-    return "" if calendar is None else calendar.show(calendar.encode(time.reshape(1))[0])
 
 
 def names_of(reports: Sequence[SegmentReport]) -> list[str]:

@@ -34,7 +34,8 @@ def eccodes_module() -> ModuleType:
         import eccodes
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"output: .grib2 needs ecCodes ({error}); install atmossl[grib], or write .zarr or .nc"
+            f"output: .grib2 needs ecCodes ({error}); pip install 'atmossl[grib]', "
+            "or write .zarr or .nc"
         ) from error
     return eccodes
 

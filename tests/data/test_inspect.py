@@ -6,7 +6,8 @@ import xarray as xr
 
 from atmossl.cli import main
 from atmossl.data.catalog import load_catalog
-from atmossl.data.inspect import advice, inspect, map_of, refusals, time_axis
+from atmossl.data.field_map import map_of
+from atmossl.data.inspect import advice, inspect, refusals, time_axis
 from atmossl.data.windows import WindowSize
 from tests.synthetic import catalog, dataset
 
