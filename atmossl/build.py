@@ -1,18 +1,14 @@
 """From a validated configuration to the objects that train: the wiring between the rooms."""
 
 import logging
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -32,12 +28,15 @@ from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.schema import TrainConfig
+from atmossl.schema.training import TrainerConfig
 from atmossl.training.callbacks import CurvesAtEnd, LearningRate, LogMetrics, StopOnNonFinite
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
+from atmossl.training.loggers import make_loggers
 from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
 from atmossl.training.pictures import Pictures
 from atmossl.training.preemption import SaveOnSignal
+from atmossl.training.progress import RunProgress
 from atmossl.training.recompute import recompute
 from atmossl.training.strategies import choose_strategy
 from atmossl.training.throughput import Throughput, TraceSteps
@@ -249,13 +248,16 @@ def warm_started(config: TrainConfig, model: Network) -> dict[str, Any]:
     return warm_start(model, config.specs, sources).summary()
 
 
-def build_trainer(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) -> L.Trainer:
+def build_trainer(
+    config: TrainConfig, normaliser: Normaliser, monitor: Monitor, *, logs: bool = True
+) -> L.Trainer:
     """The Lightning trainer with callbacks and loggers; epochs are unknown to it.
 
-    monitor: what chooses the best checkpoint.
+    monitor: what chooses the best checkpoint. logs: False for a run that has no step left, so that
+    the logs that are there stay.
     """
     settings, folder = config.trainer, config.paths.output
-    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    loggers = make_loggers(folder, **config.logger.model_dump(exclude={"csv"})) if logs else []
     strategy = choose_strategy(
         settings.strategy,
         precision=settings.precision,
@@ -281,13 +283,14 @@ def build_trainer(config: TrainConfig, normaliser: Normaliser, monitor: Monitor)
         val_check_interval=settings.validation_interval * settings.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=settings.log_interval,
+        log_every_n_steps=log_interval(settings),
         use_distributed_sampler=False,
-        logger=[csv, *_loggers(config)],
-        callbacks=_callbacks(config, normaliser, monitor, Path(csv.log_dir) / "metrics.csv"),
+        logger=loggers,
+        callbacks=_callbacks(config, normaliser, monitor),
         default_root_dir=folder,
         enable_checkpointing=False,  # KeepCheckpoints does it
         enable_model_summary=False,
+        enable_progress_bar=False,  # RunProgress does it
     )
 
 
@@ -298,11 +301,14 @@ def has_idle_parameters(config: TrainConfig) -> bool:
     return not reconstructs or any(spec.role == "input" for spec in config.specs)
 
 
-def _callbacks(
-    config: TrainConfig, normaliser: Normaliser, monitor: Monitor, metrics: Path
-) -> list[L.Callback]:
+def log_interval(settings: TrainerConfig) -> int:
+    """Optimiser steps from log to log; a run that is shorter logs its last step."""
+    return min(settings.log_interval, settings.max_steps)
+
+
+def _callbacks(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) -> list[L.Callback]:
     settings, folder = config.trainer, config.paths.output
-    log_batches = settings.log_interval * settings.accumulate
+    log_batches = log_interval(settings) * settings.accumulate
     watch = StopOnNonFinite(settings.nonfinite_limit, folder)
     keep = KeepCheckpoints(
         folder / "checkpoints",
@@ -325,27 +331,6 @@ def _callbacks(
         *optional,
         keep,
         SaveOnSignal(keep),
-        CurvesAtEnd(metrics, folder / "curves"),
-        RichProgressBar(refresh_rate=settings.log_interval),
+        CurvesAtEnd(folder / "metrics.csv", folder / "curves"),
+        RunProgress(every=log_batches),
     ]
-
-
-def _loggers(config: TrainConfig) -> list[Logger]:
-    folder = config.paths.output
-    loggers: list[Logger] = []
-    if config.logger.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
-    if config.logger.wandb:
-        loggers.append(
-            WandbLogger(
-                project=config.logger.wandb_project, save_dir=folder, offline=_wandb_is_offline()
-            )
-        )
-    return loggers
-
-
-def _wandb_is_offline() -> bool:
-    """True unless a key for wandb is at hand."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"] != "online"
-    return "WANDB_API_KEY" not in os.environ

@@ -15,6 +15,7 @@ _KEYS = {  # whole key: its last part now
     "model.neighbourhood": "kernel_size",
     "model.stencil": "embedding_stencil",
     "model.details": "gradient_features",
+    "logger.wandb_project": "project",
 }
 _VALUES = {("objective.weighting", "departure"): "residual"}
 # durations were numbers inside masks, and texts with a unit in tasks

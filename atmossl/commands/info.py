@@ -1,5 +1,7 @@
 """`atmossl info` of a checkpoint."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,7 @@ def show_checkpoint(checkpoint: str) -> None:
         "normalised by" if imported else "trained on": (
             f"{record['data']}: {record['statistics']['period']}"
         ),
+        **_objective(record),
         "digest": trained.digest,
         **({"hub": record["hub"]} if "hub" in record else {}),
         **{f"model.{key}": str(value) for key, value in record["model"].items()},
@@ -33,3 +36,12 @@ def show_checkpoint(checkpoint: str) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     Console(markup=False).print(table)
+
+
+def _objective(record: dict[str, Any]) -> dict[str, str]:
+    """What the model learned to do, and what it can be asked for."""
+    objective = record.get("objective")
+    if objective is None:  # an imported network
+        return {}
+    provides = f" (can {', '.join(objective['provides'])})" if objective["provides"] else ""
+    return {"objective": objective["kind"].rpartition(".")[2] + provides}

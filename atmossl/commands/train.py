@@ -16,16 +16,20 @@ from rich.console import Console
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import link_atomically, write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
-from atmossl.data.statistics import Normaliser
+from atmossl.commands.run_description import banner, described
+from atmossl.data.datamodule import WindowDataModule
 from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
 from atmossl.locks import owned
 from atmossl.model.linear import half_is_fast
 from atmossl.process_lifetime import is_first_rank
+from atmossl.progress import console_of_output
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema import TrainConfig, parse
 from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
+from atmossl.training.loggers import check_loggers, describe_run
+from atmossl.training.module import TrainingModule
 from atmossl.training.resume import (
     Start,
     check_same_run,
@@ -55,6 +59,7 @@ def train(values: Mapping[str, Any]) -> Trained:
     values = with_present_names(plain(values))
     config: TrainConfig = parse(TrainConfig, values)
     _check_precision(config)
+    check_loggers(config.logger.model_dump())
     first = is_first_rank(os.environ)
     own = owned(config.paths.output, "paths.output", inside=True) if first else nullcontext()
     with own, keeping("no step was taken; checkpoints of an earlier run stay as they were"):
@@ -85,27 +90,46 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         seen=datamodule.seen,
         resumed=start is not None,
     )
-    keep_metrics(output)
-    monitor = module.objective.monitor
-    trainer = build_trainer(config, Normaliser(statistics), monitor)
-    tell_warm_start(trainer, module.record["warm_start"], output)
-    if trainer.is_global_zero:
-        write_yaml(values, output / "config.yaml")
+    trainer = _trainer(config, values, module, datamodule, start)
     path = None if start is None else start.path
-    is_own_step = path is not None and path.parent == checkpoints and path.name[:5] == "step-"
-    if path is not None and is_own_step and trainer.is_global_zero:
-        # a run that was killed before it renewed the link may have nothing left to train
-        link_atomically(checkpoints / "last.ckpt", path.name)
     trainer.fit(module, datamodule, ckpt_path=path, weights_only=True)
     last, curves = checkpoints / "last.ckpt", output / "curves"
     if trainer.is_global_zero:
-        Console(markup=False).print(
-            f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else ""),
-            highlight=False,
-        )
+        text = f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else "")
+        console_of_output().print(text)
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
-    return Trained(last, None if keep.best is None else monitor.cost(keep.best))
+    cost = module.objective.monitor.cost
+    return Trained(last, None if keep.best is None else cost(keep.best))
+
+
+def _trainer(
+    config: TrainConfig,
+    values: dict[str, Any],
+    module: TrainingModule,
+    datamodule: WindowDataModule,
+    start: Start | None,
+) -> Trainer:
+    """The trainer of a run whose folder is ready, once user and loggers are told what it is."""
+    output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
+    first_step = 0 if start is None else start.record["step"]
+    steps_left = first_step < config.trainer.max_steps
+    if steps_left:
+        keep_metrics(output)
+    normaliser, monitor = datamodule.train_set.normaliser, module.objective.monitor
+    trainer = build_trainer(config, normaliser, monitor, logs=steps_left)
+    tell_warm_start(trainer, module.record["warm_start"], output)
+    if not trainer.is_global_zero:
+        return trainer
+    write_yaml(values, output / "config.yaml")
+    if start is not None and start.path.parent == checkpoints and start.path.name[:5] == "step-":
+        # a run that was killed before it renewed the link may have nothing left to train
+        link_atomically(checkpoints / "last.ckpt", start.path.name)
+    if steps_left:
+        console_of_output().print(banner(config, module, datamodule, trainer, first_step))
+        description = described(values, module, module.record["statistics"])
+        describe_run(trainer.loggers, description)
+    return trainer
 
 
 def write_yaml(values: Mapping[str, Any], path: Path) -> None:

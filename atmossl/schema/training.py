@@ -68,11 +68,19 @@ class WarmStartConfig(Strict):
 
 
 class LoggerConfig(Strict):
-    """Where metrics go beside `metrics.csv`, `logger`."""
+    """Where metrics go, `logger`; see `atmossl.training.loggers.make_loggers`. `metrics.csv` is
+    always written."""
 
+    csv: Literal[True]
     tensorboard: bool
     wandb: bool
-    wandb_project: str
+    mlflow: bool
+    project: str = Field(min_length=1)
+    name: str | None
+    group: str | None
+    tags: tuple[str, ...]
+    entity: str | None
+    mlflow_uri: str | None
 
 
 def trainer_faults(trainer: TrainerConfig) -> list[str]:

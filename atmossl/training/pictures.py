@@ -8,7 +8,6 @@ import lightning as L
 import numpy as np
 import torch
 from einops import rearrange
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -19,6 +18,7 @@ from atmossl.data.statistics import Normaliser
 from atmossl.names import file_name
 from atmossl.objectives.masked import predicted_streams
 from atmossl.tokens import detokenise
+from atmossl.training.loggers import log_picture
 
 _MAX_ROWS = 6
 _PANELS = ("source", "prediction", "truth", "error", "spread")
@@ -141,7 +141,4 @@ class Pictures(L.Callback):
         path = self.folder / file_name(task) / f"step-{step}.png"
         write_atomically(path, lambda partial: figure.savefig(partial, dpi=80, format="png"))
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(f"reconstruction/{task}", figure, step)
-            elif isinstance(logger, WandbLogger):
-                logger.log_image(f"reconstruction/{task}", [str(path)], step=step)
+            log_picture(logger, f"reconstruction/{task}", figure, path, step)

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import atmossl
 from atmossl.batch import View, collate_views
 from atmossl.cli import main
+from atmossl.commands.run_description import git_commit
 from atmossl.commands.train import tell_warm_start
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.masking.base import make_view
@@ -47,13 +48,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store = dataset(num_lat=num_lat, num_lon=2 * num_lat, steps=16)
         catalog(folder / name, train=store, validation=store, test=store)
     assert train(folder, "t", T) == 0
-    told = ("logger.tensorboard=true", "logger.wandb=true", "trainer.pictures=true",
-            "trainer.profiler=torch", "trainer.profile_steps=[0,2]")  # fmt: skip
-    assert train(folder, "u", U, *told) == 0
+    told = ("logger=[csv,tensorboard,wandb]", "logger.tags=[blue]", "logger.group=colours",
+            "trainer.pictures=true", "trainer.profiler=torch",
+            "trainer.profile_steps=[0,2]")  # fmt: skip
+    assert train(folder, "u", U, *told, OUTPUT=str(folder / "said")) == 0
     return folder
 
 
-def train(folder: Path, name: str, *more: str, grid: str = "coarse") -> int:
+def train(folder: Path, name: str, *more: str, grid: str = "coarse", **environment: str) -> int:
     """A tiny run of two steps and a validation."""
     arguments = [
         "train", "experiment=quickstart", "model=tiny", "optimizer=adamw", "~stream.atmosphere",
@@ -63,7 +65,7 @@ def train(folder: Path, name: str, *more: str, grid: str = "coarse") -> int:
         "trainer.log_interval=1", "trainer.accelerator=cpu", "trainer.pictures=false",
         f"paths.output={folder / name}", *more,
     ]  # fmt: skip
-    return run(arguments, cache=folder / "cache", WANDB_MODE="offline")
+    return run(arguments, cache=folder / "cache", WANDB_MODE="offline", **environment)
 
 
 def from_runs(folder: Path, *names: str) -> str:
@@ -213,3 +215,55 @@ def test_a_run_shows_its_reconstructions_and_traces_its_steps(folder: Path) -> N
     trace = json.loads((told / "profile" / "trace-rank0.json").read_text())
     assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
     assert "Self CPU" in (told / "profile" / "costs-rank0.txt").read_text()
+
+
+def test_a_run_without_a_terminal_says_what_it_is_and_then_a_line_a_log(folder: Path) -> None:
+    said = (folder / "said").read_text()
+    loaded = load(folder, "u")
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    tokens = 5 * 4 * 8  # of 2 x 2 cells in a window of 5 steps of 8 x 16, both levels in each
+    for part in (
+        f"{count:,} parameters, objective MaskedModelling",
+        f"{tokens} tokens of u in a sample, 2 samples in a step",
+        "waves, training 2001-01-01T00 to 2001-01-04T18 (16 times every 6 h)",
+        f"output   {folder / 'u'}\nloggers  csv, tensorboard, wandb\n",
+        "1 x cpu, precision 32-true",
+    ):
+        assert part in said
+    lines = [line for line in said.splitlines() if line.startswith("step")]
+    logged = read_metrics(folder / "u" / "metrics.csv")
+    losses = logged["train/loss"].dropna()
+    starts = [f"step {n}/2, loss {loss:.4g}, " for n, loss in enumerate(losses, 1)]
+    ratio = logged["rmse_ratio/forecast"].dropna().iloc[-1]
+    starts.append(f"step 2/2, validation: rmse_ratio forecast {ratio:.4g}, ")
+    assert lines[0].startswith("steps    2; a log every 1, a validation every 2")
+    assert all(a.startswith(b) for a, b in zip(lines[1:], starts, strict=True))
+    assert "samples/s" in lines[1] and "Epoch" not in said and "━" not in said
+
+
+def test_every_logger_has_configuration_parameters_commit_and_fingerprint(folder: Path) -> None:
+    record = load(folder, "u").record
+    told = yaml.safe_load((folder / "u" / "hparams.yaml").read_text())
+    assert told["data"]["name"] == "waves" and told["logger"]["tags"] == ["blue"]
+    facts, count = told["run"], sum(p.numel() for p in load(folder, "u").model.parameters())
+    assert facts["parameters"] == facts["parameters_trained"] == count
+    assert facts["dataset_fingerprint"] == {"waves": record["statistics"]["fingerprint"]}
+    assert facts["git_commit"] == git_commit()
+    (log,) = (folder / "u" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in ("parameters", "git_commit", "dataset_fingerprint"):
+        assert json.dumps({name: facts[name]}, separators=(",", ":"))[1:-1].encode() in content
+    assert b"blue" in content and b"colours" in content
+    (events,) = (folder / "u" / "tensorboard").glob("events.*")
+    found = EventAccumulator(str(events), {"tensors": 0}).Reload()
+    (text,) = found.Tensors("configuration/text_summary")
+    shown = text.tensor_proto.string_val[0].decode().removeprefix("```yaml").removesuffix("```")
+    assert yaml.safe_load(shown) == told
+
+
+def test_a_resume_with_nothing_left_keeps_the_log_where_it_is(folder: Path) -> None:
+    metrics = folder / "u" / "metrics.csv"
+    before, curves = metrics.read_bytes(), folder / "u" / "curves" / "loss.png"
+    assert train(folder, "u", U, "resume=auto") == 0
+    assert metrics.read_bytes() == before and curves.exists()
+    assert list(metrics.parent.glob("metrics-*.csv")) == []

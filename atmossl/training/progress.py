@@ -1,0 +1,117 @@
+"""How far a run is: one bar on a terminal, one plain line for each log elsewhere."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from atmossl.progress import Pace, console_of_output, duration_text
+
+
+class RunProgress(L.Callback):
+    """Tells step, loss, learning rate, samples per second and the time that is left.
+
+    The first rank tells them at every log, and the result of every validation in a line of its own.
+    The time that is left counts validations and checkpoints, but not the start of the run.
+
+    every: batches from log to log.
+    """
+
+    def __init__(self, *, every: int, console: Console | None = None) -> None:
+        self.every = every
+        self.console = console or console_of_output()
+        self._pace = Pace()
+        self._first_step = 0
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        self._first_step = trainer.global_step
+        if trainer.is_global_zero and self.console.is_terminal:
+            self._bar = _new_bar(self.console)
+            total, completed = trainer.max_steps, trainer.global_step
+            self._bar.add_task("", total=total, completed=completed, told="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
+    ) -> None:
+        del pl_module, outputs, batch
+        if not trainer.is_global_zero or (idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step == self._first_step + 1:
+            self._pace.start(step)  # what a start costs does not come again
+        if (idx + 1) % self.every == 0:
+            self._tell_log(trainer, step)
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def _tell_log(self, trainer: L.Trainer, step: int) -> None:
+        parts = log_parts(trainer.callback_metrics)
+        left = self._pace.seconds_left(step, trainer.max_steps)
+        if left is not None and step < trainer.max_steps:
+            parts["left"] = f"{duration_text(left)} left"
+        if self._bar is None:
+            self.console.print(", ".join([f"step {step}/{trainer.max_steps}", *parts.values()]))
+            return
+        parts.pop("learning rate", None)  # the line is short
+        self._bar.update(self._bar.task_ids[0], completed=step, told="  ".join(parts.values()))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        if not trainer.is_global_zero:
+            return
+        values = validation_text(trainer.progress_bar_metrics)
+        if values:
+            console = self.console if self._bar is None else self._bar.console
+            console.print(f"step {trainer.global_step}/{trainer.max_steps}, validation: {values}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del trainer, pl_module
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        del trainer, pl_module, exception
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _new_bar(console: Console) -> Progress:
+    """One line, whatever the width: the bar takes what the words leave."""
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[told]}", justify="right"),
+    )
+    return Progress(*columns, console=console, expand=True)
+
+
+def log_parts(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The words of a log about training, by what they are about."""
+    kinds = {
+        "loss": ("train/loss", "loss {:.4g}"),
+        "learning rate": ("learning_rate", "learning rate {:.2e}"),
+        "speed": ("samples_per_s", "{:.3g} samples/s"),
+    }
+    return {
+        name: text.format(float(metrics[key]))
+        for name, (key, text) in kinds.items()
+        if key in metrics
+    }
+
+
+def validation_text(metrics: Mapping[str, Any]) -> str:
+    """What a validation found, from values `KIND/NAME` by kind: `rmse_ratio forecast 0.97, ...`."""
+    kinds: dict[str, list[str]] = {}
+    for key, value in metrics.items():
+        kind, _, name = key.partition("/")
+        if name and kind != "train":
+            kinds.setdefault(kind, []).append(f"{name} {float(value):.4g}")
+    return "; ".join(f"{kind} {', '.join(values)}" for kind, values in kinds.items())
