@@ -13,6 +13,7 @@ EXTRAS = {
     "lightning": "train",
     "tensorboard": "train",
     "wandb": "train",
+    "mlflow": "mlflow",
     "cartopy": "report",
     "ducc0": "report",
     "jinja2": "report",

@@ -18,15 +18,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+from atmossl.extras import EXTRAS
+
+_OPTIONAL = ("tensorboard", "wandb", "mlflow")  # keys, and packages, of those beside metrics.csv
 
 
 def check_loggers(chosen: Mapping[str, Any]) -> None:
     """Raise ValueError if a logger is wanted whose package is not installed."""
-    for name, package in _PACKAGES.items():
-        if chosen[name] and find_spec(package) is None:
+    for name in _OPTIONAL:
+        if chosen[name] and find_spec(name) is None:
             raise ValueError(
-                f'logger.{name}=true needs the package {package}: pip install "atmossl[{name}]"'
+                f"logger.{name}=true needs the package {name}, which is not installed; "
+                f"pip install 'atmossl[{EXTRAS[name]}]'"
             )
 
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from atmossl.cli import compose_config
+from atmossl.renamed_keys import renamed_override
 from atmossl.schema import TrainConfig, parse
 from atmossl.training import loggers
 from atmossl.training.loggers import check_loggers, describe_run, log_picture, make_loggers
@@ -30,13 +31,13 @@ def test_loggers_do_not_switch_each_other_off(override: str, names: set[str]) ->
 
 
 def test_the_former_name_of_the_project_still_counts() -> None:
-    assert chosen("logger.wandb_project=old")["project"] == "old"
+    assert chosen(renamed_override("logger.wandb_project=old"))["project"] == "old"
 
 
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(monkeypatch) -> None:
     monkeypatch.setattr(loggers, "find_spec", lambda _: None)
     wanted = {"tensorboard": False, "wandb": False, "mlflow": True}
-    with pytest.raises(ValueError, match=r'logger.mlflow=true needs .*"atmossl\[mlflow\]"'):
+    with pytest.raises(ValueError, match=r"logger.mlflow=true needs .*'atmossl\[mlflow\]'"):
         check_loggers(wanted)
     check_loggers(wanted | {"mlflow": False})
 
