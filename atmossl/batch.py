@@ -357,10 +357,12 @@ class View(Movable):
 
     start_hours: first time of the window in hours since 1970-01-01T00, as the record has it; None
         unless the sample has views of several times.
+    noise_seed: what the noise of noise-conditioned members is drawn from.
     """
 
     streams: tuple[StreamTokens, ...]
     start_hours: Float[Tensor, "*batch"] | None = None
+    noise_seed: Int[Tensor, "*batch"] | None = None
 
     def names(self) -> tuple[str, ...]:
         return tuple(stream.spec.name for stream in self.streams)

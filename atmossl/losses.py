@@ -1,14 +1,20 @@
-"""Losses of an ensemble against the truth, elementwise, and their weighted mean.
+"""Losses of an ensemble against the truth, and their weighted mean.
 
-Every loss maps an ensemble of members [..., member, value] and a target [..., value] to
-[..., value].
+Losses of single values (`LOSSES`) map an ensemble of members [..., member, value] and a target
+[..., value] to [..., value]. They are right as soon as every single value is well distributed,
+whatever its neighbours do. Losses of fields (`FIELD_LOSSES`) look at many values at once: means
+over areas, differences of neighbours, waves, whole patches. They need members that are fields, as
+`model.ensemble=noise` gives them.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -141,7 +147,179 @@ def crps(ensemble: Ensemble, target: Values) -> Values:
     return ensemble.distance(target) - ensemble.gap / ensemble.count**2
 
 
-LossName = Literal["ensemble_mse", "mean_mse", "statistical", "gaussian_nll", "fair_crps", "crps"]
+def almost_fair_crps(ensemble: Ensemble, target: Values) -> Values:
+    """95 % fair and 5 % usual CRPS (Lang et al. 2024, arXiv 2412.15832, eq. 4, alpha = 0.95). With
+    few members the fair one alone is blind to all members but two where one of them is the truth.
+    """
+    return 0.95 * fair_crps(ensemble, target) + 0.05 * crps(ensemble, target)
+
+
+Window = Float[Tensor, "batch level time lat lon"]
+WindowMembers = Float[Tensor, "batch member level time lat lon"]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Ensemble and truth of one stream's window, variables and levels along one axis. Members are
+    the truth wherever nothing is hidden.
+
+    weight: what every cell counts: its relative area where a value is hidden and was observed, else
+        0. area: the relative areas of all cells that were observed.
+    periodic: the window closes the circle of longitude.
+    """
+
+    members: WindowMembers
+    target: Window
+    weight: Window
+    area: Window
+    periodic: bool
+
+
+FieldLoss = Callable[[Fields], tuple[Tensor, Tensor]]  # values and what each counts, same shape
+
+
+def area_crps(fields: Fields, size: int) -> tuple[Tensor, Tensor]:
+    """Almost fair CRPS of means over `size` x `size` cells. An area counts by what it hides; areas
+    that do not fit whole are left out."""
+    area = _pooled(fields.area, size)
+    smallest = torch.finfo(area.dtype).tiny
+
+    def mean(values: Tensor, areas: Tensor, total: Tensor) -> Tensor:
+        return _pooled(values * areas, size) / total.clamp_min(smallest)
+
+    members = mean(fields.members, fields.area[:, None], area[:, None])
+    values = _each(members, mean(fields.target, fields.area, area))
+    return values, _pooled(fields.weight, size)
+
+
+def difference_crps(fields: Fields) -> tuple[Tensor, Tensor]:
+    """Almost fair CRPS of the differences between neighbours along longitude and along latitude.
+    A difference counts by the mean of its two cells, if both were observed."""
+    pairs = [_apart(fields, axis) for axis in ("lon", "lat")]
+    values = [_each(members, target).flatten() for members, target, _ in pairs]
+    return torch.cat(values), torch.cat([weight.flatten() for *_, weight in pairs])
+
+
+def spectral_crps(fields: Fields) -> tuple[Tensor, Tensor]:
+    """Almost fair CRPS of the real and imaginary parts of every zonal wave along every row, which
+    a window that closes the circle has; rows count by what they hide. The transform keeps sums of
+    squares, so that the value of a wave has the unit of a cell's."""
+    members, target = (
+        torch.view_as_real(torch.fft.rfft(field.float(), dim=-1, norm="ortho")).flatten(-2)
+        for field in (fields.members, fields.target)
+    )
+    values = _each(members, target)
+    return values, fields.weight.sum(dim=-1, keepdim=True).expand_as(values) / values.shape[-1]
+
+
+def variogram(fields: Fields) -> tuple[Tensor, Tensor]:
+    """Variogram score of order 1/2 (Scheuerer and Hamill 2015, doi 10.1175/MWR-D-14-00269.1, eq. 8)
+    of neighbours along longitude and latitude:
+
+        (mean_i |x_i(a) - x_i(b)|^(1/2) - |y(a) - y(b)|^(1/2))^2
+    """
+    values, weights = [], []
+    for axis in ("lon", "lat"):
+        members, target, weight = _apart(fields, axis)
+        # bounded from below, where the root has no derivative
+        roots = (members.abs() + _SMALLEST_STD).sqrt().mean(dim=1)
+        values.append((roots - (target.abs() + _SMALLEST_STD).sqrt()).square().flatten())
+        weights.append(weight.flatten())
+    return torch.cat(values), torch.cat(weights)
+
+
+def energy(fields: Fields) -> tuple[Tensor, Tensor]:
+    """Fair energy score (Gneiting and Raftery 2007, eq. 22) of every column: all variables and
+    levels of 4 x 4 cells as one vector,
+
+        mean_i |x_i - y| - sum_{i<j} |x_i - x_j| / (m (m - 1)),
+
+    over the root of the number of its values; cells that are shown add nothing. Of columns that do
+    not fit whole nothing counts."""
+
+    def columns(values: Tensor) -> Tensor:
+        values = _whole(values * fields.area.sqrt().to(values).unsqueeze(1), _PATCH)
+        return rearrange(
+            values,
+            "batch member level time (nlat lat) (nlon lon) "
+            "-> batch member time nlat nlon (level lat lon)",
+            lat=_PATCH,
+            lon=_PATCH,
+        )
+
+    members, target = columns(fields.members), columns(fields.target[:, None])
+    count = members.shape[1]
+    if count < 2:
+        raise ValueError("the energy score needs at least 2 members: set model.num_members")
+    distance = _norm(members - target).mean(dim=1)
+    first, second = torch.triu_indices(count, count, offset=1, device=members.device)
+    spread = _norm(members[:, first] - members[:, second]).sum(dim=1)
+    values = (distance - spread / (count * (count - 1))) / math.sqrt(members.shape[-1])
+    return values, _pooled(fields.weight, _PATCH).sum(dim=1)
+
+
+_PATCH = 4  # cells along latitude and longitude of one vector of the energy score
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Length of vectors, with a derivative at 0."""
+    return (values.square().sum(dim=-1) + _SMALLEST_STD**2).sqrt() - _SMALLEST_STD
+
+
+def _each(members: WindowMembers, target: Window) -> Window:
+    """Almost fair CRPS of every value."""
+    flat = rearrange(members, "batch member ... -> batch member (...)")
+    return almost_fair_crps(Ensemble(flat), target.flatten(1)).view_as(target)
+
+
+def _whole(values: Tensor, size: int) -> Tensor:
+    """Without the last rows and columns that fill no area of `size` x `size` cells."""
+    num_lat, num_lon = (count // size * size for count in values.shape[-2:])
+    return values[..., :num_lat, :num_lon]
+
+
+def _pooled(values: Tensor, size: int) -> Tensor:
+    """Sums over areas of `size` x `size` cells."""
+    return reduce(
+        _whole(values, size),
+        "... (nlat lat) (nlon lon) -> ... nlat nlon", "sum", lat=size, lon=size,
+    )  # fmt: skip
+
+
+def _apart(fields: Fields, axis: Literal["lat", "lon"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Differences of neighbours: of members, of the truth, and what each counts."""
+    dim = -1 if axis == "lon" else -2
+    closed = axis == "lon" and fields.periodic
+
+    def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
+        if closed:
+            return values, values.roll(-1, dims=dim)
+        length = values.shape[dim] - 1
+        return values.narrow(dim, 0, length), values.narrow(dim, 1, length)
+
+    (x, next_x), (y, next_y) = neighbours(fields.members), neighbours(fields.target)
+    weight, next_weight = neighbours(fields.weight)
+    area, next_area = neighbours(fields.area)
+    observed = (area > 0) & (next_area > 0)
+    return next_x - x, next_y - y, (weight + next_weight) / 2 * observed
+
+
+LossName = Literal[
+    "ensemble_mse",
+    "mean_mse",
+    "statistical",
+    "gaussian_nll",
+    "fair_crps",
+    "crps",
+    "almost_fair_crps",
+    "area_crps_2",
+    "area_crps_4",
+    "area_crps_8",
+    "difference_crps",
+    "spectral_crps",
+    "variogram",
+    "energy",
+]
 LOSSES: dict[LossName, Loss] = {
     "ensemble_mse": ensemble_mse,
     "mean_mse": mean_mse,
@@ -149,6 +327,15 @@ LOSSES: dict[LossName, Loss] = {
     "gaussian_nll": gaussian_nll,
     "fair_crps": fair_crps,
     "crps": crps,
+    "almost_fair_crps": almost_fair_crps,
+}
+AREAS = {f"area_crps_{size}": size for size in (2, 4, 8)}  # cells along one side
+FIELD_LOSSES: dict[str, FieldLoss] = {
+    **{name: partial(area_crps, size=size) for name, size in AREAS.items()},
+    "difference_crps": difference_crps,
+    "spectral_crps": spectral_crps,
+    "variogram": variogram,
+    "energy": energy,
 }
 
 

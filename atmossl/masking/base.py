@@ -147,7 +147,7 @@ def make_view(
         corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
         for window, layout, mask in zip(windows, layouts, masks, strict=True)
     )
-    return View(streams)
+    return View(streams, noise_seed=torch.tensor(int(rng.integers(2**62))))
 
 
 def corrupt(

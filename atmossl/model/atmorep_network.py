@@ -145,8 +145,11 @@ class AtmoRepNetwork(Network):
         info = token_info(stream.grid, field, self.settings.info_entries)
         return AtmoRepInput(values.flip(3, 6), info)
 
-    def reconstruct(self, latents: Latents, view: View) -> Prediction:
+    def reconstruct(
+        self, latents: Latents, view: View, members: Sequence[int] | None = None
+    ) -> Prediction:
         """Members of the hidden tokens; the view's first guess takes no part."""
+        del members  # they are fixed functions of the input
         predictions = []
         for stream in view.streams:
             name, queries = stream.spec.name, stream.queries
@@ -155,9 +158,9 @@ class AtmoRepNetwork(Network):
             assert queries is not None, "collate the view first: token indices are missing"
             output = self.core.decode(name, _states(latents[name]))
             patches = _from_south_to_north(output.members, self.settings.field(name))
-            members = gather(patches.flatten(2), queries)
+            values = gather(patches.flatten(2), queries)
             predictions.append(
-                StreamPrediction(members.unflatten(2, tuple(patches.shape[2:])), queries)
+                StreamPrediction(values.unflatten(2, tuple(patches.shape[2:])), queries)
             )
         return Prediction(tuple(predictions))
 

@@ -1,6 +1,7 @@
 """Transformer blocks: self-attention, coupling between streams or cross-attention, feedforward."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -102,12 +103,42 @@ class EncoderBlock(nn.Module):
         self.feedforward = sizes.feedforward(dim)
 
 
-class DecoderBlock(nn.Module):
-    """One layer of a decoder: queries attend to each other, then to one encoder layer."""
+class Modulation(nn.Module):
+    """Gains and shifts of normalised latents by noise: conditional layer norm (Perez et al. 2018,
+    arXiv 1709.07871; of noise: Price et al. 2025, arXiv 2506.10772), token by token.
 
-    def __init__(self, *, dim: int, sizes: BlockSizes) -> None:
+    count: layer norms that are conditioned.
+    """
+
+    def __init__(self, dim: int, num_channels: int, *, count: int) -> None:
+        super().__init__()
+        self.project = Linear(num_channels, 2 * count * dim)
+        self.count = count
+        # small, so that training starts near the network without noise, but not zero: two equal
+        # members have no gradient that would part them
+        nn.init.normal_(self.project.weight, std=0.1 * num_channels**-0.5)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(
+        self, noise: Float[Tensor, "batch query channel"]
+    ) -> list[tuple[Float[Tensor, "batch query feature"], Float[Tensor, "batch query feature"]]]:
+        """A gain near 1 and a shift near 0 for every layer norm."""
+        gains, shifts = self.project(noise).chunk(2, dim=-1)
+        return list(
+            zip((1 + gains).chunk(self.count, -1), shifts.chunk(self.count, -1), strict=True)
+        )
+
+
+class DecoderBlock(nn.Module):
+    """One layer of a decoder: queries attend to each other, then to one encoder layer.
+
+    num_channels: of the noise that conditions the layer norms of the queries; 0: none does.
+    """
+
+    def __init__(self, *, dim: int, sizes: BlockSizes, num_channels: int = 0) -> None:
         super().__init__()
         heads, attend = sizes.num_heads, sizes.attend
+        self.modulation = Modulation(dim, num_channels, count=3) if num_channels else None
         self.norm = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim=dim, num_heads=heads, attend=attend)
         self.cross_norm = nn.LayerNorm(dim)
@@ -124,9 +155,22 @@ class DecoderBlock(nn.Module):
         memory: Float[Tensor, "batch token feature"],
         place: TokenPlace,
         memory_place: TokenPlace,
+        noise: Float[Tensor, "batch query channel"] | None = None,
     ) -> Float[Tensor, "batch query feature"]:
         """`x`: the queries. Tensors come and go bare, so that FSDP finds them in what comes out."""
-        x = x + self.attention(Latent(self.norm(x), place))
+        norms = [self.norm, self.cross_norm, self.feedforward_norm]
+        if self.modulation is None or noise is None:
+            attention_norm, cross_norm, feedforward_norm = norms
+        else:
+            attention_norm, cross_norm, feedforward_norm = (
+                partial(_conditioned, norm, *factors)
+                for norm, factors in zip(norms, self.modulation(noise), strict=True)
+            )
+        x = x + self.attention(Latent(attention_norm(x), place))
         context = Latent(self.memory_norm(memory), memory_place)
-        x = x + self.cross(Latent(self.cross_norm(x), place), context)
-        return x + self.feedforward(Latent(self.feedforward_norm(x), place))
+        x = x + self.cross(Latent(cross_norm(x), place), context)
+        return x + self.feedforward(Latent(feedforward_norm(x), place))
+
+
+def _conditioned(norm: nn.Module, gain: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    return norm(x) * gain + shift

@@ -63,9 +63,9 @@ class Latent:
         return tuple(Latent(features, place) for features, place in pairs)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Along the first axis; one part as it is, not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Along one axis; one part as it is, not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def alike(latents: Mapping[str, Latent]) -> tuple[tuple[str, ...], ...]:

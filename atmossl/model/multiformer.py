@@ -4,13 +4,13 @@ After AtmoRep's multiformer (Lessig et al. 2023, arXiv 2308.13280, section on th
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atmossl.batch import (
@@ -26,8 +26,9 @@ from atmossl.model.attention import Attention, attend_by
 from atmossl.model.blocks import BlockSizes, DecoderBlock, Feedforward, GatedConvolution
 from atmossl.model.embedding import Embedding, Tail
 from atmossl.model.encoder import EncoderLayer, Plan
-from atmossl.model.layout import Latent, TokenPlace, gather, scatter
-from atmossl.model.network import Latents, Network, StreamLatents
+from atmossl.model.layout import Latent, TokenPlace, gather, joined, scatter
+from atmossl.model.network import EVALUATED_MEMBERS, Latents, Network, StreamLatents
+from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
 from atmossl.model.positions import (
     RotaryPositions,
     absolute_features,
@@ -62,6 +63,11 @@ class Multiformer(Network):
     embedding_stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
     gradient_features: embed tendencies and spatial gradients as well (`Embedding`).
     scales: per stream, [level, patch] typical residual, the truth minus the first guess.
+    ensemble: `tail` gives `num_members` fixed functions of the input, whose values in every cell
+        are a distribution (AtmoRep); a member of `noise` is one draw of noise that conditions the
+        decoder, one field from cell to cell, and there may be any number of them. Then
+        `num_members` are drawn in training.
+    noise_lengths_km: correlation lengths of that noise (`model.noise`).
     Raises ValueError if the sizes do not fit together.
     """
 
@@ -84,8 +90,13 @@ class Multiformer(Network):
         gradient_features: bool = False,
         dims: Mapping[str, int] | None = None,
         scales: Mapping[str, Tensor] | None = None,
+        ensemble: Literal["tail", "noise"] = "tail",
+        noise_lengths_km: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
+        self.any_member = ensemble == "noise"
+        self.num_members, self.noise_lengths_km = num_members, tuple(noise_lengths_km)
+        channels = CHANNELS_PER_LENGTH * len(noise_lengths_km) if self.any_member else 0
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
         _check_sizes(widths, num_heads, (*embedding_stencil, kernel_size), dims or {})
@@ -118,9 +129,11 @@ class Multiformer(Network):
         for spec in predicted:
             width, scale = widths[spec.name], scale_of[spec.name]
             self.decoder[spec.name] = nn.ModuleList(
-                DecoderBlock(dim=width, sizes=sizes) for _ in range(num_decoder_layers)
+                DecoderBlock(dim=width, sizes=sizes, num_channels=channels)
+                for _ in range(num_decoder_layers)
             )
-            self.tail[spec.name] = Tail(dim=width, num_members=num_members, scale=scale)
+            num_tails = 1 if self.any_member else num_members
+            self.tail[spec.name] = Tail(dim=width, num_members=num_tails, scale=scale)
         self.absent = nn.ModuleDict(
             {s.name: nn.Linear(s.patch, widths[s.name], bias=False) for s in _gappy(streams)}
         )
@@ -196,29 +209,50 @@ class Multiformer(Network):
         }
         return TokenPlace(turns, chosen, grid.shape, grid.periodic)
 
-    def reconstruct(self, latents: Latents, view: View) -> Prediction:
+    def reconstruct(
+        self, latents: Latents, view: View, members: Sequence[int] | None = None
+    ) -> Prediction:
         """Ensemble of patches for every hidden token of the view's predicted streams."""
         predictions = []
         for stream in _predicted(view):
             name, queries = stream.spec.name, _queries(stream)
-            decoded, embedded = self._decode(latents[name], stream)
             guess, level = gather(_flatten(stream.guess), queries), self._token_level(stream)
-            members = self.tail[name](decoded.features, embedded, guess, level)
-            predictions.append(StreamPrediction(members, queries))
+            drawn = []
+            for noise in self._noise(view, stream, members):
+                decoded, embedded = self._decode(latents[name], stream, noise)
+                drawn.append(self.tail[name](decoded.features, embedded, guess, level))
+            predictions.append(StreamPrediction(joined(drawn, dim=2), queries))
         return Prediction(tuple(predictions))
+
+    def _noise(
+        self, view: View, stream: StreamTokens, members: Sequence[int] | None
+    ) -> Iterator[Float[Tensor, "batch query channel"] | None]:
+        """The noise of every member at the tokens that are asked for. None: one pass gives all."""
+        if not self.any_member:
+            yield None
+            return
+        assert view.noise_seed is not None, "noise-conditioned members need View.noise_seed"
+        if members is None:
+            least = 0 if self.training else EVALUATED_MEMBERS
+            members = range(max(self.num_members, least))
+        for member in members:
+            noise = noise_field(stream.grid, view.noise_seed, member, self.noise_lengths_km)
+            yield gather(noise, _queries(stream))
 
     def predict(self, latents: Latents, view: View) -> Latents:
         """Latents of every hidden token of the view's predicted streams, of the encoder's width."""
         predicted = {}
         for stream in _predicted(view):
             blank = replace(stream, guess=torch.zeros_like(stream.guess))
-            decoded, _ = self._decode(latents[stream.spec.name], blank)
+            decoded, _ = self._decode(latents[stream.spec.name], blank, noise=None)
             predicted[stream.spec.name] = StreamLatents(
                 (decoded,), decoded.place.chosen, stream.grid
             )
         return predicted
 
-    def _decode(self, latents: StreamLatents, stream: StreamTokens) -> tuple[Latent, Tensor]:
+    def _decode(
+        self, latents: StreamLatents, stream: StreamTokens, noise: Tensor | None
+    ) -> tuple[Latent, Tensor]:
         """The decoder's last latents of the hidden tokens, and the embedded first guess."""
         name, queries = stream.spec.name, _queries(stream)
         features = absolute_features(stream.grid)
@@ -229,7 +263,7 @@ class Multiformer(Network):
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
             memory = latents.layers[self._memory_layer(number)]
-            x = block(x, memory.features, place, memory.place)
+            x = block(x, memory.features, place, memory.place, noise)
         return Latent(x, place), embedded
 
     def _memory_layer(self, number: int) -> int:

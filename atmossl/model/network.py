@@ -1,7 +1,7 @@
 """What the rest of the program asks of a network, whichever it is: views to latents, latents to
 fields or to other latents, and what training has to know of its parts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +50,7 @@ class StreamLatents:
 
 
 Latents = dict[str, StreamLatents]  # by the stream's name
+EVALUATED_MEMBERS = 8  # draws of noise in validation, where the error of their mean counts
 
 
 class Network(nn.Module):
@@ -59,18 +60,26 @@ class Network(nn.Module):
     ends: names of the submodules that turn latents into values. They have no square geometry, and
         `objective.train_only` can train them alone.
     exported_dtype: in which `atmossl export` keeps the weights.
+    any_member: members are draws of noise, and any number of them can be asked for.
     """
 
     widths: Mapping[str, int]
     ends: tuple[str, ...] = ()
     exported_dtype: ClassVar[torch.dtype] = torch.float16
+    any_member: bool = False
 
     def encode(self, view: View) -> Latents:
         """Latents of all tokens that the view gives."""
         raise NotImplementedError
 
-    def reconstruct(self, latents: Latents, view: View) -> Prediction:
-        """Values of the tokens that the view hides."""
+    def reconstruct(
+        self, latents: Latents, view: View, members: Sequence[int] | None = None
+    ) -> Prediction:
+        """Values of the tokens that the view hides.
+
+        members: numbers of the members, where `any_member` is true; None: those of training, and at
+        least `EVALUATED_MEMBERS` outside of it.
+        """
         raise NotImplementedError
 
     def predict(self, latents: Latents, view: View) -> Latents:
@@ -78,11 +87,11 @@ class Network(nn.Module):
         guess nor the ends take part."""
         raise NotImplementedError
 
-    def forward(self, view: View) -> Prediction:
+    def forward(self, view: View, members: Sequence[int] | None = None) -> Prediction:
         # by the class: on shards the methods of an object gather its weights and let them go again,
         # which the call of the object has done already
         kind = type(self)
-        return kind.reconstruct(self, kind.encode(self, view), view)
+        return kind.reconstruct(self, kind.encode(self, view), view, members)
 
     def pool(self, latents: Latents) -> Float[Tensor, "batch feature"]:
         """The mean of the last layer over all tokens, weighted by their area on the sphere; one

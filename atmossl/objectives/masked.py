@@ -2,7 +2,7 @@
 hidden tokens are dropped instead of masked)."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from einops import rearrange, reduce
@@ -10,12 +10,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import Batch, Losses, StreamPrediction, StreamTokens, View
-from atmossl.losses import LOSSES, Ensemble, LossName, weighted_mean
+from atmossl.batch import Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
+from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, Fields, LossName, weighted_mean
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
-from atmossl.tokens import patch_weights
+from atmossl.tokens import detokenise, patch_weights
 
 Weighting = Literal["residual", "uniform"]
+T = TypeVar("T")
 
 
 class MaskedModelling(Objective):
@@ -23,6 +24,7 @@ class MaskedModelling(Objective):
 
     losses: weight by name of a loss in `atmossl.losses.LOSSES`.
     weighting: `residual` measures every variable and level in units of its typical residual
+    losses: weight by name of a loss in `atmossl.losses`: of single values, or of fields.
         from the first guess (as GraphCast weighs by the inverse variance of time differences,
         Lam et al. 2023), `uniform` in units of its standard deviation.
     latitude_weighted: weigh every value by the area of its cell.
@@ -42,6 +44,8 @@ class MaskedModelling(Objective):
     ) -> None:
         super().__init__()
         self.losses = dict(losses)
+        self._field_losses = _chosen(FIELD_LOSSES, losses)
+        self._elementwise_losses = _chosen(LOSSES, losses)
         self.latitude_weighted = latitude_weighted
         if weighting == "residual":  # in no checkpoint: its statistics tell them
             for name, scale in (scales or {}).items():
@@ -80,11 +84,19 @@ class MaskedModelling(Objective):
     def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
         """Mean loss over the valid hidden values of one stream, weighted by cell area."""
         target, weight, level = hidden_values(stream, latitude_weighted=self.latitude_weighted)
-        scale = getattr(self, f"scale_{stream.spec.name}", None)
-        if scale is not None:
-            scale = scale.to(target, non_blocking=True)[level]
+        scale_of_level = getattr(self, f"scale_{stream.spec.name}", None)
+        if scale_of_level is not None:
+            scale_of_level = scale_of_level.to(target, non_blocking=True)
+        scale = None if scale_of_level is None else scale_of_level[level]
         weight = weight * predicted.queries.valid[..., None].to(weight)
-        return weighted_mean(self._values(predicted.members, target, scale), weight)
+        loss = torch.zeros((), device=target.device)
+        if self._elementwise_losses:
+            loss = weighted_mean(self._values(predicted.members, target, scale), weight)
+        if self._field_losses:
+            completed = completed_fields(stream, predicted, weight, scale_of_level)
+            for field_loss, share in self._field_losses:
+                loss = loss + share * weighted_mean(*field_loss(completed))
+        return loss
 
     def _elementwise(
         self,
@@ -96,7 +108,7 @@ class MaskedModelling(Objective):
         if scale is not None:
             members, target = members / scale[:, :, None], target / scale
         ensemble = Ensemble(members)
-        values = sum(share * LOSSES[name](ensemble, target) for name, share in self.losses.items())
+        values = sum(share * loss(ensemble, target) for loss, share in self._elementwise_losses)
         assert isinstance(values, Tensor)
         return values
 
@@ -198,6 +210,56 @@ def hidden_values(
     target = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
     level = index // (stream.grid.num_tokens // stream.grid.shape[0])
     return target, _weights(stream, index, latitude_weighted), level
+
+
+def _chosen(kinds: Mapping[Any, T], shares: Mapping[LossName, float]) -> list[tuple[T, float]]:
+    """The losses of one kind that have a share."""
+    return [(kinds[name], share) for name, share in shares.items() if name in kinds]
+
+
+def completed_fields(
+    stream: StreamTokens,
+    predicted: StreamPrediction,
+    weight: Float[Tensor, "batch query patch"],
+    scale: Float[Tensor, "level patch"] | None,
+) -> Fields:
+    """The window of one stream: every member's values where something is hidden, else the truth.
+
+    weight: what every hidden value counts. scale: what the values of a token are divided by, by
+    its level, as in the losses of single values; None: 1.
+    """
+    queries, target = predicted.queries, stream.target
+    shape, tokens = target.shape, target.flatten(1, 4)
+    index = queries.index[..., None].expand_as(weight)
+
+    def on_window(values: Float[Tensor, "batch query patch"]) -> Tensor:
+        """Values of the queries at their cells, 0 at all others. Padding counts 0, wherever it is
+        put."""
+        blank = torch.zeros_like(tokens, dtype=values.dtype)
+        return _window(blank.scatter_add(1, index, values).view(shape), stream.spec)
+
+    truth = tokens.gather(1, index)
+    errors = [(member - truth) * (weight > 0) for member in predicted.members.float().unbind(2)]
+    rows = patch_weights(stream.weight, stream.spec)[:, None, None, :, None].expand(shape)
+    area = rows if stream.valid is None else rows * stream.valid
+    unit = 1.0
+    if scale is not None:
+        unit = _window(scale[None, :, None, None, None].expand(shape), stream.spec)
+    field = _window(target, stream.spec)
+    return Fields(
+        members=torch.stack([(field + on_window(error)) / unit for error in errors], dim=1),
+        target=field / unit,
+        weight=on_window(weight),
+        area=_window(area, stream.spec),
+        periodic=stream.grid.periodic,
+    )
+
+
+def _window(
+    tokens: Float[Tensor, "batch level nt nlat nlon patch"], spec: StreamSpec
+) -> Float[Tensor, "batch field time lat lon"]:
+    """Tokens as a window, its variables and levels along one axis."""
+    return detokenise(tokens, spec).flatten(1, 2)
 
 
 def _weights(stream: StreamTokens, index: Tensor, latitude_weighted: bool) -> Tensor:

@@ -24,6 +24,7 @@ from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.limits import InputLimits
 from atmossl.evaluation.regions import boxes, find_regions
+from atmossl.losses import AREAS
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.data import DataConfig, WindowConfig
@@ -97,6 +98,8 @@ class ModelConfig(Strict):
     kernel_size: Positive
     embedding_stencil: tuple[Positive, Positive, Positive]
     gradient_features: bool
+    ensemble: Literal["tail", "noise"]
+    noise_lengths_km: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=1)
 
 
 class PathsConfig(Strict):
@@ -259,6 +262,30 @@ def _transform_faults(config: TrainConfig) -> list[str]:
     ]
 
 
+def _joint_faults(config: TrainConfig) -> list[str]:
+    """Members that are fields, and losses that look at fields."""
+    faults, window, model = [], config.data.window, config.model
+    if model.ensemble == "noise" and model.num_members < 2:
+        faults.append(
+            f"model.ensemble=noise with model.num_members={model.num_members}: training compares "
+            "members, so it needs at least 2"
+        )
+    losses = config.objective.arguments.get("losses", ())
+    smallest = min((n for n in (window.lat, window.lon) if n), default=None)  # 0: the whole grid
+    for name, size in AREAS.items():
+        if name in losses and smallest is not None and smallest < size:
+            faults.append(
+                f"objective.losses.{name} means over {size} x {size} cells, but data.window has "
+                f"lat={window.lat}, lon={window.lon}; choose a smaller area or a larger window"
+            )
+    if "spectral_crps" in losses and window.lon:
+        faults.append(
+            f"objective.losses.spectral_crps needs whole circles of longitude, data.window.lon=0; "
+            f"it is {window.lon}"
+        )
+    return faults
+
+
 def _model_faults(config: TrainConfig) -> list[str]:
     faults = []
     model = config.model
@@ -302,6 +329,7 @@ CHECKS = (
     _stream_faults,
     _transform_faults,
     _model_faults,
+    _joint_faults,
     _tuning_faults,
     _comparison_faults,
 )

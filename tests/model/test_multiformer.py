@@ -25,6 +25,7 @@ STREAMS = (
 VARIANTS = (
     {},
     {"attention": "factorised", "kernel_size": 3, "num_decoder_layers": 3},
+    {"ensemble": "noise", "noise_lengths_km": (2000.0, 500.0)},
     {"attention": "windowed", "attention_window": (2, 2, 3), "dims": {"wind": 24}},
 )
 
