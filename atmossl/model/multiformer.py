@@ -94,8 +94,8 @@ class Multiformer(Network):
         noise_lengths_km: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
-        self.any_member = ensemble == "noise"
-        self.num_members, self.noise_lengths_km = num_members, tuple(noise_lengths_km)
+        self.any_member, self.num_members = ensemble == "noise", num_members
+        self.noise_lengths_km, num_tails = noise_lengths_km, 1 if self.any_member else num_members
         channels = CHANNELS_PER_LENGTH * len(noise_lengths_km) if self.any_member else 0
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
@@ -108,13 +108,9 @@ class Multiformer(Network):
         scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}
 
         def embedding(spec: StreamSpec) -> Embedding:
-            width, scale = widths[spec.name], scale_of[spec.name]
+            of_stream = {"spec": spec, "dim": widths[spec.name], "scale": scale_of[spec.name]}
             return Embedding(
-                spec=spec,
-                dim=width,
-                stencil=embedding_stencil,
-                gradient_features=gradient_features,
-                scale=scale,
+                stencil=embedding_stencil, gradient_features=gradient_features, **of_stream
             )
 
         self.rotary = nn.ModuleDict(
@@ -124,16 +120,14 @@ class Multiformer(Network):
         self.encoder = nn.ModuleList(EncoderLayer(widths, sizes) for _ in range(num_layers))
         predicted = [spec for spec in streams if spec.role == "predict"]
         self.query = nn.ModuleDict({spec.name: embedding(spec) for spec in predicted})
-        self.decoder = nn.ModuleDict()
-        self.tail = nn.ModuleDict()
+        self.decoder, self.tail = nn.ModuleDict(), nn.ModuleDict()
         for spec in predicted:
-            width, scale = widths[spec.name], scale_of[spec.name]
             self.decoder[spec.name] = nn.ModuleList(
-                DecoderBlock(dim=width, sizes=sizes, num_channels=channels)
+                DecoderBlock(dim=widths[spec.name], sizes=sizes, num_channels=channels)
                 for _ in range(num_decoder_layers)
             )
-            num_tails = 1 if self.any_member else num_members
-            self.tail[spec.name] = Tail(dim=width, num_members=num_tails, scale=scale)
+            of_tail = {"num_members": num_tails, "scale": scale_of[spec.name]}
+            self.tail[spec.name] = Tail(dim=widths[spec.name], **of_tail)
         self.absent = nn.ModuleDict(
             {s.name: nn.Linear(s.patch, widths[s.name], bias=False) for s in _gappy(streams)}
         )
