@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atmossl.setting_types import NotNegativeFloat, Positive
+
 YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average
 Role = Literal["predict", "input", "static", "forcing"]
 Missing = Literal["refuse", "mask"]
@@ -40,10 +42,10 @@ class Corruption(IntEnum):
 class TokenSize:
     """Points of one token along each axis."""
 
-    time: int
-    lat: int
-    lon: int
-    level: int = 1
+    time: Positive
+    lat: Positive
+    lon: Positive
+    level: Positive = 1
 
     @property
     def points(self) -> int:
@@ -65,10 +67,10 @@ class StreamSpec:
 
     name: str
     variables: tuple[str, ...]
-    levels: tuple[int, ...]
+    levels: tuple[Positive, ...]
     token_size: TokenSize
     role: Role = "predict"
-    loss_weight: float = 1.0
+    loss_weight: NotNegativeFloat = 1.0
     missing: Missing = "refuse"
     data: str = ""
 

@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -16,12 +16,11 @@ from atmossl import __version__
 from atmossl.checkpoint_formats import FORMAT
 from atmossl.data.auxiliary_sources import open_records, paired
 from atmossl.data.chunks import Access
-from atmossl.data.datamodule import LoaderSettings, WindowDataModule, check_samples
+from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.limits import InputLimits
 from atmossl.data.seen import Seen
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
-from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
@@ -51,7 +50,7 @@ Records = dict[str, tuple[Segment, ...]]
 
 def open_splits(config: TrainConfig) -> tuple[Records, Records]:
     """Segments of training and of validation, by the `data` of the streams that read them."""
-    access = Access(**config.data.read.model_dump(), input_limits=config.input_limits)
+    access = Access(**vars(config.data.read), input_limits=config.input_limits)
     train, validation = (
         open_records(
             config.specs,
@@ -70,36 +69,26 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
     """The datamodule and the statistics of the training split alone."""
     train, validation = open_splits(config)
     paired_train, paired_validation = paired(train), paired(validation)
-    window = WindowSize(**config.data.window.model_dump())
     tasks = {task.name: task for task in config.tasks}
     samplers = [(paired_train, config.masking)]
     samplers += [(paired_validation, task) for task in tasks.values()]
-    check_samples(samplers, config.specs, window, config.objective.views)
+    check_samples(samplers, config.specs, config.data.window, config.objective.views)
     _warn(shared_steps(train[""], validation[""]))
-    transforms = config.data.transform_of()
+    transforms = config.data.transforms
     of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
     for name, found in of_entry.items():
         _warn(limits_told(found, train[name][0], config.input_limits))
     statistics = replace(of_entry.pop(""), others=of_entry)
-    settings = LoaderSettings(
-        batch_size=config.data.batch_size,
-        num_workers=config.data.num_workers,
-        prefetch=config.data.prefetch,
-        windows_per_time=config.data.windows_per_time,
-        windows_per_read=config.data.windows_per_read,
-        skip_unreadable=config.data.unreadable == "skip",
-        first_guess=config.data.first_guess,
-        seed=config.seed,
-    )
     datamodule = WindowDataModule(
         train=paired_train,
         validation=paired_validation,
         specs=config.specs,
         normaliser=Normaliser(statistics),
-        window=window,
+        window=config.data.window,
         sampler=config.masking,
         tasks=tasks,
-        settings=settings,
+        settings=config.data,
+        seed=config.seed,
         num_batches=config.trainer.max_steps * config.trainer.accumulate,
         validation_batches=config.trainer.validation_batches,
         views=config.objective.views,
@@ -165,10 +154,11 @@ def build_objective(
 
 def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
     """Settings of the optimiser, and which parameters it trains."""
-    values = config.optimizer.model_dump(exclude={"gradient_clip"})
     only = () if config.objective.train_only is None else (f"{config.objective.train_only}.*",)
     only = LOW_RANK if config.warm_start.low_rank.rank else only
-    return OptimizerSettings(max_steps=config.trainer.max_steps, only=only, **values)
+    return OptimizerSettings(
+        max_steps=config.trainer.max_steps, only=only, **vars(config.optimizer)
+    )
 
 
 def build_module(
@@ -190,7 +180,6 @@ def build_module(
     scales = {spec.name: statistics.residual_scale(spec) for spec in config.specs}
     model = build_model(config, scales)
     warm = bool(config.warm_start.checkpoints) and not resumed
-    window = WindowSize(**config.data.window.model_dump())
     record: dict[str, Any] = {
         "format": FORMAT,
         "atmossl": __version__,
@@ -200,7 +189,7 @@ def build_module(
         "network": _NETWORK,
         "model": config.model.model_dump(),
         "statistics": statistics.to_dict(),
-        "window": {"time": window.time, "lat": window.lat, "lon": window.lon},
+        "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,
         "seen": {data: record.to_dict() for data, record in (seen or {}).items()},

@@ -16,7 +16,6 @@ from atmossl.build import (
     optimizer_settings,
 )
 from atmossl.data.auxiliary_sources import open_records, paired
-from atmossl.data.windows import WindowSize
 from atmossl.masking.views import make_views
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
@@ -145,7 +144,7 @@ def sample_batch(config: TrainConfig) -> Batch:
 
 def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
     """Points (time, lat, lon) of every stream's window; opens stores only if they set it."""
-    window = WindowSize(**config.data.window.model_dump())
+    window = config.data.window
     if window.lat and window.lon and not any(spec.data for spec in config.specs):
         return [(window.time, window.lat, window.lon)] * len(config.specs)
     records = open_records(config.specs, config.data.name, config.data.catalog, "train")

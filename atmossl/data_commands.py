@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.climatology import Kind, write_climatology
-from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest, missing_shares, verify
+from atmossl.data.ingest import IngestInput, ingest, missing_shares, verify
 from atmossl.data.inspect import (
     SegmentReport,
     VariableReport,
@@ -70,7 +71,7 @@ def _statistics(segments: Sequence[Segment], config: StatsConfig) -> Statistics:
         task = bar.add_task("statistics", total=steps)
         found = load_or_compute(
             segments,
-            transforms=config.data.transform_of(),
+            transforms=config.data.transforms,
             progress=lambda count: bar.advance(task, count),
             force=config.force,
         )
@@ -113,26 +114,15 @@ def _write_climatology(
 def run_ingest(values: Mapping[str, Any]) -> Path:
     """Make a training store of what others wrote; returns its path."""
     config: IngestConfig = parse(IngestConfig, _plain(values))
-    source = IngestInput(
-        location=config.input,
-        names=config.variables,
-        select=config.select,
-        filters=config.filters,
-        coordinates={str(axis): name for axis, name in config.coordinates.items()},
-        levels=config.levels,
-        start=config.start or "",
-        end=config.end or "",
-        region=config.region,
-    )
-    workers = Workers(config.workers.engine, config.workers.count, config.workers.slurm)
+    source = IngestInput(**{key.name: getattr(config, key.name) for key in fields(IngestInput)})
     kept = "the regions that are done stay, and the same command goes on from there"
     with owned(config.output, "output"), keeping(kept), Progress() as bar:
         task = bar.add_task("regions")
         ingest(
             source,
             config.output,
-            ChunkLayout(**config.layout.model_dump()),
-            workers,
+            config.layout,
+            config.workers,
             lambda done, total: bar.update(task, completed=done, total=total),
             lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
@@ -155,7 +145,7 @@ def _show_inspection(name: str, config: InspectConfig) -> list[SegmentReport]:
     from atmossl.data.field_map import map_of  # needs Cartopy, which ingest does not
 
     entry = catalog_entry(name, config.catalog)
-    window = WindowSize(**config.window.model_dump())
+    window = config.window
     reports = inspect(entry, window, config.samples)
     console = Console(markup=False)
     for report in reports:

@@ -1,9 +1,10 @@
 """Paths of any characters through Hydra's grammar, whose own syntax stays as it is."""
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -110,14 +111,13 @@ def test_quotes_are_taken_off_as_hydra_does() -> None:
     assert unquoted("'it\\'s'") == unquoted("it's") == "it's"
 
 
-def _paths_of(kind: type[BaseModel], before: str = "") -> Iterator[str]:
-    for name, field in kind.model_fields.items():
-        annotation: Any = field.annotation
+def _paths_of(kind: type, before: str = "") -> Iterator[str]:
+    for name, annotation in get_type_hints(kind).items():
         kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
         if Path in kinds:
             yield before + name
         for one in kinds:
-            if isinstance(one, type) and issubclass(one, BaseModel):
+            if isinstance(one, type) and (issubclass(one, BaseModel) or is_dataclass(one)):
                 yield from _paths_of(one, f"{before}{name}.")
 
 

@@ -18,6 +18,7 @@ from atmossl.data.absent_chunks import declares_fill_value, without_absent
 from atmossl.data.chunk_files import ChunkFiles, Scratch, notices_damage
 from atmossl.data.limits import InputLimits, Notices
 from atmossl.data.retries import Retries
+from atmossl.setting_types import NotNegative, NotNegativeFloat, Positive
 
 Engine = Literal["auto", "files", "tensorstore", "zarr"]
 Region = tuple[slice, ...]
@@ -32,22 +33,30 @@ _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 
 
 @dataclass(frozen=True)
-class Access:
-    """How stores are read.
+class ReadSettings:
+    """How stores are read, `data.read` of a configuration.
 
     engine: `files` decodes chunks where they are wanted, `tensorstore` those of any codec, both
         from local zarr folders only; `auto` takes the first of files, tensorstore and zarr that can
         read the store. threads: chunks of one process in flight at once.
     retries: further tries of whatever a remote store fails at, its opening, metadata or chunks;
         the first after `retry_wait_s` seconds, then twice as long each time.
+    """
+
+    engine: Engine = "auto"
+    threads: Positive = 4
+    retries: NotNegative = 3
+    retry_wait_s: NotNegativeFloat = 0.5
+
+
+@dataclass(frozen=True)
+class Access(ReadSettings):
+    """How stores are read, and what is done with values that are no atmosphere's.
+
     input_limits: whether windows with values that no atmosphere has are refused, or taken with a
         warning, or not looked for; see `atmossl.data.limits`. notices: what was warned of.
     """
 
-    engine: Engine = "auto"
-    threads: int = 4
-    retries: int = 3
-    retry_wait_s: float = 0.5
     input_limits: InputLimits = "refuse"
     notices: Notices = field(default_factory=Notices, compare=False, repr=False)
 

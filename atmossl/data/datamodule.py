@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,28 +17,12 @@ from atmossl.data.reader import UnreadableChunk
 from atmossl.data.seen import seen_by_data
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.windows import SampleOrder, WindowDataset, WindowSize
-from atmossl.masking.base import FirstGuess, MaskingSampler, TokenLayout
+from atmossl.data.windows import LoaderSettings, SampleOrder, WindowDataset, WindowSize
+from atmossl.masking.base import MaskingSampler, TokenLayout
 from atmossl.masking.views import ViewSpec
 
 _LOGGER = logging.getLogger(__name__)
 _NUM_DRAWS = 40
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """batch_size is per device; windows_per_time windows are cut at every start time, and
-    windows_per_read of them lie next to each other in the order. prefetch: batches that a worker
-    holds ready."""
-
-    batch_size: int
-    num_workers: int
-    prefetch: int
-    windows_per_time: int
-    windows_per_read: int
-    skip_unreadable: bool
-    first_guess: FirstGuess
-    seed: int
 
 
 def check_samples(
@@ -91,12 +75,14 @@ class WindowDataModule(L.LightningDataModule):
         sampler: MaskingSampler,
         tasks: Mapping[str, MaskingSampler],
         settings: LoaderSettings,
+        seed: int,
         num_batches: int,
         validation_batches: int,
         views: Sequence[ViewSpec] = (ViewSpec(),),
     ) -> None:
         super().__init__()
         self.settings = settings
+        self.seed = seed
         self.num_batches = num_batches
         self.validation_batches = validation_batches
         self.task_names = tuple(tasks)
@@ -104,7 +90,7 @@ class WindowDataModule(L.LightningDataModule):
             "specs": specs,
             "normaliser": normaliser,
             "window": window,
-            "seed": settings.seed,
+            "seed": seed,
             "first_guess": settings.first_guess,
             "views": views,
         }
@@ -116,7 +102,7 @@ class WindowDataModule(L.LightningDataModule):
             segments=train,
             sampler=sampler,
             windows_per_time=settings.windows_per_time,
-            skip_unreadable=settings.skip_unreadable,
+            skip_unreadable=settings.unreadable == "skip",
             **common,
         )
         self.validation_sets = [
@@ -145,7 +131,7 @@ class WindowDataModule(L.LightningDataModule):
             num_samples=len(self.train_set),
             batch_size=self.settings.batch_size,
             num_batches=self.num_batches,
-            seed=self.settings.seed,
+            seed=self.seed,
             rank=trainer.global_rank,
             num_ranks=trainer.world_size,
             first_batch=trainer.global_step * trainer.accumulate_grad_batches,

@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import xarray as xr
 import zarr
 from dask.config import set as dask_settings
+from pydantic import AfterValidator, BeforeValidator, Field
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
@@ -33,11 +34,24 @@ from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.store_checksums import UnequalError, check_around, checksums_around
 from atmossl.data.variables import VARIABLES
-from atmossl.names import file_name
+from atmossl.names import check_name, file_name
+from atmossl.setting_types import NotNegative, Positive
 
 Engine = Literal["threads", "local_cluster", "slurm"]
 _OPENING = Lock()
 _ROUNDING_DEG = 1e-4
+
+
+def _storable(names: dict[str, str]) -> dict[str, str]:
+    for name in names:
+        check_name(name, "variables")
+    return names
+
+
+Names = Annotated[dict[str, str], AfterValidator(_storable)]
+Axis = Literal["time", "level", "latitude", "longitude"]
+# ISO dates, which YAML may have read as such; empty for null
+Date = Annotated[str, BeforeValidator(lambda date: "" if date is None else str(date))]
 
 
 @dataclass(frozen=True)
@@ -46,14 +60,14 @@ class IngestInput:
     ISO dates, open if empty. region: degrees (south, north, west, east), across the dateline if
     west is greater than east."""
 
-    location: str
-    names: dict[str, str] = field(default_factory=dict)
+    location: Annotated[str, Field(alias="input")]
+    names: Annotated[Names, Field(alias="variables")] = field(default_factory=dict)
     select: dict[str, Any] = field(default_factory=dict)
     filters: dict[str, Any] = field(default_factory=dict)
-    coordinates: dict[str, str] = field(default_factory=dict)
-    levels: tuple[int, ...] = ()
-    start: str = ""
-    end: str = ""
+    coordinates: dict[Axis, str] = field(default_factory=dict)
+    levels: tuple[Positive, ...] = ()
+    start: Date = ""
+    end: Date = ""
     region: tuple[float, float, float, float] | None = None
 
 
@@ -61,12 +75,12 @@ class IngestInput:
 class ChunkLayout:
     """Chunk lengths, 0 for the whole axis; chunks of time in one shard, 0 for none; zstd level."""
 
-    time: int
-    level: int
-    lat: int
-    lon: int
-    shard: int
-    compression: int
+    time: NotNegative
+    level: NotNegative
+    lat: NotNegative
+    lon: NotNegative
+    shard: NotNegative
+    compression: Annotated[int, Field(ge=0, le=9)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ class Workers:
     slurm: arguments of dask_jobqueue.SLURMCluster: queue, cores, memory, walltime."""
 
     engine: Engine
-    count: int
+    count: Positive
     slurm: dict[str, Any] = field(default_factory=dict)
 
 
@@ -172,7 +186,7 @@ def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
         source.select,
         source.filters,
         left_out.append,
-        source.coordinates,
+        {str(axis): name for axis, name in source.coordinates.items()},
     )
     if "level" in dataset.dims and source.levels:
         have = [int(level) for level in dataset["level"].values]

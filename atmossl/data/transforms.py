@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from atmossl.setting_types import PositiveFloat
+
 Kind = Literal["log", "sqrt"]
 
 
@@ -18,7 +20,7 @@ class Transform:
     """
 
     kind: Kind
-    scale: float
+    scale: PositiveFloat
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
 from atmossl.masking.base import FirstGuess, MaskingSampler
 from atmossl.masking.views import ViewSpec, lag_steps, make_views, show_hours
+from atmossl.setting_types import NotNegative, Positive
 
 _LOGGER = logging.getLogger(__name__)
 _POOL = Pool()
@@ -34,9 +35,9 @@ Memory = Callable[[int], np.ndarray]
 class WindowSize:
     """Points of a window along each axis; lat or lon of 0 take the whole grid."""
 
-    time: int
-    lat: int
-    lon: int
+    time: Positive
+    lat: NotNegative
+    lon: NotNegative
 
     def on(self, segment: Segment) -> "WindowSize":
         """With the whole grid put in for 0; ValueError if the window does not fit."""
@@ -56,6 +57,35 @@ class WindowSize:
         box = Box(0, segment.alignment.lon_shift, self.lat, self.lon)
         place = segment.place(spec.data, 0, self.time, box)
         return place.count, place.box.lat_size, place.box.lon_size
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How windows become batches, `data` of a configuration.
+
+    batch_size is per device; windows_per_time windows are cut at every start time, and
+    windows_per_read of them lie next to each other in the order. prefetch: batches that a worker
+    holds ready. unreadable: whether a chunk that cannot be read ends the run or skips its samples.
+
+    Raises:
+        ValueError: windows_per_read divides neither of what it groups.
+    """
+
+    windows_per_time: Positive
+    windows_per_read: Positive
+    batch_size: Positive
+    num_workers: NotNegative
+    prefetch: Positive
+    unreadable: Literal["raise", "skip"]
+    first_guess: FirstGuess
+
+    def __post_init__(self) -> None:
+        for key in ("windows_per_time", "batch_size"):
+            if getattr(self, key) % self.windows_per_read:
+                raise ValueError(
+                    f"windows_per_read={self.windows_per_read} does not divide "
+                    f"{key}={getattr(self, key)}"
+                )
 
 
 @dataclass(frozen=True)

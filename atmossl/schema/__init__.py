@@ -10,34 +10,35 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 from torch.nn import ModuleDict
 
-from atmossl.batch import Missing, Role, StreamSpec, TokenSize, shared_fields
+from atmossl.batch import StreamSpec, shared_fields
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.limits import InputLimits
+from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import AREAS
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.data import DataConfig, WindowConfig
+from atmossl.schema.data import DataConfig
 from atmossl.schema.strict import ConfigError, Strict
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.schema.training import (
     LoggerConfig,
-    OptimizerConfig,
     TrainerConfig,
     WarmStartConfig,
     trainer_faults,
 )
 from atmossl.setting_types import NotNegative, Positive
+from atmossl.training.optimizer import OptimizerChoice
 
 __all__ = [
     "ConfigError",
@@ -48,39 +49,6 @@ __all__ = [
     "TrainConfig",
     "parse",
 ]
-
-
-class TokenSizeConfig(Strict):
-    """Points of one token along each axis."""
-
-    time: Positive
-    lat: Positive
-    lon: Positive
-    level: Positive = 1
-
-
-class StreamConfig(Strict):
-    """One stream, `stream.NAME`; see `atmossl.batch.StreamSpec`."""
-
-    variables: tuple[str, ...] = Field(min_length=1)
-    levels: tuple[Positive, ...]
-    token_size: TokenSizeConfig
-    role: Role = "predict"
-    loss_weight: float = Field(default=1.0, ge=0.0)
-    missing: Missing = "refuse"
-    data: str = ""
-
-    def spec(self, name: str) -> StreamSpec:
-        return StreamSpec(
-            name=name,
-            variables=self.variables,
-            levels=self.levels,
-            token_size=TokenSize(**self.token_size.model_dump()),
-            role=self.role,
-            loss_weight=self.loss_weight,
-            missing=self.missing,
-            data=self.data,
-        )
 
 
 class ModelConfig(Strict):
@@ -108,6 +76,22 @@ class PathsConfig(Strict):
     output: Path
 
 
+def _named(streams: Any) -> Any:
+    """Streams that know their names, by which they stand in the configuration."""
+    if not isinstance(streams, Mapping) or not streams:
+        raise ValueError("needed: keys and values of at least one stream, by its name")
+    for name, stream in streams.items():
+        if isinstance(stream, Mapping) and "name" in stream:
+            raise ValueError(f"stream.{name}.name: unknown key; {name} is the name")
+    return {
+        name: {**stream, "name": name} if isinstance(stream, Mapping) else stream
+        for name, stream in streams.items()
+    }
+
+
+Streams = Annotated[dict[str, StreamSpec], BeforeValidator(_named)]
+
+
 class TrainConfig(Strict):
     """Everything that `atmossl train` obeys."""
 
@@ -116,19 +100,19 @@ class TrainConfig(Strict):
     input_limits: InputLimits
     warm_start: WarmStartConfig
     data: DataConfig
-    stream: dict[str, StreamConfig] = Field(min_length=1)
+    stream: Streams
     masking: ChosenMask
     tasks: tuple[ChosenTask, ...] = Field(min_length=1)
     model: ModelConfig
     objective: ChosenObjective
-    optimizer: OptimizerConfig
+    optimizer: OptimizerChoice
     trainer: TrainerConfig
     logger: LoggerConfig
     paths: PathsConfig
 
     @property
     def specs(self) -> tuple[StreamSpec, ...]:
-        return tuple(stream.spec(name) for name, stream in self.stream.items())
+        return tuple(self.stream.values())
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
@@ -195,7 +179,7 @@ class StatsConfig(TrainConfig):
 
 def _stream_faults(config: TrainConfig) -> list[str]:
     """Streams against catalog and window."""
-    faults, specs = [], []
+    faults = []
     for name, stream in config.stream.items():
         if "." in name or hasattr(ModuleDict, name):
             faults.append(
@@ -203,29 +187,25 @@ def _stream_faults(config: TrainConfig) -> list[str]:
                 f"and _, but no word of Python or torch such as {name!r}"
             )
         try:
-            specs.append(stream.spec(name))
-        except ValueError as error:
-            faults.append(str(error))
-        try:
             entry = catalog_entry(stream.data or config.data.name, config.data.catalog)
         except ValueError as error:
             own = [f"stream.{name}.data: {error}"] if stream.data else [str(error)]
             faults += [fault for fault in own if fault not in faults]
             continue
-        faults += _entry_faults(name, stream, entry)
+        faults += _entry_faults(stream, entry)
         if stream.data == config.data.name:
             faults.append(f"stream.{name}.data={stream.data} is data.name; leave it out")
         # the window's points on another grid show when it is opened
-        if specs and specs[-1].name == name and not stream.data:
-            faults += _token_faults(specs[-1], config.data.window)
+        if not stream.data:
+            faults += _token_faults(stream, config.data.window)
     if not any(s.role == "predict" and not s.data for s in config.stream.values()):
         faults.append("no stream of data.name has role predict; give at least one")
-    return faults + shared_fields(specs)
+    return faults + shared_fields(config.specs)
 
 
-def _entry_faults(name: str, stream: StreamConfig, entry: CatalogEntry) -> list[str]:
+def _entry_faults(stream: StreamSpec, entry: CatalogEntry) -> list[str]:
     """A stream against its catalog entry."""
-    faults = []
+    faults, name = [], stream.name
     computed = sorted(set(stream.variables) & set(FORCINGS))
     if computed and stream.role == "predict":
         faults.append(
@@ -243,7 +223,7 @@ def _entry_faults(name: str, stream: StreamConfig, entry: CatalogEntry) -> list[
     return faults
 
 
-def _token_faults(spec: StreamSpec, window: WindowConfig) -> list[str]:
+def _token_faults(spec: StreamSpec, window: WindowSize) -> list[str]:
     try:
         size = spec.token_size
         spec.token_shape(window.time, window.lat or size.lat, window.lon or size.lon)
@@ -438,13 +418,13 @@ class EvaluateConfig(Strict):
         return self
 
 
-def parse(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
+def parse(kind: type, values: Mapping[str, Any]) -> Any:
     """Validate a composed configuration.
 
     Raises:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
     """
     try:
-        return kind(**with_present_names(values))
+        return TypeAdapter(kind).validate_python(with_present_names(values))
     except ValidationError as error:
         raise ConfigError("\n".join(lines_of(error.errors()))) from error

@@ -1,29 +1,11 @@
-"""Types and bounds of how a run trains: optimiser, trainer, warm start, loggers."""
+"""Types and bounds of how a run trains: trainer, warm start, loggers."""
 
 from typing import Literal
 
 from pydantic import Field
 
 from atmossl.schema.strict import Strict
-from atmossl.setting_types import NotNegative, Positive, Share
-
-
-class OptimizerConfig(Strict):
-    """The optimiser and its schedule, `optimizer`."""
-
-    algorithm: Literal["adamw", "muon"]
-    learning_rate: float = Field(gt=0.0)
-    weight_decay: float = Field(ge=0.0)
-    betas: tuple[Share, Share]
-    schedule: Literal["cosine", "exponential", "constant"]
-    warmup_steps: NotNegative
-    final_fraction: Share
-    decay_every: Positive
-    gradient_clip: float = Field(gt=0.0)
-    ema_decay: Share
-    freeze: tuple[str, ...]
-    factors: dict[str, float]
-    layer_decay: float = Field(gt=0.0, le=1.0)
+from atmossl.setting_types import NotNegative, Positive
 
 
 class TrainerConfig(Strict):

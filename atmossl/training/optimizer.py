@@ -3,43 +3,60 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
+from atmossl.setting_types import (
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Share,
+)
 from atmossl.training.muon import Muon
 from atmossl.training.schedule import Schedule
 
 Depth = Callable[[str], int | None]  # encoder layers above a parameter; None: not in the encoder
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """freeze: patterns of parameter names, such as `encoder.0.*`, that are not trained.
+@dataclass(frozen=True, kw_only=True)
+class OptimizerChoice:
+    """The optimiser and its schedule, `optimizer` of a configuration.
 
-    only: patterns of the only parameters that are trained; all of them if empty.
+    freeze: patterns of parameter names, such as `encoder.0.*`, that are not trained.
+
     factors: of the learning rate by such a pattern; the first that matches counts.
     layer_decay: factor of the learning rate from one encoder layer to the one below it (Clark et
         al. 2020, ELECTRA); the embeddings are below the first.
     """
 
     algorithm: Literal["adamw", "muon"]
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
+    learning_rate: PositiveFloat
+    weight_decay: NotNegativeFloat
+    betas: tuple[Share, Share]
     schedule: Schedule
-    warmup_steps: int
-    final_fraction: float
-    decay_every: int
-    ema_decay: float
-    max_steps: int
+    warmup_steps: NotNegative
+    final_fraction: Share
+    decay_every: Positive
+    gradient_clip: PositiveFloat = 1.0
+    ema_decay: Share
     freeze: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
     factors: Mapping[str, float] | None = None
-    layer_decay: float = 1.0
+    layer_decay: Annotated[PositiveFloat, Field(le=1.0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(OptimizerChoice):
+    """The choice for one run. only: patterns of the only parameters that are trained; all of them
+    if empty."""
+
+    max_steps: int
+    only: tuple[str, ...] = ()
 
 
 def named_parameters(network: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
