@@ -18,17 +18,18 @@ import xarray as xr
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from atmossl.data.auxiliary_sources import StoreRequest, paired
+from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore
 from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.chunks import Access
 from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
+from atmossl.data.sources import StoreRequest, paired
 from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder, embeddings, write_embeddings
-from atmossl.inference.layout import LayoutName
+from atmossl.inference.layout import LayoutName, group_of
 from atmossl.inference.out_of_training_warnings import unseen, untrained_step, untrained_window
 from atmossl.inference.predict import Predictor
 from atmossl.inference.unseen import unseen_by_training
@@ -64,7 +65,7 @@ class Model:
         fill_missing: bool = False,
         input_limits: InputLimits = "refuse",
         others: Mapping[str, xr.Dataset] | None = None,
-        data: str = "",
+        data: str = PRIMARY,
         **choices: Any,
     ) -> xr.Dataset:
         """One task at the given init or valid times, at all that are possible by default.
@@ -85,7 +86,7 @@ class Model:
         sampler = _sampler(task, choices)
         predictor = Predictor(
             trained=self.trained,
-            segment=self._record({"": dataset, **(others or {})}, sampler, input_limits),
+            segment=self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits),
             task=sampler,
             overlap=overlap,
             tilings=tilings,
@@ -134,7 +135,7 @@ class Model:
         _check_choices(dataset, "cf", input_limits, batch_size=batch_size)
         embedder = Embedder(
             trained=self.trained,
-            segments=(self._record({"": dataset, **(others or {})}, None, input_limits),),
+            segments=(self._record({PRIMARY: dataset, **(others or {})}, None, input_limits),),
             layer=layer,
             overlap=overlap,
             batch_size=batch_size,
@@ -155,8 +156,8 @@ class Model:
         needed = {spec.data for spec in self.trained.specs}
         if needed != set(datasets):
             raise ValueError(
-                f"others={sorted(set(datasets) - {''})}: the checkpoint's streams need "
-                f"{sorted(needed - {''})} beside the dataset"
+                f"others={sorted(set(datasets) - {PRIMARY})}: the checkpoint's streams need "
+                f"{sorted(needed - {PRIMARY})} beside the dataset"
             )
         records, access = {}, Access(input_limits=input_limits)
         for data, dataset in datasets.items():
@@ -164,7 +165,7 @@ class Model:
             segment = open_segment(
                 "dataset",
                 OpenedStore(dataset, pressure_levels=self.trained.pressure_levels),
-                f"others[{data!r}]" if data else "the dataset",
+                "the dataset" if data == PRIMARY else f"others[{data!r}]",
                 variables=needs.variables,
                 levels=needs.levels,
                 access=access,
@@ -184,9 +185,9 @@ def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
 
 
 def _check_data(predictor: Predictor, data: str) -> None:
-    if data not in ("", *predictor.coverage):
+    if data not in predictor.coverage:
         have = sorted(predictor.coverage)
-        raise ValueError(f"data={data!r} is predicted by no stream; valid: '' or one of {have}")
+        raise ValueError(f"data={data!r} is predicted by no stream; valid: {have}")
 
 
 def _check_request(
@@ -217,7 +218,7 @@ def _opened(output: Path, data: str) -> xr.Dataset:
         return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
     engine = "zarr" if output.suffix == ".zarr" else "netcdf4"
     return xr.open_dataset(
-        output, decode_timedelta=True, engine=engine, group=data or None, chunks={}
+        output, decode_timedelta=True, engine=engine, group=group_of(data) or None, chunks={}
     )
 
 

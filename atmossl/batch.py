@@ -13,15 +13,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import IntEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from atmossl.setting_types import NotNegativeFloat, Positive
 
 YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average
+PRIMARY = "primary"  # name of the source that is the run's own data, on whose grid windows are cut
 Role = Literal["predict", "input", "static", "forcing"]
 Missing = Literal["refuse", "mask"]
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # memory for a shape, as `torch.empty` gives
@@ -60,8 +62,8 @@ class StreamSpec:
     `role`: `predict` streams are hidden and reconstructed, all others are context only: `input`
     of the window, `static` of the place, `forcing` known for any time.
     `missing`: what a missing value does: `refuse` raises, `mask` marks it and goes on.
-    `data`: catalog entry that it is read from; empty: that of the run, whose grid the others' share
-    windows with.
+    `data`: name of the source that it is read from: `PRIMARY`, or a catalog entry whose cells and
+    steps are cut by the windows of the primary source.
     Raises ValueError if a variable or level stands twice, or the token does not divide the levels.
     """
 
@@ -72,7 +74,7 @@ class StreamSpec:
     role: Role = "predict"
     loss_weight: NotNegativeFloat = 1.0
     missing: Missing = "refuse"
-    data: str = ""
+    data: Annotated[str, BeforeValidator(lambda name: name or PRIMARY)] = PRIMARY
 
     def __post_init__(self) -> None:
         if not self.variables:

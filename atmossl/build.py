@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from atmossl import __version__
+from atmossl.batch import PRIMARY
 from atmossl.checkpoint_formats import FORMAT
-from atmossl.data.auxiliary_sources import open_records, paired
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.limits import InputLimits
 from atmossl.data.seen import Seen
 from atmossl.data.segment import Segment
+from atmossl.data.sources import open_records, paired
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.model.kinds import build_network
@@ -65,20 +66,19 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
     return train, validation
 
 
-def build_data(config: TrainConfig) -> tuple[WindowDataModule, Statistics]:
-    """The datamodule and the statistics of the training split alone."""
+def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statistics]]:
+    """The datamodule, and the statistics of the training split alone of every source."""
     train, validation = open_splits(config)
     paired_train, paired_validation = paired(train), paired(validation)
     tasks = {task.name: task for task in config.tasks}
     samplers = [(paired_train, config.masking)]
     samplers += [(paired_validation, task) for task in tasks.values()]
     check_samples(samplers, config.specs, config.data.window, config.objective.views)
-    _warn(shared_steps(train[""], validation[""]))
+    _warn(shared_steps(train[PRIMARY], validation[PRIMARY]))
     transforms = config.data.transforms
-    of_entry = {name: load_or_compute(s, transforms=transforms) for name, s in train.items()}
-    for name, found in of_entry.items():
-        _warn(limits_told(found, train[name][0], config.input_limits))
-    statistics = replace(of_entry.pop(""), others=of_entry)
+    statistics = {data: load_or_compute(s, transforms=transforms) for data, s in train.items()}
+    for data, of_source in statistics.items():
+        _warn(limits_told(of_source, train[data][0], config.input_limits))
     datamodule = WindowDataModule(
         train=paired_train,
         validation=paired_validation,
@@ -163,7 +163,7 @@ def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
 
 def build_module(
     config: TrainConfig,
-    statistics: Statistics,
+    statistics: Mapping[str, Statistics],
     resolved: dict[str, Any],
     *,
     step_hours: float | None = None,
@@ -177,7 +177,7 @@ def build_module(
     when its records lie, by the streams' `data`, likewise.
     resumed: the weights come from a checkpoint of the same run, so there is no warm start.
     """
-    scales = {spec.name: statistics.residual_scale(spec) for spec in config.specs}
+    scales = {spec.name: statistics[spec.data].residual_scale(spec) for spec in config.specs}
     model = build_model(config, scales)
     warm = bool(config.warm_start.checkpoints) and not resumed
     record: dict[str, Any] = {
@@ -188,7 +188,7 @@ def build_module(
         "streams": [spec_to_dict(spec) for spec in config.specs],
         "network": _NETWORK,
         "model": config.model.model_dump(),
-        "statistics": statistics.to_dict(),
+        "statistics": {data: found.to_dict() for data, found in statistics.items()},
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,

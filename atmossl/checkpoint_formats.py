@@ -8,9 +8,10 @@ was trained by. Its `format` is a whole number. Whoever changes what a record me
 from collections.abc import Callable
 from typing import Any
 
+from atmossl.batch import PRIMARY
 from atmossl.renamed_keys import renamed
 
-FORMAT = 3
+FORMAT = 4
 
 
 def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
@@ -29,9 +30,25 @@ def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, **model, "config": config}
 
 
+def _with_named_sources(record: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 named no primary source: its streams had no `data`, or '', and its statistics held
+    those of the other sources."""
+    named = dict(record)  # a record may lack keys, which whoever needs them says
+    if "streams" in record:
+        streams = record["streams"]
+        named["streams"] = [{**spec, "data": spec.get("data") or PRIMARY} for spec in streams]
+    if "seen" in record:
+        named["seen"] = {data or PRIMARY: values for data, values in record["seen"].items()}
+    if "statistics" in record:
+        primary = {key: value for key, value in record["statistics"].items() if key != "others"}
+        named["statistics"] = {PRIMARY: primary, **record["statistics"].get("others", {})}
+    return named
+
+
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _with_kinds,
     2: _with_present_names,
+    3: _with_named_sources,
 }
 
 

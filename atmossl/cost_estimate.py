@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from atmossl.batch import Batch, StreamSpec, StreamWindow, collate_views
+from atmossl.batch import PRIMARY, Batch, StreamSpec, StreamWindow, collate_views
 from atmossl.build import (
     apply_lora,
     build_model,
@@ -15,7 +15,7 @@ from atmossl.build import (
     checkpoint_activations,
     optimizer_settings,
 )
-from atmossl.data.auxiliary_sources import open_records, paired
+from atmossl.data.sources import open_records, paired
 from atmossl.masking.views import make_views
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
@@ -145,7 +145,7 @@ def sample_batch(config: TrainConfig) -> Batch:
 def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
     """Points (time, lat, lon) of every stream's window; opens stores only if they set it."""
     window = config.data.window
-    if window.lat and window.lon and not any(spec.data for spec in config.specs):
+    if window.lat and window.lon and {spec.data for spec in config.specs} == {PRIMARY}:
         return [(window.time, window.lat, window.lon)] * len(config.specs)
     records = open_records(config.specs, config.data.name, config.data.catalog, "train")
     segment = paired(records)[0]

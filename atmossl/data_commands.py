@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from atmossl.batch import PRIMARY
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import IngestInput, ingest, missing_shares, verify
@@ -53,7 +54,7 @@ def _show_statistics(config: StatsConfig) -> None:
 
     train, _ = open_splits(config)
     for data, segments in train.items():
-        name = data or config.data.name
+        name = config.data.name if data == PRIMARY else data
         statistics = _statistics(segments, config)
         _print_statistics(name, statistics, segments[0])
         mode = "off" if config.input_limits == "off" else "warn"  # to tell is all that it does
@@ -61,7 +62,7 @@ def _show_statistics(config: StatsConfig) -> None:
             Console(markup=False).print(f"outside of limits: {line}", highlight=False)
         for kind in config.climatologies:
             assert config.output is not None, "checked by the schema"
-            file = f"{file_name(data)}-{kind}.zarr" if data else f"{kind}.zarr"
+            file = f"{kind}.zarr" if data == PRIMARY else f"{file_name(data)}-{kind}.zarr"
             _write_climatology(segments, kind, config.output / file, config)
 
 

@@ -250,6 +250,11 @@ class Nesting:
             )
         return cls(grid, other, lat, lon)
 
+    @classmethod
+    def same(cls, grid: Grid) -> "Nesting":
+        """A grid in itself."""
+        return cls(grid, grid, _Blocks(1, 1, 0, 0), _Blocks(1, 1, 0, 0))
+
     def box(self, box: Box) -> Box:
         """The cells of the other grid that fill a window of the grid."""
         columns = (box.lon_start - self.lon.offset) % self.grid.shape[1]

@@ -277,7 +277,7 @@ def from_data(config: TrainConfig) -> tuple[Iterable[Batch], dict[str, torch.Ten
     datamodule.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the loader asks for
         global_rank=0, world_size=1, global_step=0, accumulate_grad_batches=1
     )
-    scales = {spec.name: stats.residual_scale(spec) for spec in config.specs}
+    scales = {spec.name: stats[spec.data].residual_scale(spec) for spec in config.specs}
     return datamodule.train_dataloader(), scales
 
 

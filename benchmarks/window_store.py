@@ -11,7 +11,7 @@ import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
-from atmossl.batch import StreamSpec, TokenSize
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access
@@ -80,7 +80,8 @@ def opened(location: str, access: Access) -> Segment:
 
 def normaliser() -> Normaliser:
     ones = np.ones((len(NAMES), len(LEVELS)))
-    return Normaliser(Statistics(NAMES, LEVELS, 0 * ones, 10 * ones, ones, "none", "none"))
+    statistics = Statistics(NAMES, LEVELS, 0 * ones, 10 * ones, ones, "none", "none")
+    return Normaliser({PRIMARY: statistics})
 
 
 def draws(segment: Segment, count: int, per_time: int, seed: int) -> list[Places]:

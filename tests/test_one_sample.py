@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from atmossl.batch import collate_views
+from atmossl.batch import PRIMARY, collate_views
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import read_window
@@ -22,7 +22,7 @@ def test_one_sample() -> None:
     segment = open_segment(
         "waves", store, "memory", variables=stream.variables, levels=stream.levels
     )
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
 
     (window,) = read_window(segment, (stream,), normaliser, 3, 5, Box(2, 12, 4, 8))
     assert window.fields.shape == (2, 3, 5, 4, 8)  # variable level time lat lon

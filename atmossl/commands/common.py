@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from atmossl.data.auxiliary_sources import open_records, paired
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
+from atmossl.data.sources import open_records, paired
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task
 

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from atmossl.api import out_of_training_warnings
+from atmossl.batch import PRIMARY
 from atmossl.commands.common import check_split, device_for, note, open_for
 from atmossl.data.catalog import catalog_entry
 from atmossl.evaluation.report.content import TaskReport
@@ -79,7 +80,7 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
             gappy = sorted({name for segment in test for name in segment.may_miss})
             if config.ridge and gappy:
                 note(f"no ridge regression of {gappy}, which may have missing values")
-            others = sorted({s.data for s in trained.specs if s.role == "predict"} - {""})
+            others = sorted({s.data for s in trained.specs if s.role == "predict"} - {PRIMARY})
             if others:
                 note(
                     f"streams with data={others} are not scored here; predict writes them into "

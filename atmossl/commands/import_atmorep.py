@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from atmossl import __version__
-from atmossl.batch import YEAR_HOURS, StreamSpec
+from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.checkpoint_formats import FORMAT
 from atmossl.commands.common import note
-from atmossl.data.auxiliary_sources import open_records
 from atmossl.data.calendars import STANDARD
 from atmossl.data.seen import DAYS, Seen
 from atmossl.data.segment import Segment
+from atmossl.data.sources import open_records
 from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
@@ -53,7 +53,7 @@ def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None
         network = _network(core, specs)
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error
-    segments = open_records(specs, data, catalog, "train")[""]
+    segments = open_records(specs, data, catalog, "train")[PRIMARY]
     _check_store(segments, specs, core.settings, data)
     check_room(output, 1)
     statistics = load_or_compute(segments)
@@ -96,11 +96,11 @@ def _record(
         "network": "atmorep",
         "model": asdict(settings),
         "objective": {"kind": "AtmoRep", "provides": ["embed", "reconstruct"]},
-        "statistics": statistics.to_dict(),
+        "statistics": {PRIMARY: statistics.to_dict()},
         "window": {"time": steps, "lat": rows, "lon": columns},
         "first_guess": False,
         "step_hours": _STEP_HOURS,
-        "seen": {"": _SEEN.to_dict()},
+        "seen": {PRIMARY: _SEEN.to_dict()},
         "step": 0,  # AtmoRep's files do not tell how many steps it was trained for
         "levels_are": "model",
         "config": {},

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from atmossl.batch import PRIMARY
 from atmossl.inference.checkpoint import load_checkpoint
 
 
@@ -23,7 +24,7 @@ def show_checkpoint(checkpoint: str) -> None:
         "window (time, lat, lon)": str(tuple(record["window"].values())),
         **imported,
         "normalised by" if imported else "trained on": (
-            f"{record['data']}: {record['statistics']['period']}"
+            f"{record['data']}: {record['statistics'][PRIMARY]['period']}"
         ),
         **_objective(record),
         "digest": trained.digest,

@@ -80,7 +80,8 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     make_folder(output)
     datamodule, statistics = build_data(config)
     if start is not None:
-        check_same_statistics(start.path, start.record["statistics"], statistics.to_dict())
+        now = {data: found.to_dict() for data, found in statistics.items()}
+        check_same_statistics(start.path, start.record["statistics"], now)
         datamodule.go_on(step=start.record["step"], samples=samples_seen(start.record))
     module = build_module(
         config,

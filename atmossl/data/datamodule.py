@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -37,11 +36,8 @@ def check_samples(
         ValueError: streams, windows and masks that do not fit the records, or each other.
     """
     for segments, sampler in records:
-        statistics = {"": Statistics.neutral(segments[0])} | {
-            data: Statistics.neutral(auxiliary.segment)
-            for data, auxiliary in segments[0].auxiliaries.items()
-        }
-        normaliser = Normaliser(replace(statistics.pop(""), others=statistics))
+        sources = segments[0].sources.items()
+        normaliser = Normaliser({data: Statistics.neutral(s.segment) for data, s in sources})
         dataset = WindowDataset(
             segments=segments, specs=specs, normaliser=normaliser, window=window, sampler=sampler,
             seed=0, views=views,

@@ -67,10 +67,9 @@ class Seen:
 
 
 def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:
-    """Of the run's own data, as '', and of those of streams with `data` of their own."""
-    names = segments[0].auxiliaries
-    others = {name: Seen.of([s.auxiliaries[name].segment for s in segments]) for name in names}
-    return {"": Seen.of(segments), **others}
+    """Of every source, by the `data` of the streams that read it."""
+    names = segments[0].sources
+    return {name: Seen.of([s.sources[name].segment for s in segments]) for name in names}
 
 
 def days_of(times: np.ndarray, calendar: Calendar) -> list[int]:

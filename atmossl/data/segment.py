@@ -3,21 +3,25 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import xarray as xr
 
+from atmossl.batch import PRIMARY
 from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.chunks import Access, MemoryChunks
 from atmossl.data.limits import Limits
 from atmossl.data.reader import AXES, Index, StoredVariable, Target, read_targets
-from atmossl.geometry import Alignment, Box, Grid, common_alignment
-
-if TYPE_CHECKING:
-    from atmossl.data.auxiliary_sources import AuxiliarySource
+from atmossl.geometry import Alignment, Box, Grid, Nesting, common_alignment
 
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
+
+
+def hours_since_1970(times: np.ndarray) -> np.ndarray:
+    """Hours since 1970-01-01T00 of times of any calendar, float64."""
+    elapsed = times - np.zeros(1, times.dtype)
+    return elapsed / HOUR.astype(elapsed.dtype)  # year 1 in nanoseconds would overflow
 
 
 class WindowPlace(NamedTuple):
@@ -30,6 +34,31 @@ class WindowPlace(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """A record under the windows of a primary record. nesting: of its cells in the primary's."""
+
+    segment: "Segment"
+    nesting: Nesting
+
+    def steps(self, first: np.datetime64, duration: np.timedelta64) -> range:
+        """Numbers of its steps from `first` on for a duration, the end not included; they may lie
+        outside the record."""
+        start, step = self.segment.times[0], self.segment.step
+        before = (start - first, start - first - duration)
+        return range(*(-int(time // step) for time in before))
+
+    def leads(self, reference: np.datetime64, leads: np.ndarray) -> np.ndarray:
+        """Those of the lead times from a reference time at which it has steps."""
+        since = reference + leads - self.segment.times[0]
+        return leads[since % self.segment.step == np.timedelta64(0)]
+
+    def place(self, first: np.datetime64, duration: np.timedelta64, box: Box) -> WindowPlace:
+        """The window of this record that a window of the primary record is."""
+        steps = self.steps(first, duration)
+        return WindowPlace(self.segment, steps.start, len(steps), self.nesting.box(box))
+
+
+@dataclass(frozen=True)
 class Segment:
     """One continuous record, opened read-only.
 
@@ -37,7 +66,8 @@ class Segment:
     hPa, none if it has no level axis. levels: those that were asked for.
     latitude_order, longitude_order: position in the store of every canonical row and column.
     may_miss: variables whose missing values are marked; those of others are an error.
-    auxiliaries: records of the same air for streams with `data` of their own, by catalog entry.
+    auxiliaries: other records of the same air, by the `data` of the streams that read them; see
+        `sources`.
     calendar: of its dates; see there what `times` are.
     partial: cut out of a longer record at a gap or by an auxiliary source, so it may be shorter
         than a window.
@@ -59,7 +89,7 @@ class Segment:
     access: Access = Access()
     first_step: int = 0
     may_miss: frozenset[str] = frozenset()
-    auxiliaries: Mapping[str, "AuxiliarySource"] = field(default_factory=dict)
+    auxiliaries: Mapping[str, DataSource] = field(default_factory=dict)
     calendar: Calendar = STANDARD
     partial: bool = False
     part: str = ""
@@ -74,26 +104,20 @@ class Segment:
         """Whether a name means this segment: its own, that of its record, or None for any."""
         return name in (None, self.name, self.record_name)
 
+    @property  # not cached: a cycle of references would keep a record's fields in memory
+    def sources(self) -> Mapping[str, DataSource]:
+        """All records that the streams read, by their `data`, this one first."""
+        return {PRIMARY: DataSource(self, Nesting.same(self.grid)), **self.auxiliaries}
+
     @cached_property
     def alignment(self) -> Alignment:
-        """Where windows may start so that those of all auxiliary sources share their edges."""
-        return common_alignment([auxiliary.nesting for auxiliary in self.auxiliaries.values()])
+        """Where windows may start so that those of all sources share their edges."""
+        return common_alignment([source.nesting for source in self.sources.values()])
 
     def place(self, data: str, start: int, count: int, box: Box) -> WindowPlace:
         """What a window of this record is in the record of a stream with that `data`."""
-        if not data:
-            return WindowPlace(self, start, count, box)
-        auxiliary = self.auxiliaries[data]
         first = self.times[0] + start * self.step
-        steps = auxiliary.steps(first, count * self.step)
-        return WindowPlace(auxiliary.segment, steps.start, len(steps), auxiliary.nesting.box(box))
-
-    def cells(self, data: str, box: Box) -> tuple[Box, int]:
-        """A box in the cells of a stream with that `data`, and how many close the circle there."""
-        if not data:
-            return box, self.grid.shape[1]
-        nesting = self.auxiliaries[data].nesting
-        return nesting.box(box), nesting.other.shape[1]
+        return self.sources[data].place(first, count * self.step, box)
 
     @property
     def step(self) -> np.timedelta64:
@@ -105,9 +129,7 @@ class Segment:
 
     def time_hours(self, start: int, count: int) -> np.ndarray:
         """Hours since 1970-01-01T00 of the steps, float64."""
-        chosen = self.times[start : start + count]
-        elapsed = chosen - np.zeros(1, chosen.dtype)
-        return elapsed / HOUR.astype(elapsed.dtype)  # year 1 in nanoseconds would overflow
+        return hours_since_1970(self.times[start : start + count])
 
     def find_time(self, time: np.datetime64, key: str = "init_time") -> int:
         """Index of a time; ValueError names the covered period if it is not there."""

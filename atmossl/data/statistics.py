@@ -45,7 +45,7 @@ class Statistics:
 
     Arrays are [variable level]; a surface variable has the same values on all levels.
     minimum, maximum: of the values. missing: share of them. Statistics written before version 0.2
-    lack these three. others: of streams with `data` of their own, by catalog entry.
+    lack these three.
     """
 
     variables: tuple[str, ...]
@@ -59,7 +59,6 @@ class Statistics:
     maximum: np.ndarray | None = None
     missing: np.ndarray | None = None
     transforms: Transforms = field(default_factory=dict)
-    others: Mapping[str, "Statistics"] = field(default_factory=dict)
 
     @classmethod
     def compute(
@@ -120,10 +119,9 @@ class Statistics:
 
     def select(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level"]:
         """`mean`, `std` or `step_std` of one stream's variables and levels."""
-        own = self.others[spec.data] if spec.data else self
-        rows = [own.variables.index(name) for name in spec.variables]
-        columns = [own.levels.index(level) if spec.levels else 0 for level in spec.level_values]
-        return torch.from_numpy(getattr(own, field)[np.ix_(rows, columns)]).float()
+        rows = [self.variables.index(name) for name in spec.variables]
+        columns = [self.levels.index(level) if spec.levels else 0 for level in spec.level_values]
+        return torch.from_numpy(getattr(self, field)[np.ix_(rows, columns)]).float()
 
     def residual_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
         """Standard deviation of a one-step change in normalised units, for a stream's tokens; 1
@@ -141,7 +139,6 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "transforms": {name: asdict(value) for name, value in self.transforms.items()},
             **{key: values.tolist() for key, values in arrays.items() if values is not None},
-            **({"others": {n: s.to_dict() for n, s in self.others.items()}} if self.others else {}),
         }
 
     @classmethod
@@ -154,7 +151,6 @@ class Statistics:
             period=values["period"],
             fingerprint=values["fingerprint"],
             transforms={name: Transform(**value) for name, value in transforms.items()},
-            others={n: cls.from_dict(value) for n, value in values.get("others", {}).items()},
             **arrays,
         )
 
@@ -287,9 +283,12 @@ def _check_writable(cache: Path) -> None:
 
 class Normaliser:
     """Fields to zero mean and unit variance per variable and level, and back; variables with a
-    transform pass through it first, and last on the way back."""
+    transform pass through it first, and last on the way back.
 
-    def __init__(self, statistics: Statistics) -> None:
+    statistics: of every source, by the `data` of the streams that read it.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistics]) -> None:
         self.statistics = statistics
 
     def forward(
@@ -305,11 +304,10 @@ class Normaliser:
         return self._transformed(fields, spec, Transform.inverse)
 
     def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
-        return self.statistics.select(spec, field)[:, :, None, None, None]
+        return self.statistics[spec.data].select(spec, field)[:, :, None, None, None]
 
-    def transform(self, variable: str, data: str = "") -> Transform | None:
-        own = self.statistics.others[data] if data else self.statistics
-        return own.transforms.get(variable)
+    def transform(self, variable: str, data: str) -> Transform | None:
+        return self.statistics[data].transforms.get(variable)
 
     def _transformed(
         self,

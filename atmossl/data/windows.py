@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from atmossl.batch import StreamSpec, StreamWindow, View
-from atmossl.data.auxiliary_sources import check_window
 from atmossl.data.limits import Limits
 from atmossl.data.memory import Pool
 from atmossl.data.reader import Index, Target, UnreadableChunk
 from atmossl.data.segment import Segment, WindowPlace
+from atmossl.data.sources import check_window
 from atmossl.data.statistics import Normaliser
 from atmossl.data.transforms import Transform
 from atmossl.geometry import Box, check_window_fits, random_box
@@ -154,8 +154,7 @@ def read_windows(
             for name, target in _targets(place, window, normaliser):
                 targets.setdefault(name, []).append(target)
     for data, targets in wanted.items():
-        record = segment.auxiliaries[data].segment if data else segment
-        record.read_into(targets)
+        segment.sources[data].segment.read_into(targets)
     return windows
 
 

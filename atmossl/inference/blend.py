@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from atmossl.batch import StreamSpec
+from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.geometry import Box
 
 Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
@@ -27,7 +27,7 @@ class BlendedPart:
     fields: Fields
     completes: bool
     departure: dict[str, float] = field(default_factory=dict)
-    data: str = ""
+    data: str = PRIMARY
 
 
 class TileBlender:

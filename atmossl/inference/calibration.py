@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from atmossl.batch import PRIMARY
 from atmossl.data.segment import HOUR
 from atmossl.inference.blend import Fields
 from atmossl.masking.combined import Combined, Counterfactual
@@ -161,8 +162,8 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
     levels = predictor.trained.level_values
     sums: dict[str, _Sums] = {}
     for part in predictor.parts(list(times)):
-        if part.data:
-            continue  # streams of other stores keep the spread that they have
+        if part.data != PRIMARY:
+            continue  # streams of other sources keep the spread that they have
         segment = predictor.find(times[part.case]).segment
         weight = predictor.grid.weights[part.rows][:, None]
         for name, values in part.fields.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atmossl.batch import StreamSpec, TokenSize, levels_by_variable, shared_fields
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
     check_room,
     read_contents,
@@ -79,7 +79,7 @@ class TrainedModel:
     @property
     def own_specs(self) -> tuple[StreamSpec, ...]:
         """Streams of the run's own data, whose grid predictions lie on."""
-        return tuple(spec for spec in self.specs if not spec.data)
+        return tuple(spec for spec in self.specs if spec.data == PRIMARY)
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class TrainedModel:
     @property
     def level_values(self) -> dict[str, tuple[int, ...]]:
         """Levels of every predicted variable in hPa; (0,) at the surface."""
-        return self.predicted_levels("")
+        return self.predicted_levels(PRIMARY)
 
     def predicted_levels(self, data: str) -> dict[str, tuple[int, ...]]:
         """Levels of every variable that the streams with that `data` predict, in hPa; (0,) at the
@@ -164,7 +164,9 @@ def load_checkpoint(name: str) -> TrainedModel:
     return TrainedModel(
         model=model.eval(),
         specs=specs,
-        normaliser=Normaliser(Statistics.from_dict(record["statistics"])),
+        normaliser=Normaliser(
+            {data: Statistics.from_dict(values) for data, values in record["statistics"].items()}
+        ),
         window=WindowSize(**record["window"]),
         first_guess=record["first_guess"],
         data=record["data"],
@@ -220,8 +222,8 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
         token_size=TokenSize(**values["token_size"]),
         role=values["role"],
         loss_weight=values["loss_weight"],
-        missing=values.get("missing", "refuse"),  # checkpoints of version 0.1.0 have none,
-        data=values.get("data", ""),  # nor this
+        missing=values.get("missing", "refuse"),  # checkpoints of version 0.1.0 have none
+        data=values["data"],
     )
 
 

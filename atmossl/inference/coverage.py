@@ -1,5 +1,5 @@
-"""Where and when the streams with `data` of their own lie in a prediction: on the cells and at the
-steps of their own store, as far as those of the run's own data cover them."""
+"""Where the streams of a source lie in a prediction: on the cells of their own store, as far as
+those of the primary source cover them."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -7,14 +7,13 @@ from typing import Self
 import numpy as np
 from einops import reduce, repeat
 
-from atmossl.data.auxiliary_sources import AuxiliarySource
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, Grid, Nesting
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The cells of an auxiliary source's grid that the cells of a segment fill. whole: them, as a
+    """The cells of a source's grid that the cells of a segment fill. whole: them, as a
     box in that grid; from its first column on if they close the circle."""
 
     nesting: Nesting
@@ -22,7 +21,7 @@ class Coverage:
 
     @classmethod
     def of(cls, segment: Segment, data: str) -> Self:
-        nesting = segment.auxiliaries[data].nesting
+        nesting = segment.sources[data].nesting
         whole = nesting.box(Box(0, segment.alignment.lon_shift, *segment.grid.shape))
         closed = nesting.other.periodic and whole.lon_size == nesting.other.shape[1]
         return cls(nesting, replace(whole, lon_start=0) if closed else whole)
@@ -47,11 +46,3 @@ class Coverage:
         lat, lon = self.nesting.lat, self.nesting.lon
         blocks = reduce(own, "(lat y) (lon x) -> lat lon", "mean", y=lat.own, x=lon.own)
         return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other, x=lon.other)
-
-
-def leads_within(
-    auxiliary: AuxiliarySource, reference: np.datetime64, leads: np.ndarray
-) -> np.ndarray:
-    """Those of the lead times at which the auxiliary source's store has its steps."""
-    since = reference + leads - auxiliary.segment.times[0]
-    return leads[since % auxiliary.segment.step == np.timedelta64(0)]

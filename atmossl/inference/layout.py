@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl import __version__
-from atmossl.batch import StreamSpec
+from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.data.variables import VARIABLES
 from atmossl.geometry import Grid
 from atmossl.inference.blend import Fields
@@ -61,6 +61,12 @@ def attributes_of(coordinate: str, *, pressure_levels: bool) -> dict[str, str]:
     return dict(COORDINATES["model_level" if is_number else coordinate])
 
 
+def group_of(data: str) -> str:
+    """The group of an output that holds the streams of a source: the root for the primary one, and
+    a group named after every other."""
+    return "" if data == PRIMARY else data
+
+
 @dataclass(frozen=True)
 class OutputLayout:
     """The dimensions and coordinates of one prediction.
@@ -77,7 +83,7 @@ class OutputLayout:
     times: np.ndarray
     num_members: int
     names: LayoutName = "cf"
-    data: str = ""
+    data: str = PRIMARY
 
     def __post_init__(self) -> None:
         if not self.predictor.plan.is_forecast and (np.diff(self.valid_times) <= 0).any():
@@ -199,7 +205,7 @@ class OutputLayout:
         num_steps = min(plan.steps_per_pass, len(plan.offsets))
         sizes = {name: len(values) for name, values in self.coordinates().items()}
         sizes |= {"init_time": 1, "lead_time": num_steps, "time": len(plan.offsets)}
-        if self.data:  # which of its steps a pass has differs from case to case
+        if self.data != PRIMARY:  # which of its steps a pass has differs from case to case
             sizes |= {"lead_time": 1, "time": 1}
             rows = self.predictor.coverage[self.data].row(rows)
         sizes["latitude"] = min(rows, sizes["latitude"])

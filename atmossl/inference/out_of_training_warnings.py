@@ -2,14 +2,14 @@
 
 import calendar
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from atmossl.batch import Corruption, StreamMask, StreamWindow, TokenGrid, View
 from atmossl.data.seen import DAYS, Seen, eastward_extent
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import Statistics
 from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import WindowSize
 from atmossl.geometry import Grid, TilePlan
@@ -181,16 +181,18 @@ def unseen_levels(view: View) -> list[str]:
     return []
 
 
-def unseen_values(windows: Sequence[StreamWindow], statistics: Statistics) -> list[str]:
+def unseen_values(
+    windows: Sequence[StreamWindow], statistics: Mapping[str, Statistics]
+) -> list[str]:
     """A sentence for every variable with values beyond those of the training by more than a
-    standard deviation, at the level where they are furthest."""
+    standard deviation, at the level where they are furthest. statistics: by `data` of streams."""
     lines: dict[str, str] = {}
     for window in windows:
-        known = statistics.others[window.spec.data] if window.spec.data else statistics
+        known = statistics[window.spec.data]
         if known.minimum is None or known.maximum is None or not window.fields.numel():
             continue
         for row, name in enumerate(window.spec.variables):
-            line = _unseen_range(window, row, statistics)
+            line = _unseen_range(window, row, known)
             if line:
                 lines.setdefault(name, f"{name}{line}")
     return list(lines.values())
@@ -210,7 +212,7 @@ def _unseen_range(window: StreamWindow, row: int, statistics: Statistics) -> str
     if beyond[column] <= 1.0:
         return ""
     numbers = np.array([values[column] for values in (lowest, highest, low, high)])
-    transform = Normaliser(statistics).transform(name, spec.data)
+    transform = statistics.transforms.get(name)
     numbers = numbers if transform is None else transform.inverse(numbers)
     level = spec.level_values[column]
     units = f" {VARIABLES[name].units}" if name in VARIABLES else ""

@@ -11,15 +11,15 @@ from functools import cached_property
 
 import numpy as np
 
-from atmossl.batch import View
-from atmossl.data.auxiliary_sources import check_window
+from atmossl.batch import PRIMARY, View
 from atmossl.data.calendars import Calendar
 from atmossl.data.segment import Segment
+from atmossl.data.sources import check_window
 from atmossl.geometry import Grid, TilePlan
 from atmossl.inference.blend import BlendedPart, Fields
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.consistency import CoarseCells
-from atmossl.inference.coverage import Coverage, leads_within
+from atmossl.inference.coverage import Coverage
 from atmossl.inference.rollout import check_inputs, roll_out
 from atmossl.inference.tiles import blended, first_view
 from atmossl.inference.windows import Source
@@ -89,20 +89,21 @@ class Predictor:
 
     @cached_property
     def coverage(self) -> dict[str, Coverage]:
-        """By `data`, what is written of streams with data of their own that are predicted."""
-        found = {spec.data for spec in self.trained.specs if spec.role == "predict"}
-        return {data: Coverage.of(self.segment, data) for data in sorted(found - {""})}
+        """Where the streams that are predicted lie, by their `data`; the primary source last."""
+        record = replace(self.segment, grid=self.grid)
+        names = {spec.data for spec in self.trained.specs if spec.role == "predict"} - {PRIMARY}
+        return {data: Coverage.of(record, data) for data in (*sorted(names), PRIMARY)}
 
     def grid_of(self, data: str) -> Grid:
         """The cells that the streams with that `data` are predicted on."""
-        return self.coverage[data].grid if data else self.grid
+        return self.coverage[data].grid
 
     def leads_of(self, data: str, time: np.datetime64, leads: np.ndarray) -> np.ndarray:
         """Those of the leads from a reference time at which the streams with that `data` have
         steps."""
-        if not data:
+        if self.plan.refine > 1:  # steps between those of the only store
             return leads
-        return leads_within(self.find(time).segment.auxiliaries[data], time, leads)
+        return self.find(time).segment.sources[data].leads(time, leads)
 
     @cached_property
     def tiles(self) -> TilePlan:
@@ -225,7 +226,7 @@ class Predictor:
         if self.plan.num_passes > 1:
             check_inputs(self)
 
-    def run(self, times: Sequence[np.datetime64], data: str = "") -> Iterator[Fields]:
+    def run(self, times: Sequence[np.datetime64], data: str = PRIMARY) -> Iterator[Fields]:
         """For every reference time, each variable's blended ensemble over all that is written of
         the streams with that `data`."""
         whole: Fields = {}
@@ -253,7 +254,7 @@ class Predictor:
             return
         coarse = self._coarse_cells()
         for part in blended(self, sources):
-            if coarse is None or part.data:
+            if coarse is None or part.data != PRIMARY:
                 yield part
             else:
                 source = sources[part.case]

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atmossl.data.auxiliary_sources import AuxiliarySource
+from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore
 from atmossl.data.chunks import Access
 from atmossl.data.forcings import FORCINGS
-from atmossl.data.segment import Segment
+from atmossl.data.segment import DataSource, Segment
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box, Nesting
 from atmossl.inference.blend import BlendedPart, Fields
@@ -48,10 +48,10 @@ def roll_out(predictor: "Predictor", case: int, source: Source) -> Iterator[Blen
             leads = leads[leads <= total * step]
             written = {name: values[: len(leads)] for name, values in found.fields.items()}
             rows = slice(0, predictor.grid_of(data).shape[0])
-            yield BlendedPart(case, leads, rows, written, completes and not data, data=data)
+            yield BlendedPart(case, leads, rows, written, completes and data == PRIMARY, data=data)
         if completes:
             return
-        num_members = next(iter(joined[""].fields.values())).shape[1]
+        num_members = next(iter(joined[PRIMARY].fields.values())).shape[1]
         states = states * num_members if number == 0 else states
         states = [_appended(predictor, states[m], joined, m) for m in range(num_members)]
         latest = init + begin + plan.steps_per_pass * step
@@ -110,12 +110,12 @@ def _joined(predictor: "Predictor", sources: list[Source]) -> dict[str, Joined]:
 def _states(predictor: "Predictor", segment: Segment, source: Source) -> States:
     """The steps of every record that the first pass reads, at all its levels."""
     count = len(predictor.plan.read)
-    states = {"": _read(segment, source.start, count, segment.whole())}
-    for data, auxiliary in segment.auxiliaries.items():
-        steps = auxiliary.steps(segment.times[source.start], count * segment.step)
+    states = {}
+    for data, read in segment.sources.items():
+        steps = read.steps(segment.times[source.start], count * segment.step)
         known = max(1, len(steps))  # what is static is known even if none of the steps is
         start = max(0, steps.stop - known)
-        states[data] = _read(auxiliary.segment, start, known, Coverage.of(segment, data).whole)
+        states[data] = _read(read.segment, start, known, Coverage.of(segment, data).whole)
     return states
 
 
@@ -133,7 +133,7 @@ def _appended(
     """The states moved on: their steps and those of the pass, of which the latest are kept."""
     segment, moved = predictor.segment, {}
     for data, state in states.items():
-        record = segment.auxiliaries[data].segment if data else segment
+        record = segment.sources[data].segment
         fields = joined[data].fields if data in joined else {}
         kept = _kept(predictor, record)
         # static, or moved on below
@@ -166,15 +166,18 @@ def _source(
     predictor: "Predictor", segment: Segment, states: States, latest: np.datetime64, member: int
 ) -> Source:
     """The states as records whose last steps are the latest ones up to a time."""
-    own = _rolled(segment, states[""], latest, _kept(predictor, segment))
-    auxiliaries = {}
-    for data, auxiliary in segment.auxiliaries.items():
-        record = replace(auxiliary.segment, grid=Coverage.of(segment, data).grid)
+    records: dict[str, Segment] = {}
+    for data, read in segment.sources.items():
+        record = replace(read.segment, grid=Coverage.of(segment, data).grid)
         last = latest - (latest - record.times[0]) % record.step
-        rolled = _rolled(record, states[data], last, _kept(predictor, record))
-        auxiliaries[data] = AuxiliarySource(rolled, Nesting.of(own.grid, rolled.grid))
-    start = len(own.times) - len(predictor.plan.read)
-    return Source(replace(own, auxiliaries=auxiliaries), start, member)
+        records[data] = _rolled(record, states[data], last, _kept(predictor, record))
+    primary = records.pop(PRIMARY)
+    auxiliaries = {
+        data: DataSource(record, Nesting.of(primary.grid, record.grid))
+        for data, record in records.items()
+    }
+    start = len(primary.times) - len(predictor.plan.read)
+    return Source(replace(primary, auxiliaries=auxiliaries), start, member)
 
 
 def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> Segment:

@@ -1,7 +1,7 @@
 """One pass of the model over the tiles of many windows, blended into fields as tiles come in."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.batch import StreamPrediction, StreamSpec, StreamTokens, View, collate_views
+from atmossl.batch import PRIMARY, StreamPrediction, StreamSpec, StreamTokens, View, collate_views
 from atmossl.data.segment import HOUR
 from atmossl.geometry import Box
 from atmossl.inference.blend import BlendedPart, Fields, TileBlender
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.coherence import coherent
-from atmossl.inference.coverage import leads_within
 from atmossl.inference.windows import Source, WindowReader, columns, masked_view
 from atmossl.masking.tasks import Points
 from atmossl.tokens import detokenise
@@ -88,17 +87,15 @@ class _Tiles:
         ]
 
     def _mosaics(self) -> dict[str, TileBlender]:
-        """One for every grid of predicted streams, that of the run's own data last."""
+        """One for the grid of every source, that of the primary one last."""
         used = self.predictor
         return {
             data: TileBlender(used.grid_of(data).shape[1], used.trained.predicted_levels(data))
-            for data in (*used.coverage, "")
+            for data in used.coverage
         }
 
     def _placed(self, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
         """A tile and its weights on the grid of the streams with that `data`."""
-        if not data:
-            return tile.box, tile.weight
         coverage = self.predictor.coverage[data]
         return coverage.box(tile.box), coverage.weights(tile.weight)
 
@@ -108,14 +105,14 @@ class _Tiles:
         """The rows of every grid that are final after a tile."""
         assert tile.complete is not None
         for data, mosaic in mosaics.items():
-            end = self.predictor.coverage[data].row(tile.complete) if data else tile.complete
+            end = self.predictor.coverage[data].row(tile.complete)
             rows, done = mosaic.take(end)
             if rows.stop > rows.start and done:
                 source = self.sources[tile.case]
                 leads = self._written(data, source)[1]
                 members = self._members_of(source, done, rows, leads, data)
                 yield BlendedPart(
-                    tile.case, leads, rows, members, completes and not data, data=data
+                    tile.case, leads, rows, members, completes and data == PRIMARY, data=data
                 )
 
     def _members_of(
@@ -124,7 +121,7 @@ class _Tiles:
         """The blended ensemble with calibrated spread, or the one member of it that a source asks
         for: single members of tiles that overlap would average out."""
         used = self.predictor
-        if not data:  # streams of other stores are not calibrated
+        if data == PRIMARY:  # streams of other sources are not calibrated
             calibration, grid = Calibration(used.trained.record, used.task), used.grid
             lat, lon = grid.latitude[rows], grid.longitude
             fields = calibration.apply(fields, leads / HOUR, lat, lon)
@@ -137,15 +134,15 @@ class _Tiles:
         time."""
         used, plan, segment = self.predictor, self.predictor.plan, source.segment
         leads = np.array(plan.pass_offsets) * used.step
-        if not data:
+        if plan.refine > 1:  # steps between those of the only store
             return [plan.reference + offset for offset in plan.pass_offsets], leads
-        auxiliary = segment.auxiliaries[data]
+        read = segment.sources[data]
         first = segment.times[source.start] - plan.read[0] * segment.step
         reference = first + plan.reference * segment.step
-        leads = leads_within(auxiliary, reference, leads)
-        begin = auxiliary.steps(first, used.trained.window.time * segment.step).start
-        since = reference + leads - auxiliary.segment.times[0]
-        return (since // auxiliary.segment.step - begin).astype(int).tolist(), leads
+        leads = read.leads(reference, leads)
+        begin = read.steps(first, used.trained.window.time * segment.step).start
+        since = reference + leads - read.segment.times[0]
+        return (since // read.segment.step - begin).astype(int).tolist(), leads
 
     def _windows(
         self, stream: StreamTokens, predicted: StreamPrediction, batch: list[_Tile]
@@ -167,6 +164,7 @@ class _Tiles:
         reader = WindowReader(used.trained, used.plan, used.grid, used.coarse_factor, used.task)
         rows = plan.rows()
         for case, source in enumerate(self.sources):
+            predicted = replace(source.segment, grid=used.grid)
             for row, numbers in enumerate(rows):
                 south = plan.tiles[numbers[0]].lat_start
                 around = Box(south, used.segment.alignment.lon_shift, plan.lat_size, num_lon)
@@ -178,7 +176,7 @@ class _Tiles:
                 for number in numbers:
                     box = plan.tiles[number]
                     view, hidden = masked_view(
-                        columns(band, source.segment, around, box),
+                        columns(band, predicted, around, box),
                         used.task,
                         first_guess=used.trained.first_guess,
                     )

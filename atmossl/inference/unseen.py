@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 
-from atmossl.batch import StreamWindow, View
+from atmossl.batch import PRIMARY, StreamWindow, View
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.seen import Seen, days_of
 from atmossl.data.store import open_split
@@ -31,11 +31,12 @@ def unseen_by_training(predictor: Predictor, times: np.ndarray, view: View) -> l
     none on what its record does not tell. view: what the network is shown at the first time."""
     trained, segment = predictor.trained, predictor.segment
     by_data = seen_in_training(trained)
-    seen = by_data.get("", Seen())
-    lines = unseen_place(seen, _told_grid(predictor))
-    for data, auxiliary in segment.auxiliaries.items():
-        beside = unseen_place(by_data.get(data, Seen()), auxiliary.segment.grid)
-        lines += [f"{line} (data={data})" for line in beside]
+    seen, lines = by_data.get(PRIMARY, Seen()), []
+    for data, source in segment.sources.items():
+        is_primary = data == PRIMARY
+        grid = _told_grid(predictor) if is_primary else source.segment.grid
+        where = "" if is_primary else f" (data={data})"
+        lines += [line + where for line in unseen_place(by_data.get(data, Seen()), grid)]
     lines += unseen_calendar(seen, segment.calendar.name)
     lines += unseen_dates(seen, _told_days(predictor, times, view))
     lines += unseen_levels(view)
@@ -50,12 +51,12 @@ def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:
     record = trained.record
     if record.get("seen"):
         return {data: Seen.from_dict(values) for data, values in record["seen"].items()}
-    period = str(record.get("statistics", {}).get("period", ""))
+    period = str(record.get("statistics", {}).get(PRIMARY, {}).get("period", ""))
     if trained.data == _SAMPLE:
         of_sample, seen = _sample(trained.variables, trained.levels)
         if of_sample == period:
-            return {"": seen}
-    return {"": Seen.of_period(period)}
+            return {PRIMARY: seen}
+    return {PRIMARY: Seen.of_period(period)}
 
 
 @cache
@@ -86,7 +87,7 @@ def _told_days(predictor: Predictor, times: np.ndarray, view: View) -> list[int]
 def _windows(predictor: Predictor, times: np.ndarray) -> list[StreamWindow]:
     """The streams of the run's own data on the whole grid, at some of the times."""
     trained = predictor.trained
-    specs = [spec for spec in trained.specs_for(predictor.task) if not spec.data]
+    specs = [spec for spec in trained.specs_for(predictor.task) if spec.data == PRIMARY]
     chosen = times[np.unique(np.linspace(0, len(times) - 1, _NUM_READ).astype(int))]
     windows = []
     for time in chosen:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atmossl.batch import StreamWindow, View
 from atmossl.data.forcings import FORCINGS, ComputedChunks
-from atmossl.data.segment import Segment
+from atmossl.data.segment import Segment, hours_since_1970
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
 from atmossl.inference.checkpoint import TrainedModel
@@ -89,7 +89,7 @@ class WindowReader:
         return replace(window, fields=fields)
 
     def _dated(self, window: StreamWindow, source: Source) -> StreamWindow:
-        hours = self._hours(window.spec.data, source)
+        hours = torch.from_numpy(hours_since_1970(self._times(window.spec.data, source)))
         if len(window.time_hours) == 0:
             return _unread(window, hours)
         latest = torch.searchsorted(window.time_hours, hours + _TOLERANCE_HOURS) - 1
@@ -101,32 +101,17 @@ class WindowReader:
             time_hours=hours,
         )
 
-    def _hours(self, data: str, source: Source) -> Float[Tensor, "time"]:
-        """Times of all steps of a stream's window, hours since 1970-01-01T00."""
-        segment, plan, count = source.segment, self.plan, self.trained.window.time
-        if not data:
-            step_hours = segment.step_hours / plan.refine
-            read = segment.time_hours(source.start, 1)[0]
-            return read + (torch.arange(count, dtype=torch.float64) - plan.read[0]) * step_hours
-        record, steps = segment.auxiliaries[data].segment, self._steps(data, source)
-        start = record.time_hours(0, 1)[0]
-        return start + torch.arange(steps.start, steps.stop).double() * record.step_hours
-
     def _times(self, data: str, source: Source) -> np.ndarray:
-        """The same as times of the record's calendar."""
-        segment, plan = source.segment, self.plan
-        if data:
-            record = segment.auxiliaries[data].segment
-            return record.times[0] + np.array(self._steps(data, source)) * record.step
-        steps = np.arange(self.trained.window.time) - plan.read[0]
-        return segment.times[source.start] + steps * (segment.step // plan.refine)
-
-    def _steps(self, data: str, source: Source) -> range:
-        """Steps of an auxiliary source's record in the window; they may lie outside the record."""
-        segment = source.segment
-        first = segment.times[source.start] - self.plan.read[0] * segment.step
-        auxiliary = segment.auxiliaries[data]
-        return auxiliary.steps(first, self.trained.window.time * segment.step)
+        """Times of all steps of a stream's window, in the record's calendar; they may lie outside
+        the record."""
+        segment, plan, count = source.segment, self.plan, self.trained.window.time
+        if plan.refine > 1:  # steps between those of the only store
+            steps = np.arange(count) - plan.read[0]
+            return segment.times[source.start] + steps * (segment.step // plan.refine)
+        read = segment.sources[data]
+        first = segment.times[source.start] - plan.read[0] * segment.step
+        steps = read.steps(first, count * segment.step)
+        return read.segment.times[0] + np.array(steps) * read.segment.step
 
     def _placed(self, window: StreamWindow, box: Box) -> StreamWindow:
         """Coarse cells repeated over the fine ones that lie in them."""
@@ -165,14 +150,14 @@ def _unread(window: StreamWindow, hours: Float[Tensor, "time"]) -> StreamWindow:
 def columns(
     windows: tuple[StreamWindow, ...], segment: Segment, band: Box, box: Box
 ) -> tuple[StreamWindow, ...]:
-    """The windows of a band, which goes around the grid, at the longitudes of a box."""
+    """The windows of a band, which goes around the grid of a segment, at the longitudes of a
+    box."""
     found = []
     for window in windows:
-        (whole, _), (part, num_lon) = (segment.cells(window.spec.data, b) for b in (band, box))
-        if not window.spec.data:
-            num_lon = window.fields.shape[-1]
+        nesting = segment.sources[window.spec.data].nesting
+        whole, part = nesting.box(band), nesting.box(box)
         offset = np.arange(part.lon_size) + part.lon_start - whole.lon_start
-        index = torch.from_numpy(offset % num_lon)
+        index = torch.from_numpy(offset % nesting.other.shape[1])
         found.append(
             replace(
                 window,

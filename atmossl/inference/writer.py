@@ -13,9 +13,10 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from atmossl.batch import PRIMARY
 from atmossl.data.fingerprint import fingerprint
 from atmossl.inference.blend import BlendedPart
-from atmossl.inference.layout import LayoutName, OutputLayout, encoding
+from atmossl.inference.layout import LayoutName, OutputLayout, encoding, group_of
 from atmossl.inference.predict import Predictor
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.stops import Stopped
@@ -93,7 +94,7 @@ def write(
         for part in _written(predictor, times, partial, names, progress):
             rows = (part.rows.stop - part.rows.start) / predictor.grid.shape[0]
             share = rows * len(part.leads) / len(predictor.leads)
-            advance(0.0 if part.data else share)
+            advance(share if part.data == PRIMARY else 0.0)
         _finish(partial, output, progress)
     except OSError as error:
         words, kept = error.strerror or error, _kept(progress, times, partial)
@@ -161,8 +162,8 @@ def _content_of_stores(predictor: Predictor, times: np.ndarray) -> dict[str, str
     for number, segment in enumerate(predictor.segments):
         key = f"content of {segment.location} ({segment.name})"
         states[key] = fingerprint([segment], steps=steps.get(number, ()))
-        for data, auxiliary in segment.auxiliaries.items():
-            states[f"{key}, data={data}"] = fingerprint([auxiliary.segment])
+        for data, read in segment.auxiliaries.items():
+            states[f"{key}, data={data}"] = fingerprint([read.segment])
     return states
 
 
@@ -212,7 +213,9 @@ def _written(
             if done == 0:
                 _make_empty(partial, layouts)
                 progress.save()
-            groups = {data: zarr.open_group(partial, path=data, mode="r+") for data in layouts}
+            groups = {
+                data: zarr.open_group(partial, path=group_of(data), mode="r+") for data in layouts
+            }
         _put(groups[part.data], layouts[part.data], part, done + part.case)
         progress.add(part)
         if part.completes:
@@ -224,18 +227,17 @@ def _written(
 def _layouts(
     predictor: Predictor, times: np.ndarray, num_members: int, names: LayoutName
 ) -> dict[str, OutputLayout]:
-    """By the streams' `data`, which is the name of their group: the root, and one group for every
-    other grid of which anything is written.
+    """By the streams' `data`, for every source of which anything is written.
 
     Raises:
         ValueError: times that do not fit, or a group that would have the name of a variable.
     """
     layouts = {
         data: OutputLayout(predictor, times, num_members, names, data)
-        for data in ("", *predictor.coverage)
+        for data in sorted(predictor.coverage, key=group_of)
     }
-    root = layouts[""]
-    taken = {*root.variables, *root.coordinates()} & set(predictor.coverage)
+    root = layouts[PRIMARY]
+    taken = {*root.variables, *root.coordinates()} & set(map(group_of, layouts))
     if taken:
         raise ValueError(
             f"output: the group of streams with data={sorted(taken)} would have the name of a "
@@ -251,8 +253,8 @@ def _make_empty(partial: Path, layouts: dict[str, OutputLayout]) -> None:
         empty = layout.dataset()
         empty.to_zarr(
             partial,
-            group=data or None,
-            mode="a" if data else "w",
+            group=group_of(data) or None,
+            mode="a" if group_of(data) else "w",
             compute=False,
             encoding=encoding(empty),
             consolidated=False,
@@ -278,15 +280,15 @@ def _finish(partial: Path, output: Path, progress: _Progress) -> None:
     if output.suffix == ".zarr":
         with warnings.catch_warnings():  # that not every reader of format 3 knows of it
             warnings.simplefilter("ignore", UserWarning)
-            for data in (*grids, ""):
-                zarr.consolidate_metadata(partial, path=data)
+            for name in (*grids, group_of(PRIMARY)):
+                zarr.consolidate_metadata(partial, path=name)
         partial.replace(output)
         return
     packed = output.with_name(f".{output.name}.packed")
     packed.unlink(missing_ok=True)  # of a process that was killed
     try:
-        for data in ("", *grids):
-            _pack(partial, data, packed, output.suffix)
+        for name in (group_of(PRIMARY), *grids):
+            _pack(partial, name, packed, output.suffix)
         packed.replace(output)
     finally:
         packed.unlink(missing_ok=True)
@@ -312,7 +314,7 @@ def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
 
 
 def predictions(
-    predictor: Predictor, times: np.ndarray, names: LayoutName = "cf", data: str = ""
+    predictor: Predictor, times: np.ndarray, names: LayoutName = "cf", data: str = PRIMARY
 ) -> Iterator[xr.Dataset]:
     """One whole dataset after another, in memory, for every reference time at which the streams
     with that `data` have steps to write."""

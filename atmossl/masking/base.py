@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atmossl.batch import (
+    PRIMARY,
     Corruption,
     StreamMask,
     StreamSpec,
@@ -87,10 +88,10 @@ def own_factor(layout: TokenLayout, layouts: tuple[TokenLayout, ...], factor: in
         ValueError: the coarse cell is no whole number of the stream's, or not the same along both
             axes.
     """
-    if not layout.spec.data:
+    if layout.spec.data == PRIMARY:
         return factor
-    own = next(other for other in layouts if not other.spec.data)
-    cells = [factor * a / b for a, b in zip(own.cell_degrees, layout.cell_degrees, strict=True)]
+    primary = next(other for other in layouts if other.spec.data == PRIMARY)
+    cells = [factor * a / b for a, b in zip(primary.cell_degrees, layout.cell_degrees, strict=True)]
     if max(cells) <= 1 + _TOLERANCE:
         return 1
     if max(abs(n - round(cells[0])) for n in cells) > _TOLERANCE:

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
+from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import Points, TokenLayout, coarse_mask, own_factor
 from atmossl.names import snake_case
@@ -152,7 +152,7 @@ def hide_times(
                 f"a token of stream {layout.spec.name} of {float(layout.grid.time_extent):g} h; "
                 "choose a multiple of the longest token"
             )
-        if bool(hidden.all()) and not layout.spec.data:
+        if bool(hidden.all()) and layout.spec.data == PRIMARY:
             raise ValueError(
                 "task hides every time step of the window; choose a shorter task.lead_time or a "
                 "longer data.window.time"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from atmossl.batch import StreamWindow, View
+from atmossl.batch import PRIMARY, StreamWindow, View
 from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 
 
@@ -71,7 +71,7 @@ def make_views(
 
 def _first_time(windows: tuple[StreamWindow, ...]) -> torch.Tensor:
     """Of the run's own data, whose windows those of other stores follow."""
-    return next(window for window in windows if not window.spec.data).time_hours[0]
+    return next(window for window in windows if window.spec.data == PRIMARY).time_hours[0]
 
 
 def _with_another_date(view: View, year_hours: float, rng: np.random.Generator) -> View:

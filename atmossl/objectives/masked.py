@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
+from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
 from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, Fields, LossName, weighted_mean
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.tokens import detokenise, patch_weights
@@ -131,7 +131,7 @@ class ErrorRatios:
                 for field in (predicted.members.mean(dim=2), guess)
             ]
             for number, name in enumerate(stream.spec.variables):
-                key = f"{stream.spec.name}_{name}" if stream.spec.data else name
+                key = name if stream.spec.data == PRIMARY else f"{stream.spec.name}_{name}"
                 errors = torch.stack([square[..., number, :].sum() for square in squares])
                 sums[key] = sums[key] + errors if key in sums else errors  # of other levels
         return sums

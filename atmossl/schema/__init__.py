@@ -18,7 +18,7 @@ from pydantic import (
 )
 from torch.nn import ModuleDict
 
-from atmossl.batch import StreamSpec, shared_fields
+from atmossl.batch import PRIMARY, StreamSpec, shared_fields
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
@@ -187,18 +187,21 @@ def _stream_faults(config: TrainConfig) -> list[str]:
                 f"and _, but no word of Python or torch such as {name!r}"
             )
         try:
-            entry = catalog_entry(stream.data or config.data.name, config.data.catalog)
+            is_primary = stream.data == PRIMARY
+            entry = catalog_entry(
+                config.data.name if is_primary else stream.data, config.data.catalog
+            )
         except ValueError as error:
-            own = [f"stream.{name}.data: {error}"] if stream.data else [str(error)]
-            faults += [fault for fault in own if fault not in faults]
+            fault = str(error) if is_primary else f"stream.{name}.data: {error}"
+            faults += [fault] if fault not in faults else []
             continue
         faults += _entry_faults(stream, entry)
         if stream.data == config.data.name:
             faults.append(f"stream.{name}.data={stream.data} is data.name; leave it out")
         # the window's points on another grid show when it is opened
-        if not stream.data:
+        if is_primary:
             faults += _token_faults(stream, config.data.window)
-    if not any(s.role == "predict" and not s.data for s in config.stream.values()):
+    if not any(s.role == "predict" and s.data == PRIMARY for s in config.stream.values()):
         faults.append("no stream of data.name has role predict; give at least one")
     return faults + shared_fields(config.specs)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import checkpoints_in, marks_in, read_record_to_go_on
 from atmossl.data.fingerprint import agree
 from atmossl.training.keeping import ABANDONED
@@ -120,14 +121,21 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def check_same_statistics(
-    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], entry: str = "data.name"
-) -> None:
-    """That values are normalised as before; statistics as in a checkpoint's record.
+def check_same_statistics(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """That values of every source are normalised as before; statistics by source, as in a
+    checkpoint's record.
 
     Raises:
         ValueError: other numbers or transforms.
     """
+    for data in [name for name in now if name in before]:
+        entry = "data.name" if data == PRIMARY else data
+        _check_same_numbers(path, before[data], now[data], entry)
+
+
+def _check_same_numbers(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], entry: str
+) -> None:
     same = all(
         np.shape(before[key]) == np.shape(now[key])
         and np.allclose(before[key], now[key], rtol=1e-5, atol=0, equal_nan=True)
@@ -145,9 +153,6 @@ def check_same_statistics(
             f"{before['fingerprint']}, now {now['fingerprint']}); go on with the same data, or "
             f"start a new run from its weights: warm_start.checkpoints=[{path}]"
         )
-    others = before.get("others", {})
-    for name in set(others) & set(now.get("others", {})):
-        check_same_statistics(path, others[name], now["others"][name], name)
 
 
 def samples_seen(record: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ import zarr
 import zarr.codecs.numcodecs as numcodecs_v3
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
+from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access, FileChunks, TensorstoreChunks, ZarrChunks
@@ -122,7 +123,7 @@ def test_what_a_remote_store_does_not_hold_is_missing(tmp_path) -> None:
 
 def test_windows_refuse_or_mark_absent_chunks(tmp_path) -> None:
     segment = opened(written(tmp_path, 3, UNDECLARED))
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     stream = spec()
     with pytest.raises(ValueError, match=r"missing values.*chunks that are not in the store"):
         read_window(segment, (stream,), normaliser, 2, 4, segment.whole())

@@ -10,13 +10,13 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atmossl.batch import YEAR_HOURS, StreamSpec, TokenSize
-from atmossl.data.auxiliary_sources import paired
+from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec, TokenSize
 from atmossl.data.backends import open_store
 from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.fingerprint import fingerprint
 from atmossl.data.segment import Segment
+from atmossl.data.sources import paired
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import only_segment, open_parts, open_segment, open_split
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize
@@ -123,7 +123,7 @@ def test_the_end_of_a_date_is_that_of_all_it_names(calendar, text: str, after: s
 def test_the_network_is_told_the_share_of_the_calendars_own_year(calendar: str, year: int) -> None:
     data = store(calendar, f"{year:04d}-06-20", steps=8)
     segment = opened(data)
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     stream = spec(variables=NAMES, levels=(500,), token=(1, 4, 8))
     data_set = WindowDataset(
         segments=[segment], specs=[stream], normaliser=normaliser, window=WindowSize(4, 8, 16),
@@ -197,7 +197,7 @@ def test_a_store_on_disk_keeps_its_calendar(calendar: str, tmp_path: Path) -> No
 
 def test_calendars_do_not_mix() -> None:
     with pytest.raises(ValueError, match="has calendar 360_day; needed: that of memory, noleap"):
-        paired({"": [opened(store("noleap"))], "other": [opened(store("360_day"))]})
+        paired({PRIMARY: [opened(store("noleap"))], "other": [opened(store("360_day"))]})
 
 
 GAPPY = [*range(0, 9), *range(11, 15), 17, *range(20, 24)]
@@ -225,7 +225,8 @@ def test_no_window_spans_a_gap() -> None:
     assert statistics.mean[0, 0] == pytest.approx(mean, rel=1e-9)
     windows = WindowDataset(
         segments=parts, specs=[StreamSpec("air", NAMES, (500,), TokenSize(1, 4, 4))],
-        normaliser=Normaliser(statistics), window=WindowSize(4, 8, 16), sampler=Forecast(6), seed=0,
+        normaliser=Normaliser({PRIMARY: statistics}), window=WindowSize(4, 8, 16),
+        sampler=Forecast(6), seed=0,
     )  # fmt: skip
     assert len(windows) == 6 + 1 + 1
     seen = set()
@@ -261,7 +262,8 @@ def test_parts_too_short_for_a_window_are_told(caplog: pytest.LogCaptureFixture)
     assert "1 steps have a gap on either side" in caplog.text
     arguments = {
         "segments": parts, "specs": [StreamSpec("air", NAMES, (500,), TokenSize(1, 4, 4))],
-        "normaliser": Normaliser(Statistics.compute(parts)), "sampler": Forecast(6), "seed": 0,
+        "normaliser": Normaliser({PRIMARY: Statistics.compute(parts)}),
+        "sampler": Forecast(6), "seed": 0,
     }  # fmt: skip
     windows = WindowDataset(window=WindowSize(5, 8, 16), **arguments)
     windows.tell_short_segments()

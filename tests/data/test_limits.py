@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import atmossl
 from atmossl import cli
-from atmossl.batch import StreamSpec, TokenSize
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize
 from atmossl.data.chunks import Access
 from atmossl.data.limits import InputWarning
 from atmossl.data.segment import Segment
@@ -131,7 +131,7 @@ def opened(store: xr.Dataset, mode: str = "refuse", **more) -> Segment:
     )
 
 
-NORMALISER = Normaliser(Statistics.compute([opened(air())]))
+NORMALISER = Normaliser({PRIMARY: Statistics.compute([opened(air())])})
 
 
 def read(segment: Segment, spec: StreamSpec = SPEC):

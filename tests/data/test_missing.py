@@ -8,7 +8,7 @@ import pytest
 import torch
 import xarray as xr
 
-from atmossl.batch import StreamSpec, TokenSize, collate_views
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize, collate_views
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
@@ -59,14 +59,16 @@ def model(**changes) -> Multiformer:
 def test_windows_mark_what_is_missing() -> None:
     segment = opened()
     statistics = Statistics.compute([segment])
-    (window,) = read_window(segment, (SEA,), Normaliser(statistics), 2, 5, segment.whole())
+    (window,) = read_window(
+        segment, (SEA,), Normaliser({PRIMARY: statistics}), 2, 5, segment.whole()
+    )
     truth = record()["temperature"].values[2:7]
     assert window.valid is not None
     np.testing.assert_array_equal(window.valid[0, 0], np.isfinite(truth))
     assert torch.isfinite(window.fields).all() and (window.fields[~window.valid] == 0).all()
     with pytest.raises(ValueError, match="missing=mask"):
         strict = replace(SEA, missing="refuse")
-        read_window(segment, (strict,), Normaliser(statistics), 2, 5, segment.whole())
+        read_window(segment, (strict,), Normaliser({PRIMARY: statistics}), 2, 5, segment.whole())
     assert statistics.missing[0, 0] == pytest.approx(np.isnan(record()["temperature"]).mean())
     assert spec_from_dict(spec_to_dict(SEA)) == SEA
 
@@ -85,7 +87,7 @@ def test_statistics_are_those_of_the_observed_values() -> None:
 def test_missing_values_have_no_weight_in_the_loss(sampler) -> None:
     """Whatever is put at missing places of the target changes neither loss nor gradient."""
     segment = opened()
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     (window,) = read_window(segment, (SEA,), normaliser, 2, 4, segment.whole())
     view = make_view((window,), sampler, np.random.default_rng(0))
     network, results = model(), []
@@ -106,7 +108,7 @@ def test_missing_values_have_no_weight_in_the_loss(sampler) -> None:
 def test_the_encoder_is_told_what_is_missing() -> None:
     """Two windows whose values look the same but differ in what was observed."""
     segment = opened()
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     (window,) = read_window(segment, (SEA,), normaliser, 2, 4, segment.whole())
     nothing = RandomMasking(rate=(0.0, 0.0))
     latents = []
@@ -126,7 +128,7 @@ def test_first_guess_and_coarse_means_skip_missing_values() -> None:
     shown = torch.tensor([True, False, True]).reshape(1, 1, 3, 1, 1)
     assert interpolate_in_time(source, shown).flatten().tolist() == [1.0, 2.0, 3.0]
     segment = opened()
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     (window,) = read_window(segment, (SEA,), normaliser, 2, 4, segment.whole())
     (tokens,) = make_view((window,), Downscaling(2), np.random.default_rng(0)).streams
     # one coarse cell per token; the mean of its observed cells, by area
@@ -147,7 +149,7 @@ def test_what_is_never_observed_is_missing_in_the_output(task, fill: bool) -> No
     trained = TrainedModel(
         model=model(),
         specs=(SEA,),
-        normaliser=Normaliser(Statistics.compute([segment])),
+        normaliser=Normaliser({PRIMARY: Statistics.compute([segment])}),
         window=WindowSize(5, 4, 8),
         first_guess=True,
         data="sea",
@@ -178,7 +180,7 @@ def test_transforms_are_inverted_and_enter_statistics(kind: str) -> None:
     segment = replace(opened(store), access=Access(input_limits="off"))  # a rain of so many K
     statistics = Statistics.compute([segment], {"temperature": transform})
     assert Statistics.from_dict(statistics.to_dict()).transforms == {"temperature": transform}
-    normaliser = Normaliser(statistics)
+    normaliser = Normaliser({PRIMARY: statistics})
     (window,) = read_window(segment, (SEA,), normaliser, 0, 12, segment.whole())
     weight = window.weight[:, None].double()
     fields = window.fields.double()
@@ -199,7 +201,7 @@ def test_static_and_computed_variables_are_streams() -> None:
     statistics = Statistics.compute([segment])
     static = StreamSpec("static", names, (), TokenSize(1, 2, 2), role="static")
     assert torch.isfinite(statistics.residual_scale(static)).all()
-    normaliser = Normaliser(statistics)
+    normaliser = Normaliser({PRIMARY: statistics})
     (window,) = read_window(segment, (static,), normaliser, 3, 4, segment.whole())
     values = normaliser.inverse(window.fields, static)
     np.testing.assert_allclose(values[0, 0], np.stack([height.values] * 4), atol=1e-5)

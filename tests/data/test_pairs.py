@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import collate_views
+from atmossl.batch import PRIMARY, collate_views
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -28,7 +28,7 @@ def record() -> tuple[Segment, Normaliser]:
     segment = open_segment(
         "waves", dataset(steps=12), "memory", variables=STREAM.variables, levels=STREAM.levels
     )
-    return segment, Normaliser(Statistics.compute([segment]))
+    return segment, Normaliser({PRIMARY: Statistics.compute([segment])})
 
 
 def samples(record: tuple[Segment, Normaliser], views: Any, **changes: Any) -> WindowDataset:

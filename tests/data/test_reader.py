@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BloscShuffle, GzipCodec, ZstdCodec
 
+from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunk_files import ChunkFiles
@@ -139,7 +140,7 @@ def memory(**changes) -> Segment:
 
 def test_every_touched_chunk_is_read_once_for_all_windows() -> None:
     segment = memory()
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     counted = counting(segment, (5, 1, 3, 4))
     streams = (
         spec("one", variables=NAMES[:1], levels=(300, 850)),
@@ -230,7 +231,7 @@ def test_a_chunk_file_that_is_not_one_whole_chunk_is_refused(tmp_path, compresso
 
 def test_unreadable_samples_are_skipped_on_request(tmp_path, caplog) -> None:
     segment = opened(damaged(tmp_path))
-    normaliser = Normaliser(Statistics.compute([memory()]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([memory()])})
     arguments = {
         "segments": [segment],
         "specs": [spec()],

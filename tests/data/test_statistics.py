@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from atmossl.batch import PRIMARY
 from atmossl.data import moments
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry, catalog_entry
@@ -56,7 +57,7 @@ def test_normalisation_goes_back() -> None:
     statistics = Statistics.compute([segment(dataset())])
     stream = spec()
     fields = torch.randn(2, 3, 4, 8, 16)
-    normaliser = Normaliser(statistics)
+    normaliser = Normaliser({PRIMARY: statistics})
     back = normaliser.inverse(normaliser.forward(fields, stream), stream)
     torch.testing.assert_close(back, fields, rtol=1e-5, atol=1e-4)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atmossl.batch import Batch, Movable, collate
+from atmossl.batch import PRIMARY, Batch, Movable, collate
 from atmossl.data import transfer
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
@@ -50,7 +50,7 @@ def windows(folder: Path, *, damage: bool = False, **changes: Any) -> WindowData
     return WindowDataset(
         segments=[segment],
         specs=[spec(name, variables=(name,)) for name in NAMES],
-        normaliser=Normaliser(Statistics.compute([memory])),
+        normaliser=Normaliser({PRIMARY: Statistics.compute([memory])}),
         window=WindowSize(4, 8, 8),
         sampler=RandomMasking(),
         seed=0,

@@ -60,9 +60,8 @@ def test_two_resolutions_train_and_predict(catalog: Path, tmp_path: Path, monkey
     assert main(training(catalog, tmp_path / "run")) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     trained = load_checkpoint(str(checkpoint))
-    assert [spec.data for spec in trained.specs] == ["", "coarse"]
-    both = trained.normaliser.statistics
-    fine, coarse = (both.select(spec, "std")[0] for spec in trained.specs)
+    assert [spec.data for spec in trained.specs] == ["primary", "coarse"]
+    fine, coarse = (trained.normaliser.values(spec, "std")[0] for spec in trained.specs)
     assert bool((coarse < fine).all())  # means of the same values
     assert moved(checkpoint)
     for task in ("forecast", "downscaling"):

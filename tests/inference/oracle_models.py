@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from atmossl.batch import Prediction, StreamPrediction, StreamSpec, StreamTokens, View
+from atmossl.batch import PRIMARY, Prediction, StreamPrediction, StreamSpec, StreamTokens, View
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -86,7 +86,7 @@ def predictor(
     trained = TrainedModel(
         model=model,
         specs=specs,
-        normaliser=Normaliser(Statistics.compute([segment(statistics)])),
+        normaliser=Normaliser({PRIMARY: Statistics.compute([segment(statistics)])}),
         window=WindowSize(*window),
         first_guess=True,
         data="waves",

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 import atmossl
-from atmossl.batch import TokenGrid, collate_views
+from atmossl.batch import PRIMARY, TokenGrid, collate_views
 from atmossl.cli import main
 from atmossl.evaluation.report.tables import summarise
 from atmossl.inference.checkpoint import load_checkpoint
@@ -143,7 +143,7 @@ def test_predictions_are_those_of_the_plain_network(
     assert predicted["level"].attrs["standard_name"] == "model_level_number"
     if "lead_time" in predicted.dims:
         predicted = predicted.isel(init_time=0).drop_vars("init_time").rename(lead_time="time")
-    statistics = load_checkpoint(str(folder / "atmorep.ckpt")).normaliser.statistics
+    statistics = load_checkpoint(str(folder / "atmorep.ckpt")).normaliser.statistics[PRIMARY]
     start = STORE.get_index("time").get_loc(pd.Timestamp(time)) + first_step
     hidden = slice(2 * hidden_step, 2 * hidden_step + 2)
     store = STORE.isel(time=slice(start, start + STEPS))
@@ -212,7 +212,7 @@ def test_latents_lie_where_their_coordinates_say(folder: Path) -> None:
     latents = model.embed(STORE, "2004-03-01T01", layer=0, overlap=0.0)["latents_velocity_u"]
     there = latents.sel(longitude_velocity_u=slice(0, 180), latitude_velocity_u=slice(0, 90))
     there = there.sortby("latitude_velocity_u", ascending=False).isel(init_time=0)
-    statistics = model.trained.normaliser.statistics
+    statistics = model.trained.normaliser.statistics[PRIMARY]
     end = STORE.get_index("time").get_loc(pd.Timestamp("2004-03-01T01")) + 1
     windows = {}
     for name, _, levels, *_ in FIELDS:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from atmossl.batch import PRIMARY
 from atmossl.inference.calibration import Calibration, SpreadInflation, estimate_inflation
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
@@ -103,7 +104,7 @@ def test_every_pass_of_a_rollout_is_inflated() -> None:
     factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
     record = Calibration({}, used.task).replaced(SpreadInflation(np.array([6.0]), factors))
     used = replace(used, trained=replace(used.trained, record=record))
-    scale = used.trained.normaliser.statistics.std[0][:, None, None]
+    scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     variance = (run_at(used, 6)["temperature"] / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(variance, [4, 8], rtol=0.15)
 

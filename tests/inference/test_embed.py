@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 
 from atmossl.api import Model
-from atmossl.batch import StreamSpec, View
+from atmossl.batch import PRIMARY, StreamSpec, View
 from atmossl.cli import main
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
@@ -51,7 +51,7 @@ def model(specs: tuple[StreamSpec, ...], lat: int, lon: int, **changes) -> Model
     trained = TrainedModel(
         model=Known(),
         specs=specs,
-        normaliser=Normaliser(Statistics.compute([segment()])),
+        normaliser=Normaliser({PRIMARY: Statistics.compute([segment()])}),
         window=WindowSize(STEPS, lat, lon),
         first_guess=True,
         data="waves",

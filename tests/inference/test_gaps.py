@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from atmossl.batch import PRIMARY
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -105,7 +106,7 @@ def test_what_is_computed_has_its_true_values_at_every_date(task) -> None:
     )
     used = predictor(task, spy, window=(5, 8, 16), batch_size=1)
     trained = replace(
-        used.trained, specs=specs, normaliser=Normaliser(Statistics.compute([record]))
+        used.trained, specs=specs, normaliser=Normaliser({PRIMARY: Statistics.compute([record])})
     )
     used = replace(used, trained=trained, segment=record)
     time = record.times[6 if task is GAPS else -1]

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from atmossl.batch import Prediction, View
+from atmossl.batch import PRIMARY, Prediction, View
 from atmossl.inference.out_of_training_warnings import untrained_window
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import write
@@ -31,7 +31,7 @@ def predictor(task: Task, source: str = "target", **changes) -> Predictor:
 def test_tiles_of_the_truth_blend_to_the_truth(task: Task, changes: dict) -> None:
     used = predictor(task, **changes)
     fields = run_at(used, 6)
-    scale = used.trained.normaliser.statistics.std
+    scale = used.trained.normaliser.statistics[PRIMARY].std
     for row, name in enumerate(NAMES):
         truth = STORE[name].values[6]  # [level lat lon]
         found = fields[name]  # [step member level lat lon]
@@ -75,7 +75,7 @@ def test_tilings_average_what_depends_on_the_place_in_a_token(
 ) -> None:
     used = known(TemporalInterpolation(6), Columns(), tilings=tilings, window=(5, 8, 16))
     field = run_at(used, 6)["temperature"][0, 0, 0]
-    statistics = used.trained.normaliser.statistics
+    statistics = used.trained.normaliser.statistics[PRIMARY]
     number = list(statistics.variables).index("temperature")
     normal = (field - statistics.mean[number][0]) / statistics.std[number][0]
     np.testing.assert_allclose(normal, np.tile(columns, (8, 8)), atol=1e-5)

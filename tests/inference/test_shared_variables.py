@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atmossl
-from atmossl.batch import StreamSpec, TokenSize, shared_fields
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize, shared_fields
 from atmossl.cli import main
-from atmossl.data.auxiliary_sources import paired
+from atmossl.data.sources import paired
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
@@ -81,13 +81,13 @@ def test_streams_of_two_stores_roll_out_whatever_their_levels(
     )
     records = {
         data: open_segment("waves", store, "memory", variables=list(store), levels=levels)
-        for data, store, levels in (("", FINE, fine), ("reduced", COARSE, coarse))
+        for data, store, levels in ((PRIMARY, FINE, fine), ("reduced", COARSE, coarse))
     }
     statistics = {data: Statistics.compute([record]) for data, record in records.items()}
     trained = TrainedModel(
         model=Known(attrgetter("guess")),
         specs=specs,
-        normaliser=Normaliser(replace(statistics.pop(""), others=statistics)),
+        normaliser=Normaliser(statistics),
         window=WindowSize(6, 8, 8),
         first_guess=True,
         data="waves",
@@ -99,7 +99,7 @@ def test_streams_of_two_stores_roll_out_whatever_their_levels(
         trained=trained, segment=own, task=Forecast(24, 12), overlap=0.5, batch_size=8, device="cpu"
     )
     time = own.times[9]
-    for data, store, levels in (("", FINE, fine), ("reduced", COARSE, coarse)):
+    for data, store, levels in ((PRIMARY, FINE, fine), ("reduced", COARSE, coarse)):
         (fields,) = used.run([time], data)
         for name, values in fields.items():
             expected = store[name].sel(time=time, level=list(levels)).values

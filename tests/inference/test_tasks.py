@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from atmossl.batch import PRIMARY
 from atmossl.geometry import gaussian_latitudes
 from atmossl.inference.predict import Predictor
 from atmossl.inference.regions import read_cell_mask, read_stations
@@ -234,7 +235,7 @@ def test_rollout_continues_every_member_by_its_own() -> None:
     used = predictor(Forecast(24, 6), Known(attrgetter("guess"), offsets))
     assert used.plan.offsets == (1, 2, 3, 4) and used.plan.num_passes == 4
     fields = members_of(used, 6)
-    scale = used.trained.normaliser.statistics.std[0][:, None, None]
+    scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     states = [np.broadcast_to(STORE["temperature"].values[6], fields[0].shape), *fields]
     steps = [(after - before) / scale for before, after in pairwise(states)]
     orders = []
@@ -251,7 +252,7 @@ def test_rollout_members_diffuse_as_far_where_tiles_overlap_as_in_one() -> None:
     """Variances of independent Gaussian steps add up: k after k passes."""
     used = predictor(Forecast(12, 6), Diffusing(12), window=(5, 4, 8), batch_size=100)
     assert len(used.tiles.tiles) > 8  # every cell lies in several
-    scale = used.trained.normaliser.statistics.std[0][:, None, None]
+    scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     variance = (members_of(used, 6) / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(variance, [1, 2], rtol=0.1)
 

@@ -12,9 +12,10 @@ import xarray as xr
 
 import atmossl
 from atmossl.api import Model, out_of_training_warnings
-from atmossl.data.auxiliary_sources import StoreRequest
+from atmossl.batch import PRIMARY
 from atmossl.data.calendars import STANDARD
 from atmossl.data.seen import Seen, days_of
+from atmossl.data.sources import StoreRequest
 from atmossl.data.store import open_segment
 from atmossl.geometry import Grid
 from atmossl.inference.out_of_training_warnings import unseen_dates, unseen_place
@@ -81,7 +82,7 @@ CHANGES = {
 
 def test_what_is_as_in_training_is_not_told(model, sample) -> None:
     assert told(model, sample) == []
-    assert seen_in_training(model.trained)[""].calendar == "standard"
+    assert seen_in_training(model.trained)[PRIMARY].calendar == "standard"
 
 
 @pytest.mark.parametrize("words", CHANGES)

@@ -140,18 +140,22 @@ def test_what_a_resumed_run_may_not_change_is_named(change: dict, message: str |
 def test_a_resumed_run_keeps_its_statistics() -> None:
     numbers = {"mean": [[1.0]], "std": [[2.0]], "step_std": [[0.5]], "period": "2001"}
     numbers["fingerprint"] = "0123456789abcdef-01234567"
-    before = {**numbers, "others": {"coarse": numbers}}
-    check_same_statistics(Path("last.ckpt"), before, {**before, "mean": [[1.0 + 1e-9]]})
+    before = {"primary": numbers, "coarse": numbers}
+
+    def changed(source: str, **values: object) -> dict:
+        return {**before, source: {**numbers, **values}}
+
+    check_same_statistics(Path("last.ckpt"), before, changed("primary", mean=[[1.0 + 1e-9]]))
     for now in (
-        {**before, "mean": [[1.1]]},
-        {**before, "transforms": {"t": {"kind": "log", "scale": 1.0}}},
-        {**before, "others": {"coarse": {**numbers, "std": [[2.1]]}}},
+        changed("primary", mean=[[1.1]]),
+        changed("primary", transforms={"t": {"kind": "log", "scale": 1.0}}),
+        changed("coarse", std=[[2.1]]),
     ):
         with pytest.raises(ValueError, match="statistics or transforms differ"):
             check_same_statistics(Path("last.ckpt"), before, now)
     for now in (
-        {**before, "fingerprint": "1123456789abcdef-01234567"},
-        {**before, "others": {"coarse": {**numbers, "fingerprint": "0123456789abcdef-1"}}},
+        changed("primary", fingerprint="1123456789abcdef-01234567"),
+        changed("coarse", fingerprint="0123456789abcdef-1"),
     ):
         with pytest.raises(ValueError, match="another state of the store"):
             check_same_statistics(Path("last.ckpt"), before, now)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from atmossl.batch import (
+    PRIMARY,
     Batch,
     Corruption,
     StreamPrediction,
@@ -148,7 +149,7 @@ def test_a_reconstruction_shows_physical_fields_and_blanks_what_is_hidden() -> N
     segment = open_segment(
         "waves", store, "memory", variables=STREAM.variables, levels=STREAM.levels
     )
-    normaliser = Normaliser(Statistics.compute([segment]))
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
     (here,) = read_window(segment, (STREAM,), normaliser, 0, 4, Box(0, 0, 8, 16))
     view = make_view((here,), Forecast(6), np.random.default_rng(0))
     (stream,) = collate_views([(view,)], [0]).views[0].streams
@@ -161,7 +162,7 @@ def test_a_reconstruction_shows_physical_fields_and_blanks_what_is_hidden() -> N
     level, time = 1, 3
     for row, name in zip(rows, STREAM.variables, strict=True):
         expected = store[name].isel(time=time, level=level).values
-        std = normaliser.statistics.select(STREAM, "std")[STREAM.variables.index(name), level]
+        std = normaliser.values(STREAM, "std")[STREAM.variables.index(name), level]
         np.testing.assert_allclose(row.truth, expected, atol=1e-5)
         np.testing.assert_allclose(row.error, float(std), rtol=1e-3)
         np.testing.assert_allclose(row.spread, float(std) * 0.5 / 2**0.5, rtol=1e-3)

@@ -1,4 +1,8 @@
-"""Records of several stores under the same windows: streams that differ in resolution."""
+"""Several stores under the same windows: every stream reads the source that its `data` names.
+
+The windows are cut on the grid and at the steps of the primary source, which is the run's own data;
+those of every other source are the cells and steps that lie in them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,29 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from atmossl.batch import StreamSpec
+from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.data.catalog import Split, catalog_entry
 from atmossl.data.chunks import Access
-from atmossl.data.segment import HOUR, Segment
+from atmossl.data.segment import HOUR, DataSource, Segment
 from atmossl.data.store import open_split
 from atmossl.geometry import Box, Nesting
 
 _DEFAULT_ACCESS = Access()
-
-
-@dataclass(frozen=True)
-class AuxiliarySource:
-    """A record that covers the same air as a segment, and how its cells nest in those."""
-
-    segment: Segment
-    nesting: Nesting
-
-    def steps(self, first: np.datetime64, duration: np.timedelta64) -> range:
-        """Its steps from `first` on for a duration, the end not included; they may lie outside the
-        record."""
-        start, step = self.segment.times[0], self.segment.step
-        before = (start - first, start - first - duration)
-        return range(*(-int(time // step) for time in before))
 
 
 @dataclass(frozen=True)
@@ -57,17 +46,17 @@ def open_records(
     in_memory: bool = False,
     access: Access = _DEFAULT_ACCESS,
 ) -> dict[str, tuple[Segment, ...]]:
-    """Segments of one split of every catalog entry that the streams read, by their `data`; those
-    of entry `name` come first, as ''.
+    """Segments of one split of every source that the streams read, by their `data`; those of the
+    primary source, which is catalog entry `name`, come first.
 
     Raises:
         ValueError: an unknown entry, or whatever `open_split` refuses.
     """
     records = {}
-    for data in ["", *sorted({spec.data for spec in specs} - {""})]:
+    for data in [PRIMARY, *sorted({spec.data for spec in specs} - {PRIMARY})]:
         needs = StoreRequest.of([spec for spec in specs if spec.data == data])
         records[data] = open_split(
-            catalog_entry(data or name, catalog),
+            catalog_entry(name if data == PRIMARY else data, catalog),
             split,
             variables=needs.variables,
             levels=needs.levels,
@@ -79,7 +68,8 @@ def open_records(
 
 
 def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
-    """The run's own segments with their auxiliary sources, cut to the periods that all cover.
+    """The segments of the primary source with those of the others, cut to the periods that all
+    cover.
 
     Where both entries name segments alike, as those of an ensemble, a segment goes with the one of
     its name; otherwise with all that overlap in time.
@@ -87,9 +77,9 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
     Raises:
         ValueError: grids that do not nest, steps that do not fit, or no common period.
     """
-    own = list(records[""])
+    own = list(records[PRIMARY])
     for name, others in records.items():
-        if not name:
+        if name == PRIMARY:
             continue
         by_name = bool({o.record_name for o in others} & {s.record_name for s in own})
         pairs = [
@@ -98,7 +88,7 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
             for other in others
             if other.record_name == segment.record_name or not by_name
         ]
-        joined = [_with_companion(segment, name, other) for segment, other in pairs]
+        joined = [_with_source(segment, name, other) for segment, other in pairs]
         found = [segment for segment in joined if segment is not None]
         if not found:
             raise ValueError(
@@ -111,7 +101,7 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
     return tuple(own)
 
 
-def _with_companion(segment: Segment, name: str, other: Segment) -> Segment | None:
+def _with_source(segment: Segment, name: str, other: Segment) -> Segment | None:
     """The part of the segment that the other one covers; None if there is none."""
     if other.calendar != segment.calendar:
         raise ValueError(
@@ -137,7 +127,7 @@ def _with_companion(segment: Segment, name: str, other: Segment) -> Segment | No
         return None
     whole = len(inside) == len(segment.times)
     part = segment if whole else segment.steps(int(inside[0]), int(inside[-1]) + 1)
-    auxiliaries = {**segment.auxiliaries, name: AuxiliarySource(other, nesting)}
+    auxiliaries = {**segment.auxiliaries, name: DataSource(other, nesting)}
     return replace(part, auxiliaries=auxiliaries, partial=segment.partial or not whole)
 
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atmossl.batch import StreamSpec, StreamWindow, TokenSize
-from atmossl.data.auxiliary_sources import check_window, open_records, paired
+from atmossl.batch import PRIMARY, StreamSpec, StreamWindow, TokenSize
+from atmossl.checkpoint_formats import migrated
 from atmossl.data.segment import Segment
+from atmossl.data.sources import check_window, open_records, paired
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
@@ -39,14 +40,13 @@ def opened(store: xr.Dataset, name: str = "waves") -> Segment:
 
 
 def pair(fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE) -> Segment:
-    (segment,) = paired({"": [opened(fine)], "reduced": [opened(coarse)]})
+    (segment,) = paired({PRIMARY: [opened(fine)], "reduced": [opened(coarse)]})
     return segment
 
 
 def windows(start: int, box: Box, count: int = 8) -> tuple[StreamWindow, ...]:
     statistics = Statistics.compute([opened(FINE)])
-    both = {**statistics.to_dict(), "others": {"reduced": statistics.to_dict()}}
-    scale = Normaliser(Statistics.from_dict(both))
+    scale = Normaliser({PRIMARY: statistics, "reduced": statistics})
     (found,) = read_windows(pair(), SPECS, scale, count, [(start, box)])
     return found
 
@@ -81,7 +81,7 @@ def test_a_nested_window_has_the_same_edges(blocks, lat, lon, shift: int, seed: 
     turned = (fine.longitude + shift * fine.longitude_spacing) % 360.0
     fine = Grid(fine.latitude, np.sort(turned))
     nesting = Nesting.of(fine, other)
-    (segment,) = paired({"": [on_grid(fine)], "other": [on_grid(other)]})
+    (segment,) = paired({PRIMARY: [on_grid(fine)], "other": [on_grid(other)]})
     sizes = 2 * nesting.lat.own * nesting.lon.own, 3 * nesting.lat.own * nesting.lon.own
     if sizes[0] > fine.shape[0] or sizes[1] > fine.shape[1]:
         return
@@ -208,14 +208,8 @@ def test_coarse_cells_are_the_same_cells() -> None:
 
 
 def test_samples_of_two_resolutions_collate_and_repeat() -> None:
-    both = Normaliser(
-        Statistics.from_dict(
-            {
-                **Statistics.compute([opened(FINE)]).to_dict(),
-                "others": {"reduced": Statistics.compute([opened(COARSE)]).to_dict()},
-            }
-        )
-    )
+    stores = {PRIMARY: FINE, "reduced": COARSE}
+    both = Normaliser({name: Statistics.compute([opened(s)]) for name, s in stores.items()})
     arguments = {
         "segments": [pair()], "specs": SPECS, "normaliser": both, "seed": 1,
         "window": WindowSize(8, 8, 8), "sampler": Forecast(24),
@@ -245,13 +239,13 @@ def test_only_common_periods_are_sampled() -> None:
 def test_segments_pair_by_name() -> None:
     """Members of an ensemble cover the same dates."""
     fine, coarse = [opened(FINE, n) for n in "ab"], [opened(COARSE, n) for n in "ba"]
-    found = paired({"": fine, "reduced": coarse})
+    found = paired({PRIMARY: fine, "reduced": coarse})
     assert [(s.name, s.auxiliaries["reduced"].segment.name) for s in found] == [
         ("a", "a"),
         ("b", "b"),
     ]
-    assert len(paired({"": fine, "reduced": [opened(COARSE, "c")]})) == 2
-    assert len(paired({"": fine, "reduced": coarse[:1]})) == 1
+    assert len(paired({PRIMARY: fine, "reduced": [opened(COARSE, "c")]})) == 2
+    assert len(paired({PRIMARY: fine, "reduced": coarse[:1]})) == 1
 
 
 @pytest.mark.parametrize(
@@ -280,15 +274,28 @@ def test_a_window_that_cuts_cells_is_named(size: tuple, message: str) -> None:
         check_window(pair(), *size)
 
 
-def test_statistics_of_every_entry_survive_a_checkpoint() -> None:
+def test_every_stream_is_normalised_by_the_statistics_of_its_own_source() -> None:
     own, other = Statistics.compute([opened(FINE)]), Statistics.compute([opened(COARSE)])
-    both = Statistics.from_dict({**own.to_dict(), "others": {"reduced": other.to_dict()}})
-    again = Statistics.from_dict(both.to_dict())
+    both = Normaliser({PRIMARY: own, "reduced": Statistics.from_dict(other.to_dict())})
     for spec, single in zip(SPECS, (own, other), strict=True):
-        plain = StreamSpec(spec.name, spec.variables, spec.levels, spec.token_size)
-        for field in ("mean", "std", "step_std"):
-            assert torch.equal(again.select(spec, field), single.select(plain, field))
-        assert torch.equal(again.residual_scale(spec), single.residual_scale(plain))
+        row = [single.variables.index(name) for name in spec.variables]
+        for field in ("mean", "std"):
+            expected = torch.from_numpy(getattr(single, field)[row]).float()
+            assert torch.equal(both.values(spec, field)[..., 0, 0, 0], expected)
+
+
+def test_a_checkpoint_of_format_3_names_its_primary_source() -> None:
+    own, other = Statistics.compute([opened(FINE)]), Statistics.compute([opened(COARSE)])
+    stored = {
+        "format": 3,
+        "streams": [{"name": "fine"}, {"name": "plain", "data": ""}, {"name": "c", "data": "era5"}],
+        "seen": {"": {"days": [1]}, "era5": {"days": [2]}},
+        "statistics": {**own.to_dict(), "others": {"era5": other.to_dict()}},
+    }
+    record = migrated(stored)
+    assert [stream["data"] for stream in record["streams"]] == [PRIMARY, PRIMARY, "era5"]
+    assert record["seen"] == {PRIMARY: {"days": [1]}, "era5": {"days": [2]}}
+    assert record["statistics"] == {PRIMARY: own.to_dict(), "era5": other.to_dict()}
 
 
 def test_an_unknown_entry_is_named() -> None:

@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 from torch import nn
 
-from atmossl.batch import StreamSpec, TokenSize, View
-from atmossl.data.auxiliary_sources import paired
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize, View
 from atmossl.data.segment import HOUR, Segment
+from atmossl.data.sources import paired
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
@@ -45,18 +45,18 @@ def predictor(
     task: Task, model: nn.Module, fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE, **changes
 ) -> Predictor:
     statistics = {name: Statistics.compute([opened(s)]) for name, s in
-                  (("", FINE), ("reduced", COARSE))}  # fmt: skip
+                  ((PRIMARY, FINE), ("reduced", COARSE))}  # fmt: skip
     trained = TrainedModel(
         model=model,
         specs=changes.pop("specs", SPECS),
-        normaliser=Normaliser(replace(statistics.pop(""), others=statistics)),
+        normaliser=Normaliser(statistics),
         window=WindowSize(6, 8, 8),
         first_guess=True,
         data="waves",
         record={},
         digest="0",
     )
-    (segment,) = paired({"": [opened(fine)], "reduced": [opened(coarse)]})
+    (segment,) = paired({PRIMARY: [opened(fine)], "reduced": [opened(coarse)]})
     arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
     return Predictor(trained=trained, segment=segment, task=task, **arguments)
 
@@ -197,15 +197,15 @@ def test_rollouts_go_on_in_both_resolutions(step: int, pass_hours: int) -> None:
     model = Known(attrgetter("guess"), (1.0, 1.0))
     used = predictor(Forecast(24, rollout_hours=pass_hours), model, overlap=0.0)
     time = used.segment.times[step]
-    for data, record in (("", FINE), ("reduced", COARSE.sortby("longitude"))):
+    for data, record in ((PRIMARY, FINE), ("reduced", COARSE.sortby("longitude"))):
         (fields,) = used.run([time], data)
         leads = used.leads_of(data, time, used.leads) / HOUR
-        assert fields["temperature"].shape[0] == len(leads) == (2 if data else 4)
-        spec = used.trained.specs[1 if data else 0]
+        assert fields["temperature"].shape[0] == len(leads) == (2 if data != PRIMARY else 4)
+        spec = used.trained.specs[1 if data != PRIMARY else 0]
         std = used.trained.normaliser.values(spec, "std")[0].numpy()  # [level 1 1 1]
         start = record["temperature"].sel(time=record["time"] <= time)[-1].values
         passes = np.ceil(leads / pass_hours)
-        if pass_hours == 6 and data:  # every second pass has a step
+        if pass_hours == 6 and data != PRIMARY:  # every second pass has a step
             passes = np.arange(2) + 1
         for values, number in zip(fields["temperature"], passes, strict=True):
             expected = start + number * std.reshape(-1, 1, 1)
