@@ -286,7 +286,7 @@ def build_trainer(
 def has_idle_parameters(config: TrainConfig) -> bool:
     """Whether some parameters get no gradient: the last layer of a stream that is context only, or
     the ends of a network whose objective reconstructs nothing."""
-    reconstructs = "reconstruct" in config.objective.kind.provides
+    reconstructs = "reconstruct" in config.objective.provides
     return not reconstructs or any(spec.role == "input" for spec in config.specs)
 
 

@@ -381,6 +381,7 @@ def _quieten() -> None:
         "FSDP2-wrapped module .* returned a view tensor.*",  # blocks add out of place
         "Experiment logs directory.*",  # `keep_metrics` has set the earlier log aside
         "The number of training batches .* is smaller than the logging interval.*",  # few are left
+        "Found .* module.s. in eval mode.*",  # teachers are, always
         "You're resuming from a checkpoint that ended before the epoch.*",  # SampleOrder does it
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Latents = Float[Tensor, "sample feature"]
@@ -30,6 +30,12 @@ def gathered(x: Tensor) -> Tensor:
     gathered_values = _Gather.apply(x) if is_distributed() else x
     assert isinstance(gathered_values, Tensor)
     return gathered_values
+
+
+def _own_rows(samples: int, device: torch.device) -> Int[Tensor, "sample"]:
+    """Where the samples of this rank are among the gathered ones."""
+    number = dist.get_rank() if is_distributed() else 0
+    return torch.arange(number * samples, (number + 1) * samples, device=device)
 
 
 class _Gather(torch.autograd.Function):
@@ -65,11 +71,10 @@ def nt_xent(
     no_negatives: pairs of samples (of all ranks) that must not count as different, such as states
         of one run within some days; a sample's own partner always counts.
     """
-    samples, number = len(first), dist.get_rank() if is_distributed() else 0
     everything = torch.stack([gathered(first), gathered(second)])  # [view all feature]
     num_all = everything.shape[1]
     everything = F.normalize(everything, dim=-1).flatten(0, 1)
-    own = torch.arange(number * samples, (number + 1) * samples, device=first.device)
+    own = _own_rows(len(first), first.device)
     anchors = torch.cat([own, own + num_all])
     partners = torch.cat([own + num_all, own])
     similarity = everything[anchors] @ everything.T / temperature
@@ -140,7 +145,10 @@ def distillation(
 
 @torch.no_grad()
 def sinkhorn(
-    logits: Float[Tensor, "sample prototype"], *, temperature: float = 0.05, iterations: int = 3
+    logits: Float[Tensor, "sample prototype"],
+    *,
+    temperature: float | Float[Tensor, ""] = 0.05,
+    iterations: int = 3,
 ) -> Float[Tensor, "sample prototype"]:
     """The teacher's probabilities with every prototype used equally over the batch of all ranks
     (Caron et al. 2020, SwAV). Works on logarithms in float32, so nothing overflows."""
@@ -148,18 +156,18 @@ def sinkhorn(
     for _ in range(iterations):
         scores = scores - scores.logsumexp(dim=0, keepdim=True)
         scores = scores - scores.logsumexp(dim=1, keepdim=True)
-    number = dist.get_rank() if is_distributed() else 0
-    return scores[number * len(logits) : (number + 1) * len(logits)].exp()
+    return scores[_own_rows(len(logits), logits.device)].exp()
 
 
 def koleo(latents: Latents) -> Scalar:
     """Kozachenko-Leonenko entropy of directions (Sablayrolles et al. 2019): mean negative logarithm
-    of the distance to the nearest other; -ln(2) / 2 of orthonormal latents."""
-    unit = F.normalize(latents, dim=-1)
+    of the distance to the nearest other of all ranks; -ln(2) / 2 of orthonormal latents."""
+    own = _own_rows(len(latents), latents.device)
+    unit = F.normalize(gathered(latents), dim=-1)
     with torch.no_grad():
-        cosines = unit @ unit.T
-        nearest = cosines.fill_diagonal_(-2).argmax(dim=1)
-    return -(unit - unit[nearest]).norm(dim=-1).clamp_min(1e-8).log().mean()
+        cosines = (unit @ unit.T).fill_diagonal_(-2)
+        nearest = cosines[own].argmax(dim=1)
+    return -(unit[own] - unit[nearest]).norm(dim=-1).clamp_min(1e-8).log().mean()
 
 
 def sigreg(

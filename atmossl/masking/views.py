@@ -1,5 +1,6 @@
-"""Views of a sample, as an objective asks for them: what a view hides, how much later than the
-sample its window starts, and whether the network is told the view's date."""
+"""Views of a sample, as an objective asks for them: what a view hides, which part of the window it
+shows, how much later than the sample its window starts, and whether the network is told the view's
+date."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ import torch
 
 from atmossl.batch import PRIMARY, StreamWindow, View
 from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
+from atmossl.masking.crops import Crop, Part, cropped, draw_part
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class ViewSpec:
     tells_time: whether its tokens have their true date. Otherwise the date is moved on by up to a
         year in whole hours, drawn for every sample, so that dates do not tell how two views are
         related.
+    crop: the part of its window that it shows. None: the whole window.
     """
 
     masking: MaskingSampler | None = None
     lag_hours: tuple[float, ...] = ()
     tells_time: bool = True
+    crop: Crop | None = None
 
 
 def lag_steps(spec: ViewSpec, step_hours: float, location: str) -> tuple[int, ...]:
@@ -58,8 +62,13 @@ def make_views(
 ) -> tuple[View, ...]:
     """Every view of one sample from its window, all streams of it; sampler: of views that have none
     of their own."""
-    views = []
+    views: list[View] = []
+    parts: dict[Crop, Part] = {}  # equal crops of a sample show the same place
     for streams, spec in zip(windows, specs, strict=True):
+        if spec.crop is not None:
+            if spec.crop not in parts:
+                parts[spec.crop] = draw_part(streams, spec.crop, rng)
+            streams = cropped(streams, spec.crop, parts[spec.crop])
         view = make_view(streams, spec.masking or sampler, rng, first_guess=first_guess)
         if any(other.lag_hours for other in specs):  # only then is the time asked for
             view = replace(view, start_hours=_first_time(streams))

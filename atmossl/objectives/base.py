@@ -72,6 +72,12 @@ class Objective(nn.Module):
         del arguments
         return cls.views
 
+    @classmethod
+    def faults_of(cls, arguments: Mapping[str, Any], batch_size: int) -> list[str]:
+        """What is wrong with these keywords of the constructor together, one line each."""
+        del arguments, batch_size
+        return []
+
     @property
     def metrics(self) -> Mapping[str, Metric]:
         return {}

@@ -1,9 +1,7 @@
 """Joint-embedding prediction (I-JEPA, Assran et al. 2023, arXiv 2301.08243): predict latents that a
 teacher has of the hidden tokens, not their values."""
 
-import math
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Annotated, ClassVar
 
 import torch
@@ -12,15 +10,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from atmossl.batch import Batch, LatentPrediction, Losses, StreamTokens
+from atmossl.batch import Batch, LatentPrediction, Losses
 from atmossl.losses import weighted_mean
 from atmossl.masking.base import hide_nothing
 from atmossl.model.layout import gather
-from atmossl.model.network import Network, StreamLatents
+from atmossl.model.network import Network
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective, ViewSpec
-from atmossl.objectives.masked import predicted_streams
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from atmossl.objectives.masked import hidden_areas, predicted_streams
+from atmossl.objectives.teacher import Momentum, follow, momentum_at, teacher_of
 
 
 class JointEmbedding(Objective):
@@ -43,12 +40,12 @@ class JointEmbedding(Objective):
         self,
         *,
         network: Network,
-        momentum: tuple[Share, Share],
+        momentum: Momentum,
         momentum_steps: Annotated[int, Field(gt=0)],
         smooth_below: Annotated[float, Field(gt=0.0)] = 1.0,
     ) -> None:
         super().__init__()
-        self.teacher = deepcopy(network).requires_grad_(False)
+        self.teacher = teacher_of(network)
         self.momentum, self.momentum_steps = momentum, momentum_steps
         self.smooth_below = smooth_below
 
@@ -68,7 +65,7 @@ class JointEmbedding(Objective):
         pairs, terms = [], []
         for stream in predicted_streams(view):
             name = stream.spec.name
-            found, weight = predicted[name].last.float(), _weights(stream)
+            found, weight = predicted[name].last.float(), hidden_areas(stream)
             target = gather(targets[name].last, predicted[name].chosen).float()
             target = functional.layer_norm(target, target.shape[-1:])
             distance = functional.smooth_l1_loss(
@@ -81,25 +78,11 @@ class JointEmbedding(Objective):
 
     def weights(self, batch: Batch) -> Float[Tensor, "stream"]:
         """Area of all hidden tokens of every predicted stream."""
-        return torch.stack([_weights(s).sum() for s in predicted_streams(batch.views[0])])
+        return torch.stack([hidden_areas(s).sum() for s in predicted_streams(batch.views[0])])
 
     def after_step(self, network: Network, step: int) -> None:
-        share = 1.0 - momentum_at(step, self.momentum_steps, self.momentum)
-        for averaged, current in zip(self.teacher.parameters(), network.parameters(), strict=True):
-            averaged.lerp_(current, share)
-
-
-def momentum_at(step: int, num_steps: int, limits: tuple[float, float]) -> float:
-    """From the first limit to the second along half a cosine; the second after the last step."""
-    first, last = limits
-    share = min(step, num_steps) / num_steps
-    return last - (last - first) * (1 + math.cos(math.pi * share)) / 2
-
-
-def _weights(stream: StreamTokens) -> Float[Tensor, "batch query"]:
-    """Area of the hidden tokens of a stream; 0 where the list is padded."""
-    assert stream.queries is not None, "collate the view first: token indices are missing"
-    return StreamLatents((), stream.queries, stream.grid).areas()
+        momentum = momentum_at(step, self.momentum_steps, self.momentum)
+        follow(self.teacher.parameters(), network.parameters(), momentum)
 
 
 class LatentRatios:

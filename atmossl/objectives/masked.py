@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
 from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, Fields, LossName, weighted_mean
+from atmossl.model.network import StreamLatents
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.tokens import detokenise, patch_weights
 
@@ -195,6 +196,12 @@ def level_sums(
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
     """The streams of a view that are hidden and predicted."""
     return tuple(stream for stream in view.streams if stream.spec.role == "predict")
+
+
+def hidden_areas(stream: StreamTokens) -> Float[Tensor, "batch query"]:
+    """Area of the hidden tokens of a stream; 0 where the list is padded."""
+    assert stream.queries is not None, "collate the view first: token indices are missing"
+    return StreamLatents((), stream.queries, stream.grid).areas()
 
 
 def hidden_values(

@@ -130,7 +130,7 @@ def _tuning_faults(config: TrainConfig) -> list[str]:
     chosen += [f"warm_start.low_rank.rank={rank}"] if rank else []
     if len(chosen) > 1:
         return [f"{' and '.join(chosen)} exclude each other; choose one"]
-    if only is not None and "reconstruct" not in config.objective.kind.provides:
+    if only is not None and "reconstruct" not in config.objective.provides:
         return [
             f"objective.train_only={only} with an objective that reconstructs nothing, so that the "
             f"{only} would learn nothing; choose objective=masked"
@@ -144,10 +144,13 @@ def _tuning_faults(config: TrainConfig) -> list[str]:
 
 
 def _comparison_faults(config: TrainConfig) -> list[str]:
-    """What an objective that compares the samples of a batch cannot take."""
-    if not config.objective.kind.compares_samples:
-        return []
-    faults, name = [], config.objective.kind.__name__
+    """Keywords of the objective that do not fit together, and what an objective that compares the
+    samples of a batch cannot take."""
+    objective = config.objective
+    faults = objective.kind.faults_of(objective.arguments, config.data.batch_size)
+    if not objective.compares_samples:
+        return faults
+    name = objective.kind.__name__
     if config.data.batch_size < 2:
         faults.append(
             f"data.batch_size={config.data.batch_size} but {name} compares the samples of a batch; "

@@ -153,6 +153,14 @@ class ObjectiveChoice:
         return f"{self.kind.__module__}.{self.kind.__name__}"
 
     @property
+    def provides(self) -> frozenset[str]:
+        return self.kind.provides
+
+    @property
+    def compares_samples(self) -> bool:
+        return self.kind.compares_samples
+
+    @property
     def views(self) -> tuple[ViewSpec, ...]:
         return self.kind.views_of(self.arguments)
 

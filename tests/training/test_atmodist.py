@@ -1,19 +1,14 @@
 """AtmoDist: the lag between two states, from the grid and not from their dates."""
 
 import math
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from atmossl.batch import Batch, Losses
-from atmossl.checkpoint_files import read_contents
 from atmossl.objectives.atmodist import AtmoDist, LagMeasures, lag_class
-from tests.processes import kill_at_batch, run, training
 from tests.training.test_contrastive import LAG_HOURS, network, pairs
-from tests.training.test_resume import differing
 
 
 def objective(model, lag_hours: tuple[float, ...] = LAG_HOURS) -> AtmoDist:
@@ -83,18 +78,3 @@ def test_measures_count_lags_and_their_neighbours() -> None:
             "lag_accuracy/mean": accuracy, "lag_within_one/mean": near,
             "lag_error_hours/mean": error,
         }  # fmt: skip
-
-
-@pytest.mark.e2e
-def test_a_killed_run_ends_as_the_unbroken_one(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    changes = ("objective=atmodist", "trainer.max_steps=4", "trainer.checkpoint_interval=2",
-               "trainer.validation_interval=2")  # fmt: skip
-    assert run(training(whole, *changes), cache=tmp_path) == 0
-    before = (kill_at_batch, (4,))
-    assert run(training(broken, *changes), cache=tmp_path, before=before) == -signal.SIGKILL
-    assert run(training(broken, *changes, "resume=auto"), cache=tmp_path) == 0
-    one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (whole, broken))
-    assert "objective.classify.weight" in one["state_dict"]
-    for key in ("state_dict", "optimizer_states"):
-        assert differing(one[key], two[key]) == []

@@ -1,7 +1,6 @@
 """Objectives on pairs of views: one rank or several, what they compare, how collapse shows."""
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from atmossl.batch import Batch, Losses, collate_views
-from atmossl.checkpoint_files import read_contents
 from atmossl.cli import main
 from atmossl.latent_losses import alignment, rankme, uniformity
 from atmossl.masking.random import RandomMasking
@@ -20,9 +18,8 @@ from atmossl.masking.views import ViewSpec, make_views
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.contrastive import Contrastive
 from atmossl.objectives.pairs import PairMeasures, close_in_time
-from tests.processes import CONTEXT, HANGS_AFTER_SECONDS, kill_at_batch, run, training
+from tests.processes import CONTEXT, HANGS_AFTER_SECONDS, training
 from tests.synthetic import spec, window
-from tests.training.test_resume import differing
 
 STREAMS = (spec("air"), spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))
 LOSSES = ("nt_xent", "vicreg", "simsiam", "barlow_twins")
@@ -181,31 +178,12 @@ def test_collapsed_latents_have_no_rank() -> None:
     assert values["uniformity/mean"] == 0 and all(map(math.isfinite, values.values()))
 
 
-def arguments(output: Path, *more: str) -> list[str]:
-    return training(
-        output, "objective=contrastive", "objective.loss=simsiam", "trainer.max_steps=4",
-        "trainer.checkpoint_interval=2", "trainer.validation_interval=2", *more,
-    )  # fmt: skip
-
-
 @pytest.mark.e2e
-def test_a_killed_run_ends_as_the_unbroken_one(
+def test_a_lag_that_the_record_does_not_have_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Network, heads and optimiser, bit for bit; its latents can be written."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(arguments(whole), cache=tmp_path) == 0
-    before = (kill_at_batch, (4,))
-    assert run(arguments(broken), cache=tmp_path, before=before) == -signal.SIGKILL
-    assert run(arguments(broken, "resume=auto"), cache=tmp_path) == 0
-    one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (whole, broken))
-    assert any(name.startswith("objective.predictor.") for name in one["state_dict"])
-    for key in ("state_dict", "optimizer_states"):
-        assert differing(one[key], two[key]) == []
-    last = whole / "checkpoints" / "last.ckpt"
-    common = [f"checkpoint={last}", "init_time=1959-02-12T00", "accelerator=cpu"]
-    assert main(["embed", *common, f"output={tmp_path / 'latents.zarr'}"]) == 0
-    assert main(arguments(tmp_path / "refused", "objective.lag_hours=[7]")) == 2
+    arguments = training(tmp_path / "run", "objective=contrastive", "objective.lag_hours=[7]")
+    assert main(arguments) == 2
     assert "objective.lag_hours=[7] are no multiples of the time step of 6 h" in (
         capsys.readouterr().err
     )

@@ -1,24 +1,19 @@
 """Joint-embedding prediction: a second objective behind the same contract."""
 
 import math
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from atmossl.batch import Batch, collate_views
-from atmossl.checkpoint_files import checkpoints_in, read_contents
-from atmossl.cli import main
 from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.model.multiformer import Multiformer
-from atmossl.objectives.jepa import JointEmbedding, LatentRatios, momentum_at
-from tests.processes import kill_at_batch, run, training
+from atmossl.objectives.jepa import JointEmbedding, LatentRatios
+from atmossl.objectives.teacher import momentum_at
 from tests.synthetic import spec, window
-from tests.training.test_resume import differing
 
 STREAMS = (spec("air"), spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))
 
@@ -127,38 +122,3 @@ def test_a_constant_has_a_ratio_of_one() -> None:
     sums = LatentRatios().sums(given, replace(losses, latents=(constant,)))
     values = LatentRatios().values({"task": sums})
     assert values["latent_ratio/mean"].item() == pytest.approx(1.0, rel=1e-4)
-
-
-def arguments(output: Path, *more: str) -> list[str]:
-    return training(
-        output, "objective=jepa", "trainer.max_steps=6", "trainer.accumulate=2",
-        "trainer.checkpoint_interval=3", "trainer.validation_interval=3", *more,
-    )  # fmt: skip
-
-
-@pytest.mark.e2e
-def test_a_killed_run_ends_as_the_unbroken_one_and_its_latents_can_be_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Network, optimiser and teacher, bit for bit."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(arguments(whole), cache=tmp_path) == 0
-    before = (kill_at_batch, (10,))
-    assert run(arguments(broken), cache=tmp_path, before=before) == -signal.SIGKILL
-    assert [path.name for path in checkpoints_in(broken / "checkpoints")][0] == "step-3.ckpt"
-    assert run(arguments(broken, "resume=auto"), cache=tmp_path) == 0
-    one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (whole, broken))
-    for key in ("state_dict", "optimizer_states"):
-        assert differing(one[key], two[key]) == []
-    weights = one["state_dict"]
-    teacher = {k for k in weights if k.startswith("objective.teacher.")}
-    assert teacher and any(
-        not torch.equal(weights[k], weights["model." + k.removeprefix("objective.teacher.")])
-        for k in teacher
-    )
-    last = whole / "checkpoints" / "last.ckpt"
-    assert one["atmossl"]["objective"]["provides"] == ["embed"]
-    common = [f"checkpoint={last}", "init_time=1959-02-12T00", "accelerator=cpu"]
-    assert main(["embed", *common, f"output={tmp_path / 'latents.zarr'}"]) == 0
-    assert main(["predict", *common, f"output={tmp_path / 'forecast.zarr'}"]) == 2
-    assert "trained by JointEmbedding" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""Crops of a window in space, time and resolution, for objectives that compare parts of one state.
+
+All streams of a window are cropped at the edges of tokens that they have in common, so that they
+show the same air. Crops of equal shape from different samples can be one batch.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atmossl.batch import StreamWindow
+from atmossl.masking.base import coarsen
+from atmossl.tokens import token_grid
+
+_AXES = ("time", "lat", "lon")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a window at a place that is drawn for every sample.
+
+    number: views of one sample whose crops are equal, this number included, show the same place.
+    time_share, share: of the window's steps, and of its rows and columns each; at least two blocks
+        of tokens along each axis, if there are so many.
+    coarsen: cells along latitude and longitude whose area-weighted mean is one cell of the crop.
+    """
+
+    number: int
+    time_share: float = 1.0
+    share: float = 1.0
+    coarsen: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of the window's common blocks of tokens a crop takes along time, lat and lon, as
+    (first block, number of blocks, blocks of the window)."""
+
+    blocks: tuple[tuple[int, int, int], ...]
+
+    def points(self, axis: int, num_points: int) -> Tensor:
+        """Points of the window along an axis; beyond its end it begins again."""
+        first, count, total = self.blocks[axis]
+        size = num_points // total
+        return (torch.arange(count * size) + first * size) % num_points
+
+
+def draw_part(windows: tuple[StreamWindow, ...], crop: Crop, rng: np.random.Generator) -> Part:
+    """A place for a crop: anywhere along a circle of longitude that the window closes.
+
+    Raises:
+        ValueError: tokens of the coarsened window do not fit, or streams have no edges in common.
+    """
+    periodic = all(token_grid(window).periodic for window in windows)
+    blocks = []
+    for axis, total in enumerate(_common_blocks(windows, crop.coarsen)):
+        share = crop.share if axis else crop.time_share
+        count = min(total, max(2, round(share * total)))
+        room = total if periodic and axis == 2 and count < total else total - count + 1
+        blocks.append((int(rng.integers(room)), count, total))
+    return Part(tuple(blocks))
+
+
+def _common_blocks(windows: tuple[StreamWindow, ...], factor: int) -> tuple[int, ...]:
+    """The most blocks along time, lat and lon that are whole tokens of every stream, also after
+    `factor` cells along lat and lon have become one."""
+    counts: list[tuple[int, ...]] = []
+    for window in windows:
+        size, shape = window.spec.token_size, window.fields.shape[-3:]
+        needed = (size.time, size.lat * factor, size.lon * factor)
+        for axis, points, step in zip(_AXES, shape, needed, strict=True):
+            if points % step:
+                raise ValueError(
+                    f"objective: a crop coarsened by {factor} needs data.window.{axis} to be a "
+                    f"multiple of {step} for stream {window.spec.name}, which has {points} points; "
+                    "choose another window, or no coarse crops"
+                )
+        counts.append(tuple(n // step for n, step in zip(shape, needed, strict=True)))
+    return tuple(math.gcd(*axis) for axis in zip(*counts, strict=True))
+
+
+def cropped(windows: tuple[StreamWindow, ...], crop: Crop, part: Part) -> tuple[StreamWindow, ...]:
+    """The part of all streams of a window, coarse if the crop is."""
+    return tuple(_coarse(_cut(window, part), crop.coarsen) for window in windows)
+
+
+def _cut(window: StreamWindow, part: Part) -> StreamWindow:
+    sizes = window.fields.shape[-3:]
+    time, lat, lon = (part.points(axis, size) for axis, size in enumerate(sizes))
+
+    def cut(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.index_select(-3, time).index_select(-2, lat).index_select(-1, lon)
+
+    fields = cut(window.fields)
+    assert fields is not None
+    return replace(
+        window,
+        fields=fields,
+        valid=cut(window.valid),
+        time_hours=window.time_hours[time],
+        lat=window.lat[lat],
+        lon=window.lon[lon],
+        weight=window.weight[lat],
+    )
+
+
+def _coarse(window: StreamWindow, factor: int) -> StreamWindow:
+    """Area-weighted means over the observed cells of `factor` x `factor`."""
+    if factor == 1:
+        return window
+    fields, valid = coarsen(window.fields, window.weight, factor), None
+    if window.valid is not None:  # fields are 0 where nothing was observed
+        share = coarsen(window.valid.float(), window.weight, factor)
+        valid = share > 0
+        fields = torch.where(valid, fields / share, fields)
+    start = window.lon[:1]
+    lon = (start + (window.lon - start) % 360.0).unflatten(0, (-1, factor)).mean(dim=1) % 360.0
+    lat, weight = (x.unflatten(0, (-1, factor)).mean(dim=1) for x in (window.lat, window.weight))
+    return replace(window, fields=fields, valid=valid, lat=lat, lon=lon, weight=weight)
