@@ -409,12 +409,14 @@ class Prediction(Movable):
 
 @dataclass(frozen=True)
 class LatentPrediction:
-    """Predicted and true latents of one stream's hidden tokens, and what each token counts."""
+    """Predicted and true latents of one stream's hidden tokens, what each token counts, and a
+    number that tokens at the same position share."""
 
     stream: str
     predicted: Float[Tensor, "batch query feature"]
     target: Float[Tensor, "batch query feature"]
     weight: Float[Tensor, "batch query"]
+    bins: Int[Tensor, "batch query"]
 
 
 @dataclass(frozen=True)
@@ -424,6 +426,7 @@ class Losses:
     logarithms of their chances up to a constant), or none of them.
 
     factors: of every term in the total, which is the terms' weighted mean.
+    parts: of an objective that is made of several, the losses of each.
     """
 
     terms: tuple[tuple[str, Float[Tensor, ""]], ...]
@@ -432,6 +435,7 @@ class Losses:
     latents: tuple[LatentPrediction, ...] = ()
     pooled: tuple[Float[Tensor, "batch feature"], ...] = ()
     scores: Float[Tensor, "batch choice"] | None = None
+    parts: tuple["Losses", ...] = ()
 
     @property
     def total(self) -> Float[Tensor, ""]:

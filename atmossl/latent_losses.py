@@ -177,9 +177,8 @@ def sigreg(
     directions (LeJEPA, Balestriero and LeCun 2025): the squared distance of the characteristic
     functions, weighted by exp(-t^2 / 2), times the number of samples, mean over directions.
 
-    directions: columns of any length, normalised here.
+    latents: of all ranks, see `gathered`. directions: columns of any length, normalised here.
     """
-    latents = gathered(latents)
     sliced = latents @ F.normalize(directions, dim=0)  # [sample slice]
     t = torch.linspace(-6.0, 6.0, points, device=latents.device)
     phase = sliced[..., None] * t
@@ -188,6 +187,15 @@ def sigreg(
     imaginary = phase.sin().mean(dim=0)
     distance = torch.trapezoid((real**2 + imaginary**2) * gaussian, t, dim=-1)
     return len(latents) * distance.mean()
+
+
+def batch_anomalies(
+    latents: Float[Tensor, "sample token feature"],
+) -> Float[Tensor, "sample token feature"]:
+    """Departures from every token's mean over the samples, of the variance that independent
+    samples have."""
+    count = len(latents)
+    return (latents - latents.mean(dim=0)) * (count / max(count - 1, 1)) ** 0.5
 
 
 @torch.no_grad()

@@ -45,6 +45,23 @@ class Metric(Protocol):
         ...
 
 
+class ObjectivePart(Protocol):
+    """An objective as it is configured, before there is a network: see `Objective`."""
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]: ...
+
+    @property
+    def provides(self) -> frozenset[Ability]: ...
+
+    @property
+    def compares_samples(self) -> bool: ...
+
+    def faults(self, batch_size: int) -> list[str]: ...
+
+    def build(self, **of_the_run: Any) -> "Objective": ...
+
+
 class Objective(nn.Module):
     """What training optimises, with its heads, predictor, teacher and buffers as submodules.
 
@@ -73,6 +90,18 @@ class Objective(nn.Module):
         return cls.views
 
     @classmethod
+    def provided_by(cls, arguments: Mapping[str, Any]) -> frozenset[Ability]:
+        """What a checkpoint of it can be asked for under these keywords of the constructor."""
+        del arguments
+        return cls.provides
+
+    @classmethod
+    def compares_by(cls, arguments: Mapping[str, Any]) -> bool:
+        """Whether its loss compares the samples of a batch under these keywords."""
+        del arguments
+        return cls.compares_samples
+
+    @classmethod
     def faults_of(cls, arguments: Mapping[str, Any], batch_size: int) -> list[str]:
         """What is wrong with these keywords of the constructor together, one line each."""
         del arguments, batch_size
@@ -92,7 +121,7 @@ class Objective(nn.Module):
 
     def weights(self, batch: Batch) -> Tensor | None:
         """What the batch counts in every term of the loss, [term]. None: all batches count the
-        same."""
+        same; then the loss has a single term."""
         del batch
         return None
 

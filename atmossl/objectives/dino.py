@@ -256,15 +256,15 @@ class SelfDistillation(Objective):
             centre.note(logits, weight)
         return ((logits - centre.value) / self.teacher_temperature).softmax(dim=-1)
 
-    def weights(self, batch: Batch) -> Tensor | None:
-        """Hidden area for the loss of tokens; all batches have as many samples."""
-        if not self.patch_weight:
-            return None
+    def weights(self, batch: Batch) -> Tensor:
+        """Hidden area for the loss of tokens; in the others all batches count the same."""
         views = batch.views[: self.num_global]
         streams = [stream for view in views for stream in predicted_streams(view)]
         area = torch.stack([hidden_areas(stream).sum() for stream in streams]).sum()
-        ones = torch.ones_like(area)
-        return torch.stack([ones, area, ones] if self.koleo_weight else [ones, area])
+        weights = [torch.ones_like(area)]
+        weights += [area] if self.patch_weight else []
+        weights += [torch.ones_like(area)] if self.koleo_weight else []
+        return torch.stack(weights)
 
     def _patches(self, latents: Latents, seen: Latents, view: View) -> tuple[Tensor, Tensor]:
         """Cross entropies of the hidden tokens of a crop, and their areas."""

@@ -14,6 +14,12 @@ from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, 
 from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, Fields, LossName, weighted_mean
 from atmossl.model.network import StreamLatents
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
+from atmossl.objectives.position_means import (
+    position_bins,
+    position_ratios,
+    position_sums,
+    split_positions,
+)
 from atmossl.tokens import detokenise, patch_weights
 
 Weighting = Literal["residual", "uniform"]
@@ -23,9 +29,8 @@ T = TypeVar("T")
 class MaskedModelling(Objective):
     """Weighted sum of losses over the hidden tokens of all predicted streams.
 
-    losses: weight by name of a loss in `atmossl.losses.LOSSES`.
-    weighting: `residual` measures every variable and level in units of its typical residual
     losses: weight by name of a loss in `atmossl.losses`: of single values, or of fields.
+    weighting: `residual` measures every variable and level in units of its typical residual
         from the first guess (as GraphCast weighs by the inverse variance of time differences,
         Lam et al. 2023), `uniform` in units of its standard deviation.
     latitude_weighted: weigh every value by the area of its cell.
@@ -135,11 +140,16 @@ class ErrorRatios:
                 key = name if stream.spec.data == PRIMARY else f"{stream.spec.name}_{name}"
                 errors = torch.stack([square[..., number, :].sum() for square in squares])
                 sums[key] = sums[key] + errors if key in sums else errors  # of other levels
+            mean = predicted.members.mean(dim=2)
+            bins = position_bins(stream.grid, predicted.queries)
+            sums[f"position:{stream.spec.name}"] = position_sums(mean, target, weight, bins)
         return sums
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By task and variable; their mean by task; and the mean over tasks, `rmse_ratio/mean`."""
-        values, means = {}, []
+        """By task and variable; their mean by task; and the mean over tasks, `rmse_ratio/mean`. By
+        task and stream `position_ratio`, the RMSE over that of the mean of every position."""
+        by_position, sums = split_positions(sums)
+        values, means = position_ratios(by_position), []
         for task, by_variable in sums.items():
             ratios = {
                 f"rmse_ratio/{task}/{name}": (square[0] / square[1]).sqrt()

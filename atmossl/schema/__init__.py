@@ -147,7 +147,7 @@ def _comparison_faults(config: TrainConfig) -> list[str]:
     """Keywords of the objective that do not fit together, and what an objective that compares the
     samples of a batch cannot take."""
     objective = config.objective
-    faults = objective.kind.faults_of(objective.arguments, config.data.batch_size)
+    faults = objective.faults(config.data.batch_size)
     if not objective.compares_samples:
         return faults
     name = objective.kind.__name__

@@ -3,8 +3,8 @@
 Such a part is a mapping with the key `_target_`, which names the class: by the name of the class in
 small letters with underscores, such as `temporal_interpolation`, or with its module in front. The
 other keys are the keywords of its constructor, whose annotations say what is valid. So a key stands
-once, in the class that uses it. A keyword that takes a mask, a task or a region is such a part
-again.
+once, in the class that uses it. A keyword that takes a mask, a task, a region or an objective is
+such a part again.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlo
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
 from atmossl.names import snake_case, target_name
-from atmossl.objectives.base import Objective
+from atmossl.objectives.base import Ability, Objective, ObjectivePart
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
@@ -118,7 +118,7 @@ def _keywords_of(kind: Callable[..., Any]) -> type[BaseModel]:
 
 
 def _with_parts(hint: Any) -> Any:
-    """An annotation, in which what takes a mask, a task or a region takes its mapping as well."""
+    """An annotation, in which what takes such a part takes its mapping as well."""
     if hint in _PARTS:
         return _PARTS[hint]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -135,6 +135,7 @@ ChosenMask = Annotated[Any, BeforeValidator(partial(choose, kinds=MASKS))]
 _PARTS: dict[Any, Any] = {
     Task: ChosenTask,
     MaskingSampler: ChosenMask,
+    ObjectivePart: Annotated[Any, BeforeValidator(lambda node: choose_objective(node))],
     HiddenCells: Annotated[Any, BeforeValidator(partial(choose, kinds=REGIONS))],
 }
 
@@ -153,16 +154,20 @@ class ObjectiveChoice:
         return f"{self.kind.__module__}.{self.kind.__name__}"
 
     @property
-    def provides(self) -> frozenset[str]:
-        return self.kind.provides
+    def provides(self) -> frozenset[Ability]:
+        return self.kind.provided_by(self.arguments)
 
     @property
     def compares_samples(self) -> bool:
-        return self.kind.compares_samples
+        return self.kind.compares_by(self.arguments)
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
         return self.kind.views_of(self.arguments)
+
+    def faults(self, batch_size: int) -> list[str]:
+        """Keywords that do not fit together, one line each."""
+        return self.kind.faults_of(self.arguments, batch_size)
 
     def build(self, **of_the_run: Any) -> Objective:
         """The objective. of_the_run: `scales` and `network`, for a constructor that wants them."""

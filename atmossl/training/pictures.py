@@ -133,7 +133,7 @@ class Pictures(L.Callback):
     ) -> None:  # fmt: skip
         if idx or not trainer.is_global_zero or outputs.prediction is None:
             return
-        (view,) = batch.views
+        view = batch.views[0]  # the others are of further parts of the objective
         pairs = zip(predicted_streams(view), outputs.prediction.streams, strict=True)
         rows = [row for one, two in pairs for row in reconstructions(one, two, self.normaliser)]
         task, step = pl_module.task_names[dataloader_idx], trainer.global_step
