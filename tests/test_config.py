@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_named(override: str, message: str) -> None:
 
 
 def test_keys_of_another_objective_are_its_own() -> None:
-    assert composed("objective=jepa").objective.arguments["momentum"] == (0.99, 1.0)
+    assert composed("objective=jepa").objective.arguments["momentum"] == (0.996, 1.0)
     for override, message in (
         ("objective.momentum=[0.9,1.5]", "objective.momentum.1=1.5: .* less than or equal to 1"),
         ("+objective.losses={crps: 1.0}", "objective.losses: unknown key"),
