@@ -1,14 +1,17 @@
 # atmossl with CUDA, for training and prediction:
 #
 #   docker build -t atmossl .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/home/atmossl/runs" atmossl \
-#       train experiment=quickstart
-#   docker run --rm --gpus all -v "$PWD/runs:/home/atmossl/runs" atmossl \
-#       predict task=forecast checkpoint=runs/quickstart/checkpoints/last.ckpt data=sample \
-#       init_time=1959-02-01T00 output=runs/forecast.zarr
+#   mkdir -p runs
+#   run="docker run --rm --gpus all --shm-size 8g --user $(id -u):$(id -g) -v $PWD/runs:/home/atmossl/runs"
+#   $run atmossl train experiment=quickstart paths.output=runs/first
+#   $run atmossl predict task=forecast checkpoint=runs/first/checkpoints/last.ckpt \
+#       init_time=1959-02-12T00 output=runs/forecast.zarr
+#   $run atmossl evaluate checkpoint=runs/first/checkpoints/last.ckpt every=8 output=runs/report
 #
-# Loader workers hand batches over in shared memory, hence --shm-size. The user in the image has
-# id 10001: a mounted folder must be writable for it, or run with --user "$(id -u):$(id -g)".
+# Each command reads what the one before wrote: all of it lies in the mounted folder runs/, as do
+# statistics of training data (runs/.cache), which take hours to compute on large stores. Leave out
+# --gpus all where there is no GPU. Loader workers hand batches over in shared memory, hence
+# --shm-size. Without --user the image's own user, 10001, must be able to write runs/.
 # torch's wheels bring cuDNN and NCCL, so the small `base` image with the CUDA runtime is enough.
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
@@ -25,7 +28,8 @@ WORKDIR /src
 # Dependencies first: this layer, by far the largest, changes only with these two files.
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-x = p["optional-dependencies"]; print(*p["dependencies"], *x["gpu"], *x["cloud"], sep="\n")' \
+extras = ("train", "report", "cloud", "gpu", "grib"); \
+print(*p["dependencies"], *(r for e in extras for r in p["optional-dependencies"][e]), sep="\n")' \
     > requirements.txt \
     && /opt/atmossl/bin/pip install -c constraints.txt -r requirements.txt
 RUN /opt/hatch/bin/pip install hatchling
@@ -37,10 +41,12 @@ RUN /opt/hatch/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels 
 
 FROM python AS run
 RUN useradd --uid 10001 --create-home atmossl \
-    && mkdir -p /home/atmossl/runs && chown atmossl /home/atmossl/runs
+    && mkdir -p /home/atmossl/runs && chown atmossl /home/atmossl/runs \
+    && chmod 755 /home/atmossl  # for any --user
 COPY --from=build /opt/atmossl /opt/atmossl
 # HOME and caches in /tmp, so that any --user can write them. Weights & Biases needs a key to go online.
-ENV PATH=/opt/atmossl/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib
+ENV PATH=/opt/atmossl/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib \
+    ATMOSSL_CACHE=/home/atmossl/runs/.cache
 WORKDIR /home/atmossl
 USER atmossl
 ENTRYPOINT ["atmossl"]

@@ -1,6 +1,8 @@
 """Policies of the project: sizes, layers, what the wheel holds, shell scripts that parse."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -97,3 +99,46 @@ def test_constraints_meet_the_requirements():
 def test_shell_script_parses(path):
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_page_of_the_documentation_is_in_the_navigation_once():
+    listed = re.findall(r"[\w/]+\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(map(str, pages)), "list new pages under nav of mkdocs.yml"
+
+
+STUBS = """
+for name in srun scontrol module apptainer; do
+    eval "$name() { echo $name \\"\\$@\\"; }"
+done
+"""
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"ATMOSSL_ENV": "{here}/env"}, "srun {here}/env/bin/python scripts/predict.py task=_"),
+        (
+            {"ATMOSSL_ENV": "{here}/env", "ATMOSSL_MODULES": "Python CUDA"},
+            "module load Python CUDA\nsrun {here}/env/bin/python scripts/predict.py task=_",
+        ),
+        (
+            {"ATMOSSL_IMAGE": "a.sif", "ATMOSSL_BIND": "/data"},
+            "srun apptainer exec --nv --bind {root},/data --pwd {root} a.sif python "
+            "scripts/predict.py task=_",
+        ),
+    ],
+)
+def test_job_takes_the_python_that_was_chosen(tmp_path, choice: dict, expected: str) -> None:
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    script = STUBS + (ROOT / "scripts" / "slurm" / "predict.sbatch").read_text()
+    chosen = {key: value.format(here=tmp_path) for key, value in choice.items()}
+    done = subprocess.run(
+        ["bash", "-c", script, "job", "task=_"], capture_output=True, text=True, cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(ROOT), **chosen},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected.format(here=tmp_path, root=ROOT)

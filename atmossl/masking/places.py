@@ -263,17 +263,19 @@ class CrossVariable(Task):
         inside = [name in self.variables or not self.variables for name in spec.variables]
         if any(inside) and not all(inside):
             raise ValueError(
-                f"task.variables={list(self.variables)} cuts through the tokens of stream "
-                f"{spec.name}, which hold {list(spec.variables)} together; hide them all, or use a "
-                "checkpoint with a stream of their own, such as checkpoint=default_streams"
+                f"task.variables={list(self.variables)} share tokens of stream {spec.name} with "
+                f"other variables ({list(spec.variables)}), so they cannot be hidden alone; hide "
+                "them all, or use a checkpoint with a stream of their own, such as "
+                "checkpoint=default_streams"
             )
         levels = torch.tensor([level in self.levels or not self.levels for level in
                                spec.level_values])  # fmt: skip
         tokens = levels.view(-1, spec.token_size.level)
         if bool((tokens.any(dim=1) != tokens.all(dim=1)).any()):
             raise ValueError(
-                f"task.levels={list(self.levels)} cuts through the tokens of stream {spec.name}, "
-                f"which hold {spec.token_size.level} of {list(spec.level_values)} hPa together"
+                f"task.levels={list(self.levels)} share tokens of stream {spec.name} with other "
+                f"levels, so they cannot be hidden alone: a token holds {spec.token_size.level} of "
+                f"{list(spec.level_values)} hPa"
             )
         return tokens.all(dim=1) & all(inside)
 

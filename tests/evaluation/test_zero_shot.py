@@ -38,7 +38,7 @@ def test_a_task_that_a_checkpoint_cannot_do_is_said_to_be_so():
     """The reference has all variables in the tokens of one stream."""
     refused = refusals("default")
     assert set(refused) == {"cross_variable"}
-    assert "cuts through the tokens of stream atmosphere" in refused["cross_variable"]
+    assert "share tokens of stream atmosphere with other variables" in refused["cross_variable"]
     assert "checkpoint=default_streams" in refused["cross_variable"]
     assert refusals("default_streams") == {}
 

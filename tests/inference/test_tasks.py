@@ -110,7 +110,7 @@ def test_cross_variable_hides_one_stream_and_needs_no_value_of_it() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (CrossVariable(variables=NAMES[:1]), "cuts through the tokens of stream air"),
+        (CrossVariable(variables=NAMES[:1]), "share tokens of stream air with other variables"),
         (CrossVariable(variables=("ozone",)), "ozone"),
         (CrossVariable(levels=(400,)), "400"),
         (CrossVariable(variables=NAMES), "leave a stream"),

@@ -96,7 +96,7 @@ def region_card(report: TaskReport) -> Card | None:
         ]
         name = readable(region) if season == WHOLE_YEAR else f"{readable(region)}, {season}"
         lines.append((name, tuple(cells)))
-    return Card("RMSE over that of", "region", tuple(report.baselines), tuple(lines))
+    return Card("RMSE ratio to", "region", tuple(report.baselines), tuple(lines))
 
 
 def _mean(rows: Any) -> pd.DataFrame:

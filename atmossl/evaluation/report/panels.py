@@ -87,7 +87,7 @@ def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
     axes.set_yticks(range(len(rows)), [plain(readable(str(name))) for name in rows["baseline"]])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0.0)
-    axes.set_xlabel("RMSE over that of")
+    axes.set_xlabel("RMSE ratio to the baseline (below 1 is better)")
     return _finished(figure, axes, legend=False)
 
 

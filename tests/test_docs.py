@@ -1,0 +1,184 @@
+"""The documentation: its commands are valid, its links lead somewhere, its code can be imported.
+
+Commands run up to the work itself: the configuration is composed and validated, and what would
+train, predict or fetch is replaced by a check of what it is given.
+"""
+
+import ast
+import importlib.util
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import atmossl
+from atmossl import cli
+from atmossl.schema import StatsConfig, parse
+from atmossl.schema.data import IngestConfig, InspectConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+# commands of others, which are not run here
+OTHERS = (
+    "apptainer", "cd", "docker", "git", "hf", "jupyter", "lint-imports", "mkdocs", "pyright",
+    "ruff", "source", "tar",
+)  # fmt: skip
+Check = Callable[..., None]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text()
+    return re.findall(rf"^```{language}\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.sub(r"\$\([^)]*\)", "_", line).split(" && "):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # of the environment
+                    words = words[1:]
+                if words:
+                    yield words
+
+
+ALL = [
+    pytest.param(words, id=f"{name(page)}: {shlex.join(words)[:60]}")
+    for page in PAGES
+    for words in commands(page)
+]
+
+
+def module(path: str, **functions: Callable) -> ModuleType:
+    made = ModuleType(path)
+    made.__dict__.update(functions)
+    return made
+
+
+def nothing(*values: Any, **more: Any) -> None:
+    del values, more  # the command line has validated them
+
+
+def as_config(kind: Any) -> Callable[..., None]:
+    return lambda *given: parse(kind, {k: v for k, v in given[-1].items() if k != "hydra"})
+
+
+@pytest.fixture
+def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder with the files that the pages speak of, and commands that end before their work."""
+    monkeypatch.chdir(tmp_path)
+    template = (ROOT / "data_catalog.yaml").read_text()
+    entry = yaml.safe_load(template[template.index("\nlocal:") :])["local"]
+    (tmp_path / "my_catalog.yaml").write_text(yaml.safe_dump({"my_store": entry}))
+    (task,) = (b for b in blocks(ROOT / "docs/tutorials/own_task.md", "yaml") if "combined" in b)
+    (tmp_path / "gap.yaml").write_text(task)
+    done = module(
+        "", show_statistics=as_config(StatsConfig), run_ingest=as_config(IngestConfig),
+        show_inspection=as_config(InspectConfig),
+    )  # fmt: skip
+    replaced = {
+        "data_commands": done,
+        "commands.train": module("", train=nothing),
+        "commands.predict": module("", predict=nothing, calibrate=nothing),
+        "commands.embed": module("", embed=nothing),
+        "commands.evaluate": module("", evaluate=nothing),
+        "commands.cost": module("", show_estimate=nothing),
+        "commands.info": module("", show_checkpoint=nothing),
+        "commands.export": module("", export_folder=nothing),
+        "commands.import_atmorep": module("", import_atmorep=nothing),
+    }
+    for path, made in replaced.items():
+        monkeypatch.setitem(sys.modules, f"atmossl.{path}", made)
+    monkeypatch.setattr("atmossl.inference.checkpoint.export", nothing)
+
+
+def check_atmossl(words: list[str]) -> None:
+    if {"-m", "--multirun"} & set(words):  # a value of each key is enough, as one run has it
+        words = [re.sub(r"^([\w.]+=[^\[,]*),.*", r"\1", word) for word in words if word != "-m"]
+        # where and how runs are submitted belongs to Hydra's plugins
+        words = [word for word in words if not word.startswith(("launcher=", "hparams_search="))]
+    assert cli.main(words) == 0
+
+
+def check_python(words: list[str]) -> None:
+    assert words[0] == "-m", words
+    if words[1] != "pytest":
+        assert importlib.util.find_spec(words[1]), words[1]
+
+
+def check_script(words: list[str]) -> None:
+    assert (ROOT / words[0]).exists(), words[0]
+    extras = words[1].split(",") if words[0] == "scripts/setup.sh" and len(words) > 1 else []
+    assert set(extras) <= set(EXTRAS)
+
+
+def check_sbatch(words: list[str]) -> None:
+    script, *overrides = [word for word in words if not word.startswith("-")]
+    check_script([script])
+    if Path(script).name == "train.sbatch":
+        check_atmossl(["train", *overrides])
+
+
+def check_pip(words: list[str]) -> None:
+    for extras in re.findall(r"atmossl\[([\w,]+)\]", " ".join(words)):
+        assert set(extras.split(",")) <= set(EXTRAS), extras
+
+
+@pytest.mark.usefixtures("without_work")
+@pytest.mark.parametrize("words", ALL)
+def test_command_of_the_documentation_is_valid(
+    words: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    checks: dict[str, Check] = {
+        "atmossl": check_atmossl, "python": check_python, "bash": check_script,
+        "sbatch": check_sbatch, "pip": check_pip, **dict.fromkeys(OTHERS, nothing),
+    }  # fmt: skip
+    try:
+        checks[words[0]](words[1:])
+    except AssertionError as error:
+        raise AssertionError(f"{shlex.join(words)}: {capsys.readouterr().err}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_and_yaml_of_the_documentation_can_be_read(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module is not None
+                imported = importlib.import_module(node.module)
+                assert all(hasattr(imported, alias.name) for alias in node.names), node.module
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "atmossl":
+                assert node.attr in atmossl.__all__, node.attr
+    for block in blocks(page, "yaml"):
+        assert isinstance(yaml.safe_load(block), dict)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_between_pages_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    local = [link.partition("#")[0] for link in links if "://" not in link]
+    assert [link for link in local if link and not (page.parent / link).exists()] == []
+
+
+def test_every_command_has_its_how_to() -> None:
+    headings = re.findall(r"^## (.*)", (ROOT / "docs/commands.md").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(headings))) == set(cli._COMMANDS)
+
+
+def test_addresses_of_the_project_are_those_of_its_package() -> None:
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    for path in [*PAGES, ROOT / "mkdocs.yml"]:
+        for url in re.findall(r"https://github\.com/\w+/atmossl", path.read_text()):
+            assert url == urls["Homepage"], path
