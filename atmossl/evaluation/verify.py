@@ -23,6 +23,7 @@ from atmossl.evaluation.baselines import climatology_at
 from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_samples, score_interval
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
+from atmossl.evaluation.joint import OfDerived
 from atmossl.evaluation.regions import REGIONS, ScoreRegion, stacked_weights
 from atmossl.evaluation.scores import DEFAULT_SCORES, Case, FairCrps, Rmse, Score
 from atmossl.evaluation.spherical import SphericalSpectrum
@@ -48,7 +49,7 @@ CRPS_RATIO_PREFIX = "crps_ratio_vs_"
 WHOLE_YEAR = "all"
 SEASONS = {"DJF": (12, 1, 2), "MAM": (3, 4, 5), "JJA": (6, 7, 8), "SON": (9, 10, 11)}
 
-Diagnostic = RankHistogram | Reliability | ZonalSpectrum | SphericalSpectrum
+Diagnostic = RankHistogram | OfDerived | Reliability | ZonalSpectrum | SphericalSpectrum
 _COMPARED = ((RATIO_PREFIX, Rmse()), (CRPS_RATIO_PREFIX, FairCrps()))
 _SCORES = (*DEFAULT_SCORES, Outliers())
 

@@ -10,6 +10,7 @@ from atmossl import __version__
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.events import event_scores
+from atmossl.evaluation.joint import JOINT_SCORES, area_event_scores, joint_rank_histograms
 from atmossl.evaluation.regions import ScoreRegion, boxes, find_regions, stacked_weights
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.figures import readable
@@ -40,8 +41,20 @@ def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") ->
         task=task,
         model_name=model_name,
         regions=regions_of(config),
-        scores=(*DEFAULT_SCORES, Outliers(), *event_scores(low, high)),
-        diagnostics=(RankHistogram(), Reliability(high), ZonalSpectrum(), SphericalSpectrum()),
+        scores=(
+            *DEFAULT_SCORES,
+            Outliers(),
+            *event_scores(low, high),
+            *JOINT_SCORES,
+            *area_event_scores(high),
+        ),
+        diagnostics=(
+            RankHistogram(),
+            *joint_rank_histograms(),
+            Reliability(high),
+            ZonalSpectrum(),
+            SphericalSpectrum(),
+        ),
     )
 
 

@@ -147,8 +147,10 @@ def _diagnostic_groups(report: TaskReport) -> list[dict[str, Any]]:
             continue
         example = levels[variable]
         chosen, title = pick(dataset, example.level), _heading(example)
-        if diagnostic == "rank_histogram":
-            group, figure = "Rank histograms", rank_panel(chosen, title)
+        if diagnostic.startswith("rank_histogram"):
+            of = diagnostic.removeprefix("rank_histogram").replace("_", " ").replace("x", " x ")
+            group = f"Rank histograms of{of}s" if of else "Rank histograms"
+            figure = rank_panel(chosen, title)
         elif diagnostic.startswith("reliability"):
             event = diagnostic.removeprefix("reliability_above_p")
             group = f"Reliability of exceeding the {event}th percentile of the training record"

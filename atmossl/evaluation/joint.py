@@ -1,0 +1,223 @@
+"""Scores of the joint distribution: whether members are right together, not only cell by cell.
+
+An ensemble can be well calibrated in every cell while its members are no weather at all: cells that
+should vary together vary on their own, or the other way round. What shows it are quantities made of
+several cells. `Derived` turns a prediction and its truth into such quantities (means and maxima of
+boxes, differences between neighbours, levels or times), and every score of single values can be
+taken of them. `EnergyScore` and `VariogramScore` look at whole fields.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from atmossl.evaluation.diagnostics import RankHistogram
+from atmossl.evaluation.events import Brier
+from atmossl.evaluation.regions import weighted_mean
+from atmossl.evaluation.scores import Case, FairCrps, Score, SpreadSkill
+from atmossl.geometry import area_weights
+
+Axis = Literal["longitude", "latitude", "level", "lead_time"]
+_CELL = ("latitude", "longitude")
+
+
+@dataclass(frozen=True)
+class AreaMeans:
+    """Means over boxes of `size` x `size` cells by their area. Boxes that do not fit whole are left
+    out; one with a missing cell is missing."""
+
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"mean_{self.size}x{self.size}"
+
+    def applies(self, case: Case) -> bool:
+        return min(case.truth.sizes[dim] for dim in _CELL) >= self.size
+
+    def derive(self, values: xr.DataArray) -> xr.DataArray:
+        latitude = values["latitude"]
+        area = latitude.copy(data=area_weights(latitude.to_numpy().astype(np.float64)))
+        return self._blocks(values * area) / self._blocks(area * xr.ones_like(values["longitude"]))
+
+    def weights(self, weights: xr.DataArray) -> xr.DataArray:
+        return self._blocks(weights)
+
+    def _blocks(self, values: xr.DataArray) -> xr.DataArray:
+        coarse = values.coarsen(dict.fromkeys(_CELL, self.size), boundary="trim")
+        return coarse.reduce(np.sum)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class AreaMaxima(AreaMeans):
+    """Largest values of boxes of `size` x `size` cells. Of quantiles it takes the largest too, so
+    that the event "above the quantile" of a box is the exceedance of its largest threshold."""
+
+    @property
+    def name(self) -> str:
+        return f"max_{self.size}x{self.size}"
+
+    def derive(self, values: xr.DataArray) -> xr.DataArray:
+        coarse = values.coarsen(dict.fromkeys(_CELL, self.size), boundary="trim")
+        return coarse.reduce(np.max)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Differences between neighbours along one axis: what fronts, shear, stability and tendencies
+    are made of. Longitude closes where the grid does."""
+
+    axis: Axis
+
+    @property
+    def name(self) -> str:
+        words = {"longitude": "zonal", "latitude": "meridional", "level": "vertical"}
+        return f"{words.get(self.axis, 'temporal')}_difference"
+
+    def applies(self, case: Case) -> bool:
+        return case.truth.sizes.get(self.axis, 1) > 1
+
+    def derive(self, values: xr.DataArray) -> xr.DataArray:
+        if self._closes(values):
+            return values.roll({self.axis: -1}, roll_coords=False) - values
+        # labelled by the first of the two
+        return values.diff(self.axis, label="lower")
+
+    def weights(self, weights: xr.DataArray) -> xr.DataArray:
+        """Those of the first of two cells, 0 unless both are in the region."""
+        if self.axis not in _CELL:
+            return weights
+        if self._closes(weights):
+            after = weights.roll({self.axis: -1}, roll_coords=False)
+        else:
+            after = weights.shift({self.axis: -1}, fill_value=0.0)
+            after = after.isel({self.axis: slice(None, -1)})
+        first = weights.sel({self.axis: after[self.axis]})
+        return first.where(after > 0, 0.0)
+
+    def _closes(self, values: xr.DataArray) -> bool:
+        if self.axis != "longitude":
+            return False
+        lon = values["longitude"].to_numpy().astype(np.float64)
+        return len(lon) > 2 and abs(len(lon) * (lon[1] - lon[0]) - 360.0) < 1e-2
+
+
+Derived = AreaMeans | Differences
+
+
+@dataclass(frozen=True)
+class OfDerived:
+    """A score or diagnostic of single values, taken of derived quantities."""
+
+    score: Score | RankHistogram
+    derived: Derived
+
+    @property
+    def name(self) -> str:
+        return f"{self.score.name}_{self.derived.name}"
+
+    def applies(self, case: Case) -> bool:
+        return self.score.applies(case) and self.derived.applies(case)
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        if "longitude" not in weights.dims:
+            weights = weights * xr.ones_like(case.truth["longitude"], dtype=np.float64)
+        derive = self.derived.derive
+        quantiles = case.quantiles
+        if quantiles is not None and isinstance(self.derived, AreaMeans):
+            quantiles = derive(quantiles)
+        return self.score.per_time(
+            Case(
+                derive(case.members),
+                derive(case.truth.astype(np.float64)),
+                quantiles=quantiles,
+            ),
+            self.derived.weights(weights),
+        )
+
+    def value(self, means: xr.Dataset) -> Any:
+        return self.score.value(means)
+
+
+@dataclass(frozen=True)
+class EnergyScore:
+    """Fair energy score of a variable's whole field on every level, in the variable's units.
+
+    mean_i |x_i - y| - sum_{i<j} |x_i - x_j| / (M (M - 1)), where the length of a field is the root
+    of its area-weighted mean square. Source: Gneiting and Raftery (2007), JASA 102, equation 22.
+    """
+
+    name: str = "energy_score"
+
+    def applies(self, case: Case) -> bool:
+        return case.num_members > 1
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        members = [case.members.isel(member=m, drop=True) for m in range(case.num_members)]
+        truth = case.truth.astype(np.float64)
+        valid = truth.notnull()
+
+        def length(difference: xr.DataArray) -> xr.DataArray:
+            return weighted_mean((difference**2).where(valid), weights) ** 0.5
+
+        count = len(members)
+        error = sum((length(x - truth) for x in members), start=xr.DataArray(0.0)) / count
+        pairs = [(i, j) for i in range(count) for j in range(i)]
+        spread = sum((length(members[i] - members[j]) for i, j in pairs), start=xr.DataArray(0.0))
+        return xr.Dataset({"energy": error - spread / (count * (count - 1))})
+
+    def value(self, means: xr.Dataset) -> xr.DataArray:
+        return means["energy"]
+
+
+@dataclass(frozen=True)
+class VariogramScore:
+    """Variogram score of order 1/2 of neighbours along longitude and latitude, in the variable's
+    units: mean of (mean_i |x_i(a) - x_i(b)|^(1/2) - |y(a) - y(b)|^(1/2))^2.
+
+    Source: Scheuerer and Hamill (2015), Monthly Weather Review 143, equation 8.
+    """
+
+    name: str = "variogram_score"
+    _axes: tuple[Differences, ...] = field(
+        default=(Differences("longitude"), Differences("latitude")), repr=False
+    )
+
+    def applies(self, case: Case) -> bool:
+        return case.num_members > 1 and all(axis.applies(case) for axis in self._axes)
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        if "longitude" not in weights.dims:
+            weights = weights * xr.ones_like(case.truth["longitude"], dtype=np.float64)
+        parts = []
+        for axis in self._axes:
+            predicted = (abs(axis.derive(case.members)) ** 0.5).mean("member")
+            observed = abs(axis.derive(case.truth.astype(np.float64))) ** 0.5
+            parts.append(weighted_mean((predicted - observed) ** 2, axis.weights(weights)))
+        return xr.Dataset({"variogram": sum(parts[1:], start=parts[0]) / len(parts)})
+
+    def value(self, means: xr.Dataset) -> xr.DataArray:
+        return means["variogram"]
+
+
+BOXES = (AreaMeans(4), AreaMeans(8))
+DIFFERENCES = tuple(Differences(axis) for axis in ("longitude", "latitude", "level", "lead_time"))
+JOINT_SCORES: tuple[Score, ...] = (
+    EnergyScore(),
+    VariogramScore(),
+    *(OfDerived(SpreadSkill(), derived) for derived in (*BOXES, *DIFFERENCES)),
+    *(OfDerived(FairCrps(), derived) for derived in BOXES),
+)
+
+
+def area_event_scores(level: float) -> tuple[Score, ...]:
+    """Brier scores of events over areas: a box's mean, or its maximum, above the record's quantile
+    (of the means: above the mean of its cells' quantiles)."""
+    return tuple(OfDerived(Brier(level), derived) for derived in (AreaMeans(4), AreaMaxima(4)))
+
+
+def joint_rank_histograms() -> tuple[OfDerived, ...]:
+    """Of box means and of differences between neighbours."""
+    return tuple(OfDerived(RankHistogram(), derived) for derived in (BOXES[0], *DIFFERENCES[:2]))
