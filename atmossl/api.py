@@ -19,14 +19,14 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atmossl.batch import PRIMARY
+from atmossl.data.axes import Calendar
 from atmossl.data.backends import OpenedStore
-from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.chunks import Access
-from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.data.sources import StoreRequest, paired
 from atmossl.data.store import only_segment, open_segment, open_split
+from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder, embeddings, write_embeddings
 from atmossl.inference.layout import LayoutName, group_of

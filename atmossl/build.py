@@ -17,11 +17,10 @@ from atmossl.batch import PRIMARY
 from atmossl.checkpoint_formats import FORMAT
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
-from atmossl.data.limits import InputLimits
-from atmossl.data.seen import Seen
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
-from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import Normaliser, Seen, Statistics, load_or_compute, outside_limits
+from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from atmossl.data.catalog import find_file
-from atmossl.data.limits import show_in_one_line
+from atmossl.data.variables import show_in_one_line
 from atmossl.extras import naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted

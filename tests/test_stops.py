@@ -15,7 +15,7 @@ import xarray as xr
 from atmossl import stops
 from atmossl.checkpoint_files import checkpoints_in
 from atmossl.cli import main
-from atmossl.data import climatology, ingest, moments
+from atmossl.data import climatology, ingest, statistics
 from atmossl.inference import writer
 from atmossl.stops import Stopped
 from tests.inference.test_command import STORE, arguments, save_tiny
@@ -241,7 +241,7 @@ def test_a_stopped_ingest_and_statistics_go_on(
              f"data.catalog={folder / 'catalog.yaml'}",
              "+stream.t={variables: [temperature], levels: [500, 850], "
              "token_size: {time: 1, lat: 2, lon: 2, level: 2}, role: predict}"]  # fmt: skip
-    line = stopped(stats, monkeypatch, capsys, moments, "read_block", 1)
+    line = stopped(stats, monkeypatch, capsys, statistics, "read_block", 1)
     assert "the same command goes on" in line
     climate = [*stats, "climatologies=[month]", f"output={tmp_path / 'climate'}"]
     line = stopped(climate, monkeypatch, capsys, climatology, "_write_piece", 1)

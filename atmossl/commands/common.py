@@ -9,9 +9,9 @@ from rich.console import Console
 
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
-from atmossl.data.limits import InputLimits
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
+from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task
 

@@ -14,11 +14,10 @@ from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.checkpoint_formats import FORMAT
 from atmossl.commands.common import note
-from atmossl.data.calendars import STANDARD
-from atmossl.data.seen import DAYS, Seen
+from atmossl.data.axes import STANDARD
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records
-from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import DAYS, Seen, Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from atmossl.data.calendars import Calendar
+from atmossl.data.axes import Calendar
 from atmossl.data.inspect import VariableReport
 from atmossl.geometry import ascending_longitudes
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atmossl.data.calendars import STANDARD, Calendar
+from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.chunks import Region
 
 SOLAR_CONSTANT = 1361.0  # W m-2 at one astronomical unit (Kopp and Lean 2011)

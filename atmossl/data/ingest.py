@@ -27,12 +27,18 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
-from atmossl.data.calendars import Calendar, integer_units
-from atmossl.data.fingerprint import noted
-from atmossl.data.input_state import changes, input_state, local_state
+from atmossl.data.axes import Calendar, integer_units
+from atmossl.data.fingerprint import (
+    UnequalError,
+    changes,
+    check_around,
+    checksums_around,
+    input_state,
+    local_state,
+    noted,
+)
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
-from atmossl.data.store_checksums import UnequalError, check_around, checksums_around
 from atmossl.data.variables import VARIABLES
 from atmossl.names import check_name, file_name
 from atmossl.setting_types import NotNegative, Positive

@@ -11,9 +11,15 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
-from atmossl.data.axes import read_times, regular_times, unlike_gaps, usual_step, why_uneven
+from atmossl.data.axes import (
+    Calendar,
+    read_times,
+    regular_times,
+    unlike_gaps,
+    usual_step,
+    why_uneven,
+)
 from atmossl.data.backends import OpenedStore
-from atmossl.data.calendars import Calendar
 from atmossl.data.catalog import CatalogEntry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.metadata import check_statements, is_mean

@@ -11,8 +11,7 @@ import xarray as xr
 import zarr
 from xarray.conventions import decode_cf_variable
 
-from atmossl.data.absent_chunks import without_absent
-from atmossl.data.chunks import ChunkedArray, Region, SharedChunks
+from atmossl.data.chunks import ChunkedArray, Region, SharedChunks, without_absent
 
 _LOGGER = logging.getLogger(__name__)
 Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]

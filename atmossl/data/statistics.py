@@ -2,12 +2,13 @@
 
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from uuid import uuid4
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import StreamSpec
+from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.fingerprint import (
     NO_TRANSFORMS,
     Transforms,
@@ -24,14 +26,166 @@ from atmossl.data.fingerprint import (
     identity,
     stale_message,
 )
-from atmossl.data.moments import Moments, pooled, segment_moments
 from atmossl.data.segment import Segment
-from atmossl.data.transforms import Transform
-from atmossl.data.variables import VARIABLES, physical_range
+from atmossl.data.variables import VARIABLES, Transform, physical_range
+from atmossl.geometry import Grid
 from atmossl.locks import naming_errors
 from atmossl.names import file_name
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.tokens import patch_values
+
+# Area-weighted moments of stored variables in one streaming pass, which can be taken up again.
+#
+# Blocks of steps are summed up in float64 about their own mean and merged pairwise (Chan, Golub
+# and LeVeque 1983), so that neither the length of the record nor a large mean costs precision.
+
+_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the observed values of one variable, [level] each.
+
+    weight: sum of area weights. square: weighted squared departures from `mean`.
+    step_square, step_weight: the same for changes over one step, about 0. missing: their number.
+    """
+
+    weight: np.ndarray
+    mean: np.ndarray
+    square: np.ndarray
+    step_weight: np.ndarray
+    step_square: np.ndarray
+    minimum: np.ndarray
+    maximum: np.ndarray
+    missing: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, area: np.ndarray, before: np.ndarray | None) -> Self:
+        """values: [level time lat lon], NaN where missing. area: weights [lat].
+        before: the field [level lat lon] of the step before the first, if there is one."""
+        axes = (1, 2, 3)
+        observed = np.isfinite(values)
+        weights = observed * area[:, None]
+        filled = np.where(observed, values, 0.0)
+        weight = weights.sum(axes)
+        mean = (filled * weights).sum(axes) / np.maximum(weight, np.finfo(float).tiny)
+        joined = values if before is None else np.concatenate([before[:, None], values], axis=1)
+        steps = np.diff(joined, axis=1)
+        known = np.isfinite(steps)
+        step_weights = known * area[:, None]
+        return cls(
+            weight=weight,
+            mean=mean,
+            square=((filled - mean[:, None, None, None]) ** 2 * weights).sum(axes),
+            step_weight=step_weights.sum(axes),
+            step_square=(np.where(known, steps, 0.0) ** 2 * step_weights).sum(axes),
+            minimum=np.where(observed, values, np.inf).min(axes),
+            maximum=np.where(observed, values, -np.inf).max(axes),
+            missing=(~observed).sum(axes).astype(float),
+            count=np.full(len(values), float(values[0].size)),
+        )
+
+    def merged(self, other: Self) -> Self:
+        """The moments of both together."""
+        weight = self.weight + other.weight
+        share = other.weight / np.maximum(weight, np.finfo(float).tiny)
+        apart = other.mean - self.mean
+        return replace(
+            self,
+            weight=weight,
+            mean=self.mean + apart * share,
+            square=self.square + other.square + apart**2 * self.weight * share,
+            step_weight=self.step_weight + other.step_weight,
+            step_square=self.step_square + other.step_square,
+            minimum=np.minimum(self.minimum, other.minimum),
+            maximum=np.maximum(self.maximum, other.maximum),
+            missing=self.missing + other.missing,
+            count=self.count + other.count,
+        )
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {key: values.tolist() for key, values in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, list[float]]) -> Self:
+        return cls(**{f.name: np.array(values[f.name]) for f in fields(cls)})
+
+
+def blocks(segment: Segment, variable: str) -> Iterator[tuple[int, int]]:
+    """First step and number of steps of the pieces to be read at once: whole chunks where they
+    fit into a bounded memory."""
+    num_lat, num_lon = segment.grid.shape
+    step_bytes = 8 * len(segment.levels_of(variable)) * num_lat * num_lon
+    length = max(1, _BLOCK_BYTES // step_bytes)
+    chunk = segment.stored[variable].chunk_length("time") or 1
+    length = max(chunk, length // chunk * chunk) if chunk <= 4 * length else length
+    start, total = 0, len(segment.times)
+    while start < total:
+        end = min(total, ((segment.first_step + start) // length + 1) * length - segment.first_step)
+        yield start, end - start
+        start = end
+
+
+def read_block(
+    segment: Segment, variable: str, start: int, count: int, transform: Transform | None
+) -> np.ndarray:
+    """Values [level time lat lon] in float64, transformed."""
+    levels = segment.levels_of(variable)
+    values = segment.read(variable, levels, start, count, segment.whole()).astype(np.float64)
+    return transform.forward(values) if transform else values
+
+
+def segment_moments(
+    segment: Segment,
+    variable: str,
+    transform: Transform | None,
+    partial: Path | None,
+    progress: Callable[[int], object],
+) -> Moments:
+    """Moments of one variable over a segment, [level].
+
+    partial: where to keep what is done after every block, to go on from there.
+    progress: told the number of steps of every block.
+    """
+    found, done = _resume(partial)
+    for start, count in blocks(segment, variable):
+        progress(count)
+        if start + count <= done:
+            continue
+        ahead = 1 if start else 0  # one step more, for the change into this block
+        values = read_block(segment, variable, start - ahead, count + ahead, transform)
+        before = values[:, 0] if ahead else None
+        block = Moments.of(values[:, ahead:], segment.grid.weights, before)
+        found = block if found is None else found.merged(block)
+        _save(partial, {"done": start + count, "moments": found.to_dict()})
+    assert found is not None, f"segment {segment.name} has no steps"
+    return found
+
+
+def _resume(partial: Path | None) -> tuple[Moments | None, int]:
+    if partial is None or not partial.exists():
+        return None, 0
+    try:
+        state = read_sealed(partial)
+        return Moments.from_dict(state["moments"]), int(state["done"])
+    except (ValueError, KeyError, TypeError):  # damaged: it is only work that is done again
+        return None, 0
+
+
+def _save(partial: Path | None, state: dict) -> None:
+    if partial is None:
+        return
+    write_sealed(partial, state)
+
+
+def pooled(moments: Sequence[Moments]) -> Moments:
+    """The moments of several segments together; no step leads from one into the next."""
+    total = moments[0]
+    for other in moments[1:]:
+        total = total.merged(other)
+    return total
+
 
 _LOGGER = logging.getLogger(__name__)
 _ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
@@ -324,3 +478,77 @@ class Normaliser:
                 values = function(transform, fields[..., row, :, :, :, :].numpy())
                 fields[..., row, :, :, :, :] = torch.from_numpy(values)
         return fields
+
+
+# What a network saw in training beside values and masks: where and when its records lie.
+
+DAYS = 365  # equal parts of a year of any calendar
+_PERIOD = re.compile(r"(\d{4}-\d\d-\d\dT\d\d) to (\d{4}-\d\d-\d\dT\d\d)")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Dates and places of a training's records; what is None or empty is not known.
+
+    days: of the year, from 0 to 364. cell: degrees of latitude and of longitude. latitudes: the
+    southernmost and northernmost. longitudes: the westernmost, and how many degrees eastwards the
+    last one lies; 360 where they close the circle.
+    """
+
+    days: tuple[int, ...] = ()
+    calendar: str | None = None
+    cell: tuple[float, float] | None = None
+    latitudes: tuple[float, float] | None = None
+    longitudes: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Self:
+        grid, calendar = segments[0].grid, segments[0].calendar
+        days = {day for segment in segments for day in days_of(segment.times, calendar)}
+        return cls(
+            days=tuple(sorted(days)),
+            calendar=calendar.name,
+            cell=(grid.latitude_spacing, grid.longitude_spacing),
+            latitudes=(float(grid.latitude[0]), float(grid.latitude[-1])),
+            longitudes=(float(grid.longitude[0]), eastward_extent(grid)),
+        )
+
+    @classmethod
+    def of_period(cls, text: str) -> Self:
+        """What the period of `Statistics` tells, which older checkpoints have alone."""
+        days: set[int] = set()
+        for first, last in _PERIOD.findall(text):
+            try:
+                start, end = (np.datetime64(date, "ns") for date in (first, last))
+            except ValueError:  # a date of another calendar
+                return cls()
+            days.update(days_of(np.arange(start, end, np.timedelta64(6, "h")), STANDARD))
+        return cls(days=tuple(sorted(days)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:
+    """Of every source, by the `data` of the streams that read it."""
+    names = segments[0].sources
+    return {name: Seen.of([s.sources[name].segment for s in segments]) for name in names}
+
+
+def days_of(times: np.ndarray, calendar: Calendar) -> list[int]:
+    """Days of the year of times, each once."""
+    days = (calendar.year_share(times) * DAYS).astype(int)
+    return [int(day) for day in np.unique(np.minimum(days, DAYS - 1))]
+
+
+def eastward_extent(grid: Grid) -> float:
+    """Degrees from the first longitude eastwards to the last; 360 if they close the circle."""
+    return 360.0 if grid.periodic else float(grid.longitude[-1] - grid.longitude[0])

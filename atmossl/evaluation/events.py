@@ -62,7 +62,9 @@ class Brier(_OneMean):
             fair_correction=case.num_members > 1,
             preserve_dims="all",
         )
-        return xr.Dataset({"mean": weighted_mean(as_array(brier).squeeze("threshold", drop=True), weights)})
+        return xr.Dataset(
+            {"mean": weighted_mean(as_array(brier).squeeze("threshold", drop=True), weights)}
+        )
 
 
 @dataclass(frozen=True)

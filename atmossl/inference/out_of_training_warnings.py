@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atmossl.batch import Corruption, StreamMask, StreamWindow, TokenGrid, View
-from atmossl.data.seen import DAYS, Seen, eastward_extent
-from atmossl.data.statistics import Statistics
+from atmossl.data.statistics import DAYS, Seen, Statistics, eastward_extent
 from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import WindowSize
 from atmossl.geometry import Grid, TilePlan

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from atmossl.batch import PRIMARY, View
-from atmossl.data.calendars import Calendar
+from atmossl.data.axes import Calendar
 from atmossl.data.segment import Segment
 from atmossl.data.sources import check_window
 from atmossl.geometry import Grid, TilePlan

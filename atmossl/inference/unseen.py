@@ -6,7 +6,7 @@ import numpy as np
 
 from atmossl.batch import PRIMARY, StreamWindow, View
 from atmossl.data.catalog import catalog_entry
-from atmossl.data.seen import Seen, days_of
+from atmossl.data.statistics import Seen, days_of
 from atmossl.data.store import open_split
 from atmossl.data.windows import read_window
 from atmossl.geometry import Grid

@@ -22,7 +22,7 @@ from atmossl.batch import PRIMARY, StreamSpec, shared_fields
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
-from atmossl.data.limits import InputLimits
+from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import AREAS

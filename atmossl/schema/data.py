@@ -7,7 +7,7 @@ from pydantic import ConfigDict
 
 from atmossl.data.chunks import ReadSettings
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers
-from atmossl.data.transforms import Transform
+from atmossl.data.variables import Transform
 from atmossl.data.windows import LoaderSettings, WindowSize
 from atmossl.schema.strict import Strict
 from atmossl.setting_types import Positive

@@ -17,8 +17,7 @@ from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access, FileChunks, TensorstoreChunks, ZarrChunks
 from atmossl.data.layouts import atmorep
-from atmossl.data.reader import UnreadableChunk
-from atmossl.data.segment import Segment
+from atmossl.data.segment import Segment, UnreadableChunk
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import read_window

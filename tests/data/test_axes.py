@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atmossl.data.axes import (
+    STANDARD,
+    Calendar,
     SharedLabels,
+    integer_units,
     regular_levels,
     regular_longitudes,
     regular_times,
     why_uneven,
 )
 from atmossl.data.backends import open_store
-from atmossl.data.calendars import STANDARD, Calendar, integer_units
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest
 from atmossl.data.inputs import open_input

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec, TokenSize
+from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.backends import open_store
-from atmossl.data.calendars import STANDARD, Calendar
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.fingerprint import fingerprint
 from atmossl.data.segment import Segment

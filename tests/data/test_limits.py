@@ -13,11 +13,10 @@ import atmossl
 from atmossl import cli
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize
 from atmossl.data.chunks import Access
-from atmossl.data.limits import InputWarning
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.variables import VARIABLES, physical_range
+from atmossl.data.variables import VARIABLES, InputWarning, physical_range
 from atmossl.data.windows import read_window
 from tests.synthetic import dataset
 

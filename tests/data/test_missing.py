@@ -13,7 +13,7 @@ from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.transforms import Transform
+from atmossl.data.variables import Transform
 from atmossl.data.windows import WindowSize, read_window
 from atmossl.inference.checkpoint import TrainedModel, spec_from_dict, spec_to_dict
 from atmossl.inference.predict import Predictor

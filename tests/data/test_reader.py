@@ -16,10 +16,8 @@ from zarr.codecs import BloscCodec, BloscShuffle, GzipCodec, ZstdCodec
 from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
-from atmossl.data.chunk_files import ChunkFiles
-from atmossl.data.chunks import Access, FileChunks, MemoryChunks
-from atmossl.data.reader import StoredVariable, UnreadableChunk
-from atmossl.data.segment import Segment
+from atmossl.data.chunks import Access, ChunkFiles, FileChunks, MemoryChunks
+from atmossl.data.segment import Segment, StoredVariable, UnreadableChunk
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from atmossl.batch import PRIMARY
-from atmossl.data import moments
+from atmossl.data import statistics as module
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry, catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.fingerprint import _spread_chunks, agree, fingerprint, identity
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.store import open_segment, open_split
-from atmossl.data.transforms import Transform
+from atmossl.data.variables import Transform
 from tests.synthetic import dataset, spec
 
 NAMES = ("temperature", "u_component_of_wind")
@@ -149,11 +149,11 @@ def test_values_that_the_atmosphere_does_not_have_are_told() -> None:
 
 def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> None:
     """Stopped in the middle, only what is left is read; the result is the same bit for bit."""
-    monkeypatch.setattr(moments, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 5)  # five steps at a time
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 5)  # five steps at a time
     store = dataset(steps=23)
     whole = Statistics.compute([segment(store)])
     reads: list[int] = []
-    original = moments.read_block
+    original = module.read_block
 
     def stops(segment, variable, start, *rest):
         reads.append(start)
@@ -161,7 +161,7 @@ def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> Non
             raise KeyboardInterrupt
         return original(segment, variable, start, *rest)
 
-    monkeypatch.setattr(moments, "read_block", stops)
+    monkeypatch.setattr(module, "read_block", stops)
     stopped = (4, 9)  # in the first variable, and in the second
     for _ in stopped:
         with pytest.raises(KeyboardInterrupt):
@@ -176,7 +176,7 @@ def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> Non
 
 def test_a_large_mean_costs_no_precision(monkeypatch) -> None:
     """Values of 1e6 with departures of 1, in blocks, against float64 in two passes."""
-    monkeypatch.setattr(moments, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 2)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 2)
     store = dataset(steps=30)
     store = store.assign({name: store[name].astype(np.float64) + 1e6 for name in NAMES})
     store["temperature"].attrs["units"] = "K"

@@ -15,17 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from atmossl.batch import PRIMARY, Batch, Movable, collate
-from atmossl.data import transfer
+from atmossl.data import loader as loading
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access
-from atmossl.data.loader import Collate, WindowLoader, worker_context
-from atmossl.data.memory import Pool
-from atmossl.data.reader import UnreadableChunk
+from atmossl.data.loader import Arena, Collate, Packed, WindowLoader, worker_context
+from atmossl.data.segment import UnreadableChunk
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.transfer import Arena, Packed
-from atmossl.data.windows import SampleKey, SampleOrder, WindowDataset, WindowSize
+from atmossl.data.windows import Pool, SampleKey, SampleOrder, WindowDataset, WindowSize
 from atmossl.masking.random import RandomMasking
 from tests.synthetic import dataset, spec
 
@@ -205,7 +203,7 @@ class CollateWithMemory:
     def __call__(self, samples: tuple[list, float]) -> tuple[Packed[Batch], float, int]:
         packed = self.collate(samples[0])
         assert isinstance(packed, Packed)
-        return packed, samples[1], len(transfer._segments._owned)
+        return packed, samples[1], len(loading._segments._owned)
 
 
 @pytest.mark.distributed

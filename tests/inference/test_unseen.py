@@ -13,9 +13,9 @@ import xarray as xr
 import atmossl
 from atmossl.api import Model, out_of_training_warnings
 from atmossl.batch import PRIMARY
-from atmossl.data.calendars import STANDARD
-from atmossl.data.seen import Seen, days_of
+from atmossl.data.axes import STANDARD
 from atmossl.data.sources import StoreRequest
+from atmossl.data.statistics import Seen, days_of
 from atmossl.data.store import open_segment
 from atmossl.geometry import Grid
 from atmossl.inference.out_of_training_warnings import unseen_dates, unseen_place
