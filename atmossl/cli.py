@@ -66,6 +66,7 @@ The keys are those of conf/; `atmossl config show` prints them all with their va
 
 def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The composed configuration `conf/NAME.yaml` as plain values, interpolations resolved.
+    `data=NAME` may name any catalog entry.
 
     Raises:
         ValueError: an override that does not fit, in one line.
@@ -76,7 +77,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         _in_one_line(overrides),
         initialize_config_dir(str(find_file("conf")), version_base="1.3"),
     ):
-        return _to_plain(compose(name, list(map(for_hydra, overrides))))
+        return _to_plain(compose(name, [for_hydra(_as_entry(item, name)) for item in overrides]))
 
 
 def _register_run_name() -> None:
@@ -108,11 +109,15 @@ def _in_one_line(overrides: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def _compose_with_data_name(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Like `compose_config`, but `data=NAME` names a catalog entry, not a file of conf/data."""
-    names = [unquoted(item[len("data=") :]) for item in overrides if item.startswith("data=")]
-    values = compose_config(name, [item for item in overrides if not item.startswith("data=")])
-    return values | ({"data": names[-1]} if names else {})
+def _as_entry(override: str, name: str) -> str:
+    """`data=NAME` names a catalog entry in every command. Of a training run it also chooses the
+    file conf/data/NAME.yaml, where there is one."""
+    key, _, value = override.partition("=")
+    if key != "data":
+        return override
+    files = [find_file("conf") / "data" / f"{unquoted(part)}.yaml" for part in split(value)]
+    chooses_file = name in ("train", "stats") and any(file.is_file() for file in files)
+    return override if chooses_file else f"data.name={value}"
 
 
 def _to_plain(config: Any) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _train(arguments: Sequence[str]) -> None:
     import hydra
 
     _register_run_name()
-    arguments = [for_hydra(item, sweep=True) for item in arguments]
+    arguments = [for_hydra(_as_entry(item, "train"), sweep=True) for item in arguments]
     sys.argv = ["atmossl train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong; else Hydra prints and exits
     decorate = hydra.main(
@@ -177,7 +182,7 @@ def _predict(arguments: Sequence[str]) -> None:
 
 
 def _embed(arguments: Sequence[str]) -> None:
-    values = _valid("EmbedConfig", _compose_with_data_name("embed", arguments))
+    values = _valid("EmbedConfig", compose_config("embed", arguments))
     from atmossl.commands.embed import embed
 
     embed(values)
@@ -193,13 +198,13 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
-    """Like `_compose_with_data_name`, but `task=FILE.yaml` reads a task of the user's own, and
+    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own, and
     `task.levels`, a mapping, takes any key."""
     tasks = [unquoted(item[len("task=") :]) for item in arguments if item.startswith("task=")]
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     if not files:
         given = [_open_ended(item, ("task.levels",)) for item in arguments]
-        return _compose_with_data_name("predict", given)
+        return compose_config("predict", given)
     own = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in own and not a.startswith("task=")]
     from atmossl.api import read_task
@@ -212,12 +217,12 @@ def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     for key, path in paths.items():
         OmegaConf.update(changed, key, unquoted(path), force_add=True)
     task = OmegaConf.merge({"task": given}, changed)
-    return _compose_with_data_name("predict", rest) | _to_plain(task)
+    return compose_config("predict", rest) | _to_plain(task)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
     listed = [item for item in arguments if item.startswith("tasks=[")]
-    values = _compose_with_data_name("evaluate", [a for a in arguments if a not in listed])
+    values = compose_config("evaluate", [a for a in arguments if a not in listed])
     if listed:  # names of conf/task or YAML files; any other value is a file of conf/tasks
         names = [*map(unquoted, split(listed[-1].removeprefix("tasks=[").removesuffix("]")))]
         if not all(names):
@@ -231,11 +236,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 
 def _named_catalog(arguments: Sequence[str]) -> Path | None:
-    """The file of `catalog=PATH`, the only key of `atmossl data list`."""
-    unknown = [item for item in arguments if not item.startswith("catalog=")]
+    """The file of `data.catalog=PATH`, the only key of `atmossl data list`."""
+    unknown = [item for item in arguments if not item.startswith("data.catalog=")]
     if unknown:
-        raise ValueError(f"data list: {unknown[0]} is unknown; valid: catalog=PATH")
-    paths = [item.removeprefix("catalog=") for item in arguments]
+        raise ValueError(f"data list: {unknown[0]} is unknown; valid: data.catalog=PATH")
+    paths = [item.removeprefix("data.catalog=") for item in arguments]
     return Path(paths[-1]) if paths else None
 
 
@@ -257,13 +262,12 @@ def _data(arguments: Sequence[str]) -> None:
         from atmossl.data_commands import run_ingest
 
         run_ingest(values)
-    elif action == "inspect" and overrides and "=" not in overrides[0]:
-        values = compose_config("inspect", overrides[1:])
+    elif action == "inspect":
+        overrides = [item if "=" in item else f"data.name={item}" for item in overrides]
+        values = compose_config("inspect", overrides)
         from atmossl.data_commands import show_inspection
 
-        show_inspection(overrides[0], values)
-    elif action == "inspect":
-        raise ValueError("inspect needs the name of a catalog entry; see atmossl data list")
+        show_inspection(values)
     else:
         raise ValueError(f"data {action!r} is no action; valid: list, inspect, ingest, stats")
 
@@ -324,7 +328,7 @@ def _export(arguments: Sequence[str]) -> None:
     from atmossl.commands.export import export_folder
     from atmossl.inference.checkpoint import export
 
-    optional = ("report", "catalog", "licence")
+    optional = ("report", "data.catalog", "licence")
     more = {key: item for item in arguments for key in optional if item.startswith(f"{key}=")}
     rest = [item for item in arguments if item not in more.values()]
     key = "hub" if any(item.startswith("hub=") for item in rest) else "output"
@@ -337,7 +341,10 @@ def _export(arguments: Sequence[str]) -> None:
         if key == "output":
             export(checkpoints, Path(output))
         else:
-            given = {name: _keyword([item], [name])[0] for name, item in more.items()}
+            given = {
+                name.removeprefix("data."): _keyword([item], [name])[0]
+                for name, item in more.items()
+            }
             export_folder(checkpoints, Path(output), **given)
 
 
@@ -347,10 +354,13 @@ def _import(arguments: Sequence[str]) -> None:
     kind, folder, *overrides = [*arguments, "", ""][: max(2, len(arguments))]
     if kind != "atmorep" or not folder or "=" in folder:
         raise ValueError(
-            f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME [catalog=PATH]"
+            f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME "
+            "[data.catalog=PATH]"
         )
-    given = [item for item in overrides if not item.startswith("catalog=")]
-    catalogs = [Path(*_keyword([item], ["catalog"])) for item in overrides if item not in given]
+    given = [item for item in overrides if not item.startswith("data.catalog=")]
+    catalogs = [
+        Path(*_keyword([item], ["data.catalog"])) for item in overrides if item not in given
+    ]
     output, data = _keyword(given, ["output", "data"])
     catalog = catalogs[-1] if catalogs else None
     with owned(Path(output), "output"), keeping("nothing is kept"):

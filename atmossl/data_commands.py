@@ -135,17 +135,20 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def show_inspection(name: str, values: Mapping[str, Any]) -> list[SegmentReport]:
+def show_inspection(values: Mapping[str, Any]) -> list[SegmentReport]:
     """Print what is in the stores of a catalog entry, and draw a map of every variable."""
     config: InspectConfig = parse(InspectConfig, _plain(values))
+    if config.data.name is None:
+        raise ValueError("inspect needs the name of a catalog entry; see atmossl data list")
     with owned(config.output, "output", inside=True), keeping("maps that are there stay"):
-        return _show_inspection(name, config)
+        return _show_inspection(config)
 
 
-def _show_inspection(name: str, config: InspectConfig) -> list[SegmentReport]:
+def _show_inspection(config: InspectConfig) -> list[SegmentReport]:
     from atmossl.data.field_map import map_of  # needs Cartopy, which ingest does not
 
-    entry = catalog_entry(name, config.catalog)
+    assert config.data.name is not None, "checked before"
+    entry = catalog_entry(config.data.name, config.data.catalog)
     window = config.window
     reports = inspect(entry, window, config.samples)
     console = Console(markup=False)

@@ -15,7 +15,6 @@ from hydra.errors import HydraException
 # keys whose value is one path
 PATHS = frozenset(
     {
-        "catalog",
         "checkpoint",
         "climatology",
         "data.catalog",

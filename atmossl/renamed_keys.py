@@ -20,12 +20,19 @@ _KEYS = {  # whole key: its last part now
 _VALUES = {("objective.weighting", "departure"): "residual"}
 # durations were numbers inside masks, and texts with a unit in tasks
 _HOURS = {f"{what}_hours": f"{what}_time" for what in ("lead", "rollout", "hidden", "shift")}
+_NOTE = "{old} is now {new}; the next release has the new one alone"
 _TASKS = ("task", "tasks", "parts")  # the keys that hold tasks
 
 
 def renamed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A configuration by its present names, and a line for every old name that was in it."""
     notes: list[str] = []
+    values = dict(values)
+    if "catalog" in values:  # it is a key of `data`, which was the name of a catalog entry
+        data, catalog = values.get("data", {}), values.pop("catalog")
+        keys = data if isinstance(data, Mapping) else {"name": data}
+        values["data"] = {**keys, "catalog": catalog}
+        notes.append(_NOTE.format(old="catalog", new="data.catalog"))
     return _walk(values, (), notes), notes
 
 
@@ -65,10 +72,9 @@ def _walk(node: Any, path: tuple[str, ...], notes: list[str]) -> Any:
         if new_key != key or (new_value != value and key != "_target_"):
             shown = "" if new_value == value else f"={new_value}"
             was = "" if new_value == value else f"={value}"
-            notes.append(f"{old}{was} is now {new}{shown}; the next release has the new one alone")
-        present[new_key if isinstance(key, str) else key] = _walk(
-            new_value, (*path, new_key), notes
-        )
+            notes.append(_NOTE.format(old=old + was, new=new + shown))
+        new_value = _walk(new_value, (*path, new_key), notes)
+        present[new_key if isinstance(key, str) else key] = new_value
     return present
 
 

@@ -27,6 +27,7 @@ from atmossl.commands.train import train
 from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.predict import Predictor
+from atmossl.schema.data import StoreChoice
 from benchmarks.report import finish
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -119,7 +120,7 @@ def _merged(defaults: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 def refusals(checkpoint: str) -> dict[str, str]:
     """Why a task cannot be asked of a checkpoint, for those that cannot."""
     trained, found = load_checkpoint(checkpoint), {}
-    (segment,) = open_for(trained, None, None, "test")
+    (segment,) = open_for(trained, StoreChoice(), "test")
     for name, choices in TASKS.items():
         predictor = Predictor(
             trained=trained,

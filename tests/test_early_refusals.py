@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import atmossl.build
-import atmossl.commands.predict
+import atmossl.commands.common
 from atmossl.cli import main
 from atmossl.data.segment import Segment
 from atmossl.evaluation.climate import Climate
@@ -101,7 +101,7 @@ PREDICT_BEFORE_WEIGHTS = {
     "task.lead_time=-6h": "negative",
     "task=downscaling task.factor=1": "factor",
     "data=era6": "era6",
-    "data=waves split=test catalog=DIR/none.yaml": "none.yaml",
+    "data=waves split=test data.catalog=DIR/none.yaml": "none.yaml",
     "checkpoint=DIR/none.ckpt": "none.ckpt",
     "checkpoint=DIR/mask.nc": "mask.nc",
     "accelerator=tpu": "accelerator",
@@ -128,7 +128,7 @@ PREDICT_BEFORE_READING = {
     "task=counterfactual task.shift_lat=60": "pole",
     "task=counterfactual task.levels.123=500": "123",
     "task=hindcast output=DIR/o.grib2": "no lead times below 0",
-    "catalog=DIR/no_leap/catalog.yaml output=DIR/o.grib2": "noleap",
+    "data.catalog=DIR/no_leap/catalog.yaml output=DIR/o.grib2": "noleap",
 }
 EVALUATE = {
     "output=DIR/exists.zarr": "exists",
@@ -144,11 +144,11 @@ EVALUATE = {
     "segment=north": "north",
     "climatology=DIR/none.zarr": "none.zarr",
     "climatology=DIR/good.zarr": "good.zarr",
-    "catalog=DIR/shifted/catalog.yaml": "16 of 16 longitudes differ, the first is 0, not 1",
-    "catalog=DIR/region/catalog.yaml tasks=[temporal_interpolation]": "closes the circle.*ridge=f",
-    "catalog=DIR/half/catalog.yaml tasks=[temporal_interpolation]": "steps of 12 h.*6 h.*ridge=f",
-    "catalog=DIR/short/catalog.yaml tasks=[forecast]": "too short.*ridge=false",
-    "catalog=DIR/no_leap/catalog.yaml": "noleap",
+    "data.catalog=DIR/shifted/catalog.yaml": "16 of 16 longitudes differ, the first is 0, not 1",
+    "data.catalog=DIR/region/catalog.yaml tasks=[temporal_interpolation]": "closes.*ridge=f",
+    "data.catalog=DIR/half/catalog.yaml tasks=[temporal_interpolation]": "steps of 12 h.*ridge=f",
+    "data.catalog=DIR/short/catalog.yaml tasks=[forecast]": "too short.*ridge=false",
+    "data.catalog=DIR/no_leap/catalog.yaml": "noleap",
     "tasks=[DIR/three.yaml]": "does not divide",
     "forecasts=[DIR/none.zarr]": "none.zarr",
     "forecasts=[DIR/members.zarr]": "further dimensions .'ensemble_member'.*realization",
@@ -162,7 +162,7 @@ EVALUATE = {
     "forecasts=[DIR/good.zarr,DIR/without_leads.zarr]": "some have lead times",
     "forecasts=[DIR/good.zarr] climatology=DIR/good.zarr": "leave it out",
     "forecasts=[DIR/good.zarr] boxes={x: [1,2,0,1]}": "no cell",
-    "forecasts=[DIR/theirs.zarr] catalog=DIR/no_leap/catalog.yaml": "noleap",
+    "forecasts=[DIR/theirs.zarr] data.catalog=DIR/no_leap/catalog.yaml": "noleap",
 }
 CALIBRATE = {
     "output=DIR/o.zarr": "must end in .ckpt",
@@ -209,7 +209,7 @@ def with_defaults(line: str, **defaults: str) -> list[str]:
 
 COMMON = {
     "checkpoint": "DIR/tiny.ckpt",
-    "catalog": "DIR/waves/catalog.yaml",
+    "data.catalog": "DIR/waves/catalog.yaml",
     "accelerator": "cpu",
 }
 
@@ -217,7 +217,7 @@ COMMON = {
 @pytest.mark.parametrize("line", PREDICT_BEFORE_WEIGHTS)
 def test_predict_refuses_before_weights_are_loaded(line, folder, monkeypatch, capsys) -> None:
     if "checkpoint" not in line:
-        forbid(monkeypatch, (atmossl.commands.predict, "load_checkpoint"))
+        forbid(monkeypatch, (atmossl.commands.common, "load_checkpoint"))
     arguments = with_defaults(line, output="DIR/o.zarr", **COMMON)
     refused(["predict", *arguments], folder, PREDICT_BEFORE_WEIGHTS[line], capsys)
 

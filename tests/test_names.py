@@ -63,7 +63,7 @@ def test_a_name_that_leaves_its_folder_is_refused(key: str, tmp_path, capsys) ->
     with pytest.raises(ValueError, match=rf"{key}: .../../x. cannot be a name"):
         load_catalog(path)
     output = tmp_path / "a" / "b" / "maps"
-    assert main(["data", "inspect", "waves", f"catalog={path}", f"output={output}"]) == 2
+    assert main(["data", "inspect", "waves", f"data.catalog={path}", f"output={output}"]) == 2
     assert "cannot be a name in a store" in capsys.readouterr().err
     store = tmp_path / "train.zarr"
     command = ["data", "ingest", f"input={store}", f"output={tmp_path}/out.zarr"]
@@ -79,7 +79,7 @@ def test_markup_in_names_is_shown_as_it_is(tmp_path, capsys) -> None:
     text = path.read_text().replace("{t: t}", f"{{'{name}': t}}")
     path.write_text(text)
     output = tmp_path / "maps [bold]"
-    assert main(["data", "inspect", "waves", f"catalog={path}", f"output='{output}'"]) == 0
+    assert main(["data", "inspect", "waves", f"data.catalog={path}", f"output='{output}'"]) == 0
     printed = "".join(capsys.readouterr().out.split())
     assert name in printed and "maps[bold]" in printed
     (picture,) = output.iterdir()

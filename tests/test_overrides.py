@@ -138,12 +138,12 @@ def test_commands_take_such_paths(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert (folder / "small.ckpt").exists()
     capsys.readouterr()
     for command in (
-        ["predict", checkpoint, f"task={folder}/my=task.yaml", f"catalog={folder}/c.yaml",
+        ["predict", checkpoint, f"task={folder}/my=task.yaml", f"data.catalog={folder}/c.yaml",
          f"output={folder}/o.zarr"],
         ["predict", checkpoint, "task=inpainting", f"task.mask_file={folder}/c.yaml",
          f"output={folder}/o.zarr"],
-        ["calibrate", checkpoint, f"catalog={folder}/c.yaml", f"output={folder}/c.ckpt"],
-        ["evaluate", checkpoint, f"catalog={folder}/c.yaml", f"output={folder}/report",
+        ["calibrate", checkpoint, f"data.catalog={folder}/c.yaml", f"output={folder}/c.ckpt"],
+        ["evaluate", checkpoint, f"data.catalog={folder}/c.yaml", f"output={folder}/report",
          f'tasks=["{folder}/my=task.yaml"]'],
         ["train", f"data.catalog={folder}/c.yaml", f"paths.output={folder}/run"],
         ["data", "stats", f"data.catalog={folder}/c.yaml"],

@@ -15,6 +15,7 @@ OLD = {
     "objective.weighting=departure": "objective.weighting=residual",
     "tasks.0.name=forecast": "tasks.0._target_=forecast",
     "task.task.name=forecast": "task.task._target_=forecast",
+    "catalog=my.yaml": "data.catalog=my.yaml",
     "masking.samplers.2.hidden_hours=6": "masking.samplers.2.hidden_time=6h",
 }
 PRESENT = ("data.name=sample", "-m", "--force", "NAME", "stream.s.variables=[a=b]", "a..b=c", "~x")
@@ -68,3 +69,20 @@ def test_an_old_name_is_noted_in_one_line_of_a_command(capsys) -> None:
     assert main(["config", "validate", "model.neighbourhood=5"]) == 0
     assert main(["config", "validate", "model.neighbourhood=4"]) == 2
     assert "model.kernel_size=4 must be odd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["waves", {"name": "waves"}])
+def test_data_may_be_a_name_beside_an_old_catalog(data) -> None:
+    present, notes = renamed({"data": data, "catalog": "my.yaml", "every": 2})
+    assert present == {"data": {"name": "waves", "catalog": "my.yaml"}, "every": 2}
+    assert len(notes) == 1
+
+
+def test_data_names_a_catalog_entry_in_every_command() -> None:
+    needed = ["checkpoint=x", "output=o"]
+    for command, more in (("train", []), ("stats", []), ("inspect", []), ("predict", needed),
+                          ("embed", needed), ("evaluate", needed)):  # fmt: skip
+        data = compose_config(command, ["data=mine", "data.catalog=my.yaml", *more])["data"]
+        assert (data["name"], data["catalog"]) == ("mine", "my.yaml"), command
+    by_file = compose_config("train", ["data=weatherbench2_64x32"])["data"]
+    assert by_file["name"] == "weatherbench2_64x32" and by_file["batch_size"] == 16

@@ -256,7 +256,7 @@ def test_a_stopped_evaluation_leaves_nothing(
     from atmossl.commands import evaluate
 
     command = ["evaluate", f"checkpoint={folder / 'tiny.ckpt'}", f"output={tmp_path / 'report'}",
-               f"catalog={folder / 'catalog.yaml'}", "accelerator=cpu"]  # fmt: skip
+               f"data.catalog={folder / 'catalog.yaml'}", "accelerator=cpu"]  # fmt: skip
     line = stopped(command, monkeypatch, capsys, evaluate, "score_tasks", 1)
     assert "nothing is kept" in line
     assert list(tmp_path.iterdir()) == []

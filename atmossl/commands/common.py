@@ -12,8 +12,10 @@ from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
 from atmossl.data.variables import InputLimits
-from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.masking.tasks import Task
+from atmossl.schema import CheckpointConfig
+from atmossl.schema.data import StoreChoice
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,19 +44,35 @@ def device_for(accelerator: str) -> str:
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def check_split(data: str | None, catalog: Path | None, split: str) -> None:
-    """Raise ValueError for a catalog entry that does not exist or lacks the split; None is that of
-    the checkpoint, which is not read here."""
-    if data is not None:
-        splits = catalog_entry(data, catalog).splits
+def check_split(data: StoreChoice, split: str) -> None:
+    """Raise ValueError for a catalog entry that does not exist or lacks the split; that of the
+    checkpoint is not read here."""
+    if data.name is not None:
+        splits = catalog_entry(data.name, data.catalog).splits
         if split not in splits:
-            raise ValueError(f"split={split} is not in data={data}; valid: {sorted(splits)}")
+            raise ValueError(f"split={split} is not in data={data.name}; valid: {sorted(splits)}")
+
+
+def open_checkpoint(
+    config: CheckpointConfig, task: Task | None = None
+) -> tuple[TrainedModel, tuple[Segment, ...]]:
+    """The checkpoint that a command runs, and the segments that it runs on; see `open_for`."""
+    check_split(config.data, config.split)
+    trained = load_checkpoint(config.checkpoint)
+    segments = open_for(
+        trained,
+        config.data,
+        config.split,
+        input_limits=config.input_limits,
+        name=config.segment,
+        task=task,
+    )
+    return trained, segments
 
 
 def open_for(
     trained: TrainedModel,
-    data: str | None,
-    catalog: Path | None,
+    data: StoreChoice,
     split: Any,
     *,
     input_limits: InputLimits = "refuse",
@@ -70,7 +88,7 @@ def open_for(
     """
     access = Access(input_limits=input_limits)
     records = open_records(
-        trained.specs_for(task), data or trained.data, catalog, split, access=access
+        trained.specs_for(task), data.name or trained.data, data.catalog, split, access=access
     )
     segments = paired(records)
     for segment in segments:

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from atmossl.api import chosen_times
-from atmossl.commands.common import device_for, open_for
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.commands.common import device_for, open_checkpoint
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.locks import owned
 from atmossl.schema import EmbedConfig, parse
@@ -27,17 +26,10 @@ def embed(values: Mapping[str, Any]) -> Path:
 
 
 def _embed(config: EmbedConfig) -> None:
-    trained = load_checkpoint(config.checkpoint)
+    trained, segments = open_checkpoint(config)
     embedder = Embedder(
         trained=trained,
-        segments=open_for(
-            trained,
-            config.data,
-            config.catalog,
-            config.split,
-            input_limits=config.input_limits,
-            name=config.segment,
-        ),
+        segments=segments,
         layer=config.layer,
         overlap=config.overlap,
         batch_size=config.batch_size,

@@ -47,7 +47,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
             raise ValueError(f"output={config.output} exists; choose another folder or remove it")
         if not config.forecasts:
             check_tasks(config.tasks)
-        check_split(config.data, config.catalog, config.split)
+        check_split(config.data, config.split)
         reports = _write_reports(config, command)
     console = Console(width=max(120, Console().width), markup=False)
     for report in reports:
@@ -64,14 +64,13 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
     try:
         trained = load_checkpoint(config.checkpoint)
         if config.forecasts:
-            entry = catalog_entry(config.data or trained.data, config.catalog)
+            entry = catalog_entry(config.data.name or trained.data, config.data.catalog)
             reports = [compare_forecasts(config, entry)]
         else:
             test, training = (
                 open_for(
                     trained,
                     config.data,
-                    config.catalog,
                     split,
                     input_limits=config.input_limits,
                 )

@@ -11,14 +11,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 
 from atmossl.api import chosen_times, out_of_training_warnings
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
-from atmossl.commands.common import check_split, device_for, note, open_for
+from atmossl.commands.common import device_for, note, open_checkpoint
 from atmossl.inference.calibration import (
     Calibration,
     SpreadInflation,
     check_calibrated,
     estimate_inflation,
 )
-from atmossl.inference.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint
+from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
 from atmossl.inference.predict import Predictor
 from atmossl.inference.writer import check_output, check_request, write
 from atmossl.locks import owned
@@ -62,17 +62,7 @@ def _predict(config: PredictConfig) -> str:
 
 def _predictor(config: PredictConfig) -> Predictor:
     device = device_for(config.accelerator)
-    check_split(config.data, config.catalog, config.split)
-    trained = load_checkpoint(config.checkpoint)
-    first, *others = open_for(
-        trained,
-        config.data,
-        config.catalog,
-        config.split,
-        input_limits=config.input_limits,
-        name=config.segment,
-        task=config.task,
-    )
+    trained, (first, *others) = open_checkpoint(config, config.task)
     return Predictor(
         trained=trained,
         segment=first,

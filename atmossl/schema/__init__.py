@@ -28,7 +28,7 @@ from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import AREAS
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.data import DataConfig
+from atmossl.schema.data import ChosenStore, DataConfig
 from atmossl.schema.strict import ConfigError, Strict
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.schema.training import (
@@ -321,45 +321,39 @@ CHECKS = (
 )
 
 
-class PredictConfig(Strict):
+class CheckpointConfig(Strict):
+    """What every command that runs a checkpoint on a store obeys. every: of all possible times,
+    each n-th."""
+
+    checkpoint: str
+    data: ChosenStore
+    split: Literal["train", "validation", "test"]
+    segment: str | None
+    every: Positive
+    overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
+    batch_size: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
+    input_limits: InputLimits
+    output: Path
+
+
+class PredictConfig(CheckpointConfig):
     """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
 
     task: ChosenTask
-    checkpoint: str
-    data: str | None
-    catalog: Path | None
-    split: Literal["train", "validation", "test"]
-    segment: str | None
     init_time: str | tuple[str, ...]
-    every: Positive
-    overlap: float = Field(ge=0.0, lt=1.0)
     tilings: Positive
-    batch_size: Positive
-    accelerator: Literal["auto", "cpu", "gpu"]
     seed: NotNegative
     layout: Literal["cf", "weatherbench2"]
     resume: bool
     missing: Literal["keep", "fill"]
-    input_limits: InputLimits
-    output: Path
 
 
-class EmbedConfig(Strict):
+class EmbedConfig(CheckpointConfig):
     """Everything that `atmossl embed` obeys. Times are ISO dates, or `all`."""
 
-    checkpoint: str
-    data: str | None
-    catalog: Path | None
-    split: Literal["train", "validation", "test"]
-    segment: str | None
     init_time: str | tuple[str, ...]
-    every: Positive
     layer: int
-    overlap: float = Field(ge=0.0, lt=1.0)
-    batch_size: Positive
-    accelerator: Literal["auto", "cpu", "gpu"]
-    input_limits: InputLimits
-    output: Path
 
 
 def _is_box(limits: Any) -> Any:
@@ -377,7 +371,7 @@ def _is_tails(tails: tuple[float, float]) -> tuple[float, float]:
     return tails
 
 
-class EvaluateConfig(Strict):
+class EvaluateConfig(CheckpointConfig):
     """Everything that `atmossl evaluate` obeys.
 
     forecasts: stores to score instead of the checkpoint's tasks; the first is compared with the
@@ -386,27 +380,17 @@ class EvaluateConfig(Strict):
         and month, that `data stats` left of the same training data; worked out anew without.
     """
 
-    checkpoint: str
+    split: Literal["validation", "test"]
     tasks: tuple[ChosenTask, ...] = Field(min_length=1)
     forecasts: tuple[str, ...]
     regions: tuple[str, ...]
     boxes: dict[str, Limits] | None
     tails: Annotated[tuple[float, float], AfterValidator(_is_tails)]
-    data: str | None
-    catalog: Path | None
-    split: Literal["validation", "test"]
-    segment: str | None
-    every: Positive
     climatology: Path | None
     ridge: bool
     bootstrap: Positive
-    overlap: float = Field(ge=0.0, lt=1.0)
     tilings: Positive
-    batch_size: Positive
-    accelerator: Literal["auto", "cpu", "gpu"]
     seed: NotNegative
-    input_limits: InputLimits
-    output: Path
 
     @model_validator(mode="after")
     def _climatology_is_of_the_training(self) -> "EvaluateConfig":

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 from atmossl.data.chunks import ReadSettings
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers
@@ -11,6 +12,22 @@ from atmossl.data.variables import Transform
 from atmossl.data.windows import LoaderSettings, WindowSize
 from atmossl.schema.strict import Strict
 from atmossl.setting_types import Positive
+
+
+@dataclass(frozen=True)
+class StoreChoice:
+    """Which stores a command reads, `data`. name: a catalog entry; None: the one of the checkpoint.
+    catalog: its file; None: the one of the package."""
+
+    name: str | None = None
+    catalog: Path | None = None
+
+
+def _by_name(data: Any) -> Any:
+    return {"name": data} if data is None or isinstance(data, str) else data
+
+
+ChosenStore = Annotated[StoreChoice, BeforeValidator(_by_name)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +57,7 @@ class IngestConfig(IngestInput):
 class InspectConfig(Strict):
     """Everything that `atmossl data inspect NAME` obeys."""
 
-    catalog: Path | None
+    data: ChosenStore
     window: WindowSize
     samples: Positive
     output: Path

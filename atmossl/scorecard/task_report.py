@@ -107,7 +107,7 @@ def reported(
 
 def provenance_of(config: EvaluateConfig, trained: TrainedModel, command: str) -> Provenance:
     """The command and what its numbers depend on."""
-    data = config.data or trained.data
+    data = config.data.name or trained.data
     if config.forecasts:
         what = f"Forecasts {', '.join(config.forecasts)} against {data}, split {config.split}."
         source = {"forecasts": ", ".join(config.forecasts)}

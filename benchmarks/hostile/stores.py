@@ -126,7 +126,7 @@ def predicting(fixtures: Path, output: str, *more: str) -> list[str]:
     """Arguments of a short prediction with the tiny checkpoint."""
     return [
         "predict", f"checkpoint={fixtures / 'tiny.ckpt'}", "data=waves",
-        f"catalog={fixtures / 'catalog.yaml'}", "accelerator=cpu", "tilings=1", "overlap=0",
+        f"data.catalog={fixtures / 'catalog.yaml'}", "accelerator=cpu", "tilings=1", "overlap=0",
         f"output={output}", *more,
     ]  # fmt: skip
 
@@ -134,7 +134,7 @@ def predicting(fixtures: Path, output: str, *more: str) -> list[str]:
 def evaluating(fixtures: Path, output: str, *more: str) -> list[str]:
     return [
         "evaluate", f"checkpoint={fixtures / 'tiny.ckpt'}", "data=waves",
-        f"catalog={fixtures / 'catalog.yaml'}", "accelerator=cpu", "tilings=1", "overlap=0",
+        f"data.catalog={fixtures / 'catalog.yaml'}", "accelerator=cpu", "tilings=1", "overlap=0",
         "tasks=[forecast]", "ridge=false", "bootstrap=5", "regions=[]", "every=6",
         f"output={output}", *more,
     ]  # fmt: skip

@@ -58,7 +58,9 @@ def test_the_report_fits_eighty_columns(tmp_path, capsys, monkeypatch, calendar:
     store = store.assign_coords(time=dates[[0, 1, 2, 5, 6, 6, 7, 8, 9, 13, 14, 15]])
     path = catalog(tmp_path, train=store)
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["data", "inspect", "waves", f"catalog={path}", f"output={tmp_path}/maps"]) == 0
+    assert (
+        main(["data", "inspect", "waves", f"data.catalog={path}", f"output={tmp_path}/maps"]) == 0
+    )
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     for name in (*names, "OUTSIDE", "chunks: 12 x 3 x 8 x 16", "levels: 300, 500, 850"):
@@ -105,7 +107,7 @@ def test_what_training_will_refuse_is_told(tmp_path) -> None:
 def test_the_command_prints_and_draws(tmp_path, capsys) -> None:
     path = catalog(tmp_path, train=dataset(steps=6))
     output = tmp_path / "maps"
-    command = ["data", "inspect", "waves", f"catalog={path}", f"output={output}"]
+    command = ["data", "inspect", "waves", f"data.catalog={path}", f"output={output}"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "6 steps of 6 h" in printed and "temperature" in printed

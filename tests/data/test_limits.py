@@ -225,7 +225,7 @@ def test_commands_refuse_in_one_line(tmp_path, monkeypatch, capsys, sample, comm
         f"levels: [300, 500, 850], segments: {{a: {{location: {tmp_path / 'bad.zarr'}}}}}, "
         f"splits: {{{splits}}}}}"
     )
-    given = [] if command == "train" else ["data=spoilt", "catalog=catalog.yaml"]
+    given = [] if command == "train" else ["data=spoilt", "data.catalog=catalog.yaml"]
     assert cli.main([*COMMANDS[command], *given]) == 2
     told = capsys.readouterr().err
     assert "temperature" in told and "1e+20 K" in told and "input_limits=warn" in told

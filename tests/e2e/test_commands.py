@@ -135,7 +135,7 @@ def test_a_store_of_the_user_is_predicted_too(run: Path, tmp_path: Path) -> None
     path = catalog(tmp_path, test=dataset(variables=VARIABLES[:1], num_lat=32, num_lon=64))
     done = command(
         "predict", "task=forecast", f"checkpoint={run / 'checkpoints' / 'last.ckpt'}",
-        "data=waves", f"catalog={path}", "init_time=all", f"output={tmp_path / 'o.zarr'}",
+        "data=waves", f"data.catalog={path}", "init_time=all", f"output={tmp_path / 'o.zarr'}",
         cache=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
@@ -146,7 +146,7 @@ def test_the_template_of_the_catalog_can_be_copied_and_listed(tmp_path, capsys) 
     shipped = find_file("data_catalog.yaml").read_text()
     copy = tmp_path / "copy.yaml"
     copy.write_text(shipped[shipped.index("\nlocal:") :])
-    assert main(["data", "list", f"catalog={copy}"]) == 0
+    assert main(["data", "list", f"data.catalog={copy}"]) == 0
     assert "local" in capsys.readouterr().out
     assert main(["data", "list", f"catalgo={copy}"]) == 2
     assert "catalgo=" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_two_resolutions_train_and_predict(catalog: Path, tmp_path: Path, monkey
     assert moved(checkpoint)
     for task in ("forecast", "downscaling"):
         output = tmp_path / f"{task}.zarr"
-        arguments = [f"task={task}", f"checkpoint={checkpoint}", f"catalog={catalog}",
+        arguments = [f"task={task}", f"checkpoint={checkpoint}", f"data.catalog={catalog}",
                      "init_time=2001-01-03T06", f"output={output}"]  # fmt: skip
         assert main(["predict", *arguments]) == 0
         with xr.open_zarr(output, consolidated=False) as store:
@@ -77,7 +77,7 @@ def test_two_resolutions_train_and_predict(catalog: Path, tmp_path: Path, monkey
         assert store.sizes["latitude"] == 8 and store.sizes["longitude"] == 16
         assert np.isfinite(store["temperature"].values).all()
     scored = ["evaluate", f"forecasts=[{tmp_path}/forecast.zarr/coarse]", "data=coarse",
-              f"catalog={catalog}", f"output={tmp_path}/report", "bootstrap=10"]  # fmt: skip
+              f"data.catalog={catalog}", f"output={tmp_path}/report", "bootstrap=10"]  # fmt: skip
     assert main(scored) == 0
 
 

@@ -50,9 +50,15 @@ def finer(coarse: xr.Dataset) -> xr.Dataset:
 
 def run(folder: Path, output: str, *overrides: str) -> Path:
     values = compose_config(
-        "evaluate", [f"catalog={folder / 'catalog.yaml'}", f"output={folder / output}", *overrides]
+        "evaluate",
+        [
+            "data=waves",
+            f"data.catalog={folder / 'catalog.yaml'}",
+            f"output={folder / output}",
+            *overrides,
+        ],
     )
-    return evaluate(values | {"data": "waves"}, "atmossl evaluate forecasts=[..]")
+    return evaluate(values, "atmossl evaluate forecasts=[..]")
 
 
 @pytest.fixture(scope="module")

@@ -70,13 +70,13 @@ def feel_token_info(file: Path) -> None:
 def run(folder: Path, output: Path, model: str = "model") -> int:
     return main(
         ["import", "atmorep", str(folder / model), f"output={output}", "data=waves",
-         f"catalog={folder / 'catalog.yaml'}"]
+         f"data.catalog={folder / 'catalog.yaml'}"]
     )  # fmt: skip
 
 
 def arguments(folder: Path, output: Path, *more: str) -> list[str]:
     return [
-        f"checkpoint={folder / 'atmorep.ckpt'}", f"catalog={folder / 'catalog.yaml'}",
+        f"checkpoint={folder / 'atmorep.ckpt'}", f"data.catalog={folder / 'catalog.yaml'}",
         "accelerator=cpu", f"output={output}", *more,
     ]  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_info_says_where_it_comes_from(folder: Path, capsys) -> None:
 def other_store(tmp_path: Path, store: xr.Dataset = STORE, levels_are: str = "model") -> list[str]:
     """Arguments of an import that reads another store."""
     path = write_catalog(tmp_path, store, levels_are)
-    return [f"output={tmp_path / 'new.ckpt'}", "data=waves", f"catalog={path}"]
+    return [f"output={tmp_path / 'new.ckpt'}", "data=waves", f"data.catalog={path}"]
 
 
 @pytest.mark.parametrize(

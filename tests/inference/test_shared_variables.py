@@ -197,7 +197,7 @@ def test_one_variable_of_two_streams_through_every_command(tmp_path: Path) -> No
     """Written on all levels in every format, calibrated, rolled out, scored, and from Python."""
     file = catalog(tmp_path, train=STORE, validation=STORE, test=STORE)
     checkpoint = save(tmp_path / "two.ckpt", split_streams([0, 0, 1], [0, 1, 0]))
-    common = [f"checkpoint={checkpoint}", f"catalog={file}", "accelerator=cpu"]
+    common = [f"checkpoint={checkpoint}", f"data.catalog={file}", "accelerator=cpu"]
     fields = {}
     for ending in ("zarr", "nc", "grib2"):
         output = tmp_path / f"o.{ending}"
@@ -270,7 +270,7 @@ def test_grib_holds_each_variable_on_its_own_levels(tmp_path: Path) -> None:
     second = replace(first, name="u", variables=NAMES[1:], levels=LEVELS[2:], missing="mask")
     checkpoint = save(tmp_path / "two.ckpt", (first, second))
     output = tmp_path / "o.grib2"
-    assert main(["predict", f"checkpoint={checkpoint}", f"catalog={file}", "accelerator=cpu",
+    assert main(["predict", f"checkpoint={checkpoint}", f"data.catalog={file}", "accelerator=cpu",
                  "task=forecast", "init_time=2001-01-02T06", f"output={output}"]) == 0  # fmt: skip
     import eccodes  # after the libraries that it would disturb otherwise
 

@@ -52,7 +52,7 @@ def rmse_is(expected: float) -> Callable[[Path], str]:
 
 def _evaluate(*more: str) -> tuple[str, ...]:
     return (
-        "evaluate", "checkpoint=fix/tiny.ckpt", "data=waves", "catalog=fix/catalog.yaml",
+        "evaluate", "checkpoint=fix/tiny.ckpt", "data=waves", "data.catalog=fix/catalog.yaml",
         "forecasts=[theirs.zarr]", "output=report", "bootstrap=5", "regions=[]", *more,
     )  # fmt: skip
 

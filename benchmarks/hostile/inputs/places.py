@@ -201,7 +201,9 @@ COMMANDS = {  # a command, and a part of the name of what it writes
                                             "every=4")[1:]), "new.ckpt"),
     "export": (("export", "checkpoint=fix/tiny.ckpt", "output={}small.ckpt"), "small.ckpt"),
     "ingest": (("data", "ingest", "input=fix/train.zarr", "output={}out.zarr"), "out.zarr"),
-    "inspect": (("data", "inspect", "waves", "catalog=fix/catalog.yaml", "output={}maps"), "maps"),
+    "inspect": (
+        ("data", "inspect", "waves", "data.catalog=fix/catalog.yaml", "output={}maps"), "maps"
+    ),
     "climatologies": ((*STATS, "climatologies=[month]", "output={}climate"), "climate"),
 }  # fmt: skip
 
@@ -310,7 +312,7 @@ def _outside() -> list[Row]:
     odd = "../../x"
     air = AIR.replace("temperature, u_component_of_wind", odd)
     stats = ("data", "stats", *training(Path(), "run", streams=(air,))[1:])
-    inspect = ("data", "inspect", "waves", "catalog=catalog.yaml", "output=maps")
+    inspect = ("data", "inspect", "waves", "data.catalog=catalog.yaml", "output=maps")
     expect = "right|refused"
     plain = AIR.replace("temperature, u_component_of_wind", "temperature")
     named = AIR.replace("+stream.air", "+stream.../../x")
@@ -348,7 +350,7 @@ def _markup() -> list[Row]:
         dataset(("temperature",)).rename(temperature="x").to_netcdf(folder / "in.nc")
         write_catalog(folder, {"all": str(folder / "in.nc")}, {odd: "x"}, (500, 850))
 
-    inspect = ("data", "inspect", "waves", "catalog=catalog.yaml", "output=maps")
+    inspect = ("data", "inspect", "waves", "data.catalog=catalog.yaml", "output=maps")
 
     def printed(place: Place) -> Ended:
         ended = place.run(inspect)

@@ -151,7 +151,7 @@ def _wrong() -> list[Row]:
         dataset((T2M,), levels=()).assign_coords(time=np.arange(24)).to_netcdf(folder / "in.nc")
         write_catalog(folder, {"all": str(folder / "in.nc")}, {T2M: T2M})
 
-    inspect = ("data", "inspect", "waves", "catalog=catalog.yaml")
+    inspect = ("data", "inspect", "waves", "data.catalog=catalog.yaml")
     catalog = stats(Path(), T2M, ())
     return [
         Row("a gap", "refused", catalog, ("gap",), record(gap, hours)),

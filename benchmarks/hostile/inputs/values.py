@@ -76,16 +76,16 @@ def rows() -> list[Row]:
 def _limits() -> list[Row]:
     found: list[Row] = []
     for name, make in WRONG:
-        predict = tuple(predicting(FIXTURES, "out.zarr", "catalog=catalog.yaml", "every=4"))
-        inspect = ("data", "inspect", "waves", "catalog=catalog.yaml")
+        predict = tuple(predicting(FIXTURES, "out.zarr", "data.catalog=catalog.yaml", "every=4"))
+        inspect = ("data", "inspect", "waves", "data.catalog=catalog.yaml")
         found += [
             Row(f"{name}, predict", "told|refused", predict, _LIMITS, make),
             Row(f"{name}, inspect", "told|refused", inspect, ("outside|limit|chunk|inf",), make),
             Row(f"{name}, python", "told|refused", (), _LIMITS, make, program=_from_python),
         ]
-    evaluate = tuple(evaluating(FIXTURES, "report", "catalog=catalog.yaml"))
+    evaluate = tuple(evaluating(FIXTURES, "report", "data.catalog=catalog.yaml"))
     spoiled = spoilt(lambda store: everywhere(store, -9999.0))
-    refusing = predicting(FIXTURES, "out.zarr", "catalog=catalog.yaml", "every=4")
+    refusing = predicting(FIXTURES, "out.zarr", "data.catalog=catalog.yaml", "every=4")
     return [
         *found,
         Row("fill value -9999, evaluate", "told|refused", evaluate, _LIMITS, spoiled),
