@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import xarray as xr
 import zarr
-from dask.config import set as dask_settings
 from pydantic import AfterValidator, BeforeValidator, Field
 from zarr.codecs import BloscCodec, BloscShuffle
 
@@ -484,6 +483,8 @@ def _verify(store: Path) -> int:
 def _runner(workers: Workers) -> Iterator[Callable[[list[Job]], Iterator[str]]]:
     """Runs jobs and yields as they finish; the first fault stops all."""
     if workers.engine == "threads":
+        from dask.config import set as dask_settings  # late, as the others below
+
         with dask_settings(scheduler="synchronous"), ThreadPoolExecutor(workers.count) as pool:
             yield lambda jobs: _in_threads(pool, jobs)
         return

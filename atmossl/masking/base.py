@@ -25,7 +25,6 @@ from atmossl.batch import (
     View,
 )
 from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
-from atmossl.masking.infill import fill_from_surroundings
 from atmossl.tokens import detokenise, token_grid, tokenise
 
 _TOLERANCE = 1e-2  # of a number of cells
@@ -234,6 +233,8 @@ def _first_guess(
         guess = detokenise(guess_tokens(tokenise(source, size), tokens, size), window.spec)
     if kind != SURROUNDINGS:
         return guess
+    from atmossl.masking.infill import fill_from_surroundings  # loads SciPy's solvers
+
     return fill_from_surroundings(
         guess,
         shown.any(dim=-3),

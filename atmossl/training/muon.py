@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.model.linear import half_is_fast
-from atmossl.training.distributed import like, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _lists: Any = torch  # its operations on lists of tensors have no public names
@@ -80,6 +79,9 @@ class Muon(torch.optim.Optimizer):
         return [state[name] for state in states]
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        # late: loads torch's distributed tensors, which validating a configuration does not need
+        from atmossl.training.distributed import like, whole
+
         momenta, gradients = self._states(parameters, "momentum"), _gradients(parameters)
         _lists._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         for together in alike(parameters):
