@@ -15,13 +15,14 @@ from torch import Tensor
 from atmossl import __version__
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_formats import FORMAT
+from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
 from atmossl.data.statistics import Normaliser, Seen, Statistics, load_or_compute, outside_limits
 from atmossl.data.variables import InputLimits
-from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
+from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
 from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
@@ -41,7 +42,6 @@ from atmossl.training.strategies import choose_strategy
 from atmossl.training.throughput import Throughput, TraceSteps
 from atmossl.training.warm_start import renamed, warm_start
 
-_NETWORK = "multiformer"  # of `atmossl.model.kinds`
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -78,6 +78,9 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
     statistics = {data: load_or_compute(s, transforms=transforms) for data, s in train.items()}
     for data, of_source in statistics.items():
         _warn(limits_told(of_source, train[data][0], config.input_limits))
+    if config.warm_start.network:  # what the network takes its values in
+        record = read_checkpoint(config.warm_start.checkpoints[0])["atmossl"]
+        statistics = {d: Statistics.from_dict(s) for d, s in record["statistics"].items()}
     datamodule = WindowDataModule(
         train=paired_train,
         validation=paired_validation,
@@ -132,8 +135,8 @@ def _warn(lines: Sequence[str]) -> None:
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
     """The network of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    arguments = config.model.model_dump()
-    model = build_network(_NETWORK, streams=config.specs, scales=scales, **arguments)
+    arguments = config.model.plain_arguments
+    model = build_network(config.model.target, streams=config.specs, scales=scales, **arguments)
     if config.trainer.compile:
         model.compile_blocks()
     return model
@@ -151,9 +154,12 @@ def build_objective(
     return objective
 
 
-def optimizer_settings(config: TrainConfig) -> OptimizerSettings:
-    """Settings of the optimiser, and which parameters it trains."""
-    only = () if config.objective.train_only is None else (f"{config.objective.train_only}.*",)
+def optimizer_settings(config: TrainConfig, ends: Sequence[str] = ("tail",)) -> OptimizerSettings:
+    """Settings of the optimiser, and which parameters it trains. ends: of the network."""
+    chosen = config.objective.train_only
+    only = tuple(f"{end}.*" for end in ends if end.rpartition(".")[2] == chosen)
+    if chosen is not None and not only:
+        raise ValueError(f"objective.train_only={chosen}: this network has no {chosen}")
     only = LOW_RANK if config.warm_start.low_rank.rank else only
     return OptimizerSettings(
         max_steps=config.trainer.max_steps, only=only, **vars(config.optimizer)
@@ -185,14 +191,15 @@ def build_module(
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
         "streams": [spec_to_dict(spec) for spec in config.specs],
-        "network": _NETWORK,
-        "model": config.model.model_dump(),
+        "network": config.model.target,
+        "model": config.model.plain_arguments,
         "statistics": {data: found.to_dict() for data, found in statistics.items()},
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,
         "seen": {data: record.to_dict() for data, record in (seen or {}).items()},
         "data": config.data.name,
+        "levels_are": catalog_entry(config.data.name, config.data.catalog).levels_are,
         "config": resolved,
         "warm_start": warm_started(config, model) if warm else {},
     }
@@ -206,7 +213,7 @@ def build_module(
     module = TrainingModule(
         model=model,
         objective=objective,
-        optimizer=optimizer_settings(config),
+        optimizer=optimizer_settings(config, model.ends),
         record=record,
         task_names=names,
     )

@@ -120,6 +120,16 @@ def _as_entry(override: str, name: str) -> str:
     return override if chooses_file else f"data.name={value}"
 
 
+def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a training run; what it takes from a checkpoint is filled in."""
+    values = compose_config("train", overrides)
+    if values["warm_start"]["network"] is not True:
+        return values
+    from atmossl.commands.common import plain
+
+    return plain(values)
+
+
 def _to_plain(config: Any) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
@@ -139,7 +149,7 @@ def _train(arguments: Sequence[str]) -> None:
     if is_started_by_first_rank(os.environ):
         end_with_parent()
     if not {"-m", "--multirun"} & set(arguments):
-        values = _valid("TrainConfig", compose_config("train", arguments))
+        values = _valid("TrainConfig", _compose_training(arguments))
         from atmossl.commands.train import train
 
         train(values)
@@ -287,7 +297,7 @@ def _config(arguments: Sequence[str]) -> None:
     action, *overrides = arguments or [""]
     if action not in ("show", "validate"):
         raise ValueError(f"config {action!r} is no action; valid: show, validate")
-    values = compose_config("train", overrides)
+    values = _compose_training(overrides)
     if action == "show":
         Console().print(OmegaConf.to_yaml(OmegaConf.create(values)), markup=False)
     _valid("TrainConfig", values)
@@ -311,7 +321,7 @@ def _info(arguments: Sequence[str]) -> None:
     given = [item for item in arguments if item.startswith("memory=")]
     overrides = [item for item in arguments if item != "--check" and item not in given]
     memory = _gib(given[-1].removeprefix("memory=")) if given else None
-    values = _valid("TrainConfig", compose_config("train", overrides))
+    values = _valid("TrainConfig", _compose_training(overrides))
     from atmossl.commands.cost import show_estimate
 
     show_estimate(values, memory, check="--check" in arguments)

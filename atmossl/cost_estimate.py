@@ -81,7 +81,10 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     def build() -> tuple[Network, Objective]:
         model = build_model(config, {})
         apply_lora(config, model)
-        objective, settings = build_objective(config, {}, model), optimizer_settings(config)
+        objective, settings = (
+            build_objective(config, {}, model),
+            optimizer_settings(config, model.ends),
+        )
         freeze(named_parameters(model, objective), settings.freeze, only=settings.only)
         checkpoint_activations(config, model)
         return model, objective
@@ -90,7 +93,7 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     cost = measure_step(
         build,
         lambda network, objective: make_optimizer(
-            network, objective, optimizer_settings(config), fused=True
+            network, objective, optimizer_settings(config, network.ends), fused=True
         ),
         batch,
         precision=config.trainer.precision,

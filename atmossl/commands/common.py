@@ -7,20 +7,50 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from atmossl.batch import PRIMARY
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
 from atmossl.data.variables import InputLimits
-from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
 from atmossl.masking.tasks import Task
+from atmossl.model.kinds import network_class
+from atmossl.model.network import Network
 from atmossl.schema import CheckpointConfig
 from atmossl.schema.data import StoreChoice
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as plain values; the key `hydra` belongs to one launch only."""
-    return {key: value for key, value in values.items() if key != "hydra"}
+    """The configuration of a training as plain values; the key `hydra` belongs to one launch only.
+    With `warm_start.network` it has network, streams, window and first guess of that checkpoint."""
+    values = {key: value for key, value in values.items() if key != "hydra"}
+    warm = values.get("warm_start")
+    if not isinstance(warm, Mapping) or warm.get("network") is not True:
+        return values
+    if not warm.get("checkpoints"):
+        raise ValueError(
+            "warm_start.network=true takes the network of the first of warm_start.checkpoints, "
+            "which names none"
+        )
+    record = read_checkpoint(warm["checkpoints"][0])["atmossl"]
+    streams = {stream["name"]: stream for stream in record["streams"]}
+    values["stream"] = {
+        name: {key: value for key, value in stream.items() if key != "name"}
+        for name, stream in streams.items()
+    }
+    values["model"] = {"_target_": record["network"], **record["model"]}
+    own = {key: record[key] for key in ("window", "first_guess")}
+    values["data"] = {
+        **values["data"],
+        **own,
+        "transforms": record["statistics"][PRIMARY].get("transforms", {}),
+    }
+    tuned, layers = warm.get("low_rank", {}), list(Network.low_rank_layers)
+    if tuned.get("layers") == layers:
+        tuned = {**tuned, "layers": list(network_class(record["network"]).low_rank_layers)}
+        values["warm_start"] = {**warm, "low_rank": tuned}
+    return values
 
 
 def note(text: str) -> None:

@@ -1,5 +1,6 @@
 """`atmossl import atmorep`."""
 
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -93,7 +94,7 @@ def _record(
         "python": platform.python_version(),
         "streams": [spec_to_dict(spec) for spec in specs],
         "network": "atmorep",
-        "model": asdict(settings),
+        "model": json.loads(json.dumps(asdict(settings))),  # lists, as a configuration has them
         "objective": {"kind": "AtmoRep", "provides": ["embed", "reconstruct"]},
         "statistics": {PRIMARY: statistics.to_dict()},
         "window": {"time": steps, "lat": rows, "lon": columns},

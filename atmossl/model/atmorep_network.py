@@ -73,12 +73,19 @@ class AtmoRepNetwork(Network):
     """
 
     exported_dtype = torch.float32  # half precision would change what is known to be exact
+    low_rank_layers = ("core.*.attentions.*", "core.*.perceptrons.*")
 
     def __init__(
-        self, *, streams: tuple[StreamSpec, ...], fields: Sequence[Mapping[str, Any]], **sizes: Any
+        self,
+        *,
+        streams: tuple[StreamSpec, ...],
+        fields: Sequence[Mapping[str, Any]],
+        scales: Any = None,
+        **sizes: Any,
     ) -> None:
+        del scales  # AtmoRep predicts values, not departures from a first guess
         super().__init__()
-        settings = AtmoRepSettings(tuple(AtmoRepField(**field) for field in fields), **sizes)
+        settings = settings_from(fields, sizes)
         if settings.info_entries not in _INFO_ENTRIES:
             raise ValueError(
                 f"size_token_info={settings.info_entries}: AtmoRep's models are told "
@@ -177,6 +184,15 @@ class AtmoRepNetwork(Network):
             latent = Latent(gather(decoded, queries), place)
             predicted[name] = StreamLatents((latent,), queries, stream.grid)
         return predicted
+
+
+def settings_from(fields: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> AtmoRepSettings:
+    """Settings from plain values, whose tuples may have become lists."""
+
+    def exact(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    return AtmoRepSettings(tuple(AtmoRepField(**exact(field)) for field in fields), **exact(sizes))
 
 
 def streams_of(settings: AtmoRepSettings) -> tuple[StreamSpec, ...]:

@@ -61,12 +61,14 @@ class Network(nn.Module):
         `objective.train_only` can train them alone.
     exported_dtype: in which `atmossl export` keeps the weights.
     any_member: members are draws of noise, and any number of them can be asked for.
+    low_rank_layers: patterns of names of the layers that `warm_start.low_rank` tunes by default.
     """
 
     widths: Mapping[str, int]
     ends: tuple[str, ...] = ()
     exported_dtype: ClassVar[torch.dtype] = torch.float16
     any_member: bool = False
+    low_rank_layers: ClassVar[tuple[str, ...]] = ("encoder.*", "decoder.*")
 
     def encode(self, view: View) -> Latents:
         """Latents of all tokens that the view gives."""

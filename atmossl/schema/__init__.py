@@ -5,6 +5,7 @@ them the meaning.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import AREAS
+from atmossl.model.kinds import network_class
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.data import ChosenStore, DataConfig
@@ -69,6 +71,33 @@ class ModelConfig(Strict):
     ensemble: Literal["tail", "noise"]
     noise_lengths_km: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=1)
 
+    @property
+    def target(self) -> str:
+        return "multiformer"
+
+    @property
+    def plain_arguments(self) -> dict[str, Any]:
+        return self.model_dump()
+
+
+@dataclass(frozen=True)
+class NetworkOfCheckpoint:
+    """Another network than the package's own, with the arguments that a checkpoint records."""
+
+    target: str
+    plain_arguments: dict[str, Any]
+
+
+def _choose_model(node: Any) -> Any:
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return ModelConfig.model_validate(node)
+    values = dict(node)
+    target = values.pop("_target_")
+    if target == "multiformer":
+        return ModelConfig.model_validate(values)
+    network_class(target)
+    return NetworkOfCheckpoint(target, values)
+
 
 class PathsConfig(Strict):
     """Where a run is written, `paths`."""
@@ -103,7 +132,7 @@ class TrainConfig(Strict):
     stream: Streams
     masking: ChosenMask
     tasks: tuple[ChosenTask, ...] = Field(min_length=1)
-    model: ModelConfig
+    model: Annotated[ModelConfig | NetworkOfCheckpoint, BeforeValidator(_choose_model)]
     objective: ChosenObjective
     optimizer: OptimizerChoice
     trainer: TrainerConfig
@@ -251,7 +280,8 @@ def _transform_faults(config: TrainConfig) -> list[str]:
 def _joint_faults(config: TrainConfig) -> list[str]:
     """Members that are fields, and losses that look at fields."""
     faults, window, model = [], config.data.window, config.model
-    if model.ensemble == "noise" and model.num_members < 2:
+    is_own = isinstance(model, ModelConfig)
+    if is_own and model.ensemble == "noise" and model.num_members < 2:
         faults.append(
             f"model.ensemble=noise with model.num_members={model.num_members}: training compares "
             "members, so it needs at least 2"
@@ -273,8 +303,9 @@ def _joint_faults(config: TrainConfig) -> list[str]:
 
 
 def _model_faults(config: TrainConfig) -> list[str]:
-    faults = []
-    model = config.model
+    faults, model = [], config.model
+    if isinstance(model, NetworkOfCheckpoint):
+        return []
     needs_ensemble = sorted(
         set(config.objective.arguments.get("losses", ())) - {"ensemble_mse", "mean_mse"}
     )

@@ -42,9 +42,11 @@ class LowRankConfig(Strict):
 
 
 class WarmStartConfig(Strict):
-    """checkpoints: whose weights a new run starts from; rename: their streams to the run's."""
+    """checkpoints: whose weights a new run starts from; rename: their streams to the run's;
+    network: whether network, streams, window and normalisation are those of the first of them."""
 
     checkpoints: tuple[str, ...]
+    network: bool
     rename: dict[str, str]
     low_rank: LowRankConfig
 

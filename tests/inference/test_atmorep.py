@@ -1,6 +1,7 @@
 """A model of AtmoRep's form from its files to predictions of `atmossl`, against the plain network
 run by hand on the same store."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+import yaml
 
 import atmossl
 from atmossl.batch import PRIMARY, TokenGrid, collate_views
@@ -74,7 +76,7 @@ def run(folder: Path, output: Path, model: str = "model") -> int:
     )  # fmt: skip
 
 
-def arguments(folder: Path, output: Path, *more: str) -> list[str]:
+def arguments_of(folder: Path, output: Path, *more: str) -> list[str]:
     return [
         f"checkpoint={folder / 'atmorep.ckpt'}", f"data.catalog={folder / 'catalog.yaml'}",
         "accelerator=cpu", f"output={output}", *more,
@@ -138,7 +140,7 @@ def test_predictions_are_those_of_the_plain_network(
 ) -> None:
     output = tmp_path / "out.zarr"
     more = [*task, f"init_time={time}", "overlap=0.0", "tilings=1"]
-    assert main(["predict", *arguments(folder, output, *more)]) == 0
+    assert main(["predict", *arguments_of(folder, output, *more)]) == 0
     predicted = xr.open_zarr(output, decode_timedelta=True)
     assert predicted["level"].attrs["standard_name"] == "model_level_number"
     if "lead_time" in predicted.dims:
@@ -200,7 +202,7 @@ def test_python_embeds_and_predicts(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.zarr"
     more = ["task=forecast", "task.lead_time=4h", "task.rollout_time=2h", "overlap=0.0",
             "tilings=1", "init_time=2004-03-01T01"]  # fmt: skip
-    assert main(["predict", *arguments(folder, output, *more)]) == 0
+    assert main(["predict", *arguments_of(folder, output, *more)]) == 0
     written = xr.open_zarr(output, decode_timedelta=True)
     xr.testing.assert_allclose(predicted[list(written)], written.load())
     assert bool(np.isfinite(written["u_component_of_wind"]).all())
@@ -244,7 +246,7 @@ def test_evaluate_scores_it(folder: Path, tmp_path: Path, monkeypatch) -> None:
     task.write_text("_target_: temporal_interpolation\nhidden_time: 2h\nsteps: null\nrefine: 1\n")
     more = [f"tasks=[{task}]", "every=12", "ridge=false", "bootstrap=2", "regions=[]",
             "overlap=0.0", "tilings=1"]  # fmt: skip
-    assert main(["evaluate", *arguments(folder, output, *more)]) == 0
+    assert main(["evaluate", *arguments_of(folder, output, *more)]) == 0
     (report,) = reports
     summary = summarise(report.table, model_name=report.model_name)
     scored = summary.dropna(subset=["rmse model", "crps"])[["variable", "level"]]
@@ -310,7 +312,7 @@ def test_store_of_other_levels_is_refused(
     store["level"].attrs = attributes
     new = other_store(tmp_path, store, levels_are)
     lines = [["import", "atmorep", str(folder / "model"), *new]]
-    used = [item for item in arguments(folder, tmp_path / "out.zarr") if "catalog" not in item]
+    used = [item for item in arguments_of(folder, tmp_path / "out.zarr") if "catalog" not in item]
     lines += [["predict", "task=forecast", "task.lead_time=2h", *used, new[-1]]]
     for line in lines:
         assert main(line) == 2
@@ -371,7 +373,7 @@ def test_dates_of_tokens_are_those_of_the_calendar() -> None:
 def test_other_tasks_run(folder: Path, tmp_path: Path, task: list[str]) -> None:
     output = tmp_path / "out.zarr"
     more = [*task, "init_time=2004-03-01T02", "overlap=0.0", "tilings=1"]
-    assert main(["predict", *arguments(folder, output, *more)]) == 0
+    assert main(["predict", *arguments_of(folder, output, *more)]) == 0
     predicted = xr.open_zarr(output, decode_timedelta=True)
     assert bool(np.isfinite(predicted["temperature"].sel(level=137)).all())
 
@@ -468,3 +470,69 @@ def test_compiled_network_gives_the_same(folder: Path) -> None:
         assert latents[stream.spec.name].last.shape == shape
     torch.stack([s.members.pow(2).mean() for s in after(here).streams]).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in after.parameters() if p.grad is not None)
+
+
+def train(folder: Path, output: Path, *more: str) -> int:
+    """A run of two steps from the imported network."""
+    return main(
+        ["train", "masking=bert", "masking.coarsen_factor=3", "warm_start.network=true",
+         f"warm_start.checkpoints=[{folder / 'atmorep.ckpt'}]", "data.name=waves",
+         f"data.catalog={folder / 'catalog.yaml'}", "data.batch_size=2", "data.windows_per_time=1",
+         "tasks.0.lead_time=2h", "tasks.1.hidden_time=2h", "tasks.2.factor=3",
+         "trainer.max_steps=2", "trainer.validation_interval=2", "trainer.validation_batches=1",
+         "trainer.log_interval=1", "trainer.accelerator=cpu", "trainer.pictures=false",
+         "trainer.precision=32-true", "optimizer.warmup_steps=0", "optimizer.learning_rate=1e-3",
+         f"paths.output={output}", *more]
+    )  # fmt: skip
+
+
+def moved_weights(folder: Path, run: Path) -> set[str]:
+    """Names of the weights that a run has changed, with thin matrices merged."""
+    old = load_checkpoint(str(folder / "atmorep.ckpt")).model.state_dict()
+    new = load_checkpoint(str(run / "checkpoints" / "last.ckpt")).model.state_dict()
+    assert old.keys() == new.keys()
+    assert all(torch.isfinite(value).all() for value in new.values())
+    return {name for name, value in old.items() if not torch.equal(value, new[name])}
+
+
+def test_training_goes_on_from_an_imported_network(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "full"
+    assert train(folder, run) == 0
+    report = yaml.safe_load((run / "warm_start.yaml").read_text())
+    assert report["loaded"] and not report["initialised"] + report["left"] + report["grown"]
+    imported = load_checkpoint(str(folder / "atmorep.ckpt"))
+    tuned = load_checkpoint(str(run / "checkpoints" / "last.ckpt"))
+    names = dict(tuned.model.named_parameters())
+    # a bias of all keys alike changes no attention
+    still = set(names) - moved_weights(folder, run)
+    assert all("key_norm.bias" in name for name in still), still
+    for key in ("network", "model", "window", "first_guess", "statistics", "levels_are"):
+        assert tuned.record[key] == imported.record[key], key
+    output = tmp_path / "out.zarr"
+    arguments = [item for item in arguments_of(folder, output) if "checkpoint" not in item]
+    arguments += ["task=forecast", "task.lead_time=2h", "init_time=2004-03-01T01"]
+    assert main(["predict", f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", *arguments]) == 0
+    predicted = xr.open_zarr(output, decode_timedelta=True)
+    assert predicted["level"].attrs["standard_name"] == "model_level_number"
+    assert np.isfinite(predicted["temperature"].sel(level=137).values).all()
+
+
+def test_thin_matrices_tune_attention_and_perceptrons_of_an_imported_network(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert train(folder, tmp_path / "thin", "warm_start.low_rank.rank=2") == 0
+    moved = moved_weights(folder, tmp_path / "thin")
+    layers = {name.split(".")[3] for name in moved}
+    assert layers == {"attentions", "perceptrons"} and not any("bias" in name for name in moved)
+
+
+def test_tails_of_an_imported_network_are_tuned_alone(folder: Path, tmp_path: Path) -> None:
+    assert train(folder, tmp_path / "tail", "objective.train_only=tail") == 0
+    moved = moved_weights(folder, tmp_path / "tail")
+    tails = {name for name in moved if re.match(r"core\.decoders\.\w+\.tail\.", name)}
+    assert moved and moved == tails
+
+
+def test_a_run_that_names_no_network_to_take_is_refused(capsys) -> None:
+    assert main(["train", "warm_start.network=true"]) == 2
+    assert "warm_start.checkpoints, which names none" in capsys.readouterr().err
