@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import check_room, size_on_disk, write_atomically
 from atmossl.checksums import UnsoundError
 from atmossl.data.catalog import CatalogEntry, catalog_entry
@@ -123,7 +124,7 @@ def _about_data(record: Mapping[str, Any], entry: CatalogEntry | None) -> Iterat
         licence, citation = entry.licence.strip(), entry.citation.strip()
         told = f": {entry.description.strip()}"
     yield f"- Data: `{record['data']}`{told}"
-    yield f"- Period of training and statistics: {record['statistics']['period']}"
+    yield f"- Period of training and statistics: {record['statistics'][PRIMARY]['period']}"
     unit = "hPa" if record.get("levels_are", "pressure") == "pressure" else "of the model levels"
     for stream in record["streams"]:
         levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"

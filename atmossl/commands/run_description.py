@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 
 from atmossl import __version__
-from atmossl.batch import StreamSpec
+from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.build import log_interval
 from atmossl.data.datamodule import WindowDataModule
 from atmossl.data.segment import Segment
@@ -62,8 +62,8 @@ def described(
 
     statistics: of the training data, as a checkpoint's record has them.
     """
-    others = statistics.get("others", {})
-    prints = {name: other["fingerprint"] for name, other in others.items()}
+    name_of = {PRIMARY: values["data"]["name"]}
+    prints = {name_of.get(d, d): found["fingerprint"] for d, found in statistics.items()}
     return {
         **values,
         "run": {
@@ -74,8 +74,8 @@ def described(
             "atmossl": __version__,
             "torch": str(torch.__version__),
             "git_commit": git_commit(),
-            "dataset_fingerprint": {values["data"]["name"]: statistics["fingerprint"], **prints},
-            "dataset_period": statistics["period"],
+            "dataset_fingerprint": prints,
+            "dataset_period": statistics[PRIMARY]["period"],
         },
     }
 
