@@ -21,7 +21,7 @@ from rich.console import Console
 
 from atmossl.data.catalog import find_file
 from atmossl.data.variables import show_in_one_line
-from atmossl.extras import naming_extras
+from atmossl.extras import missing_plugin, naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import PATHS, for_hydra, split, unquoted
 from atmossl.process_lifetime import (
@@ -104,9 +104,8 @@ def _in_one_line(overrides: Sequence[str]) -> Iterator[None]:
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
-        raise ValueError(
-            " ".join(f"{error} {cause if cause is not error else ''}".split())
-        ) from error
+        text = " ".join(f"{error} {cause if cause is not error else ''}".split())
+        raise ValueError(missing_plugin(text) or text) from error
 
 
 def _as_entry(override: str, name: str) -> str:

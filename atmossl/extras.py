@@ -53,6 +53,17 @@ def missing_extra(error: BaseException | None) -> str | None:
     return None
 
 
+# what Hydra calls the parts of a plugin that it does not find
+_PLUGINS = ("hydra/launcher/submitit", "hydra/sweeper/optuna")
+
+
+def missing_plugin(text: str) -> str | None:
+    """What to install, if Hydra says in words that it finds no launcher or sweeper."""
+    if "Could not find" in text and any(part in text for part in _PLUGINS):
+        return "needs plugins of Hydra that are not installed; pip install 'atmossl[sweep]'"
+    return None
+
+
 @contextmanager
 def naming_extras() -> Iterator[None]:
     """A missing package of an extra is a ValueError in one line."""

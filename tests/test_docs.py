@@ -16,12 +16,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import atmossl
 from atmossl import cli
+from atmossl.objectives.masked import hidden_values, predicted_streams
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
+from tests.model.test_compiled import batch, network
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -163,6 +166,22 @@ def test_python_and_yaml_of_the_documentation_can_be_read(page: Path) -> None:
                 assert node.attr in atmossl.__all__, node.attr
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block), dict)
+
+
+def test_objective_of_the_tutorial_is_the_huber_loss() -> None:
+    (block,) = blocks(ROOT / "docs/tutorials/own_objective.md", "python")
+    names: dict[str, Any] = {}
+    exec(block, names)  # noqa: S102
+    samples, delta = batch(0.5), 0.3
+    losses = names["HuberLoss"](delta=delta)(network("full"), samples)
+    for (key, loss), stream, predicted in zip(
+        losses.terms, predicted_streams(samples.views[0]), losses.prediction.streams, strict=True
+    ):
+        target, weight, _ = hidden_values(stream)
+        error = (predicted.members.mean(dim=2) - target).abs()
+        huber = torch.where(error < delta, error**2 / 2, delta * (error - delta / 2))
+        weight = weight * predicted.queries.valid[..., None]
+        torch.testing.assert_close(loss, (huber * weight).sum() / weight.sum(), msg=key)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

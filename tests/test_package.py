@@ -112,6 +112,12 @@ def test_inspection_tells_that_maps_need_an_extra_before_it_reads(
     assert captured.out == ""
 
 
+def test_a_missing_launcher_is_named_with_its_extra(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["train", "hydra/launcher=submitit_of_nobody"]  # as Hydra tells one it lacks
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.endswith("pip install 'atmossl[sweep]'\n")
+
+
 def test_a_missing_package_behind_another_error_is_found() -> None:
     told_in_words = ImportError("Install s3fs to access S3")
     error = ValueError("no store")

@@ -107,6 +107,16 @@ def test_every_page_of_the_documentation_is_in_the_navigation_once():
     assert sorted(listed) == sorted(map(str, pages)), "list new pages under nav of mkdocs.yml"
 
 
+def test_image_installs_extras_that_there_are():
+    (names,) = re.findall(r"extras = \((.*?)\)", (ROOT / "Dockerfile").read_text())
+    extras = set(ast.literal_eval(f"({names})"))
+    assert (
+        {"train", "report", "grib"}
+        <= extras
+        <= set(pyproject()["project"]["optional-dependencies"])
+    )
+
+
 STUBS = """
 for name in srun scontrol module apptainer; do
     eval "$name() { echo $name \\"\\$@\\"; }"
