@@ -243,12 +243,14 @@ class StreamMask(Movable):
     `coarsen_factor`: cells of the fine grid that one coarse cell averages, along lat and lon.
     `noise_std`: of the noise on `NOISE` tokens, in units of the normalised field.
     `points`: True for the hidden points, where tokens are hidden in part. None: whole tokens.
+    `kind`: number of the sampler that drew it, of a mixture's. None: there is no mixture.
     """
 
     corruption: Int[Tensor, "*batch level nt nlat nlon"]
     coarsen_factor: int = 1
     noise_std: float = 1.0
     points: Bool[Tensor, "*variable level time lat lon"] | None = None
+    kind: int | None = None
 
     @property
     def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:
@@ -362,11 +364,13 @@ class View(Movable):
     start_hours: first time of the window in hours since 1970-01-01T00, as the record has it; None
         unless the sample has views of several times.
     noise_seed: what the noise of noise-conditioned members is drawn from.
+    mask_kind: number of the sampler of a mixture that drew the mask; None without a mixture.
     """
 
     streams: tuple[StreamTokens, ...]
     start_hours: Float[Tensor, "*batch"] | None = None
     noise_seed: Int[Tensor, "*batch"] | None = None
+    mask_kind: Int[Tensor, "*batch"] | None = None
 
     def names(self) -> tuple[str, ...]:
         return tuple(stream.spec.name for stream in self.streams)
@@ -427,6 +431,8 @@ class Losses:
 
     factors: of every term in the total, which is the terms' weighted mean.
     parts: of an objective that is made of several, the losses of each.
+    by_sample: of every sample and term, the sum of weighted values and the sum of their weights, so
+    that the loss of some samples can be told. None: the objective does not tell.
     """
 
     terms: tuple[tuple[str, Float[Tensor, ""]], ...]
@@ -436,6 +442,7 @@ class Losses:
     pooled: tuple[Float[Tensor, "batch feature"], ...] = ()
     scores: Float[Tensor, "batch choice"] | None = None
     parts: tuple["Losses", ...] = ()
+    by_sample: Float[Tensor, "batch term two"] | None = None
 
     @property
     def total(self) -> Float[Tensor, ""]:

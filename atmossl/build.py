@@ -23,13 +23,20 @@ from atmossl.data.sources import open_records, paired
 from atmossl.data.statistics import Normaliser, Seen, Statistics, load_or_compute, outside_limits
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
+from atmossl.masking.random import Mixture
 from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.schema import TrainConfig
 from atmossl.schema.training import TrainerConfig
-from atmossl.training.callbacks import CurvesAtEnd, LearningRate, LogMetrics, StopOnNonFinite
+from atmossl.training.callbacks import (
+    CurvesAtEnd,
+    LearningRate,
+    LogMetrics,
+    LossByMask,
+    StopOnNonFinite,
+)
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
 from atmossl.training.loggers import make_loggers
 from atmossl.training.module import TrainingModule
@@ -313,6 +320,8 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) ->
         healthy=watch.healthy,
     )
     optional: list[L.Callback] = []
+    if isinstance(config.masking, Mixture):
+        optional.append(LossByMask(config.masking.kinds, log_batches))
     if settings.pictures:
         optional.append(Pictures(folder / "pictures", normaliser))
     if settings.profiler == "torch":

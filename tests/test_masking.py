@@ -136,6 +136,21 @@ def test_mixture_draws_by_probability() -> None:
     assert np.mean(coarse) == pytest.approx(0.75, abs=0.06)
 
 
+def test_a_mixture_says_which_sampler_drew_a_mask() -> None:
+    steps = (TimeBlockMasking((1, 1)), TimeBlockMasking((2, 2)), TimeBlockMasking(causal=True))
+    mixture = Mixture([*steps, Forecast(6)], [0.25] * 4)
+    assert mixture.kinds == ("time_block_1", "time_block_2", "causal_time_block", "forecast")
+    for (mask,) in draws(mixture, layouts(spec()), 40):
+        count = int(mask.hidden[0, :, 0, 0].sum())
+        assert mask.kind in range(4)
+        assert mask.kind != 0 or count == 1
+        assert mask.kind != 1 or count == 2
+    named = Mixture(steps, [0.2, 0.3, 0.5], names=["a", "b", "c"])
+    assert named.kinds == ("a", "b", "c")
+    with pytest.raises(ValueError, match=r"masking.names=\['a', 'a', 'c'\] for 3 samplers"):
+        Mixture(steps, [0.2, 0.3, 0.5], names=["a", "a", "c"])
+
+
 def test_time_blocks_contain_forecasts_and_interpolations() -> None:
     masks = draws(TimeBlockMasking((1, 2)), layouts(spec()), 200)
     seen = {tuple(m[0].hidden.flatten(2).all(-1)[0].tolist()) for m in masks}

@@ -147,7 +147,12 @@ def make_view(
         corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
         for window, layout, mask in zip(windows, layouts, masks, strict=True)
     )
-    return View(streams, noise_seed=torch.tensor(int(rng.integers(2**62))))
+    kind = masks[0].kind
+    return View(
+        streams,
+        noise_seed=torch.tensor(int(rng.integers(2**62))),
+        mask_kind=None if kind is None else torch.tensor(kind),
+    )
 
 
 def corrupt(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from atmossl.batch import Corruption, StreamMask
 from atmossl.masking.base import MaskingSampler, TokenLayout, coarse_mask, own_factor
 from atmossl.masking.places import mask_of_points
 from atmossl.masking.tasks import hide_times, points_of, step_hours_of, window_times
+from atmossl.names import snake_case
 
 _KINDS = {
     "drop": Corruption.DROP,
@@ -268,14 +269,33 @@ class TimeBlockMasking:
         return hide_times(layouts, first, end - step_hours_of(layouts))
 
 
+def _kind(sampler: MaskingSampler) -> str:
+    name = snake_case(type(sampler).__name__).removesuffix("_masking")
+    return f"causal_{name}" if isinstance(sampler, TimeBlockMasking) and sampler.causal else name
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """One of several samplers per sample, by probability."""
+    """One of several samplers per sample, by probability.
+
+    names: of the samplers, under which their losses are logged; by default those of their classes.
+
+    Raises:
+        ValueError: not one probability and one name for each sampler.
+    """
 
     samplers: Sequence[MaskingSampler]
     probabilities: Sequence[float]
+    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.names and (
+            len(self.names) != len(self.samplers) or len(set(self.names)) < len(self.names)
+        ):
+            raise ValueError(
+                f"masking.names={list(self.names)} for {len(self.samplers)} samplers; give each a "
+                "name of its own"
+            )
         if len(self.samplers) != len(self.probabilities) or not self.samplers:
             raise ValueError(
                 f"masking.probabilities has {len(self.probabilities)} values for "
@@ -289,5 +309,16 @@ class Mixture:
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        choice = rng.choice(len(self.samplers), p=list(self.probabilities))
-        return self.samplers[int(choice)](layouts, rng)
+        choice = int(rng.choice(len(self.samplers), p=list(self.probabilities)))
+        return tuple(replace(mask, kind=choice) for mask in self.samplers[choice](layouts, rng))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """A name for each sampler; where several are of one class, with its number among them."""
+        if self.names:
+            return tuple(self.names)
+        classes = [_kind(sampler) for sampler in self.samplers]
+        return tuple(
+            f"{name}_{classes[: number + 1].count(name)}" if classes.count(name) > 1 else name
+            for number, name in enumerate(classes)
+        )

@@ -1,7 +1,7 @@
 """Masked token modelling: predict the hidden tokens of every stream (BERT, AtmoRep; MAE when the
 hidden tokens are dropped instead of masked)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -70,11 +70,16 @@ class MaskedModelling(Objective):
         (view,) = batch.views
         prediction = network(view)
         streams = predicted_streams(view)
-        terms = tuple(
-            (stream.spec.name, self.stream_loss(stream, predicted))
+        found = [
+            self.stream_loss(stream, predicted)
             for stream, predicted in zip(streams, prediction.streams, strict=True)
-        )
-        return Losses(terms, tuple(stream.spec.loss_weight for stream in streams), prediction)
+        ]
+        terms = tuple((s.spec.name, loss) for s, (loss, _) in zip(streams, found, strict=True))
+        factors = tuple(stream.spec.loss_weight for stream in streams)
+        weighted = [values for _, values in found if values is not None]
+        tells_samples = view.mask_kind is not None and bool(weighted)
+        by_sample = _sums_by_sample(weighted) if tells_samples else None
+        return Losses(terms, factors, prediction, by_sample=by_sample)
 
     def weights(self, batch: Batch) -> Float[Tensor, "stream"]:
         """Weight of all that every predicted stream hides."""
@@ -87,22 +92,26 @@ class MaskedModelling(Objective):
         weight = _weights(stream, queries.index, self.latitude_weighted)
         return (weight * queries.valid[..., None].to(weight)).sum()
 
-    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
-        """Mean loss over the valid hidden values of one stream, weighted by cell area."""
+    def stream_loss(
+        self, stream: StreamTokens, predicted: StreamPrediction
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Mean loss over the valid hidden values of one stream, weighted by cell area; and the
+        losses of single values with their weights [batch query patch], None without such losses."""
         target, weight, level = hidden_values(stream, latitude_weighted=self.latitude_weighted)
         scale_of_level = getattr(self, f"scale_{stream.spec.name}", None)
         if scale_of_level is not None:
             scale_of_level = scale_of_level.to(target, non_blocking=True)
         scale = None if scale_of_level is None else scale_of_level[level]
         weight = weight * predicted.queries.valid[..., None].to(weight)
-        loss = torch.zeros((), device=target.device)
+        loss, elementwise = torch.zeros((), device=target.device), None
         if self._elementwise_losses:
-            loss = weighted_mean(self._values(predicted.members, target, scale), weight)
+            elementwise = self._values(predicted.members, target, scale), weight
+            loss = weighted_mean(*elementwise)
         if self._field_losses:
             completed = completed_fields(stream, predicted, weight, scale_of_level)
             for field_loss, share in self._field_losses:
                 loss = loss + share * weighted_mean(*field_loss(completed))
-        return loss
+        return loss, elementwise
 
     def _elementwise(
         self,
@@ -117,6 +126,22 @@ class MaskedModelling(Objective):
         values = sum(share * loss(ensemble, target) for loss, share in self._elementwise_losses)
         assert isinstance(values, Tensor)
         return values
+
+
+@torch.no_grad()
+def _sums_by_sample(
+    weighted: Sequence[tuple[Tensor, Tensor]],
+) -> Float[Tensor, "batch term two"]:
+    """Of every sample and stream, the sum of weighted losses and the sum of weights.
+
+    weighted: of every stream, losses and weights [batch query patch].
+    """
+    axes = (1, 2)
+    sums = [
+        torch.stack([(values * weight).sum(axes), weight.sum(axes)], dim=-1)
+        for values, weight in weighted
+    ]
+    return torch.stack(sums, dim=1)
 
 
 class ErrorRatios:

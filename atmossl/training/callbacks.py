@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,66 @@ class LogMetrics(L.Callback):
             for key, value in pl_module.objective.metrics["validation"].values(sums).items():
                 # they are the same on all ranks; Lightning would warn otherwise
                 pl_module.log(key, value, prog_bar=key.count("/") == 1, sync_dist=True)
+
+
+class LossByMask(L.Callback):
+    """Logs `train/mask_loss/KIND`, the loss under every kind of mask of a mixture, over all samples
+    of all ranks since the last log; NaN of a kind that drew none of them. Losses of whole fields,
+    which do not tell samples apart, are not in it.
+
+    kinds: names of the samplers of the mixture.
+    every: batches from log to log.
+    """
+
+    def __init__(self, kinds: Sequence[str], every: int) -> None:
+        self.kinds = tuple(kinds)
+        self.every = every
+        self._trainer: Any = None
+        self._sums: Tensor | None = None  # [kind term two], weighted losses and weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not yet logged, of all ranks; every rank must call it."""
+        if self._sums is None or self._trainer is None:
+            return {}
+        sums = _over_ranks(self._trainer, {"sums": self._sums})["sums"]
+        return {"kinds": list(self.kinds), "sums": sums.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("kinds") == list(self.kinds):
+            self._sums = state_dict["sums"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._trainer = trainer
+        if self._sums is not None:  # the first rank alone holds those of all
+            self._sums = self._sums.to(pl_module.device) * float(trainer.is_global_zero)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
+    ) -> None:
+        by_sample, kind = outputs["by_sample"], batch.views[0].mask_kind
+        if by_sample is None or kind is None:
+            return
+        sums = self._sums
+        if sums is None:
+            sums = by_sample.new_zeros(len(self.kinds), *by_sample.shape[1:]).double()
+        sums = sums.index_add(0, kind, by_sample.double())
+        self._sums = sums if (idx + 1) % self.every else None
+        if self._sums is not None:
+            return
+        sums = _over_ranks(trainer, {"sums": sums})["sums"]
+        values = _means_over_terms(sums, outputs["factors"]).float().unbind()
+        logged = {f"train/mask_loss/{n}": v for n, v in zip(self.kinds, values, strict=True)}
+        pl_module.log_dict(logged, batch_size=len(batch.sample_id), rank_zero_only=True)
+
+
+def _means_over_terms(sums: Tensor, factors: Sequence[float]) -> Tensor:
+    """Loss of every kind from its sums [kind term two]; NaN of a kind that hid nothing. A term of
+    which a kind hides nothing does not count for it."""
+    losses, weights = sums.unbind(-1)
+    shares = torch.tensor(factors, dtype=sums.dtype, device=sums.device) * (weights > 0)
+    tiny = torch.finfo(sums.dtype).tiny
+    means = losses / weights.clamp_min(tiny)
+    return (shares * means).sum(1) / shares.sum(1)
 
 
 def _over_ranks(trainer: L.Trainer, sums: dict[str, Tensor]) -> dict[str, Tensor]:

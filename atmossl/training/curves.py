@@ -45,10 +45,12 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def plot_curves(metrics: Path, folder: Path) -> list[Path]:
-    """Write `loss.png`, `skill.png` and `learning_rate.png`; a later call draws them anew."""
+    """Write `loss.png`, `mask_loss.png`, `skill.png` and `learning_rate.png` of what was logged; a
+    later call draws them anew."""
     table = read_metrics(metrics)
     pictures = {
         "loss": (["train/loss"], "validation/", "/loss", "loss"),
+        "mask_loss": ([], "train/mask_loss/", "", "training loss by kind of mask"),
         "skill": ([], "rmse_ratio/", "", "RMSE / RMSE of first guess"),
         "learning_rate": (["learning_rate"], None, "", "learning rate"),
     }
@@ -56,11 +58,9 @@ def plot_curves(metrics: Path, folder: Path) -> list[Path]:
     for name, (columns, prefix, suffix, label) in pictures.items():
         chosen = [c for c in columns if c in table]
         if prefix is not None:
-            chosen += sorted(
-                c
-                for c in table
-                if c.startswith(prefix) and c.endswith(suffix) and c.count("/") == 1 + bool(suffix)
-            )
+            slashes = prefix.count("/") + bool(suffix)
+            matching = [c for c in table if c.startswith(prefix) and c.endswith(suffix)]
+            chosen += sorted(c for c in matching if c.count("/") == slashes)
         if chosen:
             written.append(_plot(table, chosen, label, folder / f"{name}.png"))
     return written
@@ -73,7 +73,9 @@ def _plot(table: pd.DataFrame, columns: list[str], label: str, path: Path) -> Pa
     for column in columns:
         points: Any = table[["step", column]].dropna()
         smooth = points[column].rolling(max(1, len(points) // 100), min_periods=1).mean()
-        axes.plot(points["step"], smooth, label=column, linewidth=1.2)
+        axes.plot(
+            points["step"], smooth, label=column.removeprefix("train/mask_loss/"), linewidth=1.2
+        )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)

@@ -103,8 +103,13 @@ class TrainingModule(L.LightningModule):
         losses = self.objective(self.model, batch)
         losses = self._normalised(losses, batch, self._mean_weights)
         self._step_losses.append(losses.values())
+        outputs: dict[str, Any] = {
+            "loss": losses.total,
+            "by_sample": losses.by_sample,
+            "factors": losses.factors,
+        }
         if (batch_idx + 1) % accumulate:
-            return {"loss": losses.total}
+            return outputs
         sums: dict[str, Tensor] = {}
         # other steps log nothing, so that they wait neither for the device nor for other ranks
         if (batch_idx + 1) % (self.trainer.log_every_n_steps * accumulate) == 0:  # type: ignore[attr-defined]
@@ -114,7 +119,7 @@ class TrainingModule(L.LightningModule):
             with torch.no_grad():
                 sums = {} if metric is None else metric.sums(batch, losses)
         self._step_losses.clear()
-        return {"loss": losses.total, "sums": sums}
+        return {**outputs, "sums": sums}
 
     def _normalised(self, losses: Losses, batch: Batch, mean: Tensor | None) -> Losses:
         """Terms times what this batch counts over the mean of all batches of the step, on all ranks

@@ -124,7 +124,8 @@ def exchanges(run_folder: Path, weights: dict[str, torch.Tensor]) -> float:
 
 def test_what_two_sharded_ranks_saved_goes_on_on_one_and_back(cache: Path) -> None:
     """2 sharded ranks -> 1 rank -> 2 sharded ranks ends as one rank that never changed."""
-    common = ("resume=auto", "optimizer.schedule=constant", "optimizer.warmup_steps=1")
+    common = ("resume=auto", "optimizer.schedule=constant", "optimizer.warmup_steps=1",
+              "masking=mixture")  # fmt: skip
     shards = ("trainer.strategy=fsdp", "trainer.checkpoint_format=sharded",
               "trainer.async_checkpoint=true", *common)  # fmt: skip
     whole, moved = cache / "whole", cache / "moved"
@@ -145,7 +146,10 @@ def test_what_two_sharded_ranks_saved_goes_on_on_one_and_back(cache: Path) -> No
         # of a step; a lost state would move most of a tensor by some 1e-3
         off = (two["state_dict"][name] - expected).double().square().mean().sqrt()
         assert float(off) < 1e-4, name
-    np.testing.assert_allclose(column(moved, "train/loss"), column(whole, "train/loss"), rtol=1e-4)
+    kinds = [name for name in read_metrics(whole / "metrics.csv") if "mask_loss/" in name]
+    assert len(kinds) > 2
+    for name in ("train/loss", *kinds):
+        np.testing.assert_allclose(column(moved, name), column(whole, name), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

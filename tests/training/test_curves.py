@@ -36,6 +36,14 @@ def test_a_log_that_a_kill_cut_gives_its_whole_lines(cut: int, tmp_path: Path) -
     assert [path.name for path in plot_curves(metrics, tmp_path / "curves")] == ["loss.png"]
 
 
+def test_losses_by_mask_are_drawn_together(tmp_path: Path) -> None:
+    table = {"step": [0, 1], "train/loss": [1.0, 0.5], "train/mask_loss/forecast": [2.0, None],
+             "train/mask_loss/random": [None, 0.2]}  # fmt: skip
+    pd.DataFrame(table).to_csv(tmp_path / "metrics.csv", index=False)
+    names = [path.name for path in plot_curves(tmp_path / "metrics.csv", tmp_path / "curves")]
+    assert names == ["loss.png", "mask_loss.png"]
+
+
 def test_an_empty_log_has_no_curves(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").touch()
     assert plot_curves(tmp_path / "metrics.csv", tmp_path / "curves") == []

@@ -1,22 +1,33 @@
 """Averaged weights, the resumed state and the early stop."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from atmossl.batch import TokenGrid, collate_views
+from atmossl.batch import (
+    Batch,
+    Prediction,
+    StreamPrediction,
+    TokenGrid,
+    View,
+    collate_views,
+)
 from atmossl.masking.base import make_view
-from atmossl.masking.random import RandomMasking
+from atmossl.masking.random import Mixture, RandomMasking, TimeBlockMasking
+from atmossl.masking.tasks import Forecast
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.objectives.masked import MaskedModelling
-from atmossl.training.callbacks import StopOnNonFinite
+from atmossl.training.callbacks import LossByMask, StopOnNonFinite
 from atmossl.training.distributed import clip_gradients
 from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
@@ -59,6 +70,58 @@ def test_the_average_forgets_its_start() -> None:
         tested.update_ema(step)
     assert float(tested.ema.module.weight) == pytest.approx(expected)
     assert int(tested.ema.n_averaged) == 3
+
+
+class Zeros(nn.Module):
+    """A network that predicts 0 with two members."""
+
+    def forward(self, view: View) -> Prediction:
+        queries = [stream.queries for stream in view.streams if stream.queries is not None]
+        patch = view.streams[0].spec.patch
+        zeros = (StreamPrediction(torch.zeros(*q.index.shape, 2, patch), q) for q in queries)
+        return Prediction(tuple(zeros))
+
+
+def mixed(seeds: Sequence[int]) -> Batch:
+    """Samples of which some hide times of both streams and others stream `b` alone."""
+    streams = (spec("a"), replace(spec("b"), loss_weight=3.0))
+    only_b = RandomMasking(rate=(0.0, 0.0), hide_stream=1.0, streams=["b"])
+    mixture = Mixture([TimeBlockMasking((1, 2)), only_b, Forecast(6)], [0.5, 0.5, 0.0])
+    views = [
+        (make_view(tuple(window(s, seed=n) for s in streams), mixture, np.random.default_rng(n)),)
+        for n in seeds
+    ]
+    return collate_views(views, list(seeds))
+
+
+def test_the_loss_by_mask_is_that_of_a_batch_of_such_samples_alone() -> None:
+    """Over all batches since the last log, one of them before a checkpoint."""
+    batches, logged = [mixed(range(5)), mixed(range(5, 8))], {}
+    objective = MaskedModelling(losses={"ensemble_mse": 1.0}, weighting="uniform")
+    strategy = SimpleNamespace(reduce=lambda values, reduce_op: reduce_op and values)
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=True)
+    log = SimpleNamespace(
+        device=torch.device("cpu"),
+        log_dict=lambda found, **_: logged.update(found),
+    )
+    callback, state = LossByMask(["time_block", "only_b", "forecast"], every=2), {}
+    for idx, batch in enumerate(batches):
+        callback.load_state_dict(state)
+        callback.on_train_start(trainer, log)
+        losses = objective(Zeros(), batch)
+        outputs = {"by_sample": losses.by_sample, "factors": losses.factors}
+        callback.on_train_batch_end(trainer, log, outputs, batch, idx)
+        state, callback = callback.state_dict(), LossByMask(callback.kinds, every=2)
+    drawn = torch.cat([batch.views[0].mask_kind for batch in batches])
+    assert set(drawn.tolist()) == {0, 1}
+    alone = [mixed([n for n in range(8) if drawn[n] == kind]) for kind in (0, 1)]
+    (_, a), (_, b) = objective(Zeros(), alone[0]).terms
+    assert logged["train/mask_loss/time_block"] == pytest.approx(float(a + 3 * b) / 4, rel=1e-5)
+    (_, nothing), (_, b) = objective(Zeros(), alone[1]).terms
+    assert float(nothing) == 0.0
+    assert logged["train/mask_loss/only_b"] == pytest.approx(float(b), rel=1e-5)
+    assert state == {}
+    assert torch.isnan(logged["train/mask_loss/forecast"])  # which drew nothing
 
 
 def test_a_checkpoint_brings_back_the_random_state(monkeypatch) -> None:
