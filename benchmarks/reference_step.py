@@ -83,14 +83,14 @@ class PlainTail(nn.Module):
 class PlainLoss(MaskedModelling):
     """AtmoRep's two losses of an ensemble (their weights are 1), each as its formula reads."""
 
-    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
+    def stream_loss(self, stream: StreamTokens, predicted: StreamPrediction) -> tuple[Tensor, None]:
         target, weight, _ = hidden_values(stream)
         members, valid = predicted.members, predicted.queries.valid[..., None]
         squared = ((members - target[:, :, None]) ** 2).mean(dim=2)
         std = (members.var(dim=2) + 1e-6).sqrt()
         likelihood = torch.exp(-0.5 * ((target - members.mean(dim=2)) / std) ** 2)
         values = squared + (1 - likelihood) ** 2 + std.sqrt()
-        return (values * weight * valid).sum() / (weight * valid).sum()
+        return (values * weight * valid).sum() / (weight * valid).sum(), None
 
 
 class PlainLayer(nn.Module):

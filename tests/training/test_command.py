@@ -14,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import atmossl
-from atmossl.batch import View, collate_views
+from atmossl.batch import PRIMARY, View, collate_views
 from atmossl.cli import main
 from atmossl.commands.run_description import git_commit
 from atmossl.commands.train import tell_warm_start
@@ -247,7 +247,7 @@ def test_every_logger_has_configuration_parameters_commit_and_fingerprint(folder
     assert told["data"]["name"] == "waves" and told["logger"]["tags"] == ["blue"]
     facts, count = told["run"], sum(p.numel() for p in load(folder, "u").model.parameters())
     assert facts["parameters"] == facts["parameters_trained"] == count
-    assert facts["dataset_fingerprint"] == {"waves": record["statistics"]["fingerprint"]}
+    assert facts["dataset_fingerprint"] == {"waves": record["statistics"][PRIMARY]["fingerprint"]}
     assert facts["git_commit"] == git_commit()
     (log,) = (folder / "u" / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
