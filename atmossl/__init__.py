@@ -5,10 +5,10 @@ The way of one sample, from a store to a written field (`tests/test_one_sample.p
     open_split -> read_window -> make_view (tokenise, mask, corrupt) -> collate_views
     -> objective(model, batch) -> detokenise -> Normaliser.inverse -> dataset
 
-A prediction goes it tile by tile, in `inference/` (`Predictor` holds the steps together):
+A prediction goes it tile by tile, in `inference/`; a `Plan` says what, when, where, on which tiles:
 
-    Predictor.find -> WindowReader.read -> masked_view -> model -> detokenise
-    -> Normaliser.inverse -> TileBlender (blends) -> Calibration (spread) -> write
+    plan_prediction -> Plan.find -> WindowReader.read -> masked_view -> model
+    -> detokenise -> Normaliser.inverse -> TileBlender (blends) -> Calibration (spread) -> write
 """
 
 from contextlib import suppress

@@ -29,11 +29,22 @@ from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder, embeddings, write_embeddings
-from atmossl.inference.layout import LayoutName, group_of
-from atmossl.inference.out_of_training_warnings import unseen, untrained_step, untrained_window
-from atmossl.inference.predict import Predictor
-from atmossl.inference.unseen import unseen_by_training
-from atmossl.inference.writer import check_output, check_request, predictions, write
+from atmossl.inference.out_of_training_warnings import (
+    unseen,
+    unseen_by_training,
+    untrained_step,
+    untrained_window,
+)
+from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.tiles import first_view
+from atmossl.inference.writer import (
+    LayoutName,
+    check_output,
+    check_request,
+    group_of,
+    predictions,
+    write,
+)
 from atmossl.locks import owned
 from atmossl.masking.tasks import Task
 from atmossl.renamed_keys import with_present_names
@@ -84,10 +95,7 @@ class Model:
         """
         _check_choices(dataset, layout, input_limits, tilings=tilings, batch_size=batch_size)
         sampler = _sampler(task, choices)
-        predictor = Predictor(
-            trained=self.trained,
-            segment=self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits),
-            task=sampler,
+        options = Options(
             overlap=overlap,
             tilings=tilings,
             batch_size=batch_size,
@@ -95,16 +103,20 @@ class Model:
             seed=seed,
             fill_missing=fill_missing,
         )
-        _check_data(predictor, data)
-        chosen = chosen_times(predictor, times)
-        _check_request(predictor, chosen, output, layout)
-        for caution in out_of_training_warnings(predictor, chosen):
+        record = self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits)
+        plan = plan_prediction(self.trained, sampler, [record], options)
+        _check_data(plan, data)
+        chosen = chosen_times(plan, times)
+        if output is not None:
+            check_output(Path(output))
+            check_request(plan, chosen, Path(output), layout)
+        for caution in out_of_training_warnings(plan, chosen):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
             with owned(Path(output), "output"):
-                write(predictor, chosen, Path(output), names=layout)
+                write(plan, chosen, Path(output), names=layout)
             return _opened(Path(output), data)
-        parts = list(predictions(predictor, chosen, layout, data))
+        parts = list(predictions(plan, chosen, layout, data))
         if not parts:
             raise ValueError(f"data={data!r} has no step at what is predicted")
         along = next(name for name in ("init_time", "time") if name in parts[0].dims)
@@ -184,20 +196,10 @@ def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
     return task
 
 
-def _check_data(predictor: Predictor, data: str) -> None:
-    if data not in predictor.coverage:
-        have = sorted(predictor.coverage)
+def _check_data(plan: Plan, data: str) -> None:
+    if data not in plan.coverage:
+        have = sorted(plan.coverage)
         raise ValueError(f"data={data!r} is predicted by no stream; valid: {have}")
-
-
-def _check_request(
-    predictor: Predictor, times: np.ndarray, output: str | Path | None, layout: LayoutName
-) -> None:
-    if output is None:
-        predictor.check()
-        return
-    check_output(Path(output))
-    check_request(predictor, times, Path(output), layout)
 
 
 def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) -> None:
@@ -288,30 +290,30 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Task
         raise ValueError("\n".join(lines)) from error
 
 
-def chosen_times(predictor: Predictor | Embedder, times: Times, every: int = 1) -> np.ndarray:
+def chosen_times(plan: Plan | Embedder, times: Times, every: int = 1) -> np.ndarray:
     """Reference times in order, checked to have their steps; every n-th possible one for None.
 
     Raises:
         ValueError: no dates, or dates that the store does not serve.
     """
     if times is None:
-        found = predictor.possible_times()[::every]
+        found = plan.possible_times()[::every]
         if len(found) == 0:
             raise ValueError("init_time=all: the store is shorter than one window")
         for time in found[1:][np.diff(found) == np.timedelta64(0)][:1]:
-            predictor.find(time)  # in several segments: says in which
+            plan.find(time)  # in several segments: says in which
         return found
     names = [str(name) if isinstance(name, str) else name  # plain ones are shown in messages
-             for name in _named(times, predictor.segment.calendar)]  # fmt: skip
-    parse = predictor.segment.calendar.parse
+             for name in _named(times, plan.segment.calendar)]  # fmt: skip
+    parse = plan.segment.calendar.parse
     try:
-        found = np.unique(np.array([parse(name) for name in names], predictor.segment.times.dtype))
+        found = np.unique(np.array([parse(name) for name in names], plan.segment.times.dtype))
     except ValueError as error:
         raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
     if len(found) == 0:
         raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
     for time in found:
-        predictor.find(time)
+        plan.find(time)
     return found
 
 
@@ -335,17 +337,17 @@ def _named(times: Any, calendar: Calendar) -> list[Any]:
     return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]
 
 
-def out_of_training_warnings(predictor: Predictor, times: np.ndarray) -> list[str]:
+def out_of_training_warnings(plan: Plan, times: np.ndarray) -> list[str]:
     """What the task asks at these times that the checkpoint's training never did, as far as that
     is recorded."""
-    record, view = predictor.trained.record, predictor.first_view(times[0])
-    step_hours = float(predictor.step / np.timedelta64(1, "h"))
+    record, view = plan.trained.record, first_view(plan, times[0])
+    step_hours = float(plan.step / np.timedelta64(1, "h"))
     lines = untrained_step(step_hours, record.get("step_hours"))
-    lines += untrained_window(predictor.tiles, predictor.trained.window)
-    lines += unseen_by_training(predictor, times, view)
+    lines += untrained_window(plan.tiles, plan.trained.window)
+    lines += unseen_by_training(plan, times, view)
     masking = record.get("config", {}).get("masking")
     if masking is not None:
-        task = predictor.task.downscaling
+        task = plan.task.downscaling
         factor = None if task is None else task.factor
         stretch = (record.get("step_hours") or step_hours) / step_hours
         lines += unseen(view, choose(masking, MASKS), factor, stretch=stretch)

@@ -26,7 +26,7 @@ from atmossl.api import chosen_times, find_task
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.store import open_split
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, plan_prediction
 from atmossl.inference.writer import write
 from benchmarks.report import finish
 
@@ -62,26 +62,21 @@ def one_run(checkpoint: str, task: str, dates: int, batch_size: int) -> dict[str
         variables=sorted(trained.variables),
         levels=trained.levels,
     )
-    predictor = Predictor(
-        trained=replace(trained, model=model),
-        segment=segment,
-        task=find_task(task, {}),
-        overlap=0.5,
-        tilings=2,
-        batch_size=batch_size,
-        device="cuda" if on_gpu else "cpu",
+    options = Options(
+        overlap=0.5, tilings=2, batch_size=batch_size, device="cuda" if on_gpu else "cpu"
     )
-    times = chosen_times(predictor, None)[:dates]
+    plan = plan_prediction(replace(trained, model=model), find_task(task, {}), [segment], options)
+    times = chosen_times(plan, None)[:dates]
     if len(times) < dates:
         raise SystemExit(f"--dates {dates}: the test split has {len(times)}")
     with tempfile.TemporaryDirectory() as folder:
-        write(predictor, times[:1], Path(folder) / "first.zarr")
+        write(plan, times[:1], Path(folder) / "first.zarr")
         model.seconds, start = 0.0, clock()
-        write(predictor, times, Path(folder) / "out.zarr")
+        write(plan, times, Path(folder) / "out.zarr")
         total = clock() - start
     levels = sum(spec.num_levels * len(spec.variables) for spec in trained.specs)
     return {
-        "fields": dates * len(predictor.plan.offsets) * levels,
+        "fields": dates * len(plan.steps.offsets) * levels,
         "seconds": total,
         "model_seconds": model.seconds,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,

@@ -26,7 +26,8 @@ from atmossl.commands.evaluate import evaluate
 from atmossl.commands.train import train
 from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, plan_prediction
+from atmossl.inference.tiles import first_view
 from atmossl.schema.data import StoreChoice
 from benchmarks.report import finish
 
@@ -122,16 +123,11 @@ def refusals(checkpoint: str) -> dict[str, str]:
     trained, found = load_checkpoint(checkpoint), {}
     (segment,) = open_for(trained, StoreChoice(), "test")
     for name, choices in TASKS.items():
-        predictor = Predictor(
-            trained=trained,
-            segment=segment,
-            task=find_task({"_target_": name, **choices}, {}),
-            overlap=0.5,
-            batch_size=1,
-            device="cpu",
-        )
+        task = find_task({"_target_": name, **choices}, {})
+        options = Options(overlap=0.5, batch_size=1, device="cpu")
         try:
-            predictor.first_view(predictor.possible_times()[0])
+            plan = plan_prediction(trained, task, [segment], options)
+            first_view(plan, plan.possible_times()[0])
         except ValueError as error:
             found[name] = str(error)
     return found

@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 import atmossl
 from atmossl.api import Model, chosen_times, find_task
 from atmossl.inference.out_of_training_warnings import unseen, untrained_step
+from atmossl.inference.tiles import first_view
 from atmossl.masking.random import RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
 from tests.inference.oracle_models import STORE, Known, predictor
@@ -116,7 +117,7 @@ def test_dates_outside_and_none_are_named() -> None:
 )
 def test_what_training_never_hid_is_said(task, sampler, expected: str | None) -> None:
     used = predictor(task, Known(guess), window=(5, 8, 16))
-    view = used.first_view(STORE["time"].values[6])
+    view = first_view(used, STORE["time"].values[6])
     found = unseen(view, sampler, getattr(task, "factor", None))
     assert (found == []) == (expected is None)
     assert expected is None or re.search(expected, found[0])
@@ -125,7 +126,7 @@ def test_what_training_never_hid_is_said(task, sampler, expected: str | None) ->
 def test_training_masks_are_drawn_at_the_steps_of_the_training() -> None:
     """At steps of 1.5 h they would not fit the window."""
     used = predictor(TemporalInterpolation(6, refine=4), Known(guess), window=(5, 8, 16))
-    view = used.first_view(STORE["time"].values[6])
+    view = first_view(used, STORE["time"].values[6])
     (found,) = unseen(view, TemporalInterpolation(6), stretch=4.0)
     assert "3 whole steps hidden; training hid 1 at most" in found
 
@@ -139,7 +140,8 @@ def test_steps_of_another_length_are_said() -> None:
 def test_tiling_changes_the_result_by_less_than_the_spread() -> None:
     """Of the reference checkpoint: other tiles, other seams, if there were any."""
     from atmossl.data.store import open_segment
-    from atmossl.inference.predict import Predictor
+    from atmossl.inference.plan import Options, plan_prediction
+    from atmossl.inference.predict import predict_fields
 
     trained = atmossl.load(device="cpu").trained
     segment = open_segment(
@@ -148,11 +150,9 @@ def test_tiling_changes_the_result_by_less_than_the_spread() -> None:
     )  # fmt: skip
     found = []
     for shift in (0, 3):
-        used = Predictor(
-            trained=trained, segment=segment, task=TemporalInterpolation(6), overlap=0.5,
-            batch_size=16, device="cpu", lon_shift=shift,
-        )  # fmt: skip
-        (fields,) = used.run([np.datetime64("1959-02-12T00", "ns")])
+        options = Options(overlap=0.5, batch_size=16, device="cpu", lon_shift=shift)
+        used = plan_prediction(trained, TemporalInterpolation(6), [segment], options)
+        (fields,) = predict_fields(used, [np.datetime64("1959-02-12T00", "ns")])
         found.append(fields)
     weight = segment.grid.weights[:, None]
     for name in found[0]:

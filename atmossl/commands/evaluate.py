@@ -16,7 +16,7 @@ from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Plan
 from atmossl.locks import owned
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
@@ -29,8 +29,8 @@ class _Cautions:
     def __init__(self) -> None:
         self.told: set[str] = set()
 
-    def __call__(self, predictor: Predictor, times: np.ndarray) -> None:
-        for caution in out_of_training_warnings(predictor, times):
+    def __call__(self, plan: Plan, times: np.ndarray) -> None:
+        for caution in out_of_training_warnings(plan, times):
             if caution not in self.told:
                 self.told.add(caution)
                 note(f"this checkpoint was not trained for {caution}")

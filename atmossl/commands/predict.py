@@ -19,7 +19,8 @@ from atmossl.inference.calibration import (
     estimate_inflation,
 )
 from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.predict import predict_parts
 from atmossl.inference.writer import check_output, check_request, write
 from atmossl.locks import owned
 from atmossl.schema import PredictConfig, parse
@@ -31,55 +32,46 @@ def predict(values: Mapping[str, Any]) -> Path:
     config: PredictConfig = parse(PredictConfig, values)
     with owned(config.output, "output"), keeping("nothing was predicted"):
         check_output(config.output, resume=config.resume)
-        digest = _predict(config)
+        plan = _plan(config)
+        times = _times(config, plan)
+        check_request(plan, times, config.output, config.layout)
+        for caution in out_of_training_warnings(plan, times):
+            note(f"this checkpoint was not trained for {caution}")
+        columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            shown = bar.add_task(f"{config.task.name}, {len(times)} times", total=len(times))
+            write(
+                plan,
+                times,
+                config.output,
+                names=config.layout,
+                resume=config.resume,
+                advance=lambda share: bar.advance(shown, share),
+            )
     Console(markup=False).print(
-        f"checkpoint: {config.checkpoint} (digest {digest})\nprediction: {config.output}",
+        f"checkpoint: {config.checkpoint} (digest {plan.trained.digest})\n"
+        f"prediction: {config.output}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return config.output
 
 
-def _predict(config: PredictConfig) -> str:
-    """Writes the output; returns the checkpoint's digest."""
-    predictor = _predictor(config)
-    times = _times(config, predictor)
-    check_request(predictor, times, config.output, config.layout)
-    for caution in out_of_training_warnings(predictor, times):
-        note(f"this checkpoint was not trained for {caution}")
-    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        shown = bar.add_task(f"{config.task.name}, {len(times)} times", total=len(times))
-        write(
-            predictor,
-            times,
-            config.output,
-            names=config.layout,
-            resume=config.resume,
-            advance=lambda share: bar.advance(shown, share),
-        )
-    return predictor.trained.digest
-
-
-def _predictor(config: PredictConfig) -> Predictor:
-    device = device_for(config.accelerator)
-    trained, (first, *others) = open_checkpoint(config, config.task)
-    return Predictor(
-        trained=trained,
-        segment=first,
-        others=tuple(others),
-        task=config.task,
+def _plan(config: PredictConfig) -> Plan:
+    options = Options(
         overlap=config.overlap,
         tilings=config.tilings,
         batch_size=config.batch_size,
-        device=device,
+        device=device_for(config.accelerator),
         seed=config.seed,
         fill_missing=config.missing == "fill",
     )
+    trained, segments = open_checkpoint(config, config.task)
+    return plan_prediction(trained, config.task, segments, options)
 
 
-def _times(config: PredictConfig, predictor: Predictor) -> np.ndarray:
+def _times(config: PredictConfig, plan: Plan) -> np.ndarray:
     times = None if config.init_time == "all" else config.init_time
-    return chosen_times(predictor, times, config.every)
+    return chosen_times(plan, times, config.every)
 
 
 def calibrate(values: Mapping[str, Any]) -> Path:
@@ -102,15 +94,15 @@ def calibrate(values: Mapping[str, Any]) -> Path:
 
 def _calibrate(config: PredictConfig) -> SpreadInflation:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
-    predictor = _predictor(config)
-    task = predictor.task.one_pass()
-    record = Calibration(predictor.trained.record, task).without_own()
-    predictor = replace(predictor, task=task, trained=replace(predictor.trained, record=record))
-    predictor.check()
-    times = predictor.with_truth(_times(config, predictor))
+    asked = _plan(config)
+    task = asked.task.one_pass()
+    record = Calibration(asked.trained.record, task).without_own()
+    uncalibrated = replace(asked.trained, record=record)
+    plan = plan_prediction(uncalibrated, task, asked.segments, asked.options)
+    times = plan.with_truth(_times(config, plan))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
-    found = estimate_inflation(predictor, times)
+    found = estimate_inflation(plan, times, predict_parts(plan, list(times)))
     contents = read_checkpoint(config.checkpoint)
     record = Calibration(contents["atmossl"], task).replaced(found)
     write_output({**contents, "atmossl": record}, config.output)

@@ -6,32 +6,17 @@ checkpoint's record and applied around the ensemble mean, which stays as it is. 
 pass is inflated, so that members go on from calibrated states.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from atmossl.batch import PRIMARY
 from atmossl.data.segment import HOUR
-from atmossl.inference.blend import Fields
-from atmossl.masking.combined import Combined, Counterfactual
-from atmossl.masking.tasks import Downscaling, Task
-
-if TYPE_CHECKING:
-    from atmossl.inference.predict import Predictor
-
-
-def kind_of(task: Task) -> str:
-    """The name that factors are kept under: all tasks of a kind share them. A union is a kind of
-    its own, whatever the order of its parts, and a counterfactual is its task."""
-    match task:
-        case Combined(parts=parts):
-            return "+".join(sorted(kind_of(part) for part in parts))
-        case Counterfactual(task=inner):
-            return kind_of(inner)
-    return type(task).__name__
+from atmossl.inference.plan import BlendedPart, Fields, Plan
+from atmossl.masking.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -83,7 +68,7 @@ class Calibration:
     def without_own(self) -> dict[str, Any]:
         """The record as if the task's kind had not been calibrated."""
         spread = self.record.get("spread", {})
-        left = {kind: own for kind, own in spread.items() if kind != kind_of(self.task)}
+        left = {kind: own for kind, own in spread.items() if kind != self.task.kind}
         return {**self.record, "spread": left}
 
     def replaced(self, found: SpreadInflation) -> dict[str, Any]:
@@ -92,7 +77,7 @@ class Calibration:
             "hours": found.hours.tolist(),
             "factors": {name: values.tolist() for name, values in found.factors.items()},
         }
-        return {**self.record, "spread": {**self.record.get("spread", {}), kind_of(self.task): own}}
+        return {**self.record, "spread": {**self.record.get("spread", {}), self.task.kind: own}}
 
 
 def _factor(
@@ -104,14 +89,10 @@ def _factor(
     lon: np.ndarray,
 ) -> Float[np.ndarray, "step level lat lon"] | None:
     """Factors of one variable, with lat and lon of 1 if they are the same everywhere."""
-    if isinstance(task, Counterfactual):
-        return _factor(record, task.task, name, hours, lat, lon)
-    found = SpreadInflation.of(record, kind_of(task))
+    found = SpreadInflation.of(record, task.kind)
     own = None if found is None else found.at(name, hours)[:, :, None, None]
-    if not isinstance(task, Combined):
-        return own
     largest = None
-    for part in task.parts:
+    for part in task.components:
         factor = _factor(record, part, name, hours, lat, lon)
         if factor is not None:
             there = np.where(part.cells(lat, lon), factor, -np.inf)
@@ -148,24 +129,26 @@ class _Sums:
         return np.sqrt(ratio)
 
 
-def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInflation:
-    """Factors from all given times, in one pass over their parts.
+def estimate_inflation(
+    plan: Plan, times: np.ndarray, parts: Iterable[BlendedPart]
+) -> SpreadInflation:
+    """Factors from all given times. parts: what the plan predicts at them.
 
     Raises:
         ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
-    check_calibrated(predictor.task)
-    if predictor.trained.record.get("model", {}).get("num_members") == 1:
+    check_calibrated(plan.task)
+    if plan.trained.record.get("model", {}).get("num_members") == 1:
         raise ValueError("calibrate: the checkpoint has one member, so no spread")
-    leads = predictor.leads
+    leads = plan.leads
     hours = leads / HOUR
-    levels = predictor.trained.level_values
+    levels = plan.trained.level_values
     sums: dict[str, _Sums] = {}
-    for part in predictor.parts(list(times)):
+    for part in parts:
         if part.data != PRIMARY:
             continue  # streams of other sources keep the spread that they have
-        segment = predictor.find(times[part.case]).segment
-        weight = predictor.grid.weights[part.rows][:, None]
+        segment = plan.find(times[part.case]).segment
+        weight = plan.grid.weights[part.rows][:, None]
         for name, values in part.fields.items():
             num_members, num_levels = values.shape[1:3]
             if num_members < 2:
@@ -188,9 +171,9 @@ def estimate_inflation(predictor: "Predictor", times: np.ndarray) -> SpreadInfla
 def check_calibrated(task: Task) -> None:
     """Raise ValueError for a task of whose prediction no store holds the truth."""
     why = None
-    if isinstance(task, Counterfactual):
+    if task.true_task is not task:
         why = "a counterfactual has no truth; calibrate its task, whose factors it takes"
-    elif isinstance(task, Downscaling) and task.coarse_input:
+    elif task.coarse_factor > 1:
         why = "task.coarse_input=true has no truth; calibrate the task on a fine store"
     if why is not None:
         raise ValueError(f"calibrate: {why}")

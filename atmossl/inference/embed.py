@@ -26,8 +26,9 @@ from atmossl.checkpoint_files import write_atomically
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.layout import COORDINATES, attributes_of, encoding
-from atmossl.inference.windows import Source, WindowReader, columns
+from atmossl.inference.plan import Source
+from atmossl.inference.windows import WindowReader, columns
+from atmossl.inference.writer import COORDINATES, attributes_of, encoding
 from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.tasks import TimePlan
 
@@ -97,7 +98,7 @@ class Embedder:
     """The latents of one encoder layer over records of one grid and time step.
 
     The reference time (`init_time`) is the last step of a window. layer: 0 the first, -1 the last.
-    overlap, batch_size: as of a `Predictor`. Streams with data of their own are shown to the
+    overlap, batch_size: as of `Options`. Streams with data of their own are shown to the
     encoder, but their latents, which lie on other cells, are not given.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xarray as xr
 
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Plan
 
 _SHORT_NAMES = {
     "temperature": "t",
@@ -40,20 +40,20 @@ def eccodes_module() -> ModuleType:
     return eccodes
 
 
-def check_grib(predictor: Predictor) -> None:
+def check_grib(plan: Plan) -> None:
     """Raise ValueError, before any work, for what GRIB2 cannot hold or ecCodes does not know."""
-    if not predictor.segment.calendar.plain:
-        name = predictor.segment.calendar.name
+    if not plan.segment.calendar.plain:
+        name = plan.segment.calendar.name
         raise ValueError(f"output: .grib2 has no calendar {name}; write .zarr or .nc")
-    if not predictor.trained.pressure_levels:
+    if not plan.trained.pressure_levels:
         raise ValueError("output: .grib2 of model levels is not written here; write .zarr or .nc")
-    specs = [spec for spec in predictor.trained.own_specs if spec.role == "predict"]
+    specs = [spec for spec in plan.trained.own_specs if spec.role == "predict"]
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:
         raise ValueError(f"output: no GRIB2 name for {unknown}; known: {sorted(_SHORT_NAMES)}")
-    if np.ptp(np.diff(predictor.grid.latitude)) > 1e-3:
+    if np.ptp(np.diff(plan.grid.latitude)) > 1e-3:
         raise ValueError("output: .grib2 of latitudes that are not evenly spaced; write .zarr")
-    if min(predictor.plan.offsets) < 0:
+    if min(plan.steps.offsets) < 0:
         raise ValueError("output: .grib2 has no lead times below 0; write .zarr or .nc")
 
 

@@ -1,279 +1,212 @@
-"""Zero-shot prediction: a trained model under one task's mask, tile by tile, blended.
+"""Zero-shot prediction: a trained model under one task's mask, tile by tile, blended, in one pass
+or in passes that each go on from the members of the pass before.
 
 Generators over init (or valid) times and bands of latitude, so memory grows neither with the number
 of times nor with the height of the grid.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
-from atmossl.batch import PRIMARY, View
-from atmossl.data.axes import Calendar
-from atmossl.data.segment import Segment
-from atmossl.data.sources import check_window
-from atmossl.geometry import Grid, TilePlan
-from atmossl.inference.blend import BlendedPart, Fields
-from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.consistency import CoarseCells
-from atmossl.inference.coverage import Coverage
-from atmossl.inference.rollout import check_inputs, roll_out
-from atmossl.inference.tiles import blended, first_view
-from atmossl.inference.windows import Source
-from atmossl.masking.tasks import Task, TimePlan
+from atmossl.batch import PRIMARY
+from atmossl.data.backends import OpenedStore
+from atmossl.data.chunks import Access
+from atmossl.data.forcings import FORCINGS
+from atmossl.data.segment import DataSource, Segment
+from atmossl.data.store import open_segment
+from atmossl.geometry import Box, Nesting
+from atmossl.inference.plan import BlendedPart, Coverage, Fields, Plan, Source
+from atmossl.inference.tiles import blended, compare_with_coarse
+
+State = dict[str, np.ndarray]  # by variable, [level time lat lon]
+States = dict[str, State]  # by `data` of the streams; their last steps are the latest there are
+
+
+def predict_parts(plan: Plan, times: Sequence[np.datetime64]) -> Iterator[BlendedPart]:
+    """All that is written, case after case, each as soon as it is ready.
+
+    Raises:
+        ValueError: a time without its steps.
+    """
+    sources = [plan.find(time) for time in times]
+    if plan.steps.num_passes > 1:
+        for case, source in enumerate(sources):
+            yield from _roll_out(plan, case, source)
+        return
+    downscaling = plan.task.downscaling
+    for part in blended(plan, sources):
+        if downscaling is None or part.data != PRIMARY:
+            yield part
+        else:
+            yield compare_with_coarse(plan, downscaling, part, sources[part.case])
+
+
+def predict_fields(
+    plan: Plan, times: Sequence[np.datetime64], data: str = PRIMARY
+) -> Iterator[Fields]:
+    """For every reference time, each variable's blended ensemble over all that is written of the
+    streams with that `data`."""
+    whole: Fields = {}
+    for part in predict_parts(plan, times):
+        for name, values in part.fields.items() if part.data == data else ():
+            leads = plan.leads_of(data, times[part.case], plan.leads)
+            shape = (len(leads), *values.shape[1:3], *plan.grid_of(data).shape)
+            target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
+            target[np.isin(leads, part.leads), :, :, part.rows] = values
+        if part.completes:
+            yield whole
+            whole = {}
+
+
+def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
+    """One init time: every member's state is the start of its own next pass.
+
+    A member of the tail has its own place in the distribution everywhere on the globe; going on
+    with the same one would push it further out at each pass. So who takes which member of the next
+    pass is drawn anew, by (seed, init time, pass), each member once.
+
+    What is static stays, and what is computed from time and place is so at every date. Streams
+    with data of their own go on at the steps of their own store.
+    """
+    steps, segment = plan.steps, source.segment
+    step, total = plan.step, len(steps.offsets)
+    init = segment.times[source.start + len(steps.read) - 1]
+    sources, states = [source], [_states(plan, segment, source)]
+    for number in range(steps.num_passes):
+        begin = number * steps.steps_per_pass * step
+        joined = _joined(plan, sources)
+        completes = number + 1 == steps.num_passes
+        for data, found in joined.items():
+            leads = begin + found.leads
+            leads = leads[leads <= total * step]
+            written = {name: values[: len(leads)] for name, values in found.fields.items()}
+            rows = slice(0, plan.grid_of(data).shape[0])
+            yield BlendedPart(case, leads, rows, written, completes and data == PRIMARY, data=data)
+        if completes:
+            return
+        num_members = next(iter(joined[PRIMARY].fields.values())).shape[1]
+        states = states * num_members if number == 0 else states
+        states = [_appended(plan, states[m], joined, m) for m in range(num_members)]
+        latest = init + begin + steps.steps_per_pass * step
+        order = _order(plan.options.seed, init, number, num_members)
+        sources = [
+            _source(plan, segment, state, latest, member)
+            for state, member in zip(states, order, strict=True)
+        ]
+
+
+def _order(seed: int, init: np.datetime64, number: int, num_members: int) -> list[int]:
+    hours = int((init - np.datetime64("0001-01-01")) / np.timedelta64(1, "h"))
+    rng = np.random.default_rng(np.random.SeedSequence([seed, hours, number]))
+    return rng.permutation(num_members).tolist()
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """One task on one segment, or on several of the same grid and time step (`others`).
+class Joined:
+    """Whole fields of one pass, and times of their steps from its start."""
 
-    overlap: share of a tile that its neighbour covers as well. tilings: how many tilings are
-    averaged, each shifted eastwards by an equal part of a token, where the grid is a whole circle
-    and the task lets tiles lie anywhere. batch_size: tiles in one call of the model, of any time or
-    member. seed: of the order in which members go on in a rollout.
-    fill_missing: predict also where a variable is missing in the whole window, which is NaN in
-    the output otherwise, such as sea-surface temperature on land.
-    """
-
-    trained: TrainedModel
-    segment: Segment
-    task: Task
-    overlap: float
-    batch_size: int
-    device: str
-    tilings: int = 1
-    lon_shift: int = 0
-    seed: int = 0
-    fill_missing: bool = False
-    others: tuple[Segment, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.trained.require("reconstruct")
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return (self.segment, *self.others)
-
-    @cached_property
-    def plan(self) -> TimePlan:
-        refine = getattr(self.task, "refine", 1)
-        return self.task.plan(self.trained.window.time, self.segment.step_hours / refine)
-
-    @property
-    def step(self) -> np.timedelta64:
-        """Time between the steps of a window."""
-        return self.segment.step // self.plan.refine
-
-    @cached_property
-    def grid(self) -> Grid:
-        """Of the prediction: the store's, or one that nests in it."""
-        coarse = self.coarse_factor
-        try:
-            return self.segment.grid.refined(coarse) if coarse > 1 else self.segment.grid
-        except ValueError as error:
-            raise ValueError(f"task.coarse_input: {self.segment.location}: {error}") from error
-
-    @property
-    def coarse_factor(self) -> int:
-        """Cells of the prediction along one cell of the store."""
-        task = self.task.downscaling
-        return task.factor if task is not None and task.coarse_input else 1
-
-    @cached_property
-    def leads(self) -> np.ndarray:
-        """Time from the reference time to every step that is written."""
-        return np.array(self.plan.offsets) * self.step
-
-    @cached_property
-    def coverage(self) -> dict[str, Coverage]:
-        """Where the streams that are predicted lie, by their `data`; the primary source last."""
-        record = replace(self.segment, grid=self.grid)
-        names = {spec.data for spec in self.trained.specs if spec.role == "predict"} - {PRIMARY}
-        return {data: Coverage.of(record, data) for data in (*sorted(names), PRIMARY)}
-
-    def grid_of(self, data: str) -> Grid:
-        """The cells that the streams with that `data` are predicted on."""
-        return self.coverage[data].grid
-
-    def leads_of(self, data: str, time: np.datetime64, leads: np.ndarray) -> np.ndarray:
-        """Those of the leads from a reference time at which the streams with that `data` have
-        steps."""
-        if self.plan.refine > 1:  # steps between those of the only store
-            return leads
-        return self.find(time).segment.sources[data].leads(time, leads)
-
-    @cached_property
-    def tiles(self) -> TilePlan:
-        self.task.check(self.grid)
-        self._check_auxiliary()
-        return TilePlan(self.grid, *self._tile_size, self.overlap, self._shifts, self._align)
-
-    @property
-    def _tile_size(self) -> tuple[int, int]:
-        """Rows and columns of a tile: those of the training's windows, or all that there are, in
-        whole tokens.
-
-        Raises:
-            ValueError: the grid is smaller than a token.
-        """
-        window, specs = self.trained.window, self.trained.own_specs
-        found = []
-        for key, wanted, have, tokens in (
-            ("rows", window.lat, self.grid.shape[0], {s.token_size.lat for s in specs}),
-            ("columns", window.lon, self.grid.shape[1], {s.token_size.lon for s in specs}),
-        ):
-            cells = math.lcm(self._align, *tokens)
-            if have < cells:
-                raise ValueError(
-                    f"the grid has {have} {key}, fewer than the {cells} of a token or coarse cell"
-                )
-            found.append(wanted if 0 < wanted <= have else have // cells * cells)
-        return found[0], found[1]
-
-    def _check_auxiliary(self) -> None:
-        """Raise ValueError for what cannot be done with streams that read other data."""
-        if not self.segment.auxiliaries:
-            return
-        names = sorted(self.segment.auxiliaries)
-        if self.plan.refine > 1 or self.coarse_factor > 1:
-            raise ValueError(
-                "task.refine and task.coarse_input change the cells or steps of a single store; "
-                f"the checkpoint has streams with data={names}, whose own would stay"
-            )
-        check_window(self.segment, self.trained.window.time, *self._tile_size)
-
-    @property
-    def _align(self) -> int:
-        """Cells that tiles have to keep together."""
-        return math.lcm(self.task.align, self.segment.alignment.cells)
-
-    @property
-    def _shifts(self) -> tuple[int, ...]:
-        """Of the tilings, cells: within one token, coarse cells staying where they are."""
-        token = max(spec.token_size.lon for spec in self.trained.own_specs)
-        shifts = {number * token // self.tilings for number in range(self.tilings)}
-        first = self.lon_shift + self.segment.alignment.lon_shift
-        return tuple(first + shift for shift in sorted(shifts) if shift % self._align == 0)
-
-    @property
-    def row_chunk(self) -> int:
-        """Rows of latitude that are written at once."""
-        align = self._align
-        return max(1, round(self.tiles.lat_size * (1 - self.overlap)) // align) * align
-
-    def possible_times(self) -> np.ndarray:
-        """Reference times with all the steps around them that a window needs, in order; so far
-        apart that no valid time of a segment is written twice."""
-        stride = 1 if self.plan.is_forecast or self.plan.refine > 1 else len(self.plan.offsets)
-        found = [segment.times[self._served(segment)][::stride] for segment in self.segments]
-        return np.sort(np.concatenate(found))
-
-    @property
-    def _steps_before(self) -> int:
-        """Steps of the store that are read before the reference time."""
-        return (self.plan.reference - self.plan.read[0]) // self.plan.refine
-
-    def _served(self, segment: Segment) -> slice:
-        """Steps of a segment that have around them what a window needs."""
-        before = self._steps_before
-        stop = len(segment.times) - (len(self.plan.read) - 1 - before)
-        return slice(before, max(before, stop))
-
-    def find(self, time: np.datetime64) -> Source:
-        """The segment that serves a reference time, and the first step of it that is read.
-
-        Raises:
-            ValueError: no segment has the time and the steps around it, or several have.
-        """
-        holding = [one for one in self.segments if _holds(one.times[self._served(one)], time)]
-        if len(holding) == 1:
-            return Source(holding[0], holding[0].find_time(time) - self._steps_before)
-        calendar = self.segment.calendar
-        when = f"init_time={calendar.show(time)}"
-        if holding:
-            names = [segment.name for segment in holding]
-            raise ValueError(f"{when} is in several segments; choose one: segment={names}")
-        if len(self.segments) == 1:
-            self.segment.find_time(time)  # says what it covers if it lacks the time itself
-        before = self._steps_before
-        after = max(len(self.plan.read) - 1 - before, 0)
-        valid = ", ".join(_period(one.times[self._served(one)], calendar) for one in self.segments)
-        raise ValueError(
-            f"{when} is not there or lacks steps around it: the task needs {before} before and "
-            f"{after} after; valid: {valid}"
-        )
-
-    def with_truth(self, times: np.ndarray) -> np.ndarray:
-        """Those of the reference times for which the record holds all that would be written."""
-
-        def known(time: np.datetime64) -> bool:
-            record = self.find(time).segment.times
-            return all(_holds(record, valid) for valid in time + self.leads)
-
-        return np.array([time for time in times if known(time)], times.dtype)
-
-    def first_view(self, time: np.datetime64) -> View:
-        """What the model is shown of the first tile; no batch axis."""
-        self.check()
-        return first_view(self, self.find(time))
-
-    def check(self) -> None:
-        """Raise ValueError for a task that does not fit store or model, before it reads."""
-        _ = self.tiles
-        if self.plan.num_passes > 1:
-            check_inputs(self)
-
-    def run(self, times: Sequence[np.datetime64], data: str = PRIMARY) -> Iterator[Fields]:
-        """For every reference time, each variable's blended ensemble over all that is written of
-        the streams with that `data`."""
-        whole: Fields = {}
-        for part in self.parts(times):
-            for name, values in part.fields.items() if part.data == data else ():
-                leads = self.leads_of(data, times[part.case], self.leads)
-                shape = (len(leads), *values.shape[1:3], *self.grid_of(data).shape)
-                target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
-                target[np.isin(leads, part.leads), :, :, part.rows] = values
-            if part.completes:
-                yield whole
-                whole = {}
-
-    def parts(self, times: Sequence[np.datetime64]) -> Iterator[BlendedPart]:
-        """All that is written, case after case, each as soon as it is ready.
-
-        Raises:
-            ValueError: a time without its steps, or a task that does not fit store or model.
-        """
-        self.check()
-        sources = [self.find(time) for time in times]
-        if self.plan.num_passes > 1:
-            for case, source in enumerate(sources):
-                yield from roll_out(self, case, source)
-            return
-        coarse = self._coarse_cells()
-        for part in blended(self, sources):
-            if coarse is None or part.data != PRIMARY:
-                yield part
-            else:
-                source = sources[part.case]
-                step = source.start + self._steps_before
-                fields, departure = coarse.compare(part.fields, source.segment, step, part.rows)
-                yield replace(part, fields=fields, departure=departure)
-
-    def _coarse_cells(self) -> CoarseCells | None:
-        task = self.task.downscaling
-        return None if task is None else CoarseCells(self.grid, task, self.trained.level_values)
+    leads: np.ndarray
+    fields: Fields
 
 
-def _holds(times: np.ndarray, time: np.datetime64) -> bool:
-    index = int(np.searchsorted(times, time))
-    return index < len(times) and times[index] == time
+def _joined(plan: Plan, sources: list[Source]) -> dict[str, Joined]:
+    """By the streams' `data`, what a pass predicts; members of all sources one after another."""
+    joined: dict[str, Joined] = {}
+    for part in blended(plan, sources):
+        found = joined.setdefault(part.data, Joined(part.leads, {}))
+        fields, shape = found.fields, plan.grid_of(part.data).shape
+        for name, values in part.fields.items():
+            own = values.shape[1]
+            if name not in fields:
+                size = (len(part.leads), own * len(sources), values.shape[2], *shape)
+                fields[name] = np.zeros(size, np.float32)
+            members = slice(part.case * own, (part.case + 1) * own)
+            fields[name][:, members, :, part.rows] = values
+    return joined
 
 
-def _period(times: np.ndarray, calendar: Calendar) -> str:
-    if len(times) == 0:
-        return "none, the store is too short"
-    first, last = (calendar.show(time) for time in times[[0, -1]])
-    return f"{first} to {last}"
+def _states(plan: Plan, segment: Segment, source: Source) -> States:
+    """The steps of every record that the first pass reads, at all its levels."""
+    count = len(plan.steps.read)
+    states = {}
+    for data, read in segment.sources.items():
+        steps = read.steps(segment.times[source.start], count * segment.step)
+        known = max(1, len(steps))  # what is static is known even if none of the steps is
+        start = max(0, steps.stop - known)
+        states[data] = _read(read.segment, start, known, Coverage.of(segment, data).whole)
+    return states
+
+
+def _read(record: Segment, start: int, count: int, box: Box) -> State:
+    return {
+        name: record.read(name, record.levels_of(name), start, count, box)
+        for name in record.variables
+        if name not in FORCINGS
+    }
+
+
+def _appended(plan: Plan, states: States, joined: Mapping[str, Joined], member: int) -> States:
+    """The states moved on: their steps and those of the pass, of which the latest are kept."""
+    segment, moved = plan.segment, {}
+    for data, state in states.items():
+        record = segment.sources[data].segment
+        fields = joined[data].fields if data in joined else {}
+        kept = _kept(plan, record)
+        # static, or moved on below
+        moved[data] = {name: _last(values[:, -1:], kept) for name, values in state.items()}
+        for name, levels in plan.trained.predicted_levels(data).items():
+            held = state[name]
+            if name in fields:
+                new = fields[name][:, member].swapaxes(0, 1)  # [level time lat lon]
+                # levels that no stream predicts, of a static one say, stay as they are
+                whole = np.repeat(held[:, -1:], new.shape[1], axis=1)
+                whole[[record.levels.index(level) if level else 0 for level in levels]] = new
+                held = np.concatenate([held, whole], axis=1)
+            moved[data][name] = _last(held, kept)
+    return moved
+
+
+def _kept(plan: Plan, record: Segment) -> int:
+    """Steps of a record that a pass can read; two at least, which make a record."""
+    read = len(plan.steps.read) * plan.segment.step
+    return max(2, -int(-read // record.step))
+
+
+def _last(values: np.ndarray, count: int) -> np.ndarray:
+    """The latest steps of [level time lat lon], the first one repeated if they are fewer: before
+    it nothing is read."""
+    return np.take(values, np.arange(-count, 0).clip(-values.shape[1]), axis=1)
+
+
+def _source(
+    plan: Plan, segment: Segment, states: States, latest: np.datetime64, member: int
+) -> Source:
+    """The states as records whose last steps are the latest ones up to a time."""
+    records: dict[str, Segment] = {}
+    for data, read in segment.sources.items():
+        record = replace(read.segment, grid=Coverage.of(segment, data).grid)
+        last = latest - (latest - record.times[0]) % record.step
+        records[data] = _rolled(record, states[data], last, _kept(plan, record))
+    primary = records.pop(PRIMARY)
+    auxiliaries = {
+        data: DataSource(record, Nesting.of(primary.grid, record.grid))
+        for data, record in records.items()
+    }
+    start = len(primary.times) - len(plan.steps.read)
+    return Source(replace(primary, auxiliaries=auxiliaries), start, member)
+
+
+def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> Segment:
+    """A record of some steps that ends at a time."""
+    times = last + record.step * (np.arange(count) + 1 - count)
+    return open_segment(
+        f"{record.name} rolled out",
+        OpenedStore(record.dataset_of(state, times), pressure_levels=record.pressure_levels),
+        record.location,
+        variables=record.variables,
+        levels=record.levels,
+        access=Access(input_limits="off"),  # they are the model's own
+        may_miss=sorted(record.may_miss),
+    )

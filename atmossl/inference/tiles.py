@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,17 +11,121 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atmossl.batch import PRIMARY, StreamPrediction, StreamSpec, StreamTokens, View, collate_views
-from atmossl.data.segment import HOUR
+from atmossl.data.segment import HOUR, Segment
 from atmossl.geometry import Box
-from atmossl.inference.blend import BlendedPart, Fields, TileBlender
 from atmossl.inference.calibration import Calibration
-from atmossl.inference.coherence import coherent
-from atmossl.inference.windows import Source, WindowReader, columns, masked_view
-from atmossl.masking.tasks import Points
+from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
+from atmossl.inference.windows import WindowReader, columns, masked_view
+from atmossl.masking.base import coarsen, repeat_coarse
+from atmossl.masking.tasks import Downscaling, Points
 from atmossl.tokens import detokenise
 
-if TYPE_CHECKING:
-    from atmossl.inference.predict import Predictor
+
+class TileBlender:
+    """Weighted mean of the tiles of one case, over the bands of latitude that are still open.
+
+    Members of the same number in two tiles are hardly related, so their mean has less spread than
+    either. Each member's departure from the ensemble mean is therefore scaled where tiles overlap,
+    such that the variance over members is the weighted mean of the tiles' variances; the ensemble
+    mean is the weighted mean of theirs.
+
+    levels: of every variable in hPa; a tile of one stream may hold some of them.
+    """
+
+    def __init__(self, num_lon: int, levels: Mapping[str, tuple[int, ...]]) -> None:
+        self.num_lon = num_lon
+        self.levels = levels
+        self.south = 0  # first row that is held
+        self._fields: Fields = {}
+        self._variance: Fields = {}  # over members, kept as one member
+
+    def add(self, spec: StreamSpec, values: np.ndarray, tile: Box, weight: np.ndarray) -> None:
+        """Add [variable step member level lat lon] of a stream, of which the lat and lon are the
+        tile's."""
+        share = weight.astype(np.float32)
+        self._add(self._fields, spec, values * share, tile)
+        self._add(self._variance, spec, values.var(axis=2, keepdims=True) * share, tile)
+
+    def _add(self, fields: Fields, spec: StreamSpec, weighted: np.ndarray, tile: Box) -> None:
+        top = tile.lat_start + tile.lat_size - self.south
+        rows = slice(tile.lat_start - self.south, top)
+        first = tile.lon_start
+        before = min(tile.lon_size, self.num_lon - first)  # columns before the circle closes
+        for name, own in zip(spec.variables, weighted, strict=True):
+            levels = self.levels[name]
+            shape = (*own.shape[:2], len(levels), *own.shape[3:])
+            field = self._room(fields, name, shape, top)
+            whole = levels == spec.level_values
+            at = slice(None) if whole else [levels.index(level) for level in spec.level_values]
+            field[..., at, rows, first : first + before] += own[..., :before]
+            if before < tile.lon_size:
+                field[..., at, rows, : tile.lon_size - before] += own[..., before:]
+
+    def _room(self, fields: Fields, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
+        """The variable's field with at least so many rows."""
+        field = fields.get(name)
+        held = 0 if field is None else field.shape[-2]
+        if field is None or held < num_rows:
+            grown = np.zeros((*shape[:-2], num_rows, self.num_lon), np.float32)
+            if field is not None:
+                grown[..., :held, :] = field
+            fields[name] = field = grown
+        return field
+
+    def take(self, end: int) -> tuple[slice, Fields]:
+        """Rows up to `end`, to which no more tiles come; they are forgotten here."""
+        rows, count = slice(self.south, max(end, self.south)), max(end - self.south, 0)
+        done = {
+            name: _with_variance(field[..., :count, :], self._variance[name][..., :count, :])
+            for name, field in self._fields.items()
+        }
+        self._fields = _rows_from(self._fields, count)
+        self._variance = _rows_from(self._variance, count)
+        self.south = rows.stop
+        return rows, done
+
+
+def _rows_from(fields: Fields, first: int) -> Fields:
+    return {name: field[..., first:, :].copy() for name, field in fields.items()}
+
+
+def _with_variance(members: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Departures of members (axis 1) from their mean scaled to the given variance."""
+    departure = members - members.mean(axis=1, keepdims=True)
+    present = (departure**2).mean(axis=1, keepdims=True)
+    ratio = np.divide(variance, present, out=np.ones_like(present), where=present > 0)
+    # added, so that members stay as they are, to the last bit, where nothing is to be scaled
+    return members + (np.sqrt(ratio) - 1) * departure
+
+
+# Members that are one field each, rather than one value for each cell of a token.
+#
+# The loss of training looks at one value at a time, so nothing tells which value of a cell
+# belongs to which of its neighbour. The network learns an order of members for every cell of a
+# token, the same for all tokens, which shows as waves of the length of a token.
+
+_BY_CELL = (
+    "batch member variable level step (nlat plat) (nlon plon)"
+    " -> batch member variable level step nlat nlon (plat plon)"
+)
+
+
+def coherent(
+    fields: Float[Tensor, "batch member variable level step lat lon"], spec: StreamSpec
+) -> Float[Tensor, "batch member variable level step lat lon"]:
+    """The same values at every point, ordered such that all cells of a token rank the members as
+    its first cell does. No score of single points changes.
+
+    Source: ensemble copula coupling, Schefzik et al. (2013), Statistical Science 28, 616-640.
+    """
+    size = spec.token_size
+    if size.lat * size.lon == 1 or fields.shape[1] == 1:
+        return fields
+    sizes = {"plat": size.lat, "plon": size.lon}
+    cells = rearrange(fields, _BY_CELL, **sizes)
+    rank = cells[..., :1].argsort(dim=1).argsort(dim=1)
+    ordered = torch.gather(cells.sort(dim=1).values, 1, rank.expand(cells.shape))
+    return rearrange(ordered, " -> ".join(reversed(_BY_CELL.split(" -> "))), **sizes)
 
 
 @dataclass(frozen=True)
@@ -37,177 +140,174 @@ class _Tile:
     complete: int | None
 
 
-def blended(predictor: "Predictor", sources: Sequence[Source]) -> Iterator[BlendedPart]:
+def first_view(plan: Plan, time: np.datetime64) -> View:
+    """What the model is shown of the first tile at a reference time; no batch axis."""
+    return next(_tiles(plan, [plan.find(time)])).view
+
+
+def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
     """Bands of latitude of one source after another, for the steps of one pass; of streams with
     data of their own before those of the others."""
-    return _Tiles(predictor, sources).parts()
+    tiles, blenders = _tiles(plan, sources), _blenders(plan)
+    while batch := list(islice(tiles, plan.options.batch_size)):
+        predicted = _predicted(plan, sources, batch)
+        for number, tile in enumerate(batch):
+            for spec, values in predicted:
+                if values[number].shape[1] > 0:
+                    placed = _placed(plan, spec.data, tile)
+                    blenders[spec.data].add(spec, values[number], *placed)
+            if tile.complete is not None:
+                completes = tile.complete == plan.grid.shape[0]
+                source = sources[tile.case]
+                yield from _complete_rows(plan, blenders, tile, source, completes=completes)
+                blenders = _blenders(plan) if completes else blenders
 
 
-def first_view(predictor: "Predictor", source: Source) -> View:
-    """What the model is shown of the first tile; no batch axis."""
-    return next(_Tiles(predictor, [source]).tiles()).view
+def _predicted(
+    plan: Plan, sources: Sequence[Source], batch: list[_Tile]
+) -> list[tuple[StreamSpec, list[Float[np.ndarray, "variable step member level lat lon"]]]]:
+    """What every tile writes of every predicted stream."""
+    device = plan.options.device
+    views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
+    view = views.to(device).views[0]
+    with torch.inference_mode():
+        prediction = plan.trained.model.to(device)(view)
+    streams = [stream for stream in view.streams if stream.spec.role == "predict"]
+    return [
+        (stream.spec, _windows(plan, sources, stream, predicted, batch))
+        for stream, predicted in zip(streams, prediction.streams, strict=True)
+    ]
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """The tiles of a predictor over windows of some sources."""
+def _blenders(plan: Plan) -> dict[str, TileBlender]:
+    """One for the grid of every source, that of the primary one last."""
+    return {
+        data: TileBlender(plan.grid_of(data).shape[1], plan.trained.predicted_levels(data))
+        for data in plan.coverage
+    }
 
-    predictor: "Predictor"
-    sources: Sequence[Source]
 
-    def parts(self) -> Iterator[BlendedPart]:
-        """See `blended`."""
-        used = self.predictor
-        tiles, mosaics = self.tiles(), self._mosaics()
-        while batch := list(islice(tiles, used.batch_size)):
-            found = self._predicted(batch)
-            for number, tile in enumerate(batch):
-                for spec, values in found:
-                    if values[number].shape[1] > 0:
-                        placed = self._placed(spec.data, tile)
-                        mosaics[spec.data].add(spec, values[number], *placed)
-                if tile.complete is not None:
-                    completes = tile.complete == used.grid.shape[0]
-                    yield from self._taken(mosaics, tile, completes=completes)
-                    mosaics = self._mosaics() if completes else mosaics
+def _placed(plan: Plan, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
+    """A tile and its weights on the grid of the streams with that `data`."""
+    coverage = plan.coverage[data]
+    return coverage.box(tile.box), coverage.weights(tile.weight)
 
-    def _predicted(
-        self, batch: list[_Tile]
-    ) -> list[tuple[StreamSpec, list[Float[np.ndarray, "variable step member level lat lon"]]]]:
-        """What every tile writes of every predicted stream."""
-        used = self.predictor
-        views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
-        view = views.to(used.device).views[0]
-        with torch.inference_mode():
-            prediction = used.trained.model.to(used.device)(view)
-        streams = [stream for stream in view.streams if stream.spec.role == "predict"]
-        return [
-            (stream.spec, self._windows(stream, predicted, batch))
-            for stream, predicted in zip(streams, prediction.streams, strict=True)
-        ]
 
-    def _mosaics(self) -> dict[str, TileBlender]:
-        """One for the grid of every source, that of the primary one last."""
-        used = self.predictor
-        return {
-            data: TileBlender(used.grid_of(data).shape[1], used.trained.predicted_levels(data))
-            for data in used.coverage
-        }
+def _complete_rows(
+    plan: Plan,
+    blenders: Mapping[str, TileBlender],
+    tile: _Tile,
+    source: Source,
+    *,
+    completes: bool,
+) -> Iterator[BlendedPart]:
+    """The rows of every grid that are final after a tile."""
+    assert tile.complete is not None
+    for data, blender in blenders.items():
+        end = plan.coverage[data].row(tile.complete)
+        rows, done = blender.take(end)
+        if rows.stop > rows.start and done:
+            leads = _written(plan, data, source)[1]
+            fields = _members_of(plan, source, done, rows, leads, data)
+            is_last = completes and data == PRIMARY
+            yield BlendedPart(tile.case, leads, rows, fields, is_last, data=data)
 
-    def _placed(self, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
-        """A tile and its weights on the grid of the streams with that `data`."""
-        coverage = self.predictor.coverage[data]
-        return coverage.box(tile.box), coverage.weights(tile.weight)
 
-    def _taken(
-        self, mosaics: Mapping[str, TileBlender], tile: _Tile, *, completes: bool
-    ) -> Iterator[BlendedPart]:
-        """The rows of every grid that are final after a tile."""
-        assert tile.complete is not None
-        for data, mosaic in mosaics.items():
-            end = self.predictor.coverage[data].row(tile.complete)
-            rows, done = mosaic.take(end)
-            if rows.stop > rows.start and done:
-                source = self.sources[tile.case]
-                leads = self._written(data, source)[1]
-                members = self._members_of(source, done, rows, leads, data)
-                yield BlendedPart(
-                    tile.case, leads, rows, members, completes and data == PRIMARY, data=data
-                )
+def _members_of(
+    plan: Plan, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
+) -> Fields:
+    """The blended ensemble with calibrated spread, or the one member of it that a source asks
+    for: single members of tiles that overlap would average out."""
+    if data == PRIMARY:  # streams of other sources are not calibrated
+        lat, lon = plan.grid.latitude[rows], plan.grid.longitude
+        calibration = Calibration(plan.trained.record, plan.task)
+        fields = calibration.apply(fields, leads / HOUR, lat, lon)
+    if source.member is None:
+        return fields
+    return {name: values[:, [source.member]] for name, values in fields.items()}
 
-    def _members_of(
-        self, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
-    ) -> Fields:
-        """The blended ensemble with calibrated spread, or the one member of it that a source asks
-        for: single members of tiles that overlap would average out."""
-        used = self.predictor
-        if data == PRIMARY:  # streams of other sources are not calibrated
-            calibration, grid = Calibration(used.trained.record, used.task), used.grid
-            lat, lon = grid.latitude[rows], grid.longitude
-            fields = calibration.apply(fields, leads / HOUR, lat, lon)
-        if source.member is None:
-            return fields
-        return {name: values[:, [source.member]] for name, values in fields.items()}
 
-    def _written(self, data: str, source: Source) -> tuple[list[int], np.ndarray]:
-        """Steps of a stream's window that one pass writes, and their times from its reference
-        time."""
-        used, plan, segment = self.predictor, self.predictor.plan, source.segment
-        leads = np.array(plan.pass_offsets) * used.step
-        if plan.refine > 1:  # steps between those of the only store
-            return [plan.reference + offset for offset in plan.pass_offsets], leads
-        read = segment.sources[data]
-        first = segment.times[source.start] - plan.read[0] * segment.step
-        reference = first + plan.reference * segment.step
-        leads = read.leads(reference, leads)
-        begin = read.steps(first, used.trained.window.time * segment.step).start
-        since = reference + leads - read.segment.times[0]
-        return (since // read.segment.step - begin).astype(int).tolist(), leads
+def _written(plan: Plan, data: str, source: Source) -> tuple[list[int], np.ndarray]:
+    """Steps of a stream's window that one pass writes, and their times from its reference time."""
+    steps, segment = plan.steps, source.segment
+    leads = np.array(steps.pass_offsets) * plan.step
+    if steps.refine > 1:  # steps between those of the only store
+        return [steps.reference + offset for offset in steps.pass_offsets], leads
+    read = segment.sources[data]
+    first = segment.times[source.start] - steps.read[0] * segment.step
+    reference = first + steps.reference * segment.step
+    leads = read.leads(reference, leads)
+    begin = read.steps(first, plan.trained.window.time * segment.step).start
+    since = reference + leads - read.segment.times[0]
+    return (since // read.segment.step - begin).astype(int).tolist(), leads
 
-    def _windows(
-        self, stream: StreamTokens, predicted: StreamPrediction, batch: list[_Tile]
-    ) -> list[Float[np.ndarray, "variable step member level lat lon"]]:
-        """What every tile of a batch writes of a stream; a stream with data of its own may have
-        other steps for every source."""
-        written = [self._written(stream.spec.data, self.sources[tile.case])[0] for tile in batch]
-        needed = list(dict.fromkeys(step for steps in written for step in steps))
-        fields = self._fields(stream, predicted, batch, needed)
-        return [
-            own if steps == needed else own[:, [needed.index(step) for step in steps]]
-            for own, steps in zip(fields, written, strict=True)
-        ]
 
-    def tiles(self) -> Iterator[_Tile]:
-        """Tiles of all sources in the order of writing; each band of latitude is read once."""
-        used, plan = self.predictor, self.predictor.tiles
-        num_lat, num_lon = used.grid.shape
-        reader = WindowReader(used.trained, used.plan, used.grid, used.coarse_factor, used.task)
-        rows = plan.rows()
-        for case, source in enumerate(self.sources):
-            predicted = replace(source.segment, grid=used.grid)
-            for row, numbers in enumerate(rows):
-                south = plan.tiles[numbers[0]].lat_start
-                around = Box(south, used.segment.alignment.lon_shift, plan.lat_size, num_lon)
-                band = reader.read(source, around)
-                following = plan.tiles[rows[row + 1][0]].lat_start if row + 1 < len(rows) else None
-                complete = (
-                    num_lat if following is None else following // used.row_chunk * used.row_chunk
-                )
-                for number in numbers:
-                    box = plan.tiles[number]
-                    view, hidden = masked_view(
-                        columns(band, predicted, around, box),
-                        used.task,
-                        first_guess=used.trained.first_guess,
-                    )
-                    last = complete if number == numbers[-1] else None
-                    yield _Tile(case, box, plan.weights[number], view, hidden, last)
+def _windows(
+    plan: Plan,
+    sources: Sequence[Source],
+    stream: StreamTokens,
+    predicted: StreamPrediction,
+    batch: list[_Tile],
+) -> list[Float[np.ndarray, "variable step member level lat lon"]]:
+    """What every tile of a batch writes of a stream; a stream with data of its own may have other
+    steps for every source."""
+    written = [_written(plan, stream.spec.data, sources[tile.case])[0] for tile in batch]
+    needed = list(dict.fromkeys(step for steps in written for step in steps))
+    fields = _fields(plan, stream, predicted, batch, needed)
+    return [
+        of_tile if steps == needed else of_tile[:, [needed.index(step) for step in steps]]
+        for of_tile, steps in zip(fields, written, strict=True)
+    ]
 
-    def _fields(
-        self,
-        stream: StreamTokens,
-        predicted: StreamPrediction,
-        batch: list[_Tile],
-        steps: list[int],
-    ) -> Float[np.ndarray, "batch variable step member level lat lon"]:
-        """Some steps of windows in the variables' own units: predicted where hidden, as given
-        elsewhere."""
-        spec = stream.spec
-        fields = coherent(detokenise(_in_place(predicted, stream), spec)[..., steps, :, :], spec)
-        number = [tile.view.names().index(spec.name) for tile in batch]
-        hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
-        hidden = hidden[..., steps, :, :].to(fields.device)
-        if not bool(hidden.all()):
-            given = detokenise(stream.target, spec)[..., steps, :, :]
-            fields = torch.where(hidden[:, None], fields, given[:, None])
-        if stream.valid is not None and not self.predictor.fill_missing:
-            never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
-            fields = fields.masked_fill(never[:, None], float("nan"))
-        values = self.predictor.trained.normaliser.inverse(fields.cpu(), spec).numpy()
-        return rearrange(
-            values,
-            "batch member variable level step lat lon -> batch variable step member level lat lon",
-        )
+
+def _tiles(plan: Plan, sources: Sequence[Source]) -> Iterator[_Tile]:
+    """Tiles of all sources in the order of writing; each band of latitude is read once."""
+    tiling, (num_lat, num_lon) = plan.tiles, plan.grid.shape
+    reader = WindowReader(plan.trained, plan.steps, plan.grid, plan.task)
+    rows = tiling.rows()
+    for case, source in enumerate(sources):
+        for row, numbers in enumerate(rows):
+            south = tiling.tiles[numbers[0]].lat_start
+            around = Box(south, plan.segment.alignment.lon_shift, tiling.lat_size, num_lon)
+            band = reader.read(source, around)
+            predicted = replace(source.segment, grid=plan.grid)
+            following = tiling.tiles[rows[row + 1][0]].lat_start if row + 1 < len(rows) else None
+            complete = (
+                num_lat if following is None else following // plan.row_chunk * plan.row_chunk
+            )
+            for number in numbers:
+                box = tiling.tiles[number]
+                windows = columns(band, predicted, around, box)
+                view, hidden = masked_view(windows, plan.task, first_guess=plan.trained.first_guess)
+                last = complete if number == numbers[-1] else None
+                yield _Tile(case, box, tiling.weights[number], view, hidden, last)
+
+
+def _fields(
+    plan: Plan,
+    stream: StreamTokens,
+    predicted: StreamPrediction,
+    batch: list[_Tile],
+    steps: list[int],
+) -> Float[np.ndarray, "batch variable step member level lat lon"]:
+    """Some steps of windows in the variables' own units: predicted where hidden, as given
+    elsewhere."""
+    spec = stream.spec
+    fields = coherent(detokenise(_in_place(predicted, stream), spec)[..., steps, :, :], spec)
+    number = [tile.view.names().index(spec.name) for tile in batch]
+    hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
+    hidden = hidden[..., steps, :, :].to(fields.device)
+    if not bool(hidden.all()):
+        given = detokenise(stream.target, spec)[..., steps, :, :]
+        fields = torch.where(hidden[:, None], fields, given[:, None])
+    if stream.valid is not None and not plan.options.fill_missing:
+        never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
+        fields = fields.masked_fill(never[:, None], float("nan"))
+    values = plan.trained.normaliser.inverse(fields.cpu(), spec).numpy()
+    return rearrange(
+        values,
+        "batch member variable level step lat lon -> batch variable step member level lat lon",
+    )
 
 
 def _in_place(
@@ -231,3 +331,41 @@ def _in_place(
         nlat=num_lat,
         nlon=num_lon,
     )
+
+
+def compare_with_coarse(
+    plan: Plan, task: Downscaling, part: BlendedPart, source: Source
+) -> BlendedPart:
+    """A part of a downscaling, corrected if the task says so, and per variable the mean square of
+    what its coarse cells lack of the given ones then."""
+    factor = task.factor
+    step = source.start + plan.steps_before
+    weight = torch.from_numpy(plan.grid.weights[part.rows]).float()
+    corrected, departure = {}, {}
+    for name, values in part.fields.items():
+        fine = torch.from_numpy(values)
+        given = _given_coarse(plan, task, name, source.segment, step, part.rows)
+        missing = given - coarsen(fine, weight, factor)
+        if task.consistent:
+            fine = fine + repeat_coarse(missing, factor)
+            missing = given - coarsen(fine, weight, factor)
+        area = weight.unflatten(0, (-1, factor)).sum(1)
+        mean_square = (missing.double() ** 2 * area[:, None]).mean() / area.mean()
+        departure[name] = float(mean_square)
+        corrected[name] = fine.numpy()
+    return replace(part, fields=corrected, departure=departure)
+
+
+def _given_coarse(
+    plan: Plan, task: Downscaling, name: str, segment: Segment, step: int, rows: slice
+) -> Tensor:
+    """Coarse cells [level lat lon] of one variable at one step of a record, which is fine or
+    coarse itself."""
+    factor, num_lon = task.factor, plan.grid.shape[1]
+    box = Box(rows.start, 0, rows.stop - rows.start, num_lon)
+    if task.coarse_input:
+        box = Box(box.lat_start // factor, 0, box.lat_size // factor, num_lon // factor)
+    levels = plan.trained.level_values[name]
+    values = torch.from_numpy(segment.read(name, levels, step, 1, box))[:, 0]
+    weight = torch.from_numpy(plan.grid.weights[rows]).float()
+    return values if task.coarse_input else coarsen(values, weight, factor)

@@ -14,6 +14,7 @@ from atmossl.data.segment import Segment, hours_since_1970
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
 from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.plan import Source
 from atmossl.masking.base import FirstGuess, Points, TokenLayout, make_view
 from atmossl.masking.tasks import Task, TimePlan, points_of
 from atmossl.tokens import token_grid
@@ -22,28 +23,20 @@ _TOLERANCE_HOURS = 1e-6
 
 
 @dataclass(frozen=True)
-class Source:
-    """A record, and its step at which a window's first read step lies.
-
-    member: the only member of the prediction that is wanted; all by default.
-    """
-
-    segment: Segment
-    start: int
-    member: int | None = None
-
-
-@dataclass(frozen=True)
 class WindowReader:
-    """Reads windows of a task's steps. coarse: cells of `grid` along one cell of the record.
-    task: which may fill missing values.
+    """Reads windows of a task's steps. grid: of the windows. task: which may fill missing values,
+    or read coarse cells; none for windows in which nothing is hidden.
     """
 
     trained: TrainedModel
     plan: TimePlan
     grid: Grid
-    coarse: int = 1
     task: Task | None = None
+
+    @property
+    def coarse(self) -> int:
+        """Cells of `grid` along one cell of the record."""
+        return 1 if self.task is None else self.task.coarse_factor
 
     def read(self, source: Source, box: Box) -> tuple[StreamWindow, ...]:
         """All streams in a box of cells over all steps of the window; steps that are not read

@@ -3,23 +3,296 @@ where it stopped. It appears under its own name when it is complete."""
 
 import errno
 import hashlib
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import dask.array
 import numpy as np
 import xarray as xr
 import zarr
 
-from atmossl.batch import PRIMARY
+from atmossl import __version__
+from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.data.fingerprint import fingerprint
-from atmossl.inference.blend import BlendedPart
-from atmossl.inference.layout import LayoutName, OutputLayout, encoding, group_of
-from atmossl.inference.predict import Predictor
+from atmossl.data.variables import VARIABLES
+from atmossl.geometry import Grid
+from atmossl.inference.plan import BlendedPart, Fields, Plan
+from atmossl.inference.predict import predict_fields, predict_parts
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.stops import Stopped
+
+# How predictions are named, dimensioned and described: CF, and the names of WeatherBench 2.
+
+LayoutName = Literal["cf", "weatherbench2"]
+
+# github.com/google-research/weatherbench2, docs/source/data-guide.md (Rasp et al. 2024)
+_WEATHERBENCH2 = {"init_time": "time", "lead_time": "prediction_timedelta", "member": "number"}
+_HOUR = np.timedelta64(1, "h")
+
+COORDINATES = {
+    "latitude": {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
+    "longitude": {"standard_name": "longitude", "units": "degrees_east", "axis": "X"},
+    "level": {
+        "standard_name": "air_pressure",
+        "long_name": "pressure level",
+        "units": "hPa",
+        "positive": "down",
+        "axis": "Z",
+    },
+    "model_level": {
+        "standard_name": "model_level_number",
+        "long_name": "model level",
+        "units": "1",
+        "positive": "down",
+        "axis": "Z",
+    },
+    "member": {"standard_name": "realization", "long_name": "ensemble member", "units": "1"},
+    "time": {
+        "standard_name": "time",
+        "long_name": "valid time",
+        "units_metadata": "leap_seconds: none",
+        "axis": "T",
+    },
+    "init_time": {
+        "standard_name": "forecast_reference_time",
+        "long_name": "initial time of forecast",
+        "axis": "T",
+    },
+    "lead_time": {"standard_name": "forecast_period", "long_name": "lead time"},
+}
+
+
+def attributes_of(coordinate: str, *, pressure_levels: bool) -> dict[str, str]:
+    """Attributes of a coordinate of predictions and latents, as CF names them."""
+    is_number = coordinate == "level" and not pressure_levels
+    return dict(COORDINATES["model_level" if is_number else coordinate])
+
+
+def group_of(data: str) -> str:
+    """The group of an output that holds the streams of a source: the root for the primary one, and
+    a group named after every other."""
+    return "" if data == PRIMARY else data
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """The dimensions and coordinates of one prediction.
+
+    Forecasts and hindcasts are (init_time, lead_time, member, level, latitude, longitude), all
+    others (time, member, level, latitude, longitude); surface variables lack the level. Raises
+    ValueError if a valid time would be written twice or out of order.
+
+    data: of the streams that are written, on the cells and at the steps of their own store: lead
+    times are those of any case, NaN in the others; there may be none.
+    """
+
+    plan: Plan
+    times: np.ndarray
+    num_members: int
+    names: LayoutName = "cf"
+    data: str = PRIMARY
+
+    def __post_init__(self) -> None:
+        if not self.plan.steps.is_forecast and (np.diff(self.valid_times) <= 0).any():
+            raise ValueError(
+                f"init_time: every case writes {len(self.steps)} steps, so that some valid times "
+                "come twice or out of order; choose times further apart, or every="
+                f"{len(self.steps)}"
+            )
+
+    @cached_property
+    def _written(self) -> list[np.ndarray]:
+        """Of every case, the times from the reference time to its steps."""
+        used = self.plan
+        return [used.leads_of(self.data, time, used.leads) for time in self.times]
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """Times from the reference time to the steps that any case has."""
+        return self.plan.leads[np.isin(self.plan.leads, np.concatenate(self._written))]
+
+    @cached_property
+    def valid_times(self) -> np.ndarray:
+        leads = self._written
+        return np.concatenate([time + own for time, own in zip(self.times, leads, strict=True)])
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.steps) == 0
+
+    @property
+    def specs(self) -> list[StreamSpec]:
+        return [spec for spec in self.plan.trained.specs if spec.data == self.data]
+
+    @property
+    def levels(self) -> list[int]:
+        return sorted({level for spec in self.specs for level in spec.levels})
+
+    def levels_of(self, variable: str) -> tuple[int, ...]:
+        """Levels of a variable in hPa; (0,) at the surface."""
+        return self.plan.trained.predicted_levels(self.data)[variable]
+
+    @property
+    def variables(self) -> list[str]:
+        """All that is predicted."""
+        return list(self.plan.trained.predicted_levels(self.data))
+
+    @property
+    def grid(self) -> Grid:
+        return self.plan.grid_of(self.data)
+
+    def where(self, case: int, leads: np.ndarray) -> tuple[int | slice | np.ndarray, ...]:
+        """Place of some steps of a case along the first dimensions."""
+        if self.plan.steps.is_forecast:
+            return case, _numbers(np.isin(self.steps, leads))
+        return (_numbers(np.isin(self.valid_times, self.times[case] + leads)),)
+
+    def dims(self, variable: str) -> tuple[str, ...]:
+        times = ("init_time", "lead_time") if self.plan.steps.is_forecast else ("time",)
+        levels = () if self.levels_of(variable) == (0,) else ("level",)
+        return (*times, "member", *levels, "latitude", "longitude")
+
+    def coordinates(self) -> dict[str, np.ndarray]:
+        grid = self.grid
+        dates = self.plan.segment.calendar.dates
+        found = {
+            "init_time": dates(self.times),
+            "lead_time": self.steps.astype("timedelta64[ns]"),
+            "time": dates(self.valid_times),
+            "member": np.arange(self.num_members),
+            "level": np.array(self.levels, np.int64),
+            "latitude": grid.latitude,
+            "longitude": grid.longitude,
+        }
+        unused = {"time"} if self.plan.steps.is_forecast else {"init_time", "lead_time"}
+        unused |= set() if self.levels else {"level"}
+        return {name: values for name, values in found.items() if name not in unused}
+
+    def place(self, variable: str, values: np.ndarray) -> np.ndarray:
+        """[step member level lat lon] over all levels of the prediction, NaN at those that the
+        variable lacks; without level axis at the surface."""
+        own = self.levels_of(variable)
+        if own == (0,):
+            return values[:, :, 0]
+        if list(own) == self.levels:
+            return values
+        shape = (*values.shape[:2], len(self.levels), *values.shape[3:])
+        whole = np.full(shape, np.nan, np.float32)
+        whole[:, :, [self.levels.index(level) for level in own]] = values
+        return whole
+
+    def dataset(self, fields: Fields | None = None) -> xr.Dataset:
+        """Described as CF asks: with the fields of a single case, or empty and lazy."""
+        coordinates = self.coordinates()
+        arrays = {}
+        for name in self.variables:
+            dims = self.dims(name)
+            if fields is None:
+                shape = tuple(len(coordinates[dim]) for dim in dims)
+                values = dask.array.full(shape, np.nan, dtype=np.float32, chunks=self.chunks(name))
+            else:
+                values = self.place(name, fields[name])
+                values = values[None] if self.plan.steps.is_forecast else values
+            arrays[name] = (dims, values, _description(name))
+        dataset = xr.Dataset(arrays, coordinates, self._attributes())
+        for name in coordinates:
+            pressure_levels = self.plan.trained.pressure_levels
+            dataset[name].attrs = attributes_of(name, pressure_levels=pressure_levels)
+        return self.renamed(dataset)
+
+    def renamed(self, dataset: xr.Dataset) -> xr.Dataset:
+        if self.names == "cf":
+            return dataset
+        present = {old: new for old, new in _WEATHERBENCH2.items() if old in dataset.dims}
+        return dataset.rename(present)
+
+    def chunks(self, variable: str) -> tuple[int, ...]:
+        """What is written at once: one pass of one case, some rows."""
+        steps, rows = self.plan.steps, self.plan.row_chunk
+        num_steps = min(steps.steps_per_pass, len(steps.offsets))
+        sizes = {name: len(values) for name, values in self.coordinates().items()}
+        sizes |= {"init_time": 1, "lead_time": num_steps, "time": len(steps.offsets)}
+        if self.data != PRIMARY:  # which of its steps a pass has differs from case to case
+            sizes |= {"lead_time": 1, "time": 1}
+            rows = self.plan.coverage[self.data].row(rows)
+        sizes["latitude"] = min(rows, sizes["latitude"])
+        return tuple(sizes[dim] for dim in self.dims(variable))
+
+    def _attributes(self) -> dict[str, str]:
+        plan, trained = self.plan, self.plan.trained
+        return {
+            "Conventions": "CF-1.11",
+            "title": f"atmossl {type(plan.task).__name__} prediction",
+            "institution": "not stated",
+            "source": f"atmossl {__version__}, checkpoint {trained.digest}",
+            "history": f"predicted from {_named([one.name for one in plan.segments])}",
+            "references": "Lessig et al. (2023), arXiv:2308.13280",
+            "comment": json.dumps(
+                {
+                    "task": repr(plan.task),
+                    "overlap": plan.options.overlap,
+                    "tilings": plan.options.tilings,
+                    "seed": plan.options.seed,
+                    "trained_on": trained.data,
+                    "torch": trained.record.get("torch", "unknown"),
+                }
+            ),
+        }
+
+
+def _numbers(chosen: np.ndarray) -> slice | np.ndarray:
+    """Numbers of what is chosen, as a slice if they follow one another."""
+    numbers = np.flatnonzero(chosen)
+    first, end = int(numbers[0]), int(numbers[-1]) + 1
+    return slice(first, end) if len(numbers) == end - first else numbers
+
+
+def _named(segments: list[str]) -> str:
+    return f"segment{'s' if len(segments) > 1 else ''} {', '.join(segments)}"
+
+
+def _description(name: str) -> dict[str, str]:
+    known = VARIABLES.get(name)
+    if known is None:
+        return {"long_name": name.replace("_", " ")}
+    found = {
+        "units": known.units,
+        "standard_name": known.standard_name,
+        "long_name": known.long_name,
+    }
+    if "temperature" in known.standard_name:
+        found["units_metadata"] = "temperature: on_scale"
+    return found
+
+
+def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:
+    """Types on disk: whole hours where the steps allow, no fill value where nothing can lack."""
+    found: dict[str, dict[str, object]] = {}
+    for name, values in dataset.coords.items():
+        key, kind = str(name), values.dtype.kind
+        if kind == "M":
+            whole = bool((values.values.astype("datetime64[h]") == values.values).all())
+            unit = "hours" if whole else "seconds"
+            found[key] = {"units": f"{unit} since 1900-01-01T00:00:00", "dtype": "int64"}
+        elif kind == "O":
+            found[key] = {
+                "units": "seconds since 1900-01-01T00:00:00",
+                "calendar": values.values[0].calendar,
+                "dtype": "int64",
+            }
+        elif kind == "m":
+            whole = bool((values.values % _HOUR == np.timedelta64(0)).all())
+            found[key] = {"units": "hours" if whole else "seconds", "dtype": "int64"}
+        else:
+            found[key] = {"_FillValue": None}
+    return found
+
 
 _NUM_SAMPLED = 8  # times at which the fields of a store are compared when an output goes on
 SUFFIXES = (".zarr", ".nc", ".grib2")
@@ -71,7 +344,7 @@ class _Progress:
 
 
 def write(
-    predictor: Predictor,
+    plan: Plan,
     times: np.ndarray,
     output: Path,
     *,
@@ -86,14 +359,14 @@ def write(
         OSError: the disk is full or gone; what is written stays, and `resume` goes on from it.
     """
     check_output(output, resume=resume)
-    check_request(predictor, times, output, names)
+    check_request(plan, times, output, names)
     partial = partial_of(output)
-    progress = _begun(partial, _request(predictor, times, names))
+    progress = _begun(partial, _request(plan, times, names))
     advance(float(progress.cases))
     try:
-        for part in _written(predictor, times, partial, names, progress):
-            rows = (part.rows.stop - part.rows.start) / predictor.grid.shape[0]
-            share = rows * len(part.leads) / len(predictor.leads)
+        for part in _written(plan, times, partial, names, progress):
+            rows = (part.rows.stop - part.rows.start) / plan.grid.shape[0]
+            share = rows * len(part.leads) / len(plan.leads)
             advance(share if part.data == PRIMARY else 0.0)
         _finish(partial, output, progress)
     except OSError as error:
@@ -105,17 +378,14 @@ def write(
     progress.path.unlink()
 
 
-def check_request(
-    predictor: Predictor, times: np.ndarray, output: Path, names: LayoutName = "cf"
-) -> None:
+def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName = "cf") -> None:
     """Raise ValueError, before anything is read, for a task that fits neither store nor model, or
     a prediction that the output cannot hold."""
-    predictor.check()
-    grids = _layouts(predictor, times, 1, names)
+    grids = _layouts(plan, times, 1, names)
     if output.suffix == ".grib2":
         from atmossl.inference.grib import check_grib
 
-        check_grib(predictor)
+        check_grib(plan)
         if len(grids) > 1:
             raise ValueError(
                 f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
@@ -128,23 +398,23 @@ def _kept(progress: _Progress, times: np.ndarray, partial: Path) -> str:
     return f"{count}; they stay readable in {partial}, and resume=true goes on from there"
 
 
-def _request(predictor: Predictor, times: np.ndarray, names: str) -> dict[str, str]:
+def _request(plan: Plan, times: np.ndarray, names: str) -> dict[str, str]:
     """All that the content depends on."""
     return {
-        "task": repr(predictor.task),
-        "checkpoint": predictor.trained.digest,
-        "data": ", ".join(segment.location for segment in predictor.segments),
+        "task": repr(plan.task),
+        "checkpoint": plan.trained.digest,
+        "data": ", ".join(segment.location for segment in plan.segments),
         "init_time": f"{len(times)} from {times[0]} to {times[-1]}, sha256 {_digest(times)}",
-        "overlap": str(predictor.overlap),
-        "tilings": str(predictor.tilings),
-        "seed": str(predictor.seed),
-        "missing": "fill" if predictor.fill_missing else "keep",
+        "overlap": str(plan.options.overlap),
+        "tilings": str(plan.options.tilings),
+        "seed": str(plan.options.seed),
+        "missing": "fill" if plan.options.fill_missing else "keep",
         "layout": names,
-        **_content_of_stores(predictor, times),
+        **_content_of_stores(plan, times),
     }
 
 
-def _content_of_stores(predictor: Predictor, times: np.ndarray) -> dict[str, str]:
+def _content_of_stores(plan: Plan, times: np.ndarray) -> dict[str, str]:
     """By store, a hash of its state: of the whole, and of the fields at some of the times. For one
     time there is none, since nothing of it would be kept."""
     if len(times) == 1:
@@ -153,13 +423,13 @@ def _content_of_stores(predictor: Predictor, times: np.ndarray) -> dict[str, str
     steps: dict[int, list[int]] = {}
     for time in chosen:
         try:
-            source = predictor.find(time).segment
+            source = plan.find(time).segment
         except ValueError:  # prediction refuses it; what was begun with other dates says so first
             continue
-        number = next(n for n, one in enumerate(predictor.segments) if one is source)
+        number = next(n for n, one in enumerate(plan.segments) if one is source)
         steps.setdefault(number, []).append(source.find_time(time))
     states = {}
-    for number, segment in enumerate(predictor.segments):
+    for number, segment in enumerate(plan.segments):
         key = f"content of {segment.location} ({segment.name})"
         states[key] = fingerprint([segment], steps=steps.get(number, ()))
         for data, read in segment.auxiliaries.items():
@@ -200,16 +470,16 @@ def _begun(partial: Path, request: dict[str, str]) -> _Progress:
 
 
 def _written(
-    predictor: Predictor, times: np.ndarray, partial: Path, names: LayoutName, progress: _Progress
+    plan: Plan, times: np.ndarray, partial: Path, names: LayoutName, progress: _Progress
 ) -> Iterator[BlendedPart]:
     """Every part, once it is in the store."""
     done = progress.cases
     layouts: dict[str, OutputLayout] = {}
     groups: dict[str, zarr.Group] = {}
-    for part in predictor.parts(list(times[done:])):
+    for part in predict_parts(plan, list(times[done:])):
         if not layouts:
             num_members = next(iter(part.fields.values())).shape[1]
-            layouts = _layouts(predictor, times, num_members, names)
+            layouts = _layouts(plan, times, num_members, names)
             if done == 0:
                 _make_empty(partial, layouts)
                 progress.save()
@@ -225,7 +495,7 @@ def _written(
 
 
 def _layouts(
-    predictor: Predictor, times: np.ndarray, num_members: int, names: LayoutName
+    plan: Plan, times: np.ndarray, num_members: int, names: LayoutName
 ) -> dict[str, OutputLayout]:
     """By the streams' `data`, for every source of which anything is written.
 
@@ -233,8 +503,8 @@ def _layouts(
         ValueError: times that do not fit, or a group that would have the name of a variable.
     """
     layouts = {
-        data: OutputLayout(predictor, times, num_members, names, data)
-        for data in sorted(predictor.coverage, key=group_of)
+        data: OutputLayout(plan, times, num_members, names, data)
+        for data in sorted(plan.coverage, key=group_of)
     }
     root = layouts[PRIMARY]
     taken = {*root.variables, *root.coordinates()} & set(map(group_of, layouts))
@@ -314,12 +584,12 @@ def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
 
 
 def predictions(
-    predictor: Predictor, times: np.ndarray, names: LayoutName = "cf", data: str = PRIMARY
+    plan: Plan, times: np.ndarray, names: LayoutName = "cf", data: str = PRIMARY
 ) -> Iterator[xr.Dataset]:
     """One whole dataset after another, in memory, for every reference time at which the streams
     with that `data` have steps to write."""
-    for number, fields in enumerate(predictor.run(list(times), data)):
+    for number, fields in enumerate(predict_fields(plan, list(times), data)):
         if fields:
             num_members = next(iter(fields.values())).shape[1]
             case = times[number : number + 1]
-            yield OutputLayout(predictor, case, num_members, names, data).dataset(fields)
+            yield OutputLayout(plan, case, num_members, names, data).dataset(fields)

@@ -12,7 +12,15 @@ from pydantic import BeforeValidator, Field
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout
-from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, points_of, union
+from atmossl.masking.tasks import (
+    Downscaling,
+    Points,
+    Task,
+    TimePlan,
+    given_steps,
+    points_of,
+    union,
+)
 from atmossl.setting_types import Positive, SignedHours
 
 
@@ -36,6 +44,19 @@ class Combined(Task):
                     f"task.parts: {key}=true of a downscaling is not for unions; valid: false, or "
                     "the downscaling on its own"
                 )
+
+    @property
+    def kind(self) -> str:
+        """The kinds of its parts, whatever their order."""
+        return "+".join(sorted(part.kind for part in self.parts))
+
+    @property
+    def components(self) -> tuple[Task, ...]:
+        return tuple(self.parts)
+
+    @property
+    def scores_init_time(self) -> bool:
+        return False
 
     @property
     def align(self) -> int:
@@ -66,6 +87,29 @@ class Combined(Task):
     def check(self, grid: Grid) -> None:
         for part in self.parts:
             part.check(grid)
+
+    def hidden_cells(self, grid: Grid) -> np.ndarray | None:
+        """Those of all parts together, if every part hides places."""
+        cells = [part.hidden_cells(grid) for part in self.parts]
+        places = [of_part for of_part in cells if of_part is not None]
+        return np.any(places, axis=0) if len(places) == len(cells) else None
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        names = " and ".join(type(part).__name__ for part in self.parts)
+        return f"{given_steps(plan, step_hours)}; hidden is what any of {names} hides."
+
+    def why_unscored(self) -> str | None:
+        for part in self.parts:
+            if why := part.why_unscored():
+                return why
+        kinds = sorted({part.kind for part in self.parts})
+        by_channel = any(part.scored_variables or part.scored_levels for part in self.parts)
+        if any(part.hides_whole_fields for part in self.parts) or (
+            len(kinds) == 1 and not by_channel
+        ):
+            return None
+        return f"what a union of {kinds} hides differs from step to step; score its parts"
 
     def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         found = [part.hidden_points(layouts) for part in self.parts]
@@ -111,6 +155,42 @@ class Counterfactual(Task):
     levels: Annotated[tuple[tuple[Positive, Positive], ...], BeforeValidator(_pairs)] = ()
 
     @property
+    def kind(self) -> str:
+        return self.task.kind
+
+    @property
+    def components(self) -> tuple[Task, ...]:
+        return self.task.components
+
+    @property
+    def true_task(self) -> Task:
+        return self.task.true_task
+
+    @property
+    def time_refinement(self) -> int:
+        return self.task.time_refinement
+
+    @property
+    def coarse_factor(self) -> int:
+        return self.task.coarse_factor
+
+    @property
+    def hides_whole_fields(self) -> bool:
+        return self.task.hides_whole_fields
+
+    @property
+    def scored_variables(self) -> tuple[str, ...]:
+        return self.task.scored_variables
+
+    @property
+    def scored_levels(self) -> tuple[int, ...]:
+        return self.task.scored_levels
+
+    @property
+    def scores_init_time(self) -> bool:
+        return self.task.scores_init_time
+
+    @property
     def align(self) -> int:
         return self.task.align
 
@@ -139,6 +219,20 @@ class Counterfactual(Task):
 
     def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
         return self.task.cells(lat, lon)
+
+    def hidden_cells(self, grid: Grid) -> np.ndarray | None:
+        return self.task.hidden_cells(grid)
+
+    def told_grid(self, grid: Grid) -> Grid:
+        return Grid(grid.latitude + self.shift_lat, grid.longitude + self.shift_lon)
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        given = given_steps(plan, step_hours)
+        return f"{given}, of another date, level or place than the model is told."
+
+    def why_unscored(self) -> str | None:
+        return self.task.why_unscored()
 
     def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         return self.task.hidden_points(self._true(layouts))

@@ -14,7 +14,7 @@ from torch import Tensor
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
 from atmossl.masking.base import Points, TokenLayout, share_known
-from atmossl.masking.tasks import Task, TimePlan, points_of, step_hours_of, steps_of
+from atmossl.masking.tasks import Task, TimePlan, given_steps, points_of, step_hours_of, steps_of
 from atmossl.setting_types import Positive
 
 
@@ -193,6 +193,23 @@ class Inpainting(Task):
             hidden |= region.contains(lat, lon)
         return hidden
 
+    def hidden_cells(self, grid: Grid) -> np.ndarray:
+        return self.cells(grid.latitude, grid.longitude)
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        cells = self.hidden_cells(grid)
+        share = (grid.weights[:, None] * cells).sum() / (cells.shape[1] * grid.weights.sum())
+        given = given_steps(plan, step_hours)
+        return f"{given} without {share:.1%} of the globe, which alone is predicted and scored."
+
+    def why_unscored(self) -> str | None:
+        if not self.missing:
+            return None
+        return (
+            "missing=true fills what has no truth; to score it, hide cells that are known: boxes, "
+            "mask_file, observed or stations"
+        )
+
     def _hidden(self, layout: TokenLayout, step_hours: float) -> Points:
         cells = self.cells(layout.point_lat().numpy(), layout.point_lon().numpy())
         times = layout.point_times().flatten()
@@ -239,6 +256,21 @@ class CrossVariable(Task):
     def __post_init__(self) -> None:
         if not self.variables and not self.levels:
             raise ValueError("task.variables and task.levels are empty; name what is to be hidden")
+
+    @property
+    def scored_variables(self) -> tuple[str, ...]:
+        return self.variables
+
+    @property
+    def scored_levels(self) -> tuple[int, ...]:
+        return self.levels
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        what = ", ".join(name.replace("_", " ") for name in self.variables) or "all variables"
+        where = f" at {', '.join(map(str, self.levels))} hPa" if self.levels else ""
+        given = given_steps(plan, step_hours)
+        return f"{given}. Hidden at all of them, and predicted: {what}{where}."
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         del step_hours

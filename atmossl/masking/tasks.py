@@ -54,7 +54,23 @@ class TimePlan:
 
 
 class Task:
-    """What a task adds to its mask."""
+    """What a task adds to its mask: which steps it reads and writes, what it hides, and what people
+    and scores are told of it. Each subclass answers for itself; nothing else asks for its class."""
+
+    @property
+    def kind(self) -> str:
+        """The name under which tasks with the same calibrated spread are kept."""
+        return type(self).__name__
+
+    @property
+    def components(self) -> tuple["Task", ...]:
+        """The tasks whose union this one is; none for a task of its own."""
+        return ()
+
+    @property
+    def true_task(self) -> "Task":
+        """The task without false conditions that only the model is told."""
+        return self
 
     @property
     def name(self) -> str:
@@ -67,9 +83,43 @@ class Task:
         return 1
 
     @property
+    def time_refinement(self) -> int:
+        """Steps of the window along one step of the store."""
+        return 1
+
+    @property
+    def coarse_factor(self) -> int:
+        """Cells of the prediction along one cell of the store."""
+        return 1
+
+    @property
     def fills_missing(self) -> bool:
         """Whether missing values of the store are hidden, and so predicted."""
         return False
+
+    @property
+    def downscaling(self) -> "Downscaling | None":
+        """What is given coarse over the whole field, if the task is that alone."""
+
+    @property
+    def hides_whole_fields(self) -> bool:
+        """Whether nothing is given as it is at the steps that are written."""
+        return False
+
+    @property
+    def scored_variables(self) -> tuple[str, ...]:
+        """The variables that are hidden where the task writes; all if empty."""
+        return ()
+
+    @property
+    def scored_levels(self) -> tuple[int, ...]:
+        """The levels in hPa that are hidden where the task writes; all if empty."""
+        return ()
+
+    @property
+    def scores_init_time(self) -> bool:
+        """Whether a forecast at lead time 0 is scored; most of it may have been given."""
+        return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         """Steps read and written in a window of `num_steps` that are `step_hours` apart."""
@@ -87,6 +137,11 @@ class Task:
         """Cells [lat lon] of the given centres, degrees, at which the task may hide something."""
         return np.ones((len(lat), len(lon)), bool)
 
+    def hidden_cells(self, grid: Grid) -> np.ndarray | None:
+        """Hidden cells [lat lon] of a task that hides places at the time that it writes; None for
+        a task that hides all cells alike."""
+        del grid
+
     def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         """Hidden points of every stream, for a task that hides less than whole tokens."""
         del layouts
@@ -95,9 +150,9 @@ class Task:
         """The windows as the model is to take them."""
         return windows
 
-    @property
-    def downscaling(self) -> "Downscaling | None":
-        """What is given coarse over the whole field, if the task is that alone."""
+    def told_grid(self, grid: Grid) -> Grid:
+        """The cells of a grid as the model is told them."""
+        return grid
 
     def one_pass(self) -> "Task":
         """The task without passes that go on from earlier ones."""
@@ -107,6 +162,21 @@ class Task:
         """The task for these windows, where it depends on what they lack."""
         del windows
         return self
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        """What is given and what is predicted, in a sentence for people; empty if the task does not
+        tell. step_hours: between the steps of a window."""
+        del plan, step_hours, grid
+        return ""
+
+    def why_unscored(self) -> str | None:
+        """Why a prediction cannot be scored, such as that the store holds no truth; None if it
+        can."""
+
+
+def given_steps(plan: TimePlan, step_hours: float) -> str:
+    """The beginning of a task's description."""
+    return f"Given: {len(plan.read)} steps of {step_hours * plan.refine:g} h"
 
 
 def steps_of(key: str, hours: float, step_hours: float) -> int:
@@ -230,6 +300,10 @@ class Forecast(Task):
     def one_pass(self) -> "Forecast":
         return replace(self, lead_hours=self.pass_hours)
 
+    @property
+    def hides_whole_fields(self) -> bool:
+        return True
+
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         total = steps_of("task.lead_time", self.lead_hours, step_hours)
         key = "task.lead_time" if self.pass_hours == self.lead_hours else "task.rollout_time"
@@ -243,6 +317,11 @@ class Forecast(Task):
             is_forecast=True,
             num_passes=-(-total // count),
         )
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        given = given_steps(plan, step_hours)
+        return f"{given} up to the init time. Predicted: the {self.lead_hours:g} h after it."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
@@ -260,6 +339,10 @@ class Hindcast(Task):
 
     lead_hours: Annotated[Hours, Field(alias="lead_time")]
 
+    @property
+    def hides_whole_fields(self) -> bool:
+        return True
+
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         count = steps_of("task.lead_time", self.lead_hours, step_hours)
         _check_room("task.lead_time", self.lead_hours, count, num_steps, step_hours)
@@ -269,6 +352,11 @@ class Hindcast(Task):
             read=tuple(range(count, num_steps)),
             is_forecast=True,
         )
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        given = given_steps(plan, step_hours)
+        return f"{given} from the init time on. Predicted: the {self.lead_hours:g} h before it."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
@@ -345,6 +433,23 @@ class TemporalInterpolation(Task):
             refine=self.refine,
         )
 
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        given, hidden = given_steps(plan, step_hours), len(plan.offsets)
+        return f"{given}, of which {hidden} in the middle are hidden and predicted."
+
+    @property
+    def time_refinement(self) -> int:
+        return self.refine
+
+    def why_unscored(self) -> str | None:
+        if self.refine == 1:
+            return None
+        return (
+            f"refine={self.refine} writes steps of which the store has no truth; to score it, hide "
+            "steps that are known: hidden_time or steps"
+        )
+
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
@@ -381,6 +486,22 @@ class Downscaling(Task):
     def downscaling(self) -> "Downscaling":
         return self
 
+    @property
+    def coarse_factor(self) -> int:
+        return self.factor if self.coarse_input else 1
+
+    def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
+        del grid
+        return (
+            f"{given_steps(plan, step_hours)}, as means over {self.factor} x {self.factor} cells. "
+            "Predicted: every cell at the middle step."
+        )
+
+    def why_unscored(self) -> str | None:
+        if not self.coarse_input:
+            return None
+        return "coarse_input=true has no truth; to score it, give a fine store and leave it out"
+
     def check(self, grid: Grid) -> None:
         if any(size % self.factor for size in grid.shape):
             common = math.gcd(*grid.shape)
@@ -389,6 +510,10 @@ class Downscaling(Task):
                 f"task.factor={self.factor} does not divide the store's {grid.shape[0]} x "
                 f"{grid.shape[1]} cells; valid: {valid}"
             )
+
+    @property
+    def hides_whole_fields(self) -> bool:
+        return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         del step_hours

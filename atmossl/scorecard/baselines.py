@@ -20,7 +20,6 @@ from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
 from atmossl.geometry import Grid
 from atmossl.masking import tasks
 from atmossl.masking.places import CrossVariable
-from atmossl.scorecard.scored_cells import hidden_cells
 
 Answers = dict[str, xr.Dataset]
 Baselines = Callable[[xr.Dataset, xr.Dataset], Answers]
@@ -191,7 +190,7 @@ def downscaling(setting: Setting) -> Baselines:
 
 def inpainting(setting: Setting) -> Baselines:
     """Harmonic infill, climatology, and a ridge regression on the nearest visible cells."""
-    hidden = hidden_cells(setting.task, setting.grid)
+    hidden = setting.task.hidden_cells(setting.grid)
     assert hidden is not None, setting.task
     harmonic = HarmonicInfill(setting.grid, hidden)
     names = list(setting.complete)
@@ -220,9 +219,9 @@ def cross_variable(setting: Setting) -> Baselines:
 def combined(setting: Setting) -> Baselines:
     """Persistence, of a state with its gaps filled, for a union with a forecast; harmonic infill
     for a union of gaps; climatology."""
-    gaps = [hidden_cells(part, setting.grid) for part in setting.task.parts]
+    gaps = [part.hidden_cells(setting.grid) for part in setting.task.parts]
     gaps = [gap for gap in gaps if gap is not None]
-    hidden = hidden_cells(setting.task, setting.grid)  # of a union of gaps alone
+    hidden = setting.task.hidden_cells(setting.grid)  # of a union of gaps alone
     harmonic = None if hidden is None else HarmonicInfill(setting.grid, hidden)
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:

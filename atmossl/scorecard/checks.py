@@ -8,7 +8,6 @@ from atmossl.evaluation.climate import is_precipitation, rain_factor
 from atmossl.evaluation.infill import require_visible
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Setting, problem_of
-from atmossl.scorecard.scored_cells import hidden_cells
 from atmossl.scorecard.task_report import check_regions
 
 
@@ -51,7 +50,7 @@ def check_baselines(setting: Setting, name: str, training: Sequence[Segment]) ->
 
     name: of the task, for messages.
     """
-    hidden = hidden_cells(setting.task, setting.grid)
+    hidden = setting.task.hidden_cells(setting.grid)
     if hidden is not None:
         require_visible(hidden)
     problem = problem_of(setting)

@@ -35,9 +35,14 @@ from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.geometry import Grid
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.checks import check_calendar, check_rain
-from atmossl.scorecard.describe_task import period
 from atmossl.scorecard.records import chosen_segments
-from atmossl.scorecard.task_report import check_regions, empty_tally, example_of, reported
+from atmossl.scorecard.task_report import (
+    check_regions,
+    empty_tally,
+    example_of,
+    period,
+    reported,
+)
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 

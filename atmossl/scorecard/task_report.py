@@ -82,6 +82,12 @@ def example_of(
     return Example(name, level, true.load(), case.load(), cells)
 
 
+def period(times: np.ndarray) -> str:
+    """First and last of the cases."""
+    first, last = (np.datetime_as_string(time, "h") for time in times[[0, -1]])
+    return f"from {first} to {last}"
+
+
 def reported(
     config: EvaluateConfig,
     tally: Tally,

@@ -14,16 +14,15 @@ from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.content import Example, TaskReport
 from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import predictions
 from atmossl.masking.tasks import Task
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
-from atmossl.scorecard.describe_task import describe_task, period
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
-from atmossl.scorecard.scored_cells import beside, check_scorable, hidden_cells, only_hidden
-from atmossl.scorecard.task_report import empty_tally, example_of, reported
+from atmossl.scorecard.task_report import empty_tally, example_of, period, reported
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -32,7 +31,7 @@ _CHUNK_BYTES = 64 * 2**20
 class _Run:
     """A task on one record: the dates that are scored."""
 
-    predictor: Predictor
+    plan: Plan
     times: np.ndarray
 
 
@@ -42,11 +41,11 @@ def score_tasks(
     test: Sequence[Segment],
     training: Sequence[Segment],
     device: str,
-    tell: Callable[[Predictor, np.ndarray], object] | None = None,
+    tell: Callable[[Plan, np.ndarray], object] | None = None,
 ) -> list[TaskReport]:
     """Every task of the configuration against its baselines, a few dates at a time.
 
-    tell: called with the predictor and the dates of every task and record before any is scored.
+    tell: called with the plan and the dates of every task and record before any is scored.
     All segments of the split are scored, or the one that the configuration names: each by itself,
     all in one table.
 
@@ -60,12 +59,12 @@ def score_tasks(
     mean = read_monthly(config.climatology, training) if config.climatology else None
     runs = _runs(config, trained, segments, device)
     settings = [
-        _setting(config, of_task[0].predictor, task.name, training)
+        _setting(config, of_task[0].plan, task.name, training)
         for task, of_task in zip(config.tasks, runs, strict=True)
     ]
     if tell is not None:
         for run in [run for of_task in runs for run in of_task]:
-            tell(run.predictor, run.times)
+            tell(run.plan, run.times)
     history = [record_of(segment) for segment in training]
     climate = Climate.of(history, quantiles=config.tails, mean=mean)
     rng = np.random.default_rng(config.seed)
@@ -81,23 +80,18 @@ def _runs(
 ) -> list[list[_Run]]:
     """Of every task, the dates of every record that are scored; ValueError for a task that fits
     neither store nor model."""
+    options = Options(
+        overlap=config.overlap,
+        tilings=config.tilings,
+        batch_size=config.batch_size,
+        device=device,
+    )
     runs: list[list[_Run]] = []
     for task in config.tasks:
-        predictors = [
-            Predictor(
-                trained=trained,
-                segment=segment,
-                task=task,
-                overlap=config.overlap,
-                tilings=config.tilings,
-                batch_size=config.batch_size,
-                device=device,
-            )
-            for segment in segments
-        ]
-        runs.append(scored_runs(predictors, config.every, task.name))
-    for of_task in runs:  # refuses what does not fit store or model
-        of_task[0].predictor.first_view(of_task[0].times[0])
+        plans = [plan_prediction(trained, task, [one], options) for one in segments]
+        runs.append(scored_runs(plans, config.every, task.name))
+    for of_task in runs:  # refuses what does not fit the model
+        first_view(of_task[0].plan, of_task[0].times[0])
     return runs
 
 
@@ -108,41 +102,41 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     if twice:
         raise ValueError(f"tasks: {twice} are there twice; evaluate them in reports of their own")
     for task in tasks:
-        check_scorable(task, task.name)
+        why = task.why_unscored()
+        if why is not None:
+            raise ValueError(f"tasks: {task.name} with {why}")
 
 
-def scored_runs(predictors: Sequence[Predictor], every: int, name: str) -> list[_Run]:
-    """Of each predictor every n-th time that has its truth in the store; without those that have
+def scored_runs(plans: Sequence[Plan], every: int, name: str) -> list[_Run]:
+    """Of each plan every n-th time that has its truth in the store; without those that have
     none.
 
     Raises:
         ValueError: all have none.
     """
     runs = []
-    for predictor in predictors:
-        times = predictor.with_truth(predictor.possible_times())[::every]
-        runs += [_Run(predictor, times)] if len(times) else []
+    for plan in plans:
+        times = plan.with_truth(plan.possible_times())[::every]
+        runs += [_Run(plan, times)] if len(times) else []
     if not runs:
         raise ValueError(f"task {name}: no date of the store has all the steps that it needs")
     return runs
 
 
-def _setting(
-    config: EvaluateConfig, predictor: Predictor, name: str, training: Sequence[Segment]
-) -> Setting:
+def _setting(config: EvaluateConfig, plan: Plan, name: str, training: Sequence[Segment]) -> Setting:
     """What a task's baselines may know, but for the training record.
 
     Raises:
         ValueError: records that the task's baselines cannot use.
     """
-    plan, segment = predictor.plan, predictor.segment
+    segment = plan.segment
     setting = Setting(
-        task=predictor.task,
-        offsets=plan.offsets,
-        reference=plan.reference,
-        num_steps=predictor.trained.window.time,
+        task=plan.task,
+        offsets=plan.steps.offsets,
+        reference=plan.steps.reference,
+        num_steps=plan.trained.window.time,
         step=segment.step,
-        grid=predictor.grid,
+        grid=plan.grid,
         with_ridge=config.ridge,
         levels={v: segment.levels_of(v) for v in segment.variables if v not in segment.may_miss},
     )
@@ -152,12 +146,12 @@ def _setting(
 
 def _loaded(runs: Sequence[Sequence[_Run]]) -> list[list[_Run]]:
     """The same dates of the same records, in memory if they are small."""
-    segments = {id(run.predictor.segment): run.predictor.segment for of in runs for run in of}
+    segments = {id(run.plan.segment): run.plan.segment for of in runs for run in of}
     kept = {key: one.loaded() if is_small(one) else one for key, one in segments.items()}
 
     def with_record(run: _Run) -> _Run:
-        segment = kept[id(run.predictor.segment)]
-        return replace(run, predictor=replace(run.predictor, segment=segment))
+        segment = kept[id(run.plan.segment)]
+        return replace(run, plan=replace(run.plan, segments=(segment,)))
 
     return [list(map(with_record, of_task)) for of_task in runs]
 
@@ -169,12 +163,12 @@ def _score_task(
     setting: Setting,
     rng: np.random.Generator,
 ) -> TaskReport:
-    predictor, plan, climate = runs[0].predictor, runs[0].predictor.plan, setting.climate
+    plan, climate = runs[0].plan, setting.climate
     baselines = build_baselines(task.name, setting)
     tally = empty_tally(config, task.name)
     examples = [_tallied(tally, run, baselines, climate, str(n)) for n, run in enumerate(runs)]
-    step_hours = float(predictor.step / np.timedelta64(1, "h"))
-    said = describe_task(predictor.task, plan, step_hours, predictor.grid)
+    step_hours = float(plan.step / np.timedelta64(1, "h"))
+    said = plan.task.describe(plan.steps, step_hours, plan.grid)
     covered = "; ".join(period(run.times) for run in runs)
     return reported(config, tally, examples[0], rng, about=said, period=covered)
 
@@ -183,18 +177,18 @@ def _tallied(
     tally: Tally, run: _Run, baselines: Baselines, climate: Climate, series: str
 ) -> list[Example]:
     """Score all dates of one record; its middle one is the example of every variable."""
-    predictor, times = run.predictor, run.times
-    truth, plan = record_of(predictor.segment), predictor.plan
-    hidden = hidden_cells(predictor.task, predictor.grid)
+    plan, times = run.plan, run.times
+    truth, steps = record_of(plan.segment), plan.steps
+    hidden = plan.task.hidden_cells(plan.grid)
     middle = len(times) // 2
     examples: list[Example] = []
-    for first, predicted in _chunks(predictor, times, tally.task):
-        predicted = only_hidden(predictor.task, predicted)
+    for first, predicted in _chunks(plan, times, tally.task):
+        predicted = only_hidden(plan.task, predicted)
         here = _times_of(predicted, truth)
         answers = {name: one.load() for name, one in baselines(predicted, truth).items()}
-        tally.add(predicted, beside(here, hidden), answers, climate, series)
-        dim = "init_time" if plan.is_forecast else "time"
-        place = (middle - first) * (1 if plan.is_forecast else len(plan.offsets))
+        tally.add(predicted, where_hidden(here, hidden), answers, climate, series)
+        dim = "init_time" if steps.is_forecast else "time"
+        place = (middle - first) * (1 if steps.is_forecast else len(steps.offsets))
         if 0 <= place < predicted.sizes[dim]:
             chosen = predicted.isel({dim: [place]})
             names = map(str, predicted.data_vars)
@@ -202,17 +196,37 @@ def _tallied(
     return examples
 
 
+def only_hidden(task: Task, predicted: xr.Dataset) -> xr.Dataset:
+    """A prediction without the variables and levels that were given, and, for a union of a
+    forecast and others, without lead time 0, where most of the field was."""
+    variables, levels = task.scored_variables, task.scored_levels
+    if variables:
+        predicted = predicted[[name for name in predicted.data_vars if name in variables]]
+    if levels and "level" in predicted.dims:
+        predicted = predicted.sel(level=[v for v in predicted["level"] if v in levels])
+    if not task.scores_init_time and "lead_time" in predicted.dims:
+        predicted = predicted.sel(lead_time=predicted["lead_time"] != np.timedelta64(0, "ns"))
+    return predicted
+
+
+def where_hidden(truth: xr.Dataset, hidden: np.ndarray | None) -> xr.Dataset:
+    """The truth, missing where cells were given, so that nothing is scored there."""
+    if hidden is None:
+        return truth
+    return truth.where(xr.DataArray(hidden, dims=("latitude", "longitude")))
+
+
 def _times_of(predicted: xr.Dataset, truth: xr.Dataset) -> xr.Dataset:
     """The truth of some predictions, in memory."""
     return truth.sel(time=np.unique(case_times(predicted).to_numpy())).load()
 
 
-def _chunks(predictor: Predictor, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.Dataset]]:
+def _chunks(plan: Plan, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.Dataset]]:
     """Predictions of a few times in one dataset, and the number of the first of them."""
-    dim = "init_time" if predictor.plan.is_forecast else "time"
+    dim = "init_time" if plan.steps.is_forecast else "time"
     waiting: list[xr.Dataset] = []
     done = 0
-    for one in track(predictions(predictor, times), total=len(times), description=name):
+    for one in track(predictions(plan, times), total=len(times), description=name):
         waiting.append(one)
         full = len(waiting) * one.nbytes >= _CHUNK_BYTES
         if full or done + len(waiting) == len(times):

@@ -16,7 +16,8 @@ from atmossl.data.store import open_segment
 from atmossl.data.variables import Transform
 from atmossl.data.windows import WindowSize, read_window
 from atmossl.inference.checkpoint import TrainedModel, spec_from_dict, spec_to_dict
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, plan_prediction
+from atmossl.inference.predict import predict_fields
 from atmossl.masking.base import make_view
 from atmossl.masking.first_guess import interpolate_in_time
 from atmossl.masking.random import RandomMasking
@@ -156,16 +157,9 @@ def test_what_is_never_observed_is_missing_in_the_output(task, fill: bool) -> No
         record={},
         digest="0",
     )
-    used = Predictor(
-        trained=trained,
-        segment=segment,
-        task=task,
-        overlap=0.5,
-        batch_size=4,
-        device="cpu",
-        fill_missing=fill,
-    )
-    (fields,) = used.run([segment.times[4]])
+    options = Options(overlap=0.5, batch_size=4, device="cpu", fill_missing=fill)
+    used = plan_prediction(trained, task, [segment], options)
+    (fields,) = predict_fields(used, [segment.times[4]])
     missing = np.isnan(fields["temperature"]).all(axis=(0, 1, 2))
     land = np.zeros((8, 16), bool)
     land[LAND] = True

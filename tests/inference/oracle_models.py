@@ -14,7 +14,8 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.predict import predict_fields
 from atmossl.masking.tasks import Task
 from tests.synthetic import dataset, spec
 
@@ -81,8 +82,9 @@ def predictor(
     specs: tuple[StreamSpec, ...] = (spec(token=(1, 2, 2)),),
     window: tuple[int, int, int] = (5, 4, 8),
     statistics: xr.Dataset = STORE,
+    others: tuple[Segment, ...] = (),
     **changes,
-) -> Predictor:
+) -> Plan:
     trained = TrainedModel(
         model=model,
         specs=specs,
@@ -93,12 +95,12 @@ def predictor(
         record={},
         digest="0",
     )
-    arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
+    options = Options(**{"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes)
     missing = [spec for spec in trained.specs_for(task) if spec.missing == "mask"]
     record = segment(store, tuple(name for spec in missing for name in spec.variables))
-    return Predictor(trained=trained, segment=record, task=task, **arguments)
+    return plan_prediction(trained, task, (record, *others), options)
 
 
-def run_at(used: Predictor, step: int) -> dict[str, np.ndarray]:
-    (fields,) = used.run([used.segment.times[step]])
+def run_at(used: Plan, step: int) -> dict[str, np.ndarray]:
+    (fields,) = predict_fields(used, [used.segment.times[step]])
     return fields

@@ -3,7 +3,7 @@
 import numpy as np
 
 from atmossl.geometry import Box
-from atmossl.inference.blend import TileBlender
+from atmossl.inference.tiles import TileBlender
 from tests.synthetic import spec
 
 LEVELS = (300, 500)

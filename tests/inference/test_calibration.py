@@ -9,6 +9,8 @@ from torch import nn
 
 from atmossl.batch import PRIMARY
 from atmossl.inference.calibration import Calibration, SpreadInflation, estimate_inflation
+from atmossl.inference.plan import Plan
+from atmossl.inference.predict import predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
@@ -28,12 +30,16 @@ class Overconfident(nn.Module):
         return Known(noisy, tuple(0.1 * np.linspace(-1.5, 1.5, 6))).forward(view)
 
 
+def inflation(used: Plan, times: np.ndarray) -> SpreadInflation:
+    return estimate_inflation(used, times, predict_parts(used, list(times)))
+
+
 def test_inflation_brings_spread_to_error() -> None:
     used = predictor(
         TemporalInterpolation(6), Overconfident(), window=(5, 8, 16), overlap=0.0, batch_size=1
     )
     times = used.possible_times()
-    found = estimate_inflation(used, times)
+    found = inflation(used, times)
     variance = np.var(0.1 * np.linspace(-1.5, 1.5, 6), ddof=1) * 7 / 6
     expected = 0.3 / np.sqrt(variance)
     for factors in found.factors.values():
@@ -42,11 +48,11 @@ def test_inflation_brings_spread_to_error() -> None:
     record = Calibration({"kept": 1}, used.task).replaced(found)
     assert record["kept"] == 1
     trained = replace(used.trained, record=record)
-    again = estimate_inflation(replace(used, trained=trained), times)
+    again = inflation(replace(used, trained=trained), times)
     for factors in again.factors.values():
         np.testing.assert_allclose(factors, 1.0, atol=1e-4)
     record = Calibration(record, used.task).without_own()
-    free = estimate_inflation(replace(used, trained=replace(trained, record=record)), times)
+    free = inflation(replace(used, trained=replace(trained, record=record)), times)
     np.testing.assert_allclose(free.factors["temperature"], found.factors["temperature"])
     assert SpreadInflation.of(record, "TemporalInterpolation") is None
 
@@ -95,7 +101,7 @@ def test_a_union_takes_at_each_cell_the_largest_factor_of_what_hides_there() -> 
 def test_one_member_has_no_spread() -> None:
     used = predictor(Forecast(6), Known(lambda stream: stream.guess, (0.0,)))
     with pytest.raises(ValueError, match="one member"):
-        estimate_inflation(used, used.possible_times()[:1])
+        inflation(used, used.possible_times()[:1])
 
 
 def test_every_pass_of_a_rollout_is_inflated() -> None:
@@ -122,4 +128,4 @@ def test_a_task_without_truth_is_not_calibrated(task: Task, message: str) -> Non
     store["temperature"].values[:, 1:, 2:5, 3:9] = np.nan
     used = predictor(task, Overconfident(), store=store if task.fills_missing else STORE)
     with pytest.raises(ValueError, match=message):
-        estimate_inflation(used, used.segment.times[6:7])
+        inflation(used, used.segment.times[6:7])

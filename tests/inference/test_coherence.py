@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from atmossl.inference.coherence import coherent
+from atmossl.inference.tiles import coherent
 from tests.synthetic import spec
 
 

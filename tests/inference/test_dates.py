@@ -15,6 +15,7 @@ import xarray as xr
 from atmossl.api import chosen_times
 from atmossl.data.store import open_parts
 from atmossl.inference.grib import check_grib
+from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Forecast, TemporalInterpolation
 from tests.inference.oracle_models import NAMES, STORE, Known, predictor
@@ -48,10 +49,10 @@ def test_the_part_of_a_record_that_holds_the_dates_is_predicted() -> None:
     parts = open_parts("waves", gappy, "memory", variables=NAMES, levels=(300, 500, 850),
                        gaps="split")  # fmt: skip
     used = predictor(TemporalInterpolation(6), Known(attrgetter("target")))
-    used = replace(used, segment=parts[0], others=parts[1:])
+    used = replace(used, segments=tuple(parts))
     times = used.possible_times()
     np.testing.assert_array_equal(times, STORE.time.values[[2, 9]])
-    for time, fields in zip(times, used.run(list(times)), strict=True):
+    for time, fields in zip(times, predict_fields(used, list(times)), strict=True):
         truth = STORE["temperature"].sel(time=time).values
         np.testing.assert_allclose(fields["temperature"].mean(axis=1)[0], truth, atol=2e-5)
     with pytest.raises(ValueError, match="lacks steps around it"):

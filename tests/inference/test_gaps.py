@@ -11,7 +11,8 @@ from atmossl.batch import PRIMARY
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Plan
+from atmossl.inference.predict import predict_fields
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast
@@ -108,9 +109,9 @@ def test_what_is_computed_has_its_true_values_at_every_date(task) -> None:
     trained = replace(
         used.trained, specs=specs, normaliser=Normaliser({PRIMARY: Statistics.compute([record])})
     )
-    used = replace(used, trained=trained, segment=record)
+    used = replace(used, trained=trained, segments=(record,))
     time = record.times[6 if task is GAPS else -1]
-    list(used.run([time]))
+    list(predict_fields(used, [time]))
     shown = zip(spy.seen[0::12], spy.seen[4::12], spy.seen[8::12], spy.seen[6::12], strict=True)
     calls = list(shown)
     assert len(calls) == 1 + 2 * (getattr(task, "lead_hours", 0) == 36) * 2  # two members go on
@@ -130,7 +131,7 @@ def test_a_rollout_of_inputs_that_nothing_tells_is_refused() -> None:
         run_at(predictor(Forecast(24, 12), Known(attrgetter("target")), specs=specs), 6)
 
 
-def two_records(**changes) -> Predictor:
+def two_records(**changes) -> Plan:
     """A record and a later one."""
     later = dataset(steps=12, start="2002-01-01", seed=3)
     known = Known(attrgetter("target"))
@@ -151,8 +152,8 @@ def test_several_records_are_one_prediction(task) -> None:
     ]
     assert times.tolist() == [t for one in alone for t in one.possible_times().tolist()]
     chosen = times[[0, -1]]
-    for fields, one, time in zip(both.run(chosen), alone, chosen, strict=True):
-        (expected,) = one.run([time])
+    for fields, one, time in zip(predict_fields(both, chosen), alone, chosen, strict=True):
+        (expected,) = predict_fields(one, [time])
         for name in NAMES:
             np.testing.assert_array_equal(fields[name], expected[name])
 

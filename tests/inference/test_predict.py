@@ -11,7 +11,8 @@ from torch import nn
 
 from atmossl.batch import PRIMARY, Prediction, View
 from atmossl.inference.out_of_training_warnings import untrained_window
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Plan
+from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
 from tests.inference.oracle_models import NAMES, STORE, Known, run_at
@@ -19,7 +20,7 @@ from tests.inference.oracle_models import predictor as known
 from tests.synthetic import spec
 
 
-def predictor(task: Task, source: str = "target", **changes) -> Predictor:
+def predictor(task: Task, source: str = "target", **changes) -> Plan:
     return known(task, Known(attrgetter(source)), **changes)
 
 
@@ -54,9 +55,9 @@ def test_a_region_smaller_than_the_windows_of_the_training_is_predicted_in_whole
         assert "windows of 6 x 8 cells; training had 8 x " in said
     whole = predictor(TemporalInterpolation(6))
     assert untrained_window(whole.tiles, whole.trained.window) == []
-    tiny = predictor(TemporalInterpolation(6), store=region, specs=(spec(token=(1, 8, 2)),))
+    tall = (spec(token=(1, 8, 2)),)
     with pytest.raises(ValueError, match="7 rows, fewer than the 8 of a token"):
-        run_at(tiny, 6)
+        predictor(TemporalInterpolation(6), store=region, specs=tall)
 
 
 class Columns(nn.Module):
@@ -109,7 +110,7 @@ def test_a_time_without_its_steps_is_named(task, step: int, message: str) -> Non
     with pytest.raises(ValueError, match=message):
         run_at(predictor(task), step)
     with pytest.raises(ValueError, match="1999"):
-        next(predictor(task).run([np.datetime64("1999-01-01", "ns")]))
+        next(predict_fields(predictor(task), [np.datetime64("1999-01-01", "ns")]))
 
 
 @pytest.mark.parametrize("suffix", ["zarr", "nc"])

@@ -23,7 +23,8 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, spec_to_dict
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, plan_prediction
+from atmossl.inference.predict import predict_fields
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.model.multiformer import Multiformer
 from tests.inference.oracle_models import NAMES, Known, predictor, run_at, segment
@@ -95,12 +96,11 @@ def test_streams_of_two_stores_roll_out_whatever_their_levels(
         digest="0",
     )
     (own,) = paired({data: [record] for data, record in records.items()})
-    used = Predictor(
-        trained=trained, segment=own, task=Forecast(24, 12), overlap=0.5, batch_size=8, device="cpu"
-    )
+    options = Options(overlap=0.5, batch_size=8, device="cpu")
+    used = plan_prediction(trained, Forecast(24, 12), [own], options)
     time = own.times[9]
     for data, store, levels in ((PRIMARY, FINE, fine), ("reduced", COARSE, coarse)):
-        (fields,) = used.run([time], data)
+        (fields,) = predict_fields(used, [time], data)
         for name, values in fields.items():
             expected = store[name].sel(time=time, level=list(levels)).values
             for step in values.mean(axis=1):

@@ -17,7 +17,9 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.predict import predict_fields
+from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.tokens import detokenise
@@ -43,7 +45,7 @@ def opened(store: xr.Dataset) -> Segment:
 
 def predictor(
     task: Task, model: nn.Module, fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE, **changes
-) -> Predictor:
+) -> Plan:
     statistics = {name: Statistics.compute([opened(s)]) for name, s in
                   ((PRIMARY, FINE), ("reduced", COARSE))}  # fmt: skip
     trained = TrainedModel(
@@ -57,8 +59,8 @@ def predictor(
         digest="0",
     )
     (segment,) = paired({PRIMARY: [opened(fine)], "reduced": [opened(coarse)]})
-    arguments = {"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes
-    return Predictor(trained=trained, segment=segment, task=task, **arguments)
+    options = Options(**{"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes)
+    return plan_prediction(trained, task, [segment], options)
 
 
 class Spy(nn.Module):
@@ -113,7 +115,7 @@ def test_the_network_is_shown_the_same_air_of_both() -> None:
     """The coarse values of a tile are the means of its fine ones, at the steps they share."""
     used = predictor(TemporalInterpolation(6), Spy(), coarse=HALF)
     scale = used.trained.normaliser
-    view = used.first_view(used.segment.times[9])
+    view = first_view(used, used.segment.times[9])
     fine, coarse = (scale.inverse(_fields(stream), stream.spec)[0] for stream in view.streams)
     means = fine.unflatten(-1, (-1, 2)).mean(-1).unflatten(-2, (-1, 2)).mean(-2)
     torch.testing.assert_close(means, coarse, atol=1e-5, rtol=1e-5)
@@ -140,13 +142,16 @@ def test_streams_of_another_store_come_on_its_cells_at_its_steps() -> None:
     """The truth of both resolutions, over all tiles; at an even step the coarse store has none."""
     used = predictor(TemporalInterpolation(12), Known(attrgetter("target")))
     times = used.segment.times
-    even, odd = used.run(times[8:10], "reduced")
+    even, odd = predict_fields(used, times[8:10], "reduced")
     for fields, step in ((even, 9), (odd, 9)):  # of the two hidden ones after each
         truth = COARSE["temperature"].sel(time=times[step]).values
         assert set(fields) == {"temperature"}
         np.testing.assert_allclose(fields["temperature"].mean(axis=1)[0], truth, atol=2e-5)
     single = predictor(TemporalInterpolation(6), Known(attrgetter("target")))
-    assert [set(fields) for fields in single.run(times[8:10], "reduced")] == [set(), set(NAMES[:1])]
+    assert [set(fields) for fields in predict_fields(single, times[8:10], "reduced")] == [
+        set(),
+        set(NAMES[:1]),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".nc"])
@@ -198,7 +203,7 @@ def test_rollouts_go_on_in_both_resolutions(step: int, pass_hours: int) -> None:
     used = predictor(Forecast(24, rollout_hours=pass_hours), model, overlap=0.0)
     time = used.segment.times[step]
     for data, record in ((PRIMARY, FINE), ("reduced", COARSE.sortby("longitude"))):
-        (fields,) = used.run([time], data)
+        (fields,) = predict_fields(used, [time], data)
         leads = used.leads_of(data, time, used.leads) / HOUR
         assert fields["temperature"].shape[0] == len(leads) == (2 if data != PRIMARY else 4)
         spec = used.trained.specs[1 if data != PRIMARY else 0]

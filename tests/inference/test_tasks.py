@@ -12,7 +12,8 @@ from torch import nn
 
 from atmossl.batch import PRIMARY
 from atmossl.geometry import gaussian_latitudes
-from atmossl.inference.predict import Predictor
+from atmossl.inference.plan import Plan
+from atmossl.inference.predict import predict_parts
 from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import AllButStations, CellMask, CrossVariable, Inpainting, LatLonBox
@@ -224,7 +225,7 @@ def test_files_that_do_not_fit_are_named(tmp_path) -> None:
             read(tmp_path / name)
 
 
-def members_of(used: Predictor, step: int, name: str = "temperature") -> np.ndarray:
+def members_of(used: Plan, step: int, name: str = "temperature") -> np.ndarray:
     return run_at(used, step)[name]  # [step member level lat lon]
 
 
@@ -233,7 +234,7 @@ def test_rollout_continues_every_member_by_its_own() -> None:
     its own state, and each number is taken by one member."""
     offsets = (-1.0, 0.5, 2.0)
     used = predictor(Forecast(24, 6), Known(attrgetter("guess"), offsets))
-    assert used.plan.offsets == (1, 2, 3, 4) and used.plan.num_passes == 4
+    assert used.steps.offsets == (1, 2, 3, 4) and used.steps.num_passes == 4
     fields = members_of(used, 6)
     scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     states = [np.broadcast_to(STORE["temperature"].values[6], fields[0].shape), *fields]
@@ -322,12 +323,12 @@ def test_a_coarse_store_in_which_no_even_grid_nests_is_refused(latitude: np.ndar
     """Bands between rows of a Gaussian grid, or of one with rows on the poles, differ in height;
     the same rows coarsened from a fine store are no trouble."""
     task, model = Downscaling(2, coarse_input=True), Known(attrgetter("source"), (0.0,))
-    uneven = predictor(task, model, store=coarse_store().assign_coords(latitude=latitude))
+    uneven = coarse_store().assign_coords(latitude=latitude)
     with pytest.raises(ValueError, match=r"coarse_input: .* degrees.*does not nest.*of one height"):
-        run_at(uneven, 6)
+        predictor(task, model, store=uneven)
     fine = STORE.assign_coords(latitude=gaussian_latitudes(8)[0])
-    (part,) = predictor(replace(task, coarse_input=False), model, store=fine,
-                        window=(5, 8, 8)).parts([STORE.time.values[6]])  # fmt: skip
+    used = predictor(replace(task, coarse_input=False), model, store=fine, window=(5, 8, 8))
+    (part,) = predict_parts(used, [STORE.time.values[6]])
     assert part.departure["temperature"] < 1e-8
 
 
@@ -342,14 +343,14 @@ def test_consistency_is_measured_and_enforced() -> None:
         return sums / (2 * weight.reshape(4, 2).sum(axis=1)[:, None])
 
     free = predictor(Downscaling(2), model, window=(5, 8, 8), overlap=0.0)
-    (part,) = free.parts([free.segment.times[6]])
+    (part,) = predict_parts(free, [free.segment.times[6]])
     lack = given - coarse_means(part.fields["temperature"][0])
     area = weight.reshape(4, 2).sum(axis=1)[:, None]
     expected = (lack**2 * area).mean() / area.mean()
     assert part.departure["temperature"] == pytest.approx(expected, rel=1e-3)
     assert expected > 0.1
     for task in (Downscaling(2, consistent=True), Counterfactual(Downscaling(2, True), 720.0)):
-        (part,) = replace(free, task=task).parts([free.segment.times[6]])
+        (part,) = predict_parts(replace(free, task=task), [free.segment.times[6]])
         assert part.departure["temperature"] < 1e-8  # of what is written
         fields = part.fields["temperature"][0]
         wanted = np.broadcast_to(given, lack.shape)
@@ -360,7 +361,7 @@ def test_consistency_is_measured_and_enforced() -> None:
 def test_combined_writes_the_filled_init_time_and_the_leads() -> None:
     task = Combined((Forecast(12), Inpainting((BOX,))))
     used = predictor(task, Known(attrgetter("target"), (0.0,)))
-    assert used.plan.offsets == (0, 1, 2) and used.plan.is_forecast
+    assert used.steps.offsets == (0, 1, 2) and used.steps.is_forecast
     cells = BOX.contains(STORE.latitude.values, STORE.longitude.values)
     fields, now = members_of(used, 8), STORE["temperature"].values[8]
     np.testing.assert_allclose(fields[0, 0][:, ~cells], now[:, ~cells], atol=2e-5)
@@ -386,7 +387,7 @@ def test_bands_come_once_each_and_in_order(overlap: float) -> None:
         TemporalInterpolation(6), Known(attrgetter("target"), (0.0,)), store=store,
         statistics=store, overlap=overlap, window=(5, 8, 8),
     )  # fmt: skip
-    parts = list(used.parts(used.segment.times[3:5]))
+    parts = list(predict_parts(used, used.segment.times[3:5]))
     for case in (0, 1):
         rows = [part.rows for part in parts if part.case == case]
         assert rows[0].start == 0 and rows[-1].stop == 40

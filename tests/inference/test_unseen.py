@@ -18,9 +18,8 @@ from atmossl.data.sources import StoreRequest
 from atmossl.data.statistics import Seen, days_of
 from atmossl.data.store import open_segment
 from atmossl.geometry import Grid
-from atmossl.inference.out_of_training_warnings import unseen_dates, unseen_place
-from atmossl.inference.predict import Predictor
-from atmossl.inference.unseen import seen_in_training
+from atmossl.inference.out_of_training_warnings import seen_in_training, unseen_dates, unseen_place
+from atmossl.inference.plan import Options, plan_prediction
 from atmossl.masking.tasks import Forecast
 from tests.synthetic import dataset
 from tests.test_api import DOCS
@@ -43,15 +42,9 @@ def told(model: Model, store: xr.Dataset, time=TIME, task=None) -> list[str]:
     segment = open_segment(
         "dataset", store, "memory", variables=needs.variables, levels=needs.levels
     )
-    predictor = Predictor(
-        trained=model.trained,
-        segment=segment,
-        task=task or Forecast(12),
-        overlap=0.0,
-        batch_size=1,
-        device="cpu",
-    )
-    return out_of_training_warnings(predictor, np.atleast_1d(time).astype(segment.times.dtype))
+    options = Options(overlap=0.0, batch_size=1, device="cpu")
+    plan = plan_prediction(model.trained, task or Forecast(12), [segment], options)
+    return out_of_training_warnings(plan, np.atleast_1d(time).astype(segment.times.dtype))
 
 
 def finer(store: xr.Dataset) -> xr.Dataset:

@@ -20,10 +20,10 @@ from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.forecasts import canonical_forecast
 from atmossl.evaluation.scores import AnomalyCorrelation, FairCrps, Rmse
 from atmossl.evaluation.verify import verify
-from atmossl.inference.blend import BlendedPart
-from atmossl.inference.layout import OutputLayout
-from atmossl.inference.predict import Predictor
-from atmossl.inference.writer import _begun, _request, partial_of, write
+from atmossl.inference.plan import Plan
+from atmossl.inference.predict import predict_parts
+from atmossl.inference.tiles import BlendedPart
+from atmossl.inference.writer import OutputLayout, _begun, _request, partial_of, write
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
 from tests.inference.oracle_models import NAMES, STORE, Known, predictor
@@ -33,11 +33,11 @@ OFFSETS = (-1.0, 0.25, 1.5)
 HOUR = np.timedelta64(1, "h")
 
 
-def forecaster(task: Task = Forecast(12), **changes) -> Predictor:  # noqa: B008 (frozen)
+def forecaster(task: Task = Forecast(12), **changes) -> Plan:  # noqa: B008 (frozen)
     return predictor(task, Known(attrgetter("guess"), OFFSETS), **changes)
 
 
-def times_of(used: Predictor, steps: slice = slice(4, 8)) -> np.ndarray:
+def times_of(used: Plan, steps: slice = slice(4, 8)) -> np.ndarray:
     return used.segment.times[steps]
 
 
@@ -78,9 +78,15 @@ def test_a_resumed_output_is_that_of_one_run(task: Task, count: int, tmp_path: P
     with pytest.raises(ValueError, match="resume=true"):
         write(used, times_of(used), output)
     with pytest.raises(ValueError, match="begun with seed=0, now it is 1"):
-        write(replace(used, seed=1), times_of(used), output, resume=True)
+        write(
+            replace(used, options=replace(used.options, seed=1)),
+            times_of(used),
+            output,
+            resume=True,
+        )
     with pytest.raises(ValueError, match="begun with missing=keep, now it is fill"):
-        write(replace(used, fill_missing=True), times_of(used), output, resume=True)
+        filled = replace(used.options, fill_missing=True)
+        write(replace(used, options=filled), times_of(used), output, resume=True)
     other = times_of(used).copy()
     other[1] = times_of(used)[1] - 3 * HOUR  # as many dates, with the same ends
     with pytest.raises(ValueError, match="begun with init_time="):
@@ -275,7 +281,7 @@ def test_memory_holds_one_band_of_one_case(tmp_path: Path, monkeypatch) -> None:
     write(used, used.possible_times(), tmp_path / "out.zarr")
     assert len(sizes) >= 2 * 3 * len(used.possible_times())
     assert max(sizes) <= 3 * 3 * (8 + used.row_chunk) * 16  # member level rows lon
-    assert isinstance(next(used.parts(used.possible_times()[:1])), BlendedPart)
+    assert isinstance(next(predict_parts(used, used.possible_times()[:1])), BlendedPart)
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,321 @@
+"""The plan of a prediction: what is predicted, when, where and on which tiles.
+
+`plan_prediction` works everything out and checks it before anything is read. A `Plan` holds data
+and answers questions about dates and places. The functions that predict stand above it: one pass of
+the model over tiles in `tiles`, passes that follow one another in `predict`, files in `writer`.
+
+The streams of every source are predicted on the cells and at the steps of their own store, as far
+as those of the primary source cover them (`Coverage`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+from einops import reduce, repeat
+
+from atmossl.batch import PRIMARY
+from atmossl.data.axes import Calendar
+from atmossl.data.forcings import FORCINGS
+from atmossl.data.segment import Segment
+from atmossl.data.sources import check_window
+from atmossl.geometry import Box, Grid, Nesting, TilePlan
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.masking.tasks import Task, TimePlan
+
+Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
+
+
+@dataclass(frozen=True)
+class BlendedPart:
+    """What is ready to be written of one case, which is one init or valid time.
+
+    leads: times of the steps that the fields hold, from the reference time. rows: latitudes that
+    they cover. completes: whether nothing is left of the case. departure: mean square per variable
+    of what the coarsened prediction lacks of the given coarse cells, for downscaling.
+    data: of the streams that the fields belong to, on whose cells and at whose steps they are.
+    """
+
+    case: int
+    leads: np.ndarray
+    rows: slice
+    fields: Fields
+    completes: bool
+    departure: dict[str, float] = field(default_factory=dict)
+    data: str = PRIMARY
+
+
+@dataclass(frozen=True)
+class Source:
+    """A record, and its step at which a window's first read step lies.
+
+    member: the only member of the prediction that is wanted; all by default.
+    """
+
+    segment: Segment
+    start: int
+    member: int | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The cells of a source's grid that the cells of a segment fill. whole: them, as a
+    box in that grid; from its first column on if they close the circle."""
+
+    nesting: Nesting
+    whole: Box
+
+    @classmethod
+    def of(cls, segment: Segment, data: str) -> Self:
+        nesting = segment.sources[data].nesting
+        whole = nesting.box(Box(0, segment.alignment.lon_shift, *segment.grid.shape))
+        closed = nesting.other.periodic and whole.lon_size == nesting.other.shape[1]
+        return cls(nesting, replace(whole, lon_start=0) if closed else whole)
+
+    @property
+    def grid(self) -> Grid:
+        return self.nesting.other.part(self.whole)
+
+    def box(self, tile: Box) -> Box:
+        """A tile in cells of `grid`."""
+        found = self.nesting.box(tile)
+        west = (found.lon_start - self.whole.lon_start) % self.nesting.other.shape[1]
+        return replace(found, lat_start=found.lat_start - self.whole.lat_start, lon_start=west)
+
+    def row(self, own: int) -> int:
+        """Where a row of the segment's grid, with an edge in common, begins in `grid`."""
+        return own // self.nesting.lat.own * self.nesting.lat.other
+
+    def weights(self, own: np.ndarray) -> np.ndarray:
+        """Blending weights [lat lon] of a tile on the cells of `grid`: means over those of the
+        segment's cells in common blocks, so that they sum to one over tiles as those do."""
+        lat, lon = self.nesting.lat, self.nesting.lon
+        blocks = reduce(own, "(lat y) (lon x) -> lat lon", "mean", y=lat.own, x=lon.own)
+        return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other, x=lon.other)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a prediction is computed.
+
+    overlap: share of a tile that its neighbour covers as well. tilings: how many tilings are
+    averaged, each shifted eastwards by an equal part of a token, where the grid is a whole circle
+    and the task lets tiles lie anywhere. lon_shift: cells by which all of them are shifted.
+    batch_size: tiles in one call of the model, of any time or member. seed: of the order in which
+    members go on in a rollout. fill_missing: predict also where a variable is missing in the whole
+    window, which is NaN in the output otherwise, such as sea-surface temperature on land.
+    """
+
+    overlap: float
+    batch_size: int
+    device: str
+    tilings: int = 1
+    lon_shift: int = 0
+    seed: int = 0
+    fill_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One task of one model on records that share grid and time step.
+
+    steps: of a window, which are read and which are written. grid: of the prediction: that of the
+    records, or one that nests in it. coverage: where the streams that are predicted lie, by their
+    `data`; the primary source last.
+    """
+
+    trained: TrainedModel
+    task: Task
+    segments: tuple[Segment, ...]
+    options: Options
+    steps: TimePlan
+    grid: Grid
+    tiles: TilePlan
+    coverage: Mapping[str, Coverage]
+
+    @property
+    def segment(self) -> Segment:
+        """The first record, for what all of them share."""
+        return self.segments[0]
+
+    @property
+    def step(self) -> np.timedelta64:
+        """Time between the steps of a window."""
+        return self.segment.step // self.steps.refine
+
+    @property
+    def leads(self) -> np.ndarray:
+        """Time from the reference time to every step that is written."""
+        return np.array(self.steps.offsets) * self.step
+
+    @property
+    def row_chunk(self) -> int:
+        """Rows of latitude that are written at once."""
+        align = self.tiles.align
+        return max(1, round(self.tiles.lat_size * (1 - self.tiles.overlap)) // align) * align
+
+    def grid_of(self, data: str) -> Grid:
+        """The cells that the streams with that `data` are predicted on."""
+        return self.coverage[data].grid
+
+    def leads_of(self, data: str, time: np.datetime64, leads: np.ndarray) -> np.ndarray:
+        """Those of the leads from a reference time at which the streams with that `data` have
+        steps."""
+        if self.steps.refine > 1:  # steps between those of the only store
+            return leads
+        return self.find(time).segment.sources[data].leads(time, leads)
+
+    def possible_times(self) -> np.ndarray:
+        """Reference times with all the steps around them that a window needs, in order; so far
+        apart that no valid time of a segment is written twice."""
+        steps = self.steps
+        stride = 1 if steps.is_forecast or steps.refine > 1 else len(steps.offsets)
+        return np.sort(np.concatenate([self._served(one)[::stride] for one in self.segments]))
+
+    def with_truth(self, times: np.ndarray) -> np.ndarray:
+        """Those of the reference times for which the record holds all that would be written."""
+
+        def has_truth(time: np.datetime64) -> bool:
+            record = self.find(time).segment.times
+            return all(_holds(record, valid) for valid in time + self.leads)
+
+        return np.array([time for time in times if has_truth(time)], times.dtype)
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the store that are read before the reference time."""
+        return (self.steps.reference - self.steps.read[0]) // self.steps.refine
+
+    def _served(self, segment: Segment) -> np.ndarray:
+        """Times of a segment that have around them the steps that a window needs."""
+        before = self.steps_before
+        stop = len(segment.times) - (len(self.steps.read) - 1 - before)
+        return segment.times[before : max(before, stop)]
+
+    def find(self, time: np.datetime64) -> Source:
+        """The segment that serves a reference time, and the first step of it that is read.
+
+        Raises:
+            ValueError: no segment has the time and the steps around it, or several have.
+        """
+        holding = [segment for segment in self.segments if _holds(self._served(segment), time)]
+        if len(holding) == 1:
+            return Source(holding[0], holding[0].find_time(time) - self.steps_before)
+        calendar = self.segment.calendar
+        when = f"init_time={calendar.show(time)}"
+        if holding:
+            names = [segment.name for segment in holding]
+            raise ValueError(f"{when} is in several segments; choose one: segment={names}")
+        if len(self.segments) == 1:
+            self.segment.find_time(time)  # says what it covers if it lacks the time itself
+        before = self.steps_before
+        after = max(len(self.steps.read) - 1 - before, 0)
+        valid = ", ".join(_period(self._served(one), calendar) for one in self.segments)
+        raise ValueError(
+            f"{when} is not there or lacks steps around it: the task needs {before} before and "
+            f"{after} after; valid: {valid}"
+        )
+
+
+def plan_prediction(
+    trained: TrainedModel, task: Task, segments: Sequence[Segment], options: Options
+) -> Plan:
+    """Work out where, when and on which tiles a task is predicted on some records.
+
+    Raises:
+        ValueError: a model that did not learn to reconstruct, or a task that does not fit the
+            records or the model.
+    """
+    trained.require("reconstruct")
+    segment = segments[0]
+    steps = task.plan(trained.window.time, segment.step_hours / task.time_refinement)
+    grid = _grid(task, segment)
+    task.check(grid)
+    align = math.lcm(task.align, segment.alignment.cells)
+    tile_size = _tile_size(trained, grid, align)
+    if segment.auxiliaries:
+        names = sorted(segment.auxiliaries)
+        if steps.refine > 1 or task.coarse_factor > 1:
+            raise ValueError(
+                "task.refine and task.coarse_input change the cells or steps of a single store; "
+                f"the checkpoint has streams with data={names}, whose own would stay"
+            )
+        check_window(segment, trained.window.time, *tile_size)
+    tiles = TilePlan(grid, *tile_size, options.overlap, _shifts(trained, segment, options, align),
+                     align)  # fmt: skip
+    if steps.num_passes > 1:
+        _check_rollout(trained, steps, segment)
+    predicted = {spec.data for spec in trained.specs if spec.role == "predict"} - {PRIMARY}
+    on_grid = replace(segment, grid=grid)
+    coverage = {data: Coverage.of(on_grid, data) for data in (*sorted(predicted), PRIMARY)}
+    return Plan(trained, task, tuple(segments), options, steps, grid, tiles, coverage)
+
+
+def _grid(task: Task, segment: Segment) -> Grid:
+    if task.coarse_factor == 1:
+        return segment.grid
+    try:
+        return segment.grid.refined(task.coarse_factor)
+    except ValueError as error:
+        raise ValueError(f"task.coarse_input: {segment.location}: {error}") from error
+
+
+def _tile_size(trained: TrainedModel, grid: Grid, align: int) -> tuple[int, int]:
+    """Rows and columns of a tile: those of the training's windows, or all that there are, in
+    whole tokens.
+
+    Raises:
+        ValueError: the grid is smaller than a token.
+    """
+    window, specs = trained.window, trained.own_specs
+    sizes = []
+    for key, wanted, have, tokens in (
+        ("rows", window.lat, grid.shape[0], {s.token_size.lat for s in specs}),
+        ("columns", window.lon, grid.shape[1], {s.token_size.lon for s in specs}),
+    ):
+        cells = math.lcm(align, *tokens)
+        if have < cells:
+            raise ValueError(
+                f"the grid has {have} {key}, fewer than the {cells} of a token or coarse cell"
+            )
+        sizes.append(wanted if 0 < wanted <= have else have // cells * cells)
+    return sizes[0], sizes[1]
+
+
+def _shifts(
+    trained: TrainedModel, segment: Segment, options: Options, align: int
+) -> tuple[int, ...]:
+    """Of the tilings, cells: within one token, coarse cells staying where they are."""
+    token = max(spec.token_size.lon for spec in trained.own_specs)
+    shifts = {number * token // options.tilings for number in range(options.tilings)}
+    first = options.lon_shift + segment.alignment.lon_shift
+    return tuple(first + shift for shift in sorted(shifts) if shift % align == 0)
+
+
+def _check_rollout(trained: TrainedModel, steps: TimePlan, segment: Segment) -> None:
+    """Raise ValueError for input streams that no pass of a rollout predicts or computes."""
+    unknown = [
+        spec.name
+        for spec in trained.specs
+        if spec.role not in ("predict", "static") and not set(spec.variables) <= set(FORCINGS)
+    ]
+    if unknown:
+        raise ValueError(
+            f"task.rollout_time={steps.steps_per_pass * segment.step_hours:g} h "
+            f"is shorter than task.lead_time, but streams {unknown} are input only and nothing "
+            "predicts or computes them; valid: a lead time within one pass"
+        )
+
+
+def _holds(times: np.ndarray, time: np.datetime64) -> bool:
+    index = int(np.searchsorted(times, time))
+    return index < len(times) and times[index] == time
+
+
+def _period(times: np.ndarray, calendar: Calendar) -> str:
+    if len(times) == 0:
+        return "none, the store is too short"
+    first, last = (calendar.show(time) for time in times[[0, -1]])
+    return f"{first} to {last}"
