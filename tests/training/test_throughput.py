@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 
 from atmossl.batch import (
     PRIMARY,
@@ -17,10 +18,11 @@ from atmossl.batch import (
 )
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
+from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box
 from atmossl.masking.base import make_view
-from atmossl.masking.random import RandomMasking
+from atmossl.masking.random import BlockMasking, RandomMasking
 from atmossl.masking.tasks import Forecast
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling, level_sums
@@ -166,9 +168,47 @@ def test_a_reconstruction_shows_physical_fields_and_blanks_what_is_hidden() -> N
         np.testing.assert_allclose(row.truth, expected, atol=1e-5)
         np.testing.assert_allclose(row.error, float(std), rtol=1e-3)
         np.testing.assert_allclose(row.spread, float(std) * 0.5 / 2**0.5, rtol=1e-3)
-        assert np.isnan(row.source).all()
+        before = store[name].isel(time=time - 1, level=level).values
+        np.testing.assert_allclose(row.source, before, atol=1e-4)
+        np.testing.assert_allclose(row.baseline, before, atol=1e-4)  # the last that is seen
+        weight = np.cos(np.deg2rad(store["latitude"].values))[:, None] * np.ones_like(expected)
+        squared = np.average((before - expected) ** 2, weights=weight)
+        assert row.rmse(row.baseline) == pytest.approx(squared**0.5, rel=1e-3)
+        assert (row.source_offset, row.place) == (-6.0, "500 hPa")
+        assert row.date == "2001-01-01 18:00 UTC"
+        np.testing.assert_allclose(row.lat, store["latitude"].values, atol=1e-4)
+        np.testing.assert_allclose(row.lon, store["longitude"].values, atol=1e-4)
     assert (stream.corruption[:, :, time] == Corruption.MASK).all()
-    assert len(draw(rows, "forecast").axes) == 2 * 5 * len(rows)  # with a colour bar each
+    shown = draw(rows, "forecast")
+    maps = [axes for axes in shown.axes if axes.get_title()]
+    assert len(maps) == 6 * len(rows) and len(shown.axes) == 9 * len(rows)  # three colour bars
+    coasts = [c for axes in maps for c in axes.collections if isinstance(c, LineCollection)]
+    assert len(coasts) == len(maps)
+    bars = [axes.get_xlabel() for axes in shown.axes if axes not in maps]
+    assert bars == [VARIABLES[row.variable].units for row in rows for _ in range(3)]
+    for row, cells in zip(rows, (axes.collections[0] for axes in maps[1::6]), strict=True):
+        low, high = cells.get_clim()
+        assert (low == -high) == row.variable.endswith("wind")
+
+
+def test_hidden_parts_of_a_picture_are_blank_at_the_time_that_is_shown() -> None:
+    """Boxes that are hidden at all times: their cells alone are blank."""
+    one = StreamSpec("air", ("temperature",), (500,), TokenSize(1, 2, 4))
+    sampler = BlockMasking(num_blocks=1, share=(0.5, 0.5))
+    view = make_view((window(one),), sampler, np.random.default_rng(0))
+    (stream,) = collate_views([(view,)], [0]).views[0].streams
+    index = stream.queries.index[..., None].expand(-1, -1, one.patch)
+    truth = stream.target.flatten(1, 4).gather(1, index)[:, :, None]
+    members = truth.expand(-1, -1, 2, -1)
+    store = dataset(variables=("temperature",), levels=(500,))
+    segment = open_segment("waves", store, "memory", variables=one.variables, levels=one.levels)
+    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    (row,) = reconstructions(stream, StreamPrediction(members, stream.queries), normaliser)
+    assert row.source_offset == 0.0
+    assert 0 < row.hidden.mean() < 1
+    np.testing.assert_array_equal(np.isnan(row.source), row.hidden)
+    np.testing.assert_allclose(row.source[~row.hidden], row.truth[~row.hidden])
+    assert row.rmse(row.prediction) == 0.0
 
 
 @pytest.mark.parametrize("inside", [1, 3])

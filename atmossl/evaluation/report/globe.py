@@ -1,14 +1,11 @@
 """Fields on a Robinson projection with coastlines that come with the package.
 
 Everything is projected once, as arrays of points, and drawn by plain matplotlib: much faster than
-letting a map axes cut every cell. Coastlines: Natural Earth, 1:110 million, public domain
-(https://www.naturalearthdata.com), packed by `scripts/make_coastlines.py`.
+letting a map axes cut every cell.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from typing import Any
 
 import cartopy.crs as ccrs
 import numpy as np
@@ -18,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import Polygon
 
+from atmossl.coastlines import coastlines, from_middle
 from atmossl.geometry import ascending_longitudes, latitude_edges
 
 _EDGE = 179.999  # a longitude of 180 could end up on either side
@@ -121,7 +119,7 @@ def _outline() -> np.ndarray:
 @cache
 def _graticule(middle: float) -> tuple[np.ndarray, ...]:
     along = np.linspace(-90.0, 90.0, 91)
-    degrees = [_from_middle(float(lon), middle) for lon in range(-180, 180, 60)]
+    degrees = [from_middle(float(lon), middle) for lon in range(-180, 180, 60)]
     meridians = [project(np.full(91, lon), along) for lon in degrees if abs(lon) < _EDGE]
     parallels = [project(2 * along, np.full(91, float(lat))) for lat in range(-60, 61, 30)]
     return (*meridians, *parallels)
@@ -129,18 +127,7 @@ def _graticule(middle: float) -> tuple[np.ndarray, ...]:
 
 @cache
 def _coastlines(middle: float) -> tuple[np.ndarray, ...]:
-    source = resources.files("atmossl") / "assets" / "coastlines.npz"
-    with source.open("rb") as stream, np.load(stream) as stored:
-        degrees, lengths = stored["centidegrees"] / 100.0, stored["lengths"]
-    ends = np.cumsum(lengths)[:-1]
-    longitude = degrees[:, 0]
-    if middle:
-        longitude = _from_middle(longitude, middle)
-        seam = np.flatnonzero(np.abs(np.diff(longitude)) > 180.0) + 1  # the line is cut there
-        ends = np.union1d(ends, seam)
-    return tuple(np.split(project(longitude, degrees[:, 1]), ends))
-
-
-def _from_middle(longitude: Any, middle: float) -> Any:
-    """Degrees east of the middle of a map, from -180 to 180."""
-    return (longitude - middle + 180.0) % 360.0 - 180.0
+    lines = coastlines(middle)
+    points = np.concatenate(lines)
+    ends = np.cumsum([len(line) for line in lines])[:-1]
+    return tuple(np.split(project(points[:, 0], points[:, 1]), ends))
