@@ -9,6 +9,7 @@ import torch
 from atmossl.batch import Corruption, TokenSize
 from atmossl.masking.base import TokenLayout, coarsen, make_view
 from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
+from atmossl.masking.places import CrossVariable
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation, points_of
 from atmossl.tokens import detokenise, token_grid, tokenise
@@ -117,6 +118,7 @@ def test_whole_levels_and_streams_are_hidden_with_their_probability() -> None:
         Forecast(6),
         TemporalInterpolation(6),
         Downscaling(2),
+        Downscaling(2, examples=1),
         Mixture([BlockMasking(), Forecast(6)], [0.5, 0.5]),
     ],
 )
@@ -251,6 +253,24 @@ def test_coarsening_keeps_the_area_mean() -> None:
         coarsen(here.fields, here.weight, 3)
 
 
+@pytest.mark.parametrize("examples", [0, 1, 2])
+@pytest.mark.parametrize("task", [Downscaling(2), CrossVariable(("temperature",))], ids=repr)
+def test_examples_before_the_written_step_are_shown_whole(task, examples: int) -> None:
+    """All else stays as it is without them, in streams of short and of long tokens."""
+    a, b = spec("a", variables=("temperature",)), spec("b", variables=("u_component_of_wind",))
+    shapes = layouts(a, b, time=5)
+    without = task(shapes, np.random.default_rng(0))
+    masks = replace(task, examples=examples)(shapes, np.random.default_rng(0))
+    written = replace(task, examples=examples).plan(5, 6.0).reference
+    shown = list(range(written - examples, written))
+    for mask, plain in zip(masks, without, strict=True):
+        assert not bool(mask.hidden[:, shown].any())
+        rest = [step for step in range(5) if step not in shown]
+        assert torch.equal(mask.corruption[:, rest], plain.corruption[:, rest])
+        assert mask.coarsen_factor == plain.coarsen_factor
+    assert bool(masks[0].hidden[:, written].all())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -261,6 +281,18 @@ def test_coarsening_keeps_the_area_mean() -> None:
         (lambda: Mixture([Forecast(6)], [0.5, 0.5]), "one each"),
         (lambda: Forecast(-6), "lead_time"),
         (lambda: Downscaling(1), "factor"),
+        (lambda: Downscaling(2, coarse_input=True, examples=1), "no whole steps to show"),
+        (lambda: Downscaling(2, examples=3).plan(5, 6.0), "task.examples=3.*2 steps before"),
+        (
+            lambda: Downscaling(2, examples=3)(layouts(spec(), time=5), np.random.default_rng(0)),
+            "task.examples=3.*2 steps before",
+        ),
+        (
+            lambda: Downscaling(2, examples=1)(
+                layouts(spec(token=(2, 2, 4)), time=8), np.random.default_rng(0)
+            ),
+            "task.examples=1 steps.*cut through a token",
+        ),
         (lambda: TimeBlockMasking((0, 1)), "hidden_steps"),
         (lambda: BlockMasking(corruption="keep"), "corruption"),
         (lambda: BlockMasking(corruption="drop", cells=True), "cells=false"),

@@ -14,8 +14,18 @@ from torch import Tensor
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
 from atmossl.masking.base import Points, TokenLayout, share_known
-from atmossl.masking.tasks import Task, TimePlan, given_steps, points_of, step_hours_of, steps_of
-from atmossl.setting_types import Positive
+from atmossl.masking.tasks import (
+    Task,
+    TimePlan,
+    check_examples,
+    given_steps,
+    is_example,
+    points_of,
+    step_hours_of,
+    steps_of,
+    told_examples,
+)
+from atmossl.setting_types import NotNegative, Positive
 
 
 class HiddenCells(Protocol):
@@ -247,11 +257,12 @@ class CrossVariable(Task):
     """Hide whole variables, levels, or variables at levels, at all steps and places.
 
     variables: those of whole streams, all by default. levels: in hPa, all by default. The middle
-    step is written.
+    step is written. examples: so many steps before it are shown whole, as demonstrations.
     """
 
     variables: tuple[str, ...] = ()
     levels: tuple[Positive, ...] = ()
+    examples: NotNegative = 0
 
     def __post_init__(self) -> None:
         if not self.variables and not self.levels:
@@ -270,10 +281,12 @@ class CrossVariable(Task):
         what = ", ".join(name.replace("_", " ") for name in self.variables) or "all variables"
         where = f" at {', '.join(map(str, self.levels))} hPa" if self.levels else ""
         given = given_steps(plan, step_hours)
-        return f"{given}. Hidden at all of them, and predicted: {what}{where}."
+        shown = told_examples(self.examples)
+        return f"{given}. Hidden at all of them{shown}, and predicted: {what}{where}."
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         del step_hours
+        check_examples(self.examples, num_steps)
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
     def _check(self, specs: Sequence[StreamSpec]) -> None:
@@ -321,6 +334,9 @@ class CrossVariable(Task):
             corruption = layout.nothing_hidden().corruption
             if layout.spec.role == "predict":
                 corruption[self._hidden_levels(layout.spec)] = int(Corruption.MASK)
+            if self.examples:
+                shown = is_example(layout, layouts, self.examples)
+                corruption[:, shown] = int(Corruption.VISIBLE)
             masks.append(StreamMask(corruption))
         if all(bool(mask.hidden.all()) for mask in masks):
             raise ValueError("task.variables hides all that there is; leave a stream to read from")

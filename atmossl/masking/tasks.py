@@ -179,6 +179,11 @@ def given_steps(plan: TimePlan, step_hours: float) -> str:
     return f"Given: {len(plan.read)} steps of {step_hours * plan.refine:g} h"
 
 
+def told_examples(examples: int) -> str:
+    """What a description says of steps that are shown whole."""
+    return f" but for {examples} before the middle one, shown whole" if examples else ""
+
+
 def steps_of(key: str, hours: float, step_hours: float) -> int:
     """Number of steps of a duration; ValueError if it is no multiple of the step."""
     count = round(hours / step_hours)
@@ -231,6 +236,37 @@ def hide_times(
         corruption[:, hidden] = int(Corruption.MASK)
         masks.append(StreamMask(corruption))
     return tuple(masks)
+
+
+def check_examples(examples: int, num_steps: int) -> None:
+    """Raise ValueError if a window has fewer steps before its middle one."""
+    if examples > num_steps // 2:
+        raise ValueError(
+            f"task.examples={examples}: the window has {num_steps // 2} steps before the one that "
+            "is written; valid: up to that many"
+        )
+
+
+def is_example(
+    layout: TokenLayout, layouts: tuple[TokenLayout, ...], examples: int
+) -> Bool[Tensor, "nt"]:
+    """Which tokens of a stream lie in the steps before the window's middle one that are examples.
+
+    Raises:
+        ValueError: too many steps, or steps that cut through a token.
+    """
+    times = window_times(layouts)
+    check_examples(examples, len(times))
+    target, own = float(times[len(times) // 2]), layout.point_times()
+    first = target - examples * step_hours_of(layouts)
+    inside = (own >= first - _TOLERANCE_HOURS) & (own < target - _TOLERANCE_HOURS)
+    shown = inside.all(dim=-1)
+    if bool((inside.any(dim=-1) != shown).any()):
+        raise ValueError(
+            f"task.examples={examples} steps before the one that is written cut through a token of "
+            f"stream {layout.spec.name}, of {float(layout.grid.time_extent):g} h; choose a multiple"
+        )
+    return shown
 
 
 def points_of(tokens: Bool[Tensor, "level nt nlat nlon"], spec: StreamSpec) -> Points:
@@ -466,6 +502,8 @@ class TemporalInterpolation(Task):
 class Downscaling(Task):
     """Give every token as means over factor x factor cells, predict all at full resolution.
 
+    examples: so many steps before the one that is written are shown whole, as demonstrations of
+    what a coarse step becomes (in-context learning, Brown et al. 2020, arXiv 2005.14165).
     consistent: add to every coarse cell of the prediction what its mean lacks of the given one.
     coarse_input: the store holds the coarse cells themselves.
     """
@@ -473,10 +511,16 @@ class Downscaling(Task):
     factor: int
     consistent: bool = False
     coarse_input: bool = False
+    examples: NotNegative = 0
 
     def __post_init__(self) -> None:
         if self.factor < 2:
             raise ValueError(f"task.factor must be at least 2, got {self.factor}")
+        if self.examples and self.coarse_input:
+            raise ValueError(
+                f"task.examples={self.examples} with task.coarse_input=true: a coarse store has no "
+                "whole steps to show; valid: examples=0"
+            )
 
     @property
     def align(self) -> int:
@@ -493,8 +537,8 @@ class Downscaling(Task):
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         del grid
         return (
-            f"{given_steps(plan, step_hours)}, as means over {self.factor} x {self.factor} cells. "
-            "Predicted: every cell at the middle step."
+            f"{given_steps(plan, step_hours)}, as means over {self.factor} x {self.factor} cells"
+            f"{told_examples(self.examples)}. Predicted: every cell at the middle step."
         )
 
     def why_unscored(self) -> str | None:
@@ -517,17 +561,21 @@ class Downscaling(Task):
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         del step_hours
+        check_examples(self.examples, num_steps)
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
+
+    def _corruption(self, layout: TokenLayout, layouts: tuple[TokenLayout, ...]) -> Tensor:
+        corruption = torch.full(layout.grid.shape, int(Corruption.COARSEN))
+        if self.examples:
+            corruption[:, is_example(layout, layouts, self.examples)] = int(Corruption.VISIBLE)
+        return corruption
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         del rng
         return tuple(
-            coarse_mask(
-                torch.full(layout.grid.shape, int(Corruption.COARSEN)),
-                own_factor(layout, layouts, self.factor),
-            )
+            coarse_mask(self._corruption(layout, layouts), own_factor(layout, layouts, self.factor))
             if layout.spec.role == "predict"
             else layout.nothing_hidden()
             for layout in layouts
