@@ -30,7 +30,7 @@ from atmossl.process_lifetime import (
     lost_another_process,
     run_name,
 )
-from atmossl.renamed_keys import renamed_override
+from atmossl.renamed_keys import renamed_override, with_present_names
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 _USAGE = """atmossl COMMAND [key=value ...]
@@ -136,10 +136,12 @@ def _to_plain(config: Any) -> dict[str, Any]:
 
 
 def _valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values, found valid as that class of `atmossl.schema`. A command validates them itself;
-    it is done here so that an error is told before the command's libraries are imported."""
+    """The values by their present names, found valid as that class of `atmossl.schema`. A command
+    validates them itself; it is done here so that an error is told before the command's libraries
+    are imported."""
     from atmossl import schema
 
+    values = with_present_names(values)
     schema.parse(getattr(schema, kind), {key: values[key] for key in values if key != "hydra"})
     return values
 
@@ -200,7 +202,7 @@ def _embed(arguments: Sequence[str]) -> None:
 def _calibrate(arguments: Sequence[str]) -> None:
     # the test split is kept for scores
     values = _compose_with_task_file(["split=validation", *arguments])
-    _valid("PredictConfig", values)
+    values = _valid("PredictConfig", values)
     from atmossl.commands.predict import calibrate
 
     calibrate(values)
@@ -238,7 +240,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
             raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
         tasks = [_compose_with_task_file([f"task={name}", "output=_"])["task"] for name in names]
         values = values | {"tasks": tasks}
-    _valid("EvaluateConfig", values)
+    values = _valid("EvaluateConfig", values)
     from atmossl.commands.evaluate import evaluate
 
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))

@@ -86,3 +86,13 @@ def test_data_names_a_catalog_entry_in_every_command() -> None:
         assert (data["name"], data["catalog"]) == ("mine", "my.yaml"), command
     by_file = compose_config("train", ["data=weatherbench2_64x32"])["data"]
     assert by_file["name"] == "weatherbench2_64x32" and by_file["batch_size"] == 16
+
+
+def test_a_task_file_with_old_names_is_noted_once(tmp_path, caplog, capsys) -> None:
+    (tmp_path / "old.yaml").write_text("{name: hindcast, lead_time: 12h}")
+    command = ["predict", f"task={tmp_path}/old.yaml", f"checkpoint={tmp_path}/none.ckpt",
+               f"output={tmp_path}/o.zarr"]  # fmt: skip
+    assert main(command) == 2 and "none.ckpt" in capsys.readouterr().err
+    assert [line.partition(";")[0] for line in caplog.messages] == [
+        "note: task.name is now task._target_"
+    ]
