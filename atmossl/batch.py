@@ -292,26 +292,6 @@ class TokenIndex(Movable):
         valid = torch.arange(largest)[None] < counts[:, None]
         return cls(index, valid, chosen, _frames(chosen, index, valid), bool(chosen.all()))
 
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Of several batches of equal grids and equally many chosen tokens, one after the other."""
-        first, *others = parts
-        if not others:
-            return first
-        num_frames, places = first.chosen[:, :, :, 0, 0].numel(), first.chosen[0, 0, 0].numel()
-        rows = sum(len(part.frames.kept) for part in parts) * places
-        kept, slots, before = [], [], 0
-        for number, part in enumerate(parts):
-            kept.append(part.frames.kept + number * num_frames)
-            slots.append(torch.where(part.valid, part.frames.slot + before, rows))
-            before += len(part.frames.kept) * places
-        index, valid, chosen = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("index", "valid", "chosen")
-        )
-        complete = all(part.complete for part in parts)
-        return cls(index, valid, chosen, Frames(torch.cat(kept), torch.cat(slots)), complete)
-
 
 def _frames(chosen: Tensor, index: Tensor, valid: Tensor) -> Frames:
     places = chosen.shape[-2] * chosen.shape[-1]

@@ -4,6 +4,7 @@ kernel, one linear map for each member of the ensemble instead of one for all, o
 other, torch's own linear layer, and losses as their formulas read."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from atmossl.batch import StreamPrediction, StreamTokens
 from atmossl.model.attention import CrossAttention, SelfAttention
 from atmossl.model.embedding import Tail
-from atmossl.model.encoder import EncoderLayer, Plan
-from atmossl.model.layout import Latent
+from atmossl.model.encoder import EncoderLayer
+from atmossl.model.layout import Latent, TokenPlace
 from atmossl.model.linear import Linear
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.positions import merge_heads, rotate, split_heads
@@ -100,23 +101,23 @@ class PlainLayer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleDict(dict(fused.items()))
 
-    def forward(self, batches: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
-        streams = dict(plan.streams(batches))
+    def forward(
+        self, features: dict[str, Tensor], places: Mapping[str, TokenPlace]
+    ) -> dict[str, Tensor]:
         normed = {}
-        for name, x in streams.items():
+        for name, x in features.items():
             block: Any = self.blocks[name]
-            normed[name] = Latent(block.norm(x.features), x.place)
-        after = {name: self._block(name, x, normed) for name, x in streams.items()}
-        return plan.batches(after)
+            normed[name] = Latent(block.norm(x), places[name])
+        return {name: self._block(name, x, normed) for name, x in features.items()}
 
-    def _block(self, name: str, x: Latent, normed: dict[str, Latent]) -> Latent:
+    def _block(self, name: str, x: Tensor, normed: dict[str, Latent]) -> Tensor:
         block: Any = self.blocks[name]
-        features = x.features + block.attention(normed[name])
+        x = x + block.attention(normed[name])
         for other, couple in block.coupling.items():
             if other in normed:
-                features = features + couple(normed[name], normed[other])
-        inner = Latent(block.feedforward_norm(features), x.place)
-        return Latent(features + block.feedforward(inner), x.place)
+                x = x + couple(normed[name], normed[other])
+        inner = Latent(block.feedforward_norm(x), normed[name].place)
+        return x + block.feedforward(inner)
 
 
 def unfused(model: Multiformer) -> Multiformer:

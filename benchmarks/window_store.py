@@ -49,9 +49,10 @@ def make_store(path: Path, days: int, source: Path | None = None) -> None:
             compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.shuffle),
             dimension_names=["time", "level", "latitude", "longitude"],
         )
+        mean = np.float32(250.0 if name == "temperature" else 0.0)
         for number in range(days):
             if source is None:
-                array[24 * number : 24 * (number + 1)] = _day(number, latitude, longitude)
+                array[24 * number : 24 * (number + 1)] = _day(number, latitude, longitude) + mean
             else:
                 _link_chunks(source / name / "c", path / name / "c", number)
     zarr.consolidate_metadata(path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.layout import Latent, gather, scatter
-from atmossl.model.linear import Linear, linear_each
+from atmossl.model.linear import Linear
 from atmossl.model.positions import merge_heads, rotate, split_heads
 
 Attention = Literal["full", "factorised", "temporal", "windowed"]
@@ -247,16 +247,14 @@ class SelfAttention(nn.Module):
         self.project = Linear(dim, 3 * dim)
         self.out = Linear(dim, dim)
 
-    def forward(self, x: Latent, *alike: "SelfAttention") -> Float[Tensor, "batch token feature"]:
-        """`alike`: the layers of the other streams, where `x` holds several of them."""
-        layers = (self, *alike)
-        projected = linear_each(x.features, [layer.project for layer in layers])
+    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
+        projected = self.project(x.features)
         query, key, value = (
             split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1)
         )
         turn = x.place.turns[query.shape[-1]]
         attended = self.attend(rotate(query, turn), rotate(key, turn), value, x, x)
-        return linear_each(merge_heads(attended), [layer.out for layer in layers])
+        return self.out(merge_heads(attended))
 
 
 class CrossAttention(nn.Module):
@@ -275,16 +273,12 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
-    def forward(
-        self, x: Latent, context: Latent, *alike: "CrossAttention"
-    ) -> Float[Tensor, "batch token feature"]:
-        """`alike`: the layers of the other pairs, where `x` and `context` hold several of them."""
-        layers = (self, *alike)
-        queries = linear_each(x.features, [layer.query for layer in layers])
-        pairs = linear_each(context.features, [layer.key_value for layer in layers])
+    def forward(self, x: Latent, context: Latent) -> Float[Tensor, "batch token feature"]:
+        queries = self.query(x.features)
+        pairs = self.key_value(context.features)
         key, value = (split_heads(part, self.num_heads) for part in pairs.chunk(2, dim=-1))
         width = key.shape[-1]
         query = rotate(split_heads(queries, self.num_heads), x.place.turns[width])
         key = rotate(key, context.place.turns[width])
         attended = self.attend(query, key, value, x, context)
-        return linear_each(merge_heads(attended), [layer.out for layer in layers])
+        return self.out(merge_heads(attended))

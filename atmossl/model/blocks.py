@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.model.attention import Attend, CrossAttention, SelfAttention
-from atmossl.model.layout import Latent, TokenPlace, from_frames, joined, pad_edges, to_frames
-from atmossl.model.linear import Linear, linear_each
+from atmossl.model.layout import Latent, TokenPlace, from_frames, pad_edges, to_frames
+from atmossl.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ class Feedforward(nn.Module):
         self.expand = Linear(dim, hidden)
         self.contract = Linear(hidden, dim)
 
-    def forward(self, x: Latent, *alike: "Feedforward") -> Float[Tensor, "batch token feature"]:
-        """`alike`: the layers of the other streams, where `x` holds several of them."""
-        layers = (self, *alike)
-        hidden = functional.gelu(linear_each(x.features, [layer.expand for layer in layers]))
-        return linear_each(hidden, [layer.contract for layer in layers])
+    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
+        return self.contract(functional.gelu(self.expand(x.features)))
 
 
 class GatedConvolution(nn.Module):
@@ -63,21 +60,12 @@ class GatedConvolution(nn.Module):
         self.contract = Linear(hidden, dim)
         self.reach = kernel_size // 2
 
-    def forward(
-        self, x: Latent, *alike: "GatedConvolution"
-    ) -> Float[Tensor, "batch token feature"]:
-        """`alike`: the layers of the other streams, where `x` holds several of them. A convolution
-        is one large product already, and streams need not share their frames."""
-        layers = (self, *alike)
-        gated = [layer._gate(part) for layer, part in zip(layers, x.split(), strict=True)]
-        return linear_each(joined(gated), [layer.contract for layer in layers])
-
-    def _gate(self, x: Latent) -> Float[Tensor, "batch token hidden"]:
+    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
         chosen = x.place.chosen
         frames = to_frames(x.features, chosen)
         frames = pad_edges(frames, self.reach, self.reach, periodic=x.place.periodic)
         gate, values = self.expand(frames).chunk(2, dim=1)
-        return from_frames(functional.gelu(gate) * values, chosen)
+        return self.contract(from_frames(functional.gelu(gate) * values, chosen))
 
 
 class EncoderBlock(nn.Module):

@@ -21,31 +21,17 @@ class TokenPlace:
 
     turns: by the width of a head; one stream's keys have the width of the stream that looks at it.
     shape: (level, nt, nlat, nlon) of the token grid; periodic: its longitudes close the circle.
-    parts: where several streams are one batch, the place of each.
     """
 
     turns: Mapping[int, Float[Tensor, "2 batch 1 token head_feature"]]
     chosen: TokenIndex
     shape: tuple[int, int, int, int]
     periodic: bool
-    parts: tuple["TokenPlace", ...] = ()
-
-    @classmethod
-    def joined(cls, parts: Sequence["TokenPlace"]) -> "TokenPlace":
-        """Of several streams that are alike, as one batch."""
-        first, *others = parts
-        if not others:
-            return first
-        turns = {
-            width: torch.cat([part.turns[width] for part in parts], dim=1) for width in first.turns
-        }
-        chosen = TokenIndex.joined([part.chosen for part in parts])
-        return cls(turns, chosen, first.shape, first.periodic, tuple(parts))
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Latent tokens of one stream, or of several as one batch, and where they are."""
+    """Latent tokens of one stream, and where they are."""
 
     features: Float[Tensor, "batch token feature"]
     place: TokenPlace
@@ -56,26 +42,10 @@ class Latent:
         chosen = self.place.chosen
         return None if chosen.complete else chosen.valid
 
-    def split(self) -> tuple["Latent", ...]:
-        """Every stream of the batch on its own."""
-        places = self.place.parts or (self.place,)
-        pairs = zip(self.features.chunk(len(places)), places, strict=True)
-        return tuple(Latent(features, place) for features, place in pairs)
-
 
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Along one axis; one part as it is, not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
-def alike(latents: Mapping[str, Latent]) -> tuple[tuple[str, ...], ...]:
-    """The streams' names, those together whose latents have the same shapes."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, x in latents.items():
-        place = x.place
-        key = (x.features.shape, place.shape, place.periodic, place.chosen.complete)
-        groups.setdefault(key, []).append(name)
-    return tuple(tuple(names) for names in groups.values())
 
 
 def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:

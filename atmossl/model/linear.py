@@ -8,7 +8,6 @@ torch's own way.
 """
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,27 +35,6 @@ def half_is_fast(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32: on GPUs, and on CPUs that know it;
     on others they take a hundred times as long."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def linear_each(
-    x: Float[Tensor, "rows *token feature"], layers: Sequence[nn.Linear]
-) -> Float[Tensor, "rows *token out"]:
-    """Every layer on its share of the rows: one product for all of them where that is faster."""
-    if len(layers) == 1:
-        return layers[0](x)
-    if not _batched(x, layers):
-        parts = zip(layers, x.chunk(len(layers)), strict=True)
-        return torch.cat([layer(part) for layer, part in parts])
-    weight = torch.stack([layer.weight for layer in layers])
-    bias = torch.stack([layer.bias for layer in layers])
-    rows = x.reshape(len(layers), -1, x.shape[-1])
-    out = torch.baddbmm(bias[:, None], rows, weight.mT)
-    return out.view(*x.shape[:-1], -1)
-
-
-def _batched(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
-    """A CPU is busy with each product alone, and oneDNN has none in batches."""
-    return x.device.type != "cpu" and all(type(layer) is Linear for layer in layers)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

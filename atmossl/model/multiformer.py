@@ -25,7 +25,7 @@ from atmossl.batch import (
 from atmossl.model.attention import Attention, attend_by
 from atmossl.model.blocks import BlockSizes, DecoderBlock, Feedforward, GatedConvolution
 from atmossl.model.embedding import Embedding, Tail
-from atmossl.model.encoder import EncoderLayer, Plan
+from atmossl.model.encoder import EncoderLayer
 from atmossl.model.layout import Latent, TokenPlace, gather, joined, scatter
 from atmossl.model.network import EVALUATED_MEMBERS, Latents, Network, StreamLatents
 from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
@@ -173,13 +173,12 @@ class Multiformer(Network):
             assert stream.given is not None, "collate the view first: token indices are missing"
             given[name], layers[name] = stream.given, []
             latents[name] = self._embed(stream, stream.given)
-        # a CPU is busy with one stream, and would only copy; a GPU waits for launches
-        plan = Plan.of(latents, together=view.streams[0].source.device.type != "cpu")
-        batches = plan.batches(latents)
+        features = {name: latent.features for name, latent in latents.items()}
+        places = {name: latent.place for name, latent in latents.items()}
         for layer in self.encoder:
-            batches = layer(batches, plan)
-            for name, latent in plan.streams(batches):
-                layers[name].append(latent)
+            features = layer(features, places)
+            for name, x in features.items():
+                layers[name].append(Latent(x, places[name]))
         return {
             stream.spec.name: StreamLatents(
                 tuple(layers[stream.spec.name]), given[stream.spec.name], stream.grid

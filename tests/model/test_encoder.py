@@ -1,16 +1,14 @@
-"""Streams computed as one batch are what they are one after the other."""
+"""An encoder layer of several streams is what its formula says, whichever streams are there."""
 
 from functools import partial
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from atmossl.batch import TokenIndex
-from atmossl.model import linear
 from atmossl.model.attention import Attend, attend_factorised, attend_fully, attend_in_windows
 from atmossl.model.blocks import BlockSizes
-from atmossl.model.encoder import EncoderLayer, Plan
+from atmossl.model.encoder import EncoderLayer
 from atmossl.model.layout import Latent, TokenPlace
 from atmossl.model.low_rank import add_low_rank
 from atmossl.model.positions import rotation
@@ -58,47 +56,38 @@ def one_by_one(blocks: EncoderLayer, streams: dict[str, Latent]) -> dict[str, to
     return after
 
 
-def compare(blocks: EncoderLayer, streams: dict[str, Latent]) -> Plan:
-    plan = Plan.of(streams, together=True)
-    together = dict(plan.streams(blocks(plan.batches(streams), plan)))
+def compare(blocks: EncoderLayer, streams: dict[str, Latent]) -> None:
+    """The layer and its gradients against the formula written out."""
+    features = {name: x.features for name, x in streams.items()}
+    found = blocks(features, {name: x.place for name, x in streams.items()})
     expected = one_by_one(blocks, streams)
-    assert together.keys() == expected.keys()
-    roots = [*blocks.parameters(), *(x.features for x in streams.values())]
+    assert found.keys() == expected.keys()
+    roots = [*blocks.parameters(), *features.values()]
     weights = {name: torch.randn_like(x) for name, x in expected.items()}
     gradients = []
-    for found in ({n: x.features for n, x in together.items()}, expected):
-        total = sum((found[n] * weights[n]).sum() for n in expected)
+    for values in (found, expected):
+        total = sum((values[n] * weights[n]).sum() for n in expected)
         gradients.append(torch.autograd.grad(total, roots, allow_unused=True))
-    valid = {n: x.place.chosen.valid[..., None] for n, x in streams.items()}
-    for name, x in together.items():
-        torch.testing.assert_close(
-            x.features * valid[name], expected[name] * valid[name], rtol=1e-11, atol=1e-11
-        )
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-11, atol=1e-11)
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
-    return plan
 
 
 @pytest.mark.parametrize("counts", [(144, 144), (90, 60)])
 @pytest.mark.parametrize("attend", KINDS)
-@pytest.mark.parametrize("batched", [True, False])
-def test_streams_as_one_batch_are_streams_one_by_one(
-    attend: Attend, counts: tuple[int, int], batched: bool, monkeypatch
+def test_every_stream_attends_couples_to_all_others_and_feeds_forward(
+    attend: Attend, counts: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(linear, "_batched", lambda *_: batched)
-    plan = compare(layer(attend), latents(counts))
-    assert [group.names for group in plan.groups] == [("air", "wind", "humidity"), ("sea",)]
-    assert len(plan.pairs) == 3  # among the three, between them and the sea both ways
+    compare(layer(attend), latents(counts))
 
 
-def test_convolutions_see_their_own_stream_alone(monkeypatch) -> None:
-    monkeypatch.setattr(linear, "_batched", lambda *_: True)
+def test_convolutions_see_their_own_stream_alone() -> None:
     compare(layer(kernel_size=3), latents((90, 60)))
 
 
 def test_a_stream_may_be_absent() -> None:
-    plan = compare(layer(), latents((144, 144), ("wind", "sea")))
-    assert [pairs.names for pairs in plan.pairs] == [(("wind", "sea"),), (("sea", "wind"),)]
+    compare(layer(), latents((144, 144), ("wind", "sea")))
 
 
 def test_thin_matrices_of_one_stream_do_not_disturb_the_others() -> None:
@@ -108,30 +97,3 @@ def test_thin_matrices_of_one_stream_do_not_disturb_the_others() -> None:
         if name.endswith(".up"):
             torch.nn.init.normal_(parameter)
     compare(blocks.double(), latents((144, 144)))
-
-
-@pytest.mark.parametrize("counts", [(50, 30), (30, 50), (144, 144), (0, 3)])
-def test_joined_indices_are_those_of_one_batch(counts: tuple[int, int]) -> None:
-    parts = [x.place.chosen for x in latents(counts, ("air", "wind")).values()]
-    found, expected = TokenIndex.joined(parts), TokenIndex.of(torch.cat([p.chosen for p in parts]))
-    assert torch.equal(found.valid, expected.valid) and found.complete == expected.complete
-    assert torch.equal(found.index * found.valid, expected.index * expected.valid)
-    if all(counts):
-        assert torch.equal(found.frames.kept, expected.frames.kept)
-        assert torch.equal(found.frames.slot, expected.frames.slot)
-
-
-def test_three_streams_take_no_more_products_than_two(monkeypatch) -> None:
-    """Counted by operation, as a GPU would launch them: alike streams share them all."""
-    monkeypatch.setattr(linear, "_batched", lambda *_: True)
-    counts = []
-    for names in (("air", "wind"), ("air", "wind", "humidity")):
-        streams, blocks = latents((144, 144), names), layer()
-        plan = Plan.of(streams, together=True)
-        batches = plan.batches(streams)
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            blocks(batches, plan)
-        calls = {event.key: event.count for event in recorded.key_averages()}
-        fused = [n for name, n in calls.items() if name == "aten::scaled_dot_product_attention"]
-        counts.append((calls["aten::baddbmm"], sum(fused), "aten::addmm" in calls))
-    assert counts == [(7, 2, False)] * 2

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("default"),  # the compiler warns of its own doings
 ]
-STREAMS = tuple(spec(name) for name in ("air", "wind", "sea"))  # alike: one batch on a GPU
+STREAMS = tuple(spec(name) for name in ("air", "wind", "sea"))
 LOSSES = {"crps": 0.5, "ensemble_mse": 0.5, "statistical": 0.1}
 OBJECTIVE = MaskedModelling(losses=LOSSES)
 KINDS = ("full", "factorised", "temporal", "windowed")
