@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from atmossl.checkpoint_formats import migrated
-from atmossl.checksums import MANIFEST, UnsoundError, seal_file, verified_digest
+from atmossl.checksums import MANIFEST, METADATA, UnsoundError, seal_file, verified_digest
 from atmossl.hub import is_hub_folder, read_folder
 
-METADATA = "meta.pt"  # Lightning's name for what is no tensor of model or optimiser
 _PARTIAL = ".partial-"
 BEST = "best.ckpt"
 _STEP = re.compile(r"step-(\d+)\.ckpt")
@@ -229,6 +228,8 @@ def _checked(path: Path, contents: Any) -> dict[str, Any]:
         return {**contents, "atmossl": migrated(contents["atmossl"])}
     except ValueError as error:
         raise ValueError(f"checkpoint={path} cannot be read: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"checkpoint={path} is damaged: its record has an odd form") from error
 
 
 def _read_shards(path: Path) -> dict[str, Any]:

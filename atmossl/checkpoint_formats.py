@@ -26,7 +26,7 @@ def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
 def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
     """Format 2 had other names for some keys of the configuration."""
     config, _ = renamed(record.get("config", {}))
-    model, _ = renamed({"model": record["model"]})
+    model, _ = renamed({key: record[key] for key in ("model",) if key in record})
     return {**record, **model, "config": config}
 
 

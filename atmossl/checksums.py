@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+METADATA = "meta.pt"  # Lightning's name for what is no tensor of model or optimiser
 _LABEL = b"atmossl sha256 "
 _SEAL_BYTES = len(_LABEL) + 2 * hashlib.sha256().digest_size
 _END_BYTES = 22  # of an archive's last record, if the archive has no comment

@@ -5,7 +5,7 @@ Floor 0: numpy only. Float coordinates become integer cells here, once.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -375,8 +375,6 @@ class TilePlan:
     overlap: float = 0.5
     shifts: tuple[int, ...] = (0,)
     align: int = 1
-    tiles: tuple[Box, ...] = field(init=False)
-    weights: tuple[np.ndarray, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         check_window_fits(self.grid, self.lat_size, self.lon_size)
@@ -386,21 +384,30 @@ class TilePlan:
         for key, size in (("lat", self.lat_size), ("lon", self.lon_size), ("grid", num_lat)):
             if size % self.align:
                 raise ValueError(f"coarsening by {self.align} does not divide {key} size {size}")
-        lat_stride = max(1, round(self.lat_size * (1 - self.overlap)))
-        whole_circle = self.grid.periodic and self.lon_size == num_lon
-        # a tile that closes the circle has no edge in longitude, so it needs no ramp there
-        overlap = 0.0 if whole_circle else self.overlap
-        lon_stride = max(1, round(self.lon_size * (1 - overlap)))
-        lon_periodic = self.grid.periodic and not whole_circle
-        shifts = self.shifts if self.grid.periodic else (0,)
-        tiles = tuple(
+
+    @property
+    def _whole_circle(self) -> bool:
+        return self.grid.periodic and self.lon_size == self.grid.shape[1]
+
+    @property
+    def _strides(self) -> tuple[int, int]:
+        """Rows and columns from one tile to the next. A tile that closes the circle has no edge in
+        longitude, so it needs no ramp there."""
+        overlap = 0.0 if self._whole_circle else self.overlap
+        sizes = ((self.lat_size, self.overlap), (self.lon_size, overlap))
+        lat_stride, lon_stride = (max(1, round(size * (1 - share))) for size, share in sizes)
+        return lat_stride, lon_stride
+
+    @cached_property
+    def tiles(self) -> tuple[Box, ...]:
+        (num_lat, num_lon), (lat_stride, lon_stride) = self.grid.shape, self._strides
+        lon_periodic = self.grid.periodic and not self._whole_circle
+        return tuple(
             Box(lat, (lon + shift) % num_lon, self.lat_size, self.lon_size)
             for lat in _starts(num_lat, self.lat_size, lat_stride, False, self.align)
-            for shift in shifts
+            for shift in (self.shifts if self.grid.periodic else (0,))
             for lon in _starts(num_lon, self.lon_size, lon_stride, lon_periodic, self.align)
         )
-        object.__setattr__(self, "tiles", tiles)
-        object.__setattr__(self, "weights", self._blending_weights(tiles, lat_stride, lon_stride))
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """Numbers of the tiles that share their latitudes, south first."""
@@ -410,18 +417,18 @@ class TilePlan:
             for start in starts
         )
 
-    def _blending_weights(
-        self, tiles: tuple[Box, ...], lat_stride: int, lon_stride: int
-    ) -> tuple[np.ndarray, ...]:
-        num_lat, num_lon = self.grid.shape
+    @cached_property
+    def weights(self) -> tuple[np.ndarray, ...]:
+        """Blending weights [lat lon] of every tile, which sum to one over the tiles of a cell."""
+        (num_lat, num_lon), (lat_stride, lon_stride) = self.grid.shape, self._strides
         ramp = np.outer(
             _ramp(self.lat_size, self.lat_size - lat_stride),
             _ramp(self.lon_size, self.lon_size - lon_stride),
         )
         total = np.zeros((num_lat, num_lon))
-        for tile in tiles:
+        for tile in self.tiles:
             total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] += ramp
         assert total.min() > 0, f"a hole in the tiling: smallest total weight {total.min()}"
         return tuple(
-            ramp / total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] for tile in tiles
+            ramp / total[np.ix_(tile.lat_index(), tile.lon_index(num_lon))] for tile in self.tiles
         )

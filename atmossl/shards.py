@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from atmossl.checkpoint_files import METADATA
-from atmossl.checksums import UnsoundError, in_one_line
+from atmossl.checksums import METADATA, UnsoundError, in_one_line
 
 _INDEX = ".metadata"  # torch's name for the index of a folder, a pickle
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata",)
@@ -64,7 +63,10 @@ class ShardReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         del args, kwargs
         with (Path(self.path) / _INDEX).open("rb") as file:
-            index = _IndexUnpickler(file).load()
+            try:
+                index = _IndexUnpickler(file).load()
+            except MemoryError as error:  # a flipped bit asks for a string of any length
+                raise UnsoundError(f"is damaged: its {_INDEX} is no index of torch") from error
         if not isinstance(index, Metadata):
             raise UnsoundError(f"is damaged: its {_INDEX} is no index of torch")
         index.storage_meta = index.storage_meta or StorageMeta()

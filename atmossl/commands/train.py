@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import link_atomically, write_atomically
+from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.commands.run_description import banner, described
 from atmossl.data.datamodule import WindowDataModule
@@ -28,6 +28,7 @@ from atmossl.schema import TrainConfig, parse
 from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
+from atmossl.training.keeping import renew_last
 from atmossl.training.loggers import check_loggers, describe_run
 from atmossl.training.module import TrainingModule
 from atmossl.training.resume import (
@@ -123,9 +124,8 @@ def _trainer(
     if not trainer.is_global_zero:
         return trainer
     write_yaml(values, output / "config.yaml")
-    if start is not None and start.path.parent == checkpoints and start.path.name[:5] == "step-":
-        # a run that was killed before it renewed the link may have nothing left to train
-        link_atomically(checkpoints / "last.ckpt", start.path.name)
+    if start is not None:
+        renew_last(checkpoints, start.path)
     if steps_left:
         console_of_output().print(banner(config, module, datamodule, trainer, first_step))
         description = described(values, module, module.record["statistics"])

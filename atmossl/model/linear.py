@@ -8,6 +8,7 @@ torch's own way.
 """
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +18,6 @@ from torch.nn import functional
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FASTER = torch.backends.cpu.get_cpu_capability() == "AVX512"
-# oneDNN, and torch's layer over it, keep up to 1024 compiled kernels each, one per shape. Masks
-# hide another number of tokens in every batch: kernels would fill gigabytes, and not be used again
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "128")
 _WORTH_IT = 2**22  # multiplications; below, the call costs more than the product
 
 
@@ -61,7 +58,17 @@ def product(x: Float[Tensor, "row inner"], y: Float[Tensor, "column inner"]) -> 
     return _call(x, y, None)
 
 
+@cache
+def _limit_kernels() -> None:
+    """Let oneDNN, and torch's layer over it, keep 128 compiled kernels instead of 1024 each, one
+    per shape. Masks hide another number of tokens in every batch: kernels would fill gigabytes, and
+    not be used again. Both look at these variables at their first product."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
+
+
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _limit_kernels()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -204,6 +204,9 @@ def unlogged(trainer: L.Trainer) -> dict[str, float]:
     """What Lightning will log of the present batch once its callbacks are done; empty after that,
     and at steps that are not logged."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    # Lightning has no public name for the values of this very step: `logged_metrics` also holds
+    # those of earlier steps and validations, which a resumed run would log again. This is the only
+    # place that reads Lightning's private connector; the test of an exact resume sees a change.
     connector = trainer._logger_connector
     if batches.processed == batches.completed or not connector.should_update_logs:
         return {}

@@ -85,6 +85,16 @@ def tidy(folder: Path, start: tuple[int, str] | None, keep: int) -> None:
         remove(folder / name)
 
 
+def renew_last(folder: Path, start: Path) -> None:
+    """Point `last.ckpt` to `start`, if that is a checkpoint `step-N.ckpt` of the folder.
+
+    A run that was killed before it renewed the link may have nothing left to train when it goes on,
+    and then no hook of training calls `leave_branch`."""
+    start = start.resolve()
+    if start.parent == folder.resolve() and step_of(start.name) is not None:
+        link_atomically(folder / _LAST, start.name)
+
+
 @dataclass(frozen=True)
 class Departure:
     """How the folder of a run was made ready for training to go on.

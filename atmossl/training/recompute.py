@@ -1,8 +1,9 @@
 """Activation checkpointing: activations that are computed anew in the backward pass, not kept."""
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from atmossl.model.network import Network
@@ -15,15 +16,19 @@ def recompute(model: Network, kind: Recompute) -> None:
 
     `selective` drops the feedforward layers' activations, most of a block's, and keeps what
     attention made, the dearest to compute.
-    Call it on the trained model after its averaged copy was made: a copy would call the original.
+    A module becomes one of a subclass, as torch's `fully_shard` does it: names of parameters stay,
+    and a copy of the model calls its own parts.
     """
     parts = {"none": (), "selective": model.wide_parts, "full": model.blocks}[kind]
     for module in parts:
-        module.forward = _forgetting(module.forward)  # type: ignore[method-assign]
+        module.__class__ = _recomputed(type(module))
 
 
-def _forgetting(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+@cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same kind of module, whose forward pass keeps nothing but its arguments."""
 
-    return call
+    def forward(self: nn.Module, *args: Any) -> Any:
+        return checkpoint(kind.forward, self, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return type(f"Recomputed{kind.__name__}", (kind,), {"forward": forward})

@@ -30,7 +30,6 @@ from torch.distributed.fsdp import (
 )
 
 from atmossl.checkpoint_files import (
-    METADATA,
     by_index,
     by_name,
     partial_path,
@@ -39,7 +38,7 @@ from atmossl.checkpoint_files import (
     remove,
     save_contents,
 )
-from atmossl.checksums import UnsoundError, write_manifest
+from atmossl.checksums import METADATA, UnsoundError, write_manifest
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.shards import SafePlanner, ShardReader, as_unsound

@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from atmossl.checkpoint_files import check_room
+from atmossl.checkpoint_formats import FORMAT
 from atmossl.inference.checkpoint import export, load_checkpoint, read_checkpoint
 
 
 def saved(path: Path, weight: torch.Tensor, **changes) -> str:
     same = {key: 0 for key in ("streams", "model", "statistics", "window", "first_guess")}
     state = {"ema.module.weight": weight, "ema.n_averaged": torch.tensor(3), "weight": weight + 9}
-    record = {**same, "step": 7, "rng": [1, 2], **changes}
+    record = {
+        **same,
+        "format": FORMAT,
+        "network": "multiformer",
+        "step": 7,
+        "rng": [1, 2],
+        **changes,
+    }
     torch.save({"state_dict": state, "atmossl": record}, path)
     return str(path)
 

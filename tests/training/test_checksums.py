@@ -22,6 +22,7 @@ from atmossl.checkpoint_files import (
     read_with_digest,
     save_contents,
 )
+from atmossl.checkpoint_formats import FORMAT
 from atmossl.checksums import MANIFEST, verified_digest, write_manifest
 
 RNG = random.Random(0)
@@ -33,7 +34,8 @@ TENSORS = {
     },
 }
 CONTENTS = {
-    "atmossl": dict.fromkeys(("rng", "streams", "model", "statistics"), 0) | {"step": 3},
+    "atmossl": dict.fromkeys(("rng", "streams", "model", "statistics"), 0)
+    | {"step": 3, "format": FORMAT},
     "state_dict": TENSORS["state_dict"],
     "optimizer_states": [],
     "lr_schedulers": [],

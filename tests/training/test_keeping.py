@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atmossl.training import keeping, resume
-from atmossl.training.keeping import Kept, Plan, leave_branch, tidy, to_keep, to_set_aside
+from atmossl.training.keeping import (
+    Kept,
+    Plan,
+    leave_branch,
+    renew_last,
+    tidy,
+    to_keep,
+    to_set_aside,
+)
 
 TORN = "torn"
 
@@ -181,3 +189,27 @@ def test_what_is_set_aside() -> None:
 )
 def test_what_is_kept(steps, start, keep, expected) -> None:
     assert to_keep(steps, start, keep) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("step-4.ckpt", "step-4.ckpt"),
+        ("last.ckpt", "step-2.ckpt"),  # the link itself
+        ("best.ckpt", "step-2.ckpt"),
+        ("../elsewhere/step-4.ckpt", "step-2.ckpt"),
+    ],
+)
+def test_a_run_with_nothing_left_to_train_renews_its_link(
+    start: str, expected: str, tmp_path: Path
+) -> None:
+    """It was killed between the save of step 4 and the link to it; no hook of training is called
+    any more. Starts that are no step of this folder leave the link alone."""
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for path in (folder / "step-2.ckpt", folder / "step-4.ckpt", folder / "best.ckpt",
+                 elsewhere / "step-4.ckpt"):  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (folder / "last.ckpt").symlink_to("step-2.ckpt")
+    renew_last(folder, folder / start)
+    assert (folder / "last.ckpt").readlink() == Path(expected)

@@ -1,13 +1,17 @@
 """Forgetting activations changes what is kept, not what is learnt."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import collate_views
+from atmossl.batch import TokenIndex, collate_views
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
+from atmossl.model.layout import TokenPlace
 from atmossl.model.multiformer import Multiformer
+from atmossl.model.positions import rotation
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.training.recompute import recompute
 from tests.synthetic import spec, window
@@ -50,3 +54,22 @@ def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(kernel_size: int) -
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         sizes.append(kept)
     assert sizes[0] > 1.2 * sizes[1] and sizes[1] > 1.2 * sizes[2]
+
+
+def test_a_copy_of_the_model_calls_its_own_parts() -> None:
+    """Whenever it is made: here after the parts were told to forget."""
+    torch.manual_seed(0)
+    model = Multiformer(
+        streams=STREAMS, dim=16, num_layers=1, num_decoder_layers=1, num_heads=2, num_members=3
+    )
+    recompute(model, "full")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.encoder.parameters():
+            parameter.zero_()
+    x = {"air": torch.randn(1, 4, 16)}
+    turns = rotation(torch.zeros(1, 4, 4))
+    chosen = TokenIndex.of(torch.ones(1, 1, 1, 2, 2, dtype=torch.bool))
+    places = {"air": TokenPlace({8: turns}, chosen, (1, 1, 2, 2), False)}
+    assert torch.equal(copied.encoder[0](x, places)["air"], x["air"])
+    assert not torch.equal(model.encoder[0](x, places)["air"], x["air"])
