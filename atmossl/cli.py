@@ -366,16 +366,18 @@ def _import(arguments: Sequence[str]) -> None:
     if kind != "atmorep" or not folder or "=" in folder:
         raise ValueError(
             f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME "
-            "[data.catalog=PATH]"
+            "[data.catalog=PATH] [normalisation=FOLDER]"
         )
-    given = [item for item in overrides if not item.startswith("data.catalog=")]
-    catalogs = [
-        Path(*_keyword([item], ["data.catalog"])) for item in overrides if item not in given
-    ]
-    output, data = _keyword(given, ["output", "data"])
-    catalog = catalogs[-1] if catalogs else None
+    paths: dict[str, Path] = {}
+    for key in ("data.catalog", "normalisation"):
+        for item in [item for item in overrides if item.startswith(f"{key}=")]:
+            paths[key] = Path(*_keyword([item], [key]))
+            overrides.remove(item)
+    output, data = _keyword(overrides, ["output", "data"])
     with owned(Path(output), "output"), keeping("nothing is kept"):
-        import_atmorep(Path(folder), Path(output), data, catalog)
+        import_atmorep(
+            Path(folder), Path(output), data, paths.get("data.catalog"), paths.get("normalisation")
+        )
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

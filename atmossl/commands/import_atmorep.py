@@ -14,6 +14,7 @@ from atmossl import __version__
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
 from atmossl.checkpoint_formats import FORMAT
+from atmossl.commands.atmorep_normalisation import with_atmorep_normalisation
 from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD
 from atmossl.data.segment import Segment
@@ -35,11 +36,18 @@ _SEEN = Seen(
 )
 
 
-def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None) -> Path:
+def import_atmorep(
+    location: Path,
+    output: Path,
+    data: str,
+    catalog: Path | None,
+    normalisation: Path | None = None,
+) -> Path:
     """Write a checkpoint of a published model of AtmoRep; returns its path.
 
     location: the folder with `model_idX.json` and `AtmoRep_idX.mod`, or its `.tar.gz`. data: the
-    catalog entry whose train split the fields are normalised by.
+    catalog entry whose train split the fields are normalised by. normalisation: AtmoRep's own
+    statistics instead, see `atmossl.commands.atmorep_normalisation`.
 
     Raises:
         ValueError: a file, option or field that does not fit, or a store that lacks what the
@@ -59,14 +67,18 @@ def import_atmorep(location: Path, output: Path, data: str, catalog: Path | None
     statistics = load_or_compute(segments)
     if lines := outside_limits(statistics, pressure_levels=False):
         raise ValueError(f"data={data}: {'; '.join(lines)}")
+    by = f"mean and standard deviation of data={data} ({statistics.period})"
+    if normalisation is not None:
+        fields = core.settings.fields
+        statistics = with_atmorep_normalisation(statistics, fields, normalisation)
+        by = f"the means over all months of {normalisation}"
     record = _record(core.settings, specs, window, statistics)
     record |= {"data": data, "imported_from": location.name}
     weights = {f"{AVERAGED}{name}": value for name, value in network.state_dict().items()}
     write_output({"state_dict": weights, "atmossl": record}, output)
     note(
-        f"values are normalised by mean and standard deviation of data={data} ({statistics.period})"
-        "; AtmoRep was trained with those of every month, of the globe or of every grid point, so "
-        "that predictions are worse than published ones"
+        f"values are normalised by {by}; AtmoRep was trained with statistics of every month, of "
+        "the globe or of every grid point, so that predictions are worse than published ones"
     )
     told = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
     Console(markup=False).print(told, highlight=False, soft_wrap=True)
