@@ -46,10 +46,12 @@ from atmossl.inference.writer import (
     write,
 )
 from atmossl.locks import owned
+from atmossl.masking.base import MaskingSampler
 from atmossl.masking.tasks import Task
+from atmossl.plugins import UntrustedError, check_listed, check_plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.targets import MASKS, ChosenTask, choose
+from atmossl.schema.targets import MASKS, REGIONS, ChosenTask, choose
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 
@@ -224,15 +226,28 @@ def _opened(output: Path, data: str) -> xr.Dataset:
     )
 
 
-def load(checkpoint: str | Path = "default", *, device: str | None = None) -> Model:
-    """A checkpoint, by default the reference one of the package, on the GPU if there is one."""
+def load(
+    checkpoint: str | Path = "default",
+    *,
+    device: str | None = None,
+    plugins: Sequence[str] = (),
+) -> Model:
+    """A checkpoint, by default the reference one of the package, on the GPU if there is one.
+
+    plugins: packages whose code the checkpoint may run, such as `["my_package"]`; no other is
+        imported.
+
+    Raises:
+        ValueError: no such checkpoint, device or package, or a network of a package that is not in
+            `plugins`.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"device={device!r}: {why}; valid: cpu, cuda") from error
-    return Model(load_checkpoint(str(checkpoint)), device)
+    return Model(load_checkpoint(str(checkpoint), check_plugins(plugins)), device)
 
 
 def open_data(
@@ -350,5 +365,10 @@ def out_of_training_warnings(plan: Plan, times: np.ndarray) -> list[str]:
         task = plan.task.downscaling
         factor = None if task is None else task.factor
         stretch = (record.get("step_hours") or step_hours) / step_hours
-        lines += unseen(view, choose(masking, MASKS), factor, stretch=stretch)
+        try:
+            check_listed(masking, {*MASKS, *REGIONS}, predictor.trained.plugins)
+        except UntrustedError as error:
+            return [*lines, f"masks that are known here: {error}"]
+        sampler = choose(masking, MASKS, MaskingSampler)
+        lines += unseen(view, sampler, factor, stretch=stretch)
     return lines

@@ -2,13 +2,15 @@
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -28,7 +30,9 @@ from atmossl.model.kinds import build_network
 from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
+from atmossl.plugins import Part, classes_outside, package_of
 from atmossl.schema import TrainConfig
+from atmossl.schema.targets import builtin_names
 from atmossl.schema.training import TrainerConfig
 from atmossl.training.callbacks import (
     CurvesAtEnd,
@@ -142,8 +146,11 @@ def _warn(lines: Sequence[str]) -> None:
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
     """The network of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    arguments = config.model.plain_arguments
-    model = build_network(config.model.target, streams=config.specs, scales=scales, **arguments)
+    choice, of_the_run = config.model, {"streams": config.specs, "scales": scales}
+    if isinstance(choice, Part):
+        model = choice.build(**of_the_run)
+    else:
+        model = build_network(choice.target, **of_the_run, **choice.plain_arguments)
     if config.trainer.compile:
         model.compile_blocks()
     return model
@@ -192,6 +199,7 @@ def build_module(
     scales = {spec.name: statistics[spec.data].residual_scale(spec) for spec in config.specs}
     model = build_model(config, scales)
     warm = bool(config.warm_start.checkpoints) and not resumed
+    outside = classes_outside(resolved, builtin_names())
     record: dict[str, Any] = {
         "format": FORMAT,
         "atmossl": __version__,
@@ -200,6 +208,7 @@ def build_module(
         "streams": [spec_to_dict(spec) for spec in config.specs],
         "network": config.model.target,
         "model": config.model.plain_arguments,
+        "plugins": outside,
         "statistics": {data: found.to_dict() for data, found in statistics.items()},
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
@@ -208,7 +217,7 @@ def build_module(
         "data": config.data.name,
         "levels_are": catalog_entry(config.data.name, config.data.catalog).levels_are,
         "config": resolved,
-        "warm_start": warm_started(config, model) if warm else {},
+        "warm_start": warm_started(config, model, outside.values()) if warm else {},
     }
     apply_lora(config, model)
     objective = build_objective(config, scales, model)
@@ -240,11 +249,15 @@ def apply_lora(config: TrainConfig, model: Network) -> None:
         add_low_rank(model, choice.layers, choice.rank)
 
 
-def warm_started(config: TrainConfig, model: Network) -> dict[str, Any]:
-    """Fill the model from `warm_start.checkpoints`; what became of every weight."""
-    sources = []
+def warm_started(
+    config: TrainConfig, model: Network, classes: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Fill the model from `warm_start.checkpoints`; what became of every weight. classes: of
+    plugins that the configuration of the run names, whose packages these checkpoints may run, too.
+    """
+    sources, plugins = [], (*config.plugins, *map(package_of, classes))
     for name in config.warm_start.checkpoints:
-        trained = load_checkpoint(name)
+        trained = load_checkpoint(name, plugins)
         names = {s.name: config.warm_start.rename.get(s.name, s.name) for s in trained.specs}
         sources.append(renamed(name, trained.specs, dict(trained.model.named_parameters()), names))
     return warm_start(model, config.specs, sources).summary()
@@ -259,7 +272,7 @@ def build_trainer(
     the logs that are there stay.
     """
     settings, folder = config.trainer, config.paths.output
-    loggers = make_loggers(folder, **config.logger.model_dump(exclude={"csv"})) if logs else []
+    loggers = _loggers(config) if logs else []
     strategy = choose_strategy(
         settings.strategy,
         precision=settings.precision,
@@ -271,7 +284,7 @@ def build_trainer(
     plugins: list[Any] = [AtomicCheckpointIO(asynchronous=settings.async_checkpoint)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # SaveOnSignal does it
-    return L.Trainer(
+    arguments: dict[str, Any] = dict(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -294,6 +307,20 @@ def build_trainer(
         enable_model_summary=False,
         enable_progress_bar=False,  # RunProgress does it
     )
+    try:
+        return L.Trainer(**arguments | settings.extra)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        if not settings.extra:
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"trainer.extra={settings.extra}: {why}") from error
+
+
+def _loggers(config: TrainConfig) -> list[Logger]:
+    """Those that the package knows, then those of Lightning and of plugins by `_target_`."""
+    known = config.logger.model_dump(exclude={"csv", "others"})
+    others = [logger.build() for logger in config.logger.others.values()]
+    return make_loggers(config.paths.output, **known) + others
 
 
 def has_idle_parameters(config: TrainConfig) -> bool:
@@ -333,6 +360,7 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) ->
         LearningRate(log_batches),
         watch,
         *optional,
+        *(callback.build() for callback in config.callbacks.values()),
         keep,
         SaveOnSignal(keep),
         CurvesAtEnd(folder / "metrics.csv", folder / "curves"),

@@ -23,7 +23,8 @@ from atmossl.data.catalog import find_file
 from atmossl.data.variables import show_in_one_line
 from atmossl.extras import missing_plugin, naming_extras
 from atmossl.locks import owned
-from atmossl.overrides import PATHS, for_hydra, split, unquoted
+from atmossl.overrides import PATHS, SEARCH_WORDS, as_searchpath, for_hydra, joined, split, unquoted
+from atmossl.plugins import check_plugins
 from atmossl.process_lifetime import (
     end_with_parent,
     is_started_by_first_rank,
@@ -39,6 +40,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
             atmossl train -m model.dim=64,128        one run for each value; launcher=slurm
             atmossl train -m hparams_search=optuna   search for the lowest validation error
             atmossl train paths.output=runs/mine resume=auto
+            atmossl train --config-dir my_conf masking=mine      files of your own; docs/plugins.md
   predict   atmossl predict task=forecast checkpoint=PATH init_time=1959-02-01T00 output=out.zarr
             task: forecast | hindcast | temporal_interpolation | downscaling | inpainting |
                   cross_variable | combined | counterfactual
@@ -57,27 +59,32 @@ _USAGE = """atmossl COMMAND [key=value ...]
             atmossl data stats climatologies=[month,cell_month] output=climate [--force]
             atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
   config    atmossl config show | validate [key=value ...]      of a training run
-  info      atmossl info checkpoint=PATH
+  info      atmossl info checkpoint=PATH [plugins=[my_package]]
             atmossl info model=large trainer=fsdp memory=80 --check     does a run fit 80 GiB?
 
+plugins=[my_package] lets a checkpoint run the code of that package, see docs/plugins.md.
 The keys are those of conf/; `atmossl config show` prints them all with their values.
 """
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The composed configuration `conf/NAME.yaml` as plain values, interpolations resolved.
-    `data=NAME` may name any catalog entry.
+    `data=NAME` may name any catalog entry; the files of a `--config-dir=FOLDER` can be chosen
+    beside those of conf/.
 
     Raises:
         ValueError: an override that does not fit, in one line.
     """
     GlobalHydra.instance().clear()
+    mappings = _MAPPINGS.get(name, ())
+    overrides = [_open_ended(_as_entry(item, name), mappings) for item in overrides]
+    overrides = as_searchpath(overrides, find_file("conf"))
     _register_run_name()
     with (
         _in_one_line(overrides),
         initialize_config_dir(str(find_file("conf")), version_base="1.3"),
     ):
-        return _to_plain(compose(name, [for_hydra(_as_entry(item, name)) for item in overrides]))
+        return _to_plain(compose(name, [for_hydra(item) for item in overrides]))
 
 
 def _register_run_name() -> None:
@@ -158,7 +165,9 @@ def _train(arguments: Sequence[str]) -> None:
     import hydra
 
     _register_run_name()
-    arguments = [for_hydra(_as_entry(item, "train"), sweep=True) for item in arguments]
+    arguments = [_open_ended(_as_entry(item, "train"), _MAPPINGS["train"]) for item in arguments]
+    arguments = as_searchpath(arguments, find_file("conf"))
+    arguments = [for_hydra(item, sweep=True) for item in arguments]
     sys.argv = ["atmossl train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong; else Hydra prints and exits
     decorate = hydra.main(
@@ -209,13 +218,11 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
-    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own, and
-    `task.levels`, a mapping, takes any key."""
+    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own."""
     tasks = [unquoted(item[len("task=") :]) for item in arguments if item.startswith("task=")]
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     if not files:
-        given = [_open_ended(item, ("task.levels",)) for item in arguments]
-        return compose_config("predict", given)
+        return compose_config("predict", arguments)
     own = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in own and not a.startswith("task=")]
     from atmossl.api import read_task
@@ -238,7 +245,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
         names = [*map(unquoted, split(listed[-1].removeprefix("tasks=[").removesuffix("]")))]
         if not all(names):
             raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
-        tasks = [_compose_with_task_file([f"task={name}", "output=_"])["task"] for name in names]
+        folders = [item for item in arguments if item.startswith(SEARCH_WORDS)]
+        tasks = [
+            _compose_with_task_file([f"task={name}", "output=_", *folders])["task"]
+            for name in names
+        ]
         values = values | {"tasks": tasks}
     values = _valid("EvaluateConfig", values)
     from atmossl.commands.evaluate import evaluate
@@ -269,7 +280,7 @@ def _data(arguments: Sequence[str]) -> None:
 
         show_statistics(values)
     elif action == "ingest":
-        values = compose_config("ingest", [_open_ended(o) for o in overrides])
+        values = compose_config("ingest", overrides)
         from atmossl.data_commands import run_ingest
 
         run_ingest(values)
@@ -283,10 +294,16 @@ def _data(arguments: Sequence[str]) -> None:
         raise ValueError(f"data {action!r} is no action; valid: list, inspect, ingest, stats")
 
 
-_OF_INGEST = ("variables", "select", "filters", "coordinates", "workers.slurm")
+_OF_TRAIN = ("trainer.extra", "callbacks", "logger.others")
+_MAPPINGS = {  # keys under which any key goes, by configuration
+    "train": _OF_TRAIN,
+    "stats": _OF_TRAIN,
+    "predict": ("task.levels",),
+    "ingest": ("variables", "select", "filters", "coordinates", "workers.slurm"),
+}
 
 
-def _open_ended(override: str, mappings: tuple[str, ...] = _OF_INGEST) -> str:
+def _open_ended(override: str, mappings: tuple[str, ...]) -> str:
     """Mappings take any key, which Hydra calls appending; a key that begins with a digit, such as
     2m_temperature, it takes in braces alone."""
     override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
@@ -306,6 +323,14 @@ def _config(arguments: Sequence[str]) -> None:
         Console().print("the configuration is valid")
 
 
+def _without_plugins(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The packages of `plugins=[...]`, and all other words."""
+    named = [item for item in arguments if item.startswith("plugins=")]
+    others = [item for item in arguments if item not in named]
+    packages = named[-1].removeprefix("plugins=").strip("[]") if named else ""
+    return [*map(unquoted, split(packages))] if packages else [], others
+
+
 def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     given = dict(item.split("=", 1) for item in arguments if "=" in item)
     if sorted(given) != sorted(names) or len(given) != len(arguments):
@@ -317,7 +342,9 @@ def _info(arguments: Sequence[str]) -> None:
     if any(item.startswith("checkpoint=") for item in arguments):
         from atmossl.commands.info import show_checkpoint
 
-        show_checkpoint(*_keyword(arguments, ["checkpoint"]))
+        plugins, arguments = _without_plugins(arguments)
+        (checkpoint,) = _keyword(arguments, ["checkpoint"])
+        show_checkpoint(checkpoint, plugins)
         return
     given = [item for item in arguments if item.startswith("memory=")]
     overrides = [item for item in arguments if item != "--check" and item not in given]
@@ -339,6 +366,8 @@ def _export(arguments: Sequence[str]) -> None:
     from atmossl.commands.export import export_folder
     from atmossl.inference.checkpoint import export
 
+    named, arguments = _without_plugins(arguments)
+    plugins = check_plugins(named)
     optional = ("report", "data.catalog", "licence")
     more = {key: item for item in arguments for key in optional if item.startswith(f"{key}=")}
     rest = [item for item in arguments if item not in more.values()]
@@ -350,13 +379,13 @@ def _export(arguments: Sequence[str]) -> None:
     checkpoints = [checkpoint] if alone else [*map(unquoted, split(checkpoint))]
     with owned(Path(output), key), keeping("nothing is kept"):
         if key == "output":
-            export(checkpoints, Path(output))
+            export(checkpoints, Path(output), plugins)
         else:
             given = {
                 name.removeprefix("data."): _keyword([item], [name])[0]
                 for name, item in more.items()
             }
-            export_folder(checkpoints, Path(output), **given)
+            export_folder(checkpoints, Path(output), plugins=plugins, **given)
 
 
 def _import(arguments: Sequence[str]) -> None:
@@ -437,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         Console().print(_USAGE, markup=False, highlight=False)
         return 0
-    command, *rest = map(renamed_override, arguments)
+    command, *rest = map(renamed_override, joined(arguments))
     if command not in _COMMANDS:
         console.print(f"atmossl: no command {command!r}; valid: {', '.join(_COMMANDS)}")
         return 2

@@ -6,7 +6,8 @@ always around the value of a key that holds one path, and around any other value
 not read. What Hydra can read keeps its meaning: lists, mappings, sweeps, quotes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -26,6 +27,8 @@ PATHS = frozenset(
         "task.stations",
     }
 )
+_FOLDER, _SEARCHPATH, _FILE = "--config-dir=", "hydra.searchpath=", "file://"
+SEARCH_WORDS = (_FOLDER, _SEARCHPATH)  # words that say where else files of choices lie
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _NO_TEXT = ("", "null", "true", "false")
 
@@ -42,6 +45,53 @@ def for_hydra(override: str, *, sweep: bool = False) -> str:
         return override
     quoted = f"{key}=" + ",".join(map(_quoted if is_path else _element, values))
     return quoted if _is_readable(quoted) else override
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """The words of the command line, with `--config-dir FOLDER` as one word."""
+    words: list[str] = []
+    for word in arguments:
+        if words and words[-1] in ("--config-dir", "-cd"):
+            words[-1] = f"{_FOLDER}{word}"
+        else:
+            words.append(word)
+    return words
+
+
+def as_searchpath(overrides: Sequence[str], shipped: Path) -> list[str]:
+    """The overrides with every `--config-dir=FOLDER` as a part of Hydra's `hydra.searchpath`.
+
+    shipped: the folder of the package's own files, which Hydra looks in first.
+
+    Raises:
+        ValueError: no such folder, or a file in it that Hydra would not find, since the package has
+            another one of that name.
+    """
+    others = [word for word in overrides if not word.startswith(SEARCH_WORDS)]
+    places: list[str] = []
+    for word in overrides:
+        if word.startswith(_SEARCHPATH):
+            places += filter(None, map(unquoted, split(word.removeprefix(_SEARCHPATH).strip("[]"))))
+        elif word.startswith(_FOLDER):
+            folder = Path(word.removeprefix(_FOLDER)).absolute()
+            places.append(f"{_FILE}{folder}")
+    for place in places:
+        if place.startswith(_FILE):
+            _check_folder(Path(place.removeprefix(_FILE)), shipped)
+    return [*others, f"{_SEARCHPATH}[{','.join(map(_quoted, places))}]"] if places else others
+
+
+def _check_folder(folder: Path, shipped: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"--config-dir={folder} is no folder; valid: a folder like {shipped}")
+    for file in sorted(folder.rglob("*.yaml")):
+        name = file.relative_to(folder)
+        own = shipped / name
+        if own.exists() and own.read_bytes() != file.read_bytes():
+            raise ValueError(
+                f"--config-dir={folder}: {name} has the name of a file of the package, which would "
+                "be taken instead; give it another name"
+            )
 
 
 def split(text: str) -> Iterator[str]:

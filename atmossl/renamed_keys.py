@@ -66,6 +66,8 @@ def _walk(node: Any, path: tuple[str, ...], notes: list[str]) -> Any:
     if not isinstance(node, Mapping):
         return node
     present = {}
+    if _is_of_plugin(node):  # its keys are its own
+        return {key: _walk(value, (*path, str(key)), notes) for key, value in node.items()}
     for key, value in node.items():
         new_key, new_value = _present(path, str(key), value)
         old, new = (".".join((*path, part)) for part in (str(key), new_key))
@@ -76,6 +78,12 @@ def _walk(node: Any, path: tuple[str, ...], notes: list[str]) -> Any:
         new_value = _walk(new_value, (*path, new_key), notes)
         present[new_key if isinstance(key, str) else key] = new_value
     return present
+
+
+def _is_of_plugin(node: Mapping[str, Any]) -> bool:
+    """Whether a part is an object of a class of another package, named with its module."""
+    target = str(node.get("_target_", ""))
+    return "." in target and not target.startswith("atmossl.")
 
 
 def _present(path: tuple[str, ...], key: str, value: Any) -> tuple[str, Any]:

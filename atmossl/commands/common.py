@@ -13,10 +13,16 @@ from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
 from atmossl.data.variables import InputLimits
-from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, read_checkpoint
+from atmossl.inference.checkpoint import (
+    TrainedModel,
+    load_checkpoint,
+    naming_network,
+    read_checkpoint,
+)
 from atmossl.masking.tasks import Task
 from atmossl.model.kinds import network_class
 from atmossl.model.network import Network
+from atmossl.plugins import check_plugins
 from atmossl.schema import CheckpointConfig
 from atmossl.schema.data import StoreChoice
 
@@ -39,7 +45,10 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in stream.items() if key != "name"}
         for name, stream in streams.items()
     }
-    values["model"] = {"_target_": record["network"], **record["model"]}
+    plugins = check_plugins(values.get("plugins", ()))
+    with naming_network(warm["checkpoints"][0]):  # the run will build what its record names
+        network = network_class(record["network"], plugins)
+    values["model"] = {**record["model"], "_target_": record["network"]}
     own = {key: record[key] for key in ("window", "first_guess")}
     values["data"] = {
         **values["data"],
@@ -48,7 +57,7 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     tuned, layers = warm.get("low_rank", {}), list(Network.low_rank_layers)
     if tuned.get("layers") == layers:
-        tuned = {**tuned, "layers": list(network_class(record["network"]).low_rank_layers)}
+        tuned = {**tuned, "layers": list(network.low_rank_layers)}
         values["warm_start"] = {**warm, "low_rank": tuned}
     return values
 
@@ -88,7 +97,7 @@ def open_checkpoint(
 ) -> tuple[TrainedModel, tuple[Segment, ...]]:
     """The checkpoint that a command runs, and the segments that it runs on; see `open_for`."""
     check_split(config.data, config.split)
-    trained = load_checkpoint(config.checkpoint)
+    trained = load_checkpoint(config.checkpoint, config.plugins)
     segments = open_for(
         trained,
         config.data,

@@ -62,7 +62,7 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     try:
-        trained = load_checkpoint(config.checkpoint)
+        trained = load_checkpoint(config.checkpoint, config.plugins)
         if config.forecasts:
             entry = catalog_entry(config.data.name or trained.data, config.data.catalog)
             reports = [compare_forecasts(config, entry)]

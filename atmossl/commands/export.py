@@ -24,13 +24,14 @@ def export_folder(
     report: str | None = None,
     catalog: str | None = None,
     licence: str = "other",
+    plugins: Sequence[str] = (),
 ) -> Path:
     """Write a folder for a model hub: weights, configuration and model card; see `atmossl.hub`.
 
     names: checkpoints; of several the mean, as `atmossl.inference.checkpoint.exported` makes it.
     report: a folder of `atmossl evaluate` of the only checkpoint, whose scores the card shows.
     catalog: has the entry of the training data, by default the catalog of the package. licence: of
-    the weights, as the hub calls it.
+    the weights, as the hub calls it. plugins: packages whose code the checkpoints may run.
 
     Raises:
         ValueError: the folder exists, checkpoints of different models, a report of another
@@ -39,10 +40,10 @@ def export_folder(
     if folder.exists():
         raise ValueError(f"hub={folder} exists; choose another folder or remove it")
     check_room(folder, 1, "hub")
-    contents = exported(names)
+    contents = exported(names, plugins)
     record = contents["atmossl"]
     entry = _entry(record["data"], catalog)
-    scores = [] if report is None else _scores(Path(report), names)
+    scores = [] if report is None else _scores(Path(report), names, plugins)
 
     def fill(partial: Path) -> None:
         hashes = write_folder(partial, contents)
@@ -70,7 +71,7 @@ def _entry(data: str, catalog: str | None) -> CatalogEntry | None:
         return None
 
 
-def _scores(report: Path, names: Sequence[str]) -> list[str]:
+def _scores(report: Path, names: Sequence[str], plugins: Sequence[str]) -> list[str]:
     """Lines of a report's summary: ratios with their intervals, and the command behind them.
 
     Raises:
@@ -81,7 +82,7 @@ def _scores(report: Path, names: Sequence[str]) -> list[str]:
         figures = json.loads((report / "figures.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"report={report} is no folder of `atmossl evaluate`: {error}") from error
-    digests = [load_checkpoint(name).digest for name in names]
+    digests = [load_checkpoint(name, plugins).digest for name in names]
     if len(digests) > 1 or f"digest {digests[0]}" not in summary:
         raise ValueError(f"report={report} is of another checkpoint than {names}: {digests}")
     lines = ["| score | mean | 95 % interval |", "| --- | ---: | --- |"]
@@ -109,7 +110,10 @@ def _card(
     yield f"# A model of the atmosphere ({kind})\n"
     yield f"{num_weights:,} weights; network `{record['network']}`, {record['step']} steps.\n"
     yield f"{_FENCE}python\nimport atmossl\n"
-    yield f'model = atmossl.load("hf://OWNER/NAME")  # pip install "atmossl[hub]"\n{_FENCE}\n'
+    named = record.get("plugins", {}).get("model")
+    plugins = f', plugins=["{named.partition(".")[0]}"]' if named else ""
+    yield f'model = atmossl.load("hf://OWNER/NAME"{plugins})  # pip install "atmossl[hub]"'
+    yield f"{_FENCE}\n"
     yield from _about_data(record, entry)
     yield from ["## Training", *_about_training(record)]
     yield from ["", "## Scores", *(scores or ["None were given to `atmossl export report=...`."])]

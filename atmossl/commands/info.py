@@ -1,5 +1,6 @@
 """`atmossl info` of a checkpoint."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -7,11 +8,12 @@ from rich.table import Table
 
 from atmossl.batch import PRIMARY
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.plugins import check_plugins
 
 
-def show_checkpoint(checkpoint: str) -> None:
-    """Print what is in a checkpoint."""
-    trained = load_checkpoint(checkpoint)
+def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
+    """Print what is in a checkpoint. plugins: packages whose code it may run."""
+    trained = load_checkpoint(checkpoint, check_plugins(plugins))
     record = trained.record
     table = Table("what", "value", show_header=False)
     count = sum(parameter.numel() for parameter in trained.model.parameters())
@@ -29,6 +31,7 @@ def show_checkpoint(checkpoint: str) -> None:
         **_objective(record),
         "digest": trained.digest,
         **({"hub": record["hub"]} if "hub" in record else {}),
+        **{f"plugin of {key}": name for key, name in record.get("plugins", {}).items()},
         **{f"model.{key}": str(value) for key, value in record["model"].items()},
     }
     for spec in trained.specs:

@@ -167,7 +167,8 @@ note_once = rank_zero_only(note)
 def _check_start(start: Start, config: TrainConfig, values: Mapping[str, Any]) -> None:
     """That this run can go on from the checkpoint."""
     specs = [spec_to_dict(spec) for spec in config.specs]
-    check_same_run(start.path, start.record, values, config.model.plain_arguments, specs)
+    network = {"_target_": config.model.target, **config.model.plain_arguments}
+    check_same_run(start.path, start.record, values, network, specs)
     if start.record["step"] >= config.trainer.max_steps:
         note_once(
             f"{start.path} has {start.record['step']} of trainer.max_steps="

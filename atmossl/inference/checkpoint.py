@@ -1,12 +1,14 @@
 """Loading a checkpoint for inference: it needs nothing but the file."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
@@ -40,6 +42,7 @@ class TrainedModel:
 
     record: streams, model arguments, statistics, window and resolved configuration, as saved.
     provides: what its objective taught it, see `atmossl.objectives.base.Objective`.
+    plugins: packages whose code the record may name, because the user says so.
     """
 
     model: Network
@@ -51,6 +54,7 @@ class TrainedModel:
     record: dict[str, Any]
     digest: str
     provides: frozenset[str] = frozenset({"reconstruct", "embed"})
+    plugins: tuple[str, ...] = ()
 
     def require(self, ability: str) -> None:
         """Raise ValueError if the objective did not teach it this."""
@@ -136,11 +140,14 @@ def read_checkpoint(name: str) -> dict[str, Any]:
     return read_contents(checkpoint_path(name))
 
 
-def load_checkpoint(name: str) -> TrainedModel:
+def load_checkpoint(name: str, plugins: Sequence[str] = ()) -> TrainedModel:
     """Rebuild the model with its averaged weights, in evaluation mode on the CPU.
 
+    plugins: packages whose code the checkpoint may run; no other is imported.
+
     Raises:
-        ValueError: no such file, truncated, foreign, or weights that do not fit the record.
+        ValueError: no such file, truncated, foreign, code of a package that is not in `plugins`, or
+            weights that do not fit the record.
     """
     path = checkpoint_path(name)
     contents, digest = read_with_digest(path)
@@ -150,7 +157,8 @@ def load_checkpoint(name: str) -> TrainedModel:
     if name.startswith(SCHEME):
         record = {**record, "hub": name.partition("@")[0] + commit_of(path)}
     specs = _specs_of(record, name)
-    model = _network_of(record, specs, name)
+    with naming_network(name):
+        model = build_network(record["network"], plugins, streams=specs, **record["model"])
     weights = {
         key.removeprefix(AVERAGED): value
         for key, value in contents["state_dict"].items()
@@ -173,15 +181,22 @@ def load_checkpoint(name: str) -> TrainedModel:
         record=record,
         digest=digest,
         provides=frozenset(record["objective"]["provides"]),
+        plugins=tuple(plugins),
     )
 
 
-def _network_of(record: dict[str, Any], specs: tuple[StreamSpec, ...], name: str) -> Network:
-    """The network of a record; ValueError for one that others have changed."""
+@contextmanager
+def naming_network(name: str) -> Generator[None]:
+    """Say of which checkpoint the record makes no network, in one line."""
     try:
-        return build_network(record["network"], streams=specs, **record["model"])
-    except (TypeError, KeyError, AttributeError) as error:
-        words = in_one_line(error)
+        yield
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError(
+            f"checkpoint={name}: its record makes no network: {'; '.join(faults)}"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        words = str(error) if isinstance(error, ValueError) else in_one_line(error)
         raise ValueError(f"checkpoint={name}: its record makes no network: {words}") from error
 
 
@@ -227,16 +242,16 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
     )
 
 
-def exported(names: Sequence[str]) -> dict[str, Any]:
+def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any]:
     """The averaged weights and the record alone: what inference needs.
 
     Of several checkpoints, stages of one run say, the mean of their weights and the last one's
     record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
     the network's `exported_dtype`, half precision (11 bits of mantissa) for our own; loading makes
-    them float32 again.
+    them float32 again. plugins: packages whose code the checkpoints may run.
 
     Raises:
-        ValueError: checkpoints of different models.
+        ValueError: checkpoints of different models, or code of a package that is not in `plugins`.
     """
     read = {name: read_with_digest(checkpoint_path(name)) for name in dict.fromkeys(names)}
     checkpoints = {name: contents for name, (contents, _) in read.items()}
@@ -248,7 +263,8 @@ def exported(names: Sequence[str]) -> dict[str, Any]:
         if bool(contents["atmossl"]["first_guess"]) != bool(last["atmossl"]["first_guess"]):
             raise ValueError(f"checkpoint={name}: its first_guess is not that of {names[-1]}")
     states = [merged(checkpoints[name]["state_dict"]) for name in names]
-    dtype = network_class(last["atmossl"]["network"]).exported_dtype
+    with naming_network(names[-1]):
+        dtype = network_class(last["atmossl"]["network"], plugins).exported_dtype
     weights = {
         key: _mean([state[key] for state in states], dtype)
         for key in states[-1]
@@ -260,16 +276,16 @@ def exported(names: Sequence[str]) -> dict[str, Any]:
     return {"state_dict": weights, "atmossl": record}
 
 
-def export(names: Sequence[str], output: Path) -> None:
+def export(names: Sequence[str], output: Path, plugins: Sequence[str] = ()) -> None:
     """Write what `exported` gives as one file, atomically.
 
     Raises:
-        ValueError: the output exists, or checkpoints of different models.
+        ValueError: the output exists, or what `exported` raises.
     """
     if output.exists():
         raise ValueError(f"output={output} exists; choose another path or remove it")
     check_room(output, 1)
-    write_output(exported(names), output)
+    write_output(exported(names, plugins), output)
 
 
 def _mean(values: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

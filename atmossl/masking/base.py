@@ -5,7 +5,7 @@ mask per stream. Streams of role `input` are never hidden.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -109,6 +109,7 @@ def coarse_mask(corruption: Tensor, factor: int, noise_std: float = 1.0) -> Stre
     return StreamMask(corruption, factor, noise_std)
 
 
+@runtime_checkable
 class MaskingSampler(Protocol):
     """Draws masks and corruptions, as a pure function of the token grids and a generator."""
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from atmossl.masking.tasks import (
 from atmossl.setting_types import NotNegative, Positive
 
 
+@runtime_checkable
 class HiddenCells(Protocol):
     """A set of cells to be hidden, the same whatever window looks at them."""
 

@@ -27,13 +27,15 @@ from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import AREAS
-from atmossl.model.kinds import network_class
+from atmossl.model.kinds import NETWORKS, choose_network
+from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.data import ChosenStore, DataConfig
 from atmossl.schema.strict import ConfigError, Strict
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.schema.training import (
+    Callback,
     LoggerConfig,
     TrainerConfig,
     WarmStartConfig,
@@ -73,6 +75,7 @@ class ModelConfig(Strict):
 
     @property
     def target(self) -> str:
+        """Its name in `atmossl.model.kinds`."""
         return "multiformer"
 
     @property
@@ -89,14 +92,17 @@ class NetworkOfCheckpoint:
 
 
 def _choose_model(node: Any) -> Any:
+    """The network of a plugin or of a checkpoint where the node has a `_target_`, else the
+    package's own."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return ModelConfig.model_validate(node)
     values = dict(node)
     target = values.pop("_target_")
     if target == "multiformer":
         return ModelConfig.model_validate(values)
-    network_class(target)
-    return NetworkOfCheckpoint(target, values)
+    if target in NETWORKS:
+        return NetworkOfCheckpoint(target, values)
+    return choose_network(node)
 
 
 class PathsConfig(Strict):
@@ -132,12 +138,14 @@ class TrainConfig(Strict):
     stream: Streams
     masking: ChosenMask
     tasks: tuple[ChosenTask, ...] = Field(min_length=1)
-    model: Annotated[ModelConfig | NetworkOfCheckpoint, BeforeValidator(_choose_model)]
+    model: Annotated[ModelConfig | NetworkOfCheckpoint | Part, BeforeValidator(_choose_model)]
     objective: ChosenObjective
     optimizer: OptimizerChoice
     trainer: TrainerConfig
+    callbacks: dict[str, Callback]
     logger: LoggerConfig
     paths: PathsConfig
+    plugins: Plugins
 
     @property
     def specs(self) -> tuple[StreamSpec, ...]:
@@ -302,9 +310,19 @@ def _joint_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
+def _schedule_faults(config: TrainConfig) -> list[str]:
+    if config.optimizer.warmup_steps < config.trainer.max_steps:
+        return []
+    return [
+        f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+        f"trainer.max_steps={config.trainer.max_steps}"
+    ]
+
+
 def _model_faults(config: TrainConfig) -> list[str]:
+    """Sizes of the package's own network against each other; others check their own."""
     faults, model = [], config.model
-    if isinstance(model, NetworkOfCheckpoint):
+    if not isinstance(model, ModelConfig):
         return []
     needs_ensemble = sorted(
         set(config.objective.arguments.get("losses", ())) - {"ensemble_mse", "mean_mse"}
@@ -334,11 +352,6 @@ def _model_faults(config: TrainConfig) -> list[str]:
                 f"model.dim={width} of stream {name} must be an even multiple of "
                 f"model.num_heads={model.num_heads}"
             )
-    if config.optimizer.warmup_steps >= config.trainer.max_steps:
-        faults.append(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
-            f"trainer.max_steps={config.trainer.max_steps}"
-        )
     return faults
 
 
@@ -347,6 +360,7 @@ CHECKS = (
     _transform_faults,
     _model_faults,
     _joint_faults,
+    _schedule_faults,
     _tuning_faults,
     _comparison_faults,
 )
@@ -366,6 +380,7 @@ class CheckpointConfig(Strict):
     accelerator: Literal["auto", "cpu", "gpu"]
     input_limits: InputLimits
     output: Path
+    plugins: Plugins
 
 
 class PredictConfig(CheckpointConfig):

@@ -4,21 +4,20 @@ Such a part is a mapping with the key `_target_`, which names the class: by the 
 small letters with underscores, such as `temporal_interpolation`, or with its module in front. The
 other keys are the keywords of its constructor, whose annotations say what is valid. So a key stands
 once, in the class that uses it. A keyword that takes a mask, a task, a region or an objective is
-such a part again.
+such a part again. A class of a plugin is named by its package, see `atmossl.plugins`.
 """
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from operator import or_
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator
 
 import atmossl.objectives
 from atmossl.inference.regions import inpainting
@@ -28,8 +27,10 @@ from atmossl.masking.places import AllButStations, CrossVariable, HiddenCells, L
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
-from atmossl.names import snake_case, target_name
+from atmossl.model.kinds import NETWORKS
+from atmossl.names import snake_case
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
+from atmossl.plugins import Part, checked_keywords, find_class
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
@@ -49,79 +50,36 @@ MASKS = _by_name(RandomMasking, BlockMasking, TimeBlockMasking, Mixture) | TASKS
 REGIONS = _by_name(LatLonBox, AllButStations)
 
 
-def choose(node: Any, kinds: Kinds) -> Any:
+def choose(node: Any, kinds: Kinds, base: type) -> Any:
     """Build the object that a mapping with `_target_` describes; any other object stays as it is.
+
+    kinds: the package's own classes by name; others are subclasses of `base` that plugins have.
 
     Raises:
         ValueError: an unknown class or key, or a value that does not fit.
     """
     if type(node).__module__ != "builtins":
         return node
-    kind, values = _kind_of(node, kinds)
-    checked = _checked(kind, values)
-    return kind(**{name: getattr(checked, name) for name in checked.model_fields_set})
+    kind, values = _kind_of(node, kinds, base)
+    return kind(**checked_keywords(kind, values, as_written=_with_parts))
 
 
-def _kind_of(node: Any, kinds: Kinds) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _kind_of(node: Any, kinds: Kinds, base: type) -> tuple[Any, dict[str, Any]]:
     """The class that a node names, and the node's other keys."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ValueError(f"needs keys and values, with _target_ among them; valid: {sorted(kinds)}")
     values = dict(node)
-    target = values.pop("_target_")
-    kind = kinds.get(target_name(str(target)))
-    if kind is None:
-        fault = _fault("unknown_target", f"valid: {sorted(kinds)}")
-        raise ValidationError.from_exception_data(
-            "_target_", [{"type": fault, "loc": ("_target_",), "input": target}]
-        )
-    return kind, values
-
-
-def _checked(kind: Callable[..., Any], values: Mapping[str, Any]) -> BaseModel:
-    """The keywords of a constructor, checked and converted as its annotations say."""
-    keywords = _keywords_of(kind)
-    valid = sorted(field.alias or name for name, field in keywords.model_fields.items())
-    unknown = _fault("unknown_key", f"unknown key; valid: {valid}")
-    faults = [
-        InitErrorDetails(type=unknown, loc=(key,), input=value)
-        for key, value in values.items()
-        if key not in valid
-    ]
-    try:
-        checked = keywords.model_validate(values)
-    except ValidationError as error:
-        faults += [
-            InitErrorDetails(type=_fault(e["type"], e["msg"]), loc=e["loc"], input=e["input"])
-            for e in error.errors()
-        ]
-    else:
-        if not faults:
-            return checked
-    raise ValidationError.from_exception_data(kind.__name__, faults)
-
-
-def _fault(kind: Any, message: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, message)  # pyright: ignore[reportArgumentType]
-
-
-@cache
-def _keywords_of(kind: Callable[..., Any]) -> type[BaseModel]:
-    """The constructor's keywords as a schema."""
-    parameters = inspect.signature(kind, eval_str=True).parameters
-    fields: dict[str, Any] = {
-        name: (_with_parts(p.annotation), ... if p.default is p.empty else p.default)
-        for name, p in parameters.items()
-        if name not in _OF_THE_RUN
-    }
-    config = ConfigDict(arbitrary_types_allowed=True)
-    return create_model(kind.__name__, __config__=config, **fields)
+    return find_class(values.pop("_target_"), base, kinds), values
 
 
 def _with_parts(hint: Any) -> Any:
     """An annotation, in which what takes such a part takes its mapping as well."""
+    if not isinstance(hint, Hashable):  # arguments of a Callable
+        return hint
     if hint in _PARTS:
         return _PARTS[hint]
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin: Any = get_origin(hint)
+    arguments = get_args(hint)
     changed = tuple(map(_with_parts, arguments))
     if changed == arguments:
         return hint
@@ -130,28 +88,23 @@ def _with_parts(hint: Any) -> Any:
     return reduce(or_, changed) if origin in (Union, UnionType) else origin[changed]
 
 
-ChosenTask = Annotated[Task, BeforeValidator(partial(choose, kinds=TASKS))]
-ChosenMask = Annotated[Any, BeforeValidator(partial(choose, kinds=MASKS))]
+ChosenTask = Annotated[Task, BeforeValidator(partial(choose, kinds=TASKS, base=Task))]
+ChosenMask = Annotated[Any, BeforeValidator(partial(choose, kinds=MASKS, base=MaskingSampler))]
 _PARTS: dict[Any, Any] = {
     Task: ChosenTask,
     MaskingSampler: ChosenMask,
     ObjectivePart: Annotated[Any, BeforeValidator(lambda node: choose_objective(node))],
-    HiddenCells: Annotated[Any, BeforeValidator(partial(choose, kinds=REGIONS))],
+    HiddenCells: Annotated[Any, BeforeValidator(partial(choose, kinds=REGIONS, base=HiddenCells))],
 }
 
 
 @dataclass(frozen=True)
-class ObjectiveChoice:
+class ObjectiveChoice(Part):
     """A class of objective and its keywords; `train_only` names the end of the network that alone
     is trained."""
 
     kind: type[Objective]
-    arguments: Mapping[str, Any]
     train_only: str | None
-
-    @property
-    def target(self) -> str:
-        return f"{self.kind.__module__}.{self.kind.__name__}"
 
     @property
     def provides(self) -> frozenset[Ability]:
@@ -169,12 +122,6 @@ class ObjectiveChoice:
         """Keywords that do not fit together, one line each."""
         return self.kind.faults_of(self.arguments, batch_size)
 
-    def build(self, **of_the_run: Any) -> Objective:
-        """The objective. of_the_run: `scales` and `network`, for a constructor that wants them."""
-        wanted = inspect.signature(self.kind).parameters
-        given = {name: value for name, value in of_the_run.items() if name in wanted}
-        return self.kind(**self.arguments, **given)
-
 
 @cache
 def objectives() -> dict[str, Callable[..., Any]]:
@@ -183,6 +130,11 @@ def objectives() -> dict[str, Callable[..., Any]]:
         importlib.import_module(module.name)
     kinds = _subclasses(Objective)
     return _by_name(*(kind for kind in kinds if kind.__module__.startswith("atmossl.")))
+
+
+def builtin_names() -> frozenset[str]:
+    """Names of all classes of the package that a `_target_` can name."""
+    return frozenset((*MASKS, *REGIONS, *objectives(), *NETWORKS))
 
 
 def _subclasses(kind: type[Objective]) -> list[type[Objective]]:
@@ -195,13 +147,17 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     Raises:
         ValueError: an unknown class or key, or a value that does not fit.
     """
-    kind, values = _kind_of(node, objectives())
+    kind, values = _kind_of(node, objectives(), Objective)
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
         raise ValueError(f"train_only={train_only!r}; valid: null or one of {list(_ENDS)}")
-    checked = _checked(kind, values)
-    arguments = {name: getattr(checked, name) for name in type(checked).model_fields}
-    return ObjectiveChoice(kind, arguments, train_only)  # pyright: ignore[reportArgumentType]
+    given = checked_keywords(kind, values, _OF_THE_RUN)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.default is not parameter.empty and name not in _OF_THE_RUN
+    }
+    return ObjectiveChoice(kind, defaults | given, train_only)
 
 
 ChosenObjective = Annotated[ObjectiveChoice, BeforeValidator(choose_objective)]

@@ -1,11 +1,70 @@
 """Types and bounds of how a run trains: trainer, warm start, loggers."""
 
-from typing import Literal
+import importlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from atmossl.plugins import Part, checked_keywords, choose_part
 from atmossl.schema.strict import Strict
 from atmossl.setting_types import NotNegative, Positive
+
+
+def _of_lightning(name: str) -> Any:
+    """A class of Lightning, which takes seconds to import and is only waited for where needed."""
+    return getattr(importlib.import_module("lightning.pytorch"), name)
+
+
+def _choose_callback(node: Any) -> Part:
+    return choose_part(node, _of_lightning("Callback"))
+
+
+def _choose_logger(node: Any) -> Part:
+    return choose_part(node, importlib.import_module("lightning.pytorch.loggers").Logger)
+
+
+Callback = Annotated[Part, BeforeValidator(_choose_callback)]
+Logger = Annotated[Part, BeforeValidator(_choose_logger)]
+
+# What a run gives to Lightning's Trainer by itself, and the key that changes it
+_OURS = {
+    "accelerator": "trainer.accelerator",
+    "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
+    "strategy": "trainer.strategy",
+    "precision": "trainer.precision",
+    "max_steps": "trainer.max_steps",
+    "max_epochs": "trainer.max_steps",
+    "fast_dev_run": "debug=quick",
+    "accumulate_grad_batches": "trainer.accumulate",
+    "gradient_clip_val": "optimizer.gradient_clip",
+    "gradient_clip_algorithm": "optimizer.gradient_clip",
+    "val_check_interval": "trainer.validation_interval",
+    "check_val_every_n_epoch": "trainer.validation_interval",
+    "num_sanity_val_steps": "trainer.validation_interval",
+    "limit_val_batches": "trainer.validation_batches",
+    "log_every_n_steps": "trainer.log_interval",
+    "enable_checkpointing": "trainer.checkpoint_interval",
+    "profiler": "trainer.profiler",
+    "plugins": "trainer.strategy",
+    "use_distributed_sampler": "data.batch_size",
+    "logger": "logger",
+    "callbacks": "callbacks",
+    "default_root_dir": "paths.output",
+}
+
+
+def _check_extra(extra: Any) -> Any:
+    """Keywords of Lightning's Trainer that have no key of ours, with values of their types."""
+    if not isinstance(extra, Mapping):
+        raise ValueError("valid: keywords of Lightning's Trainer and their values")
+    for name in extra:
+        if name in _OURS:
+            raise ValueError(f"{name} is set by {_OURS[name]}; use that key instead")
+    if not extra:
+        return {}
+    return checked_keywords(_of_lightning("Trainer"), extra, _OURS)
 
 
 class TrainerConfig(Strict):
@@ -32,6 +91,7 @@ class TrainerConfig(Strict):
     pictures: bool
     profiler: Literal["none", "torch"]
     profile_steps: tuple[NotNegative, Positive]
+    extra: Annotated[dict[str, Any], BeforeValidator(_check_extra)]
 
 
 class LowRankConfig(Strict):
@@ -53,7 +113,7 @@ class WarmStartConfig(Strict):
 
 class LoggerConfig(Strict):
     """Where metrics go, `logger`; see `atmossl.training.loggers.make_loggers`. `metrics.csv` is
-    always written."""
+    always written. others: loggers of Lightning and of plugins, by names that are free."""
 
     csv: Literal[True]
     tensorboard: bool
@@ -65,6 +125,7 @@ class LoggerConfig(Strict):
     tags: tuple[str, ...]
     entity: str | None
     mlflow_uri: str | None
+    others: dict[str, Logger]
 
 
 def trainer_faults(trainer: TrainerConfig) -> list[str]:

@@ -80,7 +80,8 @@ def check_same_run(
     model: Mapping[str, Any],
     streams: Sequence[Mapping[str, Any]],
 ) -> None:
-    """record: of the checkpoint. config, model, streams: what the record of this run will hold.
+    """record: of the checkpoint. config, streams: what the record of this run will hold. model: the
+    arguments of its network, with the network's name as `_target_`.
 
     Raises:
         ValueError: names every key that has changed though it may not.
@@ -93,7 +94,7 @@ def check_same_run(
     for name in sorted(set(before) & set(now)):
         free = {key: now[name][key] for key in _FREE_OF_STREAMS}
         faults += _differences(f"stream.{name}", {**before[name], **free}, now[name])
-    faults += _differences("model", record["model"], model)
+    faults += _differences("model", {"_target_": record["network"], **record["model"]}, model)
     old = record.get("config", {})
     for group, keys in _FIXED:
         both = [key for key in keys if key in old.get(group, {}) and key in config[group]]

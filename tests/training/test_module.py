@@ -167,11 +167,8 @@ CONFIG = {
     "warm_start": {"low_rank": {"rank": 0}},
     "data": {"first_guess": True},
 }
-RECORD = {
-    "streams": [STREAM],
-    "model": {"dim": 16, "embedding_stencil": (1, 1, 1)},
-    "config": CONFIG,
-}
+MODEL = {"dim": 16, "embedding_stencil": (1, 1, 1)}
+RECORD = {"streams": [STREAM], "network": "multiformer", "model": MODEL, "config": CONFIG}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +181,7 @@ RECORD = {
         ({"stream": {"name": "sea"}}, r"streams \['air'\], not \['sea'\]"),
         ({"model": {"dim": 32}}, r"model.dim=16, not 32.*warm_start.checkpoints=\[last.ckpt\]"),
         ({"model": {"embedding_stencil": [1, 1, 1], "added": 3}}, None),
+        ({"model": {"_target_": "my.Net"}}, r"model._target_=multiformer, not my.Net"),
         ({"optimizer": {"freeze": ["tail.*"]}}, r"optimizer.freeze=\[\], not \['tail.\*'\]"),
         ({"optimizer": {"learning_rate": 3.0}}, None),
     ],

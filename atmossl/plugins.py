@@ -1,0 +1,297 @@
+"""Classes that a configuration names by `_target_`: those of the package and those of plugins.
+
+A plugin is a user's own package. Its classes are named as `package.module.Class`, or by a short
+name that the package registers in the entry point group `atmossl.plugins`. Two rules hold for every
+kind of class (masking sampler, task, objective, network, callback, logger):
+
+- What the user's own configuration names is imported, must be a subclass of what is needed, and has
+  its keywords checked against the types of its constructor.
+- What the record of a checkpoint names is imported only if it belongs to the package itself or to
+  a package that the user lists in `plugins=[...]`. The name alone is compared, so nothing of
+  another package runs.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
+
+from atmossl.names import target_name
+
+GROUP = "atmossl.plugins"
+_REST = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+class UntrustedError(ValueError):
+    """A checkpoint names code of a package that the user has not listed in `plugins`."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A class and its checked keywords: one part of a run, not built yet."""
+
+    kind: type
+    arguments: Mapping[str, Any]
+
+    @property
+    def target(self) -> str:
+        """`package.module.Class`."""
+        return f"{self.kind.__module__}.{self.kind.__name__}"
+
+    @property
+    def plain_arguments(self) -> dict[str, Any]:
+        """The keywords as numbers, texts, lists and mappings, for the record of a checkpoint."""
+        return to_jsonable_python(dict(self.arguments))
+
+    def build(self, **of_the_run: Any) -> Any:
+        """The object. of_the_run: keywords that the run gives to a constructor that wants them."""
+        wanted = inspect.signature(self.kind).parameters
+        given = {name: value for name, value in of_the_run.items() if name in wanted}
+        return self.kind(**self.arguments, **given)
+
+
+def choose_part(node: Any, base: type, of_the_run: Collection[str] = ()) -> Part:
+    """The class that a node of the user's own configuration names by `_target_`, with the node's
+    other keys as its keywords.
+
+    base: what it must be a subclass of. of_the_run: keywords of the constructor that are no part of
+    the configuration.
+
+    Raises:
+        ValueError: no such class, one of another kind, an unknown or missing key, a value that does
+            not fit its type.
+    """
+    if isinstance(node, Part):
+        return node
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ValueError("needs the key _target_; valid: package.module.Class and its keywords")
+    kind = find_class(node["_target_"], base)
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    return Part(kind, checked_keywords(kind, values, of_the_run))
+
+
+def find_class(
+    target: Any,
+    base: type,
+    builtin: Mapping[str, Any] | None = None,
+    only_from: Sequence[str] | None = None,
+) -> Any:
+    """The class of that name: one of the package (`builtin`, by name), or a subclass of `base`.
+
+    only_from: the packages whose code may be imported; None, for the user's own configuration: all.
+
+    Raises:
+        UntrustedError: of a package that is not in `only_from`; nothing was imported.
+        ValidationError: no such class, or one of another kind; an error of the key `_target_`.
+    """
+    builtin, text = builtin or {}, str(target)
+    if target_name(text) in builtin:
+        return builtin[target_name(text)]
+    try:
+        name = full_name(text)
+        if only_from is not None:
+            _check_trust(name, only_from)
+        kind = _imported(name)
+        if not isinstance(kind, type) or not issubclass(kind, base):
+            raise LookupError("this is no class of the kind that is needed here")
+    except LookupError as error:
+        own = f"a {base.__module__}.{base.__name__} of your own as package.module.Class"
+        valid = f"{sorted(builtin)}, or {own}" if builtin else own
+        raise as_error("_target_", [fault("unknown_target", f"{error.args[0]}; valid: {valid}",
+                                          ("_target_",), target)]) from error  # fmt: skip
+    return kind
+
+
+def full_name(target: str) -> str:
+    """`package.module.Class` of a name that is this already, or that a package has registered.
+
+    Raises:
+        LookupError: a short name that no package has registered, or several.
+    """
+    if "." in target:
+        return target
+    points = entry_points(group=GROUP)
+    names = sorted({point.value.replace(":", ".") for point in points if point.name == target})
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise LookupError(f"registered for {' and for '.join(names)}; name one of these")
+    registered = sorted({point.name for point in points})
+    raise LookupError(f"no name of this package, and entry points {GROUP} have {registered}")
+
+
+def _check_trust(name: str, packages: Iterable[str]) -> None:
+    if not any(name.startswith(f"{package}.") for package in packages):
+        package = package_of(name)
+        raise UntrustedError(
+            f"{name} is code of the package {package}, which runs only if you trust it and say "
+            f"plugins=[{package}]"
+        )
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, SyntaxError) as error:
+        why = " ".join(str(error).split())
+        raise LookupError(
+            f"cannot be imported ({why}), install its package or add its folder to PYTHONPATH"
+        ) from error
+    except (AttributeError, ValueError) as error:
+        raise LookupError(f"{module or 'this'} has no {attribute}") from error
+
+
+def checked_keywords(
+    kind: Callable[..., Any],
+    values: Mapping[str, Any],
+    of_the_run: Collection[str] = (),
+    as_written: Callable[[Any], Any] = lambda hint: hint,
+) -> dict[str, Any]:
+    """The values by the names of the constructor's keywords, converted to the types that it
+    declares.
+
+    as_written: the type of what a configuration says for a keyword of a type.
+
+    Raises:
+        ValidationError: one error for every key that is unknown, missing or does not fit.
+    """
+    keywords, names = _keywords_of(kind, tuple(of_the_run), as_written)
+    try:
+        checked = keywords.model_validate(values)
+    except ValidationError as error:
+        raise as_error(kind.__name__, [_clear(e, names) for e in error.errors()]) from error
+    found = {name: getattr(checked, field) for name, field in names.values()
+             if field in checked.model_fields_set}  # fmt: skip
+    return found | (checked.model_extra or {})
+
+
+@cache
+def _keywords_of(
+    kind: Callable[..., Any], of_the_run: tuple[str, ...], as_written: Callable[[Any], Any]
+) -> tuple[type[BaseModel], dict[str, tuple[str, str]]]:
+    """The constructor's keywords as a schema; by key: the keyword and its field in the schema,
+    whose name must be free of pydantic's own."""
+    parameters = _parameters(kind)
+    extra = "allow" if any(p.kind is p.VAR_KEYWORD for p in parameters) else "forbid"
+    fields: dict[str, Any] = {}
+    names: dict[str, tuple[str, str]] = {}
+    for parameter in parameters:
+        if parameter.kind in _REST or parameter.name in of_the_run:
+            continue
+        hint: Any = (
+            Any if parameter.annotation is parameter.empty else as_written(parameter.annotation)
+        )
+        field = f"keyword_{len(fields)}"
+        declared: Any = FieldInfo.from_annotation(hint)  # pyright: ignore[reportArgumentType]
+        key = declared.alias or parameter.name
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[field] = (Annotated[hint, Field(alias=key)], default)
+        names[key] = parameter.name, field
+    config = ConfigDict(arbitrary_types_allowed=True, extra=extra)
+    try:
+        return create_model(kind.__name__, __config__=config, **fields), names
+    except PydanticUserError:  # types that pydantic cannot check: the constructor does
+        loose: dict[str, Any] = {
+            field: (Annotated[Any, Field(alias=key)], fields[field][1])
+            for key, (_, field) in names.items()
+        }
+        return create_model(kind.__name__, __config__=config, **loose), names
+
+
+def _parameters(kind: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    try:
+        return tuple(inspect.signature(kind, eval_str=True).parameters.values())
+    except NameError:  # of types that are imported for type checkers alone
+        parameters = inspect.signature(kind).parameters.values()
+        return tuple(parameter.replace(annotation=Any) for parameter in parameters)
+
+
+def _clear(error: Any, known: Iterable[str]) -> InitErrorDetails:
+    """One of pydantic's errors, with the valid keys where a key is unknown."""
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        message = unknown_key(str(error["loc"][0]), known)
+        return fault("unknown_key", message, error["loc"], error["input"])
+    return fault(error["type"], error["msg"], error["loc"], error["input"])
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """What to say of a key that is none of those that are known."""
+    close = get_close_matches(name, list(known), n=3)
+    meant = f", did you mean {' or '.join(close)}?" if close else ""
+    return f"unknown key{meant}; valid: {sorted(known)}"
+
+
+def fault(kind: Any, message: str, loc: tuple[int | str, ...], value: Any) -> InitErrorDetails:
+    """One error of a `ValidationError`."""
+    error = PydanticCustomError(kind, "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=loc, input=value)
+
+
+def as_error(title: str, faults: list[InitErrorDetails]) -> ValidationError:
+    """The error that pydantic takes apart, so that every fault gets its key."""
+    return ValidationError.from_exception_data(title, faults)
+
+
+def classes_outside(values: Any, builtin: Collection[str], key: str = "") -> dict[str, str]:
+    """Full names of all classes of plugins that a configuration names, by the keys that do.
+
+    builtin: names of the package's own classes. Nothing is imported.
+
+    Raises:
+        LookupError: a short name that no package has registered.
+    """
+    if isinstance(values, list | tuple):
+        values = {str(number): item for number, item in enumerate(values)}
+    if not isinstance(values, Mapping):
+        return {}
+    found: dict[str, str] = {}
+    if "_target_" in values and target_name(str(values["_target_"])) not in builtin:
+        name = full_name(str(values["_target_"]))
+        if not name.startswith("lightning."):  # which is installed with this package
+            found[key] = name
+    for name, value in values.items():
+        found |= classes_outside(value, builtin, f"{key}.{name}".lstrip("."))
+    return found
+
+
+def package_of(name: str) -> str:
+    """The package of a class."""
+    return name.partition(".")[0]
+
+
+def check_listed(stored: Any, builtin: Collection[str], packages: Sequence[str]) -> None:
+    """Raise UntrustedError if a part of a stored configuration names a class that is neither of
+    the package nor of these packages. Nothing is imported."""
+    try:
+        names = classes_outside(stored, builtin)
+    except LookupError as error:
+        raise UntrustedError(f"a class that is not known here: {error.args[0]}") from error
+    for name in names.values():
+        _check_trust(name, packages)
+
+
+def check_plugins(packages: Sequence[str]) -> tuple[str, ...]:
+    """The names of packages; ValueError for one that is not installed. Nothing is imported."""
+    names = (packages,) if isinstance(packages, str) else tuple(packages)
+    for name in names:
+        if not name.isidentifier() or find_spec(name) is None:
+            raise ValueError(
+                f"plugins={list(names)}: no package {name!r} is installed or on PYTHONPATH; valid: "
+                "names of packages, such as my_package"
+            )
+    return names
+
+
+# Packages whose code a checkpoint may name.
+Plugins = Annotated[tuple[str, ...], AfterValidator(check_plugins)]
