@@ -366,7 +366,7 @@ def out_of_training_warnings(plan: Plan, times: np.ndarray) -> list[str]:
         factor = None if task is None else task.factor
         stretch = (record.get("step_hours") or step_hours) / step_hours
         try:
-            check_listed(masking, {*MASKS, *REGIONS}, predictor.trained.plugins)
+            check_listed(masking, {*MASKS, *REGIONS}, plan.trained.plugins)
         except UntrustedError as error:
             return [*lines, f"masks that are known here: {error}"]
         sampler = choose(masking, MASKS, MaskingSampler)
