@@ -164,21 +164,32 @@ class Movable:
     """Moves every tensor of a frozen dataclass, nested ones included."""
 
     def _map(self, function) -> Self:
-        def go(value):
-            if isinstance(value, Tensor):
-                return function(value)
-            if isinstance(value, tuple):
-                return tuple(go(item) for item in value)
-            return value._map(function) if isinstance(value, Movable) else value
-
         assert is_dataclass(self)
-        return replace(self, **{f.name: go(getattr(self, f.name)) for f in fields(self)})
+        values = {}
+        for each in fields(self):  # one call a dataclass, so that a stack stays short
+            value = getattr(self, each.name)
+            if isinstance(value, tuple):
+                values[each.name] = tuple(
+                    item._map(function) if isinstance(item, Movable) else _mapped(item, function)
+                    for item in value
+                )
+            elif isinstance(value, Movable):
+                values[each.name] = value._map(function)
+            elif isinstance(value, Tensor):
+                values[each.name] = function(value)
+        return replace(self, **values)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         return self._map(lambda tensor: tensor.pin_memory())
+
+
+def _mapped(item, function):
+    if isinstance(item, Tensor):
+        return function(item)
+    return tuple(_mapped(part, function) for part in item) if isinstance(item, tuple) else item
 
 
 @dataclass(frozen=True)
@@ -330,6 +341,12 @@ class StreamTokens(Movable):
     @property
     def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:
         return self.corruption != Corruption.VISIBLE
+
+    @property
+    def query_level(self) -> Int[Tensor, "batch query"]:
+        """The level of every query, counted in tokens."""
+        assert self.queries is not None, "collate the view first: token indices are missing"
+        return self.queries.index // (self.grid.num_tokens // self.grid.shape[0])
 
     def indexed(self) -> Self:
         """With the indices of the given and the hidden tokens; needs a batch axis."""

@@ -1,4 +1,5 @@
-"""Names of variables, segments, streams and tasks as names of files.
+"""Names of variables, segments, streams and tasks as names of files, and AtmoRep's names of
+variables.
 
 A catalog may call a variable anything. Whatever becomes a part of a path goes through `file_name`,
 so that no name leaves its folder, hides a file or overwrites that of another name.
@@ -8,6 +9,22 @@ import hashlib
 import re
 
 _UNSAFE = re.compile(r"[^\w .()+,=@-]|^[. ]|[. ]$")
+# The variable of every field of AtmoRep's stores and published models.
+VARIABLE_OF_FIELD = {
+    "temperature": "temperature",
+    "velocity_u": "u_component_of_wind",
+    "velocity_v": "v_component_of_wind",
+    "velocity_z": "vertical_velocity",
+    "specific_humidity": "specific_humidity",
+    "vorticity": "vorticity",
+    "divergence": "divergence",
+    "geopotential": "geopotential",
+    "t2m": "2m_temperature",
+    "u10m": "10m_u_component_of_wind",
+    "v10m": "10m_v_component_of_wind",
+    "msl": "mean_sea_level_pressure",
+    "total_precip": "total_precipitation",
+}
 _MAX_BYTES = 150  # of 255 that file systems take, for what callers add
 
 

@@ -12,23 +12,10 @@ import zarr
 from xarray.conventions import decode_cf_variable
 
 from atmossl.data.chunks import ChunkedArray, Region, SharedChunks, without_absent
+from atmossl.names import VARIABLE_OF_FIELD
 
 _LOGGER = logging.getLogger(__name__)
 Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]
-_ATMOREP_NAMES = {
-    "temperature": "temperature",
-    "velocity_u": "u_component_of_wind",
-    "velocity_v": "v_component_of_wind",
-    "velocity_z": "vertical_velocity",
-    "specific_humidity": "specific_humidity",
-    "vorticity": "vorticity",
-    "divergence": "divergence",
-    "t2m": "2m_temperature",
-    "u10m": "10m_u_component_of_wind",
-    "v10m": "10m_v_component_of_wind",
-    "msl": "mean_sea_level_pressure",
-    "total_precip": "total_precipitation",
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +74,7 @@ def atmorep(group: zarr.Group) -> Adapted:
         listed = [str(name) for name in attributes[names]]
         _check_names(listed, stored.shape[1], f"attribute {names}")
         for position, name in enumerate(listed):
-            canonical = _ATMOREP_NAMES.get(name, name)
+            canonical = VARIABLE_OF_FIELD.get(name, name)
             if canonical in fields:
                 raise ValueError(f"attributes fields and fields_sfc both name {name}")
             arrays[canonical] = OnePosition(stored, 1, position)

@@ -18,6 +18,7 @@ from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.inference.windows import WindowReader, columns, masked_view
 from atmossl.masking.base import coarsen, repeat_coarse
 from atmossl.masking.tasks import Downscaling, Points
+from atmossl.model.layout import scatter
 from atmossl.tokens import detokenise
 
 
@@ -314,22 +315,15 @@ def _in_place(
     predicted: StreamPrediction, stream: StreamTokens
 ) -> Float[Tensor, "batch member level nt nlat nlon patch"]:
     """Queries back at their tokens, zeros where nothing was asked."""
-    members, queries = predicted.members, predicted.queries
     num_level, num_time, num_lat, num_lon = stream.grid.shape
-    everywhere = members.new_zeros(
-        (members.shape[0], stream.grid.num_tokens + 1, *members.shape[2:])
-    )
-    # padding goes to a spare token at the end, which is cut off
-    spare = torch.full_like(queries.index, stream.grid.num_tokens)
-    index = torch.where(queries.valid, queries.index, spare)[..., None, None]
-    everywhere.scatter_(1, index.expand_as(members), members)
     return rearrange(
-        everywhere[:, :-1],
-        "batch (level nt nlat nlon) member patch -> batch member level nt nlat nlon patch",
+        scatter(predicted.members.flatten(2), predicted.queries),
+        "batch (level nt nlat nlon) (member patch) -> batch member level nt nlat nlon patch",
         level=num_level,
         nt=num_time,
         nlat=num_lat,
         nlon=num_lon,
+        patch=predicted.members.shape[-1],
     )
 
 

@@ -39,25 +39,11 @@ from atmossl.model.atmorep import (
 )
 from atmossl.model.layout import Latent, TokenPlace, gather
 from atmossl.model.network import Latents, Network, StreamLatents
+from atmossl.names import VARIABLE_OF_FIELD
 
 HOURS_PER_DAY = 24.0
 _SECONDS_PER_HOUR = 3600.0
 # AtmoRep's names of fields, and those of ERA5 that stores have here.
-VARIABLE_OF_FIELD = {
-    "temperature": "temperature",
-    "velocity_u": "u_component_of_wind",
-    "velocity_v": "v_component_of_wind",
-    "velocity_z": "vertical_velocity",
-    "specific_humidity": "specific_humidity",
-    "vorticity": "vorticity",
-    "divergence": "divergence",
-    "geopotential": "geopotential",
-    "t2m": "2m_temperature",
-    "u10m": "10m_u_component_of_wind",
-    "v10m": "10m_v_component_of_wind",
-    "msl": "mean_sea_level_pressure",
-    "total_precip": "total_precipitation",
-}
 _INFO_ENTRIES = (8, 6)  # numbers that describe a token, in models of 2024 and in older ones
 _LAYER = re.compile(r"core\.encoders\.[^.]+\.(?:attentions|perceptrons)\.(\d+)\.")
 _EMBEDDING = re.compile(r"core\.encoders\.[^.]+\.embed(_info)?\.")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from atmossl.batch import (
@@ -209,7 +209,7 @@ class Multiformer(Network):
         predictions = []
         for stream in _predicted(view):
             name, queries = stream.spec.name, _queries(stream)
-            guess, level = gather(_flatten(stream.guess), queries), self._token_level(stream)
+            guess, level = gather(_flatten(stream.guess), queries), stream.query_level
             drawn = []
             for noise in self._noise(view, stream, members):
                 decoded, embedded = self._decode(latents[name], stream, noise)
@@ -262,10 +262,6 @@ class Multiformer(Network):
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
         return self.num_layers - 1 - number * self.num_layers // self.num_decoder_layers
-
-    @staticmethod
-    def _token_level(stream: StreamTokens) -> Int[Tensor, "batch query"]:
-        return _queries(stream).index // (stream.grid.num_tokens // stream.grid.shape[0])
 
 
 def _predicted(view: View) -> list[StreamTokens]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
 from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, Fields, LossName, weighted_mean
+from atmossl.model.layout import gather
 from atmossl.model.network import StreamLatents
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.position_means import (
@@ -245,13 +246,9 @@ def hidden_values(
     """Truth [batch query patch], weights [batch query patch] and token level [batch query] of the
     stream's queries. The weight of what was never observed is 0."""
     assert stream.queries is not None, "collate the view first: token indices are missing"
-    index = stream.queries.index
-    flat = rearrange(
-        stream.target, "batch level nt nlat nlon patch -> batch (level nt nlat nlon) patch"
-    )
-    target = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
-    level = index // (stream.grid.num_tokens // stream.grid.shape[0])
-    return target, _weights(stream, index, latitude_weighted), level
+    target = gather(stream.target.flatten(1, 4), stream.queries)
+    weight = _weights(stream, stream.queries.index, latitude_weighted)
+    return target, weight, stream.query_level
 
 
 def _chosen(kinds: Mapping[Any, T], shares: Mapping[LossName, float]) -> list[tuple[T, float]]:
