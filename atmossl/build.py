@@ -20,6 +20,7 @@ from atmossl.checkpoint_formats import FORMAT
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
+from atmossl.data.fingerprint import Transforms
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
 from atmossl.data.statistics import Normaliser, Seen, Statistics, load_or_compute, outside_limits
@@ -31,6 +32,7 @@ from atmossl.model.low_rank import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.plugins import Part, classes_outside, package_of
+from atmossl.progress import telling
 from atmossl.schema import TrainConfig
 from atmossl.schema.targets import builtin_names
 from atmossl.schema.training import TrainerConfig
@@ -86,7 +88,10 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
     check_samples(samplers, config.specs, config.data.window, config.objective.views)
     _warn(shared_steps(train[PRIMARY], validation[PRIMARY]))
     transforms = config.data.transforms
-    statistics = {data: load_or_compute(s, transforms=transforms) for data, s in train.items()}
+    statistics = {
+        data: statistics_of(segments, transforms, config.data.name if data == PRIMARY else data)
+        for data, segments in train.items()
+    }
     for data, of_source in statistics.items():
         _warn(limits_told(of_source, train[data][0], config.input_limits))
     if config.warm_start.network:  # what the network takes its values in
@@ -107,6 +112,16 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
         views=config.objective.views,
     )
     return datamodule, statistics
+
+
+def statistics_of(
+    segments: Sequence[Segment], transforms: Transforms, name: str, *, force: bool = False
+) -> Statistics:
+    """Statistics of a source from the cache, or computed by one of all processes, which shows how
+    far it is. name: of the source. force: see `load_or_compute`."""
+    steps = sum(len(segment.times) for segment in segments) * len(segments[0].variables)
+    with telling(f"statistics of {name}", steps) as progress:
+        return load_or_compute(segments, transforms=transforms, progress=progress, force=force)
 
 
 def limits_told(statistics: Statistics, segment: Segment, mode: InputLimits) -> list[str]:

@@ -26,7 +26,7 @@ from atmossl.data.inspect import (
     time_advice,
 )
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Statistics, load_or_compute
+from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.locks import owned
 from atmossl.names import file_name
@@ -50,12 +50,16 @@ def show_statistics(values: Mapping[str, Any]) -> None:
 
 
 def _show_statistics(config: StatsConfig) -> None:
-    from atmossl.build import limits_told, open_splits  # needs Lightning, which ingest does not
+    from atmossl.build import (  # needs Lightning, which ingest does not
+        limits_told,
+        open_splits,
+        statistics_of,
+    )
 
     train, _ = open_splits(config)
     for data, segments in train.items():
         name = config.data.name if data == PRIMARY else data
-        statistics = _statistics(segments, config)
+        statistics = statistics_of(segments, config.data.transforms, name, force=config.force)
         _print_statistics(name, statistics, segments[0])
         mode = "off" if config.input_limits == "off" else "warn"  # to tell is all that it does
         for line in limits_told(statistics, segments[0], mode):
@@ -64,20 +68,6 @@ def _show_statistics(config: StatsConfig) -> None:
             assert config.output is not None, "checked by the schema"
             file = f"{kind}.zarr" if data == PRIMARY else f"{file_name(data)}-{kind}.zarr"
             _write_climatology(segments, kind, config.output / file, config)
-
-
-def _statistics(segments: Sequence[Segment], config: StatsConfig) -> Statistics:
-    steps = sum(len(segment.times) for segment in segments) * len(segments[0].variables)
-    with Progress() as bar:
-        task = bar.add_task("statistics", total=steps)
-        found = load_or_compute(
-            segments,
-            transforms=config.data.transforms,
-            progress=lambda count: bar.advance(task, count),
-            force=config.force,
-        )
-        bar.update(task, completed=steps)  # those that were there are not read again
-    return found
 
 
 def _print_statistics(name: str, statistics: Statistics, segment: Segment) -> None:

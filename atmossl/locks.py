@@ -16,8 +16,9 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -27,9 +28,14 @@ from uuid import uuid4
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 120.0  # an owner elsewhere whose file is older than this is taken to be gone
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
+_TURN_SECONDS = 0.5
 _ATTEMPTS = 100  # against others who come, end and are gone meanwhile
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _held: dict[Path, str] = {}  # lock files of this process and their tokens
+
+
+class OwnedError(ValueError):
+    """Another process owns the output."""
 
 
 @contextmanager
@@ -56,6 +62,23 @@ def owned(path: Path, key: str, *, inside: bool = False) -> Iterator[None]:
         stop.set()
         _release(lock)
         _remove_empty(made)
+
+
+@contextmanager
+def owned_in_turn(path: Path, key: str, waits: Callable[[], object]) -> Iterator[None]:
+    """Like `owned`, but wait while another process owns the output; `waits` is called once then."""
+    told = False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(owned(path, key))
+                break
+            except OwnedError:
+                if not told:
+                    waits()
+                told = True
+                time.sleep(_TURN_SECONDS)
+        yield
 
 
 @contextmanager
@@ -187,7 +210,7 @@ def _remove_if_stale(lock: Path, newcomer: Mapping[str, Any], now: float, named:
         age = now - status.st_mtime
         owner = _parsed(file.read())
         if not _is_gone(owner, newcomer, age):
-            raise ValueError(_refusal(lock, owner, newcomer, age, named))
+            raise OwnedError(_refusal(lock, owner, newcomer, age, named))
         lock.unlink()
 
 

@@ -71,9 +71,17 @@ def telling(what: str, total: int) -> Iterator[Callable[[int], object]]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(what, total=total)
+
+    def advance(count: int) -> None:
+        bar.start()  # only now: there may be nothing to do
+        bar.advance(task, count)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 class _Lines:

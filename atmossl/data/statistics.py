@@ -29,8 +29,9 @@ from atmossl.data.fingerprint import (
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES, Transform, physical_range
 from atmossl.geometry import Grid
-from atmossl.locks import naming_errors
+from atmossl.locks import naming_errors, owned_in_turn
 from atmossl.names import file_name
+from atmossl.process_lifetime import is_first_rank
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.tokens import patch_values
 
@@ -375,7 +376,8 @@ def load_or_compute(
 
     Those that are missing are computed. Those that were computed from another state of a store
     are refused, or with `force` computed anew: a store that changes below a training is news. A
-    pass that was stopped goes on where it was, if the store is still the same.
+    pass that was stopped goes on where it was, if the store is still the same. Of several processes
+    (the ranks of a run, or the runs of a sweep) one computes, and the others wait for its file.
 
     Raises:
         ValueError: the store has changed since; names the file, and what to do.
@@ -383,20 +385,50 @@ def load_or_compute(
     now = fingerprint(segments, transforms)
     cache = folder or cache_folder()
     path = cache / f"statistics-{identity(segments, transforms)}.json"
-    cached = _cached(path, segments) if path.exists() else None
+    before = _written(path)
+    cached = _agreeing(path, segments, now, force)
     if cached is not None:
-        if agree(cached.fingerprint, now):
-            return cached
-        if not force:
-            raise ValueError(stale_message(path, segments, cached.fingerprint, now))
+        return cached
     partial = path.with_suffix(f".{now}.partial")
     _check_writable(cache)
-    with naming_errors(cache, "ATMOSSL_CACHE"):
+    with naming_errors(cache, "ATMOSSL_CACHE"), owned_in_turn(path, "statistics", _tell_waiting):
+        if _written(path) != before:  # by the process that this one has waited for
+            cached = _agreeing(path, segments, now, force)
+            if cached is not None:
+                return cached
         statistics = Statistics.compute(segments, transforms, partial, progress)
         write_sealed(path, statistics.to_dict())
         for left in cache.glob(f"{path.stem}.*.partial"):  # of other states of the store, too
             shutil.rmtree(left, ignore_errors=True)
     return statistics
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """What changes when a file is written anew; zeros without a file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns
+
+
+def _agreeing(path: Path, segments: Sequence[Segment], now: str, force: bool) -> Statistics | None:
+    """What the file holds, if it is of the present state of the store.
+
+    Raises:
+        ValueError: it is of another state, without `force`.
+    """
+    cached = _cached(path, segments) if path.exists() else None
+    if cached is None or agree(cached.fingerprint, now):
+        return cached
+    if not force:
+        raise ValueError(stale_message(path, segments, cached.fingerprint, now))
+    return None
+
+
+def _tell_waiting() -> None:
+    if is_first_rank(os.environ):
+        _LOGGER.warning("note: another process computes the statistics; this one waits for them")
 
 
 def _cached(path: Path, segments: Sequence[Segment]) -> Statistics | None:

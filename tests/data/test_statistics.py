@@ -1,8 +1,11 @@
 """Statistics against float64 numpy, over the training period alone."""
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from atmossl.data.fingerprint import _spread_chunks, agree, fingerprint, identit
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.store import open_segment, open_split
 from atmossl.data.variables import Transform
+from tests.processes import CONTEXT, HANGS_AFTER_SECONDS
 from tests.synthetic import dataset, spec
 
 NAMES = ("temperature", "u_component_of_wind")
@@ -239,3 +243,32 @@ def test_a_folder_that_cannot_hold_the_statistics_is_named_before_the_pass(tmp_p
             folder=tmp_path / "file" / "cache",
             progress=lambda _: pytest.fail("read too early"),
         )
+
+
+def compute_and_note(cache: Path) -> None:
+    """In a process of its own: note a line for every variable of which statistics are computed."""
+    compute = module.segment_moments
+
+    def noted(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        with (cache / "computed").open("a") as file:
+            file.write("x")
+        return compute(*arguments)
+
+    module.segment_moments = noted
+    found = load_or_compute([segment(dataset())], cache)
+    (cache / f"{os.getpid()}.json").write_text(json.dumps(found.to_dict()))
+
+
+def test_one_of_several_processes_computes_and_all_have_the_same(tmp_path: Path) -> None:
+    processes = [CONTEXT.Process(target=compute_and_note, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANGS_AFTER_SECONDS)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    variables = segment(dataset()).variables
+    assert (tmp_path / "computed").read_text() == "x" * len(variables)
+    one, *others = [path.read_text() for path in tmp_path.glob("[0-9]*.json")]
+    assert others == [one, one]
+    assert list(tmp_path.glob(".*.lock")) == []
