@@ -18,6 +18,7 @@ def saved(path: Path, weight: torch.Tensor, **changes) -> str:
         **same,
         "format": FORMAT,
         "network": "multiformer",
+        "objective": {},
         "step": 7,
         "rng": [1, 2],
         **changes,
