@@ -48,6 +48,7 @@ from atmossl.inference.writer import (
 from atmossl.locks import owned
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.tasks import Task
+from atmossl.model.latent_distance import squared_difference
 from atmossl.plugins import UntrustedError, check_listed, check_plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
@@ -162,6 +163,43 @@ class Model:
             return xr.open_zarr(output, decode_timedelta=True)
         return xr.concat(embeddings(embedder, list(chosen)), "init_time", data_vars="minimal",
                          coords="minimal", compat="override", combine_attrs="override")  # fmt: skip
+
+    def distance(
+        self,
+        first: xr.Dataset,
+        second: xr.Dataset,
+        times: Times = None,
+        other_times: Times = None,
+        **choices: Any,
+    ) -> xr.DataArray:
+        """How far apart two datasets are at every one of the given times, in the latents of a model
+        that learned a distance of states: `atmossl.model.latent_distance.distance`, by init_time.
+
+        other_times: of the second dataset, as many as of the first; the same by default. choices:
+        those of `embed`.
+
+        Raises:
+            ValueError: the model was not trained to tell a distance, or anything that does not fit.
+        """
+        self.trained.require("distance")
+        one = self.embed(first, times, **choices)
+        two = self.embed(second, one.init_time if other_times is None else other_times, **choices)
+        if one.sizes != two.sizes:
+            raise ValueError(
+                f"first has sizes {dict(one.sizes)}, second {dict(two.sizes)}; needed: one grid, "
+                "and as many times"
+            )
+        squares = []
+        for name, latents in one.data_vars.items():
+            pair = (torch.from_numpy(x[name].to_numpy()) for x in (one, two))
+            apart = xr.DataArray(squared_difference(*pair).numpy(), dims=latents.dims[:-1])
+            (latitude,) = (str(d) for d in latents.dims if str(d).startswith("latitude"))
+            weight = xr.DataArray(np.cos(np.deg2rad(one[latitude].to_numpy())), dims=latitude)
+            squares.append(apart.weighted(weight).mean(apart.dims[1:]))
+        mean = sum(squares) / len(squares)
+        assert isinstance(mean, xr.DataArray)
+        named = np.sqrt(mean).assign_coords(init_time=one.init_time).rename("distance")
+        return named.assign_attrs(long_name="distance of states in latents", units="1")
 
     def _record(
         self, datasets: Mapping[str, xr.Dataset], task: Task | None, input_limits: InputLimits

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BeforeValidator
 from torch import Tensor
 
@@ -38,6 +38,7 @@ class Corruption(IntEnum):
     NOISE = 3  # its values plus noise, not told
     COARSEN = 4  # its values averaged over coarse cells
     KEEP = 5  # its true values, not told
+    NEXT = 6  # its true values, for later steps alone (networks with model.causal)
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,16 @@ class TokenIndex(Movable):
         index = order[:, :largest].contiguous()
         valid = torch.arange(largest)[None] < counts[:, None]
         return cls(index, valid, chosen, _frames(chosen, index, valid), bool(chosen.all()))
+
+    @classmethod
+    def whole(cls, grids: Shaped[Tensor, "batch level nt nlat nlon"]) -> Self:
+        """Every token of grids of this shape, made where they are, without waiting for a device."""
+        batch, places = grids.shape[0], grids[0, 0, 0].numel()
+        index = torch.arange(grids[0].numel(), device=grids.device).expand(batch, -1).contiguous()
+        slot = torch.arange(grids.numel(), device=grids.device).view(batch, -1)
+        frames = Frames(torch.arange(grids.numel() // places, device=grids.device), slot)
+        chosen = torch.ones_like(grids, dtype=torch.bool)
+        return cls(index, torch.ones_like(index, dtype=torch.bool), chosen, frames, True)
 
 
 def _frames(chosen: Tensor, index: Tensor, valid: Tensor) -> Frames:

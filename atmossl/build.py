@@ -44,6 +44,7 @@ from atmossl.training.callbacks import (
     StopOnNonFinite,
 )
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
+from atmossl.training.collapse import CollapseWatch
 from atmossl.training.loggers import make_loggers
 from atmossl.training.module import TrainingModule
 from atmossl.training.optimizer import OptimizerSettings
@@ -371,6 +372,7 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) ->
         optional.append(TraceSteps(folder / "profile", first=first, count=count))
     return [
         LogMetrics(),
+        CollapseWatch(settings.collapse_below, settings.collapse),
         Throughput(log_batches),
         LearningRate(log_batches),
         watch,

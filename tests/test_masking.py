@@ -1,5 +1,6 @@
 """Samplers are pure, draw what they promise, and nothing hidden is ever seen."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -307,3 +308,29 @@ def test_examples_before_the_written_step_are_shown_whole(task, examples: int) -
 def test_bad_settings_are_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_boxes_on_the_sphere_go_around_it_and_are_as_wide_near_the_pole_in_kilometres() -> None:
+    """Columns times the cosine of the box's centre are the drawn share of the circle, unless the
+    box is the whole circle; a box that goes beyond the last longitude begins again at the first."""
+    stream = spec(token=(1, 1, 1))
+    made = window(stream, lat=32, lon=64)
+    layout = TokenLayout(stream, token_grid(made))
+    beyond, widths = 0, []
+    for seed in range(200):
+        sampler = BlockMasking(num_blocks=1, share=(0.2, 0.2), sphere=True)
+        (mask,) = sampler((layout,), np.random.default_rng(seed))
+        hidden = mask.hidden[0, 0]
+        assert torch.equal(mask.hidden, hidden.expand_as(mask.hidden))
+        rows, columns = hidden.any(dim=1), hidden.any(dim=0)
+        assert torch.equal(hidden, rows[:, None] & columns[None])
+        lat = made.lat[rows]
+        width = int(columns.sum()) * math.cos(math.radians(float(lat[[0, -1]].mean())))
+        if int(columns.sum()) < 64:
+            widths.append(width / 64)
+        ends = int((columns != columns.roll(1)).sum())
+        assert ends in (0, 2)  # one run around the circle
+        beyond += bool(columns[0] and columns[-1] and ends)
+    assert len(widths) > 100 and np.allclose(widths, 0.2, atol=0.05)
+    assert np.mean(widths) == pytest.approx(0.2, abs=0.01)
+    assert 20 < beyond < 150

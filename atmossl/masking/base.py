@@ -167,9 +167,9 @@ def corrupt(
     """What the encoder sees of a window (`source`), its first guess, and the truth (`target`).
 
     A token that is masked or dropped shows its first guess, never its values, and so does a value
-    that was never observed. Without `first_guess` the guess is 0, the climatological mean. Known
-    points of a token that is hidden in part are shown where the guess is made from `surroundings`;
-    otherwise the token shows their mean.
+    that was never observed. Without `first_guess` the guess is 0, the climatological mean; of what
+    comes `NEXT` it is the last value before. Known points of a token that is hidden in part are
+    shown where the guess is made from `surroundings`; else the token shows their mean.
     """
     size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
     corruption = _at_points(mask.corruption, window)
@@ -196,13 +196,14 @@ def corrupt(
     shown = _is_shown(corruption)
     if present is not None:
         shown = shown & present
-    whole_tokens = present is None and (mask.points is None or not shows_parts)
-    tokens = _is_shown(mask.corruption) if whole_tokens else None
+    in_part = present is not None or (mask.points is not None and shows_parts)
+    tokens = None if in_part else _is_shown(mask.corruption)
     guess = _first_guess(source, shown, tokens, window, grid, first_guess)
     if first_guess and guess_coarse is not None:
         whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
         guess = torch.where(whole & coarsened, guess_coarse, guess)
     source = torch.where(shown, source, guess)
+    guess = _guess_what_comes(guess, source, corruption, size.time) if first_guess else guess
     asked = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
     return StreamTokens(
         spec=window.spec,
@@ -215,6 +216,16 @@ def corrupt(
         valid=None if window.valid is None else tokenise(window.valid, size),
         asked=None if asked is None else tokenise(asked, size),
     )
+
+
+def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:
+    """In tokens of `num_steps` steps that come `NEXT` the last value before them."""
+    coming = corruption == Corruption.NEXT
+    if not bool(coming.any()):
+        return guess
+    step = torch.arange(source.shape[-3])
+    before = source.index_select(-3, (step // num_steps * num_steps - 1).clamp_min(0))
+    return torch.where(coming, before, guess)
 
 
 def _is_shown(corruption: Tensor) -> Tensor:

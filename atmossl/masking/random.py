@@ -12,6 +12,7 @@ from atmossl.masking.base import MaskingSampler, TokenLayout, coarse_mask, own_f
 from atmossl.masking.places import mask_of_points
 from atmossl.masking.tasks import hide_times, points_of, step_hours_of, window_times
 from atmossl.names import snake_case
+from atmossl.setting_types import Positive
 
 _KINDS = {
     "drop": Corruption.DROP,
@@ -181,12 +182,16 @@ class BlockMasking:
 
     num_blocks: boxes per sample. share: range of a box's share of the window, per axis.
     cells: boxes end at any cell, as gaps do, and hide tokens in part; at whole tokens otherwise.
+    sphere: boxes go on around a circle of longitude that the window closes, and are the wider in
+        degrees the nearer to a pole their centre lies, by 1 / cos(latitude), as boxes of equal
+        width in kilometres are.
     """
 
     num_blocks: int = 2
     share: tuple[float, float] = (0.25, 0.5)
     corruption: str = "mask"
     cells: bool = False
+    sphere: bool = False
 
     def __post_init__(self) -> None:
         _check_range("masking.share", self.share)
@@ -198,15 +203,17 @@ class BlockMasking:
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
+        predicted = [layout for layout in layouts if layout.spec.role == "predict"]
         boxes = []
         for _ in range(self.num_blocks):
             size = rng.uniform(*self.share, size=2)
-            boxes.append((size, rng.random(2) * (1 - size)))
-        predicted = [layout for layout in layouts if layout.spec.role == "predict"]
+            start = rng.random(2)
+            boxes.append(_on_sphere(size, start, predicted) if self.sphere else
+                         (size, start * (1 - size)))  # fmt: skip
         counts = {layout.spec.name: self._counts(layout) for layout in predicted}
         hidden = np.zeros(_common("masking", counts), bool)
         for lat, lon in _places(boxes, hidden.shape):
-            hidden[lat, lon] = True
+            hidden[np.ix_(lat, lon)] = True
         return tuple(self._mask(layout, hidden) for layout in layouts)
 
     def _counts(self, layout: TokenLayout) -> tuple[int, ...]:
@@ -228,11 +235,27 @@ class BlockMasking:
         return nothing
 
 
-def _places(boxes: list, counts: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Rows and columns of boxes of given sizes and starts, shares of the axes."""
+def _on_sphere(
+    size: np.ndarray, start: np.ndarray, layouts: Sequence[TokenLayout]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Size and start of a box, shares of latitude and longitude, whose width grows towards the
+    poles; it may go on beyond the last longitude of a circle."""
+    lat = layouts[0].point_lat()
+    south, north = float(lat[0]), float(lat[-1])
+    first = start[0] * (1 - size[0])
+    centre = south + (first + size[0] / 2) * (north - south)
+    width = min(1.0, size[1] / max(math.cos(math.radians(centre)), 1e-6))
+    closed = all(layout.grid.periodic for layout in layouts)
+    return np.array([size[0], width]), np.array([first, start[1] * (1.0 if closed else 1 - width)])
+
+
+def _places(boxes: list, counts: Sequence[int]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Rows and columns of boxes of given sizes and starts, shares of the axes; beyond the end of an
+    axis they begin again."""
     for size, start in boxes:
         yield tuple(
-            slice(int(first * count), max(int(first * count) + 1, round((first + s) * count)))
+            np.arange(int(first * count), max(int(first * count) + 1, round((first + s) * count)))
+            % count
             for first, s, count in zip(start, size, counts, strict=True)
         )
 
@@ -272,6 +295,68 @@ class TimeBlockMasking:
 def _kind(sampler: MaskingSampler) -> str:
     name = snake_case(type(sampler).__name__).removesuffix("_masking")
     return f"causal_{name}" if isinstance(sampler, TimeBlockMasking) and sampler.causal else name
+
+
+@dataclass(frozen=True)
+class SplitBrain:
+    """Hide one of two halves of the streams, drawn by sample, which the other half predicts
+    (split-brain autoencoders, Zhang et al. 2017): over all samples both ways.
+
+    first: names of the streams of the first half; none: the first half of those that are predicted,
+        in their order. All other predicted streams are the second half.
+
+    Raises:
+        ValueError: a half without streams, when a mask is drawn.
+    """
+
+    first: Sequence[str] = ()
+
+    def __call__(
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        predicted = [layout.spec.name for layout in layouts if layout.spec.role == "predict"]
+        first = set(self.first or predicted[: len(predicted) // 2])
+        if not first < set(predicted):
+            raise ValueError(
+                f"masking.first={list(self.first)} must name some, but not all, of the predicted "
+                f"streams {predicted}; split_brain needs at least two of them"
+            )
+        hides_first = bool(rng.integers(2))
+        masks = []
+        for layout in layouts:
+            mask = layout.nothing_hidden()
+            name = layout.spec.name
+            if name in predicted and (name in first) == hides_first:
+                mask.corruption.fill_(int(Corruption.MASK))
+            masks.append(mask)
+        return tuple(masks)
+
+
+@dataclass(frozen=True)
+class Autoregression:
+    """Every time step but the first `context_steps` is predicted from those before it, in one pass
+    (as GPT, Radford et al. 2019): a network with `model.causal` sees every step's true values, but
+    from later steps alone."""
+
+    context_steps: Positive = 1
+
+    def __call__(
+        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
+    ) -> tuple[StreamMask, ...]:
+        del rng
+        masks = []
+        for layout in layouts:
+            mask, num_steps = layout.nothing_hidden(), layout.grid.shape[1]
+            if layout.spec.role == "predict":
+                if self.context_steps >= num_steps:
+                    raise ValueError(
+                        f"masking.context_steps={self.context_steps} leaves none of the "
+                        f"{num_steps} token steps of stream {layout.spec.name} to predict; give "
+                        "fewer, or a longer data.window.time"
+                    )
+                mask.corruption[:, self.context_steps :] = int(Corruption.NEXT)
+            masks.append(mask)
+        return tuple(masks)
 
 
 @dataclass(frozen=True)

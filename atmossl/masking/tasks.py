@@ -293,7 +293,7 @@ def union(masks: list[tuple[StreamMask, ...]]) -> tuple[StreamMask, ...]:
 
 
 def _union_of_stream(masks: tuple[StreamMask, ...]) -> StreamMask:
-    known_by = torch.tensor([3, 0, 0, 1, 1, 2])  # by Corruption: how much a token still shows
+    known_by = torch.tensor([3, 0, 0, 1, 1, 2, 2])  # by Corruption: how much a token still shows
     assert len(known_by) == len(Corruption)
     corruption = masks[0].corruption
     for mask in masks[1:]:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +18,9 @@ from atmossl.model.positions import merge_heads, rotate, split_heads
 
 Attention = Literal["full", "factorised", "temporal", "windowed"]
 Attend = Callable[[Tensor, Tensor, Tensor, Latent, Latent], Tensor]
+# Of which time steps a token sees others, by their distance to its own: any, its own and earlier
+# ones, its own alone, or earlier ones alone.
+Steps = Literal["any", "until", "same", "before"]
 
 
 _FEW_KEYS = 16  # below, plain products are several times as fast as a fused kernel
@@ -29,12 +32,20 @@ def attend(
     key: Float[Tensor, "batch head key feature"],
     value: Float[Tensor, "batch head key feature"],
     valid: Bool[Tensor, "batch key"] | None,
+    order: Bool[Tensor, "rows query key"] | None = None,
 ) -> Float[Tensor, "batch head query feature"]:
-    """Exact attention over the valid keys; a row without any valid key gives zeros."""
-    if valid is None:
+    """Exact attention over the valid keys; a row without any valid key gives zeros.
+
+    order: which keys each query may see, for every sample or the same for all of them.
+    """
+    if valid is None and order is None:
         return _softmax_attention(query, key, value, None)
-    some = valid.any(dim=-1)[:, None, None, None]
-    visible = valid[:, None, None, :] | ~some  # an empty row would give NaN, and NaN gradients
+    visible = None if valid is None else valid[:, None, None, :]
+    if order is not None:
+        visible = order[:, None] if visible is None else visible & order[:, None]
+    assert visible is not None
+    some = visible.any(dim=-1, keepdim=True)
+    visible = visible | ~some  # an empty row would give NaN, and NaN gradients
     out = _softmax_attention(query, key, value, visible)
     return torch.where(some, out, torch.zeros_like(out))
 
@@ -52,29 +63,46 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tenso
     return torch.cat([functional.scaled_dot_product_attention(*part) for part in parts])
 
 
-def attend_fully(query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent) -> Tensor:
-    """Every token attends to every token of the context."""
-    del x
-    return attend(query, key, value, context.valid)
+def _may_see(query: Tensor, key: Tensor, steps: Steps) -> Tensor:
+    """Whether a token at step `query` sees one at step `key`."""
+    if steps == "same":
+        return query == key
+    return query >= key if steps == "until" else query > key
+
+
+def attend_fully(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
+) -> Tensor:
+    """Every token attends to every token of the context at the steps that it may see."""
+    if steps == "any":
+        return attend(query, key, value, context.valid)
+    own, others = (_step_of_tokens(latent) for latent in (x, context))
+    order = _may_see(own[:, :, None], others[:, None, :], steps)
+    return attend(query, key, value, context.valid, order)
+
+
+def _step_of_tokens(x: Latent) -> Int[Tensor, "batch token"]:
+    _, num_times, num_lat, num_lon = x.place.shape
+    return x.place.chosen.index // (num_lat * num_lon) % num_times
 
 
 def attend_factorised(
-    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
 ) -> Tensor:
     """Half of the heads attend to all levels and times of their place, half to all places of their
     level and time (factorised dot-product attention, Arnab et al. 2021, ViViT, model 4): the cost
     grows with tokens times (levels x times + places). Grids of different shapes attend fully.
     """
-    return _attend_along_axes(query, key, value, x, context, query.shape[1] // 2)
+    return _attend_along_axes(query, key, value, x, context, query.shape[1] // 2, steps)
 
 
 def attend_temporally(
-    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
 ) -> Tensor:
     """Every token attends to all levels and times of its place, and space is left to the
     convolutions: the cost grows with tokens times (levels x times). Grids of different shapes
     attend fully."""
-    return _attend_along_axes(query, key, value, x, context, query.shape[1])
+    return _attend_along_axes(query, key, value, x, context, query.shape[1], steps)
 
 
 # heads of the whole grid, and the same with one sequence per column or per plane
@@ -84,18 +112,28 @@ _PLANES = "(b level nt) h (nlat nlon) f"
 
 
 def _attend_along_axes(
-    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, num_columns: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Latent,
+    context: Latent,
+    num_columns: int,
+    steps: Steps,
 ) -> Tensor:
-    """The first `num_columns` heads attend within columns, the others within planes."""
+    """The first `num_columns` heads attend within columns, the others within planes: to those of
+    the step before where they may see earlier steps alone."""
     if x.place.shape != context.place.shape:
-        return attend_fully(query, key, value, x, context)
+        return attend_fully(query, key, value, x, context, steps)
     sizes = _sizes(x.place.shape)
-    grids = (_whole(query, x), _whole(key, context), _whole(value, context))
-    present = (
-        None
-        if context.place.chosen.complete
-        else context.place.chosen.chosen.flatten(1)[:, None, :, None]
-    )
+    grids = [_whole(query, x), _whole(key, context), _whole(value, context)]
+    present = None
+    if not context.place.chosen.complete:
+        present = context.place.chosen.chosen.flatten(1)[:, None, :, None]
+    if steps == "before":
+        if present is None:
+            present = torch.ones_like(grids[0][:, :1, :, :1], dtype=torch.bool)
+        grids[1:] = [_one_step_later(grid, sizes) for grid in grids[1:]]
+        present, steps = _one_step_later(present, sizes), "until"
     attended = []
     for axes, heads in ((_COLUMNS, slice(num_columns)), (_PLANES, slice(num_columns, None))):
         q, k, v = (rearrange(grid[:, heads], f"{_GRID} -> {axes}", **sizes) for grid in grids)
@@ -104,9 +142,21 @@ def _attend_along_axes(
         valid = None
         if present is not None:
             valid = rearrange(present, f"{_GRID} -> {axes}", **sizes)[:, 0, :, 0]
-        attended.append(rearrange(attend(q, k, v, valid), f"{axes} -> {_GRID}", **sizes))
+        order = None
+        if steps != "any" and axes == _COLUMNS:
+            step = torch.arange(q.shape[2], device=q.device) % sizes["nt"]
+            order = _may_see(step[:, None], step[None], steps)[None]
+        attended.append(rearrange(attend(q, k, v, valid, order), f"{axes} -> {_GRID}", **sizes))
     out = torch.cat(attended, dim=1)
     return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
+
+
+def _one_step_later(
+    grid: Shaped[Tensor, "batch head token feature"], sizes: dict[str, int]
+) -> Shaped[Tensor, "batch head token feature"]:
+    """What every token has, at the next time step; 0 at the first."""
+    axes = grid.unflatten(2, (sizes["level"], sizes["nt"], -1))
+    return functional.pad(axes[:, :, :, :-1], (0, 0, 0, 0, 1, 0)).flatten(2, 4)
 
 
 def _sizes(shape: tuple[int, int, int, int]) -> dict[str, int]:
@@ -224,17 +274,18 @@ def attend_in_windows(
     return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
 
 
-def attend_by(attention: Attention, window: tuple[int, int, int]) -> Attend:
-    """The function behind a name; `window` (time, lat, lon) counts for `windowed` alone."""
+def attend_by(attention: Attention, window: tuple[int, int, int], steps: Steps = "any") -> Attend:
+    """The function behind a name; `window` (time, lat, lon) counts for `windowed` alone, which sees
+    any step."""
     if attention == "windowed":
         # sizes of windows, as symbols, would keep the compiler busy without end
         return cast(Attend, torch.compiler.disable(partial(attend_in_windows, size=window)))
-    kinds: dict[str, Attend] = {
+    kinds: dict[str, Any] = {
         "full": attend_fully,
         "factorised": attend_factorised,
         "temporal": attend_temporally,
     }
-    return kinds[attention]
+    return kinds[attention] if steps == "any" else partial(kinds[attention], steps=steps)
 
 
 class SelfAttention(nn.Module):

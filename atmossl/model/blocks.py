@@ -16,7 +16,8 @@ from atmossl.model.linear import Linear
 class BlockSizes:
     """What all blocks of a network share.
 
-    attend: which tokens see which (`model.attention`).
+    attend: which tokens see which (`model.attention`). attend_queries, attend_memory: the same
+        among the queries of a decoder, and from them to the encoder; as `attend` if not given.
     ratio: width of a feedforward layer over that of the latents.
     kernel_size: tokens along latitude and longitude that a feedforward layer sees, an odd number;
         1 is the plain layer of a transformer, more the gated convolution of `GatedConvolution`.
@@ -26,6 +27,8 @@ class BlockSizes:
     ratio: float
     attend: Attend
     kernel_size: int
+    attend_queries: Attend | None = None
+    attend_memory: Attend | None = None
 
     def feedforward(self, dim: int) -> nn.Module:
         hidden = int(dim * self.ratio)
@@ -125,14 +128,18 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, *, dim: int, sizes: BlockSizes, num_channels: int = 0) -> None:
         super().__init__()
-        heads, attend = sizes.num_heads, sizes.attend
+        heads, attend = sizes.num_heads, sizes.attend_queries or sizes.attend
         self.modulation = Modulation(dim, num_channels, count=3) if num_channels else None
         self.norm = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim=dim, num_heads=heads, attend=attend)
         self.cross_norm = nn.LayerNorm(dim)
         self.memory_norm = nn.LayerNorm(dim)
         self.cross = CrossAttention(
-            dim=dim, context_dim=dim, num_heads=heads, attend=attend, zero_init=False
+            dim=dim,
+            context_dim=dim,
+            num_heads=heads,
+            attend=sizes.attend_memory or sizes.attend,
+            zero_init=False,
         )
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = sizes.feedforward(dim)

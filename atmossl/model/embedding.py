@@ -26,6 +26,8 @@ class Embedding(nn.Module):
     gradient_features: whether the stencil reads tendencies and spatial gradients of the values
         (function `gradient_features`) instead of the values, which then enter token by token.
     scale [level, patch]: typical residual, the truth minus the first guess, in normalised units.
+    causal: the stencil reads a token's own step and as many steps before it, and nothing is told of
+        later steps.
     """
 
     told: Tensor
@@ -39,9 +41,11 @@ class Embedding(nn.Module):
         stencil: tuple[int, int, int],
         gradient_features: bool,
         scale: Float[Tensor, "level patch"],
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.reach = tuple(size // 2 for size in stencil)
+        self.causal = causal
         self.values = nn.Conv2d(
             spec.patch * (1 if gradient_features else stencil[0]),
             dim,
@@ -78,13 +82,13 @@ class Embedding(nn.Module):
         if self.details is not None:
             gradients = gradient_features(tokens, self.scale, self.fields, periodic=grid.periodic)
             values = values + self._convolve(self.details, gradients, self.reach, grid, chosen)
-        states = states_around(self.told[corruption])
+        states = states_around(self.told[corruption], causal=self.causal)
         context = gather(torch.cat([features, states.flatten(1, 4)], dim=-1), chosen)
         gain, shift = self.position(context).chunk(2, dim=-1)
         return values * (1 + gain) + shift
 
-    @staticmethod
     def _convolve(
+        self,
         convolution: nn.Conv2d,
         tokens: Float[Tensor, "batch level nt nlat nlon patch"],
         reach: tuple[int, ...],
@@ -101,7 +105,7 @@ class Embedding(nn.Module):
         step = kept % num_times
         around = [
             frames[kept - step + (step + shift).clamp(0, num_times - 1)]
-            for shift in range(-reach[0], reach[0] + 1)
+            for shift in range(-reach[0] * (1 + self.causal), (0 if self.causal else reach[0]) + 1)
         ]
         padded = pad_edges(
             torch.cat(around, dim=1),
@@ -113,14 +117,16 @@ class Embedding(nn.Module):
 
 
 def states_around(
-    told: Int[Tensor, "batch level nt nlat nlon"],
+    told: Int[Tensor, "batch level nt nlat nlon"], *, causal: bool = False
 ) -> Float[Tensor, "batch level nt nlat nlon state"]:
     """One-hot states of a token and of the tokens up to two steps before and after it at the same
-    place; all 0 beyond the window's edge."""
+    place; all 0 beyond the window's edge, and after it if `causal`."""
     kinds = torch.arange(_STATES, device=told.device)  # one_hot would read the largest on the host
     states = (told[..., None] == kinds).float()
     padded = functional.pad(states, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
     shifted = [padded[:, :, n : n + told.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
+    if causal:
+        shifted[_STEPS_AROUND + 1 :] = [torch.zeros_like(states)] * _STEPS_AROUND
     return torch.cat(shifted, dim=-1)
 
 

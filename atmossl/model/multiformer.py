@@ -12,8 +12,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from atmossl.batch import (
+    PRIMARY,
     Corruption,
     Prediction,
     StreamPrediction,
@@ -22,7 +24,7 @@ from atmossl.batch import (
     TokenIndex,
     View,
 )
-from atmossl.model.attention import Attention, attend_by
+from atmossl.model.attention import Attend, Attention, Steps, attend_by
 from atmossl.model.blocks import BlockSizes, DecoderBlock, Feedforward, GatedConvolution
 from atmossl.model.embedding import Embedding, Tail
 from atmossl.model.encoder import EncoderLayer
@@ -30,9 +32,12 @@ from atmossl.model.layout import Latent, TokenPlace, gather, joined, scatter
 from atmossl.model.network import EVALUATED_MEMBERS, Latents, Network, StreamLatents
 from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
 from atmossl.model.positions import (
+    COORDINATES,
+    Coordinate,
     RotaryPositions,
     absolute_features,
     rotation,
+    told_features,
 )
 
 
@@ -62,6 +67,10 @@ class Multiformer(Network):
     attention_window: (time, lat, lon) tokens of a window of `windowed` attention.
     embedding_stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
     gradient_features: embed tendencies and spatial gradients as well (`Embedding`).
+    told: what the encoder is told of a token's absolute place and time (`told_features`).
+    causal: every token sees its own time step and those before it alone, and a prediction what
+        lies before its step, so that one pass predicts every step from those before. Streams must
+        have tokens of one duration.
     scales: per stream, [level, patch] typical residual, the truth minus the first guess.
     ensemble: `tail` gives `num_members` fixed functions of the input, whose values in every cell
         are a distribution (AtmoRep); a member of `noise` is one draw of noise that conditions the
@@ -72,6 +81,7 @@ class Multiformer(Network):
     """
 
     ends = ("tail",)
+    told: Tensor
 
     def __init__(
         self,
@@ -89,6 +99,8 @@ class Multiformer(Network):
         embedding_stencil: tuple[int, int, int] = (1, 1, 1),
         gradient_features: bool = False,
         dims: Mapping[str, int] | None = None,
+        told: Sequence[Coordinate] = COORDINATES,
+        causal: bool = False,
         scales: Mapping[str, Tensor] | None = None,
         ensemble: Literal["tail", "noise"] = "tail",
         noise_lengths_km: tuple[float, ...] = (),
@@ -100,22 +112,22 @@ class Multiformer(Network):
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
         _check_sizes(widths, num_heads, (*embedding_stencil, kernel_size), dims or {})
-        self.widths = widths
-        attend = attend_by(attention, attention_window)
-        sizes = BlockSizes(num_heads, feedforward_ratio, attend, kernel_size)
+        self.widths, self.causal = widths, causal
+        attends = _attends(streams, attention, attention_window, causal=causal)
+        sizes = BlockSizes(num_heads, feedforward_ratio, attends[0], kernel_size, *attends[1:])
+        self.register_buffer("told", told_features(told), persistent=False)
         self.num_layers, self.num_decoder_layers = num_layers, num_decoder_layers
         head_dims = sorted({width // num_heads for width in widths.values()})
         scale_of = {spec.name: _scale_of(spec, scales or {}) for spec in streams}
 
+        shared = {"stencil": embedding_stencil, "gradient_features": gradient_features}
+
         def embedding(spec: StreamSpec) -> Embedding:
             of_stream = {"spec": spec, "dim": widths[spec.name], "scale": scale_of[spec.name]}
-            return Embedding(
-                stencil=embedding_stencil, gradient_features=gradient_features, **of_stream
-            )
+            return Embedding(**shared, causal=causal, **of_stream)
 
-        self.rotary = nn.ModuleDict(
-            {str(size): RotaryPositions(head_dim=size) for size in head_dims}
-        )
+        rotary = {str(size): RotaryPositions(head_dim=size) for size in head_dims}
+        self.rotary = nn.ModuleDict(rotary)
         self.embedding = nn.ModuleDict({spec.name: embedding(spec) for spec in streams})
         self.encoder = nn.ModuleList(EncoderLayer(widths, sizes) for _ in range(num_layers))
         predicted = [spec for spec in streams if spec.role == "predict"]
@@ -188,7 +200,7 @@ class Multiformer(Network):
 
     def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
         name = stream.spec.name
-        features = absolute_features(stream.grid)
+        features = absolute_features(stream.grid) * self.told
         x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, given)
         if name in self.absent and stream.valid is not None:
             x = x + self.absent[name](gather(_flatten(_absent(stream)), given))
@@ -236,7 +248,8 @@ class Multiformer(Network):
         """Latents of every hidden token of the view's predicted streams, of the encoder's width."""
         predicted = {}
         for stream in _predicted(view):
-            blank = replace(stream, guess=torch.zeros_like(stream.guess))
+            nothing = torch.zeros_like(stream.guess)
+            blank = replace(stream, guess=nothing, source=nothing)
             decoded, _ = self._decode(latents[stream.spec.name], blank, noise=None)
             predicted[stream.spec.name] = StreamLatents(
                 (decoded,), decoded.place.chosen, stream.grid
@@ -249,8 +262,14 @@ class Multiformer(Network):
         """The decoder's last latents of the hidden tokens, and the embedded first guess."""
         name, queries = stream.spec.name, _queries(stream)
         features = absolute_features(stream.grid)
-        embedded = self.query[name](stream.guess, features, stream.corruption, stream.grid, queries)
-        own = gather(scatter(latents.last, latents.chosen), queries)
+        tokens, corruption = stream.guess, stream.corruption
+        own = scatter(latents.last, latents.chosen)
+        if self.causal:  # what the step before shows, of which it is told nothing but that
+            tokens = _step_before(stream.source)
+            corruption = torch.zeros_like(corruption)
+            own = _step_before(own.unflatten(1, stream.grid.shape)).flatten(1, 4)
+        embedded = self.query[name](tokens, features, corruption, stream.grid, queries)
+        own = gather(own, queries)
         place, x = self._place(stream, queries), embedded + own
         blocks = self.decoder[name]
         assert isinstance(blocks, nn.ModuleList)
@@ -262,6 +281,42 @@ class Multiformer(Network):
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
         return self.num_layers - 1 - number * self.num_layers // self.num_decoder_layers
+
+
+def _step_before(
+    tokens: Float[Tensor, "batch level nt nlat nlon feature"],
+) -> Float[Tensor, "batch level nt nlat nlon feature"]:
+    """What lies one time step before every token; 0 at the first step."""
+    return functional.pad(tokens[:, :, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+
+
+def _attends(
+    streams: Sequence[StreamSpec],
+    attention: Attention,
+    window: tuple[int, int, int],
+    *,
+    causal: bool,
+) -> tuple[Attend, ...]:
+    """Of encoders, among the queries of decoders, and from these to an encoder."""
+    if causal:
+        check_causal(streams, attention)
+    kinds: tuple[Steps, ...] = ("until", "same", "before") if causal else ("any",) * 3
+    return tuple(attend_by(attention, window, steps) for steps in kinds)
+
+
+def check_causal(streams: Sequence[StreamSpec], attention: Attention) -> None:
+    """Raise ValueError if no token could see its own and earlier steps alone."""
+    if attention == "windowed":
+        raise ValueError(
+            "model.causal=true with model.attention=windowed, which sees later steps; valid: full, "
+            "factorised, temporal"
+        )
+    steps = {spec.name: spec.token_size.time for spec in streams}
+    if len(set(steps.values())) > 1 or any(spec.data != PRIMARY for spec in streams):
+        raise ValueError(
+            f"model.causal=true needs streams of one store whose tokens have one duration; "
+            f"stream.*.token_size.time is {steps}"
+        )
 
 
 def _predicted(view: View) -> list[StreamTokens]:

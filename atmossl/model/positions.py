@@ -1,6 +1,8 @@
 """Positions from physical coordinates: absolute features, and rotary phases for attention."""
 
 import math
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange, repeat
@@ -12,6 +14,19 @@ from atmossl.batch import TokenGrid
 HOURS_PER_DAY = 24.0
 _WAVENUMBERS = (1, 2, 3, 4, 6, 8)
 NUM_FEATURES = 4 * len(_WAVENUMBERS) + 2 + 4 + 3 + 3
+Coordinate = Literal["latitude", "longitude", "date", "hour"]
+COORDINATES: tuple[Coordinate, ...] = get_args(Coordinate)
+
+
+def told_features(told: Sequence[Coordinate]) -> Float[Tensor, "feature"]:
+    """1 for every one of the `absolute_features` that may be told, 0 for others: functions of
+    latitude, longitude, the time of the year (`date`) and local solar time (`hour`) are told where
+    they are named, level and extents always."""
+    waves = ["longitude"] * len(_WAVENUMBERS) + ["latitude"] * len(_WAVENUMBERS)
+    always = [None] * 3
+    owners = [*waves, *waves, "date", "hour", "date", "hour", *always, *["latitude"] * 2, *always]
+    assert len(owners) == NUM_FEATURES, f"{len(owners)} owners of {NUM_FEATURES} features"
+    return torch.tensor([float(owner is None or owner in told) for owner in owners])
 
 
 def token_coordinates(grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:

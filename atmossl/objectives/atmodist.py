@@ -34,7 +34,7 @@ class AtmoDist(Objective):
     """
 
     monitor = Monitor("pair_loss/mean")
-    provides: ClassVar[frozenset[Ability]] = frozenset({"embed"})
+    provides: ClassVar[frozenset[Ability]] = frozenset({"embed", "distance"})
     ends = ("classify",)
 
     def __init__(

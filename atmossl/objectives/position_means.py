@@ -22,7 +22,8 @@ def position_bins(grid: TokenGrid, chosen: TokenIndex) -> Int[Tensor, "batch tok
     height, width = grid.lat_extent[:, None], grid.lon_extent[:, None]
     rows, columns = (180.0 / height).round().long() + 1, (360.0 / width).round().long() + 1
     level = index // (num_times * num_lat * num_lon)
-    row, column = ((lat + 90.0) / height).round().long(), (lon / width).round().long()
+    # centres lie at whole or half tokens from the pole and the meridian: neither is a number's edge
+    row, column = ((lat + 90.0) / height + 0.25).long(), (lon / width + 0.25).long()
     return ((level * rows + row) * columns + column) % NUM_BINS
 
 

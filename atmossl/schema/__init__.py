@@ -27,7 +27,10 @@ from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.losses import AREAS
+from atmossl.masking.random import Autoregression
 from atmossl.model.kinds import NETWORKS, choose_network
+from atmossl.model.multiformer import check_causal
+from atmossl.names import snake_case
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
@@ -72,6 +75,8 @@ class ModelConfig(Strict):
     gradient_features: bool
     ensemble: Literal["tail", "noise"]
     noise_lengths_km: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=1)
+    told: tuple[Literal["latitude", "longitude", "date", "hour"], ...]
+    causal: bool
 
     @property
     def target(self) -> str:
@@ -355,7 +360,27 @@ def _model_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
+def _causal_faults(config: TrainConfig) -> list[str]:
+    """What predicts every step from those before needs a network that sees no later ones."""
+    model = config.model
+    causal = isinstance(model, ModelConfig) and model.causal
+    if isinstance(model, ModelConfig) and causal:
+        try:
+            check_causal(config.specs, model.attention)
+        except ValueError as error:
+            return [str(error)]
+    samplers = [config.masking, *getattr(config.masking, "samplers", ())]
+    if any(isinstance(sampler, Autoregression) for sampler in samplers) != causal:
+        return [
+            f"model.causal={str(causal).lower()} but masking is "
+            f"{snake_case(type(config.masking).__name__)}: masking=autoregression needs "
+            "model.causal=true, which is for it alone"
+        ]
+    return []
+
+
 CHECKS = (
+    _causal_faults,
     _stream_faults,
     _transform_faults,
     _model_faults,

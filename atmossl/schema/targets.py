@@ -24,7 +24,14 @@ from atmossl.inference.regions import inpainting
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import AllButStations, CrossVariable, HiddenCells, LatLonBox
-from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
+from atmossl.masking.random import (
+    Autoregression,
+    BlockMasking,
+    Mixture,
+    RandomMasking,
+    SplitBrain,
+    TimeBlockMasking,
+)
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
 from atmossl.model.kinds import NETWORKS
@@ -46,7 +53,9 @@ TASKS = _by_name(
     Forecast, Hindcast, TemporalInterpolation, Downscaling, inpainting, CrossVariable, Combined,
     Counterfactual,
 )  # fmt: skip
-MASKS = _by_name(RandomMasking, BlockMasking, TimeBlockMasking, Mixture) | TASKS
+MASKS = TASKS | _by_name(
+    RandomMasking, BlockMasking, TimeBlockMasking, SplitBrain, Autoregression, Mixture
+)
 REGIONS = _by_name(LatLonBox, AllButStations)
 
 

@@ -88,6 +88,8 @@ class TrainerConfig(Strict):
     async_checkpoint: bool
     log_interval: Positive
     nonfinite_limit: Positive
+    collapse_below: float = Field(ge=0.0)
+    collapse: Literal["warn", "stop"]
     pictures: bool
     profiler: Literal["none", "torch"]
     profile_steps: tuple[NotNegative, Positive]

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+_RANKS = [f"collapse/{kind}_{of}" for kind in ("rank", "lidar") for of in ("tokens", "pooled")]
+
 
 @rank_zero_only
 def keep_metrics(folder: Path) -> None:
@@ -45,13 +47,14 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def plot_curves(metrics: Path, folder: Path) -> list[Path]:
-    """Write `loss.png`, `mask_loss.png`, `skill.png` and `learning_rate.png` of what was logged; a
-    later call draws them anew."""
+    """Write `loss.png`, `mask_loss.png`, `skill.png`, `collapse.png` and `learning_rate.png` of the
+    log; a later call draws them anew."""
     table = read_metrics(metrics)
     pictures = {
         "loss": (["train/loss"], "validation/", "/loss", "loss"),
         "mask_loss": ([], "train/mask_loss/", "", "training loss by kind of mask"),
         "skill": ([], "rmse_ratio/", "", "RMSE / RMSE of first guess"),
+        "collapse": (_RANKS, None, "", "effective rank of latents' anomalies"),
         "learning_rate": (["learning_rate"], None, "", "learning rate"),
     }
     written = []

@@ -175,11 +175,11 @@ def test_the_mean_of_a_position_has_a_ratio_of_one() -> None:
     assert float(position_ratio(position_sums(half, target, weight, bins))) == pytest.approx(
         0.5, abs=0.03
     )
-    stream = batch().views[1].streams[1]
-    numbers = position_bins(stream.grid, TokenIndex.of(torch.ones_like(stream.hidden)))
-    places = numbers.view(2, *stream.grid.shape)
-    assert len(places[0, :, 0].unique()) == places[0, :, 0].numel()
-    assert torch.equal(places[:, :, 0], places[:, :, 1]) and torch.equal(places[0], places[1])
+    for stream in batch().views[1].streams:
+        numbers = position_bins(stream.grid, TokenIndex.of(torch.ones_like(stream.hidden)))
+        places = numbers.view(2, *stream.grid.shape)
+        assert len(places[0, :, 0].unique()) == places[0, :, 0].numel()
+        assert torch.equal(places[:, :, 0], places[:, :, 1]) and torch.equal(places[0], places[1])
 
 
 def test_gradients_reach_encoder_and_predictor_but_neither_ends_nor_teacher() -> None:

@@ -17,6 +17,7 @@ OBJECTIVES = {
     "jepa": ("objective=jepa", "trainer.accumulate=2"),
     "dino": ("objective=dino", "objective.patch_weight=0.5", "objective.koleo_weight=0.1",
              "objective.num_prototypes=16", "trainer.accumulate=2"),
+    "autoregression": ("masking=autoregression", "model.causal=true"),
     "lejepa": ("objective=jepa", "objective.anti_collapse=sigreg"),
     "combined": ("objective=combined", "objective.parts.dino.num_local=1",
                  "objective.parts.dino.num_prototypes=16"),

@@ -1,0 +1,201 @@
+"""Whether latents still tell one state from another.
+
+After every validation the encoder's last latents of whole windows are looked at as *anomalies*,
+departures from the mean of all latents at the same position: latents that tell the position and
+nothing else would otherwise pass for rich ones. A run whose anomalies fill fewer dimensions than a
+bound says so in one line, or stops.
+"""
+
+import logging
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from atmossl.batch import Batch, TokenIndex, View
+from atmossl.latent_losses import alignment, is_distributed, lidar, rankme, uniformity
+from atmossl.model.network import Network
+from atmossl.objectives.position_means import position_bins
+from atmossl.training.distributed import whole
+
+_LOGGER = logging.getLogger(__name__)
+_NUM_TOKENS = 16  # of every state, at the same positions if windows overlap
+_NUM_STATES = 512  # of every rank
+_NOTHING = 1e-4  # anomalies of less than this share of the latents' size are rounding
+_MANY = 4  # states for each dimension of the bound that pooled latents are held to
+
+Rows = tuple[Float[Tensor, "state token feature"], Int[Tensor, "state token"]]
+
+
+def measures(
+    latents: Float[Tensor, "state token feature"], bins: Int[Tensor, "state token"]
+) -> dict[str, float]:
+    """Measures of latents' anomalies from the mean of their position.
+
+    bins: a number that tokens at the same position share; those seen once are left out.
+
+    rank_tokens, rank_pooled: RankMe of tokens, and of the means over the tokens of every state; 0
+        where there are no anomalies. lidar_tokens: LiDAR, the tokens of a state being its views;
+        lidar_pooled: two halves of its tokens being its views. std_mean, std_min: over features,
+        of the anomalies' standard deviation in units of the latents' RMS. alignment, uniformity: of
+        the directions of the halves' means, and of all tokens' means.
+    """
+    latents = latents.double()
+    anomalies, known = position_anomalies(latents, bins)
+    size = latents.square().mean().sqrt()
+    deviations = (anomalies.square().sum(dim=(0, 1)) / known.sum().clamp_min(1)).sqrt()
+    if not bool(known.any()) or float(deviations.square().mean().sqrt()) <= _NOTHING * float(size):
+        names = ("rank_tokens", "rank_pooled", "lidar_tokens", "lidar_pooled", "std_mean")
+        return dict.fromkeys((*names, "std_min", "uniformity"), 0.0)
+    unit = anomalies / deviations.square().mean().sqrt()
+    pooled = unit.mean(dim=1)
+    halves = torch.stack([unit[:, ::2].mean(dim=1), unit[:, 1::2].mean(dim=1)], dim=1)
+    found = {
+        "rank_tokens": rankme(unit[known]),
+        "rank_pooled": rankme(pooled),
+        "lidar_tokens": lidar(unit),
+        "lidar_pooled": lidar(halves),
+        "std_mean": deviations.mean() / size,
+        "std_min": deviations.min() / size,
+        "alignment": alignment(halves[:, 0], halves[:, 1]),
+        "uniformity": uniformity(pooled) if len(pooled) > 1 else torch.zeros(()),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def position_anomalies(
+    latents: Float[Tensor, "state token feature"], bins: Int[Tensor, "state token"]
+) -> tuple[Float[Tensor, "state token feature"], Tensor]:
+    """Departures from the mean of each position, and where one was seen twice; 0 elsewhere."""
+    _, place = bins.flatten().unique(return_inverse=True)
+    flat = latents.flatten(0, 1)
+    sums = flat.new_zeros(int(place.max()) + 1, flat.shape[-1]).index_add_(0, place, flat)
+    counts = torch.bincount(place)
+    known = (counts[place] > 1).view(bins.shape)
+    anomalies = (flat - sums[place] / counts[place, None]).view_as(latents)
+    return torch.where(known[..., None], anomalies, 0.0), known
+
+
+def shown(view: View) -> View:
+    """The view with nothing hidden."""
+    streams = []
+    for stream in view.streams:
+        valid = stream.valid
+        source = stream.target if valid is None else stream.target.where(valid, stream.source)
+        visible = torch.zeros_like(stream.corruption)
+        given = TokenIndex.whole(stream.corruption)
+        streams.append(replace(stream, source=source, corruption=visible, given=given))
+    return replace(view, streams=tuple(streams))
+
+
+@torch.no_grad()
+def latent_rows(network: Network, view: View) -> dict[str, Rows]:
+    """The last latents of some tokens at the window's middle step, by stream: those whose positions
+    have the lowest numbers under a fixed hash, so that windows that overlap have some in common."""
+    rows = {}
+    for name, latents in network.encode(shown(view)).items():
+        shape = latents.grid.shape
+        bins = position_bins(latents.grid, latents.chosen)
+        middle = torch.zeros(shape, dtype=torch.bool, device=bins.device)
+        middle[:, shape[1] // 2] = True
+        order = (bins * 7919 % 1031).float().masked_fill(~middle.flatten(), torch.inf)
+        count = min(_NUM_TOKENS, int(middle.numel() // shape[1]))
+        index = order.topk(count, largest=False, sorted=True).indices
+        features = latents.last.gather(1, index[..., None].expand(-1, -1, latents.last.shape[-1]))
+        rows[name] = (features.float().cpu(), bins.gather(1, index).cpu())
+    return rows
+
+
+def teacher_distance(objective: Any, network: Network) -> float | None:
+    """RMS distance of a teacher's weights to the network's, over the RMS of these. None: the
+    objective has no teacher. Every rank has to ask."""
+    for part in objective.modules():
+        teacher = getattr(part, "teacher", None)
+        if isinstance(teacher, Network):
+            pairs = list(zip(teacher.parameters(), network.parameters(), strict=True))
+            apart = sum(float(whole((a - b).detach().square().sum())) for a, b in pairs)
+            size = sum(float(whole(b.detach().square().sum())) for _, b in pairs)
+            return (apart / max(size, 1e-30)) ** 0.5
+    return None
+
+
+class CollapseWatch(L.Callback):
+    """Logs `measures` as `collapse/NAME`, means over streams, after every validation, from the
+    windows of its first task; and the distance of a teacher.
+
+    below: the bound of the rank; 0: none. action: what happens below it.
+    Raises:
+        FloatingPointError: the rank is below the bound, and the action is to stop.
+    """
+
+    def __init__(self, below: float, action: Literal["warn", "stop"]) -> None:
+        self.below, self.action = below, action
+        self._rows: dict[str, list[Rows]] = {}
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        del outputs
+        if dataloader_idx or batch_idx * len(batch.sample_id) >= _NUM_STATES:
+            return
+        with trainer.precision_plugin.forward_context():
+            rows = latent_rows(pl_module.ema.module, batch.views[0])
+        for name, own in rows.items():
+            self._rows.setdefault(name, []).append(own)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        rows, self._rows = self._rows, {}
+        if not rows:
+            return
+        by_stream = [measures(*_over_ranks(own)) for own in rows.values()]
+        names = {name for found in by_stream for name in found}
+        values = {
+            name: sum(of_name) / len(of_name)
+            for name in sorted(names)
+            for of_name in [[found[name] for found in by_stream if name in found]]
+        }
+        distance = teacher_distance(pl_module.objective, pl_module.model)
+        if distance is not None:
+            values["teacher_distance"] = distance
+        for name, value in values.items():
+            pl_module.log(f"collapse/{name}", value, sync_dist=True)
+        num_states = sum(len(latents) for latents, _ in next(iter(rows.values())))
+        self._judge(values, num_states, trainer.global_step)
+
+    def _judge(self, values: dict[str, float], num_states: int, step: int) -> None:
+        held = ["rank_tokens"]
+        held += ["rank_pooled"] if num_states >= _MANY * self.below else []
+        low = {name: values[name] for name in held if values[name] < self.below}
+        if not low:
+            return
+        told = " and ".join(f"collapse/{name}={value:.2f}" for name, value in low.items())
+        line = (
+            f"latents hardly tell states apart at step {step}: {told}, below "
+            f"trainer.collapse_below={self.below:g}; lower optimizer.learning_rate, or choose "
+            "another objective or more of its regularisation"
+        )
+        if self.action == "stop":
+            raise FloatingPointError(line)
+        _warn(line)
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    _LOGGER.warning("note: %s", line)
+
+
+def _over_ranks(rows: list[Rows]) -> Rows:
+    """The rows of all batches of all ranks, which need not be equally many."""
+    own = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+    if not is_distributed():
+        return own  # type: ignore[return-value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    latents, bins = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+    return latents, bins
