@@ -25,6 +25,7 @@ FIELDS = (
 # choices that need others beside them
 WITH = {
     "data=arco_era5": ["stream=dynamics_humidity"],
+    "masking=autoregression": ["model.causal=true"],
     **{
         f"stream={name}": ["experiment=atmorep_temperature"]
         for name in ("arco_atmosphere", "atmorep_three_fields", *(f"atmorep_{f}" for f in FIELDS))
