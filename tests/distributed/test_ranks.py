@@ -114,9 +114,9 @@ def test_sharded_ranks_compare_the_samples_of_all_as_one_rank_does(name: str, ca
         np.testing.assert_allclose(column(together, key), column(alone, key), rtol=5e-4)
     one, two = (read_contents(f / "checkpoints" / "last.ckpt") for f in (alone, together))
     for key, expected in one["state_dict"].items():
-        # a wrong gradient moves most of a tensor; single weights may differ, see below
+        # a wrong gradient moves most of a tensor by some 1e-3; single weights may differ, see below
         off = (two["state_dict"][key] - expected).double().square().mean().sqrt()
-        assert float(off) < 2e-5, key
+        assert float(off) < 1e-4, key
 
 
 def exchanges(run_folder: Path, weights: dict[str, torch.Tensor]) -> float:
