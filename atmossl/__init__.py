@@ -28,8 +28,7 @@ with suppress(ModuleNotFoundError):  # comes with cartopy, for maps
     import pyproj  # noqa: F401
 
 if TYPE_CHECKING:
-    from atmossl.api import Model, load, open_data
-    from atmossl.model.latent_distance import distance
+    from atmossl.api import Model, distance, load, open_data
 
 __all__ = ["Model", "__version__", "distance", "load", "open_data"]
 __version__ = "0.2.0"
@@ -39,6 +38,5 @@ def __getattr__(name: str) -> Any:
     """What the package offers, imported when it is asked for: it needs torch and xarray, and the
     command line should answer a typo before they are loaded."""
     if name in __all__:
-        module = "atmossl.model.latent_distance" if name == "distance" else "atmossl.api"
-        return getattr(import_module(module), name)
+        return getattr(import_module("atmossl.api"), name)
     raise AttributeError(f"module 'atmossl' has no attribute {name!r}")

@@ -48,6 +48,7 @@ from atmossl.inference.writer import (
 from atmossl.locks import owned
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.tasks import Task
+from atmossl.model.latent_distance import distance as distance  # offered as atmossl.distance
 from atmossl.model.latent_distance import squared_difference
 from atmossl.plugins import UntrustedError, check_listed, check_plugins
 from atmossl.renamed_keys import with_present_names

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import xarray as xr
 
 from atmossl.checkpoint_files import read_contents
 from atmossl.cli import main
@@ -56,6 +57,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_as_the_unbroken_one(
     assert differing(one["atmossl"]["rng"], two["atmossl"]["rng"]) == []
     if name == "jepa":
         _only_its_latents_can_be_written(whole / "checkpoints" / "last.ckpt", tmp_path, capsys)
+    if name == "autoregression":
+        _it_goes_on_from_its_own_steps(whole / "checkpoints" / "last.ckpt", tmp_path)
 
 
 def _only_its_latents_can_be_written(
@@ -65,3 +68,12 @@ def _only_its_latents_can_be_written(
     assert main(["embed", *common, f"output={folder / 'latents.zarr'}"]) == 0
     assert main(["predict", *common, f"output={folder / 'forecast.zarr'}"]) == 2
     assert "trained by JointEmbedding" in capsys.readouterr().err
+
+
+def _it_goes_on_from_its_own_steps(checkpoint: Path, folder: Path) -> None:
+    output = folder / "forecast.zarr"
+    arguments = [f"checkpoint={checkpoint}", "init_time=1959-02-12T00", "accelerator=cpu",
+                 "task.lead_time=12h", "task.rollout_time=6h", f"output={output}"]  # fmt: skip
+    assert main(["predict", *arguments]) == 0
+    forecast = xr.open_zarr(output, decode_timedelta=True)["temperature"]
+    assert forecast.sizes["lead_time"] == 2 and bool(forecast.notnull().all())
