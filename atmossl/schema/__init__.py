@@ -363,8 +363,10 @@ def _model_faults(config: TrainConfig) -> list[str]:
 def _causal_faults(config: TrainConfig) -> list[str]:
     """What predicts every step from those before needs a network that sees no later ones."""
     model = config.model
-    causal = isinstance(model, ModelConfig) and model.causal
-    if isinstance(model, ModelConfig) and causal:
+    if not isinstance(model, ModelConfig):
+        return []
+    causal = model.causal
+    if causal:
         try:
             check_causal(config.specs, model.attention)
         except ValueError as error:
