@@ -160,7 +160,7 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
         raise ValueError(f"train_only={train_only!r}; valid: null or one of {list(_ENDS)}")
-    given = checked_keywords(kind, values, _OF_THE_RUN)
+    given = checked_keywords(kind, values, _OF_THE_RUN, as_written=_with_parts)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(kind).parameters.items()
