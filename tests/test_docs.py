@@ -84,6 +84,19 @@ def as_config(kind: Any) -> Callable[..., None]:
     return lambda *given: parse(kind, {k: v for k, v in given[-1].items() if k != "hydra"})
 
 
+def install_example(folder: Path) -> None:
+    """The example of a plugin as pip would install it into that folder."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    example = ROOT / "examples" / "atmossl_example_plugin"
+    (folder / example.name).symlink_to(example / example.name)
+    project = tomllib.loads((example / "pyproject.toml").read_text())["project"]
+    about = folder / f"{example.name}-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    points = [f"{n} = {v}" for n, v in project["entry-points"]["atmossl.plugins"].items()]
+    (about / "entry_points.txt").write_text("\n".join(["[atmossl.plugins]", *points, ""]))
+
+
 @pytest.fixture
 def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A folder with the files that the pages speak of, and commands that end before their work."""
@@ -93,6 +106,8 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "my_catalog.yaml").write_text(yaml.safe_dump({"my_store": entry}))
     (task,) = (b for b in blocks(ROOT / "docs/tutorials/own_task.md", "yaml") if "combined" in b)
     (tmp_path / "gap.yaml").write_text(task)
+    install_example(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     done = module(
         "", show_statistics=as_config(StatsConfig), run_ingest=as_config(IngestConfig),
         show_inspection=as_config(InspectConfig),
