@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from atmossl.build import build_model
 from atmossl.cli import compose_config
+from atmossl.commands.common import plain
+from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, parse
 from atmossl.setting_types import hours
 
@@ -153,3 +156,15 @@ def test_all_faults_come_at_once() -> None:
 )
 def test_durations(text: str, value: float) -> None:
     assert hours(text) == value
+
+
+def test_a_run_takes_network_streams_and_window_of_a_checkpoint_of_an_earlier_version() -> None:
+    """Keys that the checkpoint does not know yet have the network's own defaults."""
+    checkpoint = str(CONF.parent / "tests" / "checkpoints" / "format_2.ckpt")
+    over = ["warm_start.network=true", f"warm_start.checkpoints=[{checkpoint}]"]
+    config = parse(TrainConfig, plain(compose_config("train", over)))
+    trained = load_checkpoint(checkpoint)
+    assert config.specs == trained.specs and config.data.window == trained.window
+    network = build_model(config, {})
+    assert network.load_state_dict(trained.model.state_dict())
+    assert [p.shape for p in network.parameters()] == [p.shape for p in trained.model.parameters()]

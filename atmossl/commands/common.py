@@ -1,5 +1,6 @@
 """What several commands need."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,13 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     plugins = check_plugins(values.get("plugins", ()))
     with naming_network(warm["checkpoints"][0]):  # the run will build what its record names
         network = network_class(record["network"], plugins)
-    values["model"] = {**record["model"], "_target_": record["network"]}
+    parameters = inspect.signature(network).parameters
+    later = {  # keywords that the checkpoint's version did not have yet; () is one out of use
+        name: given if parameters[name].default == () else parameters[name].default
+        for name, given in values["model"].items()
+        if name in parameters and name not in record["model"]
+    }
+    values["model"] = {**later, **record["model"], "_target_": record["network"]}
     own = {key: record[key] for key in ("window", "first_guess")}
     values["data"] = {
         **values["data"],
