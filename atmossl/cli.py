@@ -19,11 +19,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from atmossl.data.catalog import find_file
+from atmossl.data.catalog import catalog_entry, find_file, is_location
 from atmossl.data.variables import show_in_one_line
 from atmossl.extras import missing_plugin, naming_extras
 from atmossl.locks import owned
-from atmossl.overrides import PATHS, SEARCH_WORDS, as_searchpath, for_hydra, joined, split, unquoted
+from atmossl.overrides import (
+    PATHS,
+    SEARCH_WORDS,
+    as_searchpath,
+    fitting_store,
+    for_hydra,
+    joined,
+    split,
+    unquoted,
+    value_of,
+)
 from atmossl.plugins import check_plugins
 from atmossl.process_lifetime import (
     end_with_parent,
@@ -55,7 +65,8 @@ _USAGE = """atmossl COMMAND [key=value ...]
   export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
             atmossl export checkpoint=PATH,PATH output=mean.ckpt    mean of the weights
             atmossl export checkpoint=PATH hub=FOLDER [report=FOLDER]    for a model hub
-  data      atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
+  data      atmossl data add STORE [name=NAME]    a catalog entry for a store of your own
+            atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
             atmossl data stats climatologies=[month,cell_month] output=climate [--force]
             atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
   config    atmossl config show | validate [key=value ...]      of a training run
@@ -78,6 +89,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     mappings = _MAPPINGS.get(name, ())
     overrides = [_open_ended(_as_entry(item, name), mappings) for item in overrides]
+    overrides = _fitting_store(overrides, name)
     overrides = as_searchpath(overrides, find_file("conf"))
     _register_run_name()
     with (
@@ -126,6 +138,20 @@ def _as_entry(override: str, name: str) -> str:
     return override if chooses_file else f"data.name={value}"
 
 
+def _fitting_store(overrides: Sequence[str], name: str) -> list[str]:
+    """Of a training run on a store whose entry says which window and streams fit, those too."""
+    data, catalog = (value_of(key, overrides) for key in ("data.name", "data.catalog"))
+    if name not in ("train", "stats") or data is None:
+        return list(overrides)
+    try:
+        entry = catalog_entry(data, Path(catalog) if catalog else None)
+    except ValueError:
+        return list(overrides)  # the validation says so, beside whatever else is wrong
+    if entry.training is None:
+        return list(overrides)
+    return fitting_store(overrides, entry.training.window, entry.training.stream)
+
+
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration of a training run; what it takes from a checkpoint is filled in."""
     values = compose_config("train", overrides)
@@ -166,6 +192,7 @@ def _train(arguments: Sequence[str]) -> None:
 
     _register_run_name()
     arguments = [_open_ended(_as_entry(item, "train"), _MAPPINGS["train"]) for item in arguments]
+    arguments = _fitting_store(arguments, "train")
     arguments = as_searchpath(arguments, find_file("conf"))
     arguments = [for_hydra(item, sweep=True) for item in arguments]
     sys.argv = ["atmossl train", *arguments]
@@ -266,8 +293,40 @@ def _named_catalog(arguments: Sequence[str]) -> Path | None:
     return Path(paths[-1]) if paths else None
 
 
+_OF_ADD = ("name", "data.catalog", "output")
+
+
+def _add(arguments: Sequence[str]) -> None:
+    """`atmossl data add STORE`: files of GRIB, and others where an output is named, become one
+    zarr store first."""
+    stores = [word for word in arguments if word.partition("=")[0] not in _OF_ADD]
+    unknown = [word for word in stores if "=" in word and not is_location(word)]
+    if unknown or len(stores) != 1:
+        what = f"{unknown[0]} is unknown" if unknown else f"got {len(stores)} stores"
+        raise ValueError(
+            f"data add: {what}; needed: one STORE, a folder or a pattern in quotes ('era5/*.nc'); "
+            "and if you like name=NAME data.catalog=FILE.yaml output=STORE.zarr"
+        )
+    name, catalog, output = (value_of(key, arguments) for key in _OF_ADD)
+    place = Path(stores[0])
+    stem = (place.parent if "*" in place.name else place).absolute().name.partition(".")[0]
+    name = name or re.sub(r"\W+", "_", stem) or "mine"
+    from atmossl.data.backends import holds_grib
+    from atmossl.data_commands import add_store, check_new_entry, run_ingest
+
+    file = Path(catalog) if catalog else None
+    check_new_entry(name, file)
+    if output or holds_grib(stores[0]):
+        output = output or f"{name}.zarr"
+        run_ingest(compose_config("ingest", [f"input={stores[0]}", f"output={output}"]))
+    add_store(output or stores[0], name, file)
+
+
 def _data(arguments: Sequence[str]) -> None:
     action, *overrides = arguments or [""]
+    if action == "add":
+        _add(overrides)
+        return
     if action == "list":
         from atmossl.commands.catalog import list_catalog
 
@@ -291,7 +350,7 @@ def _data(arguments: Sequence[str]) -> None:
 
         show_inspection(values)
     else:
-        raise ValueError(f"data {action!r} is no action; valid: list, inspect, ingest, stats")
+        raise ValueError(f"data {action!r} is no action; valid: add, list, inspect, ingest, stats")
 
 
 _OF_TRAIN = ("trainer.extra", "callbacks", "logger.others")

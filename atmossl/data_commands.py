@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from atmossl.batch import PRIMARY
-from atmossl.data.catalog import catalog_entry
+from atmossl.checkpoint_files import write_atomically
+from atmossl.data.catalog import OWN_CATALOG, catalog_entry, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import IngestInput, ingest, missing_shares, verify
 from atmossl.data.inspect import (
@@ -25,11 +27,12 @@ from atmossl.data.inspect import (
     refusals,
     time_advice,
 )
+from atmossl.data.proposal import propose
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.locks import owned
-from atmossl.names import file_name
+from atmossl.names import check_name, file_name
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
 from atmossl.stops import keeping
@@ -123,6 +126,45 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
     for name, share in missing_shares(config.output).items():
         Console(markup=False).print(f"missing values: {name} {share:.2%}", highlight=False)
     return config.output
+
+
+def check_new_entry(name: str, catalog: Path | None) -> None:
+    """Raise ValueError for a name that an entry has already, or that is none.
+
+    catalog: the file that the entry is to stand in; None: that of the working folder.
+    """
+    check_name(name, "name")
+    path = catalog or OWN_CATALOG
+    if name in (load_catalog(catalog) if catalog is None or path.is_file() else {}):
+        raise ValueError(
+            f"name={name} is an entry of the catalog already and stays as it is; give another "
+            f"name, or remove it in {path}"
+        )
+
+
+def add_store(location: str, name: str, catalog: Path | None) -> None:
+    """Write a catalog entry for a store, and tell what was guessed and which command comes next.
+
+    Raises:
+        ValueError: the name stands in the catalog, or the store does not fit.
+    """
+    path = catalog or OWN_CATALOG
+    with owned(path, "data.catalog"):
+        check_new_entry(name, catalog)
+        proposal = propose(location)
+        values = proposal.entry.model_dump(mode="json", exclude_defaults=True)
+        text = yaml.safe_dump({name: values}, sort_keys=False, width=100, allow_unicode=True)
+        before = path.read_text().rstrip("\n") + "\n\n" if path.is_file() else ""
+        write_atomically(path, lambda partial: partial.write_text(before + text))
+    more = f" data.catalog={catalog}" if catalog else ""
+    lines = [
+        f"{name}: {location}",
+        *(f"  {line}" for line in proposal.lines),
+        f"written to {path}: change there what was guessed wrong",
+        f"to look at it: atmossl data inspect {name}{more}",
+        f"next:          atmossl train data={name}{more} paths.output=runs/{name}",
+    ]
+    Console(markup=False).print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def show_inspection(values: Mapping[str, Any]) -> list[SegmentReport]:

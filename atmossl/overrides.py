@@ -6,8 +6,9 @@ always around the value of a key that holds one path, and around any other value
 not read. What Hydra can read keeps its meaning: lists, mappings, sweeps, quotes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -29,6 +30,8 @@ PATHS = frozenset(
 )
 _FOLDER, _SEARCHPATH, _FILE = "--config-dir=", "hydra.searchpath=", "file://"
 SEARCH_WORDS = (_FOLDER, _SEARCHPATH)  # words that say where else files of choices lie
+# choices of files of conf/ that say what streams there are
+_CHOOSES_STREAMS = ("stream=", "experiment=")
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _NO_TEXT = ("", "null", "true", "false")
 
@@ -148,3 +151,30 @@ def _element(value: str) -> str:
         return f"[{','.join(map(_element, split(value[1:-1])))}]"
     readable = value.startswith("{") or _is_readable(f"key={value}")
     return value if readable else _quoted(value)
+
+
+def fitting_store(
+    overrides: Sequence[str], window: Mapping[Any, int], streams: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """The overrides of a training run, before them those for the window and the streams that fit
+    its store. A choice of `stream` or of an experiment stands for both."""
+    if any(word.startswith(_CHOOSES_STREAMS) for word in overrides):
+        return list(overrides)
+    words = [f"data.window.{axis}={points}" for axis, points in window.items()]
+    words += ["~stream", *(f"++stream.{name}={_literal(keys)}" for name, keys in streams.items())]
+    return [*words, *overrides]
+
+
+def value_of(key: str, overrides: Sequence[str]) -> str | None:
+    """What the last override of a key gives it; None if there is none, or several for a sweep."""
+    values = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
+    return unquoted(values[-1]) if values and len([*split(values[-1])]) == 1 else None
+
+
+def _literal(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}: {_literal(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else f"{value}"

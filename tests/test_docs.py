@@ -103,14 +103,15 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     template = (ROOT / "data_catalog.yaml").read_text()
     entry = yaml.safe_load(template[template.index("\nlocal:") :])["local"]
-    (tmp_path / "my_catalog.yaml").write_text(yaml.safe_dump({"my_store": entry}))
+    for file in ("my_catalog.yaml", "atmossl_catalog.yaml"):
+        (tmp_path / file).write_text(yaml.safe_dump({"my_store": entry}))
     (task,) = (b for b in blocks(ROOT / "docs/tutorials/own_task.md", "yaml") if "combined" in b)
     (tmp_path / "gap.yaml").write_text(task)
     install_example(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     done = module(
         "", show_statistics=as_config(StatsConfig), run_ingest=as_config(IngestConfig),
-        show_inspection=as_config(InspectConfig),
+        show_inspection=as_config(InspectConfig), add_store=nothing, check_new_entry=nothing,
     )  # fmt: skip
     replaced = {
         "data_commands": done,

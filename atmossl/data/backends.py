@@ -97,6 +97,16 @@ def data_files(location: str) -> DataFiles:
     return DataFiles(tuple(files), tuple(passed_over))
 
 
+def holds_grib(location: str) -> bool:
+    """Whether a file, or one of those in a folder or of a pattern, is GRIB, which is read through
+    `atmossl data ingest` alone."""
+    path = Path(location)
+    if "://" in location or is_zarr(path) or not (path.exists() or "*" in location):
+        return False
+    files = [path] if path.is_file() else data_files(location).files
+    return any(kind_of(file) == GRIB for file in files)
+
+
 _DEFAULT_ACCESS = Access()
 _LOGGER = logging.getLogger(__name__)
 _NETCDF_ENDINGS = (".nc", ".nc4")

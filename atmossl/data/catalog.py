@@ -1,4 +1,9 @@
-"""The catalog: named stores with their segments, splits, variable names, licence and citation."""
+"""The catalog: named stores with their segments, splits, variable names, licence and citation.
+
+Entries stand in the file of the package, in `atmossl_catalog.yaml` of the working folder, where
+`atmossl data add` writes them, or in a file that is named. Where a name is expected, the path of a
+store does as well: its entry is then what `atmossl.data.proposal` makes of it.
+"""
 
 from importlib import resources
 from pathlib import Path
@@ -39,6 +44,14 @@ class Period(_Strict):
     end: _Date = ""
 
 
+class TrainingSettings(_Strict):
+    """What a training run on a store takes unless it is told otherwise: points of a window along
+    each axis, and streams with the keys of conf/stream."""
+
+    window: dict[Literal["time", "lat", "lon"], int]
+    stream: dict[str, dict[str, Any]]
+
+
 class CatalogEntry(_Strict):
     """A named collection of segments on one grid with one time step.
 
@@ -47,6 +60,7 @@ class CatalogEntry(_Strict):
     coordinates: canonical coordinate (time, level, latitude, longitude) -> name in the store.
     gaps: what missing time steps do: `error`, or `split` the record into its unbroken parts, so
         that no window spans a gap.
+    training: window and streams that fit the store; those of conf/ where there are none.
     """
 
     description: str
@@ -57,6 +71,7 @@ class CatalogEntry(_Strict):
     levels_are: LevelKind = "pressure"
     coordinates: dict[str, str] = Field(default_factory=dict)
     gaps: Gaps = "error"
+    training: TrainingSettings | None = None
     licence: str
     citation: str
 
@@ -106,13 +121,27 @@ def resolve_location(location: str) -> str:
     return location
 
 
+OWN_CATALOG = Path("atmossl_catalog.yaml")  # of the working folder
+
+
 def load_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
-    """All entries of a catalog file, by default the one that ships with the package.
+    """All entries of a catalog file, by default those that ship with the package and those of
+    `atmossl_catalog.yaml` in the working folder.
 
     Raises:
-        ValueError: the file is missing, no YAML, or an entry does not fit; names file and key.
+        ValueError: the file is missing, no YAML, an entry does not fit, or a name stands in both
+            files; names file and key.
     """
-    path = path or find_file("data_catalog.yaml")
+    if path is not None:
+        return _read(path)
+    shipped = _read(find_file("data_catalog.yaml"))
+    own = _read(OWN_CATALOG) if OWN_CATALOG.is_file() else {}
+    if twice := sorted(set(shipped) & set(own)):
+        raise ValueError(f"{OWN_CATALOG}: {twice} are entries of the package; give other names")
+    return {**shipped, **own}
+
+
+def _read(path: Path) -> dict[str, CatalogEntry]:
     if not path.exists():
         raise ValueError(f"data.catalog={path}: no such file")
     try:
@@ -133,8 +162,38 @@ def _entry(name: str, values: dict[str, Any], path: Path) -> CatalogEntry:
 
 
 def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
-    """One entry by name; ValueError with the valid names if there is none."""
+    """One entry by name, or the entry that fits the store at a path or URL.
+
+    Raises:
+        ValueError: there is neither; names the entries that there are. Or the store does not fit.
+    """
     entries = load_catalog(path)
-    if name not in entries:
-        raise ValueError(f"data.name={name!r} is not in the catalog; valid: {sorted(entries)}")
-    return entries[name]
+    if name in entries:
+        return entries[name]
+    if is_location(name):
+        from atmossl.data.proposal import propose  # opens stores, which names need not
+
+        return propose(name).entry
+    raise ValueError(
+        f"data.name={name!r} is not in the catalog and no store lies there; valid: "
+        f"{sorted(entries)}, or the path of a store"
+    )
+
+
+def is_location(name: str) -> bool:
+    """Whether a name that is no catalog entry is the path, the pattern or the URL of a store."""
+    return "://" in name or any(character in name for character in "/*") or Path(name).exists()
+
+
+def located(entry: CatalogEntry) -> CatalogEntry:
+    """The entry with absolute paths, which it keeps wherever it is read from."""
+    segments = {
+        name: segment.model_copy(update={"location": absolute(segment.location)})
+        for name, segment in entry.segments.items()
+    }
+    return entry.model_copy(update={"segments": segments})
+
+
+def absolute(location: str) -> str:
+    """A path from the root; URLs stay as they are."""
+    return location if "://" in location else str(Path(location).absolute())
