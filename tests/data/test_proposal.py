@@ -25,7 +25,8 @@ def foreign(folder: Path, *, steps: int = 120, step_hours: int = 6, **grid: int)
     store["t2m"] = near_surface.assign_attrs(units="K")
     store["z"] = store["temperature"].assign_attrs(units="furlong")
     store["orog"] = near_surface.isel(time=0, drop=True).assign_attrs(units="m")
-    store = store.rename(**NAMES, latitude="lat", longitude="lon", level="plev", time="valid_time")
+    short = {"latitude": "lat", "longitude": "lon", "level": "plev", "time": "valid_time"}
+    store = store.rename({**NAMES, **short})
     store["plev"].attrs["units"] = "hPa"
     store = store.isel(lat=slice(None, None, -1))
     folder.mkdir()
@@ -84,7 +85,7 @@ def test_the_window_is_a_whole_number_of_tokens(
     step_hours: int, num_lat: int, num_lon: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "store.zarr"
-    store = dataset(step_hours=step_hours, num_lat=num_lat, num_lon=num_lon, steps=120)
+    store = dataset(step_hours=step_hours, num_lat=num_lat, num_lon=num_lon, steps=250)
     store.to_zarr(path, consolidated=False)
     training = propose(str(path)).entry.training
     assert training is not None
