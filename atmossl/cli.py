@@ -12,24 +12,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from atmossl.composition import compose_all
 from atmossl.data.catalog import catalog_entry, find_file, is_location
 from atmossl.data.variables import show_in_one_line
 from atmossl.extras import missing_plugin, naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import (
-    PATHS,
     SEARCH_WORDS,
     as_searchpath,
+    first_of_sweep,
     fitting_store,
     for_hydra,
+    is_readable,
     joined,
+    key_and_value,
     split,
     unquoted,
     value_of,
@@ -84,7 +87,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     beside those of conf/.
 
     Raises:
-        ValueError: an override that does not fit, in one line.
+        ValueError: one line for each override that does not fit, and for all else that is wrong.
     """
     GlobalHydra.instance().clear()
     mappings = _MAPPINGS.get(name, ())
@@ -96,7 +99,24 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         _in_one_line(overrides),
         initialize_config_dir(str(find_file("conf")), version_base="1.3"),
     ):
-        return _to_plain(compose(name, [for_hydra(item) for item in overrides]))
+        words = [for_hydra(item) for item in overrides]
+        config, faults = compose_all(name, words, find_file("conf"))
+        values = _to_plain(config)
+    if faults:
+        raise ValueError("\n".join([*faults, *_other_faults(name, values, faults)]))
+    return values
+
+
+def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> list[str]:
+    """What is wrong with the words that Hydra took, beside those that it refused."""
+    kind = {"ingest": "IngestConfig", "inspect": "InspectConfig"}.get(name)
+    try:
+        _valid(kind or f"{name.capitalize()}Config", values)
+    except ValueError as error:
+        told = {fault.partition(":")[0] for fault in faults}
+        lines = str(error).splitlines()
+        return [line for line in lines if re.split("[=:]", line)[0] not in told]
+    return []
 
 
 def _register_run_name() -> None:
@@ -154,7 +174,7 @@ def _fitting_store(overrides: Sequence[str], name: str) -> list[str]:
 
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration of a training run; what it takes from a checkpoint is filled in."""
-    values = compose_config("train", overrides)
+    values = _compose_with_tasks("train", overrides)
     if values["warm_start"]["network"] is not True:
         return values
     from atmossl.commands.common import plain
@@ -173,9 +193,11 @@ def _valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     validates them itself; it is done here so that an error is told before the command's libraries
     are imported."""
     from atmossl import schema
+    from atmossl.schema import data
 
     values = with_present_names(values)
-    schema.parse(getattr(schema, kind), {key: values[key] for key in values if key != "hydra"})
+    checked = getattr(schema, kind, None) or getattr(data, kind)
+    schema.parse(checked, {key: values[key] for key in values if key != "hydra"})
     return values
 
 
@@ -190,6 +212,7 @@ def _train(arguments: Sequence[str]) -> None:
         return
     import hydra
 
+    _check_first_of_sweep(arguments)
     _register_run_name()
     arguments = [_open_ended(_as_entry(item, "train"), _MAPPINGS["train"]) for item in arguments]
     arguments = _fitting_store(arguments, "train")
@@ -202,6 +225,16 @@ def _train(arguments: Sequence[str]) -> None:
     )
     with _in_one_line(arguments):
         decorate(_train_one_of_many)()
+
+
+def _check_first_of_sweep(arguments: Sequence[str]) -> None:
+    """Refuse what does not fit the first run of a sweep before any run is launched."""
+    words = [word for word in arguments if not word.startswith(_OF_SWEEPS)]
+    firsts = [first_of_sweep(word) if is_readable(word) else word for word in words]
+    _valid("TrainConfig", _compose_training([word for word in firsts if word is not None]))
+
+
+_OF_SWEEPS = ("-m", "--multirun", "hydra.", "launcher=", "hparams_search=")
 
 
 def _train_one_of_many(config: Any) -> float | None:
@@ -257,28 +290,51 @@ def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     given = read_task(files[-1])
     if not isinstance(given, dict):
         raise ValueError(f"task={files[-1]} holds {given!r}; needed: keys and values of a task")
-    paths = {key: value for key, _, value in (a.partition("=") for a in own) if key in PATHS}
-    changed = OmegaConf.from_dotlist([a for a in own if a.partition("=")[0] not in paths])
-    for key, path in paths.items():
-        OmegaConf.update(changed, key, unquoted(path), force_add=True)
-    task = OmegaConf.merge({"task": given}, changed)
-    return compose_config("predict", rest) | _to_plain(task)
+    task = _changed({"task": given}, own)
+    return compose_config("predict", rest) | task
+
+
+def _changed(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Values with what words of the command line set in them."""
+    config = OmegaConf.create(values)
+    for word in words:
+        OmegaConf.update(config, *key_and_value(word), force_add=True)
+    return _to_plain(config)
+
+
+def _compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Like `compose_config`, but `tasks` may be a task of conf/task, a YAML file, or a list of
+    these; any other value is a file of conf/tasks."""
+    folders = [word for word in arguments if word.startswith(SEARCH_WORDS)]
+    listed = [word for word in arguments if word.startswith("tasks=") and _lists(word, folders)]
+    if not listed:
+        return compose_config(name, arguments)
+    own = [word for word in arguments if word.startswith("tasks.")]
+    values = compose_config(name, [word for word in arguments if word not in (*listed, *own)])
+    text = listed[-1].removeprefix("tasks=")
+    names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
+    if not all(names):
+        raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
+    tasks = [
+        _compose_with_task_file([f"task={name}", "output=_", *folders])["task"] for name in names
+    ]
+    return values | _changed({"tasks": tasks}, own)
+
+
+def _lists(word: str, folders: Sequence[str]) -> bool:
+    """Whether `tasks=...` lists tasks, of which there may be one."""
+    text = word.removeprefix("tasks=")
+    if text.startswith("[") or len(list(split(text))) > 1:
+        return True
+    places = [find_file("conf"), *(Path(folder.partition("=")[2]) for folder in folders)]
+    name = unquoted(text)
+    return name.endswith((".yaml", ".yml")) or any(
+        (place / "task" / f"{name}.yaml").is_file() for place in places
+    )
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    listed = [item for item in arguments if item.startswith("tasks=[")]
-    values = compose_config("evaluate", [a for a in arguments if a not in listed])
-    if listed:  # names of conf/task or YAML files; any other value is a file of conf/tasks
-        names = [*map(unquoted, split(listed[-1].removeprefix("tasks=[").removesuffix("]")))]
-        if not all(names):
-            raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
-        folders = [item for item in arguments if item.startswith(SEARCH_WORDS)]
-        tasks = [
-            _compose_with_task_file([f"task={name}", "output=_", *folders])["task"]
-            for name in names
-        ]
-        values = values | {"tasks": tasks}
-    values = _valid("EvaluateConfig", values)
+    values = _valid("EvaluateConfig", _compose_with_tasks("evaluate", arguments))
     from atmossl.commands.evaluate import evaluate
 
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))
@@ -334,7 +390,7 @@ def _data(arguments: Sequence[str]) -> None:
     elif action == "stats":
         keys = [item for item in overrides if item != "--force"]
         forced = ["force=true"] if len(keys) < len(overrides) else []
-        values = _valid("StatsConfig", compose_config("stats", [*keys, *forced]))
+        values = _valid("StatsConfig", _compose_with_tasks("stats", [*keys, *forced]))
         from atmossl.data_commands import show_statistics
 
         show_statistics(values)
@@ -353,7 +409,10 @@ def _data(arguments: Sequence[str]) -> None:
         raise ValueError(f"data {action!r} is no action; valid: add, list, inspect, ingest, stats")
 
 
-_OF_TRAIN = ("trainer.extra", "callbacks", "logger.others")
+_OF_TRAIN = (
+    "trainer.extra", "callbacks", "logger.others", "data.transforms", "model.dims",
+    "optimizer.factors", "warm_start.rename",
+)  # fmt: skip
 _MAPPINGS = {  # keys under which any key goes, by configuration
     "train": _OF_TRAIN,
     "stats": _OF_TRAIN,
@@ -379,7 +438,26 @@ def _config(arguments: Sequence[str]) -> None:
         Console().print(OmegaConf.to_yaml(OmegaConf.create(values)), markup=False)
     _valid("TrainConfig", values)
     if action == "validate":
+        _check_checkpoints(values)
         Console().print("the configuration is valid")
+
+
+def _check_checkpoints(values: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint of a training run is not there; a hub is not asked."""
+    from atmossl.inference.checkpoint import SCHEME, checkpoint_path
+
+    faults, resume = list[str](), values["resume"]
+    named = {
+        f"warm_start.checkpoints.{n}": f for n, f in enumerate(values["warm_start"]["checkpoints"])
+    }
+    named |= {} if resume in (None, "auto") else {"resume": resume}
+    for key, file in named.items():
+        try:
+            checkpoint_path(file, key=key) if not str(file).startswith(SCHEME) else None
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def _without_plugins(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -44,10 +44,10 @@ def for_hydra(override: str, *, sweep: bool = False) -> str:
         return override
     values = list(split(value)) if sweep else [value]
     is_path = key.lstrip("+") in PATHS
-    if (sweep or not is_path) and _is_readable(override):
+    if (sweep or not is_path) and is_readable(override):
         return override
     quoted = f"{key}=" + ",".join(map(_quoted if is_path else _element, values))
-    return quoted if _is_readable(quoted) else override
+    return quoted if is_readable(quoted) else override
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
@@ -126,7 +126,25 @@ def unquoted(text: str) -> str:
 _PARSER = OverridesParser.create()
 
 
-def _is_readable(override: str) -> bool:
+def key_and_value(override: str) -> tuple[str, Any]:
+    """Key and value of one word, as Hydra reads it."""
+    parsed = _PARSER.parse_override(for_hydra(override))
+    return parsed.key_or_group, parsed.value()
+
+
+def first_of_sweep(override: str) -> str | None:
+    """The word with the first of the values that a multirun goes through; None where they are no
+    list and no range."""
+    parsed = _PARSER.parse_override(for_hydra(override, sweep=True))
+    if not parsed.is_sweep_override():
+        return override
+    if not (parsed.is_choice_sweep() or parsed.is_range_sweep()):
+        return None
+    return f"{override.partition('=')[0]}={next(iter(parsed.sweep_string_iterator()))}"
+
+
+def is_readable(override: str) -> bool:
+    """Whether a word follows Hydra's grammar."""
     try:
         _PARSER.parse_override(override)
     except HydraException:
@@ -135,7 +153,7 @@ def _is_readable(override: str) -> bool:
 
 
 def _is_quoted(value: str) -> bool:
-    return value[:1] in ("'", '"') and value[-1:] == value[:1] and _is_readable(f"key={value}")
+    return value[:1] in ("'", '"') and value[-1:] == value[:1] and is_readable(f"key={value}")
 
 
 def _quoted(value: str) -> str:
@@ -149,7 +167,7 @@ def _element(value: str) -> str:
     value = value.strip()
     if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(map(_element, split(value[1:-1])))}]"
-    readable = value.startswith("{") or _is_readable(f"key={value}")
+    readable = value.startswith("{") or is_readable(f"key={value}")
     return value if readable else _quoted(value)
 
 

@@ -15,7 +15,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -220,21 +219,16 @@ def _parameters(kind: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
 def _clear(error: Any, known: Iterable[str]) -> InitErrorDetails:
     """One of pydantic's errors, with the valid keys where a key is unknown."""
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        message = unknown_key(str(error["loc"][0]), known)
-        return fault("unknown_key", message, error["loc"], error["input"])
-    return fault(error["type"], error["msg"], error["loc"], error["input"])
+        return fault("unknown_key", "", error["loc"], error["input"], valid=sorted(known))
+    limits = {key: value for key, value in error.get("ctx", {}).items() if key != "message"}
+    return fault(error["type"], error["msg"], error["loc"], error["input"], **limits)
 
 
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """What to say of a key that is none of those that are known."""
-    close = get_close_matches(name, list(known), n=3)
-    meant = f", did you mean {' or '.join(close)}?" if close else ""
-    return f"unknown key{meant}; valid: {sorted(known)}"
-
-
-def fault(kind: Any, message: str, loc: tuple[int | str, ...], value: Any) -> InitErrorDetails:
-    """One error of a `ValidationError`."""
-    error = PydanticCustomError(kind, "{message}", {"message": message})
+def fault(
+    kind: Any, message: str, loc: tuple[int | str, ...], value: Any, **more: Any
+) -> InitErrorDetails:
+    """One error of a `ValidationError`; more: what `atmossl.schema.config_errors` says of it."""
+    error = PydanticCustomError(kind, "{message}", {"message": message, **more})
     return InitErrorDetails(type=error, loc=loc, input=value)
 
 

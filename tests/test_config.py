@@ -73,7 +73,7 @@ def test_evaluation_validates() -> None:
         ("optimizer.schedule=linear", "cosine"),
         ("+objective.losses.hinge=1", "fair_crps"),
         ("objective._target_=os.system", "masked_modelling"),
-        ("+objective.momentum=0.9", "objective.momentum=0.9: unknown key"),
+        ("+objective.momentum=0.9", "unknown key objective.momentum"),
         ("objective.weighting=equal", "objective.weighting='equal'.*residual"),
         ("objective.train_only=encoder", "tail"),
         ("data.name=era6", "era6"),
@@ -100,8 +100,8 @@ def test_what_does_not_fit_is_named(override: str, message: str) -> None:
 def test_keys_of_another_objective_are_its_own() -> None:
     assert composed("objective=jepa").objective.arguments["momentum"] == (0.996, 1.0)
     for override, message in (
-        ("objective.momentum=[0.9,1.5]", "objective.momentum.1=1.5: .* less than or equal to 1"),
-        ("+objective.losses={crps: 1.0}", "objective.losses: unknown key"),
+        ("objective.momentum=[0.9,1.5]", "objective.momentum.1=1.5: valid: 1 or below"),
+        ("+objective.losses={crps: 1.0}", "unknown key objective.losses"),
         ("objective.train_only=tail", "reconstructs nothing"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -112,7 +112,7 @@ def test_keys_of_another_objective_are_its_own() -> None:
     ("override", "message"),
     [
         ("objective.lag_hours=[]", "objective.lag_hours"),
-        ("objective.lag_hours=[0,6]", "objective.lag_hours.0=0: .* greater than 0"),
+        ("objective.lag_hours=[0,6]", "objective.lag_hours.0=0: valid: above 0"),
         ("objective.lag_hours=[12,6]", "objective.lag_hours=.*the shortest first"),
         ("objective.loss=triplet", "objective.loss='triplet'.*nt_xent"),
         ("data.batch_size=1", "data.batch_size=1 but Contrastive compares .* at least 2"),

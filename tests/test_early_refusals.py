@@ -11,7 +11,7 @@ import xarray as xr
 
 import atmossl.build
 import atmossl.commands.common
-from atmossl.cli import main
+from atmossl.cli import _compose_with_tasks, main
 from atmossl.data.segment import Segment
 from atmossl.evaluation.climate import Climate
 from atmossl.inference import tiles
@@ -41,6 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         catalog(folder / name, train=train, validation=test, test=test)
     save_tiny(folder / "tiny.ckpt")
+    (folder / "done" / "checkpoints").mkdir(parents=True)
+    (folder / "done" / "checkpoints" / "last.ckpt").symlink_to(folder / "tiny.ckpt")
+    (folder / "empty").mkdir()
     forecast = forecast_of(store)
     stores = {
         "good": forecast,
@@ -109,12 +112,23 @@ PREDICT_BEFORE_WEIGHTS = {
     "layout=grib": "layout",
     "every=0": "every",
     "missing=drop": "missing",
-    "init_tiem=all": "init_tiem",
+    "init_tiem=all": "unknown key init_tiem; did you mean init_time",
+    "init_time=1959": "init_time=1959: valid: all, an ISO date such as",
+    "init_time=null": "init_time=None: valid: all, an ISO date such as",
+    "init_time=[1959-01-12,3]": "init_time=.*: valid: all, an ISO date such as",
+    "checkpoint=yes": "checkpoint=yes: no such file; valid: .*the folder of a run, default",
+    "checkpoint=DIR/empty": "empty: the folder is empty; valid: ",
+    "task.lead_tmie=3h": "unknown key task.lead_tmie; did you mean task.lead_time",
+    "output=???": "output: is missing; give output=VALUE",
 }
 PREDICT_BEFORE_READING = {
     "init_time=2002-01-01": "not in segment",
     "init_time=yesterday": "yesterday",
     "init_time=[]": "names no date",
+    "init_time=20020101": "init_time=2002-01-01T00 is not in segment",
+    "init_time=[2002010106]": "init_time=2002-01-01T06 is not in segment",
+    "checkpoint=DIR/done init_time=20020101": "init_time=2002-01-01T00 is not in segment",
+    "checkpoint=DIR/done/checkpoints init_time=20020101": "2002-01-01T00 is not in segment",
     "segment=north": "segment=north.*valid",
     "task.lead_time=5h": "no multiple",
     "task.lead_time=10d task.rollout_time=60h": "hides every one",
@@ -183,7 +197,7 @@ TRAIN = {
     "++stream.pop={variables: [u_component_of_wind], levels: [500], "
     "token_size: {time: 1, lat: 2, lon: 2}} stream.s.levels=[300]": "stream.pop.*of that name",
     "masking=streams": "masking.streams has unknown",
-    "trainer.devices=0": "trainer.devices=0: Input should be greater",
+    "trainer.devices=0": "trainer.devices=0: valid: above 0, or 'auto'",
     "stream.s.levels=[]": "temperature has levels, its stream has levels",
     "data.window.time=100": "100 steps is longer",
     "data.window.lat=40": "window",
@@ -193,6 +207,35 @@ TRAIN = {
     "resume=DIR/none.ckpt": "none.ckpt",
     "trainer.precision=16-mixed trainer.accelerator=cpu": "needs a GPU",
     "data.catalog=DIR/none.yaml": "none.yaml",
+}
+
+
+CONFIG = {  # unknown, misspelt and contradictory words of every kind
+    "model.dmi=3": r"unknown key model.dmi; did you mean model.dim\?$",
+    "modle.dmi=3": r"unknown key modle.dmi; did you mean model.dim\?$",
+    "+model.dmi=3": r"unknown key model.dmi; did you mean model.dim\?$",
+    "~model.dmi": r"unknown key model.dmi; did you mean model.dim\?$",
+    "learning_rate=1": r"unknown key learning_rate; did you mean optimizer.learning_rate\?$",
+    "data.window.tmie=3": r"unknown key data.window.tmie; did you mean data.window.time\?$",
+    "data.window={tmie: 3}": r"unknown key data.window.tmie; did you mean data.window.time\?$",
+    "model.zzzz=3": "unknown key model.zzzz; valid: model.attention, ",
+    "model.dim.x=3": "unknown key model.dim.x: model.dim takes a value and has no further keys",
+    "+model.dim=32": "model.dim is there already; leave out the",
+    "model=tinny": r"model=tinny: no such choice; did you mean tiny\? valid: atmorep, ",
+    "tasks=nope": "tasks=nope: no such choice; .*valid: standard, or a list of tasks",
+    "model.dim=1,2": "several values; write model.dim=.1,2. for a list, or -m for",
+    "model.dim": "model.dim: needs a value; valid: model.dim=VALUE",
+    "--foo": "no option --foo; valid: --help",
+    "warm_start.checkpoints=[DIR/none.ckpt]": "checkpoints.0=.*none.ckpt: no such file; valid: ",
+    "resume=yes": "resume=yes: no such file; valid: .*auto",
+    "data.transforms.temprature={kind: sqrt, scale: 1}": "no stream has temprature; valid: ",
+    "objective=jepa objective.momentum=[1,0.5]": "momentum=.*the second not below the first",
+    "objective=jepa objective.momentum=[1]": "objective.momentum.* 2 values",
+    "trainer.devices=0": "trainer.devices=0: valid: above 0, or 'auto'$",
+    "seed=abc": "seed='abc': valid: a whole number$",
+    "trainer.compile=3": "trainer.compile=3: valid: true or false$",
+    "tasks=forecast tasks.0.lead_time=soon": "tasks.0.lead_time='soon'",
+    "tasks=forecast tasks.0.lead_tmie=6h": "unknown key tasks.0.lead_tmie; .*tasks.0.lead_time",
 }
 
 
@@ -212,6 +255,33 @@ COMMON = {
     "data.catalog": "DIR/waves/catalog.yaml",
     "accelerator": "cpu",
 }
+
+
+@pytest.mark.parametrize("line", CONFIG)
+def test_what_a_training_run_cannot_take_is_told_in_our_words(line, folder, capsys) -> None:
+    refused(["config", "validate", *words(line)], folder, CONFIG[line], capsys)
+
+
+def test_misspelt_keys_hide_no_other_faults(capsys: Any) -> None:
+    wrong = ["model.dmi=3", "trainer.devices=0", "seed=-1", "model=tinny", "paths.ouptut=x"]
+    assert main(["config", "validate", *wrong]) == 2
+    told = capsys.readouterr().err
+    starts = ("unknown key model.dmi", "trainer.devices=0", "seed=-1", "model=tinny",
+              "unknown key paths.ouptut")  # fmt: skip
+    assert all(start in told for start in starts) and told.count("\n") == len(starts), told
+
+
+def test_a_sweep_is_refused_before_its_first_run(capsys: Any) -> None:
+    for word, message in (("model.dmi=1,2", "unknown key model.dmi"), ("seed=-1,2", "seed=-1")):
+        assert main(["train", "-m", word, "model=tiny,small"]) == 2
+        assert capsys.readouterr().err.startswith(f"atmossl train: {message}")
+
+
+def test_one_task_is_a_list_of_one() -> None:
+    (task,) = _compose_with_tasks("train", ["tasks=forecast", "tasks.0.lead_time=6h"])["tasks"]
+    assert task["_target_"] == "forecast" and task["lead_time"] == "6h"
+    both = _compose_with_tasks("evaluate", ["tasks=forecast,downscaling", "output=o"])["tasks"]
+    assert [task["_target_"] for task in both] == ["forecast", "downscaling"]
 
 
 @pytest.mark.parametrize("line", PREDICT_BEFORE_WEIGHTS)

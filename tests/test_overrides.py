@@ -152,3 +152,12 @@ def test_commands_take_such_paths(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert main(command) == 2, command
         error = capsys.readouterr().err
         assert str(folder / "c.yaml") in error, (command, error)
+
+
+def test_what_cannot_be_read_says_how_to_quote(capsys: pytest.CaptureFixture) -> None:
+    told = "model.dims={a:: cannot be read; put quotes inside of quotes around a value"
+    assert main(["config", "validate", "model.dims={a:"]) == 2
+    assert told in capsys.readouterr().err
+    # what a shell has cut at spaces is one word again
+    assert main(["config", "validate", "model.dims={strange:", "64}", "seed=-1"]) == 2
+    assert capsys.readouterr().err == "atmossl config: seed=-1: valid: 0 or above\n"

@@ -30,6 +30,7 @@ from atmossl.model.network import Network
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
+LAST = "last.ckpt"  # of a run
 _NEEDED = (
     "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
 )  # fmt: skip
@@ -114,9 +115,11 @@ class TrainedModel:
         return tuple(sorted({level for spec in self.own_specs for level in spec.levels}))
 
 
-def checkpoint_path(name: str) -> Path:
+def checkpoint_path(name: str, key: str = "checkpoint") -> Path:
     """A checkpoint of the package by its name (`PACKAGED`), one of a model hub by `hf://OWNER/NAME`
-    (`atmossl.hub`), anything else is a path.
+    (`atmossl.hub`), the last one of a run by the run's folder, anything else is a path.
+
+    key: of the configuration, for messages.
 
     Raises:
         ValueError: there is no such file, or it cannot be fetched.
@@ -127,12 +130,14 @@ def checkpoint_path(name: str) -> Path:
         path = Path(str(resources.files("atmossl"))) / "assets" / PACKAGED[name]
     else:
         path = Path(name)
+    names = ", ".join((*PACKAGED, "auto") if key == "resume" else PACKAGED)
+    valid = f"valid: a file, the folder of a run, {names}, or hf://OWNER/NAME"
     if not path.exists():
-        names = " or ".join(f"`{known}`" for known in PACKAGED)
-        raise ValueError(
-            f"checkpoint={name}: no file {path}; give a path, {names}, or hf://OWNER/NAME"
-        )
-    return path
+        raise ValueError(f"{key}={name}: no such file; {valid}")
+    last = [file for file in (path / "checkpoints" / LAST, path / LAST) if file.exists()]
+    if not last and path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"{key}={name}: the folder is empty; {valid}")
+    return last[0] if last else path
 
 
 def read_checkpoint(name: str) -> dict[str, Any]:

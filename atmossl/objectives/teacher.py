@@ -7,12 +7,20 @@ from copy import deepcopy
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Momentum = tuple[Share, Share]
+
+
+def _does_not_fall(momentum: tuple[float, float]) -> tuple[float, float]:
+    if momentum[0] > momentum[1]:
+        raise ValueError("valid: two numbers, the second not below the first, such as [0.996, 1.0]")
+    return momentum
+
+
+Momentum = Annotated[tuple[Share, Share], AfterValidator(_does_not_fall)]
 
 
 def teacher_of(student: Module) -> Module:

@@ -4,6 +4,7 @@
 them the meaning.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -410,11 +411,27 @@ class CheckpointConfig(Strict):
     plugins: Plugins
 
 
+def _dates(times: Any) -> Any:
+    """Dates as texts; those without separators, such as 19590112 or 1959011206, are numbers."""
+    if isinstance(times, Sequence) and not isinstance(times, str):
+        return tuple(map(_dates, times))
+    digits = re.fullmatch(r"(\d{4})(\d\d)(\d\d)T?(\d\d)?", str(times))
+    if digits is not None:
+        year, month, day, hour = digits.groups()
+        return f"{year}-{month}-{day}" + (f"T{hour}" if hour else "")
+    if not isinstance(times, str):
+        raise ValueError("valid: all, an ISO date such as 1959-01-12T06, or a list of them")
+    return times
+
+
+Times = Annotated[str | tuple[str, ...], BeforeValidator(_dates)]
+
+
 class PredictConfig(CheckpointConfig):
     """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
 
     task: ChosenTask
-    init_time: str | tuple[str, ...]
+    init_time: Times
     tilings: Positive
     seed: NotNegative
     layout: Literal["cf", "weatherbench2"]
@@ -425,7 +442,7 @@ class PredictConfig(CheckpointConfig):
 class EmbedConfig(CheckpointConfig):
     """Everything that `atmossl embed` obeys. Times are ISO dates, or `all`."""
 
-    init_time: str | tuple[str, ...]
+    init_time: Times
     layer: int
 
 
@@ -487,7 +504,8 @@ def parse(kind: type, values: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
     """
+    values = with_present_names(values)
     try:
-        return TypeAdapter(kind).validate_python(with_present_names(values))
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(lines_of(error.errors()))) from error
+        raise ConfigError("\n".join(lines_of(error.errors(), values=values))) from error

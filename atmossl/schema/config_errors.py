@@ -1,12 +1,43 @@
-"""What is wrong with a configuration, one line for each fault."""
+"""What is wrong with a configuration, one line for each fault, in the words of the user."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+# What pydantic calls the types among which a value may choose; it adds them to the key.
+_KIND = re.compile(
+    r"(constrained-|literal\[|function-|nullable|is-instance|tuple\[|list\[|dict\[|lax-or-strict)"
+    r"|^(str|int|float|bool|none|path)$"
+)
+_WORDS = {  # by pydantic's kind of error, with the limits that it knows
+    "greater_than": "above {gt}",
+    "greater_than_equal": "{ge} or above",
+    "less_than": "below {lt}",
+    "less_than_equal": "{le} or below",
+    "literal_error": "{expected}",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "path": "a path",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping of keys and values",
+    "none": "null",
+    "model_attributes_type": "a mapping of keys and values",
+    "dataclass_type": "a mapping of keys and values",
+    "string_too_short": "a text that is not empty",
+}
+_OF_TYPE = re.compile(r"(int|float|bool|string|path|tuple|list|dict|none)_(?!too)(\w+)")
 
-def lines_of(faults: Sequence[Any], within: tuple[str, ...] = ()) -> list[str]:
+
+def lines_of(
+    faults: Sequence[Any], within: tuple[str, ...] = (), values: Mapping[str, Any] | None = None
+) -> list[str]:
     """A line for each of pydantic's errors, but for lists that are too short since an item of
-    theirs has an error of its own."""
+    theirs has an error of its own. values: what was validated, whose keys are suggested for those
+    that are misspelt."""
     places = [fault["loc"] for fault in faults]
 
     def follows(fault: Any) -> bool:
@@ -21,11 +52,20 @@ def lines_of(faults: Sequence[Any], within: tuple[str, ...] = ()) -> list[str]:
     for fault in faults:
         if _lacks_item(fault):
             loc = fault["loc"][:-1]
-            fault = {**fault, "loc": loc, "msg": f"valid: {lengths[loc]} values"}
+            msg = f"valid: {lengths[loc]} values"
+            fault = {**fault, "type": "too_few", "loc": loc, "msg": msg}
         if not follows(fault):
-            value, colon, message = line_of(fault, within).partition(": ")
+            value, colon, message = line_of(fault, within, values).partition(": ")
             messages.setdefault(value + colon, []).append(message)
-    return [value + "; or: ".join(dict.fromkeys(found)) for value, found in messages.items()]
+    return [value + _alternatives(found) for value, found in messages.items()]
+
+
+def _alternatives(messages: Sequence[str]) -> str:
+    """What is valid, of the types that a value may have: `valid: above 0, or 'auto'`."""
+    first, *others = dict.fromkeys(messages)
+    if all(message.startswith("valid: ") for message in (first, *others)):
+        return ", or ".join([first, *(message.removeprefix("valid: ") for message in others)])
+    return "; or: ".join((first, *others))
 
 
 def _lacks_item(fault: Any) -> bool:
@@ -33,26 +73,60 @@ def _lacks_item(fault: Any) -> bool:
     return fault["type"] == "missing" and isinstance(fault["loc"][-1], int)
 
 
-def _is_kind(part: Any) -> bool:
-    """Whether a part of a key is what pydantic calls one of the types that a value may have."""
-    return isinstance(part, str) and part.startswith(("constrained-", "literal[", "function-"))
+def _keys_of(fault: Any, within: tuple[str, ...]) -> list[str]:
+    return [str(part) for part in (*within, *fault["loc"]) if not _KIND.search(str(part))]
 
 
-def line_of(fault: Any, within: tuple[str, ...] = ()) -> str:
+def line_of(
+    fault: Any, within: tuple[str, ...] = (), values: Mapping[str, Any] | None = None
+) -> str:
     """Key, value and what would be valid, of one of pydantic's errors.
 
     within: the keys that lead to what was validated.
     """
-    key = ".".join(str(part) for part in (*within, *fault["loc"]) if not _is_kind(part))
+    key = ".".join(_keys_of(fault, within))
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("unknown_key", "extra_forbidden", "unexpected_keyword_argument"):
+        valid = fault.get("ctx", {}).get("valid")
+        return unknown_key(key, _beside(fault, values) if valid is None else valid)
     if not key:
         return message.replace(" | ", "\n")
     if message.startswith((f"{key}.", f"{key}=", f"{key}:")):  # it says itself where it is
         return message
     value = "" if isinstance(fault["input"], Mapping) else f"={fault['input']!r}"
-    match fault["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            message = "unknown key"
-        case "model_attributes_type" | "dataclass_type":
-            message = "valid: a mapping of keys and values"
-    return f"{key}{value}: {message}"
+    if fault["type"] == "missing":
+        return f"{key}: is missing; give it a value"
+    return f"{key}{value}: {_in_plain_words(fault, message)}"
+
+
+def _in_plain_words(fault: Any, message: str) -> str:
+    """What is valid, where pydantic's own words are for programmers."""
+    match = _OF_TYPE.fullmatch(fault["type"])
+    words = _WORDS.get(match[1] if match else fault["type"])
+    if words is None:
+        return message
+    limits = {
+        name: f"{limit:g}" if isinstance(limit, float) else limit
+        for name, limit in fault.get("ctx", {}).items()
+    }
+    return f"valid: {words.format(**limits)}"
+
+
+def _beside(fault: Any, values: Any) -> list[str]:
+    """The keys beside an unknown one: all keys of a configuration are there."""
+    *path, unknown = _keys_of(fault, ())
+    for part in path:
+        inner = values[int(part)] if isinstance(values, list | tuple) else (values or {}).get(part)
+        values = inner if isinstance(inner, Mapping | list | tuple) else {}
+    return [str(name) for name in values or () if str(name) != unknown]
+
+
+def unknown_key(key: str, valid: Iterable[str]) -> str:
+    """What to say of a key that is none of those that are valid at its place."""
+    place, dot, name = key.rpartition(".")
+    close = get_close_matches(name, list(valid), n=2)
+    if close:
+        meant = " or ".join(f"{place}{dot}{found}" for found in close)
+        return f"unknown key {key}; did you mean {meant}?"
+    names = ", ".join(sorted(valid))
+    return f"unknown key {key}" + (f"; valid: {names}" if names else "")
