@@ -6,33 +6,37 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from atmossl.composition import compose_all
-from atmossl.data.catalog import catalog_entry, find_file, is_location
+from atmossl.composition import (
+    MAPPINGS,
+    as_entry,
+    compose_config,
+    compose_with_task_file,
+    compose_with_tasks,
+    in_one_line,
+    open_ended,
+    register_run_name,
+    to_plain,
+    valid,
+    with_fitting_store,
+)
+from atmossl.data.catalog import find_file, is_location
 from atmossl.data.variables import show_in_one_line
-from atmossl.extras import missing_plugin, naming_extras
+from atmossl.extras import naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import (
-    SEARCH_WORDS,
     as_searchpath,
     first_of_sweep,
-    fitting_store,
     for_hydra,
     is_readable,
     joined,
-    key_and_value,
     split,
     unquoted,
     value_of,
@@ -42,9 +46,8 @@ from atmossl.process_lifetime import (
     end_with_parent,
     is_started_by_first_rank,
     lost_another_process,
-    run_name,
 )
-from atmossl.renamed_keys import renamed_override, with_present_names
+from atmossl.renamed_keys import renamed_override
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 _USAGE = """atmossl COMMAND [key=value ...]
@@ -81,100 +84,9 @@ The keys are those of conf/; `atmossl config show` prints them all with their va
 """
 
 
-def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed configuration `conf/NAME.yaml` as plain values, interpolations resolved.
-    `data=NAME` may name any catalog entry; the files of a `--config-dir=FOLDER` can be chosen
-    beside those of conf/.
-
-    Raises:
-        ValueError: one line for each override that does not fit, and for all else that is wrong.
-    """
-    GlobalHydra.instance().clear()
-    mappings = _MAPPINGS.get(name, ())
-    overrides = [_open_ended(_as_entry(item, name), mappings) for item in overrides]
-    overrides = _fitting_store(overrides, name)
-    overrides = as_searchpath(overrides, find_file("conf"))
-    _register_run_name()
-    with (
-        _in_one_line(overrides),
-        initialize_config_dir(str(find_file("conf")), version_base="1.3"),
-    ):
-        words = [for_hydra(item) for item in overrides]
-        config, faults = compose_all(name, words, find_file("conf"))
-        values = _to_plain(config)
-    if faults:
-        raise ValueError("\n".join([*faults, *_other_faults(name, values, faults)]))
-    return values
-
-
-def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> list[str]:
-    """What is wrong with the words that Hydra took, beside those that it refused."""
-    kind = {"ingest": "IngestConfig", "inspect": "InspectConfig"}.get(name)
-    try:
-        _valid(kind or f"{name.capitalize()}Config", values)
-    except ValueError as error:
-        told = {fault.partition(":")[0] for fault in faults}
-        lines = str(error).splitlines()
-        return [line for line in lines if re.split("[=:]", line)[0] not in told]
-    return []
-
-
-def _register_run_name() -> None:
-    """`${run_name:}` in conf/, the same wherever it stands in one configuration."""
-
-    def name() -> str:
-        return run_name(os.environ, datetime.now())
-
-    OmegaConf.register_new_resolver("run_name", name, use_cache=True, replace=True)
-
-
-@contextmanager
-def _in_one_line(overrides: Sequence[str]) -> Iterator[None]:
-    """What Hydra and OmegaConf refuse, as ValueError in one line."""
-    try:
-        yield
-    except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
-        given = [item for item in overrides if "{" in item]
-        if not given:
-            raise
-        raise ValueError(
-            f"{' '.join(given)}: needed: names of files in conf/, not mappings; set single keys "
-            "(GROUP.KEY=VALUE) or write a file"
-        ) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if error.__cause__ is not None else error
-        text = " ".join(f"{error} {cause if cause is not error else ''}".split())
-        raise ValueError(missing_plugin(text) or text) from error
-
-
-def _as_entry(override: str, name: str) -> str:
-    """`data=NAME` names a catalog entry in every command. Of a training run it also chooses the
-    file conf/data/NAME.yaml, where there is one."""
-    key, _, value = override.partition("=")
-    if key != "data":
-        return override
-    files = [find_file("conf") / "data" / f"{unquoted(part)}.yaml" for part in split(value)]
-    chooses_file = name in ("train", "stats") and any(file.is_file() for file in files)
-    return override if chooses_file else f"data.name={value}"
-
-
-def _fitting_store(overrides: Sequence[str], name: str) -> list[str]:
-    """Of a training run on a store whose entry says which window and streams fit, those too."""
-    data, catalog = (value_of(key, overrides) for key in ("data.name", "data.catalog"))
-    if name not in ("train", "stats") or data is None:
-        return list(overrides)
-    try:
-        entry = catalog_entry(data, Path(catalog) if catalog else None)
-    except ValueError:
-        return list(overrides)  # the validation says so, beside whatever else is wrong
-    if entry.training is None:
-        return list(overrides)
-    return fitting_store(overrides, entry.training.window, entry.training.stream)
-
-
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration of a training run; what it takes from a checkpoint is filled in."""
-    values = _compose_with_tasks("train", overrides)
+    values = compose_with_tasks("train", overrides)
     if values["warm_start"]["network"] is not True:
         return values
     from atmossl.commands.common import plain
@@ -182,30 +94,11 @@ def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     return plain(values)
 
 
-def _to_plain(config: Any) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def _valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values by their present names, found valid as that class of `atmossl.schema`. A command
-    validates them itself; it is done here so that an error is told before the command's libraries
-    are imported."""
-    from atmossl import schema
-    from atmossl.schema import data
-
-    values = with_present_names(values)
-    checked = getattr(schema, kind, None) or getattr(data, kind)
-    schema.parse(checked, {key: values[key] for key in values if key != "hydra"})
-    return values
-
-
 def _train(arguments: Sequence[str]) -> None:
     if is_started_by_first_rank(os.environ):
         end_with_parent()
     if not {"-m", "--multirun"} & set(arguments):
-        values = _valid("TrainConfig", _compose_training(arguments))
+        values = valid("TrainConfig", _compose_training(arguments))
         from atmossl.commands.train import train
 
         train(values)
@@ -213,9 +106,9 @@ def _train(arguments: Sequence[str]) -> None:
     import hydra
 
     _check_first_of_sweep(arguments)
-    _register_run_name()
-    arguments = [_open_ended(_as_entry(item, "train"), _MAPPINGS["train"]) for item in arguments]
-    arguments = _fitting_store(arguments, "train")
+    register_run_name()
+    arguments = [open_ended(as_entry(item, "train"), MAPPINGS["train"]) for item in arguments]
+    arguments = with_fitting_store(arguments, "train")
     arguments = as_searchpath(arguments, find_file("conf"))
     arguments = [for_hydra(item, sweep=True) for item in arguments]
     sys.argv = ["atmossl train", *arguments]
@@ -223,7 +116,7 @@ def _train(arguments: Sequence[str]) -> None:
     decorate = hydra.main(
         version_base="1.3", config_path=str(find_file("conf")), config_name="train"
     )
-    with _in_one_line(arguments):
+    with in_one_line(arguments):
         decorate(_train_one_of_many)()
 
 
@@ -231,7 +124,7 @@ def _check_first_of_sweep(arguments: Sequence[str]) -> None:
     """Refuse what does not fit the first run of a sweep before any run is launched."""
     words = [word for word in arguments if not word.startswith(_OF_SWEEPS)]
     firsts = [first_of_sweep(word) if is_readable(word) else word for word in words]
-    _valid("TrainConfig", _compose_training([word for word in firsts if word is not None]))
+    valid("TrainConfig", _compose_training([word for word in firsts if word is not None]))
 
 
 _OF_SWEEPS = ("-m", "--multirun", "hydra.", "launcher=", "hparams_search=")
@@ -244,7 +137,7 @@ def _train_one_of_many(config: Any) -> float | None:
     from atmossl.commands.train import train
     from atmossl.training.preemption import Interrupted
 
-    values = _to_plain(config)
+    values = to_plain(config)
     values["paths"]["output"] = HydraConfig.get().runtime.output_dir
     try:
         return train(values).score
@@ -255,14 +148,14 @@ def _train_one_of_many(config: Any) -> float | None:
 
 
 def _predict(arguments: Sequence[str]) -> None:
-    values = _valid("PredictConfig", _compose_with_task_file(arguments))
+    values = valid("PredictConfig", compose_with_task_file(arguments))
     from atmossl.commands.predict import predict
 
     predict(values)
 
 
 def _embed(arguments: Sequence[str]) -> None:
-    values = _valid("EmbedConfig", compose_config("embed", arguments))
+    values = valid("EmbedConfig", compose_config("embed", arguments))
     from atmossl.commands.embed import embed
 
     embed(values)
@@ -270,71 +163,15 @@ def _embed(arguments: Sequence[str]) -> None:
 
 def _calibrate(arguments: Sequence[str]) -> None:
     # the test split is kept for scores
-    values = _compose_with_task_file(["split=validation", *arguments])
-    values = _valid("PredictConfig", values)
+    values = compose_with_task_file(["split=validation", *arguments])
+    values = valid("PredictConfig", values)
     from atmossl.commands.predict import calibrate
 
     calibrate(values)
 
 
-def _compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
-    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own."""
-    tasks = [unquoted(item[len("task=") :]) for item in arguments if item.startswith("task=")]
-    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
-    if not files:
-        return compose_config("predict", arguments)
-    own = [a for a in arguments if a.startswith("task.")]
-    rest = [a for a in arguments if a not in own and not a.startswith("task=")]
-    from atmossl.api import read_task
-
-    given = read_task(files[-1])
-    if not isinstance(given, dict):
-        raise ValueError(f"task={files[-1]} holds {given!r}; needed: keys and values of a task")
-    task = _changed({"task": given}, own)
-    return compose_config("predict", rest) | task
-
-
-def _changed(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Values with what words of the command line set in them."""
-    config = OmegaConf.create(values)
-    for word in words:
-        OmegaConf.update(config, *key_and_value(word), force_add=True)
-    return _to_plain(config)
-
-
-def _compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Like `compose_config`, but `tasks` may be a task of conf/task, a YAML file, or a list of
-    these; any other value is a file of conf/tasks."""
-    folders = [word for word in arguments if word.startswith(SEARCH_WORDS)]
-    listed = [word for word in arguments if word.startswith("tasks=") and _lists(word, folders)]
-    if not listed:
-        return compose_config(name, arguments)
-    own = [word for word in arguments if word.startswith("tasks.")]
-    values = compose_config(name, [word for word in arguments if word not in (*listed, *own)])
-    text = listed[-1].removeprefix("tasks=")
-    names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
-    if not all(names):
-        raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
-    tasks = [
-        _compose_with_task_file([f"task={name}", "output=_", *folders])["task"] for name in names
-    ]
-    return values | _changed({"tasks": tasks}, own)
-
-
-def _lists(word: str, folders: Sequence[str]) -> bool:
-    """Whether `tasks=...` lists tasks, of which there may be one."""
-    text = word.removeprefix("tasks=")
-    if text.startswith("[") or len(list(split(text))) > 1:
-        return True
-    places = [find_file("conf"), *(Path(folder.partition("=")[2]) for folder in folders)]
-    name = unquoted(text)
-    return name.endswith((".yaml", ".yml")) or any(
-        (place / "task" / f"{name}.yaml").is_file() for place in places
-    )
-
-
 def _evaluate(arguments: Sequence[str]) -> None:
-    values = _valid("EvaluateConfig", _compose_with_tasks("evaluate", arguments))
+    values = valid("EvaluateConfig", compose_with_tasks("evaluate", arguments))
     from atmossl.commands.evaluate import evaluate
 
     evaluate(values, shlex.join(["atmossl", "evaluate", *arguments]))
@@ -390,7 +227,7 @@ def _data(arguments: Sequence[str]) -> None:
     elif action == "stats":
         keys = [item for item in overrides if item != "--force"]
         forced = ["force=true"] if len(keys) < len(overrides) else []
-        values = _valid("StatsConfig", _compose_with_tasks("stats", [*keys, *forced]))
+        values = valid("StatsConfig", compose_with_tasks("stats", [*keys, *forced]))
         from atmossl.data_commands import show_statistics
 
         show_statistics(values)
@@ -409,26 +246,6 @@ def _data(arguments: Sequence[str]) -> None:
         raise ValueError(f"data {action!r} is no action; valid: add, list, inspect, ingest, stats")
 
 
-_OF_TRAIN = (
-    "trainer.extra", "callbacks", "logger.others", "data.transforms", "model.dims",
-    "optimizer.factors", "warm_start.rename",
-)  # fmt: skip
-_MAPPINGS = {  # keys under which any key goes, by configuration
-    "train": _OF_TRAIN,
-    "stats": _OF_TRAIN,
-    "predict": ("task.levels",),
-    "ingest": ("variables", "select", "filters", "coordinates", "workers.slurm"),
-}
-
-
-def _open_ended(override: str, mappings: tuple[str, ...]) -> str:
-    """Mappings take any key, which Hydra calls appending; a key that begins with a digit, such as
-    2m_temperature, it takes in braces alone."""
-    override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
-    starts = tuple(f"{key}{end}" for key in mappings for end in (".", "="))
-    return f"++{override}" if override.startswith(starts) else override
-
-
 def _config(arguments: Sequence[str]) -> None:
     action, *overrides = arguments or [""]
     if action not in ("show", "validate"):
@@ -436,7 +253,7 @@ def _config(arguments: Sequence[str]) -> None:
     values = _compose_training(overrides)
     if action == "show":
         Console().print(OmegaConf.to_yaml(OmegaConf.create(values)), markup=False)
-    _valid("TrainConfig", values)
+    valid("TrainConfig", values)
     if action == "validate":
         _check_checkpoints(values)
         Console().print("the configuration is valid")
@@ -486,7 +303,7 @@ def _info(arguments: Sequence[str]) -> None:
     given = [item for item in arguments if item.startswith("memory=")]
     overrides = [item for item in arguments if item != "--check" and item not in given]
     memory = _gib(given[-1].removeprefix("memory=")) if given else None
-    values = _valid("TrainConfig", _compose_training(overrides))
+    values = valid("TrainConfig", _compose_training(overrides))
     from atmossl.commands.cost import show_estimate
 
     show_estimate(values, memory, check="--check" in arguments)

@@ -1,188 +1,221 @@
-"""Composing a configuration although some words of the command line do not fit.
+"""Composing the configuration of a command, from files of conf/ and words of the command line.
 
-Hydra stops at the first word that it refuses, and advises on its own syntax. Here the refused words
-are set aside, so that all other faults are found as well, and each is told in our words: which key
-is unknown, which one may be meant, and what is valid.
+A word may hold what Hydra's grammar does not: the name of a catalog entry, a file with a task, a
+list of tasks, a path of any characters.
 """
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from atmossl.overrides import is_readable
-
-_REFUSED = (
-    r"Could not override '(?P<key>[^']+)'",
-    r"Could not append to config\. An item is already at '(?P<there>[^']+)'",
-    r"Could not delete from config\. '(?P<absent>[^']+)' does not exist",
-    r"Could not delete from config\. The value of '(?P<differs>[^']+)'",
-    r"Could not find '(?P<choice>[^']+)'",
-    r"Ambiguous value for argument '(?P<several>[^']+)'",
-    r"Error merging override (?P<within>.+)",
+from atmossl.data.catalog import catalog_entry, find_file
+from atmossl.extras import missing_plugin
+from atmossl.overrides import (
+    SEARCH_WORDS,
+    as_searchpath,
+    fitting_store,
+    for_hydra,
+    key_and_value,
+    split,
+    unquoted,
+    value_of,
 )
-_UNKNOWN = ("key", "absent")
+from atmossl.process_lifetime import run_name
+from atmossl.refused_words import compose_all
+from atmossl.renamed_keys import with_present_names
+
+_OF_TRAIN = (
+    "trainer.extra", "callbacks", "logger.others", "data.transforms", "model.dims",
+    "optimizer.factors", "warm_start.rename",
+)  # fmt: skip
+
+MAPPINGS = {  # keys under which any key goes, by configuration
+    "train": _OF_TRAIN,
+    "stats": _OF_TRAIN,
+    "predict": ("task.levels",),
+    "ingest": ("variables", "select", "filters", "coordinates", "workers.slurm"),
+}
 
 
-def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[str]]:
-    """The configuration `conf/NAME.yaml` with all words that fit, and a line for each that does
-    not. A key without a value that it needs holds `_` then.
+def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration `conf/NAME.yaml` as plain values, interpolations resolved.
+    `data=NAME` may name any catalog entry; the files of a `--config-dir=FOLDER` can be chosen
+    beside those of conf/.
 
     Raises:
-        HydraException: what no word is to blame for, such as a file of the user's own.
+        ValueError: one line for each override that does not fit, and for all else that is wrong.
     """
-    words = list(_whole(words))
-    faults = [fault for word in words if (fault := _unreadable(word))]
-    words = [word for word in words if is_readable(word)]
-    refused: list[tuple[str, str, str]] = []
-    while True:
-        try:
-            config = compose(name, words)
-            break
-        except HydraException as error:
-            found = _blamed(error, words)
-            if found is None:
-                raise
-            words.remove(found[1])
-            refused.append((*found, str(error)))
-    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
-    known = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
-    inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, known)]
-    if inner:  # a mapping with further keys, which the schema looks at
-        config = compose(name, [*words, *(f"++{word}" for word in inner)])
-    faults += [_line(kind, word, text, known) for kind, word, text in refused if word not in inner]
-    for key in sorted(OmegaConf.missing_keys(config)):
-        faults.append(f"{key}: is missing; give {key}=VALUE")
-        OmegaConf.update(config, key, "_")
-    return config, faults
-
-
-def _whole(words: Sequence[str]) -> Iterator[str]:
-    """The words, with those joined again that a shell has cut at spaces inside of brackets."""
-    part = ""
-    for word in words:
-        part = f"{part} {word}".lstrip()
-        is_open = any(part.count(a) > part.count(b) for a, b in ("{}", "[]"))
-        if is_open and not is_readable(part):
-            continue
-        yield part
-        part = ""
-    if part:
-        yield part
-
-
-def _unreadable(word: str) -> str | None:
-    """What to say of a word that is no override."""
-    if is_readable(word):
-        return None
-    word = word.lstrip("+")
-    key, equals, value = word.partition("=")
-    if word.startswith("-"):
-        return f"no option {key}; valid: --help, --config-dir FOLDER, --cfg job, --info"
-    if not equals:
-        return f"{word}: needs a value; valid: {key}=VALUE"
-    return (
-        f"{word}: cannot be read; put quotes inside of quotes around a value with special "
-        f"characters, as in '{key}=\"{value}\"', and write mappings as '{key}={{name: value}}'"
-    )
-
-
-def _blamed(error: HydraException, words: Sequence[str]) -> tuple[str, str] | None:
-    """How a word does not fit, and the word; None if the fault lies elsewhere."""
-    for pattern in _REFUSED:
-        match = re.search(pattern, str(error))
-        if match is None:
-            continue
-        ((kind, text),) = match.groupdict().items()
-        for word in reversed(words):
-            key, _, value = word.lstrip("+~").partition("=")
-            is_choice = kind == "choice" and _chooses(key, value, text)
-            if is_choice or (kind != "choice" and text.strip() in (key, word, f"{key}={value}")):
-                return kind, word
-    return None
-
-
-def _chooses(group: str, value: str, choice: str) -> bool:
-    names = value.strip("[]").replace("'", "").replace('"', "").split(",")
-    return choice in {f"{group}/{name.strip()}" for name in names}
-
-
-def _has_place(word: str, known: Mapping[str, Any]) -> bool:
-    """Whether a key may get further keys: it is a mapping, or stands in one that is empty."""
-    key, _, value = word.partition("=")
-    place, _, _ = key.rpartition(".")
-    is_mapping = isinstance(_at(known, key), Mapping) and value.lstrip().startswith("{")
-    return is_mapping or any(_at(known, part) == {} for part in _prefixes(place))
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    parts = key.split(".") if key else []
-    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-
-
-def _at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
-            values = values[int(part)]
-        elif isinstance(values, Mapping) and part in values:
-            values = values[part]
-        else:
-            return None
+    GlobalHydra.instance().clear()
+    mappings = MAPPINGS.get(name, ())
+    overrides = [open_ended(as_entry(item, name), mappings) for item in overrides]
+    overrides = with_fitting_store(overrides, name)
+    overrides = as_searchpath(overrides, find_file("conf"))
+    register_run_name()
+    with (
+        in_one_line(overrides),
+        initialize_config_dir(str(find_file("conf")), version_base="1.3"),
+    ):
+        words = [for_hydra(item) for item in overrides]
+        config, faults = compose_all(name, words, find_file("conf"))
+        values = to_plain(config)
+    if faults:
+        raise ValueError("\n".join([*faults, *_other_faults(name, values, faults)]))
     return values
 
 
-def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
-    """What to say of a word that does not fit."""
-    key, _, value = word.lstrip("+~").partition("=")
-    if kind in _UNKNOWN:
-        return _of_unknown(key, known)
-    if kind == "there":
-        return f"{word}: {key} is there already; leave out the +"
-    if kind == "choice":
-        options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
-        close = get_close_matches(value, options, n=2)
-        meant = f"did you mean {' or '.join(close)}? " if close else ""
-        more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""
-        return f"{word}: no such choice; {meant}valid: {', '.join(options)}{more}"
-    if kind == "several":
-        return f"{word}: several values; write {key}=[{value}] for a list, or -m for a run of each"
-    if kind == "differs":
-        return f"{word}: {key} has another value; leave out ={value}"
-    return f"{word}: {key.rpartition('.')[0] or key} takes one value and has no further keys"
+def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> list[str]:
+    """What is wrong with the words that Hydra took, beside those that it refused."""
+    kind = {"ingest": "IngestConfig", "inspect": "InspectConfig"}.get(name)
+    try:
+        valid(kind or f"{name.capitalize()}Config", values)
+    except ValueError as error:
+        told = {fault.partition(":")[0] for fault in faults}
+        lines = str(error).splitlines()
+        return [line for line in lines if re.split("[=:]", line)[0] not in told]
+    return []
 
 
-def _of_unknown(key: str, known: Mapping[str, Any]) -> str:
-    """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
-    corrected, values = list[str](), known
-    for part in key.split("."):
-        if not isinstance(values, Mapping) or not values:
-            break
-        close = [part] if part in values else get_close_matches(part, [*map(str, values)], n=1)
-        if not close:
-            break
-        corrected, values = [*corrected, *close], values[close[0]]
-    else:
-        return f"unknown key {key}; did you mean {'.'.join(corrected)}?"
-    name = key.rpartition(".")[2]
-    everywhere = list(_all_keys(known))
-    same = [full for full in everywhere if full.rpartition(".")[2] == name]
-    if same:
-        return f"unknown key {key}; did you mean {' or '.join(same[:3])}?"
-    place = ".".join(corrected)
-    valid = _at(known, place) if place else known
-    if not isinstance(valid, Mapping):
-        return f"unknown key {key}: {place} takes a value and has no further keys"
-    start = f"{place}." if place else ""
-    return f"unknown key {key}; valid: {', '.join(f'{start}{name}' for name in sorted(valid))}"
+def register_run_name() -> None:
+    """`${run_name:}` in conf/, the same wherever it stands in one configuration."""
+
+    def name() -> str:
+        return run_name(os.environ, datetime.now())
+
+    OmegaConf.register_new_resolver("run_name", name, use_cache=True, replace=True)
 
 
-def _all_keys(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield f"{before}{name}"
-        if isinstance(value, Mapping):
-            yield from _all_keys(value, f"{before}{name}.")
+@contextmanager
+def in_one_line(overrides: Sequence[str]) -> Iterator[None]:
+    """What Hydra and OmegaConf refuse, as ValueError in one line."""
+    try:
+        yield
+    except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
+        given = [item for item in overrides if "{" in item]
+        if not given:
+            raise
+        raise ValueError(
+            f"{' '.join(given)}: needed: names of files in conf/, not mappings; set single keys "
+            "(GROUP.KEY=VALUE) or write a file"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        text = " ".join(f"{error} {cause if cause is not error else ''}".split())
+        raise ValueError(missing_plugin(text) or text) from error
+
+
+def as_entry(override: str, name: str) -> str:
+    """`data=NAME` names a catalog entry in every command. Of a training run it also chooses the
+    file conf/data/NAME.yaml, where there is one."""
+    key, _, value = override.partition("=")
+    if key != "data":
+        return override
+    files = [find_file("conf") / "data" / f"{unquoted(part)}.yaml" for part in split(value)]
+    chooses_file = name in ("train", "stats") and any(file.is_file() for file in files)
+    return override if chooses_file else f"data.name={value}"
+
+
+def with_fitting_store(overrides: Sequence[str], name: str) -> list[str]:
+    """Of a training run on a store whose entry says which window and streams fit, those too."""
+    data, catalog = (value_of(key, overrides) for key in ("data.name", "data.catalog"))
+    if name not in ("train", "stats") or data is None:
+        return list(overrides)
+    try:
+        entry = catalog_entry(data, Path(catalog) if catalog else None)
+    except ValueError:
+        return list(overrides)  # the validation says so, beside whatever else is wrong
+    if entry.training is None:
+        return list(overrides)
+    return fitting_store(overrides, entry.training.window, entry.training.stream)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values by their present names, found valid as that class of `atmossl.schema`. A command
+    validates them itself; it is done here so that an error is told before the command's libraries
+    are imported."""
+    from atmossl import schema
+    from atmossl.schema import data
+
+    values = with_present_names(values)
+    checked = getattr(schema, kind, None) or getattr(data, kind)
+    schema.parse(checked, {key: values[key] for key in values if key != "hydra"})
+    return values
+
+
+def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own."""
+    tasks = [unquoted(item[len("task=") :]) for item in arguments if item.startswith("task=")]
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    if not files:
+        return compose_config("predict", arguments)
+    own = [a for a in arguments if a.startswith("task.")]
+    rest = [a for a in arguments if a not in own and not a.startswith("task=")]
+    from atmossl.api import read_task
+
+    given = read_task(files[-1])
+    if not isinstance(given, dict):
+        raise ValueError(f"task={files[-1]} holds {given!r}; needed: keys and values of a task")
+    task = _changed({"task": given}, own)
+    return compose_config("predict", rest) | task
+
+
+def _changed(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Values with what words of the command line set in them."""
+    config = OmegaConf.create(values)
+    for word in words:
+        OmegaConf.update(config, *key_and_value(word), force_add=True)
+    return to_plain(config)
+
+
+def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Like `compose_config`, but `tasks` may be a task of conf/task, a YAML file, or a list of
+    these; any other value is a file of conf/tasks."""
+    folders = [word for word in arguments if word.startswith(SEARCH_WORDS)]
+    listed = [word for word in arguments if word.startswith("tasks=") and _lists(word, folders)]
+    if not listed:
+        return compose_config(name, arguments)
+    own = [word for word in arguments if word.startswith("tasks.")]
+    values = compose_config(name, [word for word in arguments if word not in (*listed, *own)])
+    text = listed[-1].removeprefix("tasks=")
+    names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
+    if not all(names):
+        raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
+    tasks = [
+        compose_with_task_file([f"task={name}", "output=_", *folders])["task"] for name in names
+    ]
+    return values | _changed({"tasks": tasks}, own)
+
+
+def _lists(word: str, folders: Sequence[str]) -> bool:
+    """Whether `tasks=...` lists tasks, of which there may be one."""
+    text = word.removeprefix("tasks=")
+    if text.startswith("[") or len(list(split(text))) > 1:
+        return True
+    places = [find_file("conf"), *(Path(folder.partition("=")[2]) for folder in folders)]
+    name = unquoted(text)
+    return name.endswith((".yaml", ".yml")) or any(
+        (place / "task" / f"{name}.yaml").is_file() for place in places
+    )
+
+
+def open_ended(override: str, mappings: tuple[str, ...]) -> str:
+    """Mappings take any key, which Hydra calls appending; a key that begins with a digit, such as
+    2m_temperature, it takes in braces alone."""
+    override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
+    starts = tuple(f"{key}{end}" for key in mappings for end in (".", "="))
+    return f"++{override}" if override.startswith(starts) else override

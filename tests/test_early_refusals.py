@@ -11,7 +11,8 @@ import xarray as xr
 
 import atmossl.build
 import atmossl.commands.common
-from atmossl.cli import _compose_with_tasks, main
+from atmossl.cli import main
+from atmossl.composition import compose_with_tasks
 from atmossl.data.segment import Segment
 from atmossl.evaluation.climate import Climate
 from atmossl.inference import tiles
@@ -278,9 +279,9 @@ def test_a_sweep_is_refused_before_its_first_run(capsys: Any) -> None:
 
 
 def test_one_task_is_a_list_of_one() -> None:
-    (task,) = _compose_with_tasks("train", ["tasks=forecast", "tasks.0.lead_time=6h"])["tasks"]
+    (task,) = compose_with_tasks("train", ["tasks=forecast", "tasks.0.lead_time=6h"])["tasks"]
     assert task["_target_"] == "forecast" and task["lead_time"] == "6h"
-    both = _compose_with_tasks("evaluate", ["tasks=forecast,downscaling", "output=o"])["tasks"]
+    both = compose_with_tasks("evaluate", ["tasks=forecast,downscaling", "output=o"])["tasks"]
     assert [task["_target_"] for task in both] == ["forecast", "downscaling"]
 
 

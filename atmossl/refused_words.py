@@ -1,0 +1,188 @@
+"""Composing a configuration although some words of the command line do not fit.
+
+Hydra stops at the first word that it refuses, and advises on its own syntax. Here the refused words
+are set aside, so that all other faults are found as well, and each is told in our words: which key
+is unknown, which one may be meant, and what is valid.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from atmossl.overrides import is_readable
+
+_REFUSED = (
+    r"Could not override '(?P<key>[^']+)'",
+    r"Could not append to config\. An item is already at '(?P<there>[^']+)'",
+    r"Could not delete from config\. '(?P<absent>[^']+)' does not exist",
+    r"Could not delete from config\. The value of '(?P<differs>[^']+)'",
+    r"Could not find '(?P<choice>[^']+)'",
+    r"Ambiguous value for argument '(?P<several>[^']+)'",
+    r"Error merging override (?P<within>.+)",
+)
+_UNKNOWN = ("key", "absent")
+
+
+def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[str]]:
+    """The configuration `conf/NAME.yaml` with all words that fit, and a line for each that does
+    not. A key without a value that it needs holds `_` then.
+
+    Raises:
+        HydraException: what no word is to blame for, such as a file of the user's own.
+    """
+    words = list(_whole(words))
+    faults = [fault for word in words if (fault := _unreadable(word))]
+    words = [word for word in words if is_readable(word)]
+    refused: list[tuple[str, str, str]] = []
+    while True:
+        try:
+            config = compose(name, words)
+            break
+        except HydraException as error:
+            found = _blamed(error, words)
+            if found is None:
+                raise
+            words.remove(found[1])
+            refused.append((*found, str(error)))
+    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
+    known = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
+    inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, known)]
+    if inner:  # a mapping with further keys, which the schema looks at
+        config = compose(name, [*words, *(f"++{word}" for word in inner)])
+    faults += [_line(kind, word, text, known) for kind, word, text in refused if word not in inner]
+    for key in sorted(OmegaConf.missing_keys(config)):
+        faults.append(f"{key}: is missing; give {key}=VALUE")
+        OmegaConf.update(config, key, "_")
+    return config, faults
+
+
+def _whole(words: Sequence[str]) -> Iterator[str]:
+    """The words, with those joined again that a shell has cut at spaces inside of brackets."""
+    part = ""
+    for word in words:
+        part = f"{part} {word}".lstrip()
+        is_open = any(part.count(a) > part.count(b) for a, b in ("{}", "[]"))
+        if is_open and not is_readable(part):
+            continue
+        yield part
+        part = ""
+    if part:
+        yield part
+
+
+def _unreadable(word: str) -> str | None:
+    """What to say of a word that is no override."""
+    if is_readable(word):
+        return None
+    word = word.lstrip("+")
+    key, equals, value = word.partition("=")
+    if word.startswith("-"):
+        return f"no option {key}; valid: --help, --config-dir FOLDER, --cfg job, --info"
+    if not equals:
+        return f"{word}: needs a value; valid: {key}=VALUE"
+    return (
+        f"{word}: cannot be read; put quotes inside of quotes around a value with special "
+        f"characters, as in '{key}=\"{value}\"', and write mappings as '{key}={{name: value}}'"
+    )
+
+
+def _blamed(error: HydraException, words: Sequence[str]) -> tuple[str, str] | None:
+    """How a word does not fit, and the word; None if the fault lies elsewhere."""
+    for pattern in _REFUSED:
+        match = re.search(pattern, str(error))
+        if match is None:
+            continue
+        ((kind, text),) = match.groupdict().items()
+        for word in reversed(words):
+            key, _, value = word.lstrip("+~").partition("=")
+            is_choice = kind == "choice" and _chooses(key, value, text)
+            if is_choice or (kind != "choice" and text.strip() in (key, word, f"{key}={value}")):
+                return kind, word
+    return None
+
+
+def _chooses(group: str, value: str, choice: str) -> bool:
+    names = value.strip("[]").replace("'", "").replace('"', "").split(",")
+    return choice in {f"{group}/{name.strip()}" for name in names}
+
+
+def _has_place(word: str, known: Mapping[str, Any]) -> bool:
+    """Whether a key may get further keys: it is a mapping, or stands in one that is empty."""
+    key, _, value = word.partition("=")
+    place, _, _ = key.rpartition(".")
+    is_mapping = isinstance(_at(known, key), Mapping) and value.lstrip().startswith("{")
+    return is_mapping or any(_at(known, part) == {} for part in _prefixes(place))
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".") if key else []
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        elif isinstance(values, Mapping) and part in values:
+            values = values[part]
+        else:
+            return None
+    return values
+
+
+def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
+    """What to say of a word that does not fit."""
+    key, _, value = word.lstrip("+~").partition("=")
+    if kind in _UNKNOWN:
+        return _of_unknown(key, known)
+    if kind == "there":
+        return f"{word}: {key} is there already; leave out the +"
+    if kind == "choice":
+        options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
+        close = get_close_matches(value, options, n=2)
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""
+        return f"{word}: no such choice; {meant}valid: {', '.join(options)}{more}"
+    if kind == "several":
+        return f"{word}: several values; write {key}=[{value}] for a list, or -m for a run of each"
+    if kind == "differs":
+        return f"{word}: {key} has another value; leave out ={value}"
+    return f"{word}: {key.rpartition('.')[0] or key} takes one value and has no further keys"
+
+
+def _of_unknown(key: str, known: Mapping[str, Any]) -> str:
+    """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
+    corrected, values = list[str](), known
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or not values:
+            break
+        close = [part] if part in values else get_close_matches(part, [*map(str, values)], n=1)
+        if not close:
+            break
+        corrected, values = [*corrected, *close], values[close[0]]
+    else:
+        return f"unknown key {key}; did you mean {'.'.join(corrected)}?"
+    name = key.rpartition(".")[2]
+    everywhere = list(_all_keys(known))
+    same = [full for full in everywhere if full.rpartition(".")[2] == name]
+    if same:
+        return f"unknown key {key}; did you mean {' or '.join(same[:3])}?"
+    place = ".".join(corrected)
+    valid = _at(known, place) if place else known
+    if not isinstance(valid, Mapping):
+        return f"unknown key {key}: {place} takes a value and has no further keys"
+    start = f"{place}." if place else ""
+    return f"unknown key {key}; valid: {', '.join(f'{start}{name}' for name in sorted(valid))}"
+
+
+def _all_keys(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{before}{name}"
+        if isinstance(value, Mapping):
+            yield from _all_keys(value, f"{before}{name}.")
