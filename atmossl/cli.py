@@ -1,4 +1,4 @@
-"""The command line: train, predict, embed, calibrate, evaluate, data, config, info."""
+"""The command line: train, predict, embed, probe, calibrate, evaluate, data, config, info."""
 
 import logging
 import os
@@ -64,6 +64,8 @@ _USAGE = """atmossl COMMAND [key=value ...]
             atmossl predict task=my_task.yaml init_time=all every=4 output=out.zarr resume=true
   embed     atmossl embed checkpoint=PATH init_time=1959-02-01T00 output=latents.zarr
             atmossl embed checkpoint=PATH layer=0 init_time=all every=4 output=latents.zarr
+  probe     atmossl probe checkpoint=PATH probes=[jet_latitude,anomaly_24h] output=report
+            atmossl probe checkpoint=[PATH,PATH] every=5 output=report     and how alike they are
   calibrate atmossl calibrate task=forecast checkpoint=PATH output=new.ckpt
   evaluate  atmossl evaluate checkpoint=PATH output=report every=4
             atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
@@ -159,6 +161,13 @@ def _embed(arguments: Sequence[str]) -> None:
     from atmossl.commands.embed import embed
 
     embed(values)
+
+
+def _probe(arguments: Sequence[str]) -> None:
+    values = valid("ProbeConfig", compose_config("probe", arguments))
+    from atmossl.commands.probe import probe
+
+    probe(values)
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
@@ -367,6 +376,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "predict": _predict,
     "embed": _embed,
+    "probe": _probe,
     "evaluate": _evaluate,
     "calibrate": _calibrate,
     "export": _export,

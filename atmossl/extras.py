@@ -19,6 +19,7 @@ EXTRAS = {
     "jinja2": "report",
     "matplotlib": "report",
     "scores": "report",
+    "sklearn": "probe",
     "cfgrib": "grib",
     "eccodes": "grib",
     "dask_jobqueue": "ingest",

@@ -118,6 +118,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "commands.train": module("", train=nothing),
         "commands.predict": module("", predict=nothing, calibrate=nothing),
         "commands.embed": module("", embed=nothing),
+        "commands.probe": module("", probe=nothing),
         "commands.evaluate": module("", evaluate=nothing),
         "commands.cost": module("", show_estimate=nothing),
         "commands.info": module("", show_checkpoint=nothing),

@@ -82,7 +82,11 @@ def requirements() -> dict[str, set[str]]:
 
 def test_every_package_of_an_extra_is_required_there_and_not_in_the_core() -> None:
     required = requirements()
-    others = {"aiohttp": "fsspec", "mlflow": "mlflow_skinny"}  # distributions that bring them
+    others = {
+        "aiohttp": "fsspec",
+        "mlflow": "mlflow_skinny",
+        "sklearn": "scikit_learn",
+    }  # distributions that bring them
     for package, extra in EXTRAS.items():
         assert others.get(package, package) in required[extra], (package, extra)
         assert package not in required[""], package

@@ -81,7 +81,7 @@ def test_data_may_be_a_name_beside_an_old_catalog(data) -> None:
 def test_data_names_a_catalog_entry_in_every_command() -> None:
     needed = ["checkpoint=x", "output=o"]
     for command, more in (("train", []), ("stats", []), ("inspect", []), ("predict", needed),
-                          ("embed", needed), ("evaluate", needed)):  # fmt: skip
+                          ("embed", needed), ("probe", needed), ("evaluate", needed)):  # fmt: skip
         data = compose_config(command, ["data=mine", "data.catalog=my.yaml", *more])["data"]
         assert (data["name"], data["catalog"]) == ("mine", "my.yaml"), command
     by_file = compose_config("train", ["data=weatherbench2_64x32"])["data"]

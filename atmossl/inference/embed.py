@@ -31,6 +31,7 @@ from atmossl.inference.windows import WindowReader, columns
 from atmossl.inference.writer import COORDINATES, attributes_of, encoding
 from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.tasks import TimePlan
+from atmossl.model.network import StreamLatents
 
 _DIMS = ("offset", "level", "latitude", "longitude", "feature")
 _OFFSET = {"long_name": "time from init_time to the centre of the token"}
@@ -172,29 +173,33 @@ class Embedder:
 
     def fields(self, time: np.datetime64) -> dict[str, StreamField]:
         """Every stream's latents of the window that ends at a reference time."""
+        return self.fields_of_layers(time, (self.layer,))[0]
+
+    def fields_of_layers(
+        self, time: np.datetime64, layers: Sequence[int]
+    ) -> list[dict[str, StreamField]]:
+        """As `fields`, of several layers from one pass of the encoder."""
         source, (num_lat, num_lon) = self.find(time), self.segment.grid.shape
-        blends = {
-            spec.name: _Blend(spec, num_lat, num_lon, self._first_lon)
-            for spec in self.trained.own_specs
-        }
+        blends = [
+            {
+                spec.name: _Blend(spec, num_lat, num_lon, self._first_lon)
+                for spec in self.trained.own_specs
+            }
+            for _ in layers
+        ]
         tiles = self._tiles(source)
         while batch := list(islice(tiles, self.batch_size)):
             (view,) = collate_views([(t.view,) for t in batch], list(range(len(batch)))).views
             with torch.inference_mode():
                 encoded = self.trained.model.to(self.device).encode(view.to(self.device))
-            for name, blend in blends.items():
-                stream = encoded[name]
-                level, steps, nlat, nlon = stream.grid.shape
-                latents = rearrange(
-                    stream.layers[self.layer].features.float().cpu().numpy(),
-                    "batch (level nt nlat nlon) feature -> batch level nt nlat nlon feature",
-                    level=level, nt=steps, nlat=nlat, nlon=nlon,
-                )  # fmt: skip
-                grid = stream.grid.to("cpu", non_blocking=False)
-                for number, tile in enumerate(batch):
-                    blend.add(latents[number], tile, grid, number)
-        reference = source.segment.time_hours(source.start + self._steps - 1, 1)[0]
-        return {name: blend.field(float(reference)) for name, blend in blends.items()}
+            for layer, by_stream in zip(layers, blends, strict=True):
+                for name, blend in by_stream.items():
+                    _add_batch(blend, encoded[name], layer, batch)
+        reference = float(source.segment.time_hours(source.start + self._steps - 1, 1)[0])
+        return [
+            {name: blend.field(reference) for name, blend in by_stream.items()}
+            for by_stream in blends
+        ]
 
     def _tiles(self, source: Source) -> Iterator[_Tile]:
         """All tiles of a window; each band of latitude is read once."""
@@ -253,6 +258,19 @@ class Embedder:
         values = (offset.astype("timedelta64[ns]"), stream.level, stream.latitude, stream.longitude)
         valid_times = (("init_time", dims[0]), valid.reshape(len(times), -1))
         return {**dict(zip(dims, values, strict=False)), time_name: valid_times}
+
+
+def _add_batch(blend: _Blend, stream: StreamLatents, layer: int, batch: Sequence[_Tile]) -> None:
+    """One stream's latents of a batch of tiles, after one layer."""
+    level, steps, nlat, nlon = stream.grid.shape
+    latents = rearrange(
+        stream.layers[layer].features.float().cpu().numpy(),
+        "batch (level nt nlat nlon) feature -> batch level nt nlat nlon feature",
+        level=level, nt=steps, nlat=nlat, nlon=nlon,
+    )  # fmt: skip
+    grid = stream.grid.to("cpu", non_blocking=False)
+    for number, tile in enumerate(batch):
+        blend.add(latents[number], tile, grid, number)
 
 
 def embeddings(embedder: Embedder, times: Sequence[np.datetime64]) -> Iterator[xr.Dataset]:

@@ -32,6 +32,7 @@ from atmossl.masking.random import Autoregression
 from atmossl.model.kinds import NETWORKS, choose_network
 from atmossl.model.multiformer import check_causal
 from atmossl.names import snake_case
+from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
@@ -53,6 +54,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "PredictConfig",
+    "ProbeConfig",
     "StatsConfig",
     "TrainConfig",
     "parse",
@@ -444,6 +446,39 @@ class EmbedConfig(CheckpointConfig):
 
     init_time: Times
     layer: int
+
+
+def _as_list(names: Any) -> Any:
+    """One path, or several as `[a.ckpt,b.ckpt]`, which the command line takes for one path."""
+    if not isinstance(names, str):
+        return names
+    listed = names.startswith("[") and names.endswith("]") and not Path(names).exists()
+    return [unquoted(name.strip()) for name in split(names[1:-1])] if listed else [names]
+
+
+class ProbeConfig(Strict):
+    """Everything that `atmossl probe` obeys.
+
+    checkpoint: one or several. probes: names, empty for all that the checkpoint's fields allow.
+        layers: of the encoder, empty for all. every: of all dates, each n-th. places: per date, for
+        labels of a place. block_days, bootstrap: length of a block and number of draws.
+    """
+
+    checkpoint: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    data: ChosenStore
+    probes: tuple[str, ...]
+    layers: tuple[int, ...]
+    every: Positive
+    places: Positive
+    block_days: Annotated[float, Field(gt=0.0)]
+    bootstrap: Positive
+    overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
+    batch_size: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
+    input_limits: InputLimits
+    seed: NotNegative
+    output: Path
+    plugins: Plugins
 
 
 def _is_box(limits: Any) -> Any:

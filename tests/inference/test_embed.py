@@ -1,5 +1,6 @@
 """Latents lie where their tokens are, whatever the tiles, and are written as they are returned."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from atmossl.cli import main
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.embed import Embedder
 from atmossl.model.layout import Latent, TokenPlace
 from atmossl.model.network import Latents, Network, StreamLatents
 from tests.inference.oracle_models import STORE, segment
@@ -107,6 +109,18 @@ def test_latents_lie_where_their_tokens_are(lat: int, lon: int, overlap: float) 
         np.testing.assert_allclose(values[row], expected, rtol=1e-5, atol=1e-4)
     # two time steps of 6 h in a token, centred 15 h and 3 h before the last step
     assert (found["offset"].values / np.timedelta64(1, "h")).tolist() == [-15.0, -3.0]
+
+
+def test_one_pass_gives_the_latents_of_several_layers() -> None:
+    used = model(TWO, 4, 8).trained
+    embedder = Embedder(used, (segment(),), -1, 0.5, 3, "cpu")
+    time = STORE["time"].values[7]
+    both = embedder.fields_of_layers(time, (0, 1))
+    for layer, fields in enumerate(both):
+        alone = replace(embedder, layer=layer).fields(time)
+        for name in ("air", "wind"):
+            np.testing.assert_array_equal(fields[name].latents, alone[name].latents)
+            np.testing.assert_allclose(fields[name].latents[..., 0], layer, atol=1e-5)
 
 
 def test_streams_with_tokens_of_their_own_have_dims_of_their_own() -> None:

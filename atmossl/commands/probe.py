@@ -1,0 +1,104 @@
+"""`atmossl probe`."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+from atmossl.commands.common import check_split, device_for, open_for
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.locks import owned
+from atmossl.probes.cases import SPLITS
+from atmossl.probes.run import Probed, ProbeOptions, ProbeRun, comparisons, linear_cka, scores
+from atmossl.probes.summary import Summary, check_output, headline_table, write_summary
+from atmossl.schema import ProbeConfig, parse
+from atmossl.stops import keeping
+
+
+def probe(values: Mapping[str, Any]) -> Path:
+    """Fit and score the probes of one or more checkpoints; returns the report's folder."""
+    config: ProbeConfig = parse(ProbeConfig, values)
+    with owned(config.output, "output"), keeping("nothing was written"):
+        check_output(config.output)
+        summary = summarise(config)
+        write_summary(summary, config.output)
+    console = Console(width=max(120, Console().width), markup=False, highlight=False)
+    console.print(headline_table(summary).to_string(index=False))
+    console.print(f"report: {config.output / 'index.html'}", soft_wrap=True)
+    return config.output
+
+
+def summarise(config: ProbeConfig) -> Summary:
+    """Run all probes of all checkpoints.
+
+    Raises:
+        ValueError: whatever is wrong with any of the checkpoints, before the first is encoded.
+    """
+    for split in SPLITS:
+        check_split(config.data, split)
+    prepared = {name: _prepared(name, config) for name in config.checkpoint}
+    probed: dict[str, Probed] = {}
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        for name, run in prepared.items():
+            shown = bar.add_task(f"probes of {name}", total=run.num_windows)
+            probed[name] = run.run(lambda done, task=shown: bar.advance(task, done))
+    return Summary(
+        scores=pd.concat([scores(found, name) for name, found in probed.items()]),
+        comparisons=pd.concat([comparisons(found, name) for name, found in probed.items()]),
+        rank=_rank_table(probed),
+        alignment=_alignment(probed),
+        num_cases={name: found.num_cases for name, found in probed.items()},
+    )
+
+
+def _prepared(name: str, config: ProbeConfig) -> ProbeRun:
+    trained = load_checkpoint(name, config.plugins)
+    trained.require("embed")
+    return ProbeRun.prepare(trained, _records(trained, config), _options(config))
+
+
+def _records(trained: TrainedModel, config: ProbeConfig) -> dict[str, Sequence[Any]]:
+    return {
+        split: open_for(trained, config.data, split, input_limits=config.input_limits)
+        for split in SPLITS
+    }
+
+
+def _options(config: ProbeConfig) -> ProbeOptions:
+    return ProbeOptions(
+        probes=config.probes,
+        layers=config.layers,
+        every=config.every,
+        places=config.places,
+        block_days=config.block_days,
+        resamples=config.bootstrap,
+        seed=config.seed,
+        overlap=config.overlap,
+        batch_size=config.batch_size,
+        device=device_for(config.accelerator),
+    )
+
+
+def _rank_table(probed: Mapping[str, Probed]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"checkpoint": name, "source": source, "layer": layer, "rankme": rank}
+        for name, found in probed.items()
+        for (source, layer), rank in found.rank.items()
+    )
+
+
+def _alignment(probed: Mapping[str, Probed]) -> pd.DataFrame:
+    """CKA of every pair of checkpoints, of their last layers' pooled latents on the test dates;
+    NaN where the dates are not the same."""
+    rows = []
+    for first, second in combinations(probed, 2):
+        x, y = (found.test_latents[max(found.test_latents)] for found in
+                (probed[first], probed[second]))  # fmt: skip
+        cka = linear_cka(x, y) if len(x) == len(y) else float("nan")
+        rows.append({"first": first, "second": second, "cka": cka})
+    return pd.DataFrame(rows, columns=["first", "second", "cka"])

@@ -1,0 +1,258 @@
+"""All probes of one checkpoint: reads, encodes, fits, scores, compares with the baselines."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from atmossl.batch import levels_by_variable
+from atmossl.data.segment import Segment
+from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.embed import Embedder
+from atmossl.latent_losses import rankme
+from atmossl.probes.cases import (
+    SPLITS,
+    Cases,
+    Run,
+    TokenPlaces,
+    chosen_runs,
+    draw_places,
+    read_cases,
+)
+from atmossl.probes.features import (
+    Features,
+    encoded,
+    position_and_calendar,
+    principal_components,
+    random_network,
+    raw_values,
+)
+from atmossl.probes.labels import PROBES, check_probes
+from atmossl.probes.scoring import Outcome, Question, Scorer, ask, best_by_validation
+
+BASELINES = ("climatology", "persistence", "position", "random", "pca", "raw")
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How probes are run.
+
+    probes: names of `labels.PROBES`; empty for all that the checkpoint's fields allow. layers: of
+    the encoder; empty for all. every: of all dates, each n-th. places: per date, for labels of a
+    place. block_days, resamples: of the bootstrap. overlap, batch_size: of the tiles.
+    """
+
+    probes: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    every: int = 3
+    places: int = 32
+    block_days: float = 4.0
+    resamples: int = 500
+    seed: int = 0
+    overlap: float = 0.0
+    batch_size: int = 16
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probes of one checkpoint found.
+
+    outcomes: of every probe, source, layer and method. headlines: by probe, of linear probes on the
+    layer of the latents that validation chose. rank: RankMe of the pooled latents' departures from
+    their mean over the test dates, by (source, layer). test_latents: pooled, by layer.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    headlines: Mapping[str, Outcome]
+    rank: Mapping[tuple[str, int], float]
+    test_latents: Mapping[int, Float[np.ndarray, "case feature"]]
+    num_cases: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """A checkpoint, its dates and its questions, all checked; `run` does the long work.
+
+    embedders: of every run.
+    """
+
+    trained: TrainedModel
+    options: ProbeOptions
+    layers: tuple[int, ...]
+    embedders: tuple[Embedder, ...]
+    runs: tuple[Run, ...]
+    cases: Cases
+    places: TokenPlaces
+    questions: tuple[Question, ...]
+
+    @classmethod
+    def prepare(
+        cls,
+        trained: TrainedModel,
+        records: Mapping[str, Sequence[Segment]],
+        options: ProbeOptions,
+    ) -> "ProbeRun":
+        """Read the fields and work out the labels.
+
+        records: of the splits train, validation and test.
+        Raises:
+            ValueError: a checkpoint that cannot embed, an unknown probe or layer, a label that is
+                constant, too few dates.
+        """
+        trained.require("embed")
+        levels = {
+            name: tuple(found) for name, found in levels_by_variable(trained.own_specs).items()
+        }
+        names = options.probes or tuple(name for name in PROBES if _is_possible(name, levels))
+        check_probes(names, levels)
+        count = trained.model.num_encoder_layers
+        layers = options.layers or tuple(range(count))
+        if wrong := [layer for layer in layers if not -count <= layer < count]:
+            raise ValueError(f"layers={wrong}; valid: {-count} to {count - 1}")
+        layers = tuple(dict.fromkeys(layer % count for layer in layers))
+        runs = chosen_runs(records, window_steps=trained.window.time, every=options.every)
+        embedders = tuple(_embedder(trained, run.segment, options) for run in runs)
+        cases = read_cases(runs, levels)
+        places = _places(embedders[0], runs[0], len(cases.times), options)
+        questions = tuple(ask(name, cases, places) for name in names)
+        return cls(trained, options, layers, embedders, tuple(runs), cases, places, questions)
+
+    @property
+    def num_windows(self) -> int:
+        """Passes over the globe that `run` makes."""
+        return 2 * len(self.cases.times)
+
+    def run(self, advance: Callable[[float], object] = float) -> Probed:
+        """Encode all dates with the trained and a random network, fit and score."""
+        sources = self._features(advance)
+        outcomes, headlines = [], {}
+        for question in self.questions:
+            found, headline = self._answers(question, sources)
+            outcomes += found
+            headlines[question.name] = headline
+        test = self.cases.of("test")
+        latents = {s.layer: s.pooled[test] for s in sources if s.source == "latents"}
+        return Probed(
+            outcomes=tuple(outcomes),
+            headlines=headlines,
+            rank={(s.source, s.layer): _rank(s.pooled[test]) for s in sources
+                  if s.layer is not None},
+            test_latents={layer: rows for layer, rows in latents.items() if layer is not None},
+            num_cases={name: int(self.cases.of(name).sum()) for name in SPLITS},
+        )  # fmt: skip
+
+    def _features(self, advance: Callable[[float], object]) -> list[Features]:
+        def latents(trained: TrainedModel, source: str) -> list[Features]:
+            embedders = [_embedder(trained, run.segment, self.options) for run in self.runs]
+            return encoded(embedders, self.runs, self.layers, self.places, source, advance)
+
+        trained = latents(self.trained, "latents")
+        random = latents(random_network(self.trained, self.options.seed), "random")
+        levels = levels_by_variable(self.trained.own_specs)
+        raw = raw_values(self.cases, self.places, levels)
+        components = principal_components(raw, self.cases, like=trained[-1])
+        position = position_and_calendar(self.cases, self.places)
+        return [*trained, *random, raw, components, position]
+
+    def _answers(
+        self, question: Question, sources: Sequence[Features]
+    ) -> tuple[list[Outcome], Outcome]:
+        steps_a_day = 24.0 / (self.runs[0].segment.step_hours * self.options.every)
+        blocks = max(1, round(self.options.block_days * steps_a_day))
+        bootstrap = BlockBootstrap(blocks, self.options.resamples)
+        scorer = Scorer(question, self.cases, bootstrap, self.options.seed)
+        outcomes = scorer.references()
+        for features in sources:
+            outcomes += [scorer.linear(features), scorer.neighbours(features)]
+        best = best_by_validation(outcomes, "latents", "linear")
+        features = next(s for s in sources if (s.source, s.layer) == ("latents", best.layer))
+        headline = scorer.with_refits(best, features)
+        return [headline if one is best else one for one in outcomes], headline
+
+
+def _is_possible(name: str, levels: Mapping[str, Sequence[int]]) -> bool:
+    try:
+        check_probes([name], levels)
+    except ValueError:
+        return False
+    return True
+
+
+def _embedder(trained: TrainedModel, segment: Segment, options: ProbeOptions) -> Embedder:
+    return Embedder(
+        trained=trained, segments=(segment,), layer=-1, overlap=options.overlap,
+        batch_size=options.batch_size, device=options.device,
+    )  # fmt: skip
+
+
+def _places(embedder: Embedder, run: Run, num_cases: int, options: ProbeOptions) -> TokenPlaces:
+    """Drawn from the tokens of the first stream."""
+    stream = next(iter(embedder.fields(run.times[0]).values()))
+    return draw_places(
+        stream.latitude, stream.longitude, num_cases, options.places,
+        np.random.default_rng(options.seed), embedder.segment.alignment.lon_shift,
+    )  # fmt: skip
+
+
+def _rank(pooled: np.ndarray) -> float:
+    return float(rankme(torch.from_numpy(pooled - pooled.mean(axis=0))))
+
+
+def linear_cka(
+    first: Float[np.ndarray, "case feature"], second: Float[np.ndarray, "case other"]
+) -> float:
+    """Linear centred kernel alignment of two sets of features of the same cases (Kornblith et al.
+    2019, equation 3 of section 3): 1 if one is a rotation and scaling of the other."""
+    x, y = (rows - rows.mean(axis=0) for rows in (first, second))
+
+    def hsic(a: np.ndarray, b: np.ndarray) -> float:
+        return float(((a @ a.T) * (b @ b.T)).sum())
+
+    return hsic(x, y) / max(np.sqrt(hsic(x, x) * hsic(y, y)), np.finfo(float).tiny)
+
+
+def scores(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.DataFrame:
+    """One row for every probe, source, layer and method."""
+    return pd.DataFrame(
+        {
+            "checkpoint": checkpoint, "probe": one.probe, "method": one.method,
+            "source": one.source, "layer": one.layer, "skill": one.skill,
+            **_limits(one.samples, confidence), "validation": one.validation,
+            "penalty": one.strength, "refits_low": one.refits[0], "refits_high": one.refits[1],
+            "headline": one is probed.headlines[one.probe],
+        }
+        for one in probed.outcomes
+    ).astype({"layer": "Int64"})  # fmt: skip
+
+
+def comparisons(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.DataFrame:
+    """The headline of every probe against the linear probe on every baseline (its layer chosen by
+    validation, too): difference of skill, and its interval over the same draws of dates."""
+    rows = []
+    for probe, headline in probed.headlines.items():
+        of_probe = [one for one in probed.outcomes if one.probe == probe]
+        for baseline in BASELINES:
+            method = "none" if baseline in ("climatology", "persistence") else "linear"
+            if not any(one.source == baseline for one in of_probe):
+                continue
+            other = best_by_validation(of_probe, baseline, method)
+            difference = _limits(headline.samples - other.samples, confidence)
+            rows.append(
+                {
+                    "checkpoint": checkpoint, "probe": probe, "layer": headline.layer,
+                    "skill": headline.skill, "baseline": baseline, "baseline_skill": other.skill,
+                    "difference": headline.skill - other.skill, **difference,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _limits(samples: np.ndarray, confidence: float) -> dict[str, float]:
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(samples, [tail, 1.0 - tail])
+    return {"low": float(low), "high": float(high)}

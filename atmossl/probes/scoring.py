@@ -1,0 +1,277 @@
+"""Questions to probes, the fit of every probe on every source of features, and its skill.
+
+Skill is 1 - loss / loss of climatology, where the loss is the squared error of a number or the
+Brier score of a class (the squared error of its probabilities, summed over classes; Brier 1950).
+It is 1 for what is always right and 0 for what knows no more than the training record's mean (of
+every place, for numbers) or frequencies. Intervals are of a block bootstrap over the test dates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import xarray as xr
+from einops import rearrange
+from jaxtyping import Float, Int
+
+from atmossl.evaluation.bootstrap import BlockBootstrap, resampled_means
+from atmossl.probes.cases import Cases, TokenPlaces
+from atmossl.probes.features import Features
+from atmossl.probes.labels import DISTANCE, LABELS, Label, date_pairs
+from atmossl.probes.models import Rows, chosen_strength, fit_linear, nearest_neighbours
+
+EXTREME_QUANTILE = 0.95
+METHODS = ("linear", "neighbours")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One label as rows that a probe is fitted on.
+
+    case: that a row belongs to. persistence: the label of a day earlier. pairs: earlier and later
+    case of a row, for labels of two dates.
+    """
+
+    name: str
+    classes: bool
+    local: bool
+    targets: Float[np.ndarray, "row target"]
+    case: Int[np.ndarray, "row"]
+    persistence: Float[np.ndarray, "row target"] | None = None
+    pairs: tuple[np.ndarray, np.ndarray] | None = None
+
+    def inputs(self, features: Features) -> Float[np.ndarray, "row feature"]:
+        """What a probe sees in every row: of two dates, the distance of every feature."""
+        if self.pairs is not None:
+            first, second = self.pairs
+            return np.abs(features.pooled[first] - features.pooled[second])
+        if self.local:
+            return rearrange(features.local, "case place feature -> (case place) feature")
+        return features.pooled
+
+    def rows(self, features: Features, cases: Cases) -> Rows:
+        return Rows(
+            self.inputs(features), self.targets, cases.run[self.case], cases.times[self.case]
+        )
+
+
+def ask(name: str, cases: Cases, places: TokenPlaces) -> Question:
+    """The rows of one probe.
+
+    Raises:
+        ValueError: its label is constant over the training dates.
+    """
+    question = (
+        _of_pairs(cases) if name == DISTANCE else _of_label(name, LABELS[name], cases, places)
+    )
+    train = question.targets[cases.of("train")[question.case]]
+    if len(train) == 0 or np.allclose(train, train[:1], rtol=1e-6, atol=0.0):
+        raise ValueError(
+            f"probes: the label {name} is constant over the {cases.of('train').sum()} training "
+            "dates, from which nothing can be learned; leave it out, or choose another every or "
+            "other data"
+        )
+    return question
+
+
+def _of_pairs(cases: Cases) -> Question:
+    first, second, hours = date_pairs(cases.times, cases.run)
+    return Question(DISTANCE, False, False, hours[:, None], first, pairs=(first, second))
+
+
+def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Question:
+    train = cases.of("train")
+
+    def values(hours: int) -> np.ndarray:
+        """[case row column part] of places, [case 1 1] of dates."""
+        label_values = label.of(cases.states[hours], cases.states[max(hours - 24, -24)])
+        if label.local:
+            return _by_place(label_values, places)
+        return label_values.to_numpy()[:, None, None]
+
+    asked_values = values(label.lead_hours)
+
+    def targets(hours: int) -> np.ndarray:
+        by_place = _as_targets(label, values(hours), asked_values, train, places)
+        return rearrange(by_place, "case place target -> (case place) target")
+
+    asked = targets(label.lead_hours)
+    return Question(
+        name=name,
+        classes=label.kind != "number",
+        local=label.local,
+        targets=asked,
+        case=np.repeat(np.arange(len(cases.times)), len(asked) // len(cases.times)),
+        persistence=targets(label.lead_hours - 24) if label.persists else None,
+    )
+
+
+def _by_place(cells: xr.DataArray, places: TokenPlaces) -> np.ndarray:
+    """Means over tokens, [case row column part]."""
+    if "part" not in cells.dims:
+        cells = cells.expand_dims("part", axis=-1)
+    cells = cells.transpose("case", "latitude", "longitude", "part")
+    parts = [places.token_means(cells.isel(part=n).to_numpy()) for n in range(cells.sizes["part"])]
+    return np.stack(parts, axis=-1)
+
+
+def _as_targets(
+    label: Label, values: np.ndarray, asked: np.ndarray, train: np.ndarray, places: TokenPlaces
+) -> Float[np.ndarray, "case place target"]:
+    """Numbers as departures from the training mean (of every place), classes as one column each.
+    The limit of an extreme is of the drawn places, which are evenly spread over the sphere.
+
+    asked: what mean and limit are taken of, at the cases `train`.
+    """
+    if label.kind == "number":
+        values = values - asked[train].mean(axis=0)
+    elif label.kind == "extreme":
+        limit = np.quantile(places.at_places(asked)[train], EXTREME_QUANTILE)
+        values = np.eye(2)[(values[..., 0] > limit).astype(int)]
+    else:
+        values = np.eye(round(float(asked.max())) + 1)[np.rint(values[..., 0]).astype(int)]
+    return places.at_places(values) if label.local else values
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How well one probe did with one source of features.
+
+    samples: skill in every draw of the bootstrap. validation: skill on the validation dates, by
+    which layers are chosen. refits: lowest and highest skill of fits that each lack one training
+    run.
+    """
+
+    probe: str
+    source: str
+    layer: int | None
+    method: str
+    skill: float
+    samples: Float[np.ndarray, "resample"]
+    validation: float
+    strength: float | None = None
+    refits: tuple[float, float] = (np.nan, np.nan)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Fits probes to one question and scores them.
+
+    seed: of the bootstrap's draws, which are the same for all sources, so that differences are
+        paired.
+    """
+
+    question: Question
+    cases: Cases
+    bootstrap: BlockBootstrap
+    seed: int = 0
+
+    def _part(self, split: str) -> np.ndarray:
+        return self.cases.of(split)[self.question.case]
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        runs = self.cases.run[self.cases.of("test")]
+        lengths = [int((runs == run).sum()) for run in np.unique(runs)]
+        return self.bootstrap.draw(lengths, np.random.default_rng(self.seed))
+
+    @cached_property
+    def _climatology(self) -> np.ndarray:
+        return self.question.targets[self._part("train")].mean(axis=0)
+
+    def _losses(self, predicted: np.ndarray, split: str) -> np.ndarray:
+        """Mean loss of every case of a split; NaN without rows."""
+        part = self._part(split)
+        error = ((predicted - self.question.targets[part]) ** 2).sum(axis=1)
+        numbers = np.flatnonzero(self.cases.of(split))
+        case = np.searchsorted(numbers, self.question.case[part])
+        count = np.bincount(case, minlength=len(numbers)).astype(float)
+        total = np.bincount(case, error, minlength=len(numbers))
+        return np.divide(total, count, out=np.full(len(numbers), np.nan), where=count > 0)
+
+    def _skill(self, predicted: np.ndarray, split: str) -> float:
+        reference = np.nanmean(self._losses(self._climatology, split))
+        return float(1.0 - np.nanmean(self._losses(predicted, split)) / reference)
+
+    def _samples(self, predicted: np.ndarray) -> np.ndarray:
+        if not self.bootstrap.is_possible(int(self.cases.of("test").sum())):
+            return np.full(self.bootstrap.num_resamples, np.nan)
+        losses = xr.Dataset(
+            {
+                "loss": ("case", self._losses(predicted, "test")),
+                "reference": ("case", self._losses(self._climatology, "test")),
+            }
+        )
+        means = resampled_means(losses, "case", self._counts)
+        return (1.0 - means["loss"] / means["reference"]).to_numpy()
+
+    def outcome(
+        self, source: str, method: str, predict: Callable[[str], np.ndarray], **more: object
+    ) -> Outcome:
+        """Of predictions, by split."""
+        test = predict("test")
+        return Outcome(
+            probe=self.question.name, source=source, method=method,
+            skill=self._skill(test, "test"), samples=self._samples(test),
+            validation=self._skill(predict("validation"), "validation"),
+            **{"layer": None, **more},
+        )  # pyright: ignore  # fmt: skip
+
+    def references(self) -> list[Outcome]:
+        """Climatology, and persistence where it makes sense."""
+        targets, found = self.question.targets, []
+
+        def climatology(split: str) -> np.ndarray:
+            return np.broadcast_to(self._climatology, targets[self._part(split)].shape)
+
+        found.append(self.outcome("climatology", "none", climatology))
+        persistence = self.question.persistence
+        if persistence is not None:
+            found.append(
+                self.outcome("persistence", "none", lambda split: persistence[self._part(split)])
+            )
+        return found
+
+    def linear(self, features: Features) -> Outcome:
+        """Ridge or logistic regression, its penalty chosen on validation."""
+        rows = self._by_split(features)
+        strength, predict = chosen_strength(
+            rows["train"], rows["validation"], classes=self.question.classes
+        )
+        return self.outcome(
+            features.source, "linear", lambda name: predict(rows[name].features),
+            layer=features.layer, strength=strength,
+        )  # fmt: skip
+
+    def neighbours(self, features: Features) -> Outcome:
+        """The mean of the nearest training rows."""
+        rows = self._by_split(features)
+        return self.outcome(
+            features.source, "neighbours",
+            lambda name: nearest_neighbours(rows["train"], rows[name]), layer=features.layer,
+        )  # fmt: skip
+
+    def with_refits(self, outcome: Outcome, features: Features) -> Outcome:
+        """With the skills of fits that each lack one training run, the penalty as it was chosen."""
+        assert outcome.strength is not None
+        rows = self._by_split(features)
+        train, skills = rows["train"], []
+        runs = np.unique(train.run)
+        for run in runs if len(runs) > 1 else []:
+            predict = fit_linear(
+                train.where(train.run != run), outcome.strength, classes=self.question.classes
+            )
+            skills.append(self._skill(predict(rows["test"].features), "test"))
+        return replace(outcome, refits=(min(skills), max(skills))) if skills else outcome
+
+    def _by_split(self, features: Features) -> dict[str, Rows]:
+        rows = self.question.rows(features, self.cases)
+        split = self.cases.split[self.question.case]
+        return {name: rows.where(split == name) for name in np.unique(split)}
+
+
+def best_by_validation(outcomes: Sequence[Outcome], source: str, method: str) -> Outcome:
+    """Of all layers of a source."""
+    of_source = [one for one in outcomes if one.source == source and one.method == method]
+    return max(of_source, key=lambda one: one.validation)

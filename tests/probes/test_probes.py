@@ -1,0 +1,331 @@
+"""Probes find what is there, find nothing where nothing is, and are fitted on training dates alone;
+labels agree with their closed forms."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+pytest.importorskip("sklearn")
+
+from atmossl.cli import main
+from atmossl.evaluation.bootstrap import BlockBootstrap
+from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.probes import labels
+from atmossl.probes.cases import Cases, chosen_runs, draw_places
+from atmossl.probes.features import (
+    Features,
+    position_and_calendar,
+    principal_components,
+    random_network,
+    raw_values,
+)
+from atmossl.probes.models import Rows, nearest_neighbours
+from atmossl.probes.run import ProbeOptions, ProbeRun, linear_cka
+from atmossl.probes.scoring import Question, Scorer, ask
+from tests.inference.oracle_models import segment
+
+TINY = Path(__file__).parents[1] / "checkpoints" / "format_4.ckpt"
+LATITUDE = np.arange(-87.1875, 90.0, 5.625)
+LONGITUDE = np.arange(0.0, 360.0, 5.625)
+LEVELS = {"geopotential": (500,), "u_component_of_wind": (850,), "v_component_of_wind": (850,)}
+
+
+def state(level: int, times: list[str], **fields: np.ndarray) -> xr.Dataset:
+    """Fields [lat lon] or [case lat lon], the same at all times where they have no case."""
+    shape = (len(times), 1, len(LATITUDE), len(LONGITUDE))
+    dims = ("case", "level", "latitude", "longitude")
+    values = {
+        name: (dims, np.broadcast_to(np.reshape(v, (-1, 1, *np.shape(v)[-2:])), shape).copy())
+        for name, v in fields.items()
+    }
+    coords = {"level": [level], "latitude": LATITUDE, "longitude": LONGITUDE}
+    return xr.Dataset(values, coords).assign_coords(
+        time=("case", np.array(times, "datetime64[ns]"))
+    )
+
+
+def zonal(values: np.ndarray) -> np.ndarray:
+    return np.repeat(np.asarray(values)[:, None], len(LONGITUDE), axis=1)
+
+
+NOON = ["2001-03-01T12"]
+
+
+def test_solid_rotation_has_the_vorticity_of_its_closed_form() -> None:
+    wind = zonal(20.0 * np.cos(np.deg2rad(LATITUDE)))
+    now = state(850, NOON, u_component_of_wind=wind, v_component_of_wind=0 * wind)
+    found = labels.cyclonic_vorticity(now, now)[0].isel(longitude=3).to_numpy()
+    exact = 2 * 20.0 * np.abs(np.sin(np.deg2rad(LATITUDE))) / labels.EARTH_RADIUS_M
+    np.testing.assert_allclose(found[1:-1], exact[1:-1], rtol=0.02)  # differences over 11 degrees
+    wave = zonal(np.cos(np.deg2rad(LATITUDE))) * np.sin(np.deg2rad(2 * LONGITUDE))
+    eddy = state(850, NOON, u_component_of_wind=0 * wave, v_component_of_wind=wave)
+    found = labels.cyclonic_vorticity(eddy, eddy)[0].sel(latitude=2.8125).to_numpy()
+    exact = 2 * np.cos(np.deg2rad(2 * LONGITUDE)) / labels.EARTH_RADIUS_M
+    np.testing.assert_allclose(found, exact, atol=0.02 * np.abs(exact).max())
+
+
+def test_jet_blocking_and_storm_track_of_known_fields() -> None:
+    wind = zonal(30.0 - 0.01 * (LATITUDE - 43.7) ** 2)  # a parabola, so the refinement is exact
+    now = state(850, NOON, u_component_of_wind=wind)
+    assert labels.jet_latitude(now, now).item() == pytest.approx(43.7, abs=1e-3)
+    slope = zonal(labels.GRAVITY * (5500.0 - 8.0 * LATITUDE))
+    now = state(500, NOON, geopotential=slope)
+    assert labels.blocking(now, now).item() == pytest.approx(-8.0, abs=1e-6)
+    before = state(500, NOON, geopotential=slope - 30.0 * labels.GRAVITY)
+    assert labels.storm_track(now, before).item() == pytest.approx(2 * np.log(30.0), abs=1e-5)
+
+
+def test_belts_and_local_hours_follow_from_place_and_date() -> None:
+    now = state(500, NOON, geopotential=zonal(LATITUDE))
+    belts = labels.latitude_belt(now, now)[0, :, 0].to_numpy()
+    assert belts[LATITUDE < -60].max() == 0 and belts[(LATITUDE > 0) & (LATITUDE < 30)].min() == 3
+    hours = labels.local_hour(now, now)[0, 0].sel(longitude=90.0)  # 18 h where it is noon at 0
+    np.testing.assert_allclose(hours, [-1.0, 0.0], atol=1e-12)
+
+
+def test_pairs_are_of_one_run_within_bounds() -> None:
+    times = np.datetime64("2001-01-01", "ns") + np.timedelta64(18, "h") * np.array([0, 1, 2, 7, 0])
+    first, second, hours = labels.date_pairs(times, np.array([0, 0, 0, 0, 1]))
+    assert list(zip(first, second, hours, strict=True)) == [
+        (0, 1, 18.0), (0, 2, 36.0), (1, 2, 18.0), (2, 3, 90.0)
+    ]  # fmt: skip
+
+
+def cases(per_run: int = 40, seed: int = 0) -> Cases:
+    """Four runs, two of them for training, of random fields a day apart in time."""
+    rng = np.random.default_rng(seed)
+    count = 4 * per_run
+    dates = np.datetime64("2001-01-01", "ns") + np.arange(per_run) * np.timedelta64(18, "h")
+    times = np.tile(dates, 4)
+    shape = (count, 1, len(LATITUDE), len(LONGITUDE))
+    dims = ("case", "level", "latitude", "longitude")
+    states = {}
+    for hours in (-24, 0, 24):
+        fields = [
+            xr.DataArray(
+                rng.standard_normal(shape, dtype=np.float32), dims=dims, name=name,
+                coords={"level": list(levels), "latitude": LATITUDE, "longitude": LONGITUDE},
+            )
+            for name, levels in LEVELS.items()
+        ]  # fmt: skip
+        states[hours] = xr.merge(fields, join="outer").assign_coords(time=("case", times))
+    split = np.repeat(["train", "train", "validation", "test"], per_run)
+    return Cases(times, np.repeat(np.arange(4), per_run), split, states)
+
+
+def question(of: Cases, targets: np.ndarray, *, classes: bool = False) -> Question:
+    return Question("made", classes, False, targets, np.arange(len(of.times)))
+
+
+def features(pooled: np.ndarray, layer: int | None = 0) -> Features:
+    return Features("latents", layer, pooled, pooled[:, None])
+
+
+BOOTSTRAP = BlockBootstrap(4, 200)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_label_that_is_linear_in_the_features_is_found(classes: bool) -> None:
+    made, rng = cases(), np.random.default_rng(1)
+    pooled = rng.standard_normal((len(made.times), 6))
+    targets = pooled @ rng.standard_normal((6, 2)) + 3.0
+    if classes:
+        targets = np.eye(2)[(targets[:, 0] > 3.0).astype(int)]
+    scorer = Scorer(question(made, targets, classes=classes), made, BOOTSTRAP)
+    outcome = scorer.linear(features(pooled))
+    assert outcome.skill == pytest.approx(1.0, abs=0.15 if classes else 1e-4)
+    assert outcome.samples.min() <= outcome.skill <= outcome.samples.max()
+    refitted = scorer.with_refits(outcome, features(pooled))
+    assert refitted.refits[0] <= refitted.refits[1] <= 1.0
+    np.testing.assert_allclose(refitted.refits, outcome.skill, atol=0.15)
+
+
+def test_skill_is_that_of_its_definition_and_climatology_has_none() -> None:
+    made, rng = cases(), np.random.default_rng(2)
+    targets = (
+        rng.standard_normal((len(made.times), 1)) + np.linspace(0, 2, len(made.times))[:, None]
+    )
+    scorer = Scorer(question(made, targets), made, BOOTSTRAP)
+    (climatology,) = scorer.references()
+    assert climatology.skill == 0.0 and not climatology.samples.any()
+    guess = targets + 0.5 * rng.standard_normal(targets.shape)
+    outcome = scorer.outcome("made", "none", lambda split: guess[made.of(split)])
+    test, mean = made.of("test"), targets[made.of("train")].mean()
+    exact = 1 - ((guess - targets)[test] ** 2).mean() / ((targets[test] - mean) ** 2).mean()
+    assert outcome.skill == pytest.approx(exact, abs=1e-12)
+
+
+def test_features_without_the_label_have_no_skill_within_the_interval() -> None:
+    made, rng = cases(80), np.random.default_rng(3)
+    targets = rng.standard_normal((len(made.times), 1))
+    scorer = Scorer(question(made, targets), made, BOOTSTRAP)
+    pooled = rng.standard_normal((len(made.times), 8))
+    for outcome in (scorer.linear(features(pooled)), scorer.neighbours(features(pooled))):
+        low, high = np.quantile(outcome.samples, [0.025, 0.975])
+        assert low < 0.05 and high > -0.2 and outcome.skill < 0.1, outcome
+
+
+def test_neighbours_near_in_time_of_the_same_run_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((40, 3))
+    hours = np.concatenate([np.arange(20) * 6, 20000 + np.arange(20) * 6])
+    times = np.datetime64("2001-01-01", "ns") + hours * np.timedelta64(1, "h")
+    wrong = np.repeat([1.0, 5.0], 20)[:, None]
+    train = Rows(vectors, wrong, np.zeros(40, int), times)
+    asked = Rows(vectors[:20], wrong[:20], np.zeros(20, int), times[:20])  # are rows themselves
+    assert (nearest_neighbours(train, asked, neighbours=5) == 5.0).all()
+    elsewhere = replace(asked, run=np.ones(20, int))
+    found = nearest_neighbours(train, elsewhere, neighbours=1)
+    assert (found == 1.0).all()  # another run: its own copy is the nearest
+    crowded = Rows(vectors[:20], wrong[:20], np.zeros(20, int), times[:20])
+    assert (nearest_neighbours(crowded, asked) == 1.0).all()  # none is left: the mean of all
+
+
+def test_neighbours_agree_with_a_search_by_hand() -> None:
+    rng = np.random.default_rng(4)
+    train = Rows(rng.standard_normal((60, 5)), rng.standard_normal((60, 2)), np.zeros(60, int),
+                 np.zeros(60, "datetime64[ns]"))  # fmt: skip
+    asked = replace(train, features=rng.standard_normal((60, 5)), run=np.ones(60, int))
+    mean, spread = train.features.mean(0), train.features.std(0)
+    expected = []
+    for row in (asked.features - mean) / spread:
+        cosines = [
+            row @ other / np.linalg.norm(row) / np.linalg.norm(other)
+            for other in (train.features - mean) / spread
+        ]
+        expected.append(train.targets[np.argsort(cosines)[-20:]].mean(axis=0))
+    np.testing.assert_allclose(nearest_neighbours(train, asked), expected, atol=1e-6)
+
+
+def test_a_constant_label_is_refused_by_name() -> None:
+    made = cases(6)
+    for hours in made.states:
+        made.states[hours]["geopotential"][:] = 50000.0
+    places = draw_places(LATITUDE, LONGITUDE, 24, 4, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="label blocking is constant over the 12 training dates"):
+        ask("blocking", made, places)
+
+
+def test_all_statistics_are_of_the_training_dates() -> None:
+    made = cases(10)
+    places = draw_places(LATITUDE, LONGITUDE, 40, 6, np.random.default_rng(0))
+    changed = cases(10)
+    for hours in changed.states:  # only what is not for training is another world
+        fields = changed.states[hours]
+        fields["geopotential"][20:] = 7.0 * fields["geopotential"][20:] + 1000.0
+        fields["v_component_of_wind"][20:] = 9.0 * fields["v_component_of_wind"][20:]
+    for name in ("blocking", "anomaly_24h", "vorticity_extreme"):
+        one, other = ask(name, made, places), ask(name, changed, places)
+        train = made.of("train")[one.case]
+        np.testing.assert_array_equal(one.targets[train], other.targets[train])
+        assert (one.targets[~train] != other.targets[~train]).any()
+    like = features(np.zeros((40, 5)))
+    raw = [raw_values(one, places, LEVELS) for one in (made, changed)]
+    parts = [principal_components(one, made, like) for one in raw]
+    for one, other in (raw, parts):
+        np.testing.assert_allclose(one.pooled[:20], other.pooled[:20], atol=1e-5)
+        np.testing.assert_allclose(one.local[:20], other.local[:20], atol=1e-5)
+        assert not np.allclose(one.pooled[20:], other.pooled[20:], atol=1e-2)
+    assert parts[0].pooled.shape == (40, 5)
+
+
+def test_principal_components_are_those_of_scikit_learn() -> None:
+    from sklearn.decomposition import PCA
+
+    made = cases(10)
+    pooled = np.random.default_rng(5).standard_normal((40, 7)) * np.arange(1, 8)
+    found = principal_components(features(pooled), made, like=features(np.zeros((40, 3))))
+    expected = PCA(3).fit(pooled[:20]).transform(pooled)
+    np.testing.assert_allclose(np.abs(found.pooled), np.abs(expected), atol=1e-6)
+
+
+def test_places_are_drawn_by_area_and_tokens_average_their_cells() -> None:
+    places = draw_places(LATITUDE[:16] + 45, LONGITUDE[::4], 3000, 4, np.random.default_rng(0))
+    latitude = places.latitude[places.rows]
+    weight = np.cos(np.deg2rad(places.latitude)).clip(1e-6)
+    assert latitude.mean() == pytest.approx(np.average(places.latitude, weights=weight), abs=1.0)
+    numbers = places.rows * 16 + places.columns
+    assert all(len(set(row)) == 4 for row in numbers)  # no place twice
+    shifted = replace(places, first_column=2)
+    cells = np.arange(64.0)[None, None].repeat(32, axis=1)
+    np.testing.assert_allclose(shifted.token_means(cells)[0, 0, :2], [3.5, 7.5])
+    at = shifted.at_places(shifted.token_means(cells.repeat(3000, axis=0)))
+    assert at.shape == (3000, 4)
+
+
+def test_position_and_calendar_know_where_and_when_alone() -> None:
+    made = cases(8)
+    places = draw_places(LATITUDE, LONGITUDE, 32, 5, np.random.default_rng(0))
+    one = position_and_calendar(made, places)
+    for hours in made.states:
+        made.states[hours]["geopotential"][:] = 0.0
+    np.testing.assert_array_equal(one.local, position_and_calendar(made, places).local)
+    scorer = Scorer(ask("local_hour", made, places), made, BOOTSTRAP)
+    assert scorer.linear(one).skill > 0.98  # it is told the local hour
+
+
+def test_cka_sees_through_rotations_and_is_small_between_strangers() -> None:
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((200, 5))
+    turned = 3.0 * x @ np.linalg.qr(rng.standard_normal((5, 5)))[0] + 1.0
+    assert linear_cka(x, turned) == pytest.approx(1.0, abs=1e-9)
+    assert linear_cka(x, rng.standard_normal((200, 5))) < 0.1
+
+
+def test_the_random_network_is_the_same_architecture_untrained() -> None:
+    trained = load_checkpoint(str(TINY))
+    random = [random_network(trained, seed).model.state_dict() for seed in (0, 0, 1)]
+    assert random[0].keys() == trained.model.state_dict().keys()
+    assert all(torch.equal(random[0][name], random[1][name]) for name in random[0])
+    assert any(not torch.equal(random[0][name], random[2][name]) for name in random[0])
+
+
+def test_too_few_dates_and_odd_time_steps_are_named() -> None:
+    short = segment()
+    with pytest.raises(ValueError, match="every=3 leaves 2 dates of split train.*needed: 8"):
+        chosen_runs({"train": [short]}, window_steps=4, every=3)
+    odd = replace(short, times=short.times[0] + np.arange(12) * np.timedelta64(5, "h"))
+    with pytest.raises(ValueError, match="step of 5 h does not divide a day"):
+        chosen_runs({"train": [odd]}, window_steps=4, every=1)
+
+
+def test_a_checkpoint_that_cannot_embed_is_refused_before_anything_is_read() -> None:
+    mute = replace(load_checkpoint(str(TINY)), provides=frozenset({"reconstruct"}))
+    with pytest.raises(ValueError, match="did not learn to embed; it can reconstruct"):
+        ProbeRun.prepare(mute, {}, ProbeOptions())
+
+
+@pytest.mark.e2e
+def test_the_command_writes_a_report_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    both = f"checkpoint=[{TINY},{TINY.with_name('format_3.ckpt')}]"
+
+    def command(output: str, *more: str) -> int:
+        return main(["probe", "every=51", "probes=[latitude_belt,local_hour]", "accelerator=cpu",
+                     "bootstrap=50", "places=8", f"output={tmp_path / output}", *more])  # fmt: skip
+
+    assert command("report", both) == 0
+    table = pd.read_csv(tmp_path / "report" / "scores.csv")
+    assert set(table["source"]) == {"latents", "random", "pca", "raw", "position", "climatology"}
+    assert (table.query("source == 'climatology'")["skill"] == 0).all()
+    assert (table["skill"] <= 1).all() and table.query("headline")["refits_low"].notna().all()
+    alignment = pd.read_csv(tmp_path / "report" / "alignment.csv")["cka"]
+    assert alignment.to_numpy() == pytest.approx([1.0])  # the same network in two formats
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "latitude_belt" in page and "RankMe" in page
+    capsys.readouterr()
+    assert command("report", both) == 2 and "exists" in capsys.readouterr().err
+    for more, text in (
+        ("probes=[jets]", "probes=['jets']: unknown; valid: ['jet_latitude',"),
+        ("probes=[blocking]", "blocking needs geopotential at 500 hPa; the checkpoint has"),
+        ("layers=[4]", "layers=[4]; valid: -1 to 0"),
+        ("every=80", "every=80 leaves"),
+    ):
+        assert command("other", f"checkpoint={TINY}", more) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert text in line
+    assert not (tmp_path / "other").exists()
