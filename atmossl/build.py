@@ -17,12 +17,12 @@ from torch import Tensor
 from atmossl import __version__
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_formats import FORMAT
-from atmossl.data.catalog import catalog_entry
+from atmossl.data.catalog import CatalogEntry, is_shipped, remembered
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.fingerprint import Transforms
 from atmossl.data.segment import Segment
-from atmossl.data.sources import open_records, paired
+from atmossl.data.sources import entries_of, open_records, paired
 from atmossl.data.statistics import Normaliser, Seen, Statistics, load_or_compute, outside_limits
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
@@ -65,11 +65,11 @@ Records = dict[str, tuple[Segment, ...]]
 def open_splits(config: TrainConfig) -> tuple[Records, Records]:
     """Segments of training and of validation, by the `data` of the streams that read them."""
     access = Access(**vars(config.data.read), input_limits=config.input_limits)
+    entries = entries_of(config.specs, config.data.name, config.data.catalog)
     train, validation = (
         open_records(
             config.specs,
-            config.data.name,
-            config.data.catalog,
+            entries,
             split,
             in_memory=config.data.in_memory,
             access=access,
@@ -216,6 +216,7 @@ def build_module(
     model = build_model(config, scales)
     warm = bool(config.warm_start.checkpoints) and not resumed
     outside = classes_outside(resolved, builtin_names())
+    entries = entries_of(config.specs, config.data.name, config.data.catalog)
     record: dict[str, Any] = {
         "format": FORMAT,
         "atmossl": __version__,
@@ -231,7 +232,8 @@ def build_module(
         "step_hours": step_hours,
         "seen": {data: record.to_dict() for data, record in (seen or {}).items()},
         "data": config.data.name,
-        "levels_are": catalog_entry(config.data.name, config.data.catalog).levels_are,
+        "levels_are": entries[PRIMARY].levels_are,
+        "catalog": _remembered(config, entries),
         "config": resolved,
         "warm_start": warm_started(config, model, outside.values()) if warm else {},
     }
@@ -251,6 +253,16 @@ def build_module(
     )
     checkpoint_activations(config, model)
     return module
+
+
+def _remembered(config: TrainConfig, entries: Mapping[str, CatalogEntry]) -> dict[str, Any]:
+    """Entries of the user's own, by the streams' `data`; those of the package are always there."""
+    names = {data: config.data.name if data == PRIMARY else data for data in entries}
+    return {
+        data: remembered(entry)
+        for data, entry in entries.items()
+        if not is_shipped(names[data], config.data.catalog)
+    }
 
 
 def checkpoint_activations(config: TrainConfig, model: Network) -> None:

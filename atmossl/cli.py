@@ -18,6 +18,7 @@ from atmossl.composition import (
     MAPPINGS,
     as_entry,
     compose_config,
+    compose_training,
     compose_with_task_file,
     compose_with_tasks,
     in_one_line,
@@ -44,6 +45,7 @@ from atmossl.overrides import (
 from atmossl.plugins import check_plugins
 from atmossl.process_lifetime import (
     end_with_parent,
+    is_first_rank,
     is_started_by_first_rank,
     lost_another_process,
 )
@@ -87,8 +89,11 @@ The keys are those of conf/; `atmossl config show` prints them all with their va
 
 
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration of a training run; what it takes from a checkpoint is filled in."""
-    values = compose_with_tasks("train", overrides)
+    """The configuration of a training run; what it takes from a checkpoint, or from the folder of
+    a run that goes on, is filled in."""
+    values, note = compose_training(overrides)
+    if note and is_first_rank(os.environ):
+        Console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
     if values["warm_start"]["network"] is not True:
         return values
     from atmossl.commands.common import plain

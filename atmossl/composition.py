@@ -33,6 +33,7 @@ from atmossl.overrides import (
 from atmossl.process_lifetime import run_name
 from atmossl.refused_words import compose_all
 from atmossl.renamed_keys import with_present_names
+from atmossl.stored_config import stored_config
 
 _OF_TRAIN = (
     "trainer.extra", "callbacks", "logger.others", "data.transforms", "model.dims",
@@ -199,6 +200,21 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         compose_with_task_file([f"task={name}", "output=_", *folders])["task"] for name in names
     ]
     return values | _changed({"tasks": tasks}, own)
+
+
+def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The configuration of a training run, and a line where it is that of a run that goes on."""
+    words = [open_ended(as_entry(item, "train"), MAPPINGS["train"]) for item in arguments]
+    stored = stored_config(
+        words, find_file("conf"), lambda items: compose_with_tasks("train", items)
+    )
+    if stored is None:
+        return compose_with_tasks("train", arguments), ""
+    values, changed = stored
+    more = f"; changed: {', '.join(changed)}" if changed else ""
+    file = f"{value_of('paths.output', words)}/config.yaml"
+    note = f"note: goes on with the configuration of {file}{more}"
+    return with_present_names(values), note
 
 
 def _lists(word: str, folders: Sequence[str]) -> bool:

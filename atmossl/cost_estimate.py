@@ -15,7 +15,7 @@ from atmossl.build import (
     checkpoint_activations,
     optimizer_settings,
 )
-from atmossl.data.sources import open_records, paired
+from atmossl.data.sources import entries_of, open_records, paired
 from atmossl.masking.views import make_views
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
@@ -150,7 +150,8 @@ def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
     window = config.data.window
     if window.lat and window.lon and {spec.data for spec in config.specs} == {PRIMARY}:
         return [(window.time, window.lat, window.lon)] * len(config.specs)
-    records = open_records(config.specs, config.data.name, config.data.catalog, "train")
+    entries = entries_of(config.specs, config.data.name, config.data.catalog)
+    records = open_records(config.specs, entries, "train")
     segment = paired(records)[0]
     return [window.on(segment).points(segment, spec) for spec in config.specs]
 

@@ -140,7 +140,7 @@ def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
     """What to say of a word that does not fit."""
     key, _, value = word.lstrip("+~").partition("=")
     if kind in _UNKNOWN:
-        return _of_unknown(key, known)
+        return of_unknown(key, known)
     if kind == "there":
         return f"{word}: {key} is there already; leave out the +"
     if kind == "choice":
@@ -156,7 +156,7 @@ def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
     return f"{word}: {key.rpartition('.')[0] or key} takes one value and has no further keys"
 
 
-def _of_unknown(key: str, known: Mapping[str, Any]) -> str:
+def of_unknown(key: str, known: Mapping[str, Any]) -> str:
     """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
     corrected, values = list[str](), known
     for part in key.split("."):

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from atmossl.batch import PRIMARY
-from atmossl.data.catalog import catalog_entry
+from atmossl.data.catalog import CatalogEntry, catalog_entry, recalled
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.sources import open_records, paired
@@ -116,6 +116,25 @@ def open_checkpoint(
     return trained, segments
 
 
+def entries_for(trained: TrainedModel, data: StoreChoice) -> dict[str, CatalogEntry]:
+    """Catalog entries of every source of a checkpoint by the streams' `data`: of the store that is
+    chosen, else those that the checkpoint remembers of its training.
+
+    Raises:
+        ValueError: an unknown entry, or a store that is not where it was.
+    """
+    kept = trained.record.get("catalog", {}) if data.catalog is None else {}
+    names = {PRIMARY: data.name or trained.data}
+    names |= {spec.data: spec.data for spec in trained.specs if spec.data != PRIMARY}
+    chosen = {PRIMARY} if data.name is not None else set()
+    return {
+        source: recalled(kept[source])
+        if source in kept and source not in chosen
+        else catalog_entry(name, data.catalog)
+        for source, name in sorted(names.items(), key=lambda pair: pair[0] != PRIMARY)
+    }
+
+
 def open_for(
     trained: TrainedModel,
     data: StoreChoice,
@@ -133,9 +152,8 @@ def open_for(
         ValueError: unknown entry or segment, or a store that lacks what the checkpoint needs.
     """
     access = Access(input_limits=input_limits)
-    records = open_records(
-        trained.specs_for(task), data.name or trained.data, data.catalog, split, access=access
-    )
+    entries = entries_for(trained, data)
+    records = open_records(trained.specs_for(task), entries, split, access=access)
     segments = paired(records)
     for segment in segments:
         trained.check_levels(segment)

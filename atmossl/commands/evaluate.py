@@ -10,8 +10,7 @@ from rich.console import Console
 
 from atmossl.api import out_of_training_warnings
 from atmossl.batch import PRIMARY
-from atmossl.commands.common import check_split, device_for, note, open_for
-from atmossl.data.catalog import catalog_entry
+from atmossl.commands.common import check_split, device_for, entries_for, note, open_for
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
@@ -64,8 +63,7 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
     try:
         trained = load_checkpoint(config.checkpoint, config.plugins)
         if config.forecasts:
-            entry = catalog_entry(config.data.name or trained.data, config.data.catalog)
-            reports = [compare_forecasts(config, entry)]
+            reports = [compare_forecasts(config, entries_for(trained, config.data)[PRIMARY])]
         else:
             test, training = (
                 open_for(

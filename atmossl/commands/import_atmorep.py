@@ -18,7 +18,7 @@ from atmossl.commands.atmorep_normalisation import with_atmorep_normalisation
 from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD
 from atmossl.data.segment import Segment
-from atmossl.data.sources import open_records
+from atmossl.data.sources import entries_of, open_records
 from atmossl.data.statistics import DAYS, Seen, Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
@@ -61,7 +61,7 @@ def import_atmorep(
         network = _network(core, specs)
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error
-    segments = open_records(specs, data, catalog, "train")[PRIMARY]
+    segments = open_records(specs, entries_of(specs, data, catalog), "train")[PRIMARY]
     _check_store(segments, specs, core.settings, data)
     check_room(output, 1)
     statistics = load_or_compute(segments)

@@ -5,6 +5,8 @@ Entries stand in the file of the package, in `atmossl_catalog.yaml` of the worki
 store does as well: its entry is then what `atmossl.data.proposal` makes of it.
 """
 
+import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +21,7 @@ Gaps = Literal["error", "split"]
 LevelKind = Literal["pressure", "model"]
 StoreFormat = Literal["auto", "zarr", "netcdf", "icechunk", "kerchunk", "atmorep", "anemoi"]
 _COORDINATES = ("time", "level", "latitude", "longitude")
+_SECRET = re.compile(r"key|secret|token|password|credential", re.I)
 _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
 
 
@@ -185,13 +188,42 @@ def is_location(name: str) -> bool:
     return "://" in name or any(character in name for character in "/*") or Path(name).exists()
 
 
-def located(entry: CatalogEntry) -> CatalogEntry:
-    """The entry with absolute paths, which it keeps wherever it is read from."""
-    segments = {
-        name: segment.model_copy(update={"location": absolute(segment.location)})
-        for name, segment in entry.segments.items()
-    }
-    return entry.model_copy(update={"segments": segments})
+def is_shipped(name: str, path: Path | None) -> bool:
+    """Whether the entry of that name in the catalog of that file is one of the package."""
+    return path is None and name in _read(find_file("data_catalog.yaml"))
+
+
+def remembered(entry: CatalogEntry) -> dict[str, Any]:
+    """The entry as plain values for the record of a checkpoint, with absolute paths, and without
+    words that give access to a store: a checkpoint is passed on."""
+    values = entry.model_dump(mode="json", exclude_defaults=True)
+    for segment in values["segments"].values():
+        segment["location"] = absolute(segment["location"])
+        options = segment.get("storage_options", {})
+        segment["storage_options"] = {
+            key: value
+            for key, value in options.items()
+            if value in ("anon", True, False) or not _SECRET.search(f"{key} {value}")
+        }
+    return values
+
+
+def recalled(values: Mapping[str, Any]) -> CatalogEntry:
+    """The entry that `remembered` kept.
+
+    Raises:
+        ValueError: its store is not where it was.
+    """
+    entry = CatalogEntry(**values)
+    for segment in entry.segments.values():
+        path = Path(resolve_location(segment.location))
+        there = any(path.parent.glob(path.name)) if "*" in path.name else path.exists()
+        if "://" not in segment.location and not there:
+            raise ValueError(
+                f"data: the checkpoint was trained on {path}, which is not there any more; say "
+                "where it is: data=NAME data.catalog=FILE.yaml of an entry that does, or data=PATH"
+            )
+    return entry
 
 
 def absolute(location: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from atmossl.batch import PRIMARY, StreamSpec
-from atmossl.data.catalog import Split, catalog_entry
+from atmossl.data.catalog import CatalogEntry, Split, catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.segment import HOUR, DataSource, Segment
 from atmossl.data.store import open_split
@@ -37,26 +37,39 @@ class StoreRequest:
         )
 
 
+def entries_of(
+    specs: Sequence[StreamSpec], name: str, catalog: Path | None
+) -> dict[str, CatalogEntry]:
+    """Catalog entries of every source that the streams read, by their `data`; that of the primary
+    source, `name`, comes first.
+
+    Raises:
+        ValueError: an unknown entry.
+    """
+    return {
+        data: catalog_entry(name if data == PRIMARY else data, catalog)
+        for data in [PRIMARY, *sorted({spec.data for spec in specs} - {PRIMARY})]
+    }
+
+
 def open_records(
     specs: Sequence[StreamSpec],
-    name: str,
-    catalog: Path | None,
+    entries: Mapping[str, CatalogEntry],
     split: Split,
     *,
     in_memory: bool = False,
     access: Access = _DEFAULT_ACCESS,
 ) -> dict[str, tuple[Segment, ...]]:
-    """Segments of one split of every source that the streams read, by their `data`; those of the
-    primary source, which is catalog entry `name`, come first.
+    """Segments of one split of every source, in the order of their entries.
 
     Raises:
-        ValueError: an unknown entry, or whatever `open_split` refuses.
+        ValueError: whatever `open_split` refuses.
     """
     records = {}
-    for data in [PRIMARY, *sorted({spec.data for spec in specs} - {PRIMARY})]:
+    for data, entry in entries.items():
         needs = StoreRequest.of([spec for spec in specs if spec.data == data])
         records[data] = open_split(
-            catalog_entry(name if data == PRIMARY else data, catalog),
+            entry,
             split,
             variables=needs.variables,
             levels=needs.levels,

@@ -11,7 +11,7 @@ from torch import Tensor
 from atmossl.batch import PRIMARY, StreamSpec, StreamWindow, TokenSize
 from atmossl.checkpoint_formats import migrated
 from atmossl.data.segment import Segment
-from atmossl.data.sources import check_window, open_records, paired
+from atmossl.data.sources import check_window, entries_of, paired
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
@@ -300,4 +300,4 @@ def test_a_checkpoint_of_format_3_names_its_primary_source() -> None:
 
 def test_an_unknown_entry_is_named() -> None:
     with pytest.raises(ValueError, match="reduced"):
-        open_records(SPECS, "sample", None, "train")
+        entries_of(SPECS, "sample", None)
