@@ -77,6 +77,7 @@ class Model:
         tilings: int = 2,
         batch_size: int = 16,
         seed: int = 0,
+        members: int | None = None,
         fill_missing: bool = False,
         input_limits: InputLimits = "refuse",
         others: Mapping[str, xr.Dataset] | None = None,
@@ -86,7 +87,8 @@ class Model:
         """One task at the given init or valid times, at all that are possible by default.
 
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
-        or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
+        or a mapping with the keys of such a file; or a task object. members: how many draws of
+        noise, for a network of `model.ensemble=noise`, each a whole field. dataset: CF names, dims
         (time, level, latitude, longitude) in any order. fill_missing: predict where it never has a
         value, too. input_limits: whether values that no atmosphere has are refused, taken with a
         warning (`warn`), or not looked for (`off`). others: the datasets of streams with `data` of
@@ -97,7 +99,14 @@ class Model:
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
-        _check_choices(dataset, layout, input_limits, tilings=tilings, batch_size=batch_size)
+        _check_choices(
+            dataset,
+            layout,
+            input_limits,
+            tilings=tilings,
+            batch_size=batch_size,
+            members=members or 1,
+        )
         sampler = _sampler(task, choices)
         options = Options(
             overlap=overlap,
@@ -105,6 +114,7 @@ class Model:
             batch_size=batch_size,
             device=self.device,
             seed=seed,
+            members=members,
             fill_missing=fill_missing,
         )
         record = self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits)

@@ -63,6 +63,7 @@ def _plan(config: PredictConfig) -> Plan:
         batch_size=config.batch_size,
         device=device_for(config.accelerator),
         seed=config.seed,
+        members=config.members,
         fill_missing=config.missing == "fill",
     )
     trained, segments = open_checkpoint(config, config.task)

@@ -103,9 +103,11 @@ class Options:
     overlap: share of a tile that its neighbour covers as well. tilings: how many tilings are
     averaged, each shifted eastwards by an equal part of a token, where the grid is a whole circle
     and the task lets tiles lie anywhere. lon_shift: cells by which all of them are shifted.
-    batch_size: tiles in one call of the model, of any time or member. seed: of the order in which
-    members go on in a rollout. fill_missing: predict also where a variable is missing in the whole
-    window, which is NaN in the output otherwise, such as sea-surface temperature on land.
+    batch_size: tiles in one call of the model, of any time or member. seed: of the noise that makes
+    members differ, or of the order in which members of a tail go on in a rollout. members: how many
+    draws of noise; None: `EVALUATED_MEMBERS`, or all that a tail has. fill_missing: predict also
+    where a variable is missing in the whole window, which is NaN in the output otherwise, such as
+    sea-surface temperature on land.
     """
 
     overlap: float
@@ -114,6 +116,7 @@ class Options:
     tilings: int = 1
     lon_shift: int = 0
     seed: int = 0
+    members: int | None = None
     fill_missing: bool = False
 
 
@@ -229,6 +232,12 @@ def plan_prediction(
             records or the model.
     """
     trained.require("reconstruct")
+    if options.members is not None and not trained.model.any_member:
+        raise ValueError(
+            f"members={options.members}: the members of this checkpoint are the fixed outputs of "
+            "its tail; leave members=null. Any number can be drawn of a network with "
+            "model.ensemble=noise"
+        )
     segment = segments[0]
     steps = task.plan(trained.window.time, segment.step_hours / task.time_refinement)
     grid = _grid(task, segment)

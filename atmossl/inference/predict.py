@@ -63,9 +63,10 @@ def predict_fields(
 def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
     """One init time: every member's state is the start of its own next pass.
 
-    A member of the tail has its own place in the distribution everywhere on the globe; going on
-    with the same one would push it further out at each pass. So who takes which member of the next
-    pass is drawn anew, by (seed, init time, pass), each member once.
+    A draw of noise goes on with its own noise (`model.ensemble=noise`), which follows from pass to
+    pass. A member of the tail has its own place in the distribution everywhere on the globe; going
+    on with the same one would push it further out at each pass. So who takes which member of the
+    next pass is drawn anew, by (seed, init time, pass), each member once.
 
     What is static stays, and what is computed from time and place is so at every date. Streams
     with data of their own go on at the steps of their own store.
@@ -90,7 +91,9 @@ def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
         states = states * num_members if number == 0 else states
         states = [_appended(plan, states[m], joined, m) for m in range(num_members)]
         latest = init + begin + steps.steps_per_pass * step
-        order = _order(plan.options.seed, init, number, num_members)
+        order = list(range(num_members))
+        if not plan.trained.model.any_member:
+            order = _order(plan.options.seed, init, number, num_members)
         sources = [
             _source(plan, segment, state, latest, member)
             for state, member in zip(states, order, strict=True)

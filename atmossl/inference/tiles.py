@@ -19,22 +19,29 @@ from atmossl.inference.windows import WindowReader, columns, masked_view
 from atmossl.masking.base import coarsen, repeat_coarse
 from atmossl.masking.tasks import Downscaling, Points
 from atmossl.model.layout import scatter
+from atmossl.model.network import EVALUATED_MEMBERS
 from atmossl.tokens import detokenise
 
 
 class TileBlender:
     """Weighted mean of the tiles of one case, over the bands of latitude that are still open.
 
-    Members of the same number in two tiles are hardly related, so their mean has less spread than
-    either. Each member's departure from the ensemble mean is therefore scaled where tiles overlap,
-    such that the variance over members is the weighted mean of the tiles' variances; the ensemble
-    mean is the weighted mean of theirs.
+    Members that are draws of noise (`model.ensemble=noise`) are the same field in all tiles, and
+    their mean is all there is to it.
+
+    Members of a tail of the same number in two tiles are hardly related, so their mean has less
+    spread than either (`keeps_variance`). Each member's departure from the ensemble mean is
+    therefore scaled where tiles overlap, such that the variance over members is the weighted mean
+    of the tiles' variances; the ensemble mean is the weighted mean of theirs.
 
     levels: of every variable in hPa; a tile of one stream may hold some of them.
     """
 
-    def __init__(self, num_lon: int, levels: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, num_lon: int, levels: Mapping[str, tuple[int, ...]], *, keeps_variance: bool = True
+    ) -> None:
         self.num_lon = num_lon
+        self.keeps_variance = keeps_variance
         self.levels = levels
         self.south = 0  # first row that is held
         self._fields: Fields = {}
@@ -45,7 +52,8 @@ class TileBlender:
         tile's."""
         share = weight.astype(np.float32)
         self._add(self._fields, spec, values * share, tile)
-        self._add(self._variance, spec, values.var(axis=2, keepdims=True) * share, tile)
+        if self.keeps_variance:
+            self._add(self._variance, spec, values.var(axis=2, keepdims=True) * share, tile)
 
     def _add(self, fields: Fields, spec: StreamSpec, weighted: np.ndarray, tile: Box) -> None:
         top = tile.lat_start + tile.lat_size - self.south
@@ -76,10 +84,9 @@ class TileBlender:
     def take(self, end: int) -> tuple[slice, Fields]:
         """Rows up to `end`, to which no more tiles come; they are forgotten here."""
         rows, count = slice(self.south, max(end, self.south)), max(end - self.south, 0)
-        done = {
-            name: _with_variance(field[..., :count, :], self._variance[name][..., :count, :])
-            for name, field in self._fields.items()
-        }
+        done = {name: field[..., :count, :] for name, field in self._fields.items()}
+        for name, variance in self._variance.items():
+            done[name] = _with_variance(done[name], variance[..., :count, :])
         self._fields = _rows_from(self._fields, count)
         self._variance = _rows_from(self._variance, count)
         self.south = rows.stop
@@ -171,8 +178,12 @@ def _predicted(
     device = plan.options.device
     views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
     view = views.to(device).views[0]
+    model = plan.trained.model.to(device)
     with torch.inference_mode():
-        prediction = plan.trained.model.to(device)(view)
+        if model.any_member:
+            prediction = model(*_with_noise(plan, view, [sources[tile.case] for tile in batch]))
+        else:
+            prediction = model(view)
     streams = [stream for stream in view.streams if stream.spec.role == "predict"]
     return [
         (stream.spec, _windows(plan, sources, stream, predicted, batch))
@@ -180,10 +191,28 @@ def _predicted(
     ]
 
 
+def _with_noise(
+    plan: Plan, view: View, sources: Sequence[Source]
+) -> tuple[View, list[int | Tensor]]:
+    """The view with one seed for all its samples, and the members to draw: the noise of a member
+    depends on the seed, place and time alone, so that tiles, dates and passes agree. A source that
+    asks for one member of a rollout has its own number in the batch."""
+    assert view.noise_seed is not None
+    seeded = replace(view, noise_seed=torch.full_like(view.noise_seed, plan.options.seed))
+    chosen = [source.member for source in sources if source.member is not None]
+    if chosen:
+        return seeded, [torch.tensor(chosen, device=view.noise_seed.device)]
+    return seeded, list(range(plan.options.members or EVALUATED_MEMBERS))
+
+
 def _blenders(plan: Plan) -> dict[str, TileBlender]:
     """One for the grid of every source, that of the primary one last."""
     return {
-        data: TileBlender(plan.grid_of(data).shape[1], plan.trained.predicted_levels(data))
+        data: TileBlender(
+            plan.grid_of(data).shape[1],
+            plan.trained.predicted_levels(data),
+            keeps_variance=not plan.trained.model.any_member,
+        )
         for data in plan.coverage
     }
 
@@ -218,12 +247,12 @@ def _members_of(
     plan: Plan, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
 ) -> Fields:
     """The blended ensemble with calibrated spread, or the one member of it that a source asks
-    for: single members of tiles that overlap would average out."""
+    for: of a tail, single members of tiles that overlap would average out."""
     if data == PRIMARY:  # streams of other sources are not calibrated
         lat, lon = plan.grid.latitude[rows], plan.grid.longitude
         calibration = Calibration(plan.trained.record, plan.task)
         fields = calibration.apply(fields, leads / HOUR, lat, lon)
-    if source.member is None:
+    if source.member is None or plan.trained.model.any_member:
         return fields
     return {name: values[:, [source.member]] for name, values in fields.items()}
 
@@ -294,7 +323,9 @@ def _fields(
     """Some steps of windows in the variables' own units: predicted where hidden, as given
     elsewhere."""
     spec = stream.spec
-    fields = coherent(detokenise(_in_place(predicted, stream), spec)[..., steps, :, :], spec)
+    fields = detokenise(_in_place(predicted, stream), spec)[..., steps, :, :]
+    if not plan.trained.model.any_member:
+        fields = coherent(fields, spec)
     number = [tile.view.names().index(spec.name) for tile in batch]
     hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
     hidden = hidden[..., steps, :, :].to(fields.device)

@@ -408,6 +408,7 @@ def _request(plan: Plan, times: np.ndarray, names: str) -> dict[str, str]:
         "overlap": str(plan.options.overlap),
         "tilings": str(plan.options.tilings),
         "seed": str(plan.options.seed),
+        "members": str(plan.options.members),
         "missing": "fill" if plan.options.fill_missing else "keep",
         "layout": names,
         **_content_of_stores(plan, times),

@@ -139,7 +139,7 @@ class AtmoRepNetwork(Network):
         return AtmoRepInput(values.flip(3, 6), info)
 
     def reconstruct(
-        self, latents: Latents, view: View, members: Sequence[int] | None = None
+        self, latents: Latents, view: View, members: Sequence[int | Tensor] | None = None
     ) -> Prediction:
         """Members of the hidden tokens; the view's first guess takes no part."""
         del members  # they are fixed functions of the input

@@ -215,7 +215,7 @@ class Multiformer(Network):
         return TokenPlace(turns, chosen, grid.shape, grid.periodic)
 
     def reconstruct(
-        self, latents: Latents, view: View, members: Sequence[int] | None = None
+        self, latents: Latents, view: View, members: Sequence[int | Tensor] | None = None
     ) -> Prediction:
         """Ensemble of patches for every hidden token of the view's predicted streams."""
         predictions = []
@@ -230,7 +230,7 @@ class Multiformer(Network):
         return Prediction(tuple(predictions))
 
     def _noise(
-        self, view: View, stream: StreamTokens, members: Sequence[int] | None
+        self, view: View, stream: StreamTokens, members: Sequence[int | Tensor] | None
     ) -> Iterator[Float[Tensor, "batch query channel"] | None]:
         """The noise of every member at the tokens that are asked for. None: one pass gives all."""
         if not self.any_member:

@@ -75,11 +75,12 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def reconstruct(
-        self, latents: Latents, view: View, members: Sequence[int] | None = None
+        self, latents: Latents, view: View, members: Sequence[int | Tensor] | None = None
     ) -> Prediction:
         """Values of the tokens that the view hides.
 
-        members: numbers of the members, where `any_member` is true; None: those of training, and at
+        members: numbers of the members, where `any_member` is true; [batch] where every sample has
+        its own; None: those of training, and at
         least `EVALUATED_MEMBERS` outside of it.
         """
         raise NotImplementedError
@@ -89,7 +90,7 @@ class Network(nn.Module):
         guess nor the ends take part."""
         raise NotImplementedError
 
-    def forward(self, view: View, members: Sequence[int] | None = None) -> Prediction:
+    def forward(self, view: View, members: Sequence[int | Tensor] | None = None) -> Prediction:
         # by the class: on shards the methods of an object gather its weights and let them go again,
         # which the call of the object has done already
         kind = type(self)

@@ -33,7 +33,7 @@ _FREQUENCIES = 5  # of one wave: along x, y, z, time and log pressure
 def noise_field(
     grid: TokenGrid,
     seeds: Int[Tensor, "batch"],
-    member: int,
+    member: int | Int[Tensor, "batch"],
     lengths_km: tuple[float, ...],
 ) -> Float[Tensor, "batch token channel"]:
     """Values of one member's noise at all tokens of a grid, each channel of mean 0, variance 1.
@@ -43,7 +43,8 @@ def noise_field(
 
         exp(-(d / length)^2 / 2 - (t / time)^2 / 2 - h^2 / 2),    time = length / (10 m/s).
 
-    seeds: one number per sample, which the same sample has in all its tiles.
+    seeds: one number per sample, which the same sample has in all its tiles. member: its number,
+    or one per sample.
     """
     channels = CHANNELS_PER_LENGTH * len(lengths_km)
     normal, phase = _draws(seeds, member, channels)
@@ -65,7 +66,7 @@ def noise_field(
 
 
 def _draws(
-    seeds: Int[Tensor, "batch"], member: int, channels: int
+    seeds: Int[Tensor, "batch"], member: int | Int[Tensor, "batch"], channels: int
 ) -> tuple[Float[Tensor, "batch channel wave frequency"], Float[Tensor, "batch channel wave"]]:
     """Normal numbers for the frequencies and uniform phases in [0, 2 pi) of every wave."""
     shape = (channels, _NUM_WAVES, 2 * _FREQUENCIES + 1)

@@ -435,6 +435,7 @@ class PredictConfig(CheckpointConfig):
     task: ChosenTask
     init_time: Times
     tilings: Positive
+    members: Positive | None
     seed: NotNegative
     layout: Literal["cf", "weatherbench2"]
     resume: bool
@@ -515,6 +516,7 @@ class EvaluateConfig(CheckpointConfig):
     ridge: bool
     bootstrap: Positive
     tilings: Positive
+    members: Positive | None
     seed: NotNegative
 
     @model_validator(mode="after")

@@ -85,6 +85,7 @@ def _runs(
         tilings=config.tilings,
         batch_size=config.batch_size,
         device=device,
+        members=config.members,
     )
     runs: list[list[_Run]] = []
     for task in config.tasks:

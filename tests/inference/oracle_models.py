@@ -23,7 +23,13 @@ NAMES = ("temperature", "u_component_of_wind")
 STORE = dataset(steps=12)
 
 
-class Known(nn.Module):
+class Oracle(nn.Module):
+    """What inference asks of a network beside its values."""
+
+    any_member = False
+
+
+class Known(Oracle):
     """Members: a function of the tokens of a stream, plus each of `offsets` (normalised)."""
 
     def __init__(
@@ -46,7 +52,7 @@ class Known(nn.Module):
         return Prediction(tuple(streams))
 
 
-class Diffusing(nn.Module):
+class Diffusing(Oracle):
     """The last state plus noise of normalised variance 1, new in every point, member and tile."""
 
     def __init__(self, num_members: int) -> None:

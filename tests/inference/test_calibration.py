@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from atmossl.batch import PRIMARY
 from atmossl.inference.calibration import Calibration, SpreadInflation, estimate_inflation
@@ -14,10 +13,10 @@ from atmossl.inference.predict import predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.oracle_models import STORE, Diffusing, Known, predictor, run_at
+from tests.inference.oracle_models import STORE, Diffusing, Known, Oracle, predictor, run_at
 
 
-class Overconfident(nn.Module):
+class Overconfident(Oracle):
     """The truth plus noise, in members that are spread a third of what they err."""
 
     def forward(self, view):

@@ -15,7 +15,7 @@ from atmossl.inference.plan import Plan
 from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
-from tests.inference.oracle_models import NAMES, STORE, Known, run_at
+from tests.inference.oracle_models import NAMES, STORE, Known, Oracle, run_at
 from tests.inference.oracle_models import predictor as known
 from tests.synthetic import spec
 
@@ -60,7 +60,7 @@ def test_a_region_smaller_than_the_windows_of_the_training_is_predicted_in_whole
         predictor(TemporalInterpolation(6), store=region, specs=tall)
 
 
-class Columns(nn.Module):
+class Columns(Oracle):
     """Gives every point the number of its column within its token, 0 or 1."""
 
     def forward(self, view: View) -> Prediction:

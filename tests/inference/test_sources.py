@@ -23,7 +23,7 @@ from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.tokens import detokenise
-from tests.inference.oracle_models import NAMES, Known, run_at
+from tests.inference.oracle_models import NAMES, Known, Oracle, run_at
 from tests.synthetic import dataset
 
 LEVELS = (300, 850)
@@ -63,7 +63,7 @@ def predictor(
     return plan_prediction(trained, task, [segment], options)
 
 
-class Spy(nn.Module):
+class Spy(Oracle):
     """Returns the truth, and keeps what it was shown."""
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from torch import nn
 
 from atmossl.batch import PRIMARY
 from atmossl.geometry import gaussian_latitudes
@@ -18,7 +17,16 @@ from atmossl.inference.regions import read_cell_mask, read_stations
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import AllButStations, CellMask, CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.oracle_models import NAMES, STORE, Diffusing, Known, predictor, run_at, segment
+from tests.inference.oracle_models import (
+    NAMES,
+    STORE,
+    Diffusing,
+    Known,
+    Oracle,
+    predictor,
+    run_at,
+    segment,
+)
 from tests.synthetic import dataset, spec
 
 BOX = LatLonBox(-40, 20, 300, 100)  # across Greenwich
@@ -28,7 +36,7 @@ TWO_STREAMS = (
 )
 
 
-class Spy(nn.Module):
+class Spy(Oracle):
     """Returns the truth, and keeps what it was shown."""
 
     def __init__(self) -> None:

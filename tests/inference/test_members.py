@@ -1,0 +1,94 @@
+"""Members that are draws of noise: one field over all tiles, dates, batches and passes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from atmossl.batch import PRIMARY, Prediction, StreamPrediction, TokenGrid, View
+from atmossl.inference.plan import Plan
+from atmossl.inference.predict import predict_fields
+from atmossl.masking.tasks import Forecast, TemporalInterpolation
+from atmossl.model.layout import gather
+from atmossl.model.noise import noise_field
+from tests.inference.oracle_models import STORE, Known, Oracle, predictor, run_at
+
+LENGTHS = (900.0,)
+
+
+class Noisy(Oracle):
+    """The first guess plus one channel of a member's noise, the same in all cells of a token."""
+
+    any_member = True
+
+    def forward(self, view: View, members) -> Prediction:
+        (stream,) = view.streams
+        assert stream.queries is not None and view.noise_seed is not None
+        guess = gather(stream.guess.flatten(1, 4), stream.queries)
+        drawn = []
+        for member in members:
+            noise = noise_field(stream.grid, view.noise_seed, member, LENGTHS)[..., :1]
+            drawn.append(guess + gather(noise, stream.queries))
+        return Prediction((StreamPrediction(torch.stack(drawn, dim=2), stream.queries),))
+
+
+def departures(plan: Plan, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Of members from the first, normalised, of temperature [step member level lat lon]."""
+    std = plan.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
+    return (fields["temperature"] - fields["temperature"][:, :1]) / std
+
+
+def noise_of(member: int, hours: np.ndarray) -> np.ndarray:
+    """On the globe's own cells [time lat lon] at a level, from tokens of 2 x 2 cells."""
+    lat, lon = (STORE[axis].values.reshape(-1, 2).mean(1) for axis in ("latitude", "longitude"))
+    extent = torch.ones(1)
+    grid = TokenGrid(
+        time_hours=torch.tensor(hours)[None], level_hpa=torch.tensor([[500.0]]),
+        lat=torch.tensor(lat)[None], lon=torch.tensor(lon)[None],
+        time_extent=extent, lat_extent=extent, lon_extent=extent,
+    )  # fmt: skip
+    values = noise_field(grid, torch.tensor([7]), member, LENGTHS)[0, :, 0]
+    values = values.view(len(hours), len(lat), len(lon)).numpy()
+    return values.repeat(2, axis=1).repeat(2, axis=2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"overlap": 0.0}, {"batch_size": 100}])
+def test_a_member_is_the_noise_of_the_globe_in_all_tiles(changes: dict) -> None:
+    """Of tiles whose tokens lie alike, to the bit of rounding; others see the field in between."""
+    used = predictor(TemporalInterpolation(6), Noisy(), members=3, seed=7, **changes)
+    found = departures(used, run_at(used, 6))
+    hours = (STORE["time"].values[6:7] - np.datetime64("1970-01-01")) / np.timedelta64(1, "h")
+    for member in (1, 2):
+        expected = noise_of(member, hours) - noise_of(0, hours)
+        np.testing.assert_allclose(found[:, member, 1], expected, atol=2e-3)
+
+
+def test_members_of_a_rollout_go_on_with_their_own_noise() -> None:
+    """From pass to pass a member's increments are those of its noise at the later times, whatever
+    the number of members and of tiles in a call."""
+    task = Forecast(24, rollout_hours=6)
+    used = predictor(task, Noisy(), members=3, seed=7, batch_size=5)
+    whole = run_at(used, 4)["temperature"]
+    fewer = predictor(task, Noisy(), members=2, seed=7, batch_size=1)
+    np.testing.assert_allclose(run_at(fewer, 4)["temperature"], whole[:, :2], rtol=1e-5)
+    steps = departures(used, {"temperature": whole})
+    hours = (STORE["time"].values[5:9] - np.datetime64("1970-01-01")) / np.timedelta64(1, "h")
+    added = (noise_of(2, hours) - noise_of(0, hours)).cumsum(axis=0)  # the guess is persistence
+    np.testing.assert_allclose(steps[:, 2, 1], added, atol=1e-2)
+
+
+def test_a_tail_has_no_more_members_than_it_has() -> None:
+    with pytest.raises(ValueError, match="members=20: .* tail; leave members=null"):
+        predictor(Forecast(6), Known(lambda stream: stream.guess), members=20)
+
+
+def test_seeds_draw_other_members() -> None:
+    fields = []
+    for seed in (1, 2):
+        used = predictor(Forecast(6), Noisy(), members=2, seed=seed)
+        (predicted,) = predict_fields(used, [STORE["time"].values[6]])
+        fields.append(predicted["temperature"])
+    assert not np.allclose(*fields, atol=0.1)
+    used = replace(used, options=replace(used.options, members=None))
+    assert run_at(used, 6)["temperature"].shape[1] == 8
