@@ -147,6 +147,8 @@ def _diagnostic_groups(report: TaskReport) -> list[dict[str, Any]]:
             continue
         example = levels[variable]
         chosen, title = pick(dataset, example.level), _heading(example)
+        if not any(values.notnull().any() for values in chosen.data_vars.values()):
+            continue  # such as means of boxes, of a task that hides single cells
         if diagnostic.startswith("rank_histogram"):
             of = diagnostic.removeprefix("rank_histogram").replace("_", " ").replace("x", " x ")
             group = f"Rank histograms of{of}s" if of else "Rank histograms"
