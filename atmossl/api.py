@@ -99,24 +99,12 @@ class Model:
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
-        _check_choices(
-            dataset,
-            layout,
-            input_limits,
-            tilings=tilings,
-            batch_size=batch_size,
-            members=members or 1,
-        )
+        counts = {"tilings": tilings, "batch_size": batch_size}
+        counts |= {} if members is None else {"members": members}
+        _check_choices(dataset, layout, input_limits, **counts)
         sampler = _sampler(task, choices)
-        options = Options(
-            overlap=overlap,
-            tilings=tilings,
-            batch_size=batch_size,
-            device=self.device,
-            seed=seed,
-            members=members,
-            fill_missing=fill_missing,
-        )
+        settings = {"device": self.device, "seed": seed, "fill_missing": fill_missing}
+        options = Options(overlap=overlap, **counts, **settings)
         record = self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits)
         plan = plan_prediction(self.trained, sampler, [record], options)
         _check_data(plan, data)
@@ -130,11 +118,7 @@ class Model:
             with owned(Path(output), "output"):
                 write(plan, chosen, Path(output), names=layout)
             return _opened(Path(output), data)
-        parts = list(predictions(plan, chosen, layout, data))
-        if not parts:
-            raise ValueError(f"data={data!r} has no step at what is predicted")
-        along = next(name for name in ("init_time", "time") if name in parts[0].dims)
-        return xr.concat(parts, along, combine_attrs="override", data_vars="minimal", join="outer")
+        return _in_memory(plan, chosen, layout, data)
 
     def embed(
         self,
@@ -263,6 +247,14 @@ def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) 
     for key, count in counts.items():
         if count < 1:
             raise ValueError(f"{key}={count}; valid: 1 or more")
+
+
+def _in_memory(plan: Plan, times: np.ndarray, layout: LayoutName, data: str) -> xr.Dataset:
+    parts = list(predictions(plan, times, layout, data))
+    if not parts:
+        raise ValueError(f"data={data!r} has no step at what is predicted")
+    along = next(name for name in ("init_time", "time") if name in parts[0].dims)
+    return xr.concat(parts, along, combine_attrs="override", data_vars="minimal", join="outer")
 
 
 def _opened(output: Path, data: str) -> xr.Dataset:
