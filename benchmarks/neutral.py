@@ -65,7 +65,7 @@ def training_digests(folder: Path) -> dict[str, str]:
     losses = table["train/loss"].dropna()
     assert len(losses) == STEPS, f"{len(losses)} losses of {STEPS} steps"
     # `ratio/` was renamed `rmse_ratio/`; digests are compared across that change
-    ratios = sorted(name for name in table if "ratio/" in name)
+    ratios = sorted(name for name in table if name.startswith(("ratio/", "rmse_ratio/")))
     return {
         "losses": digest(losses.to_numpy()),
         "validation": digest(table[ratios].dropna().to_numpy()),

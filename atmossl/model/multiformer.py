@@ -190,7 +190,9 @@ class Multiformer(Network):
         for layer in self.encoder:
             features = layer(features, places)
             for name, x in features.items():
-                layers[name].append(Latent(x, places[name]))
+                # a view, so that the gradients of all decoder layers that read a layer are summed
+                # before that of the next layer is added: sums depend on their order
+                layers[name].append(Latent(x.view_as(x), places[name]))
         return {
             stream.spec.name: StreamLatents(
                 tuple(layers[stream.spec.name]), given[stream.spec.name], stream.grid
