@@ -54,6 +54,7 @@ from atmossl.plugins import UntrustedError, check_listed, check_plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.targets import MASKS, REGIONS, ChosenTask, choose
+from atmossl.setting_types import hours
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 
@@ -361,9 +362,9 @@ def chosen_times(plan: Plan | Embedder, times: Times, every: int = 1) -> np.ndar
         return found
     names = [str(name) if isinstance(name, str) else name  # plain ones are shown in messages
              for name in _named(times, plan.segment.calendar)]  # fmt: skip
-    parse = plan.segment.calendar.parse
     try:
-        found = np.unique(np.array([parse(name) for name in names], plan.segment.times.dtype))
+        dates = [date for name in names for date in _dates_of(name, plan)]
+        found = np.unique(np.array(dates, plan.segment.times.dtype))
     except ValueError as error:
         raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
     if len(found) == 0:
@@ -371,6 +372,34 @@ def chosen_times(plan: Plan | Embedder, times: Times, every: int = 1) -> np.ndar
     for time in found:
         plan.find(time)
     return found
+
+
+def _dates_of(name: Any, plan: Plan | Embedder) -> list[np.datetime64]:
+    """The date that is named, or those of a range `START/END` or `START/END/STEP`, both ends
+    included: a day as a whole. Without a step, all that the store serves.
+
+    Raises:
+        ValueError: no dates, no duration, or none in the range.
+    """
+    calendar = plan.segment.calendar
+    if not isinstance(name, str) or "/" not in name:
+        return [calendar.parse(name)]
+    start, end, *step = name.split("/")
+    if len(step) > 1:
+        raise ValueError("valid: START/END or START/END/STEP, such as 2020-01-01/2020-03-31/12h")
+    first, last = calendar.parse(start), calendar.parse_end(end)
+    if step:
+        seconds = round(3600 * hours(step[0]))
+        if seconds == 0:
+            raise ValueError(f"step {step[0]} of {name}; valid: a duration such as 12h")
+        spacing = np.timedelta64(seconds, "s")
+        dates = first + np.arange((last - first) // spacing + 1) * spacing
+    else:
+        possible = plan.possible_times()
+        dates = possible[(possible >= first) & (possible <= last)]
+    if len(dates) == 0:
+        raise ValueError(f"{name} holds no date that the store serves")
+    return list(dates)
 
 
 def _named(times: Any, calendar: Calendar) -> list[Any]:

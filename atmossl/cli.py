@@ -62,7 +62,7 @@ _USAGE = """atmossl COMMAND [key=value ...]
   predict   atmossl predict task=forecast checkpoint=PATH init_time=1959-02-01T00 output=out.zarr
             task: forecast | hindcast | temporal_interpolation | downscaling | inpainting |
                   cross_variable | combined | counterfactual
-            atmossl predict task=forecast task.lead_time=5d layout=weatherbench2 output=out.nc
+            atmossl predict task=forecast init_time=1959-02-01/1959-02-09/2d output=out.nc
             atmossl predict task=my_task.yaml init_time=all every=4 output=out.zarr resume=true
   embed     atmossl embed checkpoint=PATH init_time=1959-02-01T00 output=latents.zarr
             atmossl embed checkpoint=PATH layer=0 init_time=all every=4 output=latents.zarr

@@ -55,7 +55,7 @@ class Pace:
 
 
 @contextmanager
-def telling(what: str, total: int) -> Iterator[Callable[[int], object]]:
+def telling(what: str, total: float) -> Iterator[Callable[[float], object]]:
     """Show how much of `total` units of work is done; the value takes how many more have been.
 
     On a terminal this is a bar that is gone when the work is done. A log file gets a line after a
@@ -74,7 +74,7 @@ def telling(what: str, total: int) -> Iterator[Callable[[int], object]]:
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(what, total=total)
 
-    def advance(count: int) -> None:
+    def advance(count: float) -> None:
         bar.start()  # only now: there may be nothing to do
         bar.advance(task, count)
 
@@ -87,11 +87,11 @@ def telling(what: str, total: int) -> Iterator[Callable[[int], object]]:
 class _Lines:
     """Lines that tell how far work is, for a log file."""
 
-    def __init__(self, what: str, total: int, console: Console) -> None:
+    def __init__(self, what: str, total: float, console: Console) -> None:
         self._what, self._total, self._console = what, total, console
-        self._done, self._pace, self._due = 0, Pace(), _QUIET_SECONDS
+        self._done, self._pace, self._due = 0.0, Pace(), _QUIET_SECONDS
 
-    def __call__(self, count: int) -> None:
+    def __call__(self, count: float) -> None:
         self._done += count
         seconds = self._pace.seconds()
         if seconds < self._due:

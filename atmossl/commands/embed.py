@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from atmossl.api import chosen_times
 from atmossl.commands.common import device_for, open_checkpoint
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.locks import owned
+from atmossl.progress import telling
 from atmossl.schema import EmbedConfig, parse
 from atmossl.stops import keeping
 
@@ -37,9 +37,5 @@ def _embed(config: EmbedConfig) -> None:
     )
     wanted = None if config.init_time == "all" else config.init_time
     times = chosen_times(embedder, wanted, config.every)
-    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        shown = bar.add_task(f"latents, {len(times)} times", total=len(times))
-        write_embeddings(
-            embedder, times, config.output, advance=lambda share: bar.advance(shown, share)
-        )
+    with telling(f"latents, {len(times)} times", len(times)) as advance:
+        write_embeddings(embedder, times, config.output, advance=advance)

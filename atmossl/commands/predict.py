@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from atmossl.api import chosen_times, out_of_training_warnings
 from atmossl.checkpoint_files import check_room, size_on_disk, write_output
@@ -21,8 +20,9 @@ from atmossl.inference.calibration import (
 from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
 from atmossl.inference.plan import Options, Plan, plan_prediction
 from atmossl.inference.predict import predict_parts
-from atmossl.inference.writer import check_output, check_request, write
+from atmossl.inference.writer import OutputLayout, check_output, check_request, write
 from atmossl.locks import owned
+from atmossl.progress import console_of_output, telling
 from atmossl.schema import PredictConfig, parse
 from atmossl.stops import keeping
 
@@ -37,16 +37,16 @@ def predict(values: Mapping[str, Any]) -> Path:
         check_request(plan, times, config.output, config.layout)
         for caution in out_of_training_warnings(plan, times):
             note(f"this checkpoint was not trained for {caution}")
-        columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns) as bar:
-            shown = bar.add_task(f"{config.task.name}, {len(times)} times", total=len(times))
+        if len(times) * plan.steps.num_passes > 1:
+            console_of_output().print(_extent(config, plan, times))
+        with telling(f"{config.task.name}, {len(times)} times", len(times)) as advance:
             write(
                 plan,
                 times,
                 config.output,
                 names=config.layout,
                 resume=config.resume,
-                advance=lambda share: bar.advance(shown, share),
+                advance=advance,
             )
     Console(markup=False).print(
         f"checkpoint: {config.checkpoint} (digest {plan.trained.digest})\n"
@@ -54,6 +54,19 @@ def predict(values: Mapping[str, Any]) -> Path:
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return config.output
+
+
+def _extent(config: PredictConfig, plan: Plan, times: np.ndarray) -> str:
+    """How much will be predicted; how long it takes is told with the progress."""
+    show, passes = plan.segment.calendar.show, plan.steps.num_passes
+    num_members = int(plan.trained.record["model"].get("num_members", 1))
+    first = OutputLayout(plan, times[:1], num_members, config.layout)
+    size = len(times) * first.dataset().nbytes / 2**20
+    each = f", {passes} passes each" if passes > 1 else ""
+    return (
+        f"{len(times)} times from {show(times[0])} to {show(times[-1])}{each}: some "
+        f"{size:,.0f} MiB before compression; init_time=START/END/STEP or every=N chooses fewer"
+    )
 
 
 def _plan(config: PredictConfig) -> Plan:

@@ -44,6 +44,32 @@ def test_predictions_are_dated_in_the_records_calendar(task, suffix: str, tmp_pa
                 np.testing.assert_allclose(found, now, atol=2e-5)
 
 
+@pytest.mark.parametrize("store", [STORE, MODEL])
+def test_a_range_names_the_dates_within_both_its_ends(store: xr.Dataset) -> None:
+    used = predictor(TemporalInterpolation(6), Known(attrgetter("target")), store=store)
+    show = used.segment.calendar.show
+    every = [show(time) for time in used.segment.times]
+    possible = [show(time) for time in used.possible_times()]
+    first, last = possible[0], possible[-1]
+
+    def chosen(*names: str) -> list[str]:
+        return [show(time) for time in chosen_times(used, list(names))]
+
+    assert chosen(f"{every[0]}/{every[-1]}") == possible
+    assert chosen(f"{first}/{last}/12h") == possible[::2]
+    assert chosen(f"{first[:10]}/{first[:10]}") == [t for t in possible if t[:10] == first[:10]]
+    assert chosen(last, f"{first}/{first}/1d") == [first, last]
+    for text, message in (
+        (f"{every[0]}/{every[-1]}/6h", "lacks steps around it"),
+        (f"{last}/{first}/6h", "holds no date"),
+        (f"{first}/{last}/6", "'6' is no duration"),
+        (f"{first}/{last}/0h", "step 0h"),
+        (f"{first}/{last}/6h/1", "START/END/STEP"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chosen(text)
+
+
 def test_the_part_of_a_record_that_holds_the_dates_is_predicted() -> None:
     gappy = STORE.isel(time=[0, 1, 2, 3, 4, 7, 8, 9, 10, 11])
     parts = open_parts("waves", gappy, "memory", variables=NAMES, levels=(300, 500, 850),
