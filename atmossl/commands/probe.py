@@ -75,6 +75,7 @@ def _options(config: ProbeConfig) -> ProbeOptions:
         layers=config.layers,
         every=config.every,
         places=config.places,
+        withheld=config.withheld,
         block_days=config.block_days,
         resamples=config.bootstrap,
         seed=config.seed,

@@ -99,12 +99,13 @@ class Embedder:
     """The latents of one encoder layer over records of one grid and time step.
 
     The reference time (`init_time`) is the last step of a window. layer: 0 the first, -1 the last.
-    overlap, batch_size: as of `Options`. Streams with data of their own are shown to the
-    encoder, but their latents, which lie on other cells, are not given.
+    overlap, batch_size: as of `Options`. withheld: streams that the encoder is not shown.
+    Streams with data of their own are shown to the encoder, but their latents, which lie on other
+    cells, are not given.
 
     Raises:
-        ValueError: an objective that teaches no latents, no such layer, or a grid that is no whole
-            number of tokens.
+        ValueError: an objective that teaches no latents, no such layer or stream, or a grid that
+            is no whole number of tokens.
     """
 
     trained: TrainedModel
@@ -113,9 +114,16 @@ class Embedder:
     overlap: float
     batch_size: int
     device: str
+    withheld: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.trained.require("embed")
+        names = [spec.name for spec in self.trained.own_specs]
+        if not set(self.withheld) <= set(names) or len(set(self.withheld)) == len(names):
+            raise ValueError(
+                f"withheld={list(self.withheld)}: the checkpoint's streams are {names}, of which "
+                "one at least must be shown"
+            )
         count = self.trained.model.num_encoder_layers
         if not -count <= self.layer < count:
             raise ValueError(f"layer={self.layer}; valid: {-count} to {count - 1}")
@@ -124,6 +132,11 @@ class Embedder:
     @property
     def segment(self) -> Segment:
         return self.segments[0]
+
+    @property
+    def shown_specs(self) -> tuple[StreamSpec, ...]:
+        """The run's own streams without those that are withheld."""
+        return tuple(spec for spec in self.trained.own_specs if spec.name not in self.withheld)
 
     @property
     def _steps(self) -> int:
@@ -183,7 +196,7 @@ class Embedder:
         blends = [
             {
                 spec.name: _Blend(spec, num_lat, num_lon, self._first_lon)
-                for spec in self.trained.own_specs
+                for spec in self.shown_specs
             }
             for _ in layers
         ]
@@ -212,6 +225,7 @@ class Embedder:
             band = reader.read(source, around)
             for number in numbers:
                 windows = columns(band, source.segment, around, plan.tiles[number])
+                windows = tuple(w for w in windows if w.spec.name not in self.withheld)
                 view = make_view(windows, hide_nothing, rng, first_guess=used.first_guess)
                 yield _Tile(plan.tiles[number], plan.weights[number], view)
 

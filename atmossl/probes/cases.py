@@ -78,6 +78,13 @@ class TokenPlaces:
     columns: Int[np.ndarray, "case place"]
     first_column: int = 0
 
+    def spread_out(self, most: int = 512) -> tuple[np.ndarray, np.ndarray]:
+        """Latitude and longitude of all tokens, or of each n-th row and column so that there are
+        no more than `most`."""
+        every = int(np.ceil(np.sqrt(len(self.latitude) * len(self.longitude) / most)))
+        grid = np.meshgrid(self.latitude[::every], self.longitude[::every], indexing="ij")
+        return grid[0].ravel(), grid[1].ravel()
+
     def token_means(self, cells: Float[np.ndarray, "case lat lon"]) -> np.ndarray:
         """Mean of the cells of every token, [case row column]."""
         blocks = self.blocks(cells)

@@ -21,12 +21,15 @@ from atmossl.probes.cases import Cases, Run, TokenPlaces, hours_of_day_and_year
 
 @dataclass(frozen=True)
 class Features:
-    """What a probe sees. layer: of the encoder; None for features that have none."""
+    """What a probe sees. layer: of the encoder; None for features that have none. tokens: of the
+    last layer, those of the whole sphere, or evenly spread ones of them.
+    """
 
     source: str
     layer: int | None
     pooled: Float[np.ndarray, "case feature"]
     local: Float[np.ndarray, "case place feature"]
+    tokens: Float[np.ndarray, "case token feature"] | None = None
 
 
 def layer_normalised(latents: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
@@ -54,7 +57,7 @@ def encoded(
     source: str,
     advance: Callable[[float], object] = float,  # of no consequence
 ) -> list[Features]:
-    """Latents of every layer at all cases. embedders: of every run."""
+    """Latents of every layer, from 0 on, at all cases. embedders: of every run."""
     dates = [
         (embedder, time)
         for embedder, run in zip(embedders, runs, strict=True)
@@ -62,18 +65,28 @@ def encoded(
     ]
     pooled: list[list[np.ndarray]] = [[] for _ in layers]
     local: list[list[np.ndarray]] = [[] for _ in layers]
+    tokens: list[np.ndarray] = []
     for case, (embedder, time) in enumerate(dates):
         for number, streams in enumerate(embedder.fields_of_layers(time, layers)):
             last = [_last_step(stream) for stream in streams.values()]
-            grids = zip(last, streams.values(), strict=True)
+            grids = list(zip(last, streams.values(), strict=True))
             pooled[number].append(np.concatenate([_pooled(*pair) for pair in grids]))
-            grids = zip(last, streams.values(), strict=True)
             rows, columns = places.rows[case], places.columns[case]
             at = places.latitude[rows], places.longitude[columns]
             local[number].append(np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1))
+            if layers[number] == max(layers):
+                at = places.spread_out()
+                everywhere = np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1)
+                tokens.append(everywhere.astype(np.float16))
         advance(1.0)
     return [
-        Features(source, layer, np.stack(pooled[number]), np.stack(local[number]))
+        Features(
+            source,
+            layer,
+            np.stack(pooled[number]),
+            np.stack(local[number]),
+            np.stack(tokens) if layer == max(layers) else None,
+        )  # fmt: skip
         for number, layer in enumerate(layers)
     ]
 

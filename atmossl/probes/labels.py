@@ -118,6 +118,12 @@ def height_500(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
     return now["geopotential"].sel(level=500) / GRAVITY
 
 
+def humidity_850(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
+    """Specific humidity at 850 hPa in g kg-1; scored as an anomaly from every place's mean."""
+    del before
+    return 1000.0 * now["specific_humidity"].sel(level=850)
+
+
 def _everywhere(now: xr.Dataset, values: np.ndarray) -> xr.DataArray:
     """Values [case latitude longitude ...], broadcast, on the cells of a dataset."""
     shape = (now.sizes["case"], now.sizes["latitude"], now.sizes["longitude"])
@@ -154,6 +160,9 @@ LABELS: Mapping[str, Label] = {
     "vorticity_extreme": Label(
         cyclonic_vorticity, "extreme",
         (("u_component_of_wind", 850), ("v_component_of_wind", 850)), persists=True, local=True,
+    ),
+    "humidity": Label(
+        humidity_850, "number", (("specific_humidity", 850),), persists=True, local=True
     ),
     "latitude_belt": Label(latitude_belt, "class", local=True),
     "local_hour": Label(local_hour, "number", local=True),

@@ -43,13 +43,15 @@ class ProbeOptions:
 
     probes: names of `labels.PROBES`; empty for all that the checkpoint's fields allow. layers: of
     the encoder; empty for all. every: of all dates, each n-th. places: per date, for labels of a
-    place. block_days, resamples: of the bootstrap. overlap, batch_size: of the tiles.
+    place. withheld: streams that neither the encoder nor the baselines of raw values see.
+    block_days, resamples: of the bootstrap. overlap, batch_size: of the tiles.
     """
 
     probes: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     every: int = 3
     places: int = 32
+    withheld: tuple[str, ...] = ()
     block_days: float = 4.0
     resamples: int = 500
     seed: int = 0
@@ -153,7 +155,7 @@ class ProbeRun:
 
         trained = latents(self.trained, "latents")
         random = latents(random_network(self.trained, self.options.seed), "random")
-        levels = levels_by_variable(self.trained.own_specs)
+        levels = levels_by_variable(self.embedders[0].shown_specs)
         raw = raw_values(self.cases, self.places, levels)
         components = principal_components(raw, self.cases, like=trained[-1])
         position = position_and_calendar(self.cases, self.places)
@@ -169,6 +171,8 @@ class ProbeRun:
         outcomes = scorer.references()
         for features in sources:
             outcomes += [scorer.linear(features), scorer.neighbours(features)]
+            if question.is_of_a_date and features.tokens is not None:
+                outcomes.append(scorer.attentive(features, self.places))
         best = best_by_validation(outcomes, "latents", "linear")
         features = next(s for s in sources if (s.source, s.layer) == ("latents", best.layer))
         headline = scorer.with_refits(best, features)
@@ -186,7 +190,7 @@ def _is_possible(name: str, levels: Mapping[str, Sequence[int]]) -> bool:
 def _embedder(trained: TrainedModel, segment: Segment, options: ProbeOptions) -> Embedder:
     return Embedder(
         trained=trained, segments=(segment,), layer=-1, overlap=options.overlap,
-        batch_size=options.batch_size, device=options.device,
+        batch_size=options.batch_size, device=options.device, withheld=options.withheld,
     )  # fmt: skip
 
 

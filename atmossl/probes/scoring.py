@@ -16,13 +16,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 
 from atmossl.evaluation.bootstrap import BlockBootstrap, resampled_means
+from atmossl.probes.attentive import fit_attentive
 from atmossl.probes.cases import Cases, TokenPlaces
 from atmossl.probes.features import Features
 from atmossl.probes.labels import DISTANCE, LABELS, Label, date_pairs
 from atmossl.probes.models import Rows, chosen_strength, fit_linear, nearest_neighbours
 
 EXTREME_QUANTILE = 0.95
-METHODS = ("linear", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Question:
     case: Int[np.ndarray, "row"]
     persistence: Float[np.ndarray, "row target"] | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def is_of_a_date(self) -> bool:
+        return not self.local and self.pairs is None
 
     def inputs(self, features: Features) -> Float[np.ndarray, "row feature"]:
         """What a probe sees in every row: of two dates, the distance of every feature."""
@@ -250,6 +254,21 @@ class Scorer:
         return self.outcome(
             features.source, "neighbours",
             lambda name: nearest_neighbours(rows["train"], rows[name]), layer=features.layer,
+        )  # fmt: skip
+
+    def attentive(self, features: Features, places: TokenPlaces) -> Outcome:
+        """One query that attends to all tokens, for labels of a date."""
+        tokens, part = features.tokens, self._part
+        assert tokens is not None and self.question.is_of_a_date
+        targets, (latitude, _) = self.question.targets, places.spread_out()
+        train, validation = (
+            (tokens[part(split)], targets[part(split)]) for split in ("train", "validation")
+        )
+        area = np.cos(np.deg2rad(latitude)).clip(0.0)
+        predict = fit_attentive(train, validation, area, seed=self.seed)
+        return self.outcome(
+            features.source, "attentive", lambda split: predict(tokens[part(split)]),
+            layer=features.layer,
         )  # fmt: skip
 
     def with_refits(self, outcome: Outcome, features: Features) -> Outcome:

@@ -52,6 +52,9 @@ def headline_table(summary: Summary) -> pd.DataFrame:
             "skill": f"{headline['skill']:.2f} ({headline['low']:.2f} to {headline['high']:.2f})",
             "refits": f"{headline['refits_low']:.2f} to {headline['refits_high']:.2f}",
         }
+        attentive = rows_where(summary.scores, **of_probe, source="latents", method="attentive")
+        for one in attentive.to_dict("records"):
+            row["attentive"] = f"{one['skill']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
         for one in found.to_dict("records"):
             beaten = " *" if one["low"] > 0 else ""
             row[one["baseline"]] = f"{one['baseline_skill']:.2f}{beaten}"

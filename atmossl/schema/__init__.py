@@ -462,7 +462,8 @@ class ProbeConfig(Strict):
 
     checkpoint: one or several. probes: names, empty for all that the checkpoint's fields allow.
         layers: of the encoder, empty for all. every: of all dates, each n-th. places: per date, for
-        labels of a place. block_days, bootstrap: length of a block and number of draws.
+        labels of a place. withheld: streams that the encoder is not shown. block_days, bootstrap:
+        length of a block and number of draws.
     """
 
     checkpoint: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
@@ -471,6 +472,7 @@ class ProbeConfig(Strict):
     layers: tuple[int, ...]
     every: Positive
     places: Positive
+    withheld: tuple[str, ...]
     block_days: Annotated[float, Field(gt=0.0)]
     bootstrap: Positive
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)]

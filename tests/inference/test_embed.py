@@ -123,6 +123,17 @@ def test_one_pass_gives_the_latents_of_several_layers() -> None:
             np.testing.assert_allclose(fields[name].latents[..., 0], layer, atol=1e-5)
 
 
+def test_a_withheld_stream_is_neither_seen_nor_written() -> None:
+    used, time = model(TWO, 4, 8).trained, STORE["time"].values[7]
+    whole = Embedder(used, (segment(),), -1, 0.5, 3, "cpu").fields(time)
+    fields = Embedder(used, (segment(),), -1, 0.5, 3, "cpu", ("wind",)).fields(time)
+    assert list(fields) == ["air"]
+    np.testing.assert_array_equal(fields["air"].latents, whole["air"].latents)
+    for withheld in (("winds",), ("wind", "air")):
+        with pytest.raises(ValueError, match="streams are .'air', 'wind'., of which one at least"):
+            Embedder(used, (segment(),), -1, 0.5, 3, "cpu", withheld)
+
+
 def test_streams_with_tokens_of_their_own_have_dims_of_their_own() -> None:
     found = model(TWO, 4, 8).embed(STORE, STORE["time"].values[7], layer=0)
     assert found["latents_air"].shape == (1, 2, 3, 4, 4, 6)

@@ -202,6 +202,22 @@ def test_neighbours_agree_with_a_search_by_hand() -> None:
     np.testing.assert_allclose(nearest_neighbours(train, asked), expected, atol=1e-6)
 
 
+def test_attention_finds_what_pooling_averages_away() -> None:
+    """The label is a feature of one token, which another feature marks; the means over tokens of
+    both are no help."""
+    rng = np.random.default_rng(0)
+    made, count = cases(80), 320
+    tokens, marked = rng.standard_normal((count, 32, 6)), rng.integers(0, 32, count)
+    tokens[:, :, 0] = 0.0
+    tokens[np.arange(count), marked, 0] = 5.0
+    targets = tokens[np.arange(count), marked, 1][:, None]
+    scorer = Scorer(question(made, targets), made, BOOTSTRAP)
+    seen = replace(features(tokens.mean(axis=1)), tokens=tokens)
+    places = draw_places(np.array([-67.5, -22.5, 22.5, 67.5]), np.arange(8) * 45.0, count, 1, rng)
+    assert scorer.linear(seen).skill < 0.2
+    assert scorer.attentive(seen, places).skill > 0.8
+
+
 def test_a_constant_label_is_refused_by_name() -> None:
     made = cases(6)
     for hours in made.states:
