@@ -40,11 +40,12 @@ def summarise(config: ProbeConfig) -> Summary:
     """
     for split in SPLITS:
         check_split(config.data, split)
-    prepared = {name: _prepared(name, config) for name in config.checkpoint}
+    prepared = {name: _prepared(name, config) for name in dict.fromkeys(config.checkpoint)}
     probed: dict[str, Probed] = {}
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
-        for name, run in prepared.items():
+        for name in list(prepared):
+            run = prepared.pop(name)  # its fields are not kept in memory
             shown = bar.add_task(f"probes of {name}", total=run.num_windows)
             probed[name] = run.run(lambda done, task=shown: bar.advance(task, done))
     return Summary(
