@@ -154,7 +154,12 @@ def _start_of(resume: str | None, checkpoints: Path) -> Start | None:
     if resume is None:
         return None
     if resume != "auto":
-        return start_from(checkpoint_path(resume))
+        try:
+            path = checkpoint_path(resume)
+        except ValueError as error:
+            words = str(error).removeprefix(f"checkpoint={resume}")
+            raise ValueError(f"resume={resume}{words}, or resume=auto") from error
+        return start_from(path)
     start = newest_start(checkpoints)
     if start is not None and start.passed_over:
         note_once(f"resume=auto goes on from {start.path}: {'; '.join(start.passed_over)}")

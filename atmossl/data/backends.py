@@ -140,7 +140,10 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
     """
     location = resolve_location(entry.location)
     if "://" not in location and not Path(location).exists() and "*" not in location:
-        raise ValueError(f"store {location} does not exist")
+        raise ValueError(
+            f"store {location} does not exist; valid: a zarr store, a NetCDF file, a folder or a "
+            "pattern of such files, or a URL"
+        )
     kind = _format_of(location) if entry.format == "auto" else entry.format
     try:
         retries = access.retries_of(location)
