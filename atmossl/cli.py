@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from atmossl import __version__
 from atmossl.composition import (
     MAPPINGS,
     as_entry,
@@ -51,41 +53,6 @@ from atmossl.process_lifetime import (
 )
 from atmossl.renamed_keys import renamed_override
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
-
-_USAGE = """atmossl COMMAND [key=value ...]
-
-  train     atmossl train experiment=quickstart trainer.max_steps=500 model.dim=128 logger=wandb
-            atmossl train -m model.dim=64,128        one run for each value; launcher=slurm
-            atmossl train -m hparams_search=optuna   search for the lowest validation error
-            atmossl train paths.output=runs/mine resume=auto
-            atmossl train --config-dir my_conf masking=mine      files of your own; docs/plugins.md
-  predict   atmossl predict task=forecast checkpoint=PATH init_time=1959-02-01T00 output=out.zarr
-            task: forecast | hindcast | temporal_interpolation | downscaling | inpainting |
-                  cross_variable | combined | counterfactual
-            atmossl predict task=forecast init_time=1959-02-01/1959-02-09/2d output=out.nc
-            atmossl predict task=my_task.yaml init_time=all every=4 output=out.zarr resume=true
-  embed     atmossl embed checkpoint=PATH init_time=1959-02-01T00 output=latents.zarr
-            atmossl embed checkpoint=PATH layer=0 init_time=all every=4 output=latents.zarr
-  probe     atmossl probe checkpoint=PATH probes=[jet_latitude,anomaly_24h] output=report
-            atmossl probe checkpoint=[PATH,PATH] every=5 output=report     and how alike they are
-  calibrate atmossl calibrate task=forecast checkpoint=PATH output=new.ckpt
-  evaluate  atmossl evaluate checkpoint=PATH output=report every=4
-            atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report
-  import    atmossl import atmorep FOLDER data=NAME output=atmorep.ckpt    docs/atmorep.md
-  export    atmossl export checkpoint=PATH output=small.ckpt    weights and record alone
-            atmossl export checkpoint=PATH,PATH output=mean.ckpt    mean of the weights
-            atmossl export checkpoint=PATH hub=FOLDER [report=FOLDER]    for a model hub
-  data      atmossl data add STORE [name=NAME]    a catalog entry for a store of your own
-            atmossl data list | atmossl data inspect NAME | atmossl data stats [key=value ...]
-            atmossl data stats climatologies=[month,cell_month] output=climate [--force]
-            atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24
-  config    atmossl config show | validate [key=value ...]      of a training run
-  info      atmossl info checkpoint=PATH [plugins=[my_package]]
-            atmossl info model=large trainer=fsdp memory=80 --check     does a run fit 80 GiB?
-
-plugins=[my_package] lets a checkpoint run the code of that package, see docs/plugins.md.
-The keys are those of conf/; `atmossl config show` prints them all with their values.
-"""
 
 
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
@@ -377,6 +344,7 @@ def _import(arguments: Sequence[str]) -> None:
         )
 
 
+COMPLETION = ("-sc", "--shell-completion")  # options in the place of a command
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "predict": _predict,
@@ -390,6 +358,34 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "config": _config,
     "info": _info,
 }
+
+
+def _help(arguments: Sequence[str]) -> str:
+    """Of the command that stands first, with its action; without one, of all."""
+    from atmossl.help import help_of, overview
+
+    words = [word for word in arguments if not word.startswith("-")]
+    if not words or words[0] not in _COMMANDS:
+        return overview()
+    return help_of(words[0], "".join(words[1:2]))
+
+
+def _print(text: str) -> None:
+    Console(markup=False).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _run(command: str, words: Sequence[str]) -> None:
+    """Do what a command does, or print what an option of Hydra asks for."""
+    if command not in COMPLETION and not {"--cfg", "-c", "--info"} & set(words):
+        _COMMANDS[command](words)
+        return
+    from atmossl.hydra_options import completion, explained, option
+
+    if command in COMPLETION:
+        _print(completion(words))
+        return
+    what, others = option(words)
+    _print(explained(command, others, str(what)))
 
 
 def _quieten() -> None:
@@ -432,16 +428,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quieten()
     show_in_one_line()
     console = Console(stderr=True)
-    if not arguments or {"-h", "--help"} & set(arguments):
-        Console().print(_USAGE, markup=False, highlight=False)
+    if not arguments or {"-h", "--help", "--version"} & set(arguments):
+        _print(__version__ if "--version" in arguments else _help(arguments))
         return 0
     command, *rest = map(renamed_override, joined(arguments))
-    if command not in _COMMANDS:
-        console.print(f"atmossl: no command {command!r}; valid: {', '.join(_COMMANDS)}")
+    if command not in (*_COMMANDS, *COMPLETION):
+        close = get_close_matches(command, _COMMANDS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(_COMMANDS)}"
+        console.print(f"atmossl: no command {command!r}{meant}", highlight=False, soft_wrap=True)
         return 2
     try:
         with answering(command), naming_extras():
-            _COMMANDS[command](rest)
+            _run(command, rest)
     except ValueError as error:
         text, code = str(error), 2
     except FloatingPointError as error:

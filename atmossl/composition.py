@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -56,6 +56,23 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: one line for each override that does not fit, and for all else that is wrong.
     """
+    with _hydra_takes(name, overrides) as words:
+        config, faults = compose_all(name, words, find_file("conf"))
+        values = to_plain(config)
+    if faults:
+        raise ValueError("\n".join([*faults, *_other_faults(name, values, faults)]))
+    return values
+
+
+def hydra_config(name: str, overrides: Sequence[str]) -> Any:
+    """Like `compose_config`, with Hydra's own settings and nothing resolved."""
+    with _hydra_takes(name, overrides) as words:
+        return compose(name, words, return_hydra_config=True)
+
+
+@contextmanager
+def _hydra_takes(name: str, overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The words as Hydra takes them, and Hydra in a state to compose conf/NAME.yaml."""
     GlobalHydra.instance().clear()
     mappings = MAPPINGS.get(name, ())
     overrides = [open_ended(as_entry(item, name), mappings) for item in overrides]
@@ -66,12 +83,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         in_one_line(overrides),
         initialize_config_dir(str(find_file("conf")), version_base="1.3"),
     ):
-        words = [for_hydra(item) for item in overrides]
-        config, faults = compose_all(name, words, find_file("conf"))
-        values = to_plain(config)
-    if faults:
-        raise ValueError("\n".join([*faults, *_other_faults(name, values, faults)]))
-    return values
+        yield [for_hydra(item) for item in overrides]
 
 
 def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> list[str]:

@@ -195,3 +195,12 @@ def test_the_task_of_the_documentation_runs() -> None:
     )
     polar = filled["temperature"].sel(latitude=slice(65, None)).std("member")
     assert (polar > 0).mean() > 0.9
+
+
+def test_a_model_prints_as_three_lines() -> None:
+    first, second, third = repr(atmossl.load(device="cpu")).splitlines()
+    assert first == (
+        "Model(5 variables, 3 levels, 8.1 M parameters, trained on sample, "
+        "1959-01-10 to 1959-02-19;"
+    )
+    assert "temperature, u_component_of_wind" in second and "on cpu, digest " in third

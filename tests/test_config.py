@@ -115,8 +115,8 @@ def test_keys_of_another_objective_are_its_own() -> None:
         ("objective.lag_hours=[0,6]", "objective.lag_hours.0=0: valid: above 0"),
         ("objective.lag_hours=[12,6]", "objective.lag_hours=.*the shortest first"),
         ("objective.loss=triplet", "objective.loss='triplet'.*nt_xent"),
-        ("data.batch_size=1", "data.batch_size=1 but Contrastive compares .* at least 2"),
-        ("data.unreadable=skip", "data.unreadable=skip but Contrastive"),
+        ("data.batch_size=1", "data.batch_size=1 but objective=contrastive compares .* at least 2"),
+        ("data.unreadable=skip", "data.unreadable=skip but objective=contrastive"),
     ],
 )
 def test_pairs_that_do_not_fit_are_named(override: str, message: str) -> None:

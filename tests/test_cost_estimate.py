@@ -34,10 +34,14 @@ def test_a_run_that_does_not_fit_is_refused_with_advice_that_makes_it_fit(
     enough, lacking = ((share * whole.process_bytes) / 2**30 for share in (1.01, 0.67))
     arguments = ["info", *RUN, "data.batch_size=16", "trainer.accelerator=gpu", "--check"]
     assert main([*arguments, f"memory={enough}"]) == 0
-    capsys.readouterr()
+    table = capsys.readouterr().out
+    # the rate of this device says nothing about the one that is asked about
+    assert re.search(r"^fits: needs .* of .* GiB per device$", table, re.MULTILINE)
+    assert "MiB" not in table and "samples/s" not in table
     assert main([*arguments, f"memory={lacking}"]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "try trainer.recompute=full; or" in told
+    assert told.startswith("atmossl info: does not fit: needs ")
     advised = re.findall(r"data\.batch_size=\d+|trainer\.accumulate=\d+", told)
     assert len(advised) == 2
     assert found(*advised).fits(lacking)

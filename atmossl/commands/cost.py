@@ -24,7 +24,7 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
     config: TrainConfig = parse(TrainConfig, plain(values))
     wanted, here = config.trainer.accelerator, torch.cuda.is_available()
     on_host = wanted == "cpu" or (wanted == "auto" and not here and memory_gib is None)
-    found, rate = estimate(config, on_host=on_host), _matmul_rate(config)
+    found = estimate(config, on_host=on_host)
     cost, memory = found.cost, memory_gib or _device_memory_gib()
     table = Table("what", "value", show_header=False)
     rows = {f"parameters of {part}": f"{count:,}" for part, count in cost.parameters.items()}
@@ -42,28 +42,30 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
         "gradients": cost.gradients,
         "activations": cost.activations,
     }
-    rows |= {f"{kind}, unsharded": _mib(size) for kind, size in kinds.items()}
-    rows[f"tensors per device, {config.trainer.strategy}"] = _mib(found.device_bytes)
+    rows |= {f"{kind}, unsharded": _gib(size) for kind, size in kinds.items()}
+    rows[f"tensors per device, {config.trainer.strategy}"] = _gib(found.device_bytes)
     what = "process with its libraries" if on_host else "device with its runtime"
-    rows[f"memory of a {what}"] = _mib(found.process_bytes)
+    rows[f"memory of a {what}"] = _gib(found.process_bytes)
     rows["there is"] = f"{memory:.1f} GiB"
-    speed = 0.5 * rate / cost.flops * found.batch_size
-    rows["samples/s per device at half this device's rate"] = f"{speed:.3g}"
-    rows["data rate per device then"] = f"{speed * found.bytes_per_sample / 2**20:.3g} MiB/s"
+    if memory_gib is None:  # the device that is asked about is this one
+        speed = 0.5 * _matmul_rate(config) / cost.flops * found.batch_size
+        rows["samples/s per device at half this device's rate"] = f"{speed:.3g}"
+        rows["data rate per device then"] = f"{speed * found.bytes_per_sample / 2**20:.3g} MiB/s"
     for key, value in rows.items():
         table.add_row(key, value)
     Console(markup=False).print(table)
+    needs = f"needs {_gib(found.process_bytes)} of {memory:.3g} GiB per device"
     if found.fits(memory):
+        Console(markup=False).print(f"fits: {needs}", highlight=False)
         return
-    message = f"needs {_mib(found.process_bytes)} of {memory:.1f} GiB per device; try "
-    message += advice(config, found, memory)
+    message = f"does not fit: {needs}; try {advice(config, found, memory)}"
     if check:
         raise ValueError(message)
-    Console(markup=False).print(f"does not fit: {message}", markup=False, highlight=False)
+    Console(markup=False).print(message, highlight=False)
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.3g} GiB"
 
 
 def _matmul_rate(config: TrainConfig) -> float:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atmossl.batch import PRIMARY
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.checkpoint import load_checkpoint, objective_name
 from atmossl.plugins import check_plugins
 
 
@@ -48,4 +48,4 @@ def _objective(record: dict[str, Any]) -> dict[str, str]:
     if objective is None:  # an imported network
         return {}
     provides = f" (can {', '.join(objective['provides'])})" if objective["provides"] else ""
-    return {"objective": objective["kind"].rpartition(".")[2] + provides}
+    return {"objective": objective_name(objective["kind"]) + provides}

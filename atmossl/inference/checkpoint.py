@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import ValidationError
 
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
@@ -18,6 +19,7 @@ from atmossl.checkpoint_files import (
     write_output,
 )
 from atmossl.checksums import in_one_line
+from atmossl.data.catalog import find_file
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
@@ -27,6 +29,7 @@ from atmossl.masking.tasks import Task
 from atmossl.model.kinds import build_network, network_class
 from atmossl.model.low_rank import merged
 from atmossl.model.network import Network
+from atmossl.names import snake_case, target_name
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
@@ -60,10 +63,10 @@ class TrainedModel:
     def require(self, ability: str) -> None:
         """Raise ValueError if the objective did not teach it this."""
         if ability not in self.provides:
-            kind = self.record["objective"]["kind"].rpartition(".")[2]
+            name = objective_name(self.record["objective"]["kind"])
             raise ValueError(
-                f"the checkpoint was trained by {kind}, from which it did not learn to {ability}; "
-                f"it can {' and '.join(sorted(self.provides))}"
+                f"the checkpoint was trained with objective={name}, from which it did not learn to "
+                f"{ability}; it can {' and '.join(sorted(self.provides))}"
             )
 
     @property
@@ -113,6 +116,19 @@ class TrainedModel:
     @property
     def levels(self) -> tuple[int, ...]:
         return tuple(sorted({level for spec in self.own_specs for level in spec.levels}))
+
+
+def objective_name(kind: str) -> str:
+    """What a user writes for an objective of that class: the name of its file in conf/objective,
+    of a plugin's the class."""
+    target = snake_case(target_name(kind).rpartition(".")[2])
+    if not kind.startswith("atmossl."):
+        return kind
+    files = sorted((find_file("conf") / "objective").glob("*.yaml"))
+    targets = {file.stem: yaml.safe_load(file.read_text())["_target_"] for file in files}
+    names = [name for name, named in targets.items() if target_name(named) == target]
+    alike = [name for name in names if target.startswith(name)]
+    return (alike or names or [target])[0]
 
 
 def checkpoint_path(name: str, key: str = "checkpoint") -> Path:

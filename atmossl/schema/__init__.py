@@ -27,6 +27,7 @@ from atmossl.data.forcings import FORCINGS
 from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
+from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
 from atmossl.masking.random import Autoregression
 from atmossl.model.kinds import NETWORKS, choose_network
@@ -195,7 +196,7 @@ def _comparison_faults(config: TrainConfig) -> list[str]:
     faults = objective.faults(config.data.batch_size)
     if not objective.compares_samples:
         return faults
-    name = objective.kind.__name__
+    name = f"objective={objective_name(objective.target)}"
     if config.data.batch_size < 2:
         faults.append(
             f"data.batch_size={config.data.batch_size} but {name} compares the samples of a batch; "

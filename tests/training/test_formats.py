@@ -11,7 +11,7 @@ from atmossl.api import load, open_data
 from atmossl.checkpoint_files import read_contents
 from atmossl.checkpoint_formats import FORMAT, migrated
 from atmossl.cli import main
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.checkpoint import load_checkpoint, objective_name
 
 FOLDER = Path(__file__).parents[1] / "checkpoints"
 # the mean prediction in K of every file, as the version that wrote it made it
@@ -49,7 +49,8 @@ def test_a_later_format_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
 
 def test_a_checkpoint_that_cannot_reconstruct_is_refused_in_one_line(tmp_path, capsys) -> None:
     contents = torch.load(FOLDER / f"format_{FORMAT}.ckpt", weights_only=True)
-    contents["atmossl"]["objective"] = {"kind": "package.Contrastive", "provides": ["embed"]}
+    kind = "atmossl.objectives.jepa.JointEmbedding"
+    contents["atmossl"]["objective"] = {"kind": kind, "provides": ["embed"]}
     path = tmp_path / "contrastive.ckpt"
     torch.save(contents, path)
     output = f"output={tmp_path / 'o.zarr'}"
@@ -57,11 +58,13 @@ def test_a_checkpoint_that_cannot_reconstruct_is_refused_in_one_line(tmp_path, c
         assert main([*command, f"checkpoint={path}"]) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert "trained by Contrastive, from which it did not learn to reconstruct" in told
+        assert "trained with objective=jepa, from which it did not learn to reconstruct" in told
     trained = load_checkpoint(str(path))
     with pytest.raises(ValueError, match="it can embed"):
         trained.require("distance")
     replace(trained, provides=frozenset({"distance"})).require("distance")
+    assert objective_name("atmossl.objectives.masked.MaskedModelling") == "masked"
+    assert objective_name("my_package.huber.HuberLoss") == "my_package.huber.HuberLoss"
 
 
 def test_a_migrated_record_stays_as_it_is() -> None:
