@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from atmossl.data.catalog import catalog_entry, find_file
 from atmossl.extras import missing_plugin
 from atmossl.overrides import (
+    PATHS,
     SEARCH_WORDS,
     as_searchpath,
     fitting_store,
@@ -57,11 +58,21 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         ValueError: one line for each override that does not fit, and for all else that is wrong.
     """
     with _hydra_takes(name, overrides) as words:
-        config, faults = compose_all(name, words, find_file("conf"))
+        config, faults, fitting = compose_all(name, words, find_file("conf"))
         values = to_plain(config)
     if faults:
-        raise ValueError("\n".join([*faults, *_other_faults(name, values, faults)]))
+        # the schema imports torch: not for a typo beside which nothing else can be wrong
+        others = _other_faults(name, values, faults) if any(map(_sets_value, fitting)) else []
+        raise ValueError("\n".join([*faults, *others]))
     return values
+
+
+def _sets_value(word: str) -> bool:
+    """Whether a word sets a value that may be wrong: neither a path nor a choice of a file."""
+    key = word.lstrip("+~").partition("=")[0]
+    return (
+        key not in PATHS and not key.startswith("hydra.") and not (find_file("conf") / key).is_dir()
+    )
 
 
 def hydra_config(name: str, overrides: Sequence[str]) -> Any:

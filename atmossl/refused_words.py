@@ -29,9 +29,9 @@ _REFUSED = (
 _UNKNOWN = ("key", "absent")
 
 
-def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[str]]:
-    """The configuration `conf/NAME.yaml` with all words that fit, and a line for each that does
-    not. A key without a value that it needs holds `_` then.
+def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[str], list[str]]:
+    """The configuration `conf/NAME.yaml` with all words that fit, a line for each that does not,
+    and the words that do. A key without a value that it needs holds `_` then.
 
     Raises:
         HydraException: what no word is to blame for, such as a file of the user's own.
@@ -59,7 +59,7 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
     for key in sorted(OmegaConf.missing_keys(config)):
         faults.append(f"{key}: is missing; give {key}=VALUE")
         OmegaConf.update(config, key, "_")
-    return config, faults
+    return config, faults, [*words, *inner]
 
 
 def _whole(words: Sequence[str]) -> Iterator[str]:
