@@ -49,7 +49,7 @@ def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
             f"regions=[{BELT}]",
             "ridge=false",
         ]
-        tasks = [{"name": name, **TASKS[name]} for name in CHOSEN]
+        tasks = [{"_target_": name, **TASKS[name]} for name in CHOSEN]
         values = compose_config("evaluate", options) | {"tasks": tasks}
         evaluate(values, f"python -m benchmarks.joint ({output})")
     return output

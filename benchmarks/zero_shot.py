@@ -75,7 +75,7 @@ def score(checkpoint: str, tasks: list[str], output: Path, arguments: argparse.N
         f"ridge={str(arguments.ridge).lower()}",
     ]
     values = compose_config("evaluate", options)
-    chosen = [{"name": name, **TASKS[name]} for name in tasks]
+    chosen = [{"_target_": name, **TASKS[name]} for name in tasks]
     return evaluate(values | {"tasks": chosen}, f"python -m benchmarks.zero_shot ({output})")
 
 
@@ -87,7 +87,7 @@ def specialist_values(
     values = _merged(compose_config("train", ["paths.output=_"]), record)
     values |= {
         "masking": SPECIALISTS[task],
-        "tasks": [{"name": task, **TASKS[task]}],
+        "tasks": [{"_target_": task, **TASKS[task]}],
         "paths": {"output": str(folder)},
         "resume": "auto",
     }
