@@ -51,7 +51,7 @@ def test_names_of_the_package_are_those_of_its_interface() -> None:
     from atmossl import api
 
     assert {name: getattr(atmossl, name) for name in atmossl.__all__ if name != "__version__"} == {
-        "Model": api.Model, "load": api.load, "open_data": api.open_data,
+        "Model": api.Model, "distance": api.distance, "load": api.load, "open_data": api.open_data,
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         getattr(atmossl, "lode")  # noqa: B009
