@@ -15,6 +15,7 @@ from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from atmossl.extras import missing_plugin
 from atmossl.overrides import is_readable
 
 _REFUSED = (
@@ -145,6 +146,10 @@ def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
         return f"{word}: {key} is there already; leave out the +"
     if kind == "choice":
         options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
+        family = value.partition("_")[0]  # of a plugin of Hydra, such as submitit_slurm
+        absent = missing_plugin(text)
+        if absent is not None and not any(option.startswith(family) for option in options):
+            return f"{word}: {absent}"
         close = get_close_matches(value, options, n=2)
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""

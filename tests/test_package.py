@@ -14,6 +14,7 @@ import pytest
 from atmossl import cli
 from atmossl.data.catalog import find_file
 from atmossl.extras import EXTRAS, missing_extra
+from atmossl.refused_words import _line
 
 HEAVY = ("torch", "lightning", "xarray", "dask", "pandas", "scipy", "matplotlib", "cartopy", "zarr")
 CODE = f"""
@@ -116,10 +117,12 @@ def test_inspection_tells_that_maps_need_an_extra_before_it_reads(
     assert captured.out == ""
 
 
-def test_a_missing_launcher_is_named_with_its_extra(capsys: pytest.CaptureFixture) -> None:
-    arguments = ["train", "hydra/launcher=submitit_of_nobody"]  # as Hydra tells one it lacks
-    assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.endswith("pip install 'atmossl[sweep]'\n")
+def test_a_missing_launcher_is_named_with_its_extra() -> None:
+    """As Hydra tells it where the plugin is not installed, and where only its choice is wrong."""
+    text = "Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options:\n\tbasic\n"
+    word = "hydra/launcher=submitit_slurm"
+    assert _line("choice", word, text, {}).endswith("pip install 'atmossl[sweep]'")
+    assert "valid: basic, submitit_local" in _line("choice", word, text + "\tsubmitit_local\n", {})
 
 
 def test_a_missing_package_behind_another_error_is_found() -> None:
