@@ -29,7 +29,7 @@ from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
 from atmossl.training.keeping import renew_last
-from atmossl.training.loggers import check_loggers, describe_run
+from atmossl.training.loggers import check_loggers, describe_run, finish_runs
 from atmossl.training.module import TrainingModule
 from atmossl.training.resume import (
     Start,
@@ -95,6 +95,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     trainer = _trainer(config, values, module, datamodule, start)
     path = None if start is None else start.path
     trainer.fit(module, datamodule, ckpt_path=path, weights_only=True)
+    finish_runs(trainer.loggers)
     last, curves = checkpoints / "last.ckpt", output / "curves"
     if trainer.is_global_zero:
         text = f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else "")

@@ -117,9 +117,12 @@ def teacher_distance(objective: Any, network: Network) -> float | None:
     for part in objective.modules():
         teacher = getattr(part, "teacher", None)
         if isinstance(teacher, Network):
-            pairs = list(zip(teacher.parameters(), network.parameters(), strict=True))
-            apart = sum(float(whole((a - b).detach().square().sum())) for a, b in pairs)
-            size = sum(float(whole(b.detach().square().sum())) for _, b in pairs)
+            apart, size = 0.0, 0.0
+            # one of a pair may be sharded while the other is not: what was just used is gathered
+            for ours, theirs in zip(network.parameters(), teacher.parameters(), strict=True):
+                weight = whole(ours.detach())
+                apart += float((whole(theirs.detach()) - weight).square().sum())
+                size += float(weight.square().sum())
             return (apart / max(size, 1e-30)) ** 0.5
     return None
 

@@ -71,6 +71,14 @@ def make_loggers(
     return loggers
 
 
+@rank_zero_only
+def finish_runs(loggers: Sequence[Logger]) -> None:
+    """Close W&B's run, so that all is written, and the next run of a sweep begins its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
 def _wandb_is_offline() -> bool:
     """True unless a key for W&B is at hand."""
     if os.environ.get("WANDB_MODE"):
