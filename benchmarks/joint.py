@@ -72,14 +72,18 @@ def worst(values: pd.Series) -> tuple[float, str]:
 
 
 def power_ratios(report: Path, task: str) -> pd.Series:
-    """Power of members over the truth's by variable, level, lead time and wavenumber."""
+    """Power of members over the truth's by variable, level, lead time and wavenumber; none of a
+    task that hides parts of a latitude circle."""
     tree = xr.open_datatree(report / "scores.zarr", engine="zarr")
     found = {}
+    if "zonal_spectrum" not in tree[task].children:
+        return pd.Series(dtype=float)
     for variable, node in tree[f"{task}/zonal_spectrum"].children.items():
         spectrum = node.to_dataset().sel(source="model", region=BELT, wavenumber=WAVES)
         ratio = spectrum["members"] / spectrum["truth"]
         found[variable] = ratio.to_series()
-    return pd.concat(found).dropna()
+    ratios: Any = pd.concat(found)
+    return ratios.dropna()
 
 
 def figures_of(report: Path, task: str) -> dict[str, Any]:
@@ -90,9 +94,10 @@ def figures_of(report: Path, task: str) -> dict[str, Any]:
         figures |= {f"{task}_{key}_spread_skill": value, f"{task}_{key}_worst": label}
         figures[f"{task}_{key}_spread_skill_median"] = round(float(values.median()), 3)
     ratios = power_ratios(report, task)
-    value, label = worst(ratios)
-    figures[f"{task}_member_power_ratio_worst"] = round(max(value, 1 / value), 3)
-    figures[f"{task}_member_power_ratio_at"] = label
+    if len(ratios):
+        value, label = worst(ratios)
+        figures[f"{task}_member_power_ratio_worst"] = round(max(value, 1 / value), 3)
+        figures[f"{task}_member_power_ratio_at"] = label
     single = scores_of(report, task, "spread_skill")
     figures[f"{task}_spread_skill"] = round(float(single.mean()), 3)
     return figures
