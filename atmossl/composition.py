@@ -163,6 +163,7 @@ def with_fitting_store(overrides: Sequence[str], name: str) -> list[str]:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
+    """A composed configuration as plain dictionaries, lists and values; every key has a value."""
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

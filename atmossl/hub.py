@@ -34,6 +34,7 @@ _KINDS = {_TUPLE, _ITEMS, _TENSOR, _FLOAT}
 
 
 def is_hub_folder(path: Path) -> bool:
+    """Whether a folder has the form that `export hub=FOLDER` writes."""
     return path.is_dir() and ((path / WEIGHTS).exists() or (path / CONFIG).exists())
 
 

@@ -38,6 +38,7 @@ class Rows:
 
 
 def scaler_of(train: Rows) -> StandardScaler:
+    """Mean and standard deviation of every feature over the training rows alone."""
     return StandardScaler().fit(train.features.astype(np.float64))
 
 
