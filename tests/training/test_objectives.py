@@ -67,7 +67,7 @@ def _only_its_latents_can_be_written(
     common = [f"checkpoint={checkpoint}", "init_time=1959-02-12T00", "accelerator=cpu"]
     assert main(["embed", *common, f"output={folder / 'latents.zarr'}"]) == 0
     assert main(["predict", *common, f"output={folder / 'forecast.zarr'}"]) == 2
-    assert "trained by JointEmbedding" in capsys.readouterr().err
+    assert "trained with objective=jepa" in capsys.readouterr().err
 
 
 def _it_goes_on_from_its_own_steps(checkpoint: Path, folder: Path) -> None:
