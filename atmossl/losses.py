@@ -159,7 +159,7 @@ WindowMembers = Float[Tensor, "batch member level time lat lon"]
 
 
 @dataclass(frozen=True)
-class Fields:
+class FieldEnsemble:
     """Ensemble and truth of one stream's window, variables and levels along one axis. Members are
     the truth wherever nothing is hidden.
 
@@ -175,10 +175,11 @@ class Fields:
     periodic: bool
 
 
-FieldLoss = Callable[[Fields], tuple[Tensor, Tensor]]  # values and what each counts, same shape
+# values and what each counts, of the same shape
+FieldLoss = Callable[[FieldEnsemble], tuple[Tensor, Tensor]]
 
 
-def area_crps(fields: Fields, size: int) -> tuple[Tensor, Tensor]:
+def area_crps(fields: FieldEnsemble, size: int) -> tuple[Tensor, Tensor]:
     """Almost fair CRPS of means over `size` x `size` cells. An area counts by what it hides; areas
     that do not fit whole are left out."""
     area = _pooled(fields.area, size)
@@ -192,7 +193,7 @@ def area_crps(fields: Fields, size: int) -> tuple[Tensor, Tensor]:
     return values, _pooled(fields.weight, size)
 
 
-def difference_crps(fields: Fields) -> tuple[Tensor, Tensor]:
+def difference_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     """Almost fair CRPS of the differences between neighbours along longitude and along latitude.
     A difference counts by the mean of its two cells, if both were observed."""
     pairs = [_apart(fields, axis) for axis in ("lon", "lat")]
@@ -200,7 +201,7 @@ def difference_crps(fields: Fields) -> tuple[Tensor, Tensor]:
     return torch.cat(values), torch.cat([weight.flatten() for *_, weight in pairs])
 
 
-def spectral_crps(fields: Fields) -> tuple[Tensor, Tensor]:
+def spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     """Almost fair CRPS of the real and imaginary parts of every zonal wave along every row, which
     a window that closes the circle has; rows count by what they hide. The transform keeps sums of
     squares, so that the value of a wave has the unit of a cell's."""
@@ -212,7 +213,7 @@ def spectral_crps(fields: Fields) -> tuple[Tensor, Tensor]:
     return values, fields.weight.sum(dim=-1, keepdim=True).expand_as(values) / values.shape[-1]
 
 
-def variogram(fields: Fields) -> tuple[Tensor, Tensor]:
+def variogram(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     """Variogram score of order 1/2 (Scheuerer and Hamill 2015, doi 10.1175/MWR-D-14-00269.1, eq. 8)
     of neighbours along longitude and latitude:
 
@@ -228,7 +229,7 @@ def variogram(fields: Fields) -> tuple[Tensor, Tensor]:
     return torch.cat(values), torch.cat(weights)
 
 
-def energy(fields: Fields) -> tuple[Tensor, Tensor]:
+def energy(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     """Fair energy score (Gneiting and Raftery 2007, eq. 22) of every column: all variables and
     levels of 4 x 4 cells as one vector,
 
@@ -286,7 +287,7 @@ def _pooled(values: Tensor, size: int) -> Tensor:
     )  # fmt: skip
 
 
-def _apart(fields: Fields, axis: Literal["lat", "lon"]) -> tuple[Tensor, Tensor, Tensor]:
+def _apart(fields: FieldEnsemble, axis: Literal["lat", "lon"]) -> tuple[Tensor, Tensor, Tensor]:
     """Differences of neighbours: of members, of the truth, and what each counts."""
     dim = -1 if axis == "lon" else -2
     closed = axis == "lon" and fields.periodic

@@ -8,7 +8,7 @@ from einops import reduce
 
 from atmossl.losses import (
     FIELD_LOSSES,
-    Fields,
+    FieldEnsemble,
     area_crps,
     difference_crps,
     energy,
@@ -18,7 +18,7 @@ from atmossl.losses import (
 
 
 @pytest.fixture
-def fields() -> Fields:
+def fields() -> FieldEnsemble:
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -28,7 +28,9 @@ def fields() -> Fields:
         2, 3, 2, 8, 12
     )
     hidden = torch.rand(2, 3, 2, 8, 12, generator=generator) < 0.6
-    return Fields(normal(2, 5, 3, 2, 8, 12), normal(2, 3, 2, 8, 12), area * hidden, area, True)
+    return FieldEnsemble(
+        normal(2, 5, 3, 2, 8, 12), normal(2, 3, 2, 8, 12), area * hidden, area, True
+    )
 
 
 def crps_of(members: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -40,7 +42,7 @@ def crps_of(members: np.ndarray, target: np.ndarray) -> np.ndarray:
     return 0.95 * fair + 0.05 * usual
 
 
-def test_area_crps_is_the_crps_of_area_weighted_means(fields: Fields) -> None:
+def test_area_crps_is_the_crps_of_area_weighted_means(fields: FieldEnsemble) -> None:
     members, target, area = (x.numpy() for x in (fields.members, fields.target, fields.area))
     pattern = "... (y a) (x b) -> ... y x"
 
@@ -54,7 +56,7 @@ def test_area_crps_is_the_crps_of_area_weighted_means(fields: Fields) -> None:
     assert float(weight.sum()) == pytest.approx(float(fields.weight.sum()))
 
 
-def test_difference_crps_sees_neighbours_across_the_circle(fields: Fields) -> None:
+def test_difference_crps_sees_neighbours_across_the_circle(fields: FieldEnsemble) -> None:
     members, target = fields.members.numpy(), fields.target.numpy()
     along_lon = crps_of(np.roll(members, -1, -1) - members, np.roll(target, -1, -1) - target)
     along_lat = crps_of(np.diff(members, axis=-2), np.diff(target, axis=-2))
@@ -65,7 +67,7 @@ def test_difference_crps_sees_neighbours_across_the_circle(fields: Fields) -> No
     assert float(zonal) == pytest.approx(float(fields.weight.sum()))  # every cell is in two of them
 
 
-def test_spectral_crps_is_that_of_the_waves_of_numpy(fields: Fields) -> None:
+def test_spectral_crps_is_that_of_the_waves_of_numpy(fields: FieldEnsemble) -> None:
     waves, truth = (np.fft.rfft(x.numpy(), norm="ortho") for x in (fields.members, fields.target))
     values, weight = spectral_crps(fields)
     expected = np.stack([crps_of(waves.real, truth.real), crps_of(waves.imag, truth.imag)], axis=-1)
@@ -79,7 +81,7 @@ def test_energy_of_one_value_is_the_fair_crps() -> None:
     members = target[:, None].repeat(1, 3, 1, 1, 1, 1)
     members[:, :, 0, 0, 1, 2] = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     one = torch.ones_like(target)
-    values, _ = energy(Fields(members, target, one, one, False))
+    values, _ = energy(FieldEnsemble(members, target, one, one, False))
     fair = 7 / 3 - (1 + 3 + 2) / (3 * 2)
     assert float(values) * 4 == pytest.approx(fair, abs=5e-3)  # lengths are rounded near 0
 
@@ -93,14 +95,14 @@ def test_energy_is_least_for_the_distribution_of_the_truth() -> None:
     related = common.expand_as(own)
     one = torch.ones(20_000, 1, 1, 4, 4)
     scores = [
-        float(energy(Fields(members[:, :2], related[:, 2], one, one, False))[0].mean())
+        float(energy(FieldEnsemble(members[:, :2], related[:, 2], one, one, False))[0].mean())
         for members in (related, own)
     ]
     assert scores[0] == pytest.approx(np.pi**-0.5, abs=0.01)
     assert scores[1] > scores[0] + 0.05
 
 
-def test_variogram_is_that_of_numpy(fields: Fields) -> None:
+def test_variogram_is_that_of_numpy(fields: FieldEnsemble) -> None:
     values, _ = variogram(fields)
     members, target = fields.members.numpy(), fields.target.numpy()
     roots = np.sqrt(np.abs(np.roll(members, -1, -1) - members)).mean(1)
@@ -110,8 +112,8 @@ def test_variogram_is_that_of_numpy(fields: Fields) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FIELD_LOSSES))
-def test_members_that_are_the_truth_lose_nothing(name: str, fields: Fields) -> None:
-    sure = Fields(
+def test_members_that_are_the_truth_lose_nothing(name: str, fields: FieldEnsemble) -> None:
+    sure = FieldEnsemble(
         fields.target[:, None].expand_as(fields.members), fields.target, fields.weight, fields.area,
         fields.periodic,
     )  # fmt: skip
@@ -120,7 +122,7 @@ def test_members_that_are_the_truth_lose_nothing(name: str, fields: Fields) -> N
 
 
 @pytest.mark.parametrize("name", sorted(set(FIELD_LOSSES) - {"spectral_crps"}))
-def test_cells_never_observed_change_nothing(name: str, fields: Fields) -> None:
+def test_cells_never_observed_change_nothing(name: str, fields: FieldEnsemble) -> None:
     """Values of cells with area 0 have no part in sums of areas, differences and columns; a row
     that has such cells has no waves."""
     absent = torch.zeros_like(fields.area, dtype=torch.bool)
@@ -129,6 +131,6 @@ def test_cells_never_observed_change_nothing(name: str, fields: Fields) -> None:
     losses = []
     for value in (0.0, 7.0):
         members = torch.where(absent[:, None], value, fields.members)
-        values, weight = FIELD_LOSSES[name](Fields(members, fields.target, *known, True))
+        values, weight = FIELD_LOSSES[name](FieldEnsemble(members, fields.target, *known, True))
         losses.append(float((values * weight).sum()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)

@@ -224,10 +224,11 @@ class Multiformer(Network):
         for stream in _predicted(view):
             name, queries = stream.spec.name, _queries(stream)
             guess, level = gather(_flatten(stream.guess), queries), stream.query_level
+            asked, embedded = self._ask(latents[name], stream)
             drawn = []
             for noise in self._noise(view, stream, members):
-                decoded, embedded = self._decode(latents[name], stream, noise)
-                drawn.append(self.tail[name](decoded.features, embedded, guess, level))
+                decoded = self._decode(name, asked, latents[name], noise)
+                drawn.append(self.tail[name](decoded, embedded, guess, level))
             predictions.append(StreamPrediction(joined(drawn, dim=2), queries))
         return Prediction(tuple(predictions))
 
@@ -252,16 +253,15 @@ class Multiformer(Network):
         for stream in _predicted(view):
             nothing = torch.zeros_like(stream.guess)
             blank = replace(stream, guess=nothing, source=nothing)
-            decoded, _ = self._decode(latents[stream.spec.name], blank, noise=None)
-            predicted[stream.spec.name] = StreamLatents(
-                (decoded,), decoded.place.chosen, stream.grid
-            )
+            name = stream.spec.name
+            asked, _ = self._ask(latents[name], blank)
+            decoded = Latent(self._decode(name, asked, latents[name], noise=None), asked.place)
+            predicted[name] = StreamLatents((decoded,), asked.place.chosen, stream.grid)
         return predicted
 
-    def _decode(
-        self, latents: StreamLatents, stream: StreamTokens, noise: Tensor | None
-    ) -> tuple[Latent, Tensor]:
-        """The decoder's last latents of the hidden tokens, and the embedded first guess."""
+    def _ask(self, latents: StreamLatents, stream: StreamTokens) -> tuple[Latent, Tensor]:
+        """What the decoder begins with at the hidden tokens, and their embedded first guess: the
+        same for all members."""
         name, queries = stream.spec.name, _queries(stream)
         features = absolute_features(stream.grid)
         tokens, corruption = stream.guess, stream.corruption
@@ -272,13 +272,18 @@ class Multiformer(Network):
             own = _step_before(own.unflatten(1, stream.grid.shape)).flatten(1, 4)
         embedded = self.query[name](tokens, features, corruption, stream.grid, queries)
         own = gather(own, queries)
-        place, x = self._place(stream, queries), embedded + own
-        blocks = self.decoder[name]
+        return Latent(embedded + own, self._place(stream, queries)), embedded
+
+    def _decode(
+        self, name: str, asked: Latent, latents: StreamLatents, noise: Tensor | None
+    ) -> Float[Tensor, "batch query feature"]:
+        """The decoder's last latents of one stream's hidden tokens."""
+        blocks, x = self.decoder[name], asked.features
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
             memory = latents.layers[self._memory_layer(number)]
-            x = block(x, memory.features, place, memory.place, noise)
-        return Latent(x, place), embedded
+            x = block(x, memory.features, asked.place, memory.place, noise)
+        return x
 
     def _memory_layer(self, number: int) -> int:
         """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""

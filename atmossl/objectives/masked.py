@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
-from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, Fields, LossName, weighted_mean
+from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, FieldEnsemble, LossName, weighted_mean
 from atmossl.model.layout import gather
 from atmossl.model.network import StreamLatents
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
@@ -261,7 +261,7 @@ def completed_fields(
     predicted: StreamPrediction,
     weight: Float[Tensor, "batch query patch"],
     scale: Float[Tensor, "level patch"] | None,
-) -> Fields:
+) -> FieldEnsemble:
     """The window of one stream: every member's values where something is hidden, else the truth.
 
     weight: what every hidden value counts. scale: what the values of a token are divided by, by
@@ -285,7 +285,7 @@ def completed_fields(
     if scale is not None:
         unit = _window(scale[None, :, None, None, None].expand(shape), stream.spec)
     field = _window(target, stream.spec)
-    return Fields(
+    return FieldEnsemble(
         members=torch.stack([(field + on_window(error)) / unit for error in errors], dim=1),
         target=field / unit,
         weight=on_window(weight),
