@@ -158,15 +158,15 @@ class ErrorRatios:
             weight = weight * predicted.queries.valid[..., None]
             index = predicted.queries.index[..., None].expand_as(target)
             guess = stream.guess.flatten(1, 4).gather(1, index)
+            mean = predicted.members.mean(dim=2)
             squares = [
                 (weight * (field - target) ** 2).unflatten(-1, (len(stream.spec.variables), -1))
-                for field in (predicted.members.mean(dim=2), guess)
+                for field in (mean, guess)
             ]
             for number, name in enumerate(stream.spec.variables):
                 key = name if stream.spec.data == PRIMARY else f"{stream.spec.name}_{name}"
                 errors = torch.stack([square[..., number, :].sum() for square in squares])
                 sums[key] = sums[key] + errors if key in sums else errors  # of other levels
-            mean = predicted.members.mean(dim=2)
             bins = position_bins(stream.grid, predicted.queries)
             sums[f"position:{stream.spec.name}"] = position_sums(mean, target, weight, bins)
         return sums
