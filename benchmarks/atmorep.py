@@ -27,8 +27,8 @@ def reference_folders(reference: Path) -> list[Path]:
 def stored_inputs(network: AtmoRep, stored: dict[str, np.ndarray]) -> dict[str, AtmoRepInput]:
     return {
         field.name: AtmoRepInput(
-            torch.from_numpy(stored[f"source/{field.name}"]),
-            torch.from_numpy(stored[f"token_info/{field.name}"]),
+            torch.from_numpy(stored[f"source/{field.name}"]).float(),
+            torch.from_numpy(stored[f"token_info/{field.name}"]).float(),
         )
         for field in network.settings.fields
     }
@@ -36,7 +36,10 @@ def stored_inputs(network: AtmoRep, stored: dict[str, np.ndarray]) -> dict[str, 
 
 def largest_difference(folder: Path, dtype: torch.dtype = torch.float32) -> float:
     """Of members, mean and standard deviation, all predicted fields of one network."""
-    network = load_atmorep(folder)
+    try:
+        network = load_atmorep(folder)
+    except ValueError as error:
+        raise SystemExit(f"{folder}: {error}") from error
     stored = dict(np.load(folder / "forward.npz"))
     enabled = dtype != torch.float32
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -44,7 +47,9 @@ def largest_difference(folder: Path, dtype: torch.dtype = torch.float32) -> floa
     differences = []
     for name, output in outputs.items():
         levels = range(len(network.settings.field(name).levels))
-        index = {n: torch.tensor(stored[f"masked_idx/{name}/{n}"]).long() for n in levels}
+        nothing = np.zeros(0, np.int64)  # of a level without a masked token
+        of_level = {n: stored.get(f"masked_idx/{name}/{n}", nothing) for n in levels}
+        index = {n: torch.from_numpy(values).long() for n, values in of_level.items()}
         members = output.of_tokens(index).float()
         spread = members.std(dim=1) if members.shape[1] > 1 else torch.zeros_like(members[:, 0])
         for key, value in (("ensemble", members), ("mean", members.mean(dim=1)), ("std", spread)):

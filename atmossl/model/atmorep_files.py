@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,18 @@ _OLD_HEAD = re.compile(r"(.*)\.(heads_self|heads_other|heads)\.(\d+)\.proj_(qs|k
 
 @contextmanager
 def model_folder(location: Path) -> Iterator[Path]:
-    """The folder that holds a model's two files; an archive is unpacked for the while.
+    """The folder that holds a model's two files; an archive, also one that lies alone in a folder, is
+    unpacked for the while.
 
     Raises:
         ValueError: neither a folder nor an archive that can be read.
     """
     if location.is_dir():
-        yield location
-        return
+        archives = sorted(location.glob("*.tar.gz"))
+        if any(location.rglob("model_id*.json")) or len(archives) != 1:
+            yield location
+            return
+        location = archives[0]
     if not location.is_file():
         raise ValueError(f"{location}: no such folder or archive")
     with tempfile.TemporaryDirectory() as unpacked:
@@ -71,6 +76,8 @@ def load_atmorep(location: Path) -> AtmoRep:
         tensors = joined_heads(tensors)
     if raw.get("with_cls"):  # the class token has no effect on what is predicted
         tensors = {key: value for key, value in tensors.items() if "cls" not in key}
+    _check_coupling(raw, settings, tensors, settings_file.name)
+    settings = _with_two_maps(settings, tensors)
     with torch.device("meta"):  # nothing is drawn, and no size of the settings takes memory
         network = AtmoRep(settings)
     state = state_of(settings, tensors, weights_file.name)
@@ -172,13 +179,38 @@ def settings_of(raw: dict[str, Any], file: str, *, is_of_2023: bool) -> AtmoRepS
     except (TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{file}: settings of another form than AtmoRep's ({error})") from error
     _check(settings, file)
-    per_field = raw.get("coupling_num_heads_per_field", 1)
-    if per_field != 1 and any(field.coupled for field in settings.fields):
-        raise ValueError(
-            f"{file}: coupling_num_heads_per_field={per_field} is not known to work in AtmoRep's "
-            "own code, which has one head for every coupled field; valid: 1"
-        )
     return settings
+
+
+def _check_coupling(
+    raw: dict[str, Any], settings: AtmoRepSettings, tensors: dict[str, Tensor], file: str
+) -> None:
+    """Raise ValueError if settings ask for several heads for every coupled field and the weights
+    have them; the public code has one, whatever the settings say."""
+    per_field = raw.get("coupling_num_heads_per_field", 1)
+    for number, field in enumerate(settings.fields):
+        queries = tensors.get(f"encoders.{number}.heads.0.proj_heads_other.0.weight")
+        one_each = len(field.coupled) * (field.width // settings.encoder_heads)
+        if per_field != 1 and queries is not None and len(queries) != one_each:
+            raise ValueError(
+                f"{file}: coupling_num_heads_per_field={per_field} is not known to work in "
+                "AtmoRep's own code, which has one head for every coupled field; valid: 1"
+            )
+
+
+def _with_two_maps(settings: AtmoRepSettings, tensors: dict[str, Tensor]) -> AtmoRepSettings:
+    """Perceptrons with "one" layer, which have a first and a last map in the file, as two: what
+    AtmoRep's settings count are the layers between, and those two."""
+    keys = {
+        "encoder_mlp_layers": "encoders.0.mlps.0.blocks",
+        "decoder_mlp_layers": "decoders.0.blocks.1.blocks",
+    }
+    stored = {
+        name: sum(key.startswith(f"{start}.") and key.endswith(".weight") for key in tensors)
+        for name, start in keys.items()
+    }
+    two = {n: 2 for n, count in stored.items() if count == 2 and getattr(settings, n) == 1}
+    return replace(settings, **two)
 
 
 def _settings(raw: dict[str, Any], is_of_2023: bool) -> AtmoRepSettings:
@@ -226,10 +258,11 @@ def _check_sizes(settings: AtmoRepSettings, file: str) -> None:
     faults = [f"{k}={v}" for k, v in sizes.items() if v < (0 if k in may_be_zero else 1)]
     for field in settings.fields:
         counts = (field.width, *field.num_tokens, *field.token_size)
-        if min(counts) < 1 or not field.levels or field.width <= settings.info_width:
+        small = min(counts) < 1 or not field.levels or field.width <= settings.info_width
+        if small or field.width % 2:  # positions are pairs of sine and cosine
             faults.append(
-                f"{field.name}: width {field.width} of which {settings.info_width} for token "
-                f"information, {len(field.levels)} levels, tokens {field.num_tokens} of "
+                f"{field.name}: width {field.width} (even, and above the {settings.info_width} for "
+                f"token information), {len(field.levels)} levels, tokens {field.num_tokens} of "
                 f"{field.token_size}"
             )
     if not math.isfinite(settings.cross_rate) or settings.cross_rate < 0:
@@ -313,9 +346,10 @@ def state_of(settings: AtmoRepSettings, tensors: dict[str, Tensor], file: str) -
         for name in ("embeds", "embeds_token_info")
         for number in range(len(settings.fields))
     }
+    elsewhere = {f"{name}.{kind}" for name in maps for kind in ("weight", "bias")}
     rank = _ranks(tensors)
     for key, value in tensors.items():
-        if key.rpartition(".")[0] in maps or not value.numel():
+        if key in elsewhere or not value.numel():
             continue  # see `_embeddings`; a decoder without self-attention has an empty matrix
         parts = key.split(".")
         name = _encoder_name(settings, parts, rank) or _decoder_name(settings, parts, rank)

@@ -1,6 +1,8 @@
 """AtmoRep's network against a plain one in float64, and against outputs of the public code."""
 
 import json
+import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -55,17 +57,22 @@ def inputs_of(network: AtmoRep, batch: int = 2) -> dict[str, AtmoRepInput]:
 )
 def test_network_is_the_plain_one(tmp_path, fields, predicted, changes):
     tensors = write_model(tmp_path, fields, predicted, **changes)
-    network, plain = load_atmorep(tmp_path), PlainAtmoRep(tmp_path, tensors)
+    assert_plain(load_atmorep(tmp_path), PlainAtmoRep(tmp_path, tensors), predicted)
+
+
+def assert_plain(network: AtmoRep, plain: PlainAtmoRep, predicted: list[str]) -> None:
+    """Members of a batch of two are those of the plain network, sample by sample."""
     inputs = inputs_of(network)
-    outputs = network(inputs)
+    with torch.no_grad():
+        outputs = network(inputs)
+    assert set(outputs) == set(predicted)
     for sample in range(2):
         expected = plain(
             {name: given.values[sample].double().numpy() for name, given in inputs.items()},
             {name: given.token_info[sample].double().numpy() for name, given in inputs.items()},
         )
-        assert set(outputs) == set(expected) == set(predicted)
         for name, members in expected.items():
-            own = outputs[name].members[sample].flatten(0, 1).detach().numpy()
+            own = outputs[name].members[sample].flatten(0, 1).numpy()
             np.testing.assert_allclose(own, members, atol=2e-5, rtol=0)
 
 
@@ -114,19 +121,95 @@ def test_networks_of_drawn_settings_are_the_plain_ones(tmp_path, seed, is_of_202
     tensors = write_model(tmp_path, fields, predicted, seed=seed, **changes)
     if is_of_2023:
         as_of_2023(tmp_path)
-    network = load_atmorep(tmp_path)
     plain = PlainAtmoRep(tmp_path, tensors, is_of_2023=is_of_2023)
-    inputs = inputs_of(network, batch=1)
-    with torch.no_grad():
-        outputs = network(inputs)
-    expected = plain(
-        {name: given.values[0].double().numpy() for name, given in inputs.items()},
-        {name: given.token_info[0].double().numpy() for name, given in inputs.items()},
-    )
-    assert set(outputs) == set(expected) == set(predicted)
-    for name, members in expected.items():
-        own = outputs[name].members[0].flatten(0, 1).numpy()
-        np.testing.assert_allclose(own, members, atol=2e-5, rtol=0)
+    assert_plain(load_atmorep(tmp_path), plain, predicted)
+
+
+def without_numbers_of_dropout(tensors: dict[str, torch.Tensor]) -> None:
+    """Number maps of perceptrons 0, 2, 4, as where no dropout stands between them."""
+    for key in [key for key in tensors if re.search(r"(mlps\.\d|blocks\.\d)\.blocks\.", key)]:
+        before, number, kind = key.rsplit(".", 2)
+        tensors[f"{before}.{2 * int(number) // 3}.{kind}"] = tensors.pop(key)
+
+
+def with_class_tokens(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {f"encoders.{n}.cls_token": torch.randn(1, 1, 8) for n in range(3)}
+
+
+def with_names_of_several_devices(tensors: dict[str, torch.Tensor]) -> None:
+    for key in list(tensors):
+        tensors[f"module.{key}"] = tensors.pop(key)
+
+
+def with_embeddings_twice(tensors: dict[str, torch.Tensor]) -> None:
+    """The copies differ: those of the encoders count."""
+    for key in [key for key in tensors if re.fullmatch(r"encoders\.\d\.embed\.\w+", key)]:
+        tensors[key.replace("encoders.", "embeds.").replace(".embed.", ".")] = -tensors[key]
+
+
+def with_embeddings_outside(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if re.fullmatch(r"encoders\.\d\.embed\.\w+", key)]:
+        tensors[key.replace("encoders.", "embeds.").replace(".embed.", ".")] = tensors.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (without_numbers_of_dropout, {"dropout_rate": 0.0, "encoder_num_mlp_layers": 3}),
+        (with_class_tokens, {"with_cls": True}),
+        (with_names_of_several_devices, {"with_ddp": True, "num_accs_per_task": 4}),
+        (with_embeddings_twice, {"with_mixed_precision": True, "grad_checkpointing": True}),
+        (with_embeddings_outside, {"attention": True, "losses": ["stats"], "years_val": []}),
+        (lambda _: None, {"coupling_num_heads_per_field": 2}),  # the public code has one
+        (lambda _: None, {"encoder_num_layers": 3, "decoder_cross_att_rate": 0.4}),
+        (lambda _: None, {"decoder_num_heads": 2, "decoder_cross_att_ratio": 0.7}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_of_2023", [False, True], ids=["2024", "2023"])
+def test_what_has_no_effect_changes_nothing(tmp_path, change, settings, is_of_2023):
+    predicted = ["specific_humidity", "velocity_u"]
+    tensors = write_model(tmp_path, THREE, predicted, with_qk_lnorm=True, **settings)
+    if is_of_2023:
+        as_of_2023(tmp_path)
+    change_tensors(tmp_path, change)
+    plain = PlainAtmoRep(tmp_path, tensors, is_of_2023=is_of_2023)
+    assert_plain(load_atmorep(tmp_path), plain, predicted)
+
+
+def test_a_perceptron_of_one_layer_has_the_first_and_the_last_map(tmp_path):
+    """Settings count the layers between, and those two."""
+    tensors = write_model(tmp_path, ONE, ["temperature"])
+    file = tmp_path / "model_idtest.json"
+    raw = json.loads(file.read_text())
+    plain = PlainAtmoRep(tmp_path, tensors)
+    file.write_text(json.dumps(raw | {"encoder_num_mlp_layers": 1, "decoder_num_mlp_layers": 1}))
+    assert_plain(load_atmorep(tmp_path), plain, ["temperature"])
+
+
+def test_several_heads_for_every_coupled_field_are_refused(tmp_path):
+    write_model(tmp_path, TWO, ["temperature"], coupling_num_heads_per_field=2)
+    key = "encoders.0.heads.0.proj_heads_other.0.weight"
+    change_tensors(tmp_path, lambda t: t.update({key: torch.cat([t[key], t[key]])}))
+    with pytest.raises(ValueError, match="coupling_num_heads_per_field=2"):
+        load_atmorep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "newest"),
+    [
+        (["AtmoRep_idtest_epoch3.mod", "AtmoRep_idtest_epoch00012.mod"], 1),
+        (["AtmoRep_idtest_epoch0.mod"], 0),
+        (["AtmoRep_idtest_epoch7.mod", "AtmoRep_idtest.mod", "AtmoRep_idother.mod"], 1),
+    ],
+)
+def test_newest_weights_of_a_folder_are_taken(tmp_path, files, newest):
+    write_model(tmp_path, ONE, ["temperature"])
+    tensors = torch.load(tmp_path / "AtmoRep_idtest.mod", weights_only=True)
+    (tmp_path / "AtmoRep_idtest.mod").unlink()
+    for number, name in enumerate(files):
+        torch.save({key: value + number for key, value in tensors.items()}, tmp_path / name)
+    weight = load_atmorep(tmp_path).encoders["temperature"].embed.weight
+    assert torch.equal(weight, tensors["encoders.0.embed.weight"] + newest)
 
 
 def test_missing_head_of_a_file_of_2023_is_named(tmp_path):
@@ -158,9 +241,11 @@ def test_archive_is_read_as_its_folder(tmp_path):
     archive = tmp_path / "model_idtest.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "model", "model_idtest")
-    unpacked, packed = load_atmorep(tmp_path / "model"), load_atmorep(archive)
-    for name, value in unpacked.state_dict().items():
-        assert torch.equal(value, packed.state_dict()[name])
+    unpacked = load_atmorep(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    for packed in (load_atmorep(archive), load_atmorep(tmp_path)):
+        for name, value in unpacked.state_dict().items():
+            assert torch.equal(value, packed.state_dict()[name])
 
 
 def change_tensors(folder: Path, change) -> None:
@@ -193,6 +278,7 @@ def test_shared_token_map_serves_all_fields_where_the_first_ones_is_zero(tmp_pat
         (lambda t: t.update({"encoders.0.heads.9.proj_out.weight": torch.ones(2)}), "attentions.9"),
         (lambda t: t.update({"tails.0.tail_nets.0.0.bias": torch.ones(9)}), "tail.shift"),
         (lambda t: t.pop("embeds_token_info.0.bias"), "embeds_token_info.0.bias"),
+        (lambda t: t.update({"embeds.0.other": torch.ones(2)}), "embeds.0.other"),
         (lambda t: t.pop("tails.0.tail_nets.1.1.weight"), "tail"),
     ],
 )
@@ -210,11 +296,11 @@ def test_tensor_that_is_missing_left_over_or_odd_is_named(tmp_path, change, word
         ({"decoder_self_att": True}, "decoder_self_att=True"),
         ({"decoder_cross_att_ratio": 0.0}, "decoder_cross_att_ratio"),
         ({"decoder_num_layers": 3}, "decoder_num_layers=3"),
-        ({"coupling_num_heads_per_field": 2, "fields": TWO}, "coupling_num_heads_per_field=2"),
+        ({"fields": [["temperature", [1, 9, [], 0], [137], [2, 2, 3], [1, 2, 2]]]}, "width 9"),
         ({"fields": ONE * 2}, "temperature is there twice"),
         ({"encoder_num_heads": 0}, "encoder_heads=0"),
         ({"net_tail_num_nets": -1}, "members=-1"),
-        ({"size_token_info_net": 8}, "width 8 of which 8"),
+        ({"size_token_info_net": 8}, r"width 8 \(even, and above the 8 "),
         ({"fields": [["temperature", [1, 8, [], 0], [], [2, 2, 3], [1, 2, 2]]]}, "0 levels"),
         ({"decoder_cross_att_rate": float("nan")}, "decoder_cross_att_rate"),
         ({"encoder_num_layers": float("inf")}, "another form"),
