@@ -34,8 +34,8 @@ _OLD_HEAD = re.compile(r"(.*)\.(heads_self|heads_other|heads)\.(\d+)\.proj_(qs|k
 
 @contextmanager
 def model_folder(location: Path) -> Iterator[Path]:
-    """The folder that holds a model's two files; an archive, also one that lies alone in a folder, is
-    unpacked for the while.
+    """The folder that holds a model's two files. An archive, also one that lies alone in a folder,
+    is unpacked for the while.
 
     Raises:
         ValueError: neither a folder nor an archive that can be read.
