@@ -28,7 +28,7 @@ from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
 from atmossl.masking.random import Mixture
 from atmossl.model.kinds import build_network
-from atmossl.model.low_rank import LOW_RANK, add_low_rank
+from atmossl.model.linear import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.plugins import Part, classes_outside, package_of

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from atmossl.batch import StreamPrediction, StreamTokens
-from atmossl.model.attention import CrossAttention, SelfAttention
+from atmossl.model.blocks import (
+    CrossAttention,
+    EncoderLayer,
+    SelfAttention,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 from atmossl.model.embedding import Tail
-from atmossl.model.encoder import EncoderLayer
-from atmossl.model.layout import Latent, TokenPlace
 from atmossl.model.linear import Linear
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.positions import merge_heads, rotate, split_heads
+from atmossl.model.network import Latent, TokenPlace
 from atmossl.objectives.masked import MaskedModelling, hidden_values
 
 

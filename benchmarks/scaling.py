@@ -34,7 +34,7 @@ from atmossl.build import build_model, build_objective
 from atmossl.cost_estimate import estimate, resident_bytes, sample_batch, window_of_zeros
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.model.attention import Attention
+from atmossl.model.blocks import Attention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from benchmarks.projection import Cluster, Step, table

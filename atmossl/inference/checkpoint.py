@@ -27,7 +27,7 @@ from atmossl.hub import AVERAGED, SCHEME, commit_of, downloaded
 from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
 from atmossl.model.kinds import build_network, network_class
-from atmossl.model.low_rank import merged
+from atmossl.model.linear import merged
 from atmossl.model.network import Network
 from atmossl.names import snake_case, target_name
 

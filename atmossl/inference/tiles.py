@@ -18,8 +18,7 @@ from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.inference.windows import WindowReader, columns, masked_view
 from atmossl.masking.base import coarsen, repeat_coarse
 from atmossl.masking.tasks import Downscaling, Points
-from atmossl.model.layout import scatter
-from atmossl.model.network import EVALUATED_MEMBERS
+from atmossl.model.network import EVALUATED_MEMBERS, scatter
 from atmossl.tokens import detokenise
 
 

@@ -37,8 +37,7 @@ from atmossl.model.atmorep import (
     Perceptron,
     Tail,
 )
-from atmossl.model.layout import Latent, TokenPlace, gather
-from atmossl.model.network import Latents, Network, StreamLatents
+from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace, gather
 from atmossl.names import VARIABLE_OF_FIELD
 
 HOURS_PER_DAY = 24.0

@@ -1,15 +1,373 @@
-"""Transformer blocks: self-attention, coupling between streams or cross-attention, feedforward."""
+"""Transformer layers: attention of tokens to tokens, blocks of self-attention, coupling between
+streams or cross-attention, and feedforward, and one encoder layer of all streams.
 
+Attention goes to all tokens, along the grid's axes, or within windows.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations, repeat
+from typing import Any, Literal, cast
 
-from jaxtyping import Float
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.model.attention import Attend, CrossAttention, SelfAttention
-from atmossl.model.layout import Latent, TokenPlace, from_frames, pad_edges, to_frames
 from atmossl.model.linear import Linear
+from atmossl.model.network import (
+    Latent,
+    TokenPlace,
+    from_frames,
+    gather,
+    pad_edges,
+    scatter,
+    to_frames,
+)
+
+
+def rotation(phase: Float[Tensor, "batch token pair"]) -> Float[Tensor, "2 batch 1 token feature"]:
+    """Cosine, and sine with the sign of each half, of the phases; computed once per view."""
+    cos, sin = phase.cos(), phase.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])[:, :, None]
+
+
+def rotate(
+    x: Float[Tensor, "batch head token feature"],
+    turn: Float[Tensor, "2 batch 1 token feature"],
+) -> Float[Tensor, "batch head token feature"]:
+    """Turn the two halves of the features, taken as pairs, by the token's phases."""
+    cos, sin = turn.to(x.dtype)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """One axis of features to one of heads and one of features within a head."""
+    return rearrange(x, "batch token (head feature) -> batch head token feature", head=num_heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """The inverse of `split_heads`."""
+    return rearrange(x, "batch head token feature -> batch token (head feature)")
+
+
+Attention = Literal["full", "factorised", "temporal", "windowed"]
+Attend = Callable[[Tensor, Tensor, Tensor, Latent, Latent], Tensor]
+# Of which time steps a token sees others, by their distance to its own: any, its own and earlier
+# ones, its own alone, or earlier ones alone.
+Steps = Literal["any", "until", "same", "before"]
+_FEW_KEYS = 16  # below, plain products are several times as fast as a fused kernel
+_MOST_ROWS = 2**16 - 1  # samples in one launch of a GPU's fused kernels
+
+
+def attend(
+    query: Float[Tensor, "batch head query feature"],
+    key: Float[Tensor, "batch head key feature"],
+    value: Float[Tensor, "batch head key feature"],
+    valid: Bool[Tensor, "batch key"] | None,
+    order: Bool[Tensor, "rows query key"] | None = None,
+) -> Float[Tensor, "batch head query feature"]:
+    """Exact attention over the valid keys; a row without any valid key gives zeros.
+
+    order: which keys each query may see, for every sample or the same for all of them.
+    """
+    if valid is None and order is None:
+        return _softmax_attention(query, key, value, None)
+    visible = None if valid is None else valid[:, None, None, :]
+    if order is not None:
+        visible = order[:, None] if visible is None else visible & order[:, None]
+    assert visible is not None
+    some = visible.any(dim=-1, keepdim=True)
+    visible = visible | ~some  # an empty row would give NaN, and NaN gradients
+    out = _softmax_attention(query, key, value, visible)
+    return torch.where(some, out, torch.zeros_like(out))
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    if key.shape[-2] <= _FEW_KEYS:
+        score = query @ key.mT * query.shape[-1] ** -0.5
+        if visible is not None:
+            score = score.masked_fill(~visible, -torch.inf)
+        return score.softmax(dim=-1).to(value.dtype) @ value
+    if len(query) <= _MOST_ROWS:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    masks = repeat(None) if visible is None else visible.split(_MOST_ROWS)
+    parts = zip(*(x.split(_MOST_ROWS) for x in (query, key, value)), masks, strict=False)
+    return torch.cat([functional.scaled_dot_product_attention(*part) for part in parts])
+
+
+def _may_see(query: Tensor, key: Tensor, steps: Steps) -> Tensor:
+    """Whether a token at step `query` sees one at step `key`."""
+    if steps == "same":
+        return query == key
+    return query >= key if steps == "until" else query > key
+
+
+def attend_fully(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
+) -> Tensor:
+    """Every token attends to every token of the context at the steps that it may see."""
+    if steps == "any":
+        return attend(query, key, value, context.valid)
+    own, others = (_step_of_tokens(latent) for latent in (x, context))
+    order = _may_see(own[:, :, None], others[:, None, :], steps)
+    return attend(query, key, value, context.valid, order)
+
+
+def _step_of_tokens(x: Latent) -> Int[Tensor, "batch token"]:
+    _, num_times, num_lat, num_lon = x.place.shape
+    return x.place.chosen.index // (num_lat * num_lon) % num_times
+
+
+def attend_factorised(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
+) -> Tensor:
+    """Half of the heads attend to all levels and times of their place, half to all places of their
+    level and time (factorised dot-product attention, Arnab et al. 2021, ViViT, model 4): the cost
+    grows with tokens times (levels x times + places). Grids of different shapes attend fully.
+    """
+    return _attend_along_axes(query, key, value, x, context, query.shape[1] // 2, steps)
+
+
+def attend_temporally(
+    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
+) -> Tensor:
+    """Every token attends to all levels and times of its place, and space is left to the
+    convolutions: the cost grows with tokens times (levels x times). Grids of different shapes
+    attend fully."""
+    return _attend_along_axes(query, key, value, x, context, query.shape[1], steps)
+
+
+# heads of the whole grid, and the same with one sequence per column or per plane
+_GRID = "b h (level nt nlat nlon) f"
+_COLUMNS = "(b nlat nlon) h (level nt) f"
+_PLANES = "(b level nt) h (nlat nlon) f"
+
+
+def _attend_along_axes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Latent,
+    context: Latent,
+    num_columns: int,
+    steps: Steps,
+) -> Tensor:
+    """The first `num_columns` heads attend within columns, the others within planes: to those of
+    the step before where they may see earlier steps alone."""
+    if x.place.shape != context.place.shape:
+        return attend_fully(query, key, value, x, context, steps)
+    sizes = _sizes(x.place.shape)
+    grids = [_whole(query, x), _whole(key, context), _whole(value, context)]
+    present = None
+    if not context.place.chosen.complete:
+        present = context.place.chosen.chosen.flatten(1)[:, None, :, None]
+    if steps == "before":
+        if present is None:
+            present = torch.ones_like(grids[0][:, :1, :, :1], dtype=torch.bool)
+        grids[1:] = [_one_step_later(grid, sizes) for grid in grids[1:]]
+        present, steps = _one_step_later(present, sizes), "until"
+    attended = []
+    for axes, heads in ((_COLUMNS, slice(num_columns)), (_PLANES, slice(num_columns, None))):
+        q, k, v = (rearrange(grid[:, heads], f"{_GRID} -> {axes}", **sizes) for grid in grids)
+        if q.shape[1] == 0:
+            continue
+        valid = None
+        if present is not None:
+            valid = rearrange(present, f"{_GRID} -> {axes}", **sizes)[:, 0, :, 0]
+        order = None
+        if steps != "any" and axes == _COLUMNS:
+            step = torch.arange(q.shape[2], device=q.device) % sizes["nt"]
+            order = _may_see(step[:, None], step[None], steps)[None]
+        attended.append(rearrange(attend(q, k, v, valid, order), f"{axes} -> {_GRID}", **sizes))
+    out = torch.cat(attended, dim=1)
+    return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
+
+
+def _one_step_later(
+    grid: Shaped[Tensor, "batch head token feature"], sizes: dict[str, int]
+) -> Shaped[Tensor, "batch head token feature"]:
+    """What every token has, at the next time step; 0 at the first."""
+    axes = grid.unflatten(2, (sizes["level"], sizes["nt"], -1))
+    return functional.pad(axes[:, :, :, :-1], (0, 0, 0, 0, 1, 0)).flatten(2, 4)
+
+
+def _sizes(shape: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("level", "nt", "nlat", "nlon"), shape, strict=True))
+
+
+def _whole(heads: Float[Tensor, "batch head token feature"], x: Latent) -> Tensor:
+    """The heads on the whole token grid, 0 where a token is absent."""
+    if x.place.chosen.complete:
+        return heads
+    return split_heads(scatter(merge_heads(heads), x.place.chosen), heads.shape[1])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a token grid falls into windows of `size` (time, lat, lon) tokens, all levels in each.
+
+    shift: tokens that the grid moves up before it is cut. Along an axis that does not close, the
+    first window is the smaller for it; on a closed circle the last tokens come first.
+    """
+
+    shape: tuple[int, int, int, int]
+    size: tuple[int, int, int]
+    shift: tuple[int, int, int]
+    periodic: bool
+
+    @classmethod
+    def of(cls, x: Latent, size: tuple[int, int, int], *, shifted: bool) -> "Cut":
+        """An axis that fits into one window is not cut."""
+        axes = x.place.shape[1:]
+        fitting = tuple(min(pair) for pair in zip(size, axes, strict=True))
+        shift = tuple(
+            one // 2 if shifted and tokens > one else 0
+            for one, tokens in zip(fitting, axes, strict=True)
+        )
+        return cls(x.place.shape, fitting, shift, x.place.periodic)  # type: ignore[arg-type]
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """Empty places before and after the tokens along time, lat and lon."""
+        before = (*self.shift[:2], 0 if self.periodic else self.shift[2])
+        axes = zip(before, self.shape[1:], self.size, strict=True)
+        return tuple((empty, -(empty + tokens) % size) for empty, tokens, size in axes)
+
+    @property
+    def exact(self) -> bool:
+        return not any(map(any, self.edges))
+
+    def split(
+        self, grid: Shaped[Tensor, "batch head token feature"]
+    ) -> Shaped[Tensor, "windows head place feature"]:
+        """Every window as a sample of its own; empty places hold 0."""
+        axes = rearrange(grid, f"{_GRID} -> b h level nt nlat nlon f", **_sizes(self.shape))
+        if self.periodic and self.shift[2]:
+            axes = axes.roll(self.shift[2], dims=5)
+        if not self.exact:
+            time, lat, lon = self.edges
+            axes = functional.pad(axes, (0, 0, *lon, *lat, *time))
+        return rearrange(axes, f"{_CUT} -> {_WINDOWS}", **self._places)
+
+    def join(
+        self, windows: Shaped[Tensor, "windows head place feature"]
+    ) -> Shaped[Tensor, "batch head token feature"]:
+        """Undoes `split`."""
+        counts = (
+            (sum(edge) + tokens) // size
+            for edge, tokens, size in zip(self.edges, self.shape[1:], self.size, strict=True)
+        )
+        named = dict(zip(("nt", "nlat", "nlon"), counts, strict=True))
+        axes = rearrange(windows, f"{_WINDOWS} -> {_CUT}", **self._places, **named)
+        for dim, ((before, _), tokens) in enumerate(zip(self.edges, self.shape[1:], strict=True)):
+            axes = axes.narrow(dim + 3, before, tokens)
+        if self.periodic and self.shift[2]:
+            axes = axes.roll(-self.shift[2], dims=5)
+        return rearrange(axes, f"b h level nt nlat nlon f -> {_GRID}")
+
+    @property
+    def _places(self) -> dict[str, int]:
+        sizes = zip(("wt", "wlat", "wlon"), self.size, strict=True)
+        return {"level": self.shape[0], **dict(sizes)}
+
+
+_CUT = "b h level (nt wt) (nlat wlat) (nlon wlon) f"
+_WINDOWS = "(b nt nlat nlon) h (level wt wlat wlon) f"
+
+
+def attend_in_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    x: Latent,
+    context: Latent,
+    *,
+    size: tuple[int, int, int],
+) -> Tensor:
+    """Half of the heads attend within windows of `size` (time, lat, lon) tokens, half within
+    windows shifted by half of it, so that each layer joins neighbouring windows (shifted windows
+    after Liu et al. 2021, Swin Transformer, there in alternate layers): the cost grows with tokens
+    times a window. Grids of different shapes attend fully.
+    """
+    if x.place.shape != context.place.shape:
+        return attend_fully(query, key, value, x, context)
+    grids = (_whole(query, x), _whole(key, context), _whole(value, context))
+    half = query.shape[1] // 2
+    attended = []
+    for heads, shifted in ((slice(half), False), (slice(half, None), True)):
+        cut = Cut.of(x, size, shifted=shifted)
+        q, k, v = (cut.split(grid[:, heads]) for grid in grids)
+        valid = None
+        if not (cut.exact and context.place.chosen.complete):
+            present = context.place.chosen.chosen.flatten(1)[:, None, :, None]
+            valid = cut.split(present)[:, 0, :, 0]
+        attended.append(cut.join(attend(q, k, v, valid)))
+    out = torch.cat(attended, dim=1)
+    return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
+
+
+def attend_by(attention: Attention, window: tuple[int, int, int], steps: Steps = "any") -> Attend:
+    """The function behind a name; `window` (time, lat, lon) counts for `windowed` alone, which sees
+    any step."""
+    if attention == "windowed":
+        # sizes of windows, as symbols, would keep the compiler busy without end
+        return cast(Attend, torch.compiler.disable(partial(attend_in_windows, size=window)))
+    kinds: dict[str, Any] = {
+        "full": attend_fully,
+        "factorised": attend_factorised,
+        "temporal": attend_temporally,
+    }
+    return kinds[attention] if steps == "any" else partial(kinds[attention], steps=steps)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a stream to itself."""
+
+    def __init__(self, *, dim: int, num_heads: int, attend: Attend) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attend = attend
+        self.project = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
+
+    def forward(self, x: Latent) -> Float[Tensor, "batch token feature"]:
+        projected = self.project(x.features)
+        query, key, value = (
+            split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1)
+        )
+        turn = x.place.turns[query.shape[-1]]
+        attended = self.attend(rotate(query, turn), rotate(key, turn), value, x, x)
+        return self.out(merge_heads(attended))
+
+
+class CrossAttention(nn.Module):
+    """Attention of one set of tokens to another; `zero_init` starts it as a no-op."""
+
+    def __init__(
+        self, *, dim: int, context_dim: int, num_heads: int, attend: Attend, zero_init: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attend = attend
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(context_dim, 2 * dim)
+        self.out = Linear(dim, dim)
+        if zero_init:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Latent, context: Latent) -> Float[Tensor, "batch token feature"]:
+        queries = self.query(x.features)
+        pairs = self.key_value(context.features)
+        key, value = (split_heads(part, self.num_heads) for part in pairs.chunk(2, dim=-1))
+        width = key.shape[-1]
+        query = rotate(split_heads(queries, self.num_heads), x.place.turns[width])
+        key = rotate(key, context.place.turns[width])
+        attended = self.attend(query, key, value, x, context)
+        return self.out(merge_heads(attended))
 
 
 @dataclass(frozen=True)
@@ -169,3 +527,33 @@ class DecoderBlock(nn.Module):
 
 def _conditioned(norm: nn.Module, gain: Tensor, shift: Tensor, x: Tensor) -> Tensor:
     return norm(x) * gain + shift
+
+
+Features = dict[str, Float[Tensor, "batch token feature"]]  # by the name of a stream
+
+
+class EncoderLayer(nn.ModuleDict):
+    """A block for every stream, by its name, which looks at all others: self-attention and
+    coupling, then feedforward."""
+
+    def __init__(self, widths: Mapping[str, int], sizes: BlockSizes) -> None:
+        blocks = {}
+        for name, width in widths.items():
+            others = {other: size for other, size in widths.items() if other != name}
+            blocks[name] = EncoderBlock(dim=width, sizes=sizes, coupled_dims=others)
+        super().__init__(blocks)
+
+    def forward(self, features: Features, places: Mapping[str, TokenPlace]) -> Features:
+        """Features of every stream that is there; coupling leaves out one that is absent."""
+        blocks = {name: cast(EncoderBlock, self[name]) for name in features}
+        normed: dict[str, Latent] = {}
+        after: Features = {}
+        for name, block in blocks.items():
+            normed[name] = Latent(block.norm(features[name]), places[name])
+            after[name] = features[name] + block.attention(normed[name])
+        for name, other in permutations(blocks, 2):
+            after[name] = after[name] + blocks[name].coupling[other](normed[name], normed[other])
+        for name, block in blocks.items():
+            inner = Latent(block.feedforward_norm(after[name]), places[name])
+            after[name] = after[name] + block.feedforward(inner)
+        return after

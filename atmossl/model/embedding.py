@@ -1,15 +1,118 @@
-"""The ends of the network: tokens to latents, and decoded latents to an ensemble of patches."""
+"""The ends of the network: tokens to latents, and decoded latents to an ensemble of patches.
+
+A latent knows where its token is from physical coordinates: by absolute features, which its
+embedding takes, and by rotary phases, which attention takes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.batch import Corruption, StreamSpec, TokenGrid, TokenIndex
-from atmossl.model.layout import from_frames, gather, pad_edges
 from atmossl.model.linear import Linear
-from atmossl.model.positions import NUM_FEATURES
+from atmossl.model.network import from_frames, gather, pad_edges, token_coordinates
+
+HOURS_PER_DAY = 24.0
+_WAVENUMBERS = (1, 2, 3, 4, 6, 8)
+NUM_FEATURES = 4 * len(_WAVENUMBERS) + 2 + 4 + 3 + 3
+Coordinate = Literal["latitude", "longitude", "date", "hour"]
+COORDINATES: tuple[Coordinate, ...] = get_args(Coordinate)
+
+
+def told_features(told: Sequence[Coordinate]) -> Float[Tensor, "feature"]:
+    """1 for every one of the `absolute_features` that may be told, 0 for others: functions of
+    latitude, longitude, the time of the year (`date`) and local solar time (`hour`) are told where
+    they are named, level and extents always."""
+    waves = ["longitude"] * len(_WAVENUMBERS) + ["latitude"] * len(_WAVENUMBERS)
+    always = [None] * 3
+    owners = [*waves, *waves, "date", "hour", "date", "hour", *always, *["latitude"] * 2, *always]
+    assert len(owners) == NUM_FEATURES, f"{len(owners)} owners of {NUM_FEATURES} features"
+    return torch.tensor([float(owner is None or owner in told) for owner in owners])
+
+
+def absolute_features(grid: TokenGrid) -> Float[Tensor, "batch token feature"]:
+    """Where and when a token is, as bounded features.
+
+    Sine and cosine of multiples of longitude and latitude, of the day of year and of the local
+    solar time; functions of pressure; logarithms of the token's extent in hours and degrees.
+    """
+    hours, level, lat, lon = token_coordinates(grid)
+    lon_rad, lat_rad = torch.deg2rad(lon), torch.deg2rad(lat)
+    year = 2 * math.pi * (hours % grid.year_hours) / grid.year_hours
+    solar = 2 * math.pi * (hours % HOURS_PER_DAY) / HOURS_PER_DAY + lon_rad
+    # by numbers, not by a tensor of them, whose way to a device would be waited for
+    angles = torch.stack([x * n for x in (lon_rad, lat_rad) for n in _WAVENUMBERS], dim=-1)
+    zonal_scale = torch.cos(lat_rad)
+    cyclic = torch.stack([year, solar], dim=-1)
+    height = torch.log(level.clamp_min(1.0) / 500.0)
+    extents = torch.stack(
+        [torch.log(x / 6.0) for x in (grid.time_extent, grid.lat_extent, grid.lon_extent)], dim=-1
+    )
+    parts = [
+        angles.sin(),
+        angles.cos(),
+        cyclic.sin(),
+        cyclic.cos(),
+        torch.stack([height, height**2, (level > 0).to(height)], dim=-1),
+        torch.stack([zonal_scale, zonal_scale**2], dim=-1),
+        repeat(extents, "batch feature -> batch token feature", token=lon.shape[-1]),
+    ]
+    return torch.cat([part.float() for part in parts], dim=-1)
+
+
+class RotaryPositions(nn.Module):
+    """Rotary phases (Su et al. 2021) of longitude, latitude, time and pressure.
+
+    Longitude turns by integer wavenumbers, so that attention sees the circle as closed; the other
+    coordinates turn by geometric frequencies. Scores then depend on differences of coordinates
+    alone, whatever the shape, place or resolution of the window.
+    """
+
+    lon_waves: Tensor
+    lat_waves: Tensor
+    time_waves: Tensor
+    level_waves: Tensor
+
+    def __init__(self, *, head_dim: int, max_wavenumber: int = 32) -> None:
+        super().__init__()
+        pairs = head_dim // 2
+        num_level = max(1, pairs // 8)
+        num_time = max(1, pairs // 4)
+        num_lat = (pairs - num_level - num_time) // 2
+        num_lon = pairs - num_level - num_time - num_lat
+        if head_dim % 2 or num_lat < 1:
+            raise ValueError(
+                f"model.dim / model.num_heads = {head_dim} features per head; rotary positions "
+                "need an even number of at least 8"
+            )
+        lon = torch.logspace(0, math.log2(max_wavenumber), num_lon, base=2.0).round()
+        lat = torch.logspace(0, math.log2(max_wavenumber), num_lat, base=2.0)
+        days = torch.logspace(-2, 2, num_time, base=2.0) * 2 * math.pi / HOURS_PER_DAY / 4
+        level = torch.logspace(0, 2, num_level, base=2.0)
+        self.register_buffer("lon_waves", lon, persistent=False)
+        self.register_buffer("lat_waves", lat, persistent=False)
+        self.register_buffer("time_waves", days, persistent=False)
+        self.register_buffer("level_waves", level, persistent=False)
+
+    def forward(self, grid: TokenGrid) -> Float[Tensor, "batch token pair"]:
+        """Phase of every token and feature pair, in radians; time counts from the window's start,
+        which leaves differences as they are and keeps the phases small."""
+        hours, level, lat, lon = token_coordinates(grid)
+        start = hours.amin(dim=-1, keepdim=True)
+        phases = [
+            torch.deg2rad(lon)[..., None] * self.lon_waves,
+            torch.deg2rad(lat)[..., None] * self.lat_waves,
+            (hours - start).float()[..., None] * self.time_waves,
+            torch.log(level.clamp_min(1.0) / 500.0)[..., None] * self.level_waves,
+        ]
+        return torch.cat([phase.float() for phase in phases], dim=-1)
+
 
 # what the encoder is told of a token: nothing, that it is masked, that it is coarse
 _TOLD = {Corruption.DROP: 1, Corruption.MASK: 1, Corruption.COARSEN: 2}

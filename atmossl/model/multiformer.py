@@ -24,21 +24,39 @@ from atmossl.batch import (
     TokenIndex,
     View,
 )
-from atmossl.model.attention import Attend, Attention, Steps, attend_by
-from atmossl.model.blocks import BlockSizes, DecoderBlock, Feedforward, GatedConvolution
-from atmossl.model.embedding import Embedding, Tail
-from atmossl.model.encoder import EncoderLayer
-from atmossl.model.layout import Latent, TokenPlace, gather, joined, scatter
-from atmossl.model.network import EVALUATED_MEMBERS, Latents, Network, StreamLatents
-from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
-from atmossl.model.positions import (
+from atmossl.model.blocks import (
+    Attend,
+    Attention,
+    BlockSizes,
+    DecoderBlock,
+    EncoderLayer,
+    Feedforward,
+    GatedConvolution,
+    Steps,
+    attend_by,
+    rotation,
+)
+from atmossl.model.embedding import (
     COORDINATES,
     Coordinate,
+    Embedding,
     RotaryPositions,
+    Tail,
     absolute_features,
-    rotation,
     told_features,
 )
+from atmossl.model.network import (
+    EVALUATED_MEMBERS,
+    Latent,
+    Latents,
+    Network,
+    StreamLatents,
+    TokenPlace,
+    gather,
+    joined,
+    scatter,
+)
+from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
 
 
 def _flatten(tokens: Tensor) -> Tensor:

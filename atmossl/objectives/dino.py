@@ -25,8 +25,7 @@ from atmossl.masking.base import hide_nothing
 from atmossl.masking.crops import Crop
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.views import ViewSpec
-from atmossl.model.layout import gather
-from atmossl.model.network import Latents, Network
+from atmossl.model.network import Latents, Network, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.masked import hidden_areas, predicted_streams
 from atmossl.objectives.pairs import PairMeasures, by_task_and_mean

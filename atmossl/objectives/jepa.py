@@ -14,8 +14,7 @@ from atmossl.batch import Batch, LatentPrediction, Losses, View
 from atmossl.latent_losses import batch_anomalies, gathered, sigreg
 from atmossl.losses import weighted_mean
 from atmossl.masking.base import hide_nothing
-from atmossl.model.layout import gather
-from atmossl.model.network import Latents, Network
+from atmossl.model.network import Latents, Network, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective, ViewSpec
 from atmossl.objectives.masked import hidden_areas, predicted_streams
 from atmossl.objectives.position_means import (

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
 from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, FieldEnsemble, LossName, weighted_mean
-from atmossl.model.layout import gather
-from atmossl.model.network import StreamLatents
+from atmossl.model.network import StreamLatents, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.position_means import (
     position_bins,

@@ -21,7 +21,7 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import only_segment, open_parts, open_segment, open_split
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize
 from atmossl.masking.tasks import Forecast
-from atmossl.model.positions import absolute_features
+from atmossl.model.embedding import absolute_features
 from tests.synthetic import dataset, spec
 
 CALENDARS = ("noleap", "360_day", "all_leap", "julian", "proleptic_gregorian")

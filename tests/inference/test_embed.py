@@ -15,8 +15,7 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.embed import Embedder
-from atmossl.model.layout import Latent, TokenPlace
-from atmossl.model.network import Latents, Network, StreamLatents
+from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace
 from tests.inference.oracle_models import STORE, segment
 from tests.synthetic import spec
 

@@ -10,7 +10,7 @@ from atmossl.batch import PRIMARY, Prediction, StreamPrediction, TokenGrid, View
 from atmossl.inference.plan import Plan
 from atmossl.inference.predict import predict_fields
 from atmossl.masking.tasks import Forecast, TemporalInterpolation
-from atmossl.model.layout import gather
+from atmossl.model.network import gather
 from atmossl.model.noise import noise_field
 from tests.inference.oracle_models import STORE, Known, Oracle, predictor, run_at
 

@@ -12,7 +12,7 @@ from atmossl.batch import Prediction, StreamSpec, StreamWindow, View, collate_vi
 from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 from atmossl.masking.random import Autoregression, RandomMasking, SplitBrain, TimeBlockMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.model.attention import Attention
+from atmossl.model.blocks import Attention
 from atmossl.model.multiformer import Multiformer
 from tests.synthetic import spec, window
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atmossl.model.attention import attend
+from atmossl.model.blocks import attend
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from tests.model.test_compiled import batch

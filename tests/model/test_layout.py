@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from atmossl.batch import TokenIndex
-from atmossl.model import attention
-from atmossl.model.attention import (
+from atmossl.model import blocks
+from atmossl.model.blocks import (
+    GatedConvolution,
     attend,
     attend_factorised,
     attend_in_windows,
     attend_temporally,
 )
-from atmossl.model.blocks import GatedConvolution
-from atmossl.model.layout import Latent, TokenPlace, from_frames, gather, scatter, to_frames
+from atmossl.model.network import Latent, TokenPlace, from_frames, gather, scatter, to_frames
 
 SHAPE = (2, 3, 4, 6)  # level nt nlat nlon
 
@@ -145,7 +145,7 @@ def test_more_samples_than_a_gpu_launches_at_once_are_split(monkeypatch) -> None
     query, key, value = torch.randn(3, 7, 2, 20, 8, dtype=torch.float64, generator=generator)
     valid = torch.rand(7, 20, generator=generator) < 0.5
     expected = [attend(query, key, value, present) for present in (None, valid)]
-    monkeypatch.setattr(attention, "_MOST_ROWS", 3)
+    monkeypatch.setattr(blocks, "_MOST_ROWS", 3)
     for present, at_once in zip((None, valid), expected, strict=True):
         torch.testing.assert_close(attend(query, key, value, present), at_once)
 

@@ -9,9 +9,8 @@ from atmossl.batch import collate_views
 from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.model.kinds import NETWORKS
-from atmossl.model.layout import Latent
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.network import StreamLatents
+from atmossl.model.network import Latent, StreamLatents
 from tests.synthetic import spec, window
 
 STREAMS = (spec("air"), spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))

@@ -16,9 +16,9 @@ from atmossl.batch import Batch, TokenIndex, View, collate_views
 from atmossl.latent_losses import rankme
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
+from atmossl.model.embedding import absolute_features
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Latents, Network
-from atmossl.model.positions import absolute_features
 from atmossl.training.collapse import CollapseWatch, latent_rows, measures, shown, teacher_distance
 from tests.synthetic import spec, window
 

@@ -9,9 +9,9 @@ import torch
 from atmossl.batch import TokenIndex, collate_views
 from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.model.layout import TokenPlace
+from atmossl.model.blocks import rotation
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.positions import rotation
+from atmossl.model.network import TokenPlace
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.training.recompute import recompute
 from tests.synthetic import spec, window

@@ -34,9 +34,16 @@ from atmossl.batch import (
 from atmossl.losses import weighted_mean
 from atmossl.masking.base import TokenLayout
 from atmossl.masking.tasks import Task, TimePlan
-from atmossl.model.layout import Latent, TokenPlace, gather, scatter
-from atmossl.model.network import Latents, Network, StreamLatents
-from atmossl.model.positions import NUM_FEATURES, absolute_features
+from atmossl.model.embedding import NUM_FEATURES, absolute_features
+from atmossl.model.network import (
+    Latent,
+    Latents,
+    Network,
+    StreamLatents,
+    TokenPlace,
+    gather,
+    scatter,
+)
 from atmossl.objectives.base import Metric, Monitor, Objective
 from atmossl.objectives.masked import ErrorRatios, hidden_values, predicted_streams
 

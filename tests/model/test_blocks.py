@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from atmossl.batch import TokenIndex
-from atmossl.model.attention import Attend, attend_factorised, attend_fully, attend_in_windows
-from atmossl.model.blocks import BlockSizes
-from atmossl.model.encoder import EncoderLayer
-from atmossl.model.layout import Latent, TokenPlace
-from atmossl.model.low_rank import add_low_rank
-from atmossl.model.positions import rotation
+from atmossl.model.blocks import (
+    Attend,
+    BlockSizes,
+    EncoderLayer,
+    attend_factorised,
+    attend_fully,
+    attend_in_windows,
+    rotation,
+)
+from atmossl.model.linear import add_low_rank
+from atmossl.model.network import Latent, TokenPlace
 
 SHAPE = (2, 3, 4, 6)  # level nt nlat nlon
 WIDTHS = {"air": 16, "wind": 16, "sea": 24, "humidity": 16}  # the sea is unlike the others
