@@ -100,17 +100,6 @@ def resampled_means(
     return xr.Dataset({name: mean(statistic) for name, statistic in per_time.items()})
 
 
-def score_interval(
-    per_time: xr.Dataset,
-    combine: Combine,
-    dim: str,
-    counts: Float[np.ndarray, "resample time"],
-    bootstrap: BlockBootstrap,
-) -> tuple[xr.DataArray, xr.DataArray]:
-    """Confidence limits of `combine(mean of per_time over dim)`."""
-    return bootstrap.limits(combine(resampled_means(per_time, dim, counts)))
-
-
 def ratio_samples(
     per_time: xr.Dataset,
     baseline_per_time: xr.Dataset,

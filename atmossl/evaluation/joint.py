@@ -107,6 +107,19 @@ class Differences:
 Derived = AreaMeans | Differences
 
 
+def of_quantity(case: Case, quantity: Derived) -> Case:
+    """Prediction and truth of a derived quantity, which all scores of a case share."""
+
+    def derive(case: Case) -> Case:
+        quantiles = case.quantiles
+        if quantiles is not None and isinstance(quantity, AreaMeans):
+            quantiles = quantity.derive(quantiles)
+        truth = quantity.derive(case.truth.astype(np.float64))
+        return Case(quantity.derive(case.members), truth, quantiles=quantiles)
+
+    return case.derived(quantity, derive)
+
+
 @dataclass(frozen=True)
 class OfDerived:
     """A score or diagnostic of single values, taken of derived quantities."""
@@ -124,18 +137,7 @@ class OfDerived:
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         if "longitude" not in weights.dims:
             weights = weights * xr.ones_like(case.truth["longitude"], dtype=np.float64)
-        derive = self.derived.derive
-        quantiles = case.quantiles
-        if quantiles is not None and isinstance(self.derived, AreaMeans):
-            quantiles = derive(quantiles)
-        return self.score.per_time(
-            Case(
-                derive(case.members),
-                derive(case.truth.astype(np.float64)),
-                quantiles=quantiles,
-            ),
-            self.derived.weights(weights),
-        )
+        return self.score.per_time(of_quantity(case, self.derived), self.derived.weights(weights))
 
     def value(self, means: xr.Dataset) -> Any:
         return self.score.value(means)
@@ -181,25 +183,36 @@ class VariogramScore:
     """
 
     name: str = "variogram_score"
-    _axes: tuple[Differences, ...] = field(
+    axes: tuple[Differences, ...] = field(
         default=(Differences("longitude"), Differences("latitude")), repr=False
     )
 
     def applies(self, case: Case) -> bool:
-        return case.num_members > 1 and all(axis.applies(case) for axis in self._axes)
+        return case.num_members > 1 and all(axis.applies(case) for axis in self.axes)
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         if "longitude" not in weights.dims:
             weights = weights * xr.ones_like(case.truth["longitude"], dtype=np.float64)
         parts = []
-        for axis in self._axes:
-            predicted = (abs(axis.derive(case.members)) ** 0.5).mean("member")
-            observed = abs(axis.derive(case.truth.astype(np.float64))) ** 0.5
+        for axis in self.axes:
+            differences = of_quantity(case, axis)
+            predicted = (abs(differences.members) ** 0.5).mean("member")
+            observed = abs(differences.truth) ** 0.5
             parts.append(weighted_mean((predicted - observed) ** 2, axis.weights(weights)))
         return xr.Dataset({"variogram": sum(parts[1:], start=parts[0]) / len(parts)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["variogram"]
+
+
+def quantities_of(statistic: object) -> list[Derived]:
+    """Derived quantities that a score or diagnostic looks at, by name; none for most."""
+    match statistic:
+        case OfDerived(derived=quantity):
+            return [quantity]
+        case VariogramScore(axes=axes):
+            return sorted(axes, key=lambda axis: axis.name)
+    return []
 
 
 BOXES = (AreaMeans(4), AreaMeans(8))

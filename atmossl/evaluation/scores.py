@@ -6,7 +6,8 @@ their mean over cases into the score. RMSE is thus the root of the mean over tim
 area-weighted squared error (as in WeatherBench 2), not a mean of roots.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -44,6 +45,18 @@ class Case:
     climatology: xr.DataArray | None = None
     quantiles: xr.DataArray | None = None
     rain: RainClimate | None = None
+    _derived: dict[Hashable, "Case"] = field(default_factory=dict, repr=False, compare=False)
+
+    def derived(self, quantity: Hashable, derive: Callable[["Case"], "Case"]) -> "Case":
+        """The case of a derived quantity, worked out when it is asked for first and then kept."""
+        if quantity not in self._derived:
+            self._derived[quantity] = derive(self)
+        return self._derived[quantity]
+
+    def forget(self, quantities: Iterable[Hashable]) -> None:
+        """Keep these derived quantities no longer: they are as large as the fields."""
+        for quantity in quantities:
+            self._derived.pop(quantity, None)
 
     @property
     def num_members(self) -> int:

@@ -20,12 +20,12 @@ from atmossl.evaluation.alignment import (
     truth_for,
 )
 from atmossl.evaluation.baselines import climatology_at
-from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_samples, score_interval
+from atmossl.evaluation.bootstrap import BlockBootstrap, ratio_samples, resampled_means
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
-from atmossl.evaluation.joint import OfDerived
+from atmossl.evaluation.joint import OfDerived, quantities_of
 from atmossl.evaluation.regions import REGIONS, ScoreRegion, stacked_weights
-from atmossl.evaluation.scores import DEFAULT_SCORES, Case, FairCrps, Rmse, Score
+from atmossl.evaluation.scores import DEFAULT_SCORES, Case, FairCrps, Rmse, Score, SpreadSkill
 from atmossl.evaluation.spherical import SphericalSpectrum
 
 COLUMNS = (
@@ -50,6 +50,7 @@ WHOLE_YEAR = "all"
 SEASONS = {"DJF": (12, 1, 2), "MAM": (3, 4, 5), "JJA": (6, 7, 8), "SON": (9, 10, 11)}
 
 Diagnostic = RankHistogram | OfDerived | Reliability | ZonalSpectrum | SphericalSpectrum
+_Samples = tuple[xr.DataArray, xr.DataArray]  # a score, and it in every resample
 _COMPARED = ((RATIO_PREFIX, Rmse()), (CRPS_RATIO_PREFIX, FairCrps()))
 _SCORES = (*DEFAULT_SCORES, Outliers())
 
@@ -115,10 +116,18 @@ class Tally:
                 self._add_case(name, source, case, weights)
 
     def _add_case(self, variable: str, source: str, case: Case, weights: xr.DataArray) -> None:
-        for statistic in (*self.scores, *self.diagnostics):
-            if statistic.applies(case):
-                means = statistic.per_time(case, weights)
-                self._parts.setdefault((variable, source, statistic.name), []).append(means)
+        """Scores of the same derived quantity follow one another, so that it is worked out once and
+        no more than two are in memory."""
+        chosen = [s for s in (*self.scores, *self.diagnostics) if s.applies(case)]
+        in_order = sorted(chosen, key=lambda s: [q.name for q in quantities_of(s)])
+        last = {q: number for number, s in enumerate(in_order) for q in quantities_of(s)}
+        means = {}
+        for number, statistic in enumerate(in_order):
+            means[statistic.name] = statistic.per_time(case, weights)
+            case.forget(q for q in quantities_of(statistic) if last[q] == number)
+        for statistic in chosen:
+            key = (variable, source, statistic.name)
+            self._parts.setdefault(key, []).append(means[statistic.name])
 
     def table(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
         """Every score of every source with its interval, and the ratios of the model's RMSE and
@@ -167,29 +176,40 @@ class Tally:
                 yield frame.assign(source=self.model_name, score=prefix + baseline)
 
     def overall(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
-        """Ratio of RMSE to each baseline's on the globe, one number: the mean over variables,
-        levels and lead times, with its interval (columns baseline, value, low, high, p_value)."""
+        """The model in one number a score, with its interval (columns score, baseline, value, low,
+        high, p_value): means over variables, levels and lead times on the globe. Scores are
+        `rmse_ratio` and `crps_ratio` to each baseline, and `spread_skill` of an ensemble."""
         draws = self._draws(bootstrap, rng)
-        found: dict[str, list[tuple[xr.DataArray, xr.DataArray]]] = {}
+        parts: dict[tuple[str, str], list[_Samples]] = {}
         for variable in self._units:
             plan = _Plan(self._dim, None, draws[variable], bootstrap)
-            means = self._means(variable)
-            for (source, name), theirs in means.items():
-                if name == Rmse().name and source != self.model_name:
-                    ratio = plan.ratio(Rmse(), means[self.model_name, name], theirs)
-                    found.setdefault(source, []).append(ratio)
+            for key, samples in self._overall_of(plan, variable):
+                parts.setdefault(key, []).append(samples)
+        enough = bootstrap.is_possible(min(counts.shape[1] for counts in draws.values()))
         rows = []
-        for baseline, ratios in found.items():
+        for key, of_variables in parts.items():
             value, samples = (
-                xr.concat([_mean_of_globe(part) for part in parts], "variable").mean("variable")
-                for parts in zip(*ratios, strict=True)
+                xr.concat([_mean_of_globe(part) for part in both], "variable").mean("variable")
+                for both in zip(*of_variables, strict=True)
             )
             low, high = (float(limit) for limit in bootstrap.limits(samples))
-            p_value = float(bootstrap.p_value(samples, null=1.0))
-            if not bootstrap.is_possible(min(counts.shape[1] for counts in draws.values())):
-                low = high = p_value = np.nan
-            rows.append((baseline, float(value), low, high, p_value))
-        return pd.DataFrame(rows, columns=["baseline", "value", "low", "high", "p_value"])
+            ends = (low, high, float(bootstrap.p_value(samples, null=1.0)))
+            rows.append((*key, float(value), *(ends if enough else (np.nan,) * 3)))
+        return pd.DataFrame(rows, columns=["score", "baseline", "value", "low", "high", "p_value"])
+
+    def _overall_of(
+        self, plan: "_Plan", variable: str
+    ) -> Iterator[tuple[tuple[str, str], _Samples]]:
+        """One variable's part of the overall scores, by score and baseline."""
+        means = self._means(variable)
+        for prefix, score in _COMPARED:
+            for (source, name), theirs in means.items():
+                if name == score.name and source != self.model_name:
+                    ratio = plan.ratio(score, means[self.model_name, name], theirs)
+                    yield (prefix.removesuffix("_vs_"), source), ratio
+        spread = SpreadSkill()
+        if (self.model_name, spread.name) in means:
+            yield (spread.name, ""), plan.score(spread, means[self.model_name, spread.name])
 
     def _means(self, variable: str) -> dict[tuple[str, str], xr.Dataset]:
         """Area means of all cases by source and score."""
@@ -279,14 +299,16 @@ class _Plan:
         return int(self.chosen.any(others).sum())
 
     def score_frame(self, score: Score, per_time: xr.Dataset) -> pd.DataFrame:
-        per_time = self._only_chosen(per_time)
-        value = score.value(per_time.mean(self.dim))
-        limits = score_interval(per_time, score.value, self.dim, self.counts, self.bootstrap)
-        return self._frame(value, limits, None)
+        value, samples = self.score(score, per_time)
+        return self._frame(value, self.bootstrap.limits(samples), None)
 
-    def ratio(
-        self, score: Score, ours: xr.Dataset, theirs: xr.Dataset
-    ) -> tuple[xr.DataArray, xr.DataArray]:
+    def score(self, score: Score, per_time: xr.Dataset) -> _Samples:
+        """A score, and the same in every resample."""
+        per_time = self._only_chosen(per_time)
+        samples = score.value(resampled_means(per_time, self.dim, self.counts))
+        return score.value(per_time.mean(self.dim)), samples
+
+    def ratio(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> _Samples:
         """Our score over theirs, and the same in every resample."""
         ours, theirs = self._only_chosen(ours), self._only_chosen(theirs)
         error = score.value(theirs.mean(self.dim))

@@ -6,7 +6,6 @@ from atmossl.evaluation.bootstrap import (
     BlockBootstrap,
     ratio_samples,
     resampled_means,
-    score_interval,
 )
 from atmossl.evaluation.scores import Rmse
 
@@ -69,7 +68,7 @@ def test_interval_of_independent_cases_is_the_normal_one():
     record = _series(rng.standard_normal(2000))
     bootstrap = BlockBootstrap(block_length=1)
     counts = bootstrap.draw([2000], rng)
-    low, high = score_interval(record, _plain_mean, "time", counts, bootstrap)
+    low, high = bootstrap.limits(_plain_mean(resampled_means(record, "time", counts)))
     assert float(high - low) == pytest.approx(2 * 1.96 / np.sqrt(2000), rel=0.12)
 
 

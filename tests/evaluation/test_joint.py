@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.events import Brier
 from atmossl.evaluation.joint import (
     JOINT_SCORES,
@@ -13,12 +14,16 @@ from atmossl.evaluation.joint import (
     EnergyScore,
     OfDerived,
     VariogramScore,
+    area_event_scores,
+    joint_rank_histograms,
 )
 from atmossl.evaluation.regions import REGIONS, stacked_weights
 from atmossl.evaluation.scores import Case, SpreadSkill
+from atmossl.evaluation.verify import Tally
 from atmossl.geometry import area_weights
 
 LAT, LON = np.linspace(-84.375, 84.375, 16), np.arange(0, 360, 11.25)
+STEP = np.timedelta64(6, "h")
 DIMS = ("time", "member", "level", "latitude", "longitude")
 
 
@@ -132,3 +137,37 @@ def test_missing_cells_leave_out_what_they_belong_to() -> None:
             there = value(score, gappy)
             assert np.isfinite(there).all(), score.name
             assert there == pytest.approx(value(score, both), rel=0.1), score.name
+
+
+def test_each_quantity_of_a_case_is_derived_once_and_scores_are_the_same_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(4)
+    one = case(rng.standard_normal((3, 4, 3, 16, 32)), rng.standard_normal((3, 3, 16, 32)))
+    predictions, truth = (x.to_dataset(name="t") for x in (one.prediction, one.truth))
+    climate = Climate.of([dated(truth)], quantiles=(0.05, 0.95))
+    scores = (*JOINT_SCORES, *area_event_scores(0.95))
+    tally = Tally("forecast", scores=scores, diagnostics=joint_rank_histograms())
+    derived: list[tuple[str, tuple]] = []
+    for kind in (AreaMeans, AreaMaxima, Differences):
+
+        def counted(self, values, derive=kind.derive):
+            derived.append((self.name, values.dims))
+            return derive(self, values)
+
+        monkeypatch.setattr(kind, "derive", counted)
+    tally.add(dated(predictions), dated(truth), {}, climate)
+    assert {name for name, _ in derived} >= {"mean_4x4", "max_4x4", "zonal_difference"}
+    assert len(derived) == len(set(derived))  # members, truth and quantiles have other dims
+    monkeypatch.undo()
+    for score in (*scores, *joint_rank_histograms()):
+        fresh = Case(one.prediction, one.truth, quantiles=climate.quantiles["t"])
+        if score.applies(fresh):
+            weights = stacked_weights(fresh.truth, (REGIONS["global"],))
+            (kept,) = tally._parts["t", "model", score.name]
+            for name, alone in score.per_time(fresh, weights).items():
+                np.testing.assert_array_equal(kept[name], alone, err_msg=score.name)
+
+
+def dated(fields: xr.Dataset) -> xr.Dataset:
+    return fields.assign_coords(time=np.datetime64("2001-01-01", "ns") + np.arange(3) * STEP)

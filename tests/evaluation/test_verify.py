@@ -186,18 +186,26 @@ def test_seasons_are_scored_apart(dataset):
     assert _one(table, season="MAM", **labels)["value"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_overall_ratio_is_the_mean_of_the_table_s(dataset):
+def test_overall_scores_are_the_means_of_the_table_s(dataset):
     truth = dataset(num_times=16, seed=1)
     forecast = _noisy_forecast(truth, 12, noise=0.5)
     tally = Tally(task="forecast")
     still = persistence(truth, forecast["init_time"], LEADS)
     tally.add(forecast, truth, {"persistence": still})
-    row = tally.overall(FAST, np.random.default_rng(0)).iloc[0]
-    table = tally.table(FAST, np.random.default_rng(0))
-    ratios = table[table["score"] == "rmse_ratio_vs_persistence"]["value"]
-    assert row["value"] == pytest.approx(ratios.mean())
-    assert row["low"] < row["value"] < row["high"] < 1
-    assert row["p_value"] == pytest.approx(2 / 101)
+    overall = tally.overall(FAST, np.random.default_rng(0))
+    assert list(overall["baseline"]) == ["persistence", "persistence", ""]
+    table = tally.table(FAST, np.random.default_rng(0)).query("source == 'model'")
+    for row, score in zip(
+        overall.to_dict("records"),
+        ("rmse_ratio_vs_persistence", "crps_ratio_vs_persistence", "spread_skill"),
+        strict=True,
+    ):
+        assert row["score"] in score
+        values = table[table["score"] == score]["value"]
+        assert row["value"] == pytest.approx(values.mean())
+        assert row["low"] < row["value"] < row["high"]
+        assert row["high"] < 1 or score == "spread_skill"  # of members all around the truth: 2.5
+        assert row["p_value"] == pytest.approx(2 / 101)
 
 
 def test_p_value_agrees_with_diebold_and_mariano(dataset):

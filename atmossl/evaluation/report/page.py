@@ -87,7 +87,7 @@ def _section(report: TaskReport) -> dict[str, Any]:
         "period": report.period,
         "num_times": max(report.table["num_times"].tolist()),
         "has_intervals": bool(report.table["low"].notna().any()),
-        "overall": report.overall.to_dict("records"),
+        "overall": rows_where(report.overall, score="rmse_ratio").to_dict("records"),
         "cards": score_cards(report),
         "regions": region_card(report),
         "curves": list(_curves(report)),

@@ -86,7 +86,7 @@ def figures(reports: Sequence[TaskReport]) -> dict[str, Any]:
         rows = rows_where(
             report.table, source=report.model_name, region="global", season=WHOLE_YEAR
         )
-        for row in report.overall.to_dict("records"):
+        for row in rows_where(report.overall, score="rmse_ratio").to_dict("records"):
             key = f"{report.task}_vs_{row['baseline']}"
             found[key] = round(row["value"], 4)
             if np.isfinite(row["low"]):
