@@ -8,8 +8,8 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box
-from atmossl.masking.base import make_view
 from atmossl.masking.tasks import TemporalInterpolation
+from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from atmossl.tokens import detokenise

@@ -19,8 +19,8 @@ from atmossl.data.sources import check_window
 from atmossl.data.statistics import Normaliser
 from atmossl.data.variables import Limits, Transform
 from atmossl.geometry import Box, check_window_fits, random_box
-from atmossl.masking.base import FirstGuess, MaskingSampler
-from atmossl.masking.views import ViewSpec, lag_steps, make_views, show_hours
+from atmossl.masking.base import MaskingSampler
+from atmossl.masking.views import FirstGuess, ViewSpec, lag_steps, make_views, show_hours
 from atmossl.setting_types import NotNegative, Positive
 
 # Memory that is used again once nobody views it. Fresh memory costs as much as a copy of what
@@ -391,28 +391,28 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         Raises:
             UnreadableChunk: unless such samples are skipped.
         """
-        samples = self._readable(keys)
-        return samples or self._in_place_of(keys[0])
-
-    def _readable(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
-        """The samples that can be read, of those that are asked for."""
         try:
             return self._samples(keys)
-        except UnreadableChunk as error:
+        except UnreadableChunk:
             if not self.skip_unreadable:
                 raise
-            if len(keys) == 1:
-                _LOGGER.warning("sample %s is skipped: %s", self.identity(keys[0].sample_id), error)
-                return []
-        return [sample for key in keys for sample in self._readable([key])]
+        samples = [sample for key in keys for sample in self._readable(key)]
+        return samples or self._in_place_of(keys[0])
+
+    def _readable(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
+        """One sample, or none if it cannot be read."""
+        try:
+            return self._samples([key])
+        except UnreadableChunk as error:
+            _LOGGER.warning("sample %s is skipped: %s", self.identity(key.sample_id), error)
+            return []
 
     def _in_place_of(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
         """The first sample that can be read, a window's length later each time; none after some."""
         stride = self.windows_per_time * self.window.time
         for number in range(1, _NUM_TRIES + 1):
             later = SampleKey(key.epoch, (key.sample_id + number * stride) % len(self))
-            samples = self._readable([later])
-            if samples:
+            if samples := self._readable(later):
                 return samples
         return []
 
@@ -438,10 +438,14 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
                 list(wanted.values()),
             )
             windows.update(zip(wanted, read, strict=True))
-        return [
-            (self._views([windows[position, lag] for lag in lags[position]], rng), key.sample_id)
-            for position, (key, rng) in enumerate(zip(keys, rngs, strict=True))
-        ]
+        samples = []
+        for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
+            of_views = [windows[position, lag] for lag in lags[position]]
+            views = make_views(
+                of_views, self.views, self.sampler, rng, first_guess=self.first_guess
+            )
+            samples.append((views, key.sample_id))
+        return samples
 
     def _draw_lags(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
         """Of every view in time steps; nothing is drawn for a view without lags."""
@@ -449,11 +453,6 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
             int(rng.choice(steps)) if view.lag_hours else 0
             for view, steps in zip(self.views, self._lags[index], strict=True)
         )
-
-    def _views(
-        self, windows: list[tuple[StreamWindow, ...]], rng: np.random.Generator
-    ) -> tuple[View, ...]:
-        return make_views(windows, self.views, self.sampler, rng, first_guess=self.first_guess)
 
     def identity(self, sample_id: int) -> str:
         """Segment and start time of a sample."""

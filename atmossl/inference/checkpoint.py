@@ -24,8 +24,8 @@ from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.hub import AVERAGED, SCHEME, commit_of, downloaded
-from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
+from atmossl.masking.views import FirstGuess
 from atmossl.model.kinds import build_network, network_class
 from atmossl.model.linear import merged
 from atmossl.model.network import Network

@@ -29,8 +29,9 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Source
 from atmossl.inference.windows import WindowReader, columns
 from atmossl.inference.writer import COORDINATES, attributes_of, encoding
-from atmossl.masking.base import hide_nothing, make_view
+from atmossl.masking.base import hide_nothing
 from atmossl.masking.tasks import TimePlan
+from atmossl.masking.views import make_view
 from atmossl.model.network import StreamLatents
 
 _DIMS = ("offset", "level", "latitude", "longitude", "feature")

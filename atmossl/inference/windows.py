@@ -15,8 +15,9 @@ from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Source
-from atmossl.masking.base import FirstGuess, Points, TokenLayout, make_view
-from atmossl.masking.tasks import Task, TimePlan, points_of
+from atmossl.masking.base import Points, TokenLayout, points_of
+from atmossl.masking.tasks import Task, TimePlan
+from atmossl.masking.views import FirstGuess, make_view
 from atmossl.tokens import token_grid
 
 _TOLERANCE_HOURS = 1e-6

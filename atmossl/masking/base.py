@@ -1,40 +1,25 @@
-"""The sampler protocol, and what an encoder sees under a mask.
+"""The sampler protocol, and what samplers share: the tokens, times and places of a window, masks of
+them, and means over coarse cells.
 
 A sampler is a pure function: stream specs and token grids of one window, and a generator, to one
 mask per stream. Streams of role `input` are never hidden.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from einops import reduce, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from atmossl.batch import (
-    PRIMARY,
-    Corruption,
-    StreamMask,
-    StreamSpec,
-    StreamTokens,
-    StreamWindow,
-    TokenGrid,
-    View,
-)
-from atmossl.masking.first_guess import guess_tokens, interpolate_in_time
-from atmossl.tokens import detokenise, token_grid, tokenise
+from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, TokenGrid
 
 _TOLERANCE = 1e-2  # of a number of cells
-
+TOLERANCE_HOURS = 1e-3
 Points = Bool[Tensor, "*variable level time lat lon"]
-
-SURROUNDINGS = "surroundings"
-# Of hidden values: none, which is the climatological mean; from other steps of the same place; or
-# that, and for places that are never shown from the places around.
-FirstGuess = bool | Literal["surroundings"]
 
 
 @dataclass(frozen=True)
@@ -128,148 +113,6 @@ def hide_nothing(
     return tuple(layout.nothing_hidden() for layout in layouts)
 
 
-def make_view(
-    windows: tuple[StreamWindow, ...],
-    sampler: MaskingSampler,
-    rng: np.random.Generator,
-    *,
-    first_guess: FirstGuess = True,
-    hidden_points: tuple[Points, ...] | None = None,
-) -> View:
-    """Tokens of all streams of one window under one draw of the sampler.
-
-    hidden_points: of every stream, for a sampler that does not tell them with its masks.
-    """
-    layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
-    masks = sampler(layouts, rng)
-    if hidden_points is not None:
-        masks = [replace(m, points=p) for m, p in zip(masks, hidden_points, strict=True)]
-    streams = tuple(
-        corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
-        for window, layout, mask in zip(windows, layouts, masks, strict=True)
-    )
-    kind = masks[0].kind
-    return View(
-        streams,
-        noise_seed=torch.tensor(int(rng.integers(2**62))),
-        mask_kind=None if kind is None else torch.tensor(kind),
-    )
-
-
-def corrupt(
-    window: StreamWindow,
-    grid: TokenGrid,
-    mask: StreamMask,
-    rng: np.random.Generator,
-    *,
-    first_guess: FirstGuess = True,
-) -> StreamTokens:
-    """What the encoder sees of a window (`source`), its first guess, and the truth (`target`).
-
-    A token that is masked or dropped shows its first guess, never its values, and so does a value
-    that was never observed. Without `first_guess` the guess is 0, the climatological mean; of what
-    comes `NEXT` it is the last value before. Known points of a token that is hidden in part are
-    shown where the guess is made from `surroundings`; else the token shows their mean.
-    """
-    size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
-    corruption = _at_points(mask.corruption, window)
-    source = window.fields.clone()
-    if mask.points is not None:
-        source = fill_hidden_points(window, mask.points)
-        if shows_parts:
-            corruption = _shown_in_part(corruption, mask.points, window)
-    coarsened = corruption == Corruption.COARSEN
-    guess_coarse, present = None, window.valid
-    if bool(coarsened.any()):
-        coarse = coarsen(source, window.weight, mask.coarsen_factor)
-        if window.valid is not None:  # means over the observed cells, which are 0 elsewhere
-            share = coarsen(window.valid.float(), window.weight, mask.coarsen_factor)
-            coarse = torch.where(share > 0, coarse / share, coarse)
-            observed = repeat_coarse(share > 0, mask.coarsen_factor)
-            present = torch.where(coarsened, observed, window.valid)
-        guess_coarse = interpolate_coarse(coarse, mask.coarsen_factor)
-        source = torch.where(coarsened, repeat_coarse(coarse, mask.coarsen_factor), source)
-    noisy = corruption == Corruption.NOISE
-    if bool(noisy.any()):
-        noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
-        source = torch.where(noisy, source + torch.from_numpy(noise), source)
-    shown = _is_shown(corruption)
-    if present is not None:
-        shown = shown & present
-    in_part = present is not None or (mask.points is not None and shows_parts)
-    tokens = None if in_part else _is_shown(mask.corruption)
-    guess = _first_guess(source, shown, tokens, window, grid, first_guess)
-    if first_guess and guess_coarse is not None:
-        whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        guess = torch.where(whole & coarsened, guess_coarse, guess)
-    source = torch.where(shown, source, guess)
-    guess = _guess_what_comes(guess, source, corruption, size.time) if first_guess else guess
-    asked = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
-    return StreamTokens(
-        spec=window.spec,
-        source=tokenise(source, size),
-        guess=tokenise(guess, size),
-        target=tokenise(window.fields, size),
-        corruption=mask.corruption,
-        grid=grid,
-        weight=window.weight,
-        valid=None if window.valid is None else tokenise(window.valid, size),
-        asked=None if asked is None else tokenise(asked, size),
-    )
-
-
-def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:
-    """In tokens of `num_steps` steps that come `NEXT` the last value before them."""
-    coming = corruption == Corruption.NEXT
-    if not bool(coming.any()):
-        return guess
-    step = torch.arange(source.shape[-3])
-    before = source.index_select(-3, (step // num_steps * num_steps - 1).clamp_min(0))
-    return torch.where(coming, before, guess)
-
-
-def _is_shown(corruption: Tensor) -> Tensor:
-    return (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
-
-
-def _first_guess(
-    source: Tensor,
-    shown: Tensor,
-    tokens: Tensor | None,
-    window: StreamWindow,
-    grid: TokenGrid,
-    kind: FirstGuess,
-) -> Tensor:
-    """tokens: which of them are shown, where they are shown or hidden as a whole."""
-    if not kind:
-        return torch.zeros_like(source)
-    if tokens is None:
-        guess = interpolate_in_time(source, shown)
-    else:
-        size = window.spec.token_size
-        guess = detokenise(guess_tokens(tokenise(source, size), tokens, size), window.spec)
-    if kind != SURROUNDINGS:
-        return guess
-    from atmossl.masking.infill import fill_from_surroundings  # loads SciPy's solvers
-
-    return fill_from_surroundings(
-        guess,
-        shown.any(dim=-3),
-        lat=window.lat,
-        lon_spacing=float(grid.lon_extent) / window.spec.token_size.lon,
-        periodic=grid.periodic,
-    )
-
-
-def _shown_in_part(corruption: Tensor, points: Points, window: StreamWindow) -> Tensor:
-    """Corruption at points, where those that a token hides in part of itself are masked and its
-    others visible."""
-    known = share_known(points, window.spec)
-    partly = _at_points((known > 0) & (known < 1), window)
-    own = torch.where(points, int(Corruption.MASK), int(Corruption.VISIBLE))
-    return torch.where(partly, own, corruption)
-
-
 def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nlat nlon"]:
     """Share of known points of every token, over all variables."""
     size = spec.token_size
@@ -282,33 +125,6 @@ def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nla
         plat=size.lat,
         plon=size.lon,
     )
-
-
-def fill_hidden_points(window: StreamWindow, hidden: Points) -> Tensor:
-    """Fields whose hidden points take the mean over the known points of their token at the same
-    variable, level and time, or 0 where there is none."""
-    size = window.spec.token_size
-    tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
-    known = ~hidden if window.valid is None else ~hidden & window.valid
-    known = known.to(window.fields)
-    sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
-    counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
-    means = repeat(
-        sums / counts.clamp_min(1),
-        "... nlat nlon -> ... (nlat plat) (nlon plon)",
-        plat=size.lat,
-        plon=size.lon,
-    )
-    filled = hidden if window.valid is None else hidden & window.valid
-    return torch.where(filled, means, window.fields)
-
-
-def _at_points(tokens: Tensor, window: StreamWindow) -> Tensor:
-    """Repeat one value per token over its points: [level time lat lon]."""
-    size = window.spec.token_size
-    for axis, count in enumerate((size.level, size.time, size.lat, size.lon)):
-        tokens = tokens.repeat_interleave(count, dim=axis)
-    return tokens
 
 
 def coarsen(
@@ -339,3 +155,82 @@ def interpolate_coarse(coarse: Tensor, factor: int) -> Tensor:
     flat = coarse.flatten(0, -3)[:, None]
     fine = functional.interpolate(flat, scale_factor=factor, mode="bicubic", align_corners=False)
     return fine[:, 0].unflatten(0, coarse.shape[:-2])
+
+
+def steps_of(key: str, hours: float, step_hours: float) -> int:
+    """Number of steps of a duration; ValueError if it is no multiple of the step."""
+    count = round(hours / step_hours)
+    if hours <= 0:
+        raise ValueError(f"{key} must be positive, got {hours:g} h")
+    if abs(hours / step_hours - count) > TOLERANCE_HOURS:
+        raise ValueError(f"{key}={hours:g} h is no multiple of the data's step of {step_hours:g} h")
+    return count
+
+
+def step_hours_of(layouts: tuple[TokenLayout, ...]) -> float:
+    """Hours between the steps of a window: of its finest stream, if streams differ."""
+    return min(layout.step_hours for layout in layouts)
+
+
+def window_times(layouts: tuple[TokenLayout, ...]) -> Tensor:
+    """Times [step] of the window's points, hours since 1970."""
+    finest = min(layouts, key=lambda layout: layout.step_hours)
+    return finest.point_times().flatten()
+
+
+def hide_times(
+    layouts: tuple[TokenLayout, ...], first_hour: float, last_hour: float
+) -> tuple[StreamMask, ...]:
+    """Mask every token whose points all lie in [first_hour, last_hour], hours since 1970.
+
+    Raises:
+        ValueError: the interval cuts through a token of a stream, or hides the whole window.
+    """
+    masks = []
+    for layout in layouts:
+        if layout.spec.role != "predict":
+            masks.append(layout.nothing_hidden())
+            continue
+        times = layout.point_times()
+        inside = (times >= first_hour - TOLERANCE_HOURS) & (times <= last_hour + TOLERANCE_HOURS)
+        hidden = inside.all(dim=-1)
+        if bool((inside.any(dim=-1) != hidden).any()):
+            raise ValueError(
+                f"task hides {last_hour - first_hour + layout.step_hours:g} h, which cuts through "
+                f"a token of stream {layout.spec.name} of {float(layout.grid.time_extent):g} h; "
+                "choose a multiple of the longest token"
+            )
+        if bool(hidden.all()) and layout.spec.data == PRIMARY:
+            raise ValueError(
+                "task hides every time step of the window; choose a shorter task.lead_time or a "
+                "longer data.window.time"
+            )
+        corruption = layout.nothing_hidden().corruption
+        corruption[:, hidden] = int(Corruption.MASK)
+        masks.append(StreamMask(corruption))
+    return tuple(masks)
+
+
+def points_of(
+    tokens: Shaped[Tensor, "level nt nlat nlon"], spec: StreamSpec
+) -> Shaped[Tensor, "level time lat lon"]:
+    """One value per token at all its points."""
+    size = spec.token_size
+    return repeat(
+        tokens,
+        "level nt nlat nlon -> (level pl) (nt pt) (nlat plat) (nlon plon)",
+        pl=size.level,
+        pt=size.time,
+        plat=size.lat,
+        plon=size.lon,
+    )
+
+
+def mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
+    """Tokens that are known whole stay visible; those known in part are coarse, if square."""
+    known, size = share_known(hidden, spec), spec.token_size
+    square = size.lat == size.lon > 1
+    corruption = torch.full(known.shape, int(Corruption.VISIBLE))
+    corruption[known < 1] = int(Corruption.COARSEN if square else Corruption.MASK)
+    corruption[known == 0] = int(Corruption.MASK)
+    return StreamMask(corruption, coarsen_factor=size.lat if square else 1, points=hidden)

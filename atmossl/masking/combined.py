@@ -11,16 +11,8 @@ from pydantic import BeforeValidator, Field
 
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import TokenLayout
-from atmossl.masking.tasks import (
-    Downscaling,
-    Points,
-    Task,
-    TimePlan,
-    given_steps,
-    points_of,
-    union,
-)
+from atmossl.masking.base import TokenLayout, points_of
+from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
 from atmossl.setting_types import Positive, SignedHours
 
 

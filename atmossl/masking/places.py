@@ -13,16 +13,20 @@ from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
-from atmossl.masking.base import Points, TokenLayout, share_known
+from atmossl.masking.base import (
+    Points,
+    TokenLayout,
+    mask_of_points,
+    points_of,
+    step_hours_of,
+    steps_of,
+)
 from atmossl.masking.tasks import (
     Task,
     TimePlan,
     check_examples,
     given_steps,
     is_example,
-    points_of,
-    step_hours_of,
-    steps_of,
     told_examples,
 )
 from atmossl.setting_types import NotNegative, Positive
@@ -241,16 +245,6 @@ class Inpainting(Task):
             mask_of_points(hidden, layout.spec)
             for hidden, layout in zip(self.hidden_points(layouts), layouts, strict=True)
         )
-
-
-def mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
-    """Tokens that are known whole stay visible; those known in part are coarse, if square."""
-    known, size = share_known(hidden, spec), spec.token_size
-    square = size.lat == size.lon > 1
-    corruption = torch.full(known.shape, int(Corruption.VISIBLE))
-    corruption[known < 1] = int(Corruption.COARSEN if square else Corruption.MASK)
-    corruption[known == 0] = int(Corruption.MASK)
-    return StreamMask(corruption, coarsen_factor=size.lat if square else 1, points=hidden)
 
 
 @dataclass(frozen=True)

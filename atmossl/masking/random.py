@@ -8,9 +8,17 @@ import numpy as np
 import torch
 
 from atmossl.batch import Corruption, StreamMask
-from atmossl.masking.base import MaskingSampler, TokenLayout, coarse_mask, own_factor
-from atmossl.masking.places import mask_of_points
-from atmossl.masking.tasks import hide_times, points_of, step_hours_of, window_times
+from atmossl.masking.base import (
+    MaskingSampler,
+    TokenLayout,
+    coarse_mask,
+    hide_times,
+    mask_of_points,
+    own_factor,
+    points_of,
+    step_hours_of,
+    window_times,
+)
 from atmossl.names import snake_case
 from atmossl.setting_types import Positive
 

@@ -11,18 +11,25 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from einops import repeat
 from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, StreamWindow
+from atmossl.batch import Corruption, StreamMask, StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import Points, TokenLayout, coarse_mask, own_factor
+from atmossl.masking.base import (
+    TOLERANCE_HOURS,
+    Points,
+    TokenLayout,
+    coarse_mask,
+    hide_times,
+    own_factor,
+    step_hours_of,
+    steps_of,
+    window_times,
+)
 from atmossl.names import snake_case
 from atmossl.setting_types import Hours, NotNegative, Positive
-
-_TOLERANCE_HOURS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -184,60 +191,6 @@ def told_examples(examples: int) -> str:
     return f" but for {examples} before the middle one, shown whole" if examples else ""
 
 
-def steps_of(key: str, hours: float, step_hours: float) -> int:
-    """Number of steps of a duration; ValueError if it is no multiple of the step."""
-    count = round(hours / step_hours)
-    if hours <= 0:
-        raise ValueError(f"{key} must be positive, got {hours:g} h")
-    if abs(hours / step_hours - count) > _TOLERANCE_HOURS:
-        raise ValueError(f"{key}={hours:g} h is no multiple of the data's step of {step_hours:g} h")
-    return count
-
-
-def step_hours_of(layouts: tuple[TokenLayout, ...]) -> float:
-    """Hours between the steps of a window: of its finest stream, if streams differ."""
-    return min(layout.step_hours for layout in layouts)
-
-
-def window_times(layouts: tuple[TokenLayout, ...]) -> Tensor:
-    """Times [step] of the window's points, hours since 1970."""
-    finest = min(layouts, key=lambda layout: layout.step_hours)
-    return finest.point_times().flatten()
-
-
-def hide_times(
-    layouts: tuple[TokenLayout, ...], first_hour: float, last_hour: float
-) -> tuple[StreamMask, ...]:
-    """Mask every token whose points all lie in [first_hour, last_hour], hours since 1970.
-
-    Raises:
-        ValueError: the interval cuts through a token of a stream, or hides the whole window.
-    """
-    masks = []
-    for layout in layouts:
-        if layout.spec.role != "predict":
-            masks.append(layout.nothing_hidden())
-            continue
-        times = layout.point_times()
-        inside = (times >= first_hour - _TOLERANCE_HOURS) & (times <= last_hour + _TOLERANCE_HOURS)
-        hidden = inside.all(dim=-1)
-        if bool((inside.any(dim=-1) != hidden).any()):
-            raise ValueError(
-                f"task hides {last_hour - first_hour + layout.step_hours:g} h, which cuts through "
-                f"a token of stream {layout.spec.name} of {float(layout.grid.time_extent):g} h; "
-                "choose a multiple of the longest token"
-            )
-        if bool(hidden.all()) and layout.spec.data == PRIMARY:
-            raise ValueError(
-                "task hides every time step of the window; choose a shorter task.lead_time or a "
-                "longer data.window.time"
-            )
-        corruption = layout.nothing_hidden().corruption
-        corruption[:, hidden] = int(Corruption.MASK)
-        masks.append(StreamMask(corruption))
-    return tuple(masks)
-
-
 def check_examples(examples: int, num_steps: int) -> None:
     """Raise ValueError if a window has fewer steps before its middle one."""
     if examples > num_steps // 2:
@@ -259,7 +212,7 @@ def is_example(
     check_examples(examples, len(times))
     target, own = float(times[len(times) // 2]), layout.point_times()
     first = target - examples * step_hours_of(layouts)
-    inside = (own >= first - _TOLERANCE_HOURS) & (own < target - _TOLERANCE_HOURS)
+    inside = (own >= first - TOLERANCE_HOURS) & (own < target - TOLERANCE_HOURS)
     shown = inside.all(dim=-1)
     if bool((inside.any(dim=-1) != shown).any()):
         raise ValueError(
@@ -267,19 +220,6 @@ def is_example(
             f"stream {layout.spec.name}, of {float(layout.grid.time_extent):g} h; choose a multiple"
         )
     return shown
-
-
-def points_of(tokens: Bool[Tensor, "level nt nlat nlon"], spec: StreamSpec) -> Points:
-    """One value per token at all its points."""
-    size = spec.token_size
-    return repeat(
-        tokens,
-        "level nt nlat nlon -> (level pl) (nt pt) (nlat plat) (nlon plon)",
-        pl=size.level,
-        pt=size.time,
-        plat=size.lat,
-        plon=size.lon,
-    )
 
 
 def union(masks: list[tuple[StreamMask, ...]]) -> tuple[StreamMask, ...]:

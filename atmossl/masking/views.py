@@ -1,16 +1,49 @@
 """Views of a sample, as an objective asks for them: what a view hides, which part of the window it
 shows, how much later than the sample its window starts, and whether the network is told the view's
-date."""
+date; and what an encoder sees of a window under a mask.
+
+The first guess of hidden values is linear in time between what is shown of the same place. Where a
+whole token is shown or hidden, its points share their neighbours in time, which are then found once
+per token, and only what is hidden is computed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange, reduce, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from atmossl.batch import PRIMARY, StreamWindow, View
-from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
+from atmossl.batch import (
+    PRIMARY,
+    Corruption,
+    StreamMask,
+    StreamTokens,
+    StreamWindow,
+    TokenGrid,
+    TokenSize,
+    View,
+)
+from atmossl.masking.base import (
+    MaskingSampler,
+    Points,
+    TokenLayout,
+    coarsen,
+    interpolate_coarse,
+    points_of,
+    repeat_coarse,
+    share_known,
+)
 from atmossl.masking.crops import Crop, Part, cropped, draw_part
+from atmossl.tokens import detokenise, token_grid, tokenise
+
+SURROUNDINGS = "surroundings"
+# Of hidden values: none, which is the climatological mean; from other steps of the same place; or
+# that, and for places that are never shown from the places around.
+FirstGuess = bool | Literal["surroundings"]
 
 
 @dataclass(frozen=True)
@@ -90,3 +123,234 @@ def _with_another_date(view: View, year_hours: float, rng: np.random.Generator) 
         for stream in view.streams
     )
     return replace(view, streams=streams)
+
+
+def make_view(
+    windows: tuple[StreamWindow, ...],
+    sampler: MaskingSampler,
+    rng: np.random.Generator,
+    *,
+    first_guess: FirstGuess = True,
+    hidden_points: tuple[Points, ...] | None = None,
+) -> View:
+    """Tokens of all streams of one window under one draw of the sampler.
+
+    hidden_points: of every stream, for a sampler that does not tell them with its masks.
+    """
+    layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
+    masks = sampler(layouts, rng)
+    if hidden_points is not None:
+        masks = [replace(m, points=p) for m, p in zip(masks, hidden_points, strict=True)]
+    streams = tuple(
+        corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
+        for window, layout, mask in zip(windows, layouts, masks, strict=True)
+    )
+    kind = masks[0].kind
+    return View(
+        streams,
+        noise_seed=torch.tensor(int(rng.integers(2**62))),
+        mask_kind=None if kind is None else torch.tensor(kind),
+    )
+
+
+def corrupt(
+    window: StreamWindow,
+    grid: TokenGrid,
+    mask: StreamMask,
+    rng: np.random.Generator,
+    *,
+    first_guess: FirstGuess = True,
+) -> StreamTokens:
+    """What the encoder sees of a window (`source`), its first guess, and the truth (`target`).
+
+    A token that is masked or dropped shows its first guess, never its values, and so does a value
+    that was never observed. Without `first_guess` the guess is 0, the climatological mean; of what
+    comes `NEXT` it is the last value before. Known points of a token that is hidden in part are
+    shown where the guess is made from `surroundings`; else the token shows their mean.
+    """
+    size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
+    corruption = points_of(mask.corruption, window.spec)
+    source = window.fields.clone()
+    if mask.points is not None:
+        source = fill_hidden_points(window, mask.points)
+        if shows_parts:
+            corruption = _shown_in_part(corruption, mask.points, window)
+    coarsened = corruption == Corruption.COARSEN
+    guess_coarse, present = None, window.valid
+    if bool(coarsened.any()):
+        coarse = coarsen(source, window.weight, mask.coarsen_factor)
+        if window.valid is not None:  # means over the observed cells, which are 0 elsewhere
+            share = coarsen(window.valid.float(), window.weight, mask.coarsen_factor)
+            coarse = torch.where(share > 0, coarse / share, coarse)
+            observed = repeat_coarse(share > 0, mask.coarsen_factor)
+            present = torch.where(coarsened, observed, window.valid)
+        guess_coarse = interpolate_coarse(coarse, mask.coarsen_factor)
+        source = torch.where(coarsened, repeat_coarse(coarse, mask.coarsen_factor), source)
+    noisy = corruption == Corruption.NOISE
+    if bool(noisy.any()):
+        noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
+        source = torch.where(noisy, source + torch.from_numpy(noise), source)
+    shown = _is_shown(corruption)
+    if present is not None:
+        shown = shown & present
+    in_part = present is not None or (mask.points is not None and shows_parts)
+    tokens = None if in_part else _is_shown(mask.corruption)
+    guess = _first_guess(source, shown, tokens, window, grid, first_guess)
+    if first_guess and guess_coarse is not None:
+        whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        guess = torch.where(whole & coarsened, guess_coarse, guess)
+    source = torch.where(shown, source, guess)
+    guess = _guess_what_comes(guess, source, corruption, size.time) if first_guess else guess
+    asked = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
+    return StreamTokens(
+        spec=window.spec,
+        source=tokenise(source, size),
+        guess=tokenise(guess, size),
+        target=tokenise(window.fields, size),
+        corruption=mask.corruption,
+        grid=grid,
+        weight=window.weight,
+        valid=None if window.valid is None else tokenise(window.valid, size),
+        asked=None if asked is None else tokenise(asked, size),
+    )
+
+
+def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:
+    """In tokens of `num_steps` steps that come `NEXT` the last value before them."""
+    coming = corruption == Corruption.NEXT
+    if not bool(coming.any()):
+        return guess
+    step = torch.arange(source.shape[-3])
+    before = source.index_select(-3, (step // num_steps * num_steps - 1).clamp_min(0))
+    return torch.where(coming, before, guess)
+
+
+def _is_shown(corruption: Tensor) -> Tensor:
+    return (corruption != Corruption.MASK) & (corruption != Corruption.DROP)
+
+
+def _first_guess(
+    source: Tensor,
+    shown: Tensor,
+    tokens: Tensor | None,
+    window: StreamWindow,
+    grid: TokenGrid,
+    kind: FirstGuess,
+) -> Tensor:
+    """tokens: which of them are shown, where they are shown or hidden as a whole."""
+    if not kind:
+        return torch.zeros_like(source)
+    if tokens is None:
+        guess = interpolate_in_time(source, shown)
+    else:
+        size = window.spec.token_size
+        guess = detokenise(guess_tokens(tokenise(source, size), tokens, size), window.spec)
+    if kind != SURROUNDINGS:
+        return guess
+    from atmossl.masking.infill import fill_from_surroundings  # loads SciPy's solvers
+
+    return fill_from_surroundings(
+        guess,
+        shown.any(dim=-3),
+        lat=window.lat,
+        lon_spacing=float(grid.lon_extent) / window.spec.token_size.lon,
+        periodic=grid.periodic,
+    )
+
+
+def _shown_in_part(corruption: Tensor, points: Points, window: StreamWindow) -> Tensor:
+    """Corruption at points, where those that a token hides in part of itself are masked and its
+    others visible."""
+    known = share_known(points, window.spec)
+    partly = points_of((known > 0) & (known < 1), window.spec)
+    own = torch.where(points, int(Corruption.MASK), int(Corruption.VISIBLE))
+    return torch.where(partly, own, corruption)
+
+
+def fill_hidden_points(window: StreamWindow, hidden: Points) -> Tensor:
+    """Fields whose hidden points take the mean over the known points of their token at the same
+    variable, level and time, or 0 where there is none."""
+    size = window.spec.token_size
+    tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
+    known = ~hidden if window.valid is None else ~hidden & window.valid
+    known = known.to(window.fields)
+    sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
+    counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
+    means = repeat(
+        sums / counts.clamp_min(1),
+        "... nlat nlon -> ... (nlat plat) (nlon plon)",
+        plat=size.lat,
+        plon=size.lon,
+    )
+    filled = hidden if window.valid is None else hidden & window.valid
+    return torch.where(filled, means, window.fields)
+
+
+def guess_tokens(
+    tokens: Float[Tensor, "level nt nlat nlon patch"],
+    shown: Bool[Tensor, "level nt nlat nlon"],
+    size: TokenSize,
+) -> Float[Tensor, "level nt nlat nlon patch"]:
+    """Shown tokens as they are, others by `interpolate_in_time`."""
+    blocks = rearrange(
+        tokens,
+        "level nt nlat nlon (series pt point) -> level nt (nlat nlon) series pt point",
+        pt=size.time,
+        point=size.lat * size.lon,
+    )
+    guess = _fill(blocks, rearrange(shown, "level nt nlat nlon -> level nt (nlat nlon)"))
+    return guess.reshape(tokens.shape)
+
+
+def interpolate_in_time(
+    source: Float[Tensor, "variable level time lat lon"],
+    shown: Bool[Tensor, "*variable level time lat lon"],
+) -> Float[Tensor, "variable level time lat lon"]:
+    """Shown values as they are; others linear in time between shown ones of the same place, the
+    nearest one beyond the first or last, and 0 where a place is never shown."""
+    series = "variable level time lat lon -> (variable level) time (lat lon)"
+    blocks = rearrange(source, series)[..., None, None, None]
+    return _fill(blocks, rearrange(shown.expand(source.shape), series)).reshape(source.shape)
+
+
+def _fill(
+    blocks: Float[Tensor, "row nt place series pt point"], shown: Bool[Tensor, "row nt place"]
+) -> Float[Tensor, "row nt place series pt point"]:
+    """Blocks of `pt` steps, shown or hidden as a whole."""
+    num_blocks, num_steps = shown.shape[1], blocks.shape[-2]
+    before, after = _neighbours(shown)
+    row, block, place = torch.nonzero(~shown, as_tuple=True)
+    before, after = before[row, block, place], after[row, block, place]
+    has_before, has_after = before >= 0, after < num_blocks
+    known = has_before | has_after
+    early = torch.where(has_before, before, after).clamp(0, num_blocks - 1)
+    late = torch.where(has_after, after, before).clamp(0, num_blocks - 1)
+    early_step = torch.where(has_before, num_steps - 1, 0)  # inside its block
+    late_step = torch.where(has_after, 0, num_steps - 1)
+
+    first = (early * num_steps + early_step)[:, None]
+    span = ((late * num_steps + late_step)[:, None] - first).clamp_min(1)
+    step = block[:, None] * num_steps + torch.arange(num_steps)
+    share = ((step - first) / span).clamp(0.0, 1.0)  # [hidden pt]
+    values = torch.lerp(  # [hidden series pt point]
+        blocks[row, early, place, :, early_step][:, :, None],
+        blocks[row, late, place, :, late_step][:, :, None],
+        share[:, None, :, None],
+    )
+    values[~known] = 0.0
+    filled = blocks.clone()
+    filled[row, block, place] = values
+    return filled
+
+
+def _neighbours(
+    shown: Bool[Tensor, "row nt place"],
+) -> tuple[Int[Tensor, "row nt place"], Int[Tensor, "row nt place"]]:
+    """The last shown block up to every block, -1 if none; the first from it on, nt if none."""
+    visible = shown.numpy()
+    num_blocks = visible.shape[1]
+    number = np.arange(num_blocks)[:, None]
+    before = np.maximum.accumulate(np.where(visible, number, -1), axis=1)
+    after = np.where(visible, number, num_blocks)[:, ::-1]
+    after = np.minimum.accumulate(after, axis=1)[:, ::-1]
+    return torch.from_numpy(before), torch.from_numpy(after.copy())

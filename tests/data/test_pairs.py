@@ -12,9 +12,9 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_window, sample_rng
 from atmossl.geometry import random_box
-from atmossl.masking.base import hide_nothing, make_view
+from atmossl.masking.base import hide_nothing
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import ViewSpec
+from atmossl.masking.views import ViewSpec, make_view
 from atmossl.tokens import detokenise
 from tests.synthetic import dataset, spec
 

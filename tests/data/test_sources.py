@@ -16,10 +16,10 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
 from atmossl.geometry import Box, Grid, Nesting, latitude_edges, random_box
-from atmossl.masking.base import TokenLayout
+from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.random import BlockMasking, RandomMasking, TimeBlockMasking
-from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation, points_of
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation
 from atmossl.tokens import token_grid
 from tests.synthetic import dataset
 

@@ -10,8 +10,8 @@ from torch._inductor import config as inductor
 
 from atmossl.batch import Batch, collate_views
 from atmossl.losses import LOSSES
-from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
+from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from tests.synthetic import spec, window
