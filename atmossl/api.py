@@ -53,6 +53,7 @@ from atmossl.model.latent_distance import distance as distance  # offered as atm
 from atmossl.model.latent_distance import squared_difference
 from atmossl.plugins import UntrustedError, check_listed, check_plugins
 from atmossl.renamed_keys import with_present_names
+from atmossl.schema import ChosenMembers
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.targets import MASKS, REGIONS, ChosenTask, choose
 from atmossl.setting_types import hours
@@ -93,7 +94,7 @@ class Model:
         tilings: int = 2,
         batch_size: int = 16,
         seed: int = 0,
-        members: int | None = None,
+        members: int | Sequence[int] | None = None,
         fill_missing: bool = False,
         input_limits: InputLimits = "refuse",
         others: Mapping[str, xr.Dataset] | None = None,
@@ -103,24 +104,25 @@ class Model:
         """One task at the given init or valid times, at all that are possible by default.
 
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
-        or a mapping with the keys of such a file; or a task object. members: how many draws of
-        noise, for a network of `model.ensemble=noise`, each a whole field. dataset: CF names, dims
-        (time, level, latitude, longitude) in any order. fill_missing: predict where it never has a
-        value, too. input_limits: whether values that no atmosphere has are refused, taken with a
-        warning (`warn`), or not looked for (`off`). others: the datasets of streams with `data` of
-        their own, by that name. data: of the streams that are returned, on their own cells and at
-        their own steps. output: all are written there, and opened lazily; in memory otherwise.
+        or a mapping with the keys of such a file; or a task object. members: numbers of those that
+        are wanted, as in `[1, 2]`; or how many draws of noise, for a network of
+        `model.ensemble=noise`, each a whole field; all of a tail by default. dataset: CF names,
+        dims (time, level, latitude, longitude) in any order. fill_missing: predict where it never
+        has a value, too. input_limits: whether values that no atmosphere has are refused, taken
+        with a warning (`warn`), or not looked for (`off`). others: the datasets of streams with
+        `data` of their own, by that name. data: of the streams that are returned, on their own
+        cells and at their own steps. output: all are written there, and opened lazily; in memory
+        otherwise.
         Warns of what the checkpoint was not trained for.
 
         Raises:
             ValueError: anything that does not fit, before the model runs.
         """
         counts = {"tilings": tilings, "batch_size": batch_size}
-        counts |= {} if members is None else {"members": members}
         _check_choices(dataset, layout, input_limits, **counts)
         sampler = _sampler(task, choices)
         settings = {"device": self.device, "seed": seed, "fill_missing": fill_missing}
-        options = Options(overlap=overlap, **counts, **settings)
+        options = Options(overlap=overlap, members=_chosen_members(members), **counts, **settings)
         record = self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits)
         plan = plan_prediction(self.trained, sampler, [record], options)
         _check_data(plan, data)
@@ -263,6 +265,14 @@ def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) 
     for key, count in counts.items():
         if count < 1:
             raise ValueError(f"{key}={count}; valid: 1 or more")
+
+
+def _chosen_members(members: Any) -> int | tuple[int, ...] | None:
+    """As `members=` of the command line takes them."""
+    try:
+        return TypeAdapter(ChosenMembers).validate_python(members)
+    except ValidationError as error:
+        raise ValueError("\n".join(lines_of(error.errors(), within=("members",)))) from error
 
 
 def _in_memory(plan: Plan, times: np.ndarray, layout: LayoutName, data: str) -> xr.Dataset:

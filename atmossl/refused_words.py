@@ -28,6 +28,7 @@ _REFUSED = (
     r"Error merging override (?P<within>.+)",
 )
 _UNKNOWN = ("key", "absent")
+_LISTS = ("members", "init_time")  # which take a list though their default is none
 
 
 def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[str], list[str]]:
@@ -50,6 +51,9 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
             if found is None:
                 raise
             words.remove(found[1])
+            if found[0] == "several" and _takes_list(name, found[1], words):
+                words.append(re.sub("=(.*)", r"=[\1]", found[1], count=1))
+                continue
             refused.append((*found, str(error)))
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
     known = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
@@ -61,6 +65,17 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
         faults.append(f"{key}: is missing; give {key}=VALUE")
         OmegaConf.update(config, key, "_")
     return config, faults, [*words, *inner]
+
+
+def _takes_list(name: str, word: str, words: Sequence[str]) -> bool:
+    """Whether `KEY=a,b` can only mean a list."""
+    key = word.partition("=")[0].lstrip("+")
+    if key in _LISTS:
+        return True
+    try:
+        return OmegaConf.is_list(OmegaConf.select(compose(name, [*words]), key))
+    except HydraException:  # another word that does not fit: this one is told beside it
+        return False
 
 
 def _whole(words: Sequence[str]) -> Iterator[str]:

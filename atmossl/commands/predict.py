@@ -59,8 +59,7 @@ def predict(values: Mapping[str, Any]) -> Path:
 def _extent(config: PredictConfig, plan: Plan, times: np.ndarray) -> str:
     """How much will be predicted; how long it takes is told with the progress."""
     show, passes = plan.segment.calendar.show, plan.steps.num_passes
-    num_members = int(plan.trained.record["model"].get("num_members", 1))
-    first = OutputLayout(plan, times[:1], num_members, config.layout)
+    first = OutputLayout(plan, times[:1], 1, config.layout)
     size = len(times) * first.dataset().nbytes / 2**20
     each = f", {passes} passes each" if passes > 1 else ""
     return (
@@ -98,6 +97,11 @@ def calibrate(values: Mapping[str, Any]) -> Path:
         if config.output.suffix != ".ckpt" or config.output.exists():
             raise ValueError(f"output={config.output} must end in .ckpt and not exist")
         check_calibrated(config.task)
+        if isinstance(config.members, tuple):
+            raise ValueError(
+                f"members={list(config.members)}: the spread is that of a whole ensemble; valid: a "
+                "number of draws, or null"
+            )
         found = _calibrate(config)
     for name, factors in found.factors.items():
         text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))

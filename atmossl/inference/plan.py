@@ -24,6 +24,7 @@ from atmossl.data.sources import check_window
 from atmossl.geometry import Box, Grid, Nesting, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan
+from atmossl.model.network import EVALUATED_MEMBERS
 
 Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
 
@@ -105,7 +106,8 @@ class Options:
     and the task lets tiles lie anywhere. lon_shift: cells by which all of them are shifted.
     batch_size: tiles in one call of the model, of any time or member. seed: of the noise that makes
     members differ, or of the order in which members of a tail go on in a rollout. members: how many
-    draws of noise; None: `EVALUATED_MEMBERS`, or all that a tail has. fill_missing: predict also
+    draws of noise, or the numbers of those members that are written; None: `EVALUATED_MEMBERS`, or
+    all that a tail has. fill_missing: predict also
     where a variable is missing in the whole window, which is NaN in the output otherwise, such as
     sea-surface temperature on land.
     """
@@ -116,7 +118,7 @@ class Options:
     tilings: int = 1
     lon_shift: int = 0
     seed: int = 0
-    members: int | None = None
+    members: int | tuple[int, ...] | None = None
     fill_missing: bool = False
 
 
@@ -152,6 +154,34 @@ class Plan:
     def leads(self) -> np.ndarray:
         """Time from the reference time to every step that is written."""
         return np.array(self.steps.offsets) * self.step
+
+    @property
+    def members(self) -> tuple[int, ...] | None:
+        """Numbers of the members that are written; None: all of a tail that has no number."""
+        chosen = self.options.members
+        if isinstance(chosen, tuple):
+            return chosen
+        model = self.trained.model
+        count = (chosen or EVALUATED_MEMBERS) if model.any_member else model.num_members
+        return None if count is None else tuple(range(count))
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Numbers of the draws of noise that are computed: those that are written, but whole
+        ensembles of a calibrated checkpoint, whose spread is inflated around their mean."""
+        assert self.members is not None, "a network of noise has any number"
+        if not isinstance(self.options.members, tuple) or "spread" not in self.trained.record:
+            return self.members
+        return tuple(range(max(EVALUATED_MEMBERS, 1 + max(self.members))))
+
+    def written(self, fields: Fields) -> Fields:
+        """Of a whole ensemble, the members that are written."""
+        chosen = self.options.members
+        if not isinstance(chosen, tuple):
+            return fields
+        if self.trained.model.any_member:
+            chosen = tuple(map(self.drawn.index, chosen))
+        return {name: values[:, list(chosen)] for name, values in fields.items()}
 
     @property
     def row_chunk(self) -> int:
@@ -232,12 +262,7 @@ def plan_prediction(
             records or the model.
     """
     trained.require("reconstruct")
-    if options.members is not None and not trained.model.any_member:
-        raise ValueError(
-            f"members={options.members}: the members of this checkpoint are the fixed outputs of "
-            "its tail; leave members=null. Any number can be drawn of a network with "
-            "model.ensemble=noise"
-        )
+    _check_members(trained, options.members)
     segment = segments[0]
     steps = task.plan(trained.window.time, segment.step_hours / task.time_refinement)
     grid = _grid(task, segment)
@@ -260,6 +285,25 @@ def plan_prediction(
     on_grid = replace(segment, grid=grid)
     coverage = {data: Coverage.of(on_grid, data) for data in (*sorted(predicted), PRIMARY)}
     return Plan(trained, task, tuple(segments), options, steps, grid, tiles, coverage)
+
+
+def _check_members(trained: TrainedModel, members: int | tuple[int, ...] | None) -> None:
+    """Raise ValueError for members that a tail does not have."""
+    if members is None or trained.model.any_member:
+        return
+    have = trained.model.num_members
+    if isinstance(members, int) or have is None:
+        listed = "" if have is None else f", or some of its {have}, as in members=[0,{have - 1}]"
+        raise ValueError(
+            f"members={members}: the members of this checkpoint are the fixed outputs of its tail; "
+            f"valid: null for all of them{listed}. Any number can be drawn of a network with "
+            "model.ensemble=noise"
+        )
+    if max(members) >= have:
+        raise ValueError(
+            f"members={list(members)}: the tail of this checkpoint has {have} members; valid: "
+            f"numbers from 0 to {have - 1}"
+        )
 
 
 def _grid(task: Task, segment: Segment) -> Grid:

@@ -91,16 +91,24 @@ def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
         states = states * num_members if number == 0 else states
         states = [_appended(plan, states[m], joined, m) for m in range(num_members)]
         latest = init + begin + steps.steps_per_pass * step
-        order = list(range(num_members))
-        if not plan.trained.model.any_member:
-            order = _order(plan.options.seed, init, number, num_members)
+        order = _order(plan, init, number, num_members)
         sources = [
             _source(plan, segment, state, latest, member)
             for state, member in zip(states, order, strict=True)
         ]
 
 
-def _order(seed: int, init: np.datetime64, number: int, num_members: int) -> list[int]:
+def _order(plan: Plan, init: np.datetime64, number: int, num_members: int) -> list[int]:
+    """Which member of the next pass each of those that are written goes on with."""
+    members = plan.members or tuple(range(num_members))
+    if plan.trained.model.any_member:
+        return list(members)
+    total = plan.trained.model.num_members or num_members
+    places = _permutation(plan.options.seed, init, number, total)
+    return [places[member] for member in members]
+
+
+def _permutation(seed: int, init: np.datetime64, number: int, num_members: int) -> list[int]:
     hours = int((init - np.datetime64("0001-01-01")) / np.timedelta64(1, "h"))
     rng = np.random.default_rng(np.random.SeedSequence([seed, hours, number]))
     return rng.permutation(num_members).tolist()

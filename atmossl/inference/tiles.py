@@ -18,7 +18,7 @@ from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.inference.windows import WindowReader, columns, masked_view
 from atmossl.masking.base import coarsen, repeat_coarse
 from atmossl.masking.tasks import Downscaling, Points
-from atmossl.model.network import EVALUATED_MEMBERS, scatter
+from atmossl.model.network import scatter
 from atmossl.tokens import detokenise
 
 
@@ -201,7 +201,7 @@ def _with_noise(
     chosen = [source.member for source in sources if source.member is not None]
     if chosen:
         return seeded, [torch.tensor(chosen, device=view.noise_seed.device)]
-    return seeded, list(range(plan.options.members or EVALUATED_MEMBERS))
+    return seeded, list(plan.drawn)
 
 
 def _blenders(plan: Plan) -> dict[str, TileBlender]:
@@ -245,13 +245,15 @@ def _complete_rows(
 def _members_of(
     plan: Plan, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
 ) -> Fields:
-    """The blended ensemble with calibrated spread, or the one member of it that a source asks
-    for: of a tail, single members of tiles that overlap would average out."""
+    """The members that are written of the blended ensemble with calibrated spread, or the one of it
+    that a source asks for: of a tail, single members of tiles that overlap would average out."""
     if data == PRIMARY:  # streams of other sources are not calibrated
         lat, lon = plan.grid.latitude[rows], plan.grid.longitude
         calibration = Calibration(plan.trained.record, plan.task)
         fields = calibration.apply(fields, leads / HOUR, lat, lon)
-    if source.member is None or plan.trained.model.any_member:
+    if source.member is None:
+        return plan.written(fields)
+    if plan.trained.model.any_member:
         return fields
     return {name: values[:, [source.member]] for name, values in fields.items()}
 

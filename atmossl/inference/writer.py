@@ -165,7 +165,7 @@ class OutputLayout:
             "init_time": dates(self.times),
             "lead_time": self.steps.astype("timedelta64[ns]"),
             "time": dates(self.valid_times),
-            "member": np.arange(self.num_members),
+            "member": np.array(self.plan.members or range(self.num_members)),
             "level": np.array(self.levels, np.int64),
             "latitude": grid.latitude,
             "longitude": grid.longitude,

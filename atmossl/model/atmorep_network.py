@@ -84,6 +84,7 @@ class AtmoRepNetwork(Network):
             )
         self.widths = {field.name: field.width for field in settings.fields}
         self.core = AtmoRep(settings)
+        self.num_members = settings.members
         self.ends = tuple(f"core.decoders.{name}.tail" for name in settings.predicted)
 
     @property

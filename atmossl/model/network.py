@@ -185,6 +185,7 @@ class Network(nn.Module):
         `objective.train_only` can train them alone.
     exported_dtype: in which `atmossl export` keeps the weights.
     any_member: members are draws of noise, and any number of them can be asked for.
+    num_members: of a tail; None: the network does not say.
     low_rank_layers: patterns of names of the layers that `warm_start.low_rank` tunes by default.
     """
 
@@ -192,6 +193,7 @@ class Network(nn.Module):
     ends: tuple[str, ...] = ()
     exported_dtype: ClassVar[torch.dtype] = torch.float16
     any_member: bool = False
+    num_members: int | None = None
     low_rank_layers: ClassVar[tuple[str, ...]] = ("encoder.*", "decoder.*")
 
     def encode(self, view: View) -> Latents:

@@ -7,6 +7,7 @@ them the meaning.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -430,13 +431,32 @@ def _dates(times: Any) -> Any:
 Times = Annotated[str | tuple[str, ...], BeforeValidator(_dates)]
 
 
+def _members(members: Any) -> int | tuple[int, ...] | None:
+    """How many members, or the numbers of some."""
+    if members is None:
+        return None
+    listed = isinstance(members, Sequence) and not isinstance(members, str)
+    numbers: list[Any] = [*members] if listed else [members]
+    whole = all(hasattr(number, "__index__") and number is not True for number in numbers)
+    if not whole or not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(_VALID_MEMBERS)
+    if min(numbers) < (0 if listed else 1):
+        raise ValueError(_VALID_MEMBERS)
+    chosen = tuple(map(index, numbers))
+    return chosen if listed else chosen[0]
+
+
+_VALID_MEMBERS = "valid: null, how many (8), or their numbers from 0, each once ([0,1])"
+ChosenMembers = Annotated[int | tuple[int, ...] | None, BeforeValidator(_members)]
+
+
 class PredictConfig(CheckpointConfig):
     """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
 
     task: ChosenTask
     init_time: Times
     tilings: Positive
-    members: Positive | None
+    members: ChosenMembers
     seed: NotNegative
     layout: Literal["cf", "weatherbench2"]
     resume: bool

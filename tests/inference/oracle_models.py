@@ -27,6 +27,7 @@ class Oracle(nn.Module):
     """What inference asks of a network beside its values."""
 
     any_member = False
+    num_members: int | None = None
 
 
 class Known(Oracle):
@@ -36,7 +37,7 @@ class Known(Oracle):
         self, tokens: Callable[[StreamTokens], Tensor], offsets: tuple[float, ...] = (-1, 1)
     ) -> None:
         super().__init__()
-        self.tokens, self.offsets = tokens, offsets
+        self.tokens, self.offsets, self.num_members = tokens, offsets, len(offsets)
 
     def forward(self, view: View) -> Prediction:
         streams = []
@@ -57,6 +58,7 @@ class Diffusing(Oracle):
 
     def __init__(self, num_members: int) -> None:
         super().__init__()
+        self.num_members = num_members
         self.known = Known(lambda stream: stream.guess, (0.0,) * num_members)
         self.generator = torch.Generator().manual_seed(0)
 

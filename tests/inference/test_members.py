@@ -1,15 +1,29 @@
 """Members that are draws of noise: one field over all tiles, dates, batches and passes."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
-from atmossl.batch import PRIMARY, Prediction, StreamPrediction, TokenGrid, View
+from atmossl.api import load, open_data
+from atmossl.batch import (
+    PRIMARY,
+    Prediction,
+    StreamPrediction,
+    StreamTokens,
+    TokenGrid,
+    View,
+)
+from atmossl.cli import compose_config, main
+from atmossl.inference.calibration import Calibration, SpreadInflation
 from atmossl.inference.plan import Plan
 from atmossl.inference.predict import predict_fields
-from atmossl.masking.tasks import Forecast, TemporalInterpolation
+from atmossl.inference.writer import OutputLayout
+from atmossl.masking.tasks import Forecast, Task, TemporalInterpolation
 from atmossl.model.network import gather
 from atmossl.model.noise import noise_field
 from tests.inference.oracle_models import STORE, Known, Oracle, predictor, run_at
@@ -79,8 +93,70 @@ def test_members_of_a_rollout_go_on_with_their_own_noise() -> None:
 
 
 def test_a_tail_has_no_more_members_than_it_has() -> None:
-    with pytest.raises(ValueError, match="members=20: .* tail; leave members=null"):
-        predictor(Forecast(6), Known(lambda stream: stream.guess), members=20)
+    for members, message in (
+        (20, r"members=20: .* tail; valid: null .* members=\[0,1\]"),
+        ((1, 2), r"members=\[1, 2\]: the tail of this checkpoint has 2 members; valid: .* 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictor(Forecast(6), Known(lambda stream: stream.guess), members=members)
+
+
+def guess_of(stream: StreamTokens) -> torch.Tensor:
+    return stream.guess
+
+
+MODELS = {"noise": Noisy(), "tail": Known(guess_of, (-1.0, 0.5, 2.0, 3.0))}
+TASKS = (TemporalInterpolation(6), Forecast(24, rollout_hours=6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "calibrated"),
+    [
+        ("noise", TASKS[0], False), ("noise", TASKS[0], True), ("noise", TASKS[1], False),
+        ("tail", TASKS[0], False), ("tail", TASKS[0], True), ("tail", TASKS[1], True),
+    ],
+)  # fmt: skip
+def test_members_that_are_chosen_are_those_of_the_whole_ensemble(
+    kind: str, task: Task, calibrated: bool
+) -> None:
+    """In the order that was asked for, with their numbers, in rollouts, with inflated spread."""
+    whole = predictor(task, MODELS[kind], seed=7)
+    factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
+    record = Calibration({}, task).replaced(SpreadInflation(np.zeros(1), factors))
+    trained = replace(whole.trained, record=record if calibrated else {})
+    whole = replace(whole, trained=trained)
+    some = replace(whole, options=replace(whole.options, members=(3, 1)))
+    expected, found = run_at(whole, 6)["temperature"], run_at(some, 6)["temperature"]
+    np.testing.assert_allclose(found, expected[:, [3, 1]], rtol=1e-5)
+    layout = OutputLayout(some, STORE["time"].values[6:7], 2)
+    np.testing.assert_array_equal(layout.coordinates()["member"], [3, 1])
+
+
+@pytest.mark.parametrize("members", [0, -1, True, 1.5, "two", [], [1, 1], [-1], [True], [[1]]])
+def test_members_that_are_none_are_one_line(members: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"members.*: valid: null, how many \(8\), or their numbers"
+    ):
+        load().predict("forecast", open_data(), "1959-02-12T00", members=members)
+
+
+def test_commas_make_a_list_of_members_and_of_dates() -> None:
+    words = ["output=o.zarr", "members=1,2", "init_time=1959-02-12T00,1959-02-13"]
+    values = compose_config("predict", words)
+    assert values["members"] == [1, 2]
+    assert values["init_time"] == ["1959-02-12T00", "1959-02-13"]
+    assert compose_config("evaluate", ["output=o", "regions=poles,tropics"])["regions"] == [
+        "poles", "tropics",
+    ]  # fmt: skip
+
+
+def test_a_prediction_on_disk_holds_the_members_that_were_asked_for(tmp_path: Path) -> None:
+    given = ("predict", "init_time=1959-02-12T00", "accelerator=cpu", "tilings=1", "overlap=0")
+    for name, more in (("some", ["members=5,2"]), ("all", [])):
+        assert main([*given, f"output={tmp_path / name}.zarr", *more]) == 0
+    some, whole = (xr.open_zarr(tmp_path / f"{name}.zarr") for name in ("some", "all"))
+    xr.testing.assert_allclose(some.load(), whole.sel(member=[5, 2]).load())
+    assert main(["calibrate", "members=1,2", f"output={tmp_path}/c.ckpt"]) == 2
 
 
 def test_seeds_draw_other_members() -> None:
