@@ -195,23 +195,25 @@ class Model:
             ValueError: the model was not trained to tell a distance, or anything that does not fit.
         """
         self.trained.require("distance")
-        one = self.embed(first, times, **choices)
-        two = self.embed(second, one.init_time if other_times is None else other_times, **choices)
-        if one.sizes != two.sizes:
+        latents_of_first = self.embed(first, times, **choices)
+        init_time = latents_of_first.init_time
+        second_times = init_time if other_times is None else other_times
+        latents_of_second = self.embed(second, second_times, **choices)
+        sizes = [dict(latents.sizes) for latents in (latents_of_first, latents_of_second)]
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f"first has sizes {dict(one.sizes)}, second {dict(two.sizes)}; needed: one grid, "
-                "and as many times"
+                f"first has sizes {sizes[0]}, second {sizes[1]}; needed: one grid, as many times"
             )
         squares = []
-        for name, latents in one.data_vars.items():
-            pair = (torch.from_numpy(x[name].to_numpy()) for x in (one, two))
+        for name, latents in latents_of_first.data_vars.items():
+            pair = (torch.from_numpy(x.to_numpy()) for x in (latents, latents_of_second[name]))
             apart = xr.DataArray(squared_difference(*pair).numpy(), dims=latents.dims[:-1])
             (latitude,) = (str(d) for d in latents.dims if str(d).startswith("latitude"))
-            weight = xr.DataArray(np.cos(np.deg2rad(one[latitude].to_numpy())), dims=latitude)
+            weight = xr.DataArray(np.cos(np.deg2rad(latents[latitude].to_numpy())), dims=latitude)
             squares.append(apart.weighted(weight).mean(apart.dims[1:]))
         mean = sum(squares) / len(squares)
         assert isinstance(mean, xr.DataArray)
-        named = np.sqrt(mean).assign_coords(init_time=one.init_time).rename("distance")
+        named = np.sqrt(mean).assign_coords(init_time=init_time).rename("distance")
         return named.assign_attrs(long_name="distance of states in latents", units="1")
 
     def _record(
@@ -379,24 +381,24 @@ def chosen_times(plan: Plan | Embedder, times: Times, every: int = 1) -> np.ndar
         ValueError: no dates, or dates that the store does not serve.
     """
     if times is None:
-        found = plan.possible_times()[::every]
-        if len(found) == 0:
+        possible = plan.possible_times()[::every]
+        if len(possible) == 0:
             raise ValueError("init_time=all: the store is shorter than one window")
-        for time in found[1:][np.diff(found) == np.timedelta64(0)][:1]:
+        for time in possible[1:][np.diff(possible) == np.timedelta64(0)][:1]:
             plan.find(time)  # in several segments: says in which
-        return found
+        return possible
     names = [str(name) if isinstance(name, str) else name  # plain ones are shown in messages
              for name in _named(times, plan.segment.calendar)]  # fmt: skip
     try:
         dates = [date for name in names for date in _dates_of(name, plan)]
-        found = np.unique(np.array(dates, plan.segment.times.dtype))
+        chosen = np.unique(np.array(dates, plan.segment.times.dtype))
     except ValueError as error:
         raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
-    if len(found) == 0:
+    if len(chosen) == 0:
         raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
-    for time in found:
+    for time in chosen:
         plan.find(time)
-    return found
+    return chosen
 
 
 def _dates_of(name: Any, plan: Plan | Embedder) -> list[np.datetime64]:

@@ -277,7 +277,7 @@ class Frames(Movable):
     slot: place of every chosen token in the row of kept frames; padding has the slot after all.
     """
 
-    kept: Int[Tensor, "frame"]
+    numbers: Int[Tensor, "frame"]
     slot: Int[Tensor, "batch token"]
 
 
@@ -319,11 +319,11 @@ def _frames(chosen: Tensor, index: Tensor, valid: Tensor) -> Frames:
     places = chosen.shape[-2] * chosen.shape[-1]
     used = chosen.flatten(0, 2).flatten(1).any(dim=1)
     used[0] |= ~used.any()  # never none at all: layers need a frame to work on
-    kept = used.nonzero().flatten()
+    numbers = used.nonzero().flatten()
     rank = used.cumsum(0) - 1
     first = torch.arange(chosen.shape[0])[:, None] * (chosen[0].numel() // places)
     slot = rank[first + index // places] * places + index % places
-    return Frames(kept, torch.where(valid, slot, len(kept) * places))
+    return Frames(numbers, torch.where(valid, slot, len(numbers) * places))
 
 
 @dataclass(frozen=True)
@@ -331,10 +331,11 @@ class StreamTokens(Movable):
     """Tokens of one stream as the encoder sees them (`source`) and as they are (`target`).
 
     guess: first guess of every token, made from the visible source alone (`masking.base`).
-    given, queries: tokens for the encoder and tokens to predict, set by `collate_views`.
+    encoder_tokens, queries: the tokens that the encoder gets and those that the decoder predicts,
+        set by `collate_views`.
     valid: True where the target was observed. None: everywhere.
-    asked: values of hidden tokens that are to be predicted; the others are shown as they are. None:
-        all.
+    target_points: True where a value of a hidden token is to be predicted; the token shows its
+        other values as they are. None: all values.
     """
 
     spec: StreamSpec
@@ -344,10 +345,10 @@ class StreamTokens(Movable):
     corruption: Int[Tensor, "*batch level nt nlat nlon"]
     grid: TokenGrid
     weight: Float[Tensor, "*batch lat"]
-    given: TokenIndex | None = None
+    encoder_tokens: TokenIndex | None = None
     queries: TokenIndex | None = None
     valid: Bool[Tensor, "*batch level nt nlat nlon patch"] | None = None
-    asked: Bool[Tensor, "*batch level nt nlat nlon patch"] | None = None
+    target_points: Bool[Tensor, "*batch level nt nlat nlon patch"] | None = None
 
     @property
     def hidden(self) -> Bool[Tensor, "*batch level nt nlat nlon"]:
@@ -360,9 +361,9 @@ class StreamTokens(Movable):
         return self.queries.index // (self.grid.num_tokens // self.grid.shape[0])
 
     def indexed(self) -> Self:
-        """With the indices of the given and the hidden tokens; needs a batch axis."""
-        given = TokenIndex.of(self.corruption != Corruption.DROP)
-        return replace(self, given=given, queries=TokenIndex.of(self.hidden))
+        """The stream with the indices of its encoder tokens and queries; needs a batch axis."""
+        encoder_tokens = TokenIndex.of(self.corruption != Corruption.DROP)
+        return replace(self, encoder_tokens=encoder_tokens, queries=TokenIndex.of(self.hidden))
 
 
 @dataclass(frozen=True)
@@ -503,5 +504,5 @@ def collate(samples: list, empty: Empty | None = None) -> Any:
     if isinstance(first, Movable):
         assert is_dataclass(first)
         members = {f.name: [getattr(s, f.name) for s in samples] for f in fields(first)}
-        return replace(first, **{name: collate(own, empty) for name, own in members.items()})
+        return replace(first, **{name: collate(values, empty) for name, values in members.items()})
     return first

@@ -141,16 +141,16 @@ def limits_told(statistics: Statistics, segment: Segment, mode: InputLimits) -> 
 
 def shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> list[str]:
     """Time steps that a run would see twice, or validate on after training on them."""
-    found = []
-    for number, one in enumerate(train):
-        for what, others in (("it again", train[number + 1 :]), ("validation", validation)):
-            counts = [one.shared_steps(other) for other in others]
-            found += [
-                f"{one.location}: {count} time steps of split train are in {what}, too"
+    sentences = []
+    for number, segment in enumerate(train):
+        for use, other_segments in (("it again", train[number + 1 :]), ("validation", validation)):
+            counts = [segment.shared_steps(other) for other in other_segments]
+            sentences += [
+                f"{segment.location}: {count} time steps of split train are in {use}, too"
                 for count in counts
                 if count
             ]
-    return found
+    return sentences
 
 
 @rank_zero_only
@@ -226,7 +226,9 @@ def build_module(
         "network": config.model.target,
         "model": config.model.plain_arguments,
         "plugins": outside,
-        "statistics": {data: found.to_dict() for data, found in statistics.items()},
+        "statistics": {
+            data: source_statistics.to_dict() for data, source_statistics in statistics.items()
+        },
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,
@@ -346,9 +348,9 @@ def build_trainer(
 
 def _loggers(config: TrainConfig) -> list[Logger]:
     """Those that the package knows, then those of Lightning and of plugins by `_target_`."""
-    known = config.logger.model_dump(exclude={"csv", "others"})
-    others = [logger.build() for logger in config.logger.others.values()]
-    return make_loggers(config.paths.output, **known) + others
+    settings = config.logger.model_dump(exclude={"csv", "others"})
+    further_loggers = [logger.build() for logger in config.logger.others.values()]
+    return make_loggers(config.paths.output, **settings) + further_loggers
 
 
 def has_idle_parameters(config: TrainConfig) -> bool:

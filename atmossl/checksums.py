@@ -122,8 +122,8 @@ def _check_manifest(folder: Path) -> None:
         if file.stat().st_size != size:
             raise UnsoundError(f"is damaged: {name} has not the {size} bytes of its {MANIFEST}")
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _entry(folder / name)["sha256"], expected)
-        for (name, (_, checksum)), actual in zip(expected.items(), found, strict=True):
+        actual_sums = pool.map(lambda name: _entry(folder / name)["sha256"], expected)
+        for (name, (_, checksum)), actual in zip(expected.items(), actual_sums, strict=True):
             if actual != checksum:
                 raise UnsoundError(f"is damaged: {name} does not match its checksum")
 

@@ -176,9 +176,9 @@ def _add(arguments: Sequence[str]) -> None:
     stores = [word for word in arguments if word.partition("=")[0] not in _OF_ADD]
     unknown = [word for word in stores if "=" in word and not is_location(word)]
     if unknown or len(stores) != 1:
-        what = f"{unknown[0]} is unknown" if unknown else f"got {len(stores)} stores"
+        fault = f"{unknown[0]} is unknown" if unknown else f"got {len(stores)} stores"
         raise ValueError(
-            f"data add: {what}; needed: one STORE, a folder or a pattern in quotes ('era5/*.nc'); "
+            f"data add: {fault}; needed: one STORE, a folder or a pattern in quotes ('era5/*.nc'); "
             "and if you like name=NAME data.catalog=FILE.yaml output=STORE.zarr"
         )
     name, catalog, output = (value_of(key, arguments) for key in _OF_ADD)
@@ -261,16 +261,16 @@ def _check_checkpoints(values: dict[str, Any]) -> None:
 def _without_plugins(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The packages of `plugins=[...]`, and all other words."""
     named = [item for item in arguments if item.startswith("plugins=")]
-    others = [item for item in arguments if item not in named]
+    rest = [item for item in arguments if item not in named]
     packages = named[-1].removeprefix("plugins=").strip("[]") if named else ""
-    return [*map(unquoted, split(packages))] if packages else [], others
+    return [*map(unquoted, split(packages))] if packages else [], rest
 
 
 def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    given = dict(item.split("=", 1) for item in arguments if "=" in item)
-    if sorted(given) != sorted(names) or len(given) != len(arguments):
+    values = dict(item.split("=", 1) for item in arguments if "=" in item)
+    if sorted(values) != sorted(names) or len(values) != len(arguments):
         raise ValueError(f"got {list(arguments)}; needed: {' '.join(f'{n}=VALUE' for n in names)}")
-    return [unquoted(given[name]) for name in names]
+    return [unquoted(values[name]) for name in names]
 
 
 def _info(arguments: Sequence[str]) -> None:
@@ -281,9 +281,9 @@ def _info(arguments: Sequence[str]) -> None:
         (checkpoint,) = _keyword(arguments, ["checkpoint"])
         show_checkpoint(checkpoint, plugins)
         return
-    given = [item for item in arguments if item.startswith("memory=")]
-    overrides = [item for item in arguments if item != "--check" and item not in given]
-    memory = _gib(given[-1].removeprefix("memory=")) if given else None
+    memory_words = [item for item in arguments if item.startswith("memory=")]
+    overrides = [item for item in arguments if item != "--check" and item not in memory_words]
+    memory = _gib(memory_words[-1].removeprefix("memory=")) if memory_words else None
     values = valid("TrainConfig", _compose_training(overrides))
     from atmossl.commands.cost import show_estimate
 
@@ -316,11 +316,11 @@ def _export(arguments: Sequence[str]) -> None:
         if key == "output":
             export(checkpoints, Path(output), plugins)
         else:
-            given = {
+            settings = {
                 name.removeprefix("data."): _keyword([item], [name])[0]
                 for name, item in more.items()
             }
-            export_folder(checkpoints, Path(output), plugins=plugins, **given)
+            export_folder(checkpoints, Path(output), plugins=plugins, **settings)
 
 
 def _import(arguments: Sequence[str]) -> None:
@@ -384,8 +384,8 @@ def _run(command: str, words: Sequence[str]) -> None:
     if command in COMPLETION:
         _print(completion(words))
         return
-    what, others = option(words)
-    _print(explained(command, others, str(what)))
+    package_part, rest = option(words)
+    _print(explained(command, rest, str(package_part)))
 
 
 def _quieten() -> None:

@@ -62,8 +62,8 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         values = to_plain(config)
     if faults:
         # the schema imports torch: not for a typo beside which nothing else can be wrong
-        others = _other_faults(name, values, faults) if any(map(_sets_value, fitting)) else []
-        raise ValueError("\n".join([*faults, *others]))
+        other_faults = _other_faults(name, values, faults) if any(map(_sets_value, fitting)) else []
+        raise ValueError("\n".join([*faults, *other_faults]))
     return values
 
 
@@ -103,9 +103,9 @@ def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> l
     try:
         valid(kind or f"{name.capitalize()}Config", values)
     except ValueError as error:
-        told = {fault.partition(":")[0] for fault in faults}
+        refused_keys = {fault.partition(":")[0] for fault in faults}
         lines = str(error).splitlines()
-        return [line for line in lines if re.split("[=:]", line)[0] not in told]
+        return [line for line in lines if re.split("[=:]", line)[0] not in refused_keys]
     return []
 
 
@@ -124,11 +124,11 @@ def in_one_line(overrides: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
-        given = [item for item in overrides if "{" in item]
-        if not given:
+        mappings = [item for item in overrides if "{" in item]
+        if not mappings:
             raise
         raise ValueError(
-            f"{' '.join(given)}: needed: names of files in conf/, not mappings; set single keys "
+            f"{' '.join(mappings)}: needed: names of files in conf/, not mappings; set single keys "
             "(GROUP.KEY=VALUE) or write a file"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -188,14 +188,14 @@ def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     if not files:
         return compose_config("predict", arguments)
-    own = [a for a in arguments if a.startswith("task.")]
-    rest = [a for a in arguments if a not in own and not a.startswith("task=")]
+    task_words = [a for a in arguments if a.startswith("task.")]
+    rest = [a for a in arguments if a not in task_words and not a.startswith("task=")]
     from atmossl.api import read_task
 
-    given = read_task(files[-1])
-    if not isinstance(given, dict):
-        raise ValueError(f"task={files[-1]} holds {given!r}; needed: keys and values of a task")
-    task = _changed({"task": given}, own)
+    content = read_task(files[-1])
+    if not isinstance(content, dict):
+        raise ValueError(f"task={files[-1]} holds {content!r}; needed: keys and values of a task")
+    task = _changed({"task": content}, task_words)
     return compose_config("predict", rest) | task
 
 
@@ -214,8 +214,8 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     listed = [word for word in arguments if word.startswith("tasks=") and _lists(word, folders)]
     if not listed:
         return compose_config(name, arguments)
-    own = [word for word in arguments if word.startswith("tasks.")]
-    values = compose_config(name, [word for word in arguments if word not in (*listed, *own)])
+    changes = [word for word in arguments if word.startswith("tasks.")]
+    values = compose_config(name, [word for word in arguments if word not in (*listed, *changes)])
     text = listed[-1].removeprefix("tasks=")
     names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
     if not all(names):
@@ -223,7 +223,7 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     tasks = [
         compose_with_task_file([f"task={name}", "output=_", *folders])["task"] for name in names
     ]
-    return values | _changed({"tasks": tasks}, own)
+    return values | _changed({"tasks": tasks}, changes)
 
 
 def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:

@@ -170,26 +170,26 @@ def window_of_zeros(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int
     )
 
 
-def advice(config: TrainConfig, found: Estimate, memory_gib: float) -> str:
+def advice(config: TrainConfig, estimated: Estimate, memory_gib: float) -> str:
     """What to change so that a run fits, cheapest first."""
-    cost, trainer = found.cost, config.trainer
-    fixed = found.device_bytes - cost.activations - cost.batch
-    free = found.room(memory_gib) - fixed
-    per_sample = (cost.activations + cost.batch) / found.batch_size
+    cost, trainer = estimated.cost, config.trainer
+    fixed = estimated.device_bytes - cost.activations - cost.batch
+    free = estimated.room(memory_gib) - fixed
+    per_sample = (cost.activations + cost.batch) / estimated.batch_size
     ways = []
     if trainer.precision == "32-true":
         ways.append("trainer.precision=bf16-mixed")
     if trainer.recompute != "full":
         ways.append("trainer.recompute=full")
-    if free >= per_sample and found.batch_size > 1:
+    if free >= per_sample and estimated.batch_size > 1:
         size = int(free // per_sample)
-        factor = -(-found.batch_size // size) * trainer.accumulate
+        factor = -(-estimated.batch_size // size) * trainer.accumulate
         ways.append(f"data.batch_size={size} trainer.accumulate={factor}")
     if trainer.strategy != "fsdp":
         ways.append("trainer.strategy=fsdp on several devices")
     elif free < per_sample:
         if not trainer.cpu_offload:
             ways.append("trainer.cpu_offload=true")
-        ways.append(f"more than {found.num_devices} devices")
+        ways.append(f"more than {estimated.num_devices} devices")
     ways.append("a smaller model or window")
     return "; or ".join(ways)

@@ -47,8 +47,8 @@ def show_statistics(values: Mapping[str, Any]) -> None:
     climatologies that are wanted."""
     config: StatsConfig = parse(StatsConfig, _plain(values))
     output = config.output if config.climatologies else None
-    own = nullcontext() if output is None else owned(output, "output", inside=True)
-    with own, keeping("what is done of it stays, and the same command goes on from there"):
+    lock = nullcontext() if output is None else owned(output, "output", inside=True)
+    with lock, keeping("what is done of it stays, and the same command goes on from there"):
         _show_statistics(config)
 
 
@@ -109,8 +109,8 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
     """Make a training store of what others wrote; returns its path."""
     config: IngestConfig = parse(IngestConfig, _plain(values))
     source = IngestInput(**{key.name: getattr(config, key.name) for key in fields(IngestInput)})
-    kept = "the regions that are done stay, and the same command goes on from there"
-    with owned(config.output, "output"), keeping(kept), Progress() as bar:
+    on_stop = "the regions that are done stay, and the same command goes on from there"
+    with owned(config.output, "output"), keeping(on_stop), Progress() as bar:
         task = bar.add_task("regions")
         ingest(
             source,
@@ -242,14 +242,16 @@ def _row(variable: VariableReport) -> list[str]:
 def _print_storage(console: Console, variables: Sequence[VariableReport]) -> None:
     """Shape, chunks and the cost of a window, once for all variables that are stored alike."""
     alike: dict[tuple, list[VariableReport]] = {}
-    for one in variables:
-        alike.setdefault((one.dims, one.shape, one.chunks, one.dtype, one.levels), []).append(one)
-    for (dims, shape, chunks, dtype, levels), found in alike.items():
-        first = found[0]
+    for variable in variables:
+        alike.setdefault(
+            (variable.dims, variable.shape, variable.chunks, variable.dtype, variable.levels), []
+        ).append(variable)
+    for (dims, shape, chunks, dtype, levels), stored_alike in alike.items():
+        first = stored_alike[0]
         ratio = float(np.prod(list(first.decoded_over_needed.values())))
         axes = ", ".join(f"{dim} {size}" for dim, size in zip(dims, shape, strict=True))
         lines = [
-            f"stored: {', '.join(one.name for one in found)}",
+            f"stored: {', '.join(variable.name for variable in stored_alike)}",
             f"  axes: {axes}",
             f"  chunks: {' x '.join(map(str, chunks))} of {dtype}",
             f"  size: {first.gibibytes:.3g} GiB each, as float32",
@@ -261,8 +263,8 @@ def _print_storage(console: Console, variables: Sequence[VariableReport]) -> Non
             console.print(line, highlight=False)
 
 
-def _print_times(console: Console, what: str, lines: Sequence[str], limit: int = 5) -> None:
+def _print_times(console: Console, noun: str, lines: Sequence[str], limit: int = 5) -> None:
     for line in lines[:limit]:
-        console.print(f"{what}: {line}", highlight=False)
+        console.print(f"{noun}: {line}", highlight=False)
     if len(lines) > limit:
-        console.print(f"and {len(lines) - limit} more {what}s", highlight=False)
+        console.print(f"and {len(lines) - limit} more {noun}s", highlight=False)

@@ -148,20 +148,20 @@ class Grid:
     def difference(self, other: "Grid") -> str:
         """In what another grid differs, in words: how many latitudes or longitudes there are, or
         which of them is another. Empty if the grids match."""
-        found = []
+        differences = []
         for name in ("latitude", "longitude") if not self.matches(other) else ():
             ours, theirs = getattr(self, name), getattr(other, name)
             if len(ours) != len(theirs):
-                found.append(f"{_span(ours, name)}, not {_span(theirs, name)}")
+                differences.append(f"{_span(ours, name)}, not {_span(theirs, name)}")
                 continue
             differs = np.flatnonzero(np.abs(ours - theirs) > TOLERANCE_DEG)
             if len(differs):
                 at = int(differs[0])
-                found.append(
+                differences.append(
                     f"{len(differs)} of {len(ours)} {name}s differ, the first is {ours[at]:.6g}, "
                     f"not {theirs[at]:.6g}"
                 )
-        return "; ".join(found)
+        return "; ".join(differences)
 
 
 def _span(degrees: np.ndarray, name: str) -> str:
@@ -216,13 +216,13 @@ class Alignment:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Along one axis, every `own` cells of a grid have the edges of `other` cells of another one.
+    """Along one axis, every `cells` cells of a grid share edges with `other_cells` of another.
 
     The block at cell `offset` of the grid starts at cell `first` of the other.
     """
 
-    own: int
-    other: int
+    cells: int
+    other_cells: int
     offset: int
     first: int
 
@@ -264,13 +264,13 @@ class Nesting:
             (columns, self.lon),
             (box.lon_size, self.lon),
         ):
-            assert cells % blocks.own == 0, f"{cells} is no multiple of {blocks.own} cells"
-        first = self.lon.first + columns // self.lon.own * self.lon.other
+            assert cells % blocks.cells == 0, f"{cells} is no multiple of {blocks.cells} cells"
+        first = self.lon.first + columns // self.lon.cells * self.lon.other_cells
         return Box(
-            self.lat.first + box.lat_start // self.lat.own * self.lat.other,
+            self.lat.first + box.lat_start // self.lat.cells * self.lat.other_cells,
             first % self.other.shape[1],
-            box.lat_size // self.lat.own * self.lat.other,
-            box.lon_size // self.lon.own * self.lon.other,
+            box.lat_size // self.lat.cells * self.lat.other_cells,
+            box.lon_size // self.lon.cells * self.lon.other_cells,
         )
 
 
@@ -280,9 +280,9 @@ def common_alignment(nestings: Sequence[Nesting]) -> Alignment:
     Raises:
         ValueError: nowhere, as their edges never coincide.
     """
-    cells = math.lcm(*(blocks.own for n in nestings for blocks in (n.lat, n.lon)))
+    cells = math.lcm(*(blocks.cells for n in nestings for blocks in (n.lat, n.lon)))
     for shift in range(cells):
-        if all((shift - n.lon.offset) % n.lon.own == 0 for n in nestings):
+        if all((shift - n.lon.offset) % n.lon.cells == 0 for n in nestings):
             return Alignment(cells, shift)
     raise ValueError("no longitude is an edge of the cells of all grids")
 
@@ -293,33 +293,33 @@ def _described(grid: Grid) -> str:
 
 
 def _lat_blocks(grid: Grid, other: Grid) -> _Blocks | None:
-    edges, all_others = latitude_edges(grid.latitude), latitude_edges(other.latitude)
-    first, last = (int(np.abs(all_others - edge).argmin()) for edge in edges[[0, -1]])
-    others = all_others[first : last + 1]
-    count, num_others = len(edges) - 1, len(others) - 1
+    edges, all_other_edges = latitude_edges(grid.latitude), latitude_edges(other.latitude)
+    first, last = (int(np.abs(all_other_edges - edge).argmin()) for edge in edges[[0, -1]])
+    other_edges = all_other_edges[first : last + 1]
+    count, num_others = len(edges) - 1, len(other_edges) - 1
     if num_others < 1 or max(count, num_others) % min(count, num_others):
         return None
     blocks = min(count, num_others)
-    own, its = count // blocks, num_others // blocks
-    if np.abs(edges[::own] - others[::its]).max() > TOLERANCE_DEG:
+    cells, other_cells = count // blocks, num_others // blocks
+    if np.abs(edges[::cells] - other_edges[::other_cells]).max() > TOLERANCE_DEG:
         return None
-    return _Blocks(own, its, 0, first)
+    return _Blocks(cells, other_cells, 0, first)
 
 
 def _lon_blocks(grid: Grid, other: Grid) -> _Blocks | None:
     width, its_width = grid.longitude_spacing, other.longitude_spacing
-    own, its = max(1, round(its_width / width)), max(1, round(width / its_width))
+    cells, its_cells = max(1, round(its_width / width)), max(1, round(width / its_width))
     count, num_others = grid.shape[1], other.shape[1]
-    if abs(own * width - its * its_width) * count > TOLERANCE_DEG or count % own:
+    if abs(cells * width - its_cells * its_width) * count > TOLERANCE_DEG or count % cells:
         return None
     west = grid.longitude[0] - width / 2 - (other.longitude[0] - its_width / 2)
-    for offset in range(own if grid.periodic else 1):
-        cells = ((west + offset * width + TOLERANCE_DEG) % 360.0 - TOLERANCE_DEG) / its_width
-        first, needed = round(cells), count // own * its
-        if abs(cells - first) * its_width > TOLERANCE_DEG:
+    for offset in range(cells if grid.periodic else 1):
+        start = ((west + offset * width + TOLERANCE_DEG) % 360.0 - TOLERANCE_DEG) / its_width
+        first, needed = round(start), count // cells * its_cells
+        if abs(start - first) * its_width > TOLERANCE_DEG:
             continue
         if other.periodic or first + needed <= num_others:
-            return _Blocks(own, its, offset, first % num_others)
+            return _Blocks(cells, its_cells, offset, first % num_others)
     return None
 
 

@@ -204,20 +204,20 @@ def overview() -> str:
 def help_of(command: str, action: str = "") -> str:
     """What a command does, its keys with meaning and default, and three examples."""
     name = f"{command} {action}" if f"{command} {action}" in COMMANDS else command
-    told = COMMANDS[name]
-    lines = textwrap.wrap(f"atmossl {name}: {told.does}", _WIDTH)
-    lines += ["", *textwrap.wrap(f"  atmossl {name} {told.words}", _WIDTH), "", "Examples:"]
-    lines += [f"  {example}" for example in told.examples]
+    entry = COMMANDS[name]
+    lines = textwrap.wrap(f"atmossl {name}: {entry.does}", _WIDTH)
+    lines += ["", *textwrap.wrap(f"  atmossl {name} {entry.words}", _WIDTH), "", "Examples:"]
+    lines += [f"  {example}" for example in entry.examples]
     if name == "data":
         more = [part for part in COMMANDS if part.startswith("data ")]
         lines += ["", "Keys:", *(f"  atmossl {part} --help" for part in more)]
-    elif told.keys is not None:
+    elif entry.keys is not None:
         lines += ["", "Keys:"]
-        for key, meaning in told.keys.items():
+        for key, meaning in entry.keys.items():
             lines += _two_columns(f"  {key}", meaning)
-    elif told.conf is not None:
+    elif entry.conf is not None:
         lines += ["", "Keys and their defaults (??? must be given):"]
-        lines += _keys_of(told.conf, _schema(told.schema))
+        lines += _keys_of(entry.conf, _schema(entry.schema))
     return "\n".join([*lines, "", _OPTIONS.rstrip()])
 
 
@@ -284,13 +284,13 @@ def _entries(text: str) -> Iterator[tuple[str, str, str]]:
             yield ".".join(name for _, name in path), value, comment or ""
 
 
-def _two_columns(left: str, right: str, width: int = _LEFT) -> list[str]:
+def _two_columns(term: str, meaning: str, width: int = _LEFT) -> list[str]:
     """The text on the right beside that on the left, or below it if that is long."""
-    wrapped = textwrap.wrap(right, _WIDTH - width) if right else []
-    if len(left) > width - 2 or not wrapped:
-        first = textwrap.wrap(left, _WIDTH, subsequent_indent="      ")
+    wrapped = textwrap.wrap(meaning, _WIDTH - width) if meaning else []
+    if len(term) > width - 2 or not wrapped:
+        first = textwrap.wrap(term, _WIDTH, subsequent_indent="      ")
     else:
-        first = [f"{left:{width}}{wrapped.pop(0)}"]
+        first = [f"{term:{width}}{wrapped.pop(0)}"]
     return [*first, *(f"{'':{width}}{line}" for line in wrapped)]
 
 
@@ -312,9 +312,9 @@ class _Meanings:
         for part in path:
             kind, name = _class_in(hint), part
             hint = _hints(kind).get(part)
-        told = _entry_of(kind, name)
+        meaning = _entry_of(kind, name)
         valid = _valid(hint)
-        return "; ".join(filter(None, (told, valid)))
+        return "; ".join(filter(None, (meaning, valid)))
 
 
 def _class_of(group: str, target: str) -> Any:
@@ -343,7 +343,7 @@ def _class_in(hint: Any) -> Any:
     if isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, BaseModel)):
         return hint
     parts = get_args(hint) if get_origin(hint) in (Annotated, Union, UnionType) else ()
-    return next((found for part in parts if (found := _class_in(part)) is not None), None)
+    return next((holder for part in parts if (holder := _class_in(part)) is not None), None)
 
 
 def _valid(hint: Any) -> str:

@@ -45,21 +45,21 @@ def option(words: Sequence[str]) -> tuple[str | None, list[str]]:
     Raises:
         ValueError: another value of `--cfg`.
     """
-    others, chosen = list(words), None
+    rest, chosen = list(words), None
     for name in ("--cfg", "-c"):
-        if name in others:
-            at = others.index(name)
-            chosen = "".join(others[at + 1 : at + 2])
-            del others[at : at + 2]
+        if name in rest:
+            at = rest.index(name)
+            chosen = "".join(rest[at + 1 : at + 2])
+            del rest[at : at + 2]
             if chosen not in ("job", "hydra", "all"):
                 raise ValueError(f"{name} {chosen}: valid: job, hydra, all")
-    if "--info" in others:
-        others.remove("--info")
+    if "--info" in rest:
+        rest.remove("--info")
         chosen = "info"
-    return chosen, others
+    return chosen, rest
 
 
-def explained(command: str, words: Sequence[str], what: str) -> str:
+def explained(command: str, words: Sequence[str], package_part: str) -> str:
     """What `--cfg` or `--info` prints: the configuration of a command, of Hydra, or its sources.
 
     Raises:
@@ -71,18 +71,18 @@ def explained(command: str, words: Sequence[str], what: str) -> str:
         words = [word if "=" in word else f"data.name={word}" for word in words]
     name = _conf_of(command)
     if name is None:
-        known = [command for command, told in COMMANDS.items() if told.conf]
-        raise ValueError(f"{command} has no configuration; valid: {', '.join(known)}")
+        commands = [command for command, entry in COMMANDS.items() if entry.conf]
+        raise ValueError(f"{command} has no configuration; valid: {', '.join(commands)}")
     values = yaml.safe_load((find_file("conf") / f"{name}.yaml").read_text())
-    given = {word.partition("=")[0] for word in words}
-    missing = [key for key, value in values.items() if value == "???" and key not in given]
+    given_keys = {word.partition("=")[0] for word in words}
+    missing = [key for key, value in values.items() if value == "???" and key not in given_keys]
     words = [*words, *(f"{key}={_MISSING}" for key in missing)]
-    if what == "info":
+    if package_part == "info":
         return _sources(name, words)
     shown = {}
-    if what in ("hydra", "all"):
+    if package_part in ("hydra", "all"):
         shown["hydra"] = OmegaConf.to_container(hydra_config(name, words).hydra)
-    if what in ("job", "all"):
+    if package_part in ("job", "all"):
         if name == "predict":
             values = compose_with_task_file(words)
         else:
@@ -137,15 +137,15 @@ def _candidates(line: str) -> list[str]:
         if len(before) == 1:
             return [action for action in _ACTIONS[command] if action.startswith(last)]
         command = f"{command} {before[1]}"
-    told = COMMANDS.get(command)
-    if told is not None and told.keys is not None:
-        return [f"{key}=" for key in told.keys if key.startswith(last)]
+    entry = COMMANDS.get(command)
+    if entry is not None and entry.keys is not None:
+        return [f"{key}=" for key in entry.keys if key.startswith(last)]
     name = _conf_of(command)
     if name is None:
         return []
     search = create_config_search_path(str(find_file("conf")))
     plugin = BashCompletion(ConfigLoaderImpl(search))
     *earlier, part = split(last)  # of a list, the last value
-    found = plugin._query(config_name=name, line=part)
+    proposals = plugin._query(config_name=name, line=part)
     start = "".join(f"{value}," for value in earlier)
-    return [f"{start}{word}" for word in found]
+    return [f"{start}{word}" for word in proposals]

@@ -71,16 +71,16 @@ def nt_xent(
     no_negatives: pairs of samples (of all ranks) that must not count as different, such as states
         of one run within some days; a sample's own partner always counts.
     """
-    everything = torch.stack([gathered(first), gathered(second)])  # [view all feature]
-    num_all = everything.shape[1]
-    everything = F.normalize(everything, dim=-1).flatten(0, 1)
-    own = _own_rows(len(first), first.device)
-    anchors = torch.cat([own, own + num_all])
-    partners = torch.cat([own + num_all, own])
-    similarity = everything[anchors] @ everything.T / temperature
+    latents = torch.stack([gathered(first), gathered(second)])  # [view all feature]
+    num_all = latents.shape[1]
+    latents = F.normalize(latents, dim=-1).flatten(0, 1)
+    rows_here = _own_rows(len(first), first.device)
+    anchors = torch.cat([rows_here, rows_here + num_all])
+    partners = torch.cat([rows_here + num_all, rows_here])
+    similarity = latents[anchors] @ latents.T / temperature
     ignored = torch.zeros_like(similarity, dtype=torch.bool)
     if no_negatives is not None:
-        ignored = no_negatives[own].repeat(2, 2).clone()
+        ignored = no_negatives[rows_here].repeat(2, 2).clone()
     rows = torch.arange(len(anchors), device=first.device)
     ignored[rows, anchors] = True  # a latent is not its own partner
     ignored[rows, partners] = False
@@ -162,12 +162,12 @@ def sinkhorn(
 def koleo(latents: Latents) -> Scalar:
     """Kozachenko-Leonenko entropy of directions (Sablayrolles et al. 2019): mean negative logarithm
     of the distance to the nearest other of all ranks; -ln(2) / 2 of orthonormal latents."""
-    own = _own_rows(len(latents), latents.device)
+    rows_here = _own_rows(len(latents), latents.device)
     unit = F.normalize(gathered(latents), dim=-1)
     with torch.no_grad():
         cosines = (unit @ unit.T).fill_diagonal_(-2)
-        nearest = cosines[own].argmax(dim=1)
-    return -(unit[own] - unit[nearest]).norm(dim=-1).clamp_min(1e-8).log().mean()
+        nearest = cosines[rows_here].argmax(dim=1)
+    return -(unit[rows_here] - unit[nearest]).norm(dim=-1).clamp_min(1e-8).log().mean()
 
 
 def sigreg(

@@ -67,16 +67,16 @@ def owned(path: Path, key: str, *, inside: bool = False) -> Iterator[None]:
 @contextmanager
 def owned_in_turn(path: Path, key: str, waits: Callable[[], object]) -> Iterator[None]:
     """Like `owned`, but wait while another process owns the output; `waits` is called once then."""
-    told = False
+    has_said = False
     with ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(owned(path, key))
                 break
             except OwnedError:
-                if not told:
+                if not has_said:
                     waits()
-                told = True
+                has_said = True
                 time.sleep(_TURN_SECONDS)
         yield
 
@@ -144,7 +144,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -235,8 +235,8 @@ def _is_gone(owner: Mapping[str, Any], newcomer: Mapping[str, Any], age: float) 
 def _same_machine(owner: Mapping[str, Any], newcomer: Mapping[str, Any]) -> bool:
     """Whether the numbers of both processes are those of one system; containers have their own."""
     keys = ("host", "boot", "process_namespace")
-    known = isinstance(owner.get("process"), int) and "process_start" in owner
-    return known and all(owner.get(key) == newcomer[key] for key in keys)
+    is_recorded = isinstance(owner.get("process"), int) and "process_start" in owner
+    return is_recorded and all(owner.get(key) == newcomer[key] for key in keys)
 
 
 def _refusal(
@@ -344,5 +344,5 @@ def _is_of(file: Path, path: Path) -> bool:
     file, path = file.absolute(), path.absolute()
     if file.is_relative_to(path):
         return True
-    neighbours = [one.name for one in (file, *file.parents) if one.parent == path.parent]
+    neighbours = [part.name for part in (file, *file.parents) if part.parent == path.parent]
     return any(path.name in name for name in neighbours)

@@ -70,7 +70,7 @@ def as_searchpath(overrides: Sequence[str], shipped: Path) -> list[str]:
         ValueError: no such folder, or a file in it that Hydra would not find, since the package has
             another one of that name.
     """
-    others = [word for word in overrides if not word.startswith(SEARCH_WORDS)]
+    rest = [word for word in overrides if not word.startswith(SEARCH_WORDS)]
     places: list[str] = []
     for word in overrides:
         if word.startswith(_SEARCHPATH):
@@ -81,7 +81,7 @@ def as_searchpath(overrides: Sequence[str], shipped: Path) -> list[str]:
     for place in places:
         if place.startswith(_FILE):
             _check_folder(Path(place.removeprefix(_FILE)), shipped)
-    return [*others, f"{_SEARCHPATH}[{','.join(map(_quoted, places))}]"] if places else others
+    return [*rest, f"{_SEARCHPATH}[{','.join(map(_quoted, places))}]"] if places else rest
 
 
 def _check_folder(folder: Path, shipped: Path) -> None:
@@ -89,8 +89,8 @@ def _check_folder(folder: Path, shipped: Path) -> None:
         raise ValueError(f"--config-dir={folder} is no folder; valid: a folder like {shipped}")
     for file in sorted(folder.rglob("*.yaml")):
         name = file.relative_to(folder)
-        own = shipped / name
-        if own.exists() and own.read_bytes() != file.read_bytes():
+        shipped_file = shipped / name
+        if shipped_file.exists() and shipped_file.read_bytes() != file.read_bytes():
             raise ValueError(
                 f"--config-dir={folder}: {name} has the name of a file of the package, which would "
                 "be taken instead; give it another name"

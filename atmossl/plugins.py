@@ -54,9 +54,9 @@ class Part:
 
     def build(self, **of_the_run: Any) -> Any:
         """The object. of_the_run: keywords that the run gives to a constructor that wants them."""
-        wanted = inspect.signature(self.kind).parameters
-        given = {name: value for name, value in of_the_run.items() if name in wanted}
-        return self.kind(**self.arguments, **given)
+        parameters = inspect.signature(self.kind).parameters
+        keywords = {name: value for name, value in of_the_run.items() if name in parameters}
+        return self.kind(**self.arguments, **keywords)
 
 
 def choose_part(node: Any, base: type, of_the_run: Collection[str] = ()) -> Part:
@@ -104,8 +104,8 @@ def find_class(
         if not isinstance(kind, type) or not issubclass(kind, base):
             raise LookupError("this is no class of the kind that is needed here")
     except LookupError as error:
-        own = f"a {base.__module__}.{base.__name__} of your own as package.module.Class"
-        valid = f"{sorted(builtin)}, or {own}" if builtin else own
+        example = f"a {base.__module__}.{base.__name__} of your own as package.module.Class"
+        valid = f"{sorted(builtin)}, or {example}" if builtin else example
         raise as_error("_target_", [fault("unknown_target", f"{error.args[0]}; valid: {valid}",
                                           ("_target_",), target)]) from error  # fmt: skip
     return kind
@@ -170,9 +170,9 @@ def checked_keywords(
         checked = keywords.model_validate(values)
     except ValidationError as error:
         raise as_error(kind.__name__, [_clear(e, names) for e in error.errors()]) from error
-    found = {name: getattr(checked, field) for name, field in names.values()
+    arguments = {name: getattr(checked, field) for name, field in names.values()
              if field in checked.model_fields_set}  # fmt: skip
-    return found | (checked.model_extra or {})
+    return arguments | (checked.model_extra or {})
 
 
 @cache
@@ -216,10 +216,10 @@ def _parameters(kind: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
         return tuple(parameter.replace(annotation=Any) for parameter in parameters)
 
 
-def _clear(error: Any, known: Iterable[str]) -> InitErrorDetails:
+def _clear(error: Any, valid_keys: Iterable[str]) -> InitErrorDetails:
     """One of pydantic's errors, with the valid keys where a key is unknown."""
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        return fault("unknown_key", "", error["loc"], error["input"], valid=sorted(known))
+        return fault("unknown_key", "", error["loc"], error["input"], valid=sorted(valid_keys))
     limits = {key: value for key, value in error.get("ctx", {}).items() if key != "message"}
     return fault(error["type"], error["msg"], error["loc"], error["input"], **limits)
 
@@ -249,14 +249,14 @@ def classes_outside(values: Any, builtin: Collection[str], key: str = "") -> dic
         values = {str(number): item for number, item in enumerate(values)}
     if not isinstance(values, Mapping):
         return {}
-    found: dict[str, str] = {}
+    outside: dict[str, str] = {}
     if "_target_" in values and target_name(str(values["_target_"])) not in builtin:
         name = full_name(str(values["_target_"]))
         if not name.startswith("lightning."):  # which is installed with this package
-            found[key] = name
+            outside[key] = name
     for name, value in values.items():
-        found |= classes_outside(value, builtin, f"{key}.{name}".lstrip("."))
-    return found
+        outside |= classes_outside(value, builtin, f"{key}.{name}".lstrip("."))
+    return outside
 
 
 def package_of(name: str) -> str:

@@ -55,7 +55,7 @@ class Pace:
 
 
 @contextmanager
-def telling(what: str, total: float) -> Iterator[Callable[[float], object]]:
+def telling(description: str, total: float) -> Iterator[Callable[[float], object]]:
     """Show how much of `total` units of work is done; the value takes how many more have been.
 
     On a terminal this is a bar that is gone when the work is done. A log file gets a line after a
@@ -63,7 +63,7 @@ def telling(what: str, total: float) -> Iterator[Callable[[float], object]]:
     """
     console = console_of_output()
     if not console.is_terminal:
-        yield _Lines(what, total, console)
+        yield _Lines(description, total, console)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -72,7 +72,7 @@ def telling(what: str, total: float) -> Iterator[Callable[[float], object]]:
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(what, total=total)
+    task = bar.add_task(description, total=total)
 
     def advance(count: float) -> None:
         bar.start()  # only now: there may be nothing to do
@@ -87,8 +87,8 @@ def telling(what: str, total: float) -> Iterator[Callable[[float], object]]:
 class _Lines:
     """Lines that tell how far work is, for a log file."""
 
-    def __init__(self, what: str, total: float, console: Console) -> None:
-        self._what, self._total, self._console = what, total, console
+    def __init__(self, description: str, total: float, console: Console) -> None:
+        self._what, self._total, self._console = description, total, console
         self._done, self._pace, self._due = 0.0, Pace(), _QUIET_SECONDS
 
     def __call__(self, count: float) -> None:
@@ -97,7 +97,7 @@ class _Lines:
         if seconds < self._due:
             return
         self._due = seconds + _LINE_SECONDS
-        left = self._pace.seconds_left(self._done, self._total)
-        estimate = "" if left is None else f", {duration_text(left)} left"
+        seconds_left = self._pace.seconds_left(self._done, self._total)
+        estimate = "" if seconds_left is None else f", {duration_text(seconds_left)} left"
         share = self._done / max(self._total, 1)
         self._console.print(f"{self._what}: {share:.0%} in {duration_text(seconds)}{estimate}")

@@ -47,20 +47,22 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
             config = compose(name, words)
             break
         except HydraException as error:
-            found = _blamed(error, words)
-            if found is None:
+            blamed = _blamed(error, words)
+            if blamed is None:
                 raise
-            words.remove(found[1])
-            if found[0] == "several" and _takes_list(name, found[1], words):
-                words.append(re.sub("=(.*)", r"=[\1]", found[1], count=1))
+            words.remove(blamed[1])
+            if blamed[0] == "several" and _takes_list(name, blamed[1], words):
+                words.append(re.sub("=(.*)", r"=[\1]", blamed[1], count=1))
                 continue
-            refused.append((*found, str(error)))
+            refused.append((*blamed, str(error)))
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
-    known = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
-    inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, known)]
+    valid_keys = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
+    inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, valid_keys)]
     if inner:  # a mapping with further keys, which the schema looks at
         config = compose(name, [*words, *(f"++{word}" for word in inner)])
-    faults += [_line(kind, word, text, known) for kind, word, text in refused if word not in inner]
+    faults += [
+        _line(kind, word, text, valid_keys) for kind, word, text in refused if word not in inner
+    ]
     for key in sorted(OmegaConf.missing_keys(config)):
         faults.append(f"{key}: is missing; give {key}=VALUE")
         OmegaConf.update(config, key, "_")
@@ -128,12 +130,12 @@ def _chooses(group: str, value: str, choice: str) -> bool:
     return choice in {f"{group}/{name.strip()}" for name in names}
 
 
-def _has_place(word: str, known: Mapping[str, Any]) -> bool:
+def _has_place(word: str, valid_keys: Mapping[str, Any]) -> bool:
     """Whether a key may get further keys: it is a mapping, or stands in one that is empty."""
     key, _, value = word.partition("=")
     place, _, _ = key.rpartition(".")
-    is_mapping = isinstance(_at(known, key), Mapping) and value.lstrip().startswith("{")
-    return is_mapping or any(_at(known, part) == {} for part in _prefixes(place))
+    is_mapping = isinstance(_at(valid_keys, key), Mapping) and value.lstrip().startswith("{")
+    return is_mapping or any(_at(valid_keys, part) == {} for part in _prefixes(place))
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -152,11 +154,11 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
+def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any]) -> str:
     """What to say of a word that does not fit."""
     key, _, value = word.lstrip("+~").partition("=")
     if kind in _UNKNOWN:
-        return of_unknown(key, known)
+        return of_unknown(key, valid_keys)
     if kind == "there":
         return f"{word}: {key} is there already; leave out the +"
     if kind == "choice":
@@ -176,9 +178,9 @@ def _line(kind: str, word: str, text: str, known: Mapping[str, Any]) -> str:
     return f"{word}: {key.rpartition('.')[0] or key} takes one value and has no further keys"
 
 
-def of_unknown(key: str, known: Mapping[str, Any]) -> str:
+def of_unknown(key: str, valid_keys: Mapping[str, Any]) -> str:
     """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
-    corrected, values = list[str](), known
+    corrected, values = list[str](), valid_keys
     for part in key.split("."):
         if not isinstance(values, Mapping) or not values:
             break
@@ -189,12 +191,12 @@ def of_unknown(key: str, known: Mapping[str, Any]) -> str:
     else:
         return f"unknown key {key}; did you mean {'.'.join(corrected)}?"
     name = key.rpartition(".")[2]
-    everywhere = list(_all_keys(known))
+    everywhere = list(_all_keys(valid_keys))
     same = [full for full in everywhere if full.rpartition(".")[2] == name]
     if same:
         return f"unknown key {key}; did you mean {' or '.join(same[:3])}?"
     place = ".".join(corrected)
-    valid = _at(known, place) if place else known
+    valid = _at(valid_keys, place) if place else valid_keys
     if not isinstance(valid, Mapping):
         return f"unknown key {key}: {place} takes a value and has no further keys"
     start = f"{place}." if place else ""

@@ -31,17 +31,17 @@ _SAME_SECONDS = 0.3  # a terminal and a launcher may both pass on one Ctrl-C
 class Stopped(BaseException):
     """A signal asked to end. No `Exception`, so that no library takes it for a fault of its own.
 
-    kept: what stays of the work, and how to go on.
+    remains: what stays of the work, and how to go on.
     """
 
-    def __init__(self, number: int, kept: str = "") -> None:
-        super().__init__(number, kept)
+    def __init__(self, number: int, remains: str = "") -> None:
+        super().__init__(number, remains)
         self.number = number
-        self.kept = kept
+        self.remains = remains
 
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
-        return f"stopped by {name}{f'; {self.kept}' if self.kept else ''}"
+        return f"stopped by {name}{f'; {self.remains}' if self.remains else ''}"
 
 
 class _Answer:
@@ -72,10 +72,10 @@ def is_repeated(first: tuple[int, float], number: int) -> bool:
     return number == signal.SIGINT and time.monotonic() - first[1] > _SAME_SECONDS
 
 
-def leave(number: int, kept: str = "") -> None:
+def leave(number: int, remains: str = "") -> None:
     """End this process now, with one line."""
     release_all()
-    os.write(2, f"\n{_answer.command}: {Stopped(number, kept)}\n".encode())
+    os.write(2, f"\n{_answer.command}: {Stopped(number, remains)}\n".encode())
     os._exit(128 + number)
 
 
@@ -111,14 +111,14 @@ def answering(command: str) -> Iterator[None]:
 
 
 @contextmanager
-def keeping(kept: str = "") -> Iterator[None]:
-    """Signals are raised as `Stopped` from here on. kept: what stays if one comes, unless an inner
-    context has said it."""
+def keeping(remains: str = "") -> Iterator[None]:
+    """Raise signals as `Stopped` from here on. remains: what stays of the work if a signal comes,
+    unless an inner context has said it."""
     _answer.num_keeping += 1
     try:
         yield
     except Stopped as stop:
-        stop.kept = stop.kept or kept
+        stop.remains = stop.remains or remains
         raise
     finally:
         _answer.num_keeping -= 1

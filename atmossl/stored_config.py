@@ -32,19 +32,19 @@ def stored_config(
     if not file.is_file():
         return None
     values = _with_new_keys(_plain(OmegaConf.load(file)), compose([]))
-    told: list[str] = []
+    changes: list[str] = []
     words = [word for word in overrides if "=" in word]
     chosen = [word for word in words if (groups / word.partition("=")[0]).is_dir()]
     for word in chosen:
         key = word.partition("=")[0]
         node = compose([word]).get(key)
         if key in values and node != values[key]:
-            told.append(word)
+            changes.append(word)
             values[key] = node
     for word in words:
         if word not in chosen:
-            told += _set(values, word)
-    return values, told
+            changes += _set(values, word)
+    return values, changes
 
 
 def _with_new_keys(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def test_hidden_points_never_leak(sampler, first_guess) -> None:
     (before,) = make_view(
         (here,), sampler, np.random.default_rng(3), first_guess="surroundings"
     ).streams
-    assert before.asked is not None
-    hidden = detokenise(before.asked, here.spec)
+    assert before.target_points is not None
+    hidden = detokenise(before.target_points, here.spec)
     spoiled = replace(here, fields=torch.where(hidden, 1e6, here.fields))
     views = [
         make_view((one,), sampler, np.random.default_rng(3), first_guess=first_guess).streams[0]
@@ -105,7 +105,7 @@ def test_known_points_of_hidden_tokens_are_shown_and_not_asked_for() -> None:
     (tokens,) = view.streams
     assert {Corruption.COARSEN, Corruption.MASK} & set(tokens.corruption.unique().tolist())
     lost = tokenise(cells.expand_as(here.fields), here.spec.token_size)
-    assert tokens.asked is not None and torch.equal(tokens.asked, lost)
+    assert tokens.target_points is not None and torch.equal(tokens.target_points, lost)
     assert torch.equal(tokens.source[~lost], tokens.target[~lost])
     assert torch.equal(tokens.source[lost], tokens.guess[lost])
     batch = collate_views([(view,)], [0])
@@ -120,7 +120,7 @@ def test_boxes_of_cells_end_inside_tokens() -> None:
         (tokens,) = make_view(
             (here,), BlockMasking(1, (0.2, 0.6), cells=True), rng, first_guess="surroundings"
         ).streams
-        asked = tokens.asked
+        asked = tokens.target_points
         assert asked is not None
         part = asked.any(-1) & ~asked.all(-1)
         assert bool((tokens.corruption[part] == Corruption.COARSEN).all())

@@ -62,9 +62,9 @@ def _of_store(location: Path, field: str, level: int) -> np.ndarray:
             f"attribute fields{end}"
         )
     levels = group.attrs.get("levels", []) if level else [level]
-    for key, wanted, have in (("field", field, fields), ("level", level, levels)):
-        if not isinstance(have, list) or wanted not in have:
-            raise ValueError(f"normalisation={location}: no {key} {wanted}; there are {have}")
+    for key, label, have in (("field", field, fields), ("level", level, levels)):
+        if not isinstance(have, list) or label not in have:
+            raise ValueError(f"normalisation={location}: no {key} {label}; there are {have}")
     assert isinstance(levels, list)
     values, shape = np.asarray(stored[:]), (2, len(fields), len(levels))
     if values.shape[1:] != shape[: values.ndim - 1] or values.ndim != (4 if level else 3):

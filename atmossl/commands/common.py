@@ -51,15 +51,15 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
         network = network_class(record["network"], plugins)
     parameters = inspect.signature(network).parameters
     later = {  # keywords that the checkpoint's version did not have yet; () is one out of use
-        name: given if parameters[name].default == () else parameters[name].default
-        for name, given in values["model"].items()
+        name: setting if parameters[name].default == () else parameters[name].default
+        for name, setting in values["model"].items()
         if name in parameters and name not in record["model"]
     }
     values["model"] = {**later, **record["model"], "_target_": record["network"]}
-    own = {key: record[key] for key in ("window", "first_guess")}
+    window_settings = {key: record[key] for key in ("window", "first_guess")}
     values["data"] = {
         **values["data"],
-        **own,
+        **window_settings,
         "transforms": record["statistics"][PRIMARY].get("transforms", {}),
     }
     tuned, layers = warm.get("low_rank", {}), list(Network.low_rank_layers)
@@ -123,13 +123,13 @@ def entries_for(trained: TrainedModel, data: StoreChoice) -> dict[str, CatalogEn
     Raises:
         ValueError: an unknown entry, or a store that is not where it was.
     """
-    kept = trained.record.get("catalog", {}) if data.catalog is None else {}
+    remembered = trained.record.get("catalog", {}) if data.catalog is None else {}
     names = {PRIMARY: data.name or trained.data}
     names |= {spec.data: spec.data for spec in trained.specs if spec.data != PRIMARY}
     chosen = {PRIMARY} if data.name is not None else set()
     return {
-        source: recalled(kept[source])
-        if source in kept and source not in chosen
+        source: recalled(remembered[source])
+        if source in remembered and source not in chosen
         else catalog_entry(name, data.catalog)
         for source, name in sorted(names.items(), key=lambda pair: pair[0] != PRIMARY)
     }
@@ -157,8 +157,8 @@ def open_for(
     segments = paired(records)
     for segment in segments:
         trained.check_levels(segment)
-    chosen = tuple(one for one in segments if one.is_called(name))
+    chosen = tuple(segment for segment in segments if segment.is_called(name))
     if not chosen:
-        have = sorted({one.name for one in segments})
+        have = sorted({segment.name for segment in segments})
         raise ValueError(f"segment={name} is not in split={split}; valid: {have}")
     return chosen

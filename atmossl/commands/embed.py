@@ -35,7 +35,7 @@ def _embed(config: EmbedConfig) -> None:
         batch_size=config.batch_size,
         device=device_for(config.accelerator),
     )
-    wanted = None if config.init_time == "all" else config.init_time
-    times = chosen_times(embedder, wanted, config.every)
+    dates = None if config.init_time == "all" else config.init_time
+    times = chosen_times(embedder, dates, config.every)
     with telling(f"latents, {len(times)} times", len(times)) as advance:
         write_embeddings(embedder, times, config.output, advance=advance)

@@ -26,12 +26,12 @@ class _Cautions:
     """Notes what tasks ask that the checkpoint was not trained for, each once."""
 
     def __init__(self) -> None:
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def __call__(self, plan: Plan, times: np.ndarray) -> None:
         for caution in out_of_training_warnings(plan, times):
-            if caution not in self.told:
-                self.told.add(caution)
+            if caution not in self.reported:
+                self.reported.add(caution)
                 note(f"this checkpoint was not trained for {caution}")
 
 
@@ -77,11 +77,11 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
             gappy = sorted({name for segment in test for name in segment.may_miss})
             if config.ridge and gappy:
                 note(f"no ridge regression of {gappy}, which may have missing values")
-            others = sorted({s.data for s in trained.specs if s.role == "predict"} - {PRIMARY})
-            if others:
+            not_primary = sorted({s.data for s in trained.specs if s.role == "predict"} - {PRIMARY})
+            if not_primary:
                 note(
-                    f"streams with data={others} are not scored here; predict writes them into "
-                    "groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
+                    f"streams with data={not_primary} are not scored here; predict writes them "
+                    "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
                 )
             device = device_for(config.accelerator)
             reports = score_tasks(config, trained, test, training, device, _Cautions())

@@ -55,8 +55,8 @@ def export_folder(
         write_atomically(folder, fill)
     except UnsoundError as error:
         raise ValueError(f"hub={folder} {error}") from error
-    told = f"hub: {folder} ({size_on_disk(folder) / 2**20:.0f} MiB)"
-    Console(markup=False).print(told, highlight=False, soft_wrap=True)
+    line = f"hub: {folder} ({size_on_disk(folder) / 2**20:.0f} MiB)"
+    Console(markup=False).print(line, highlight=False, soft_wrap=True)
     return folder
 
 
@@ -123,20 +123,20 @@ def _card(
 
 def _about_data(record: Mapping[str, Any], entry: CatalogEntry | None) -> Iterator[str]:
     yield "## Data\n"
-    licence, citation, told = "not in the catalog", "not in the catalog", ""
+    licence, citation, description = "not in the catalog", "not in the catalog", ""
     if entry is not None:
         licence, citation = entry.licence.strip(), entry.citation.strip()
-        told = f": {entry.description.strip()}"
-    yield f"- Data: `{record['data']}`{told}"
+        description = f": {entry.description.strip()}"
+    yield f"- Data: `{record['data']}`{description}"
     yield f"- Period of training and statistics: {record['statistics'][PRIMARY]['period']}"
     unit = "hPa" if record.get("levels_are", "pressure") == "pressure" else "of the model levels"
     for stream in record["streams"]:
         levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
         variables = ", ".join(stream["variables"])
         yield f"- Stream `{stream['name']}` ({stream['role']}): {variables}, {levels}"
-    for seen in record.get("seen", {}).values():
-        box = f"latitudes {list(seen['latitudes'])}, longitudes {list(seen['longitudes'])}"
-        yield f"- Grid: cells of {list(seen['cell'])} degrees; {box}"
+    for place in record.get("seen", {}).values():
+        box = f"latitudes {list(place['latitudes'])}, longitudes {list(place['longitudes'])}"
+        yield f"- Grid: cells of {list(place['cell'])} degrees; {box}"
     steps = f"{record['step_hours']:g} h" if record.get("step_hours") else "not recorded"
     size = record["window"]
     rows, columns = (size[key] or "all" for key in ("lat", "lon"))

@@ -80,8 +80,8 @@ def import_atmorep(
         f"values are normalised by {by}; AtmoRep was trained with statistics of every month, of "
         "the globe or of every grid point, so that predictions are worse than published ones"
     )
-    told = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
-    Console(markup=False).print(told, highlight=False, soft_wrap=True)
+    line = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
+    Console(markup=False).print(line, highlight=False, soft_wrap=True)
     return output
 
 

@@ -102,8 +102,8 @@ def calibrate(values: Mapping[str, Any]) -> Path:
                 f"members={list(config.members)}: the spread is that of a whole ensemble; valid: a "
                 "number of draws, or null"
             )
-        found = _calibrate(config)
-    for name, factors in found.factors.items():
+        inflation = _calibrate(config)
+    for name, factors in inflation.factors.items():
         text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
         Console(markup=False).print(f"{name}: spread x {text} by lead time", highlight=False)
     Console(markup=False).print(f"checkpoint: {config.output}", highlight=False)
@@ -112,16 +112,16 @@ def calibrate(values: Mapping[str, Any]) -> Path:
 
 def _calibrate(config: PredictConfig) -> SpreadInflation:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
-    asked = _plan(config)
-    task = asked.task.one_pass()
-    record = Calibration(asked.trained.record, task).without_own()
-    uncalibrated = replace(asked.trained, record=record)
-    plan = plan_prediction(uncalibrated, task, asked.segments, asked.options)
+    requested = _plan(config)
+    task = requested.task.one_pass()
+    record = Calibration(requested.trained.record, task).without_own()
+    uncalibrated = replace(requested.trained, record=record)
+    plan = plan_prediction(uncalibrated, task, requested.segments, requested.options)
     times = plan.with_truth(_times(config, plan))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
-    found = estimate_inflation(plan, times, predict_parts(plan, list(times)))
+    inflation = estimate_inflation(plan, times, predict_parts(plan, list(times)))
     contents = read_checkpoint(config.checkpoint)
-    record = Calibration(contents["atmossl"], task).replaced(found)
+    record = Calibration(contents["atmossl"], task).replaced(inflation)
     write_output({**contents, "atmossl": record}, config.output)
-    return found
+    return inflation

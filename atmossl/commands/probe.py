@@ -49,11 +49,11 @@ def summarise(config: ProbeConfig) -> Summary:
             shown = bar.add_task(f"probes of {name}", total=run.num_windows)
             probed[name] = run.run(lambda done, task=shown: bar.advance(task, done))
     return Summary(
-        scores=pd.concat([scores(found, name) for name, found in probed.items()]),
-        comparisons=pd.concat([comparisons(found, name) for name, found in probed.items()]),
+        scores=pd.concat([scores(outcome, name) for name, outcome in probed.items()]),
+        comparisons=pd.concat([comparisons(outcome, name) for name, outcome in probed.items()]),
         rank=_rank_table(probed),
         alignment=_alignment(probed),
-        num_cases={name: found.num_cases for name, found in probed.items()},
+        num_cases={name: outcome.num_cases for name, outcome in probed.items()},
     )
 
 
@@ -89,8 +89,8 @@ def _options(config: ProbeConfig) -> ProbeOptions:
 def _rank_table(probed: Mapping[str, Probed]) -> pd.DataFrame:
     return pd.DataFrame(
         {"checkpoint": name, "source": source, "layer": layer, "rankme": rank}
-        for name, found in probed.items()
-        for (source, layer), rank in found.rank.items()
+        for name, outcome in probed.items()
+        for (source, layer), rank in outcome.rank.items()
     )
 
 
@@ -99,7 +99,7 @@ def _alignment(probed: Mapping[str, Probed]) -> pd.DataFrame:
     NaN where the dates are not the same."""
     rows = []
     for first, second in combinations(probed, 2):
-        x, y = (found.test_latents[max(found.test_latents)] for found in
+        x, y = (outcome.test_latents[max(outcome.test_latents)] for outcome in
                 (probed[first], probed[second]))  # fmt: skip
         cka = linear_cka(x, y) if len(x) == len(y) else float("nan")
         rows.append({"first": first, "second": second, "cka": cka})

@@ -63,7 +63,10 @@ def described(
     statistics: of the training data, as a checkpoint's record has them.
     """
     name_of = {PRIMARY: values["data"]["name"]}
-    prints = {name_of.get(d, d): found["fingerprint"] for d, found in statistics.items()}
+    prints = {
+        name_of.get(d, d): source_statistics["fingerprint"]
+        for d, source_statistics in statistics.items()
+    }
     return {
         **values,
         "run": {
@@ -105,7 +108,10 @@ def _devices(trainer: Trainer) -> str:
 
 def _parameters(module: TrainingModule) -> str:
     counts = [(p.numel(), p.requires_grad) for p in module.trained.values()]
-    total, trained = sum(n for n, _ in counts), sum(n for n, wanted in counts if wanted)
+    total, trained = (
+        sum(n for n, _ in counts),
+        sum(n for n, requires_grad in counts if requires_grad),
+    )
     return f"{total:,}" if trained == total else f"{total:,} ({trained:,} of them trained)"
 
 

@@ -62,8 +62,8 @@ def train(values: Mapping[str, Any]) -> Trained:
     _check_precision(config)
     check_loggers(config.logger.model_dump())
     first = is_first_rank(os.environ)
-    own = owned(config.paths.output, "paths.output", inside=True) if first else nullcontext()
-    with own, keeping("no step was taken; checkpoints of an earlier run stay as they were"):
+    lock = owned(config.paths.output, "paths.output", inside=True) if first else nullcontext()
+    with lock, keeping("no step was taken; checkpoints of an earlier run stay as they were"):
         return _train(config, values)
 
 
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     make_folder(output)
     datamodule, statistics = build_data(config)
     if start is not None:
-        now = {data: found.to_dict() for data, found in statistics.items()}
+        now = {data: source_statistics.to_dict() for data, source_statistics in statistics.items()}
         check_same_statistics(start.path, start.record["statistics"], now)
         datamodule.go_on(step=start.record["step"], samples=samples_seen(start.record))
     module = build_module(
@@ -101,7 +101,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         text = f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else "")
         console_of_output().print(text)
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    (keep,) = (one for one in callbacks if isinstance(one, KeepCheckpoints))
+    (keep,) = (callback for callback in callbacks if isinstance(callback, KeepCheckpoints))
     cost = module.objective.monitor.cost
     return Trained(last, None if keep.best is None else cost(keep.best))
 

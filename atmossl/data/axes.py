@@ -128,12 +128,12 @@ class Calendar:
             return (named + 1).astype(first.dtype) - np.timedelta64(1, "ns")
         (date,) = self.dates(np.array([first]))
         match = _DATE.fullmatch(text.strip())
-        given = [part for part in match.groups() if part] if match else []
+        date_parts = [part for part in match.groups() if part] if match else []
         year, month = date.year, date.month + 1
-        if len(given) > 2:
-            length = _LENGTHS[len(given)]
+        if len(date_parts) > 2:
+            length = _LENGTHS[len(date_parts)]
             return first + length - np.timedelta64(1, "us")
-        if len(given) == 1 or month > 12:
+        if len(date_parts) == 1 or month > 12:
             year, month = year + 1, 1
         after = cftime.datetime(year, month, 1, calendar=self.name)
         return self.encode(np.array([after]))[0] - np.timedelta64(1, "us")
@@ -281,17 +281,17 @@ def why_uneven(times: np.ndarray, calendar: Calendar) -> str | None:
         return None
     steps = np.diff(times) / _HOUR
     at = int(breaks[0])
-    what = (
+    fault = (
         f"time steps are not uniform: {steps[at]:g} h instead of {usual / _HOUR:g} h after "
         f"{calendar.show(times[at], 's')}"
     )
     if len(breaks) * _MOSTLY < len(steps) or not unlike_gaps(times):
         return (
-            f"{what}, the first of {len(breaks)} gaps; `gaps: split` in the catalog entry leaves "
+            f"{fault}, the first of {len(breaks)} gaps; `gaps: split` in the catalog entry leaves "
             "them out"
         )
     return (
-        f"{what}; steps vary from {steps.min():g} to {steps.max():g} h, {len(breaks)} of "
+        f"{fault}; steps vary from {steps.min():g} to {steps.max():g} h, {len(breaks)} of "
         f"{len(steps)} are not the usual one. Resample to even steps first, with xarray or cdo "
         "for example"
     )

@@ -128,8 +128,8 @@ class OpenedStore:
 
     def array(self, name: str) -> zarr.Array | None:
         """The zarr array of a variable by its name in the store."""
-        found = self.group.get(name) if self.group is not None else None
-        return found if isinstance(found, zarr.Array) else None
+        member = self.group.get(name) if self.group is not None else None
+        return member if isinstance(member, zarr.Array) else None
 
 
 def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
@@ -250,12 +250,12 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
         _check_whole(path)
         return OpenedStore(xr.open_dataset(path))
     there = data_files(location)
-    found = [str(file) for file in there.files if kind_of(file) == NETCDF]
-    if not found:
+    files = [str(file) for file in there.files if kind_of(file) == NETCDF]
+    if not files:
         raise FileNotFoundError("no NetCDF file matches")
-    if passed_over := [*there.passed_over, *(f.name for f in there.files if str(f) not in found)]:
+    if passed_over := [*there.passed_over, *(f.name for f in there.files if str(f) not in files)]:
         _LOGGER.warning("%s: files passed over: %s", location, ", ".join(passed_over[:8]))
-    for file in found:
+    for file in files:
         _check_whole(Path(file))
     units: dict[str, set[str]] = {}
     labels, statements = SharedLabels(), FileStatements()
@@ -268,7 +268,7 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
 
     with joining():
         dataset = xr.open_mfdataset(
-            found,
+            files,
             combine="by_coords",
             data_vars="minimal",
             coords="minimal",  # pyright: ignore[reportArgumentType]
@@ -325,10 +325,10 @@ def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
         prefix: icechunk.s3_credentials(anonymous=True) if prefix.startswith("s3://") else None
         for prefix in options.get("virtual_chunks", ())
     }
-    others = {k: v for k, v in options.items() if k not in (*version, "virtual_chunks")}
+    s3_options = {k: v for k, v in options.items() if k not in (*version, "virtual_chunks")}
     if location.startswith("s3://"):
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
-        storage = icechunk.s3_storage(bucket=bucket, prefix=prefix, **others)
+        storage = icechunk.s3_storage(bucket=bucket, prefix=prefix, **s3_options)
     else:
         storage = icechunk.local_filesystem_storage(location)
     repository = icechunk.Repository.open(

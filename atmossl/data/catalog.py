@@ -138,10 +138,10 @@ def load_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
     if path is not None:
         return _read(path)
     shipped = _read(find_file("data_catalog.yaml"))
-    own = _read(OWN_CATALOG) if OWN_CATALOG.is_file() else {}
-    if twice := sorted(set(shipped) & set(own)):
+    user_entries = _read(OWN_CATALOG) if OWN_CATALOG.is_file() else {}
+    if twice := sorted(set(shipped) & set(user_entries)):
         raise ValueError(f"{OWN_CATALOG}: {twice} are entries of the package; give other names")
-    return {**shipped, **own}
+    return {**shipped, **user_entries}
 
 
 def _read(path: Path) -> dict[str, CatalogEntry]:

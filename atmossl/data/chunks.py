@@ -266,9 +266,9 @@ def _copy(encoded: np.ndarray, out: np.ndarray) -> None:
     out[...] = encoded
 
 
-def _check(what: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise ValueError(f"{found} {what} bytes in place of {expected}")
+def _check(kind: str, actual: int, expected: int) -> None:
+    if actual != expected:
+        raise ValueError(f"{actual} {kind} bytes in place of {expected}")
 
 
 _DECODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
@@ -370,13 +370,13 @@ class Packing:
     @classmethod
     def of(cls, array: xr.DataArray) -> "Packing | None":
         """The packing of an opened variable, or None if its values are stored as they are."""
-        found = {key: array.encoding[key] for key in _PACKING if key in array.encoding}
-        stored = np.dtype(found.pop("dtype", array.dtype))
-        fills = [found[key] for key in ("_FillValue", "missing_value") if key in found]
+        encoding = {key: array.encoding[key] for key in _PACKING if key in array.encoding}
+        stored = np.dtype(encoding.pop("dtype", array.dtype))
+        fills = [encoding[key] for key in ("_FillValue", "missing_value") if key in encoding]
         plain = stored.kind == "f" and all(np.all(np.isnan(fill)) for fill in fills)
-        if plain and "scale_factor" not in found and "add_offset" not in found:
+        if plain and "scale_factor" not in encoding and "add_offset" not in encoding:
             return None
-        return cls(found)
+        return cls(encoding)
 
     def undo(self, values: np.ndarray) -> np.ndarray:
         dims = [f"axis_{n}" for n in range(values.ndim)]
@@ -491,10 +491,12 @@ class XarrayChunks:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        known = self.array.encoding.get("preferred_chunks", {})
-        known = known | {dim: lengths[0] for dim, lengths in self.array.chunksizes.items()}
+        chunk_lengths = self.array.encoding.get("preferred_chunks", {})
+        chunk_lengths = chunk_lengths | {
+            dim: lengths[0] for dim, lengths in self.array.chunksizes.items()
+        }
         return tuple(
-            int(known.get(dim, min(size, _UNCHUNKED_STEPS) if dim == "time" else size))
+            int(chunk_lengths.get(dim, min(size, _UNCHUNKED_STEPS) if dim == "time" else size))
             for dim, size in self.array.sizes.items()
         )
 

@@ -58,8 +58,8 @@ class Slots:
     def places(self, segment: Segment) -> np.ndarray:
         """Position of every step along the axes of the slots, [axis time]."""
         dates = _dates(segment)
-        found = [np.searchsorted(v, getattr(dates, axis)) for axis, v in self.coords.items()]
-        return np.array(found, dtype=np.int64).reshape(len(self.coords), len(segment.times))
+        positions = [np.searchsorted(v, getattr(dates, axis)) for axis, v in self.coords.items()]
+        return np.array(positions, dtype=np.int64).reshape(len(self.coords), len(segment.times))
 
 
 def _dates(segment: Segment) -> Any:
@@ -102,10 +102,10 @@ class Sums:
         """values: [level time lat lon] in float64, NaN where missing. slots: [time]."""
         for slot in np.unique(slots):
             chosen = values[:, slots == slot]
-            seen = np.isfinite(chosen)
-            count = seen.sum(1)
-            mean = np.where(seen, chosen, 0.0).sum(1) / np.maximum(count, 1)
-            square = (np.where(seen, chosen - mean[:, None], 0.0) ** 2).sum(1)
+            observed = np.isfinite(chosen)
+            count = observed.sum(1)
+            mean = np.where(observed, chosen, 0.0).sum(1) / np.maximum(count, 1)
+            square = (np.where(observed, chosen - mean[:, None], 0.0) ** 2).sum(1)
             total = self.count[slot] + count
             share = count / np.maximum(total, 1)
             apart = mean - self.mean[slot]
@@ -168,8 +168,8 @@ def write_climatology(
     if output.exists():
         shutil.rmtree(output)
     store.replace(output)
-    for left in output.parent.glob(f".{output.name}.*.partial"):  # of other states, too
-        shutil.rmtree(left)
+    for stale_folder in output.parent.glob(f".{output.name}.*.partial"):  # of other states, too
+        shutil.rmtree(stale_folder)
     return True
 
 
@@ -177,16 +177,16 @@ def _is_current(output: Path, segments: Sequence[Segment], now: str, force: bool
     if not output.exists():
         return False
     try:
-        found = zarr.open_group(output, mode="r").attrs.get("fingerprint")
+        written = zarr.open_group(output, mode="r").attrs.get("fingerprint")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{output} is there and is no climatology; choose another output"
         ) from error
-    if found is None:
+    if written is None:
         raise ValueError(f"{output} is there and is no climatology; choose another output")
-    current = agree(str(found), now)
+    current = agree(str(written), now)
     if not current and not force:
-        raise ValueError(stale_message(output, segments, str(found), now))
+        raise ValueError(stale_message(output, segments, str(written), now))
     return current
 
 
@@ -199,10 +199,10 @@ def _pieces(segment: Segment, scheme: Slots, memory_bytes: int) -> Iterator[Piec
         num_levels = len(segment.levels_of(name))
         chunk = segment.stored[name].chunk_length("level") or 1
         levels = min(chunk, num_levels, room)
-        lengths, left = [], room // levels
+        lengths, free_slots = [], room // levels
         for size in reversed(scheme.shape):  # the fastest axis first
-            lengths.append(min(size, max(1, left)))
-            left = left // size
+            lengths.append(min(size, max(1, free_slots)))
+            free_slots = free_slots // size
         axes = [(num_levels, levels), *zip(scheme.shape, reversed(lengths), strict=True)]
         ranges = [
             [(start, min(start + length, size)) for start in range(0, size, length)]
@@ -270,8 +270,8 @@ def _make_arrays(group: zarr.Group, segment: Segment, scheme: Slots, piece: Piec
         dims += ["latitude", "longitude"]
         shape += segment.grid.shape
         chunks += segment.grid.shape
-    known = VARIABLES.get(piece.variable)
-    units = segment.dataset[piece.variable].attrs.get("units") or (known.units if known else "")
+    entry = VARIABLES.get(piece.variable)
+    units = segment.dataset[piece.variable].attrs.get("units") or (entry.units if entry else "")
     for suffix, dtype, fill in (
         ("", "float32" if scheme.cells else "float64", np.nan),
         ("_std", "float32" if scheme.cells else "float64", np.nan),
@@ -305,12 +305,12 @@ def _write_piece(
             sums.add(slots, read.astype(np.float64))
     if not sums.count.any():
         return  # as the fill values say
-    found = sums.per_cell() if scheme.cells else sums.over_area(segments[0].grid.weights)
+    moments = sums.per_cell() if scheme.cells else sums.over_area(segments[0].grid.weights)
     place = tuple(slice(*r) for r in piece.slots)
     on_levels = "level" in segments[0].stored[piece.variable].dims
     if on_levels:
         place = (*place, slice(*piece.levels))
-    for suffix, values in zip(("", "_std", "_count"), found, strict=True):
+    for suffix, values in zip(("", "_std", "_count"), moments, strict=True):
         values = values if on_levels else values[:, 0]
         array = group[f"{piece.variable}{suffix}"]
         assert isinstance(array, zarr.Array)
@@ -328,9 +328,9 @@ def _blocks(
     steps = np.flatnonzero(inside)
     if not len(steps):
         return
-    own = places[:, steps] - bounds[:, :1]
+    places_in_piece = places[:, steps] - bounds[:, :1]
     slots = np.zeros_like(steps)
-    for place, size in zip(own, piece.shape, strict=True):
+    for place, size in zip(places_in_piece, piece.shape, strict=True):
         slots = slots * size + place
     runs = np.flatnonzero(np.diff(steps) != 1) + 1
     for run in np.split(np.arange(len(steps)), runs):
@@ -348,28 +348,28 @@ def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
     """
     key, first = f"climatology={path}", segments[0]
     try:
-        found = xr.open_zarr(path, consolidated=False)
+        climatology = xr.open_zarr(path, consolidated=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{key}: no such store") from error
-    if found.attrs.get("climatology") != "cell_month":
+    if climatology.attrs.get("climatology") != "cell_month":
         raise ValueError(
             f"{key} is no climatology by cell and month; make one with `atmossl data stats "
             "climatologies=[cell_month] output=FOLDER` and the keys of the training"
         )
-    for what, ours in (("variables", first.variables), ("levels", first.levels)):
-        theirs = found.attrs.get(what, [])
+    for attribute, ours in (("variables", first.variables), ("levels", first.levels)):
+        theirs = climatology.attrs.get(attribute, [])
         if list(theirs) != list(ours):
-            raise ValueError(f"{key} has {what} {list(theirs)}; needed: {list(ours)}")
+            raise ValueError(f"{key} has {attribute} {list(theirs)}; needed: {list(ours)}")
     now = fingerprint(segments)
-    if not agree(str(found.attrs["fingerprint"]), now):
-        raise ValueError(stale_message(path, segments, str(found.attrs["fingerprint"]), now))
+    if not agree(str(climatology.attrs["fingerprint"]), now):
+        raise ValueError(stale_message(path, segments, str(climatology.attrs["fingerprint"]), now))
     names = varying(first)
-    count = found[f"{names[0]}_count"]
-    seen = (count > 0).any([dim for dim in count.dims if dim != "month"])
-    if not bool(seen.all()):
-        empty = found["month"].values[~seen.values].tolist()
+    count = climatology[f"{names[0]}_count"]
+    has_values = (count > 0).any([dim for dim in count.dims if dim != "month"])
+    if not bool(has_values.all()):
+        empty = climatology["month"].values[~has_values.values].tolist()
         raise ValueError(f"{key} has no values in months {empty}; leave it out")
-    means = found[names].load()
+    means = climatology[names].load()
     return means.transpose("month", ...)
 
 

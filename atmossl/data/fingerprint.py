@@ -44,10 +44,10 @@ def fingerprint(
     compressed chunk of other values hardly has the same. Compare with `agree`: what was computed by
     versions that lack it still counts."""
     sizes = [
-        [name, found]
+        [name, chunk_bytes]
         for segment in segments
         for name in segment.variables
-        if (found := _stored_sizes(segment, name)) is not None
+        if (chunk_bytes := _stored_sizes(segment, name)) is not None
     ]
     content = _content(segments, transforms, steps)
     if not sizes:
@@ -55,9 +55,9 @@ def fingerprint(
     return f"{content}-{hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]}"
 
 
-def agree(one: str, other: str) -> bool:
+def agree(first: str, second: str) -> bool:
     """Whether two fingerprints are of the same state, as far as both know."""
-    (content, _, sizes), (content_too, _, sizes_too) = one.partition("-"), other.partition("-")
+    (content, _, sizes), (content_too, _, sizes_too) = first.partition("-"), second.partition("-")
     return content == content_too and (not sizes or not sizes_too or sizes == sizes_too)
 
 
@@ -110,8 +110,10 @@ def _stored_sizes(segment: Segment, name: str) -> list[int] | None:
 def _spread_chunks(bounds: Sequence[range], axis: int) -> list[tuple[int, ...]]:
     """At most so many numbers of chunks, evenly along one axis and at ever other places along the
     rest, by steps of the golden ratio."""
-    others = [one for number, one in enumerate(bounds) if number != axis]
-    along, beside = len(bounds[axis]), math.prod(map(len, others))
+    other_axes = [
+        numbers_of_axis for number, numbers_of_axis in enumerate(bounds) if number != axis
+    ]
+    along, beside = len(bounds[axis]), math.prod(map(len, other_axes))
     count = min(_NUM_SIZES, along * beside)
     if count == along * beside:
         places = list(np.ndindex(along, beside))
@@ -119,12 +121,14 @@ def _spread_chunks(bounds: Sequence[range], axis: int) -> list[tuple[int, ...]]:
         numbers = np.arange(count)
         first = ((numbers + 0.5) / count * along).astype(int)
         places = list(zip(first, (numbers * _GOLDEN % 1.0 * beside).astype(int), strict=True))
-    found = []
+    chunks = []
     for first, rest in places:
-        index = np.unravel_index(rest, tuple(map(len, others))) if others else ()
-        chunk = [int(one[n]) for one, n in zip(others, index, strict=True)]
-        found.append((*chunk[:axis], int(bounds[axis][first]), *chunk[axis:]))
-    return found
+        index = np.unravel_index(rest, tuple(map(len, other_axes))) if other_axes else ()
+        chunk = [
+            int(numbers_of_axis[n]) for numbers_of_axis, n in zip(other_axes, index, strict=True)
+        ]
+        chunks.append((*chunk[:axis], int(bounds[axis][first]), *chunk[axis:]))
+    return chunks
 
 
 async def _sizes(store: Store, keys: Sequence[str]) -> list[int]:
@@ -187,8 +191,8 @@ def identity(segments: Sequence[Segment], transforms: Transforms = NO_TRANSFORMS
     for segment in segments:
         embedded = Path(segment.location).is_relative_to(package)
         place = _content([segment], NO_TRANSFORMS) if embedded else str(_absolute(segment.location))
-        asked = [place, segment.period, segment.variables, segment.levels]
-        digest.update(json.dumps(asked).encode())
+        request = [place, segment.period, segment.variables, segment.levels]
+        digest.update(json.dumps(request).encode())
     for name, transform in sorted(transforms.items()):
         digest.update(f"{name} {transform}".encode())
     return digest.hexdigest()[:16]
@@ -198,11 +202,11 @@ def _absolute(location: str) -> str | Path:
     return location if "://" in location else Path(location).absolute()
 
 
-def stale_message(path: Path, segments: Sequence[Segment], found: str, now: str) -> str:
+def stale_message(path: Path, segments: Sequence[Segment], written: str, now: str) -> str:
     """One line for what was computed from another state of a store."""
     places = ", ".join(dict.fromkeys(segment.location for segment in segments))
     return (
-        f"{path} was computed from another state of {places} (fingerprint {found}, now {now}); "
+        f"{path} was computed from another state of {places} (fingerprint {written}, now {now}); "
         "compute it anew with `atmossl data stats --force` and the keys of this run"
     )
 
@@ -250,8 +254,10 @@ def check_around(store: Path, expected: Mapping[str, str]) -> None:
             if name not in actual:
                 raise UnequalError(f"{store}: {name} is missing")
             if actual[name] != checksum:
-                what = "differ" if name == _STORE else "(metadata or coordinate values) differs"
-                raise UnequalError(f"{store}: {name} {what} from the checksum")
+                difference = (
+                    "differ" if name == _STORE else "(metadata or coordinate values) differs"
+                )
+                raise UnequalError(f"{store}: {name} {difference} from the checksum")
 
 
 def _array_checksum(array: zarr.Array, *, with_values: bool) -> str:

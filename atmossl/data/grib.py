@@ -113,16 +113,18 @@ class Messages:
         Raises:
             NoSuchMessage: no message has a value; names those that there are.
         """
-        left = self
-        for key, wanted in filters.items():
-            choices = wanted if isinstance(wanted, list | tuple) else [wanted]
-            kept = left.where(lambda header, k=key, c=choices: any(_same(header[k], v) for v in c))
-            if not kept.rows:
-                have = [value for value in left.values(key) if value not in _ABSENT]
+        selection = self
+        for key, values in filters.items():
+            choices = values if isinstance(values, list | tuple) else [values]
+            matching = selection.where(
+                lambda header, k=key, c=choices: any(_same(header[k], v) for v in c)
+            )
+            if not matching.rows:
+                have = [value for value in selection.values(key) if value not in _ABSENT]
                 advice = f"valid: {_listed(have)}" if have else "no message has that key"
-                raise NoSuchMessage(f"input {self.file}: filters.{key}={wanted}: {advice}")
-            left = kept
-        return left
+                raise NoSuchMessage(f"input {self.file}: filters.{key}={values}: {advice}")
+            selection = matching
+        return selection
 
     def by_name(self) -> dict[str, Self]:
         """The messages of every variable, by the name that cfgrib gives it."""
@@ -174,12 +176,12 @@ def open_grib(
     return [_dataset(named[name]) for name in variables.values()], list(named)
 
 
-def _same(value: Any, wanted: Any) -> bool:
+def _same(value: Any, written: Any) -> bool:
     """Whether a header has a value as a user writes it: 1 stands for expver 0001."""
-    if str(value) == str(wanted):
+    if str(value) == str(written):
         return True
     try:
-        return float(value) == float(wanted)
+        return float(value) == float(written)
     except (TypeError, ValueError):
         return False
 
@@ -306,11 +308,11 @@ def _check_single(messages: Messages, where: str, tell: Tell) -> None:
     for place, ids in by_place.items():
         if len(ids) == 1:
             continue
-        first, *others = (messages.index.get_field(number) for number in ids)
-        for other in others:
+        first, *repeats = (messages.index.get_field(number) for number in ids)
+        for other in repeats:
             if _bytes_of(first) != _bytes_of(other):
                 raise ValueError(_clash(first, other, f"{where} of {_date(headers[place])}"))
-        copies += len(others)
+        copies += len(repeats)
     if copies:
         tell(f"{copies} GRIB messages are copies of others, byte for byte, and are not read")
 
@@ -347,7 +349,7 @@ def _differing(first: Any, other: Any, keys: Sequence[str]) -> dict[str, tuple[A
 
 
 def _pairs(differing: Mapping[str, tuple[Any, Any]]) -> str:
-    shown = [f"{key} ({one} and {two})" for key, (one, two) in differing.items()]
+    shown = [f"{key} ({first} and {second})" for key, (first, second) in differing.items()]
     return ", ".join(shown[:4])
 
 

@@ -152,10 +152,10 @@ def ingest(
     with _writing(output, folder):
         _begin(dataset, source, layout, store, journal)
         regions = _regions(dataset, layout)
-        left = [region for region in regions if not (journal / region.note).exists()]
-        done = len(regions) - len(left)
+        pending = [region for region in regions if not (journal / region.note).exists()]
+        done = len(regions) - len(pending)
         progress(done, len(regions))
-        jobs = [Job(source, str(store), str(journal), region) for region in left]
+        jobs = [Job(source, str(store), str(journal), region) for region in pending]
         with _runner(workers) as run:
             for _ in run(jobs):
                 done += 1
@@ -304,26 +304,26 @@ def _extent_of(dataset: xr.Dataset) -> dict[str, str]:
 
 
 def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: ChunkLayout) -> None:
-    wanted = {
+    lengths = {
         "time": layout.time,
         "level": layout.level,
         "latitude": layout.lat,
         "longitude": layout.lon,
     }
-    chunks = tuple(min(wanted[str(d)] or size, size) for d, size in array.sizes.items())
+    chunks = tuple(min(lengths[str(d)] or size, size) for d, size in array.sizes.items())
     shards = None
     if layout.shard and "time" in array.dims:
         shards = tuple(
             length * layout.shard if dim == "time" else -(-array.sizes[dim] // length) * length
             for dim, length in zip(array.dims, chunks, strict=True)
         )
-    known = VARIABLES.get(name)
-    kept = ("units", "cell_methods", "comment")
-    attributes = {key: array.attrs[key] for key in kept if array.attrs.get(key)}
-    if known is not None:
+    entry = VARIABLES.get(name)
+    copied_keys = ("units", "cell_methods", "comment")
+    attributes = {key: array.attrs[key] for key in copied_keys if array.attrs.get(key)}
+    if entry is not None:
         attributes = attributes | {
-            "standard_name": known.standard_name,
-            "long_name": known.long_name,
+            "standard_name": entry.standard_name,
+            "long_name": entry.long_name,
         }
     group.create_array(
         name,
@@ -342,13 +342,13 @@ def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Chunk
 
 def _regions(dataset: xr.Dataset, layout: ChunkLayout) -> list[WrittenRegion]:
     """Pieces that no two of which share a chunk."""
-    found = []
+    regions = []
     for name, array in dataset.data_vars.items():
         total = array.sizes.get("time", 1)
         length = min((layout.time or total) * max(layout.shard, 1), total)
         starts = range(0, total, length)
-        found += [WrittenRegion(str(name), s, min(s + length, total)) for s in starts]
-    return found
+        regions += [WrittenRegion(str(name), s, min(s + length, total)) for s in starts]
+    return regions
 
 
 def write_region(job: Job) -> str:

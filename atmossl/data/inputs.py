@@ -65,9 +65,9 @@ class Origin:
 
     def differing(self, other: "Origin", variable: str) -> str:
         """What the variable says in one file alone, in words; empty if nothing."""
-        mine, others = self.notes[variable], other.notes[variable]
-        keys = [key for key in mine if key in others and mine[key] != others[key]]
-        pairs = [f"{key} ({mine[key]} and {others[key]})" for key in keys]
+        notes, other_notes = self.notes[variable], other.notes[variable]
+        keys = [key for key in notes if key in other_notes and notes[key] != other_notes[key]]
+        pairs = [f"{key} ({notes[key]} and {other_notes[key]})" for key in keys]
         return f"; they differ in {', '.join(pairs[:4])}" if pairs else ""
 
 
@@ -83,11 +83,11 @@ def check_one_grid(arrays: Mapping[str, xr.DataArray], file: str) -> dict[str, x
     same = {}
     for name, array in arrays.items():
         for axis in ("latitude", "longitude"):
-            mine, others = first[axis].values, array[axis].values
-            if mine.shape != others.shape or np.abs(mine - others).max() > _TOLERANCE_DEG:
+            usual, cells = first[axis].values, array[axis].values
+            if usual.shape != cells.shape or np.abs(usual - cells).max() > _TOLERANCE_DEG:
                 raise ValueError(
-                    f"input {file}: {first_name} and {name} lie on different cells: {_axis(mine)} "
-                    f"and {_axis(others)} of {axis}; ingest them apart, with variables"
+                    f"input {file}: {first_name} and {name} lie on different cells: {_axis(usual)} "
+                    f"and {_axis(cells)} of {axis}; ingest them apart, with variables"
                 )
         same[name] = array.assign_coords(latitude=first["latitude"], longitude=first["longitude"])
     return same
@@ -132,9 +132,12 @@ def _check_dated(name: str, having: Sequence[tuple[xr.DataArray, Origin]], locat
             at = int(np.flatnonzero(twice)[0])
             first, second = (pairs[which[order][n]] for n in (at, at + 1))
             _refuse(name, dates[order][at], first, second, location)
-    for one, other in combinations(places.values(), 2):
-        if all(np.isin(_labels(one[0][0], a), _labels(other[0][0], a)).any() for a in _AXES):
-            for first, second in product(one, other):
+    for pairs_here, pairs_there in combinations(places.values(), 2):
+        if all(
+            np.isin(_labels(pairs_here[0][0], a), _labels(pairs_there[0][0], a)).any()
+            for a in _AXES
+        ):
+            for first, second in product(pairs_here, pairs_there):
                 common = np.isin(first[0]["time"].values, second[0]["time"].values)
                 if common.any():
                     _refuse(name, first[0]["time"].values[common][0], first, second, location)
@@ -163,9 +166,9 @@ def _refuse(
     )
 
 
-def _share_cells(one: xr.DataArray, other: xr.DataArray) -> bool:
+def _share_cells(first: xr.DataArray, second: xr.DataArray) -> bool:
     axes = ("latitude", "longitude")
-    return all(np.isin(_labels(one, axis), _labels(other, axis)).any() for axis in axes)
+    return all(np.isin(_labels(first, axis), _labels(second, axis)).any() for axis in axes)
 
 
 def _check_static(name: str, having: Sequence[tuple[xr.DataArray, Origin]], location: str) -> None:
@@ -228,8 +231,8 @@ def input_files(location: str, tell: Tell = _say_nothing) -> list[str]:
     there = data_files(location)
     shown = _shown(there.passed_over)
     if not there.files:
-        others = f", but {shown}" if shown else ""
-        raise ValueError(f"input={location}: no GRIB or NetCDF file there{others}")
+        addition = f", but {shown}" if shown else ""
+        raise ValueError(f"input={location}: no GRIB or NetCDF file there{addition}")
     if shown:
         tell(f"files passed over: {shown}")
     return [str(file) for file in there.files]
@@ -278,26 +281,28 @@ def open_input(
             origins.append(origin)
     if unmatched and not parts:
         raise unmatched
-    found = {str(name) for part in parts for name in part.data_vars}
-    _check_found(reading, found, location, files)
+    variables = {str(name) for part in parts for name in part.data_vars}
+    _check_found(reading, variables, location, files)
     _tell_left_out(reading, len(files), tell)
     if not any("time" in part.dims for part in parts):
-        raise ValueError(f"input={location}: {sorted(found)} have no time")
+        raise ValueError(f"input={location}: {sorted(variables)} have no time")
     check_overlaps(parts, origins, location)
     joined = with_regular_axes(_joined(parts, location), f"input={location}")
     west_to_east, _ = ascending_longitudes(joined["longitude"].values)
     return joined.isel(longitude=west_to_east)
 
 
-def _check_found(reading: _Reading, found: set[str], location: str, files: Sequence[str]) -> None:
+def _check_found(
+    reading: _Reading, variables: set[str], location: str, files: Sequence[str]
+) -> None:
     """That every name, selection and filter of the user meant something."""
     for canonical, stored in reading.names.items():
-        if canonical not in found:
+        if canonical not in variables:
             raise ValueError(
                 f"input={location}: variables.{canonical}={stored} is not there; valid: "
                 f"{sorted(reading.have)}"
             )
-    if not found:
+    if not variables:
         raise ValueError(f"input={location}: select={reading.selection} leaves nothing")
     unknown = sorted(set(reading.selection) - reading.selected)
     if unknown:
@@ -358,14 +363,14 @@ def _check_filled(parts: Sequence[xr.Dataset], location: str) -> None:
         have: dict[str, set[Any]] = {axis: set() for axis in axes}
         places: set[tuple] = set()
         for array in arrays:
-            own = tuple(tuple(array[axis].values.tolist()) for axis in axes)
-            if own not in places:
-                places.add(own)
-                for axis, values in zip(axes, own, strict=True):
+            place = tuple(tuple(array[axis].values.tolist()) for axis in axes)
+            if place not in places:
+                places.add(place)
+                for axis, values in zip(axes, place, strict=True):
                     have[axis].update(values)
-        filled = sum(prod(map(len, own)) for own in places)
+        filled = sum(prod(map(len, place)) for place in places)
         if filled != prod(map(len, have.values())):
-            counts = sorted({tuple(map(len, own)) for own in places})
+            counts = sorted({tuple(map(len, place)) for place in places})
             raise ValueError(
                 f"input={location}: the files of {name} have different {' x '.join(axes)}, of "
                 f"sizes {counts}; choose what all have with levels and region, or ingest them apart"
@@ -483,18 +488,18 @@ def _converted(array: xr.DataArray, canonical: str, reading: _Reading, file: str
     if (factor := height_factor(canonical, array)) is not None:
         reading.tell(f"{canonical} is {FROM_HEIGHT}")
         return as_geopotential(canonical, array, factor)
-    known = conversion(canonical, units)
-    if known is None:
+    factor_and_offset = conversion(canonical, units)
+    if factor_and_offset is None:
         check_units(canonical, units, f"input {file}")
         return array
-    factor, offset = known
+    factor, offset = factor_and_offset
     attributes = {**array.attrs, "units": VARIABLES[canonical].units}
     return (array.astype(np.float64) * factor + offset).assign_attrs(attributes)
 
 
 def _canonical_name(stored: str, names: dict[str, str]) -> str | None:
     if names:
-        return next((canonical for canonical, own in names.items() if own == stored), None)
+        return next((canonical for canonical, name in names.items() if name == stored), None)
     return SHORT_NAMES.get(stored)
 
 
@@ -518,18 +523,18 @@ def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> x
 
 def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
     """Known dims alone, in order, ascending latitudes and longitudes in [0, 360)."""
-    others = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
-    if others:
-        sizes = {dim: _values(array, str(dim)) for dim in others if dim in array.coords}
+    further = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
+    if further:
+        sizes = {dim: _values(array, str(dim)) for dim in further if dim in array.coords}
         raise ValueError(
-            f"input {file}: {array.name} has further dimensions {others}; choose one value of each "
-            f"under `select`, valid: {sizes}; or say what they are, such as "
-            f"coordinates.level={others[0]} for pressure"
+            f"input {file}: {array.name} has further dimensions {further}; choose one value of "
+            f"each under `select`, valid: {sizes}; or say what they are, such as "
+            f"coordinates.level={further[0]} for pressure"
         )
-    kept = [dim for dim in ("time", "level", "latitude", "longitude") if dim in array.dims]
-    array = array.drop_vars(set(array.coords) - set(kept)).transpose(*kept)
+    dims = [dim for dim in ("time", "level", "latitude", "longitude") if dim in array.dims]
+    array = array.drop_vars(set(array.coords) - set(dims)).transpose(*dims)
     array = array.assign_coords(longitude=array["longitude"].astype(np.float64) % 360.0)
-    return array.sortby(["latitude", "longitude", *kept[:-2]])
+    return array.sortby(["latitude", "longitude", *dims[:-2]])
 
 
 def _plain(dim: str, value: Any) -> Any:

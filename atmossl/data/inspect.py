@@ -202,14 +202,14 @@ def _variable(
     if chunked is None:
         chunked = chunked_array(array, opened.array(stored), Access(engine="zarr"), stored)
     chunks = dict(zip(map(str, array.dims), chunked.chunks, strict=True))
-    seen = array
+    steps = array
     if "time" in array.dims:
         count = min(samples, array.sizes["time"])
-        seen = array.isel(time=np.linspace(0, array.sizes["time"] - 1, count).astype(int))
-    seen = seen.load()
-    finite = seen.values[np.isfinite(seen.values)]
-    picture = seen.isel({dim: 0 for dim in seen.dims if dim not in ("latitude", "longitude")})
-    known = VARIABLES.get(canonical)
+        steps = array.isel(time=np.linspace(0, array.sizes["time"] - 1, count).astype(int))
+    steps = steps.load()
+    finite = steps.values[np.isfinite(steps.values)]
+    picture = steps.isel({dim: 0 for dim in steps.dims if dim not in ("latitude", "longitude")})
+    entry = VARIABLES.get(canonical)
     ratios, reads = _cost(array, chunks, window)
     return VariableReport(
         name=canonical,
@@ -221,8 +221,8 @@ def _variable(
         gibibytes=4 * math.prod(array.shape) / 2**30,
         minimum=float(finite.min()) if len(finite) else float("nan"),
         maximum=float(finite.max()) if len(finite) else float("nan"),
-        missing=1 - finite.size / seen.size,
-        limits=known.physical_range if known else (float("-inf"), float("inf")),
+        missing=1 - finite.size / steps.size,
+        limits=entry.physical_range if entry else (float("-inf"), float("inf")),
         decoded_over_needed=ratios,
         reads=reads,
         picture=picture.transpose("latitude", "longitude"),
@@ -242,11 +242,11 @@ def _cost(
     array: xr.DataArray, chunks: dict[str, int], window: WindowSize
 ) -> tuple[dict[str, float], float]:
     """Values decoded over needed along every axis, for windows at random places, and chunks."""
-    wanted = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
+    lengths = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
     ratios, reads = {}, 1.0
     for dim, length in chunks.items():
         size = array.sizes[dim]
-        points = min(wanted.get(dim, size) or size, size)
+        points = min(lengths.get(dim, size) or size, size)
         touched = min(1 + (points - 1) / length, math.ceil(size / length))
         reads *= touched
         ratios[dim] = min(touched * length, size) / points
@@ -255,34 +255,34 @@ def _cost(
 
 def advice(variable: VariableReport, window: WindowSize) -> list[str]:
     """Chunks that are not there, and what rechunking would save, if it would save much."""
-    found = []
+    lines = []
     if is_mean(variable.picture):
-        found.append(
+        lines.append(
             f"{variable.name}: its values are means over time (cell_methods "
             f"{variable.picture.attrs['cell_methods']!r}), not those at its dates; compare them "
             "with such means alone"
         )
     if variable.absent[0]:
-        found.append(
+        lines.append(
             f"{variable.name}: {variable.absent[0]} chunks are not there and read as "
             f"{variable.absent[1]}; see whether they were lost"
         )
-    wanted = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
+    lengths = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
     for dim, ratio in variable.decoded_over_needed.items():
-        if ratio > _MUCH and wanted.get(dim):
+        if ratio > _MUCH and lengths.get(dim):
             length = dict(zip(variable.dims, variable.chunks, strict=True))[dim]
-            found.append(
+            lines.append(
                 f"{variable.name}: chunks of {length} along {dim} decode {ratio:.1f} times what a "
-                f"window of {wanted[dim]} needs; {max(1, wanted[dim] // 2)} would be "
-                f"{_ratio_of(wanted[dim]):.1f}"
+                f"window of {lengths[dim]} needs; {max(1, lengths[dim] // 2)} would be "
+                f"{_ratio_of(lengths[dim]):.1f}"
             )
     size = 4 * math.prod(variable.chunks)
     if size < _SMALL_CHUNK_BYTES and variable.reads > 8:
-        found.append(
+        lines.append(
             f"{variable.name}: a window touches {variable.reads:.0f} chunks of {size / 1024:.0f} "
             "KiB; larger ones need fewer requests"
         )
-    return found
+    return lines
 
 
 def _ratio_of(points: int) -> float:
@@ -296,13 +296,13 @@ def refusals(variable: VariableReport, location: str) -> list[str]:
         lambda: check_units(variable.name, variable.picture.attrs.get("units"), location),
         lambda: check_dims(variable.name, variable.dims, location),
     )
-    found = [f"training refuses {variable.contradiction}"] if variable.contradiction else []
+    lines = [f"training refuses {variable.contradiction}"] if variable.contradiction else []
     for check in checks:
         try:
             check()
         except ValueError as error:
-            found.append(f"training refuses {error}")
-    return found
+            lines.append(f"training refuses {error}")
+    return lines
 
 
 def names_of(reports: Sequence[SegmentReport]) -> list[str]:

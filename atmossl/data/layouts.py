@@ -37,10 +37,10 @@ class OnePosition(SharedChunks):
     def read_all(
         self, arrays: Sequence["OnePosition"], regions: Sequence[Region]
     ) -> list[np.ndarray]:
-        positions, region = [one.position for one in arrays], regions[0]
+        positions, region = [array.position for array in arrays], regions[0]
         first = min(positions)
-        wanted = slice(first, max(positions) + 1)
-        block = _block(self.array, (*region[: self.axis], wanted, *region[self.axis :]))
+        positions_to_read = slice(first, max(positions) + 1)
+        block = _block(self.array, (*region[: self.axis], positions_to_read, *region[self.axis :]))
         return [block.take(position - first, self.axis) for position in positions]
 
 
@@ -122,10 +122,10 @@ def _dates(group: zarr.Group, name: str) -> np.ndarray:
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
-    found = group.get(name)
-    if not isinstance(found, zarr.Array):
+    member = group.get(name)
+    if not isinstance(member, zarr.Array):
         raise ValueError(f"array {name} is missing; there are {sorted(group.array_keys())}")
-    return found
+    return member
 
 
 def layout_of(group: zarr.Group) -> str:
@@ -172,19 +172,21 @@ class AnemoiField(SharedChunks):
         time, lat, lon = regions[0][0], regions[0][-2], regions[0][-1]
         num_lon = self.grid[1]
         cells = slice(lat.start * num_lon, lat.stop * num_lon)
-        wanted = [one._wanted(region) for one, region in zip(arrays, regions, strict=True)]
-        stored = [n for positions in wanted for n in positions if n is not None] or [0]
+        positions_of_arrays = [
+            array._wanted(region) for array, region in zip(arrays, regions, strict=True)
+        ]
+        stored = [n for positions in positions_of_arrays for n in positions if n is not None] or [0]
         first = min(stored)
         block = np.asarray(self.array[time, first : max(stored) + 1, self.member, cells])
         block = block.reshape(*block.shape[:2], lat.stop - lat.start, num_lon)[..., lon]
         steps = range(self.array.shape[0])[time]
         missing = [n for n, step in enumerate(steps) if step in self.missing_steps]
         fields = []
-        for one, positions in zip(arrays, wanted, strict=True):
+        for array, positions in zip(arrays, positions_of_arrays, strict=True):
             values = block[:, [0 if n is None else n - first for n in positions]]
             values[:, [n is None for n in positions]] = np.nan
             values[missing] = np.nan
-            fields.append(values if one.on_levels else values[:, 0])
+            fields.append(values if array.on_levels else values[:, 0])
         return fields
 
     def _wanted(self, region: Region) -> tuple[int | None, ...]:

@@ -185,7 +185,7 @@ class Collate:
         skipped = self.batch_size - len(samples)
         if get_worker_info() is None:
             return replace(collate_views(list(views), list(ids)), num_skipped=skipped)
-        arena = Arena.of_samples([view for own in views for view in own])
+        arena = Arena.of_samples([view for views_of_sample in views for view in views_of_sample])
         batch = collate_views(list(views), list(ids), arena.empty)
         return Packed.of(replace(batch, num_skipped=skipped), arena)
 

@@ -174,11 +174,11 @@ def says(attributes: Mapping[Any, Any], key: str) -> str:
 
 def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
     """Standard name, long name, short name, cell methods and height of a variable known here."""
-    known = VARIABLES.get(variable)
-    if known is None:
+    entry = VARIABLES.get(variable)
+    if entry is None:
         return
     standard = says(array.attrs, "standard_name")
-    valid = (known.standard_name, *_ALSO_CALLED.get(variable, ()), variable)
+    valid = (entry.standard_name, *_ALSO_CALLED.get(variable, ()), variable)
     if "grid_mapping" in {**array.attrs, **array.encoding}:  # checked to be geographic
         valid += tuple(x for x, along in _ALONG_GRID.items() if variable.endswith(along))
     if standard and standard.lower().replace(" ", "_") not in valid:
@@ -221,11 +221,11 @@ def height_factor(variable: str, array: xr.DataArray) -> float | None:
 
 def as_geopotential(variable: str, height: xr.DataArray, factor: float) -> xr.DataArray:
     """The geopotential of a height, with the attributes of what it is now."""
-    known = VARIABLES[variable]
+    geopotential = VARIABLES[variable]
     attributes = height.attrs | {
-        "standard_name": known.standard_name,
-        "long_name": known.long_name,
-        "units": known.units,
+        "standard_name": geopotential.standard_name,
+        "long_name": geopotential.long_name,
+        "units": geopotential.units,
         "comment": FROM_HEIGHT,
     }
     return (height.astype(np.float64) * factor).assign_attrs(attributes)
@@ -331,11 +331,11 @@ def scalar_coordinates(array: xr.DataArray) -> dict[str, Any]:
     noted = array.encoding.get("scalars")
     if noted is not None:
         return noted
-    found = {}
+    scalars = {}
     for name, coordinate in array.coords.items():
         if coordinate.ndim == 0 and coordinate.dtype.kind not in "Mm":
-            found[str(name)] = coordinate.values.item()
-    return found
+            scalars[str(name)] = coordinate.values.item()
+    return scalars
 
 
 def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:

@@ -94,8 +94,8 @@ def _usable(
     """Canonical name -> name in the store of what training takes, why it refuses the others, and
     whether levels are pressures; numbers of model levels where that fits more variables."""
     kinds = (True, False) if opened.pressure_levels else (False,)
-    found = [(*_named(dataset, opened, location, pressure), pressure) for pressure in kinds]
-    return max(found, key=lambda one: len(one[0]))  # of equal ones the first
+    readings = [(*_named(dataset, opened, location, pressure), pressure) for pressure in kinds]
+    return max(readings, key=lambda reading: len(reading[0]))  # of equal ones the first
 
 
 def _named(
@@ -126,9 +126,9 @@ def canonical_name(stored: str, array: xr.DataArray) -> str:
         if name in SHORT_NAMES:
             return SHORT_NAMES[name]
     standard = says(array.attrs, "standard_name")
-    for name, known in VARIABLES.items():
+    for name, entry in VARIABLES.items():
         at_height = re.match(r"\d+m_", name) is not None
-        if standard and known.standard_name == standard and at_height != ("level" in array.dims):
+        if standard and entry.standard_name == standard and at_height != ("level" in array.dims):
             return name
     return stored
 
@@ -139,19 +139,19 @@ def _for_training(
     """Variables to train on, those of them with missing values, and why others are left to the
     user."""
     dated = [name for name, stored in names.items() if "time" in dataset[stored].dims]
-    known = [name for name in dated if name in VARIABLES] or dated
-    others = [name for name in names if name not in known]
-    notes = [f"in the catalog but in no stream: {', '.join(others)}"] if others else []
+    candidates = [name for name in dated if name in VARIABLES] or dated
+    left_to_user = [name for name in names if name not in candidates]
+    notes = [f"in the catalog but in no stream: {', '.join(left_to_user)}"] if left_to_user else []
     chosen, gappy = [], set()
-    for name in known:
+    for name in candidates:
         values = _some_values(dataset[names[name]])
         low, high = VARIABLES[name].physical_range if name in VARIABLES else (-np.inf, np.inf)
-        seen = values[np.isfinite(values)]
-        if seen.size and low <= seen.min() and seen.max() <= high:
+        finite = values[np.isfinite(values)]
+        if finite.size and low <= finite.min() and finite.max() <= high:
             chosen.append(name)
-            gappy |= {name} if seen.size < values.size else set()
+            gappy |= {name} if finite.size < values.size else set()
             continue
-        extent = f"{seen.min():.4g} to {seen.max():.4g}" if seen.size else "no value"
+        extent = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "no value"
         notes.append(f"in no stream: {name} has {extent}; valid: {low:g} to {high:g}")
     if not chosen:
         raise ValueError("; ".join(notes) or "no variable has a time axis")

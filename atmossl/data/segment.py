@@ -91,7 +91,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="atmossl-read")
 
 
-def read_targets(wanted: Sequence[tuple[StoredVariable, Sequence[Target]]], access: Access) -> None:
+def read_targets(
+    requests: Sequence[tuple[StoredVariable, Sequence[Target]]], access: Access
+) -> None:
     """Fill all targets of all variables.
 
     Raises:
@@ -100,12 +102,12 @@ def read_targets(wanted: Sequence[tuple[StoredVariable, Sequence[Target]]], acce
     """
     pieces = _Pieces()
     members: dict[tuple[Hashable, Chunk], list[_Member]] = {}  # what is decoded together
-    for variable, targets in wanted:
+    for variable, targets in requests:
         array = variable.array
         with_it = array.decoded_with if isinstance(array, SharedChunks) else variable.name
         for chunk, parts in by_chunk(variable, targets, pieces).items():
             members.setdefault((with_it, chunk), []).append((variable, parts))
-    jobs = [(chunk, found, access) for (_, chunk), found in members.items()]
+    jobs = [(chunk, chunk_members, access) for (_, chunk), chunk_members in members.items()]
     if len(jobs) == 1 or access.threads == 1:
         for job in jobs:
             _read_chunk(*job)
@@ -165,7 +167,7 @@ def _split(positions: np.ndarray, length: int | None) -> list[_Piece]:
 def _read_chunk(chunk: Chunk, members: Sequence[_Member], access: Access) -> None:
     """Read what the parts of all variables need of one chunk, and hand every part its values."""
     first_variable = members[0][0]
-    parts = [part for _, own in members for part in own]
+    parts = [part for _, variable_parts in members for part in variable_parts]
     ends = np.array([[(run[0], run[-1]) for run in part.source] for part in parts])
     first = ends.min(axis=(0, 2)).tolist()
     stop = (ends.max(axis=(0, 2)) + 1).tolist()
@@ -174,12 +176,12 @@ def _read_chunk(chunk: Chunk, members: Sequence[_Member], access: Access) -> Non
     arrays = [variable.array for variable, _ in members]
     retries = access.retries_of(first_variable.location)
     try:
-        found = retries.call(lambda: _read_all(arrays, regions))
+        blocks = retries.call(lambda: _read_all(arrays, regions))
     except Exception as error:
         raise UnreadableChunk.of(first_variable, chunk, error) from error
-    for (variable, own), values in zip(members, found, strict=True):
+    for (variable, variable_parts), values in zip(members, blocks, strict=True):
         canonical = _canonical(values, variable.dims)
-        for part in own:
+        for part in variable_parts:
             inside = tuple(map(_as_slice, part.source, first))
             part.target.write(canonical[inside], part.into)
 
@@ -365,8 +367,11 @@ class Segment:
         Raises:
             ValueError: a chunk that cannot be read, or what a target refuses.
         """
-        wanted = [(self.stored[name], found) for name, found in targets.items()]
-        read_targets(wanted, self.access)
+        requests = [
+            (self.stored[name], targets_of_variable)
+            for name, targets_of_variable in targets.items()
+        ]
+        read_targets(requests, self.access)
 
     def read(
         self,
@@ -432,8 +437,10 @@ class Segment:
             values = self.read(name, levels, 0, len(self.times), self.whole())
             dims = AXES if levels != (0,) else AXES[1:]
             array = MemoryChunks(values if levels != (0,) else values[0])
-            own = StoredVariable(name, self.location, array, dims, self.times, self.calendar)
-            stored[name] = own
+            stored_variable = StoredVariable(
+                name, self.location, array, dims, self.times, self.calendar
+            )
+            stored[name] = stored_variable
         return replace(
             self,
             stored=stored,

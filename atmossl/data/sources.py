@@ -90,28 +90,28 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
     Raises:
         ValueError: grids that do not nest, steps that do not fit, or no common period.
     """
-    own = list(records[PRIMARY])
-    for name, others in records.items():
+    primary = list(records[PRIMARY])
+    for name, segments in records.items():
         if name == PRIMARY:
             continue
-        by_name = bool({o.record_name for o in others} & {s.record_name for s in own})
+        by_name = bool({o.record_name for o in segments} & {s.record_name for s in primary})
         pairs = [
             (segment, other)
-            for segment in own
-            for other in others
+            for segment in primary
+            for other in segments
             if other.record_name == segment.record_name or not by_name
         ]
         joined = [_with_source(segment, name, other) for segment, other in pairs]
-        found = [segment for segment in joined if segment is not None]
-        if not found:
+        overlapping = [segment for segment in joined if segment is not None]
+        if not overlapping:
             raise ValueError(
-                f"data={name}: its periods ({_periods(others)}) have no two steps in common with "
-                f"those of the run's own data ({_periods(own)})"
+                f"data={name}: its periods ({_periods(segments)}) have no two steps in common with "
+                f"those of the run's own data ({_periods(primary)})"
             )
-        own = found
-    for segment in own:
+        primary = overlapping
+    for segment in primary:
         _ = segment.alignment  # refused here if there is none
-    return tuple(own)
+    return tuple(primary)
 
 
 def _with_source(segment: Segment, name: str, other: Segment) -> Segment | None:

@@ -73,14 +73,14 @@ class Moments:
         mean = (filled * weights).sum(axes) / np.maximum(weight, np.finfo(float).tiny)
         joined = values if before is None else np.concatenate([before[:, None], values], axis=1)
         steps = np.diff(joined, axis=1)
-        known = np.isfinite(steps)
-        step_weights = known * area[:, None]
+        both_observed = np.isfinite(steps)
+        step_weights = both_observed * area[:, None]
         return cls(
             weight=weight,
             mean=mean,
             square=((filled - mean[:, None, None, None]) ** 2 * weights).sum(axes),
             step_weight=step_weights.sum(axes),
-            step_square=(np.where(known, steps, 0.0) ** 2 * step_weights).sum(axes),
+            step_square=(np.where(both_observed, steps, 0.0) ** 2 * step_weights).sum(axes),
             minimum=np.where(observed, values, np.inf).min(axes),
             maximum=np.where(observed, values, -np.inf).max(axes),
             missing=(~observed).sum(axes).astype(float),
@@ -149,7 +149,7 @@ def segment_moments(
     partial: where to keep what is done after every block, to go on from there.
     progress: told the number of steps of every block.
     """
-    found, done = _resume(partial)
+    moments, done = _resume(partial)
     for start, count in blocks(segment, variable):
         progress(count)
         if start + count <= done:
@@ -158,10 +158,10 @@ def segment_moments(
         values = read_block(segment, variable, start - ahead, count + ahead, transform)
         before = values[:, 0] if ahead else None
         block = Moments.of(values[:, ahead:], segment.grid.weights, before)
-        found = block if found is None else found.merged(block)
-        _save(partial, {"done": start + count, "moments": found.to_dict()})
-    assert found is not None, f"segment {segment.name} has no steps"
-    return found
+        moments = block if moments is None else moments.merged(block)
+        _save(partial, {"done": start + count, "moments": moments.to_dict()})
+    assert moments is not None, f"segment {segment.name} has no steps"
+    return moments
 
 
 def _resume(partial: Path | None) -> tuple[Moments | None, int]:
@@ -398,8 +398,10 @@ def load_or_compute(
                 return cached
         statistics = Statistics.compute(segments, transforms, partial, progress)
         write_sealed(path, statistics.to_dict())
-        for left in cache.glob(f"{path.stem}.*.partial"):  # of other states of the store, too
-            shutil.rmtree(left, ignore_errors=True)
+        for stale_folder in cache.glob(
+            f"{path.stem}.*.partial"
+        ):  # of other states of the store, too
+            shutil.rmtree(stale_folder, ignore_errors=True)
     return statistics
 
 
@@ -501,11 +503,13 @@ class Normaliser:
         spec: StreamSpec,
         function: Callable[[Transform, np.ndarray], np.ndarray],
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        found = {row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)}
-        if not any(found.values()):
+        transforms = {
+            row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)
+        }
+        if not any(transforms.values()):
             return fields
         fields = fields.clone()
-        for row, transform in found.items():
+        for row, transform in transforms.items():
             if transform is not None:
                 values = function(transform, fields[..., row, :, :, :, :].numpy())
                 fields[..., row, :, :, :, :] = torch.from_numpy(values)

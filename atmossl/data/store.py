@@ -92,13 +92,13 @@ START_NAMES = re.compile(r"init|reference|reftime|base_?time|run_?time|analysis_
 _NORTH, _EAST = r"deg(ree)?s?[-_ ]?n(orth)?", r"deg(ree)?s?[-_ ]?e(ast)?"
 
 
-def dimensions_like(axis: str, dataset: xr.Dataset, others: set[str]) -> list[str]:
+def dimensions_like(axis: str, dataset: xr.Dataset, named_dims: set[str]) -> list[str]:
     """Dimensions of a dataset's variables, beside others, that say by their attributes or by their
     type that they are one of time, level, latitude and longitude."""
     used = {str(dim) for array in dataset.data_vars.values() for dim in array.dims}
     return [
         name
-        for name in sorted(used - others)
+        for name in sorted(used - named_dims)
         if name in dataset.coords and _is_like(axis, dataset[name])
     ]
 
@@ -124,11 +124,11 @@ def projected_dimensions(dataset: xr.Dataset) -> list[str]:
         for name in dataset.dims
         if name in dataset.coords
     }
-    known = {"rlat", "rlon", "x", "y", "south_north", "west_east", "i", "j", "nx", "ny", "cell"}
+    projected = {"rlat", "rlon", "x", "y", "south_north", "west_east", "i", "j", "nx", "ny", "cell"}
     return sorted(
         str(name)
         for name in dataset.dims
-        if re.match("grid_|projection_", said.get(str(name), "")) or str(name) in known
+        if re.match("grid_|projection_", said.get(str(name), "")) or str(name) in projected
     )
 
 
@@ -271,11 +271,11 @@ def _named_parts(whole: Segment, parts: Sequence[tuple[int, int]]) -> tuple[Segm
     """Parts from one step to before another; each of several with its first date in its name."""
     if len(parts) == 1:
         return (whole.steps(*parts[0]),)
-    found = []
+    segments = []
     for part in parts:
         date = whole.calendar.show(whole.times[part[0]], "m").removesuffix(":00")
-        found.append(replace(whole.steps(*part), name=f"{whole.name}@{date}", part=date))
-    return tuple(found)
+        segments.append(replace(whole.steps(*part), name=f"{whole.name}@{date}", part=date))
+    return tuple(segments)
 
 
 def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dataset:
@@ -290,12 +290,12 @@ def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dat
             f"{location}: variables {missing} are missing; the store has "
             f"{sorted(map(str, dataset.data_vars))}"
         )
-    others = set(dataset.data_vars) - set(names.values())
-    return dataset.drop_vars(others).rename({s: v for v, s in names.items() if s != v})
+    unused = set(dataset.data_vars) - set(names.values())
+    return dataset.drop_vars(unused).rename({s: v for v, s in names.items() if s != v})
 
 
 def rename_coordinates(
-    dataset: xr.Dataset, given: Mapping[str, str], location: str, *, timed: bool = True
+    dataset: xr.Dataset, aliases: Mapping[str, str], location: str, *, timed: bool = True
 ) -> xr.Dataset:
     """Dimensions by their canonical names: those of `given`, those with usual names, and those
     whose attributes say what they are. Levels become hPa, dates as integers become dates.
@@ -305,9 +305,9 @@ def rename_coordinates(
     """
     names: dict[str, str] = {}
     for canonical, usual in COORDINATES.items():
-        choices = (given[canonical],) if canonical in given else usual
+        choices = (aliases[canonical],) if canonical in aliases else usual
         stored = [name for name in choices if name in dataset.dims]
-        if not stored and canonical not in given:
+        if not stored and canonical not in aliases:
             stored = dimensions_like(canonical, dataset, set(names))
         if len(stored) > 1 and stored[0] not in choices:
             raise ValueError(
@@ -382,10 +382,10 @@ def check_record(dataset: xr.Dataset, location: str) -> None:
 
 def check_dims(name: str, dims: Sequence[Hashable], location: str) -> None:
     """Raise ValueError if a variable has dimensions beside the canonical ones."""
-    others = sorted(map(str, set(dims) - set(COORDINATES)))
-    if others:
+    extra_dims = sorted(map(str, set(dims) - set(COORDINATES)))
+    if extra_dims:
         raise ValueError(
-            f"{location}: {name} has further dimensions {others}; keep one value of each, "
+            f"{location}: {name} has further dimensions {extra_dims}; keep one value of each, "
             "with `select` of `atmossl data ingest` for example; a member of an anemoi store also "
             "with storage_options: {number: 0} in the catalog"
         )
@@ -519,9 +519,9 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
     Raises:
         ValueError: no such segment, or several and no name.
     """
-    chosen = [one for one in segments if one.is_called(name)]
+    chosen = [segment for segment in segments if segment.is_called(name)]
     if len(chosen) != 1:
-        have = [one.name for one in chosen or segments]
+        have = [segment.name for segment in chosen or segments]
         raise ValueError(f"segment={name}: split={split} has {have}; choose one of them")
     return chosen[0]
 
@@ -553,5 +553,5 @@ def _open_period(
         may_miss=may_miss,
         gaps=entry.gaps,
     )
-    found = [part for part in parts if len(part.inside(period.start, period.end)) > 1]
-    return [part.between(period.start, period.end) for part in found or parts[:1]]
+    overlapping = [part for part in parts if len(part.inside(period.start, period.end)) > 1]
+    return [part.between(period.start, period.end) for part in overlapping or parts[:1]]

@@ -195,10 +195,10 @@ def physical_range(variable: str, level_hpa: int = 0) -> tuple[float, float]:
 def conversion(variable: str, units: str | None) -> tuple[float, float] | None:
     """Factor and offset from these units to those of the variable; None if there is no need, or no
     way that is known here."""
-    known = VARIABLES.get(variable)
-    if known is None or units is None or units in (known.units, *known.unit_aliases):
+    entry = VARIABLES.get(variable)
+    if entry is None or units is None or units in (entry.units, *entry.unit_aliases):
         return None
-    return _CONVERSIONS.get(known.units, {}).get(units.strip())
+    return _CONVERSIONS.get(entry.units, {}).get(units.strip())
 
 
 def check_units(variable: str, units: str | Sequence[str] | None, location: str) -> None:
@@ -207,16 +207,16 @@ def check_units(variable: str, units: str | Sequence[str] | None, location: str)
 
     A store that states none is taken at its word: the name says what it holds.
     """
-    known = VARIABLES.get(variable)
-    if units is None or (known is None and isinstance(units, str)):
+    entry = VARIABLES.get(variable)
+    if units is None or (entry is None and isinstance(units, str)):
         return
     stated = [units] if isinstance(units, str) else units
-    if known is None:
+    if entry is None:
         raise ValueError(f"{location}: the files give variable {variable} in units {stated}")
-    if not {known.units, *known.unit_aliases}.issuperset(stated):
+    if not {entry.units, *entry.unit_aliases}.issuperset(stated):
         raise ValueError(
             f"{location}: variable {variable} has units {units!r}; valid: "
-            f"{[known.units, *known.unit_aliases]}. `atmossl data ingest` converts usual ones"
+            f"{[entry.units, *entry.unit_aliases]}. `atmossl data ingest` converts usual ones"
         )
 
 
@@ -237,11 +237,11 @@ class InputWarning(UserWarning):
 class Notices:
     """Warns of each variable once."""
 
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def tell(self, variable: str, text: str) -> None:
-        if variable not in self.told:
-            self.told.add(variable)
+        if variable not in self.reported:
+            self.reported.add(variable)
             warnings.warn(text, InputWarning, stacklevel=2)
 
 

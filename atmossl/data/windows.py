@@ -187,15 +187,15 @@ def read_windows(
         [segment.place(spec.data, start, count, box) for spec in specs] for start, box in places
     ]
     windows = _empty_windows(laid, specs, memory)
-    wanted: dict[str, dict[str, list[Target]]] = {}  # by the streams' data and variable
-    for own, streams in zip(laid, windows, strict=True):
-        for place, window in zip(own, streams, strict=True):
+    targets_of_data: dict[str, dict[str, list[Target]]] = {}  # by the streams' data and variable
+    for places_of_sample, streams in zip(laid, windows, strict=True):
+        for place, window in zip(places_of_sample, streams, strict=True):
             if place.count == 0:  # none of the stream's steps lies in so short a window
                 continue
-            targets = wanted.setdefault(window.spec.data, {})
+            targets = targets_of_data.setdefault(window.spec.data, {})
             for name, target in _targets(place, window, normaliser):
                 targets.setdefault(name, []).append(target)
-    for data, targets in wanted.items():
+    for data, targets in targets_of_data.items():
         segment.sources[data].segment.read_into(targets)
     return windows
 
@@ -359,11 +359,11 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
 
     def _asked(self) -> str:
         """The steps that a sample needs, for messages."""
-        asked = f"data.window.time={self.window.time} steps"
+        window_words = f"data.window.time={self.window.time} steps"
         if not self._lag_hours:
-            return asked
+            return window_words
         lags, reach = show_hours(self._lag_hours), self._reach(0)
-        return f"{asked} and objective.lag_hours={lags}, together {reach} steps,"
+        return f"{window_words} and objective.lag_hours={lags}, together {reach} steps,"
 
     def tell_short_segments(self) -> None:
         """Say how many parts of a record are too short for a sample."""
@@ -429,15 +429,15 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
             for lag in lags[-1]:
                 places.setdefault(index, {})[position, lag] = (start + lag, box)
         windows: dict[tuple[int, int], tuple[StreamWindow, ...]] = {}
-        for index, wanted in places.items():
+        for index, places_of_segment in places.items():
             read = read_windows(
                 self.segments[index],
                 self.specs,
                 self.normaliser,
                 self.window.time,
-                list(wanted.values()),
+                list(places_of_segment.values()),
             )
-            windows.update(zip(wanted, read, strict=True))
+            windows.update(zip(places_of_segment, read, strict=True))
         samples = []
         for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
             of_views = [windows[position, lag] for lag in lags[position]]

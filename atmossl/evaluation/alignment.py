@@ -51,9 +51,9 @@ def case_times(dataset: xr.Dataset) -> xr.DataArray:
     return dataset["time"]
 
 
-def require_labels(wanted: np.ndarray, present: np.ndarray, dim: str, where: str) -> None:
-    """Raise ValueError listing the labels of `wanted` that `present` lacks."""
-    missing = np.setdiff1d(np.unique(wanted), present)
+def require_labels(needed: np.ndarray, present: np.ndarray, dim: str, where: str) -> None:
+    """Raise ValueError listing the labels of `needed` that `present` lacks."""
+    missing = np.setdiff1d(np.unique(needed), present)
     if missing.size:
         shown = ", ".join(str(label) for label in missing[:_NUM_LISTED])
         more = f" and {missing.size - _NUM_LISTED} more" if missing.size > _NUM_LISTED else ""
@@ -125,8 +125,8 @@ def _on_labels(
             continue
         if dim not in dataset.dims:
             raise ValueError(f"dims: {where} has {tuple(dataset.dims)}, needs {dim}")
-        wanted = prediction[dim].to_numpy()
-        require_labels(wanted, dataset[dim].to_numpy(), dim, where)
-        dataset = dataset.sel({dim: wanted})
+        labels = prediction[dim].to_numpy()
+        require_labels(labels, dataset[dim].to_numpy(), dim, where)
+        dataset = dataset.sel({dim: labels})
     # Same cells within tolerance: take the prediction's labels, or xarray would drop cells.
     return dataset.assign_coords(latitude=prediction["latitude"], longitude=prediction["longitude"])

@@ -66,13 +66,13 @@ class Climate:
             months = {int(m) for segment in segments for m in np.unique(segment["time"].dt.month)}
             mean = climatology(segments, monthly=len(months) == _MONTHS_OF_YEAR, prepare=prepare)
         names = [str(name) for name in mean.data_vars]
-        found, rain = {}, {}
+        limits, rain = {}, {}
         for name in names:  # one variable in memory at a time
             record = _record(segments, name, prepare)
-            found[name] = _quantiles(record, quantiles)
+            limits[name] = _quantiles(record, quantiles)
             if is_precipitation(name):
                 rain[name] = _rain(record)
-        return cls(mean=mean, quantiles=xr.Dataset(found), rain=rain)
+        return cls(mean=mean, quantiles=xr.Dataset(limits), rain=rain)
 
 
 NO_CLIMATE = Climate(xr.Dataset(), xr.Dataset(), {})  # of no variable
@@ -100,7 +100,7 @@ def _record(segments: Sequence[xr.Dataset], name: str, prepare: Prepare) -> xr.D
     total = sum(segment.sizes["time"] for segment in segments)
     every = -(-total // _QUANTILE_TIMES)
     chosen = [segment[[name]].isel(time=slice(None, None, every)) for segment in segments]
-    parts = [prepare(block)[name] for one in chosen for block in time_blocks(one)]
+    parts = [prepare(block)[name] for record in chosen for block in time_blocks(record)]
     return xr.concat(parts, "time")
 
 

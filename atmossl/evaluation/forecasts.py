@@ -129,11 +129,11 @@ def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
     if height is not None:
         _LOGGER.warning("%s: %s is %s", where, name, FROM_HEIGHT)
         return as_geopotential(name, field.chunk({time: 1}), height)
-    found = conversion(name, units)
-    if found is None:
+    factor_and_offset = conversion(name, units)
+    if factor_and_offset is None:
         check_units(name, units, where)
         return field
-    factor, offset = found
+    factor, offset = factor_and_offset
     converted = field.chunk({time: 1}).astype(np.float64) * factor + offset
     return converted.assign_attrs(field.attrs, units=VARIABLES[name].units)
 
@@ -145,15 +145,15 @@ def without_further_dims(dataset: xr.Dataset, where: str) -> xr.Dataset:
         ValueError: a variable has several labels along such a dimension, members under another
             name say.
     """
-    known = {"init_time", "lead_time", "time", *_NAMES}
+    usual_dims = {"init_time", "lead_time", "time", *_NAMES}
     for name, field in dataset.data_vars.items():
-        further = [str(d) for d in field.dims if d not in known and field.sizes[d] > 1]
+        further = [str(d) for d in field.dims if d not in usual_dims and field.sizes[d] > 1]
         if further:
             raise ValueError(
                 f"{where}: {name} has further dimensions {further}; members are known as "
                 f"{', '.join(_NAMES['member'])}: rename the dimension, or keep one label of it"
             )
-    return dataset.squeeze([d for d in dataset.dims if d not in known], drop=True)
+    return dataset.squeeze([d for d in dataset.dims if d not in usual_dims], drop=True)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _spelled(units: str) -> str:
 
 
 def _shared(labels: Mapping[str, Any], dim: str) -> np.ndarray:
-    values = [np.unique(np.asarray(found)) for found in labels.values()]
+    values = [np.unique(np.asarray(dates)) for dates in labels.values()]
     shared = values[0]
     for other in values[1:]:
         shared = np.intersect1d(shared, other)
@@ -258,9 +258,9 @@ def _checkable(
     cases: np.ndarray, leads: np.ndarray | None, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The cases all of whose valid times the truth has; lead times without any case go first."""
-    known = _known(cases, leads, times)
-    reached = known.any(axis=0)
-    whole = known[:, reached].all(axis=1)
+    has_truth = _known(cases, leads, times)
+    reached = has_truth.any(axis=0)
+    whole = has_truth[:, reached].all(axis=1)
     if not reached.any() or not whole.any():
         raise ValueError(
             f"time: the truth covers {times[0]} to {times[-1]}, which has no whole case of the "
@@ -308,11 +308,11 @@ def read_part(
     forecasts: Mapping[str, xr.Dataset], common: Common, part: Part
 ) -> dict[str, xr.Dataset]:
     """The part in every store, in memory, on the common grid and labels."""
-    found = {}
+    datasets = {}
     for name, forecast in forecasts.items():
         chosen = on_labels(forecast[[part.variable]], common).sel({common.dim: part.cases})
-        found[name] = on_grid(chosen, common.grid)
-    return found
+        datasets[name] = on_grid(chosen, common.grid)
+    return datasets
 
 
 def on_labels(dataset: xr.Dataset, common: Common) -> xr.Dataset:

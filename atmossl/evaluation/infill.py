@@ -137,8 +137,8 @@ def nearest_visible(
     place, inside = place.reshape(-1, 3), hidden.ravel()
     visible = np.flatnonzero(~inside)
     count = min(count, len(visible))
-    _, found = KDTree(place[visible]).query(place[inside], count)
-    return visible[np.asarray(found).reshape(-1, count)]
+    _, neighbours = KDTree(place[visible]).query(place[inside], count)
+    return visible[np.asarray(neighbours).reshape(-1, count)]
 
 
 def _fit_level(

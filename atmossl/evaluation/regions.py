@@ -75,7 +75,7 @@ def boxes(limits: Mapping[str, Sequence[float]]) -> list[ScoreRegion]:
     Raises:
         ValueError: a name of a belt, or latitudes that enclose nothing.
     """
-    found = []
+    regions = []
     for name, (south, north, west, east) in limits.items():
         if name in REGIONS:
             raise ValueError(f"boxes.{name} is the name of a belt; choose another")
@@ -84,8 +84,8 @@ def boxes(limits: Mapping[str, Sequence[float]]) -> list[ScoreRegion]:
                 f"boxes.{name}={[south, north, west, east]}: needed are south < north within "
                 "-90..90, then west and east"
             )
-        found.append(ScoreRegion(name, ((south, north),), (west, east)))
-    return found
+        regions.append(ScoreRegion(name, ((south, north),), (west, east)))
+    return regions
 
 
 def area_weights_like(field: xr.DataArray | xr.Dataset, region: ScoreRegion) -> xr.DataArray:
@@ -114,15 +114,15 @@ def stacked_weights(
 
     A belt that the grid does not reach is left out; a box without cells is a ValueError.
     """
-    found = {}
+    weights = {}
     for region in regions:
         try:
-            found[region.name] = area_weights_like(field, region)
+            weights[region.name] = area_weights_like(field, region)
         except ValueError:
             if region.longitudes is not None:
                 raise
-    layers: list[xr.DataArray] = list(xr.broadcast(*found.values()))
-    return xr.concat(layers, dim=pd.Index(list(found), name="region"))
+    layers: list[xr.DataArray] = list(xr.broadcast(*weights.values()))
+    return xr.concat(layers, dim=pd.Index(list(weights), name="region"))
 
 
 def weighted_mean(field: xr.DataArray, weights: xr.DataArray) -> xr.DataArray:

@@ -65,10 +65,10 @@ class ConservativeRegridder:
             optimize=True,
         )
         bare = field.isel(latitude=0, longitude=0, drop=True)
-        found = bare.expand_dims(
+        template = bare.expand_dims(
             latitude=self.target.latitude, longitude=self.target.longitude
         ).transpose(*field.dims)
-        return found.copy(data=values.astype(np.float32))
+        return template.copy(data=values.astype(np.float32))
 
 
 def coarsest(grids: Sequence[Grid]) -> Grid:

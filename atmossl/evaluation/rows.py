@@ -8,8 +8,8 @@ import pandas as pd
 def rows_where(table: pd.DataFrame, **labels: Any) -> Any:
     """The rows (a data frame) with all of these labels; None stands for a missing one."""
     rows: Any = table
-    for column, wanted in labels.items():
-        rows = rows[rows[column].isna() if wanted is None else rows[column] == wanted]
+    for column, label in labels.items():
+        rows = rows[rows[column].isna() if label is None else rows[column] == label]
     return rows
 
 

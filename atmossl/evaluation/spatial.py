@@ -139,9 +139,9 @@ def lagrange_matrix(
     matrix = np.zeros((len(target), len(source)))
     row = np.arange(len(target))
     for k in range(num_points):
-        others = [j for j in range(num_points) if j != k]
+        other_nodes = [j for j in range(num_points) if j != k]
         weight = np.ones(len(target))
-        for j in others:
+        for j in other_nodes:
             node, other = source[first + k], source[first + j]
             weight *= (target - other) / (node - other)
         matrix[row, first + k] = weight

@@ -25,12 +25,12 @@ def geometry_of(latitude: np.ndarray, longitude: np.ndarray) -> Geometry | None:
     count, spacing = len(latitude), 360.0 / len(longitude)
     if np.abs(np.diff(longitude) - spacing).max() > _TOLERANCE_DEG:
         return None
-    found: dict[Geometry, np.ndarray] = {
+    candidates: dict[Geometry, np.ndarray] = {
         "F1": -90.0 + 180.0 / count * (np.arange(count) + 0.5),
         "CC": np.linspace(-90.0, 90.0, count),
         "GL": gaussian_latitudes(count)[0],
     }
-    for name, rows in found.items():
+    for name, rows in candidates.items():
         if np.abs(rows - latitude).max() < _TOLERANCE_DEG:
             return name
     return None
@@ -44,7 +44,7 @@ def spherical_power(field: xr.DataArray, geometry: Geometry) -> xr.DataArray:
     num_lat, num_lon = rows.shape[-2:]
     largest = min(num_lat - (2 if geometry == "CC" else 1), (num_lon - 1) // 2)
     flat = rows.reshape(-1, num_lat, num_lon)
-    power = np.stack([_power(one, geometry, largest) for one in flat])
+    power = np.stack([_power(rows_of_field, geometry, largest) for rows_of_field in flat])
     dims = values.dims[:-2]
     coords = {k: v for k, v in values.coords.items() if set(v.dims) <= set(dims)}
     coords["wavenumber"] = np.arange(largest + 1)

@@ -158,7 +158,7 @@ class Tally:
             key = tuple(lengths.values())
             if key not in drawn:
                 drawn[key] = bootstrap.draw(key, rng)
-        return {name: drawn[tuple(own.values())] for name, own in self._lengths.items()}
+        return {name: drawn[tuple(counts.values())] for name, counts in self._lengths.items()}
 
     def _frames(self, plan: "_Plan", variable: str) -> Iterator[pd.DataFrame]:
         means = self._means(variable)
@@ -221,14 +221,14 @@ class Tally:
 
     def diagnosed(self) -> dict[tuple[str, str], xr.Dataset]:
         """Means over all cases, [source, ...], by the names of diagnostic and variable."""
-        found: dict[tuple[str, str], list[xr.Dataset]] = {}
+        datasets: dict[tuple[str, str], list[xr.Dataset]] = {}
         for diagnostic in self.diagnostics:
             for (variable, source, name), parts in self._parts.items():
                 if name == diagnostic.name:
                     value = diagnostic.value(xr.concat(parts, self._dim).mean(self._dim))
                     value = value.expand_dims(source=[source])
-                    found.setdefault((name, variable), []).append(value)
-        return {key: xr.concat(parts, "source", join="outer") for key, parts in found.items()}
+                    datasets.setdefault((name, variable), []).append(value)
+        return {key: xr.concat(parts, "source", join="outer") for key, parts in datasets.items()}
 
 
 def verify(
@@ -274,8 +274,8 @@ def _mean_of_globe(ratio: xr.DataArray) -> xr.DataArray:
 
 def _seasons(months: xr.DataArray) -> dict[str, xr.DataArray | None]:
     """Which cases belong to each season; None are all of them. One season has no rows."""
-    found = {name: months.isin(of_season) for name, of_season in SEASONS.items()}
-    present = {name: chosen for name, chosen in found.items() if bool(chosen.any())}
+    cases_of = {name: months.isin(of_season) for name, of_season in SEASONS.items()}
+    present = {name: chosen for name, chosen in cases_of.items() if bool(chosen.any())}
     return {WHOLE_YEAR: None} | (present if len(present) > 1 else {})
 
 
@@ -295,8 +295,8 @@ class _Plan:
     def num_times(self) -> int:
         if self.chosen is None:
             return self.counts.shape[1]
-        others = [dim for dim in self.chosen.dims if dim != self.dim]
-        return int(self.chosen.any(others).sum())
+        other_dims = [dim for dim in self.chosen.dims if dim != self.dim]
+        return int(self.chosen.any(other_dims).sum())
 
     def score_frame(self, score: Score, per_time: xr.Dataset) -> pd.DataFrame:
         value, samples = self.score(score, per_time)

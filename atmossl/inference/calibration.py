@@ -29,11 +29,11 @@ class SpreadInflation:
     @classmethod
     def of(cls, record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
         """From a checkpoint's record; None if it was not calibrated for the kind."""
-        own = record.get("spread", {}).get(kind)
-        if own is None:
+        stored = record.get("spread", {}).get(kind)
+        if stored is None:
             return None
-        factors = {name: np.array(values) for name, values in own["factors"].items()}
-        return cls(np.array(own["hours"]), factors)
+        factors = {name: np.array(values) for name, values in stored["factors"].items()}
+        return cls(np.array(stored["hours"]), factors)
 
     def at(self, name: str, hours: np.ndarray) -> np.ndarray:
         """Factors [step level], linear between the calibrated lead times and constant beyond."""
@@ -68,16 +68,16 @@ class Calibration:
     def without_own(self) -> dict[str, Any]:
         """The record as if the task's kind had not been calibrated."""
         spread = self.record.get("spread", {})
-        left = {kind: own for kind, own in spread.items() if kind != self.task.kind}
-        return {**self.record, "spread": left}
+        other_kinds = {kind: factors for kind, factors in spread.items() if kind != self.task.kind}
+        return {**self.record, "spread": other_kinds}
 
-    def replaced(self, found: SpreadInflation) -> dict[str, Any]:
+    def replaced(self, inflation: SpreadInflation) -> dict[str, Any]:
         """The record with these factors for the task's kind, others kept."""
-        own = {
-            "hours": found.hours.tolist(),
-            "factors": {name: values.tolist() for name, values in found.factors.items()},
+        stored = {
+            "hours": inflation.hours.tolist(),
+            "factors": {name: values.tolist() for name, values in inflation.factors.items()},
         }
-        return {**self.record, "spread": {**self.record.get("spread", {}), self.task.kind: own}}
+        return {**self.record, "spread": {**self.record.get("spread", {}), self.task.kind: stored}}
 
 
 def _factor(
@@ -89,8 +89,8 @@ def _factor(
     lon: np.ndarray,
 ) -> Float[np.ndarray, "step level lat lon"] | None:
     """Factors of one variable, with lat and lon of 1 if they are the same everywhere."""
-    found = SpreadInflation.of(record, task.kind)
-    own = None if found is None else found.at(name, hours)[:, :, None, None]
+    inflation = SpreadInflation.of(record, task.kind)
+    task_factor = None if inflation is None else inflation.at(name, hours)[:, :, None, None]
     largest = None
     for part in task.components:
         factor = _factor(record, part, name, hours, lat, lon)
@@ -98,9 +98,9 @@ def _factor(
             there = np.where(part.cells(lat, lon), factor, -np.inf)
             largest = there if largest is None else np.maximum(largest, there)
     if largest is None:
-        return own
+        return task_factor
     inherited = np.where(np.isfinite(largest), largest, 1.0)
-    return inherited if own is None else inherited * own
+    return inherited if task_factor is None else inherited * task_factor
 
 
 @dataclass
@@ -154,18 +154,20 @@ def estimate_inflation(
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
             shape = (len(leads), num_levels)
-            own = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
+            variable_sums = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
             for step, lead in enumerate(part.leads):
                 row = int(np.flatnonzero(leads == lead)[0])
                 valid = segment.find_time(times[part.case] + lead)
                 truth = segment.read(
                     name, levels[name], valid, 1, segment.whole(), within_limits=True
                 )[:, 0, part.rows]
-                own.add(row, values[step], truth, weight)
-    if not any(own.variance.any() for own in sums.values()):
+                variable_sums.add(row, values[step], truth, weight)
+    if not any(variable_sums.variance.any() for variable_sums in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")
     order = np.argsort(hours)
-    return SpreadInflation(hours[order], {name: own.factors()[order] for name, own in sums.items()})
+    return SpreadInflation(
+        hours[order], {name: variable_sums.factors()[order] for name, variable_sums in sums.items()}
+    )
 
 
 def check_calibrated(task: Task) -> None:

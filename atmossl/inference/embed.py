@@ -156,8 +156,8 @@ class Embedder:
                     "latents need a grid of whole tokens"
                 )
         lat, lon = (
-            wanted if 0 < wanted <= have else have
-            for wanted, have in zip((window.lat, window.lon), grid.shape, strict=True)
+            window_size if 0 < window_size <= have else have
+            for window_size, have in zip((window.lat, window.lon), grid.shape, strict=True)
         )
         return TilePlan(grid, lat, lon, self.overlap, (self._first_lon,), align)
 
@@ -218,8 +218,8 @@ class Embedder:
     def _tiles(self, source: Source) -> Iterator[_Tile]:
         """All tiles of a window; each band of latitude is read once."""
         plan, grid, used = self.tiles, self.segment.grid, self.trained
-        everything = TimePlan(self._steps - 1, (0,), tuple(range(self._steps)))
-        reader, rng = WindowReader(used, everything, grid), np.random.default_rng(0)  # never used
+        all_steps = TimePlan(self._steps - 1, (0,), tuple(range(self._steps)))
+        reader, rng = WindowReader(used, all_steps, grid), np.random.default_rng(0)  # never used
         for numbers in plan.rows():
             south = plan.tiles[numbers[0]].lat_start
             around = Box(south, self._first_lon, plan.lat_size, grid.shape[1])

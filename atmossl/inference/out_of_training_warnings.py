@@ -64,27 +64,31 @@ def unseen(
     layouts = tuple(
         TokenLayout(stream.spec, _stretched(stream.grid, stretch)) for stream in view.streams
     )
-    asked = _Seen.of([StreamMask(stream.corruption, factor or 1) for stream in view.streams])
+    view_mask = _Seen.of([StreamMask(stream.corruption, factor or 1) for stream in view.streams])
     rng = np.random.default_rng(0)
     drawn = [_Seen.of(list(sampler(layouts, rng))) for _ in range(_NUM_DRAWS)]
     kinds = frozenset().union(*(d.kinds for d in drawn))
     factors = frozenset().union(*(d.factors for d in drawn))
     steps, always = max(d.steps for d in drawn), max(d.always for d in drawn)
-    found = []
-    if asked.kinds - kinds:
-        found.append(f"tokens as {sorted(asked.kinds - kinds)}; training had {sorted(kinds)}")
-    elif factor is not None and asked.factors - factors:
-        found.append(f"cells coarsened by {sorted(asked.factors)}; training had {sorted(factors)}")
-    if asked.steps > steps:
-        found.append(f"{asked.steps} whole steps hidden; training hid {steps} at most")
-    elif asked.always > always + 1e-9 and not asked.streams:
-        found.append(
-            f"{asked.always:.0%} of the places hidden at all steps; training hid {always:.0%} at "
-            "most"
+    sentences = []
+    if view_mask.kinds - kinds:
+        sentences.append(
+            f"tokens as {sorted(view_mask.kinds - kinds)}; training had {sorted(kinds)}"
         )
-    if asked.streams and not any(d.streams for d in drawn):
-        found.append("a whole stream hidden; training always showed some of each")
-    return found
+    elif factor is not None and view_mask.factors - factors:
+        sentences.append(
+            f"cells coarsened by {sorted(view_mask.factors)}; training had {sorted(factors)}"
+        )
+    if view_mask.steps > steps:
+        sentences.append(f"{view_mask.steps} whole steps hidden; training hid {steps} at most")
+    elif view_mask.always > always + 1e-9 and not view_mask.streams:
+        sentences.append(
+            f"{view_mask.always:.0%} of the places hidden at all steps; training hid {always:.0%} "
+            "at most"
+        )
+    if view_mask.streams and not any(d.streams for d in drawn):
+        sentences.append("a whole stream hidden; training always showed some of each")
+    return sentences
 
 
 def _stretched(grid: TokenGrid, times: float) -> TokenGrid:
@@ -113,25 +117,28 @@ def untrained_step(step_hours: float, trained_hours: float | None) -> list[str]:
     return [f"steps of {step_hours:g} h; training had {trained_hours:g} h"]
 
 
-def unseen_place(seen: Seen, grid: Grid) -> list[str]:
+def unseen_place(training: Seen, grid: Grid) -> list[str]:
     """Sentences if the grid's cells are of another size than those of the training, or lie beyond
     them by more than one."""
     lines = []
-    if seen.cell is not None:
+    if training.cell is not None:
         cell = (grid.latitude_spacing, grid.longitude_spacing)
-        if max(abs(math.log(now / had)) for now, had in zip(cell, seen.cell, strict=True)) > 0.05:
-            lines.append(f"cells of {_size(cell)} degrees; training had {_size(seen.cell)}")
-        south, north = seen.latitudes or (-90.0, 90.0)
+        if (
+            max(abs(math.log(now / had)) for now, had in zip(cell, training.cell, strict=True))
+            > 0.05
+        ):
+            lines.append(f"cells of {_size(cell)} degrees; training had {_size(training.cell)}")
+        south, north = training.latitudes or (-90.0, 90.0)
         low, high = float(grid.latitude[0]), float(grid.latitude[-1])
-        margin = max(cell[0], seen.cell[0]) * 1.01
+        margin = max(cell[0], training.cell[0]) * 1.01
         if low < south - margin or high > north + margin:
             lines.append(f"latitudes from {low:g} to {high:g}; training had {south:g} to {north:g}")
-        lines += _unseen_longitudes(seen, grid, max(cell[1], seen.cell[1]) * 1.01)
+        lines += _unseen_longitudes(training, grid, max(cell[1], training.cell[1]) * 1.01)
     return lines
 
 
-def _unseen_longitudes(seen: Seen, grid: Grid, margin: float) -> list[str]:
-    west, extent = seen.longitudes or (0.0, 360.0)
+def _unseen_longitudes(training: Seen, grid: Grid, margin: float) -> list[str]:
+    west, extent = training.longitudes or (0.0, 360.0)
     first, now = float(grid.longitude[0]), eastward_extent(grid)
     if extent == 360.0:
         return []
@@ -148,15 +155,15 @@ def _size(cell: tuple[float, float]) -> str:
     return f"{cell[0]:.3g} x {cell[1]:.3g}"
 
 
-def unseen_dates(seen: Seen, days: Sequence[int]) -> list[str]:
+def unseen_dates(training: Seen, days: Sequence[int]) -> list[str]:
     """A sentence if days of the year are further than half a month from all of the training."""
-    if not seen.days:
+    if not training.days:
         return []
-    apart = np.abs(np.subtract.outer(np.asarray(days), np.asarray(seen.days)))
+    apart = np.abs(np.subtract.outer(np.asarray(days), np.asarray(training.days)))
     far = np.minimum(apart, DAYS - apart).min(axis=1) > _HALF_MONTH_DAYS
     if not far.any():
         return []
-    return [f"dates in {_months(np.asarray(days)[far])}; training had {_months(seen.days)}"]
+    return [f"dates in {_months(np.asarray(days)[far])}; training had {_months(training.days)}"]
 
 
 def _months(days: Sequence[int] | np.ndarray) -> str:
@@ -165,11 +172,11 @@ def _months(days: Sequence[int] | np.ndarray) -> str:
     return ", ".join(calendar.month_name[number + 1] for number in numbers)
 
 
-def unseen_calendar(seen: Seen, name: str) -> list[str]:
+def unseen_calendar(training: Seen, name: str) -> list[str]:
     """A sentence if dates are of another calendar than those of the training."""
-    if seen.calendar in (None, name):
+    if training.calendar in (None, name):
         return []
-    return [f"dates of calendar {name}; training had {seen.calendar}"]
+    return [f"dates of calendar {name}; training had {training.calendar}"]
 
 
 def unseen_levels(view: View) -> list[str]:
@@ -177,9 +184,9 @@ def unseen_levels(view: View) -> list[str]:
     for stream in view.streams:
         size = stream.spec.token_size.level
         had = np.asarray(stream.spec.level_values, float).reshape(-1, size).mean(axis=1)
-        told = stream.grid.level_hpa.double().numpy().reshape(-1)
-        if not np.allclose(told, had, rtol=1e-3):
-            shown = [", ".join(f"{level:g}" for level in levels) for levels in (told, had)]
+        levels_now = stream.grid.level_hpa.double().numpy().reshape(-1)
+        if not np.allclose(levels_now, had, rtol=1e-3):
+            shown = [", ".join(f"{level:g}" for level in levels) for levels in (levels_now, had)]
             mean = " on average" if size > 1 else ""
             return [f"levels of {shown[0]} hPa{mean}; training had {shown[1]}"]
     return []
@@ -192,11 +199,11 @@ def unseen_values(
     standard deviation, at the level where they are furthest. statistics: by `data` of streams."""
     lines: dict[str, str] = {}
     for window in windows:
-        known = statistics[window.spec.data]
-        if known.minimum is None or known.maximum is None or not window.fields.numel():
+        training = statistics[window.spec.data]
+        if training.minimum is None or training.maximum is None or not window.fields.numel():
             continue
         for row, name in enumerate(window.spec.variables):
-            line = _unseen_range(window, row, known)
+            line = _unseen_range(window, row, training)
             if line:
                 lines.setdefault(name, f"{name}{line}")
     return list(lines.values())
@@ -238,14 +245,14 @@ def unseen_by_training(plan: Plan, times: np.ndarray, view: View) -> list[str]:
     none on what its record does not tell. view: what the network is shown at the first time."""
     trained, segment = plan.trained, plan.segment
     by_data = seen_in_training(trained)
-    seen, lines = by_data.get(PRIMARY, Seen()), []
+    training, lines = by_data.get(PRIMARY, Seen()), []
     for data, source in segment.sources.items():
         is_primary = data == PRIMARY
         grid = plan.task.told_grid(plan.grid) if is_primary else source.segment.grid
         where = "" if is_primary else f" (data={data})"
         lines += [line + where for line in unseen_place(by_data.get(data, Seen()), grid)]
-    lines += unseen_calendar(seen, segment.calendar.name)
-    lines += unseen_dates(seen, _told_days(plan, times, view))
+    lines += unseen_calendar(training, segment.calendar.name)
+    lines += unseen_dates(training, _told_days(plan, times, view))
     lines += unseen_levels(view)
     if segment.access.input_limits == "off":
         return lines
@@ -260,9 +267,9 @@ def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:
         return {data: Seen.from_dict(values) for data, values in record["seen"].items()}
     period = str(record.get("statistics", {}).get(PRIMARY, {}).get("period", ""))
     if trained.data == _SAMPLE:
-        of_sample, seen = _sample(trained.variables, trained.levels)
+        of_sample, training = _sample(trained.variables, trained.levels)
         if of_sample == period:
-            return {PRIMARY: seen}
+            return {PRIMARY: training}
     return {PRIMARY: Seen.of_period(period)}
 
 
@@ -277,9 +284,9 @@ def _told_days(plan: Plan, times: np.ndarray, view: View) -> list[int]:
     """Days of the year of all windows and leads, as the network is told them."""
     hours = view.streams[0].grid.time_hours.double().numpy()
     last = float(plan.leads.max() / np.timedelta64(1, "h")) + hours[0]
-    told = np.append(hours, max(last, hours[-1])) * _HOUR_US
+    window_times = np.append(hours, max(last, hours[-1])) * _HOUR_US
     since = (times - times[0]).astype("timedelta64[us]").astype(np.float64)
-    every = np.add.outer(since, told).ravel().astype("datetime64[us]")
+    every = np.add.outer(since, window_times).ravel().astype("datetime64[us]")
     return days_of(every.astype(plan.segment.times.dtype), plan.segment.calendar)
 
 

@@ -81,20 +81,24 @@ class Coverage:
 
     def box(self, tile: Box) -> Box:
         """A tile in cells of `grid`."""
-        found = self.nesting.box(tile)
-        west = (found.lon_start - self.whole.lon_start) % self.nesting.other.shape[1]
-        return replace(found, lat_start=found.lat_start - self.whole.lat_start, lon_start=west)
+        covering = self.nesting.box(tile)
+        west = (covering.lon_start - self.whole.lon_start) % self.nesting.other.shape[1]
+        return replace(
+            covering, lat_start=covering.lat_start - self.whole.lat_start, lon_start=west
+        )
 
-    def row(self, own: int) -> int:
+    def row(self, row: int) -> int:
         """Where a row of the segment's grid, with an edge in common, begins in `grid`."""
-        return own // self.nesting.lat.own * self.nesting.lat.other
+        return row // self.nesting.lat.cells * self.nesting.lat.other_cells
 
-    def weights(self, own: np.ndarray) -> np.ndarray:
+    def weights(self, tile_weights: np.ndarray) -> np.ndarray:
         """Blending weights [lat lon] of a tile on the cells of `grid`: means over those of the
         segment's cells in common blocks, so that they sum to one over tiles as those do."""
         lat, lon = self.nesting.lat, self.nesting.lon
-        blocks = reduce(own, "(lat y) (lon x) -> lat lon", "mean", y=lat.own, x=lon.own)
-        return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other, x=lon.other)
+        blocks = reduce(
+            tile_weights, "(lat y) (lon x) -> lat lon", "mean", y=lat.cells, x=lon.cells
+        )
+        return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other_cells, x=lon.other_cells)
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,9 @@ class Plan:
         apart that no valid time of a segment is written twice."""
         steps = self.steps
         stride = 1 if steps.is_forecast or steps.refine > 1 else len(steps.offsets)
-        return np.sort(np.concatenate([self._served(one)[::stride] for one in self.segments]))
+        return np.sort(
+            np.concatenate([self._served(segment)[::stride] for segment in self.segments])
+        )
 
     def with_truth(self, times: np.ndarray) -> np.ndarray:
         """Those of the reference times for which the record holds all that would be written."""
@@ -245,7 +251,7 @@ class Plan:
             self.segment.find_time(time)  # says what it covers if it lacks the time itself
         before = self.steps_before
         after = max(len(self.steps.read) - 1 - before, 0)
-        valid = ", ".join(_period(self._served(one), calendar) for one in self.segments)
+        valid = ", ".join(_period(self._served(segment), calendar) for segment in self.segments)
         raise ValueError(
             f"{when} is not there or lacks steps around it: the task needs {before} before and "
             f"{after} after; valid: {valid}"
@@ -324,7 +330,7 @@ def _tile_size(trained: TrainedModel, grid: Grid, align: int) -> tuple[int, int]
     """
     window, specs = trained.window, trained.own_specs
     sizes = []
-    for key, wanted, have, tokens in (
+    for key, size, have, tokens in (
         ("rows", window.lat, grid.shape[0], {s.token_size.lat for s in specs}),
         ("columns", window.lon, grid.shape[1], {s.token_size.lon for s in specs}),
     ):
@@ -333,7 +339,7 @@ def _tile_size(trained: TrainedModel, grid: Grid, align: int) -> tuple[int, int]
             raise ValueError(
                 f"the grid has {have} {key}, fewer than the {cells} of a token or coarse cell"
             )
-        sizes.append(wanted if 0 < wanted <= have else have // cells * cells)
+        sizes.append(size if 0 < size <= have else have // cells * cells)
     return sizes[0], sizes[1]
 
 

@@ -79,10 +79,10 @@ def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
         begin = number * steps.steps_per_pass * step
         joined = _joined(plan, sources)
         completes = number + 1 == steps.num_passes
-        for data, found in joined.items():
-            leads = begin + found.leads
+        for data, joined_part in joined.items():
+            leads = begin + joined_part.leads
             leads = leads[leads <= total * step]
-            written = {name: values[: len(leads)] for name, values in found.fields.items()}
+            written = {name: values[: len(leads)] for name, values in joined_part.fields.items()}
             rows = slice(0, plan.grid_of(data).shape[0])
             yield BlendedPart(case, leads, rows, written, completes and data == PRIMARY, data=data)
         if completes:
@@ -126,14 +126,14 @@ def _joined(plan: Plan, sources: list[Source]) -> dict[str, Joined]:
     """By the streams' `data`, what a pass predicts; members of all sources one after another."""
     joined: dict[str, Joined] = {}
     for part in blended(plan, sources):
-        found = joined.setdefault(part.data, Joined(part.leads, {}))
-        fields, shape = found.fields, plan.grid_of(part.data).shape
+        joined_part = joined.setdefault(part.data, Joined(part.leads, {}))
+        fields, shape = joined_part.fields, plan.grid_of(part.data).shape
         for name, values in part.fields.items():
-            own = values.shape[1]
+            num_members = values.shape[1]
             if name not in fields:
-                size = (len(part.leads), own * len(sources), values.shape[2], *shape)
+                size = (len(part.leads), num_members * len(sources), values.shape[2], *shape)
                 fields[name] = np.zeros(size, np.float32)
-            members = slice(part.case * own, (part.case + 1) * own)
+            members = slice(part.case * num_members, (part.case + 1) * num_members)
             fields[name][:, members, :, part.rows] = values
     return joined
 
@@ -144,9 +144,9 @@ def _states(plan: Plan, segment: Segment, source: Source) -> States:
     states = {}
     for data, read in segment.sources.items():
         steps = read.steps(segment.times[source.start], count * segment.step)
-        known = max(1, len(steps))  # what is static is known even if none of the steps is
-        start = max(0, steps.stop - known)
-        states[data] = _read(read.segment, start, known, Coverage.of(segment, data).whole)
+        num_read = max(1, len(steps))  # what is static is known even if none of the steps is
+        start = max(0, steps.stop - num_read)
+        states[data] = _read(read.segment, start, num_read, Coverage.of(segment, data).whole)
     return states
 
 
@@ -164,9 +164,9 @@ def _appended(plan: Plan, states: States, joined: Mapping[str, Joined], member: 
     for data, state in states.items():
         record = segment.sources[data].segment
         fields = joined[data].fields if data in joined else {}
-        kept = _kept(plan, record)
+        num_kept = _kept(plan, record)
         # static, or moved on below
-        moved[data] = {name: _last(values[:, -1:], kept) for name, values in state.items()}
+        moved[data] = {name: _last(values[:, -1:], num_kept) for name, values in state.items()}
         for name, levels in plan.trained.predicted_levels(data).items():
             held = state[name]
             if name in fields:
@@ -175,7 +175,7 @@ def _appended(plan: Plan, states: States, joined: Mapping[str, Joined], member: 
                 whole = np.repeat(held[:, -1:], new.shape[1], axis=1)
                 whole[[record.levels.index(level) if level else 0 for level in levels]] = new
                 held = np.concatenate([held, whole], axis=1)
-            moved[data][name] = _last(held, kept)
+            moved[data][name] = _last(held, num_kept)
     return moved
 
 

@@ -40,8 +40,8 @@ def read_cell_mask(path: Path) -> CellMask:
     except (OSError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"{key} cannot be read as NetCDF or zarr: {why}") from error
-    found = [n for n in dataset.data_vars if set(dataset[n].dims) == {"latitude", "longitude"}]
-    if len(found) != 1:
+    candidates = [n for n in dataset.data_vars if set(dataset[n].dims) == {"latitude", "longitude"}]
+    if len(candidates) != 1:
         raise ValueError(
             f"{key} needs one variable on (latitude, longitude), not 0 where hidden; it has "
             f"{ {str(n): dataset[n].dims for n in dataset.data_vars} }"
@@ -49,10 +49,10 @@ def read_cell_mask(path: Path) -> CellMask:
     lacking = sorted({"latitude", "longitude"} - set(map(str, dataset.coords)))
     if lacking:
         raise ValueError(f"{key} has no values of {lacking}; needed: centres of its cells, degrees")
-    if bool(dataset[found[0]].isnull().any()):
+    if bool(dataset[candidates[0]].isnull().any()):
         raise ValueError(f"{key} has missing values; needed: 0 where given, another where hidden")
     order, longitude = ascending_longitudes(np.asarray(dataset["longitude"], np.float64))
-    array = dataset[found[0]].isel(longitude=order).sortby("latitude")
+    array = dataset[candidates[0]].isel(longitude=order).sortby("latitude")
     array = array.transpose("latitude", "longitude")
     try:
         grid = Grid(np.asarray(array["latitude"], np.float64), longitude)

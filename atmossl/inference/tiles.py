@@ -59,15 +59,15 @@ class TileBlender:
         rows = slice(tile.lat_start - self.south, top)
         first = tile.lon_start
         before = min(tile.lon_size, self.num_lon - first)  # columns before the circle closes
-        for name, own in zip(spec.variables, weighted, strict=True):
+        for name, patch in zip(spec.variables, weighted, strict=True):
             levels = self.levels[name]
-            shape = (*own.shape[:2], len(levels), *own.shape[3:])
+            shape = (*patch.shape[:2], len(levels), *patch.shape[3:])
             field = self._room(fields, name, shape, top)
             whole = levels == spec.level_values
             at = slice(None) if whole else [levels.index(level) for level in spec.level_values]
-            field[..., at, rows, first : first + before] += own[..., :before]
+            field[..., at, rows, first : first + before] += patch[..., :before]
             if before < tile.lon_size:
-                field[..., at, rows, : tile.lon_size - before] += own[..., before:]
+                field[..., at, rows, : tile.lon_size - before] += patch[..., before:]
 
     def _room(self, fields: Fields, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
         """The variable's field with at least so many rows."""
@@ -331,8 +331,8 @@ def _fields(
     hidden = torch.stack([t.hidden[n] for t, n in zip(batch, number, strict=True)])
     hidden = hidden[..., steps, :, :].to(fields.device)
     if not bool(hidden.all()):
-        given = detokenise(stream.target, spec)[..., steps, :, :]
-        fields = torch.where(hidden[:, None], fields, given[:, None])
+        visible = detokenise(stream.target, spec)[..., steps, :, :]
+        fields = torch.where(hidden[:, None], fields, visible[:, None])
     if stream.valid is not None and not plan.options.fill_missing:
         never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
         fields = fields.masked_fill(never[:, None], float("nan"))
@@ -370,11 +370,11 @@ def compare_with_coarse(
     corrected, departure = {}, {}
     for name, values in part.fields.items():
         fine = torch.from_numpy(values)
-        given = _given_coarse(plan, task, name, source.segment, step, part.rows)
-        missing = given - coarsen(fine, weight, factor)
+        coarse = _given_coarse(plan, task, name, source.segment, step, part.rows)
+        missing = coarse - coarsen(fine, weight, factor)
         if task.consistent:
             fine = fine + repeat_coarse(missing, factor)
-            missing = given - coarsen(fine, weight, factor)
+            missing = coarse - coarsen(fine, weight, factor)
         area = weight.unflatten(0, (-1, factor)).sum(1)
         mean_square = (missing.double() ** 2 * area[:, None]).mean() / area.mean()
         departure[name] = float(mean_square)

@@ -71,12 +71,12 @@ class WindowReader:
             return window
         calendar, times = source.segment.calendar, self._times(window.spec.data, source)
         places = (window.lat.double().numpy(), window.lon.double().numpy())
-        everything = (slice(None),) * 3
+        whole = (slice(None),) * 3
         raw = torch.zeros_like(window.fields)
         for row in rows:
             name = window.spec.variables[row]
             chunks = ComputedChunks(name, times, *places, calendar)
-            raw[row] = torch.from_numpy(chunks.read(everything).copy()).to(raw)
+            raw[row] = torch.from_numpy(chunks.read(whole).copy()).to(raw)
         true = self.trained.normaliser.forward(raw, window.spec)
         fields = window.fields.clone()
         fields[rows] = true[rows]
@@ -146,13 +146,13 @@ def columns(
 ) -> tuple[StreamWindow, ...]:
     """The windows of a band, which goes around the grid of a segment, at the longitudes of a
     box."""
-    found = []
+    parts = []
     for window in windows:
         nesting = segment.sources[window.spec.data].nesting
         whole, part = nesting.box(band), nesting.box(box)
         offset = np.arange(part.lon_size) + part.lon_start - whole.lon_start
         index = torch.from_numpy(offset % nesting.other.shape[1])
-        found.append(
+        parts.append(
             replace(
                 window,
                 fields=window.fields[..., index],
@@ -160,7 +160,7 @@ def columns(
                 valid=None if window.valid is None else window.valid[..., index],
             )
         )
-    return tuple(found)
+    return tuple(parts)
 
 
 def masked_view(

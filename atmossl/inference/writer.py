@@ -120,7 +120,9 @@ class OutputLayout:
     @cached_property
     def valid_times(self) -> np.ndarray:
         leads = self._written
-        return np.concatenate([time + own for time, own in zip(self.times, leads, strict=True)])
+        return np.concatenate(
+            [time + time_leads for time, time_leads in zip(self.times, leads, strict=True)]
+        )
 
     @property
     def is_empty(self) -> bool:
@@ -161,7 +163,7 @@ class OutputLayout:
     def coordinates(self) -> dict[str, np.ndarray]:
         grid = self.grid
         dates = self.plan.segment.calendar.dates
-        found = {
+        coordinates = {
             "init_time": dates(self.times),
             "lead_time": self.steps.astype("timedelta64[ns]"),
             "time": dates(self.valid_times),
@@ -172,19 +174,19 @@ class OutputLayout:
         }
         unused = {"time"} if self.plan.steps.is_forecast else {"init_time", "lead_time"}
         unused |= set() if self.levels else {"level"}
-        return {name: values for name, values in found.items() if name not in unused}
+        return {name: values for name, values in coordinates.items() if name not in unused}
 
     def place(self, variable: str, values: np.ndarray) -> np.ndarray:
         """[step member level lat lon] over all levels of the prediction, NaN at those that the
         variable lacks; without level axis at the surface."""
-        own = self.levels_of(variable)
-        if own == (0,):
+        levels = self.levels_of(variable)
+        if levels == (0,):
             return values[:, :, 0]
-        if list(own) == self.levels:
+        if list(levels) == self.levels:
             return values
         shape = (*values.shape[:2], len(self.levels), *values.shape[3:])
         whole = np.full(shape, np.nan, np.float32)
-        whole[:, :, [self.levels.index(level) for level in own]] = values
+        whole[:, :, [self.levels.index(level) for level in levels]] = values
         return whole
 
     def dataset(self, fields: Fields | None = None) -> xr.Dataset:
@@ -231,7 +233,7 @@ class OutputLayout:
             "title": f"atmossl {type(plan.task).__name__} prediction",
             "institution": "not stated",
             "source": f"atmossl {__version__}, checkpoint {trained.digest}",
-            "history": f"predicted from {_named([one.name for one in plan.segments])}",
+            "history": f"predicted from {_named([segment.name for segment in plan.segments])}",
             "references": "Lessig et al. (2023), arXiv:2308.13280",
             "comment": json.dumps(
                 {
@@ -258,40 +260,40 @@ def _named(segments: list[str]) -> str:
 
 
 def _description(name: str) -> dict[str, str]:
-    known = VARIABLES.get(name)
-    if known is None:
+    entry = VARIABLES.get(name)
+    if entry is None:
         return {"long_name": name.replace("_", " ")}
-    found = {
-        "units": known.units,
-        "standard_name": known.standard_name,
-        "long_name": known.long_name,
+    attributes = {
+        "units": entry.units,
+        "standard_name": entry.standard_name,
+        "long_name": entry.long_name,
     }
-    if "temperature" in known.standard_name:
-        found["units_metadata"] = "temperature: on_scale"
-    return found
+    if "temperature" in entry.standard_name:
+        attributes["units_metadata"] = "temperature: on_scale"
+    return attributes
 
 
 def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:
     """Types on disk: whole hours where the steps allow, no fill value where nothing can lack."""
-    found: dict[str, dict[str, object]] = {}
+    encodings: dict[str, dict[str, object]] = {}
     for name, values in dataset.coords.items():
         key, kind = str(name), values.dtype.kind
         if kind == "M":
             whole = bool((values.values.astype("datetime64[h]") == values.values).all())
             unit = "hours" if whole else "seconds"
-            found[key] = {"units": f"{unit} since 1900-01-01T00:00:00", "dtype": "int64"}
+            encodings[key] = {"units": f"{unit} since 1900-01-01T00:00:00", "dtype": "int64"}
         elif kind == "O":
-            found[key] = {
+            encodings[key] = {
                 "units": "seconds since 1900-01-01T00:00:00",
                 "calendar": values.values[0].calendar,
                 "dtype": "int64",
             }
         elif kind == "m":
             whole = bool((values.values % _HOUR == np.timedelta64(0)).all())
-            found[key] = {"units": "hours" if whole else "seconds", "dtype": "int64"}
+            encodings[key] = {"units": "hours" if whole else "seconds", "dtype": "int64"}
         else:
-            found[key] = {"_FillValue": None}
-    return found
+            encodings[key] = {"_FillValue": None}
+    return encodings
 
 
 _NUM_SAMPLED = 8  # times at which the fields of a store are compared when an output goes on
@@ -370,10 +372,10 @@ def write(
             advance(share if part.data == PRIMARY else 0.0)
         _finish(partial, output, progress)
     except OSError as error:
-        words, kept = error.strerror or error, _kept(progress, times, partial)
-        raise OSError(error.errno, f"output={output}: {words} after {kept}") from error
+        words, remains = error.strerror or error, _kept(progress, times, partial)
+        raise OSError(error.errno, f"output={output}: {words} after {remains}") from error
     except Stopped as stop:
-        stop.kept = f"output={output}: after {_kept(progress, times, partial)}"
+        stop.remains = f"output={output}: after {_kept(progress, times, partial)}"
         raise
     progress.path.unlink()
 
@@ -427,7 +429,7 @@ def _content_of_stores(plan: Plan, times: np.ndarray) -> dict[str, str]:
             source = plan.find(time).segment
         except ValueError:  # prediction refuses it; what was begun with other dates says so first
             continue
-        number = next(n for n, one in enumerate(plan.segments) if one is source)
+        number = next(n for n, segment in enumerate(plan.segments) if segment is source)
         steps.setdefault(number, []).append(source.find_time(time))
     states = {}
     for number, segment in enumerate(plan.segments):
@@ -508,10 +510,10 @@ def _layouts(
         for data in sorted(plan.coverage, key=group_of)
     }
     root = layouts[PRIMARY]
-    taken = {*root.variables, *root.coordinates()} & set(map(group_of, layouts))
-    if taken:
+    clashes = {*root.variables, *root.coordinates()} & set(map(group_of, layouts))
+    if clashes:
         raise ValueError(
-            f"output: the group of streams with data={sorted(taken)} would have the name of a "
+            f"output: the group of streams with data={sorted(clashes)} would have the name of a "
             "variable or coordinate; name the catalog entry otherwise"
         )
     return {data: layout for data, layout in layouts.items() if not layout.is_empty}
@@ -537,8 +539,8 @@ def _put(group: zarr.Group, layout: OutputLayout, part: BlendedPart, case: int) 
     for name, values in part.fields.items():
         array = group[name]
         assert isinstance(array, zarr.Array)
-        everything = (slice(None),) * (array.ndim - len(where) - 2)
-        place = (*where, *everything, part.rows, slice(None))
+        other_axes = (slice(None),) * (array.ndim - len(where) - 2)
+        place = (*where, *other_axes, part.rows, slice(None))
         array[place] = layout.place(name, values)
 
 

@@ -228,9 +228,9 @@ def points_of(
 
 def mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
     """Tokens that are known whole stay visible; those known in part are coarse, if square."""
-    known, size = share_known(hidden, spec), spec.token_size
+    share, size = share_known(hidden, spec), spec.token_size
     square = size.lat == size.lon > 1
-    corruption = torch.full(known.shape, int(Corruption.VISIBLE))
-    corruption[known < 1] = int(Corruption.COARSEN if square else Corruption.MASK)
-    corruption[known == 0] = int(Corruption.MASK)
+    corruption = torch.full(share.shape, int(Corruption.VISIBLE))
+    corruption[share < 1] = int(Corruption.COARSEN if square else Corruption.MASK)
+    corruption[share == 0] = int(Corruption.MASK)
     return StreamMask(corruption, coarsen_factor=size.lat if square else 1, points=hidden)

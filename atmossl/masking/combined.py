@@ -29,9 +29,9 @@ class Combined(Task):
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
             raise ValueError(f"task.parts has {len(self.parts)} tasks; give two or more")
-        found = [part.downscaling for part in self.parts if part.downscaling is not None]
+        downscalings = [part.downscaling for part in self.parts if part.downscaling is not None]
         for key in ("consistent", "coarse_input"):
-            if any(getattr(part, key) for part in found):
+            if any(getattr(part, key) for part in downscalings):
                 raise ValueError(
                     f"task.parts: {key}=true of a downscaling is not for unions; valid: false, or "
                     "the downscaling on its own"
@@ -104,15 +104,15 @@ class Combined(Task):
         return f"what a union of {kinds} hides differs from step to step; score its parts"
 
     def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
-        found = [part.hidden_points(layouts) for part in self.parts]
-        if all(points is None for points in found):
+        points_of_parts = [part.hidden_points(layouts) for part in self.parts]
+        if all(points is None for points in points_of_parts):
             return None
         rng = np.random.default_rng(0)  # never used by a task
         specs = [layout.spec for layout in layouts]
         whole = [
             points
             or tuple(points_of(m.hidden, s) for m, s in zip(part(layouts, rng), specs, strict=True))
-            for part, points in zip(self.parts, found, strict=True)
+            for part, points in zip(self.parts, points_of_parts, strict=True)
         ]
         return tuple(reduce(torch.logical_or, streams) for streams in zip(*whole, strict=True))
 
@@ -220,8 +220,8 @@ class Counterfactual(Task):
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         del grid
-        given = given_steps(plan, step_hours)
-        return f"{given}, of another date, level or place than the model is told."
+        start = given_steps(plan, step_hours)
+        return f"{start}, of another date, level or place than the model is told."
 
     def why_unscored(self) -> str | None:
         return self.task.why_unscored()
@@ -250,16 +250,16 @@ class Counterfactual(Task):
         )
 
     def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
-        told = dict(self.levels)
+        new_levels = dict(self.levels)
         have = {int(level) for window in windows for level in window.level_hpa}
-        if not have.issuperset(told):
+        if not have.issuperset(new_levels):
             raise ValueError(
-                f"task.levels={sorted(set(told) - have)} hPa are not there to be told as others; "
-                f"valid: {sorted(have)}"
+                f"task.levels={sorted(set(new_levels) - have)} hPa are not there to be told as "
+                f"others; valid: {sorted(have)}"
             )
         moved = []
         for window in self.task.change_coordinates(windows):
-            levels = [float(told.get(int(level), level)) for level in window.level_hpa]
+            levels = [float(new_levels.get(int(level), level)) for level in window.level_hpa]
             moved.append(
                 replace(
                     window,

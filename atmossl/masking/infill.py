@@ -87,9 +87,9 @@ def fill_from_surroundings(
         inside = hidden[rows[0]].numpy()
         around = rearrange(values[rows], "field time cell -> (field time) cell")
         means = _means_by_row(around, inside.reshape(fields.shape[-2:]), latitudes)
-        found = solve_hidden(matrix, inside, around - means) + means[:, inside]
+        solution = solve_hidden(matrix, inside, around - means) + means[:, inside]
         values[np.ix_(np.array(rows), np.arange(fields.shape[2]), np.flatnonzero(inside))] = (
-            rearrange(found, "(field time) cell -> field time cell", field=len(rows))
+            rearrange(solution, "(field time) cell -> field time cell", field=len(rows))
         )
     return torch.from_numpy(values).to(fields).view_as(flat).reshape(fields.shape)
 
@@ -105,7 +105,7 @@ def _means_by_row(
     grids = fields.reshape(-1, *hidden.shape)
     counts = shown.sum(axis=-1)
     means = np.where(shown, grids, 0.0).sum(axis=-1) / counts.clip(1)
-    known, lat = counts[0] > 0, np.array(latitudes)
-    if not known.all():
-        means = np.stack([np.interp(lat, lat[known], row[known]) for row in means])
+    has_values, lat = counts[0] > 0, np.array(latitudes)
+    if not has_values.all():
+        means = np.stack([np.interp(lat, lat[has_values], row[has_values]) for row in means])
     return np.repeat(means, hidden.shape[1], axis=1)

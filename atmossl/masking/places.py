@@ -99,8 +99,8 @@ class CellMask:
 
 def described(source: str, *arrays: np.ndarray) -> str:
     """A file by its name and by what was read from it, for records of what was asked for."""
-    found = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
-    return f"{source} (sha256 {found.hexdigest()[:8]})"
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+    return f"{source} (sha256 {digest.hexdigest()[:8]})"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Inpainting(Task):
         )
         if self.gaps is None:
             return hidden
-        return tuple(points | own for points, own in zip(hidden, self.gaps, strict=True))
+        return tuple(points | gap for points, gap in zip(hidden, self.gaps, strict=True))
 
     def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
         """Hidden cells [lat lon] among those of the given centres, degrees, gaps apart."""
@@ -214,8 +214,8 @@ class Inpainting(Task):
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         cells = self.hidden_cells(grid)
         share = (grid.weights[:, None] * cells).sum() / (cells.shape[1] * grid.weights.sum())
-        given = given_steps(plan, step_hours)
-        return f"{given} without {share:.1%} of the globe, which alone is predicted and scored."
+        start = given_steps(plan, step_hours)
+        return f"{start} without {share:.1%} of the globe, which alone is predicted and scored."
 
     def why_unscored(self) -> str | None:
         if not self.missing:
@@ -273,11 +273,11 @@ class CrossVariable(Task):
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         del grid
-        what = ", ".join(name.replace("_", " ") for name in self.variables) or "all variables"
+        names = ", ".join(name.replace("_", " ") for name in self.variables) or "all variables"
         where = f" at {', '.join(map(str, self.levels))} hPa" if self.levels else ""
-        given = given_steps(plan, step_hours)
+        start = given_steps(plan, step_hours)
         shown = told_examples(self.examples)
-        return f"{given}. Hidden at all of them{shown}, and predicted: {what}{where}."
+        return f"{start}. Hidden at all of them{shown}, and predicted: {names}{where}."
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         del step_hours

@@ -88,8 +88,8 @@ class RandomMasking:
             if score is not None:
                 hidden = _spread(self._lowest(score, shared_rate), layout)
             else:
-                own = rng.random(layout.grid.shape)
-                hidden = self._lowest(own, rng.uniform(*self.rate))
+                stream_score = rng.random(layout.grid.shape)
+                hidden = self._lowest(stream_score, rng.uniform(*self.rate))
             corruptions.append(self._split(hidden, rng))
         self._hide_levels(corruptions, rng)
         self._hide_one_stream(corruptions, layouts, rng)

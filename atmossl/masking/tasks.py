@@ -210,9 +210,9 @@ def is_example(
     """
     times = window_times(layouts)
     check_examples(examples, len(times))
-    target, own = float(times[len(times) // 2]), layout.point_times()
+    target, point_times = float(times[len(times) // 2]), layout.point_times()
     first = target - examples * step_hours_of(layouts)
-    inside = (own >= first - TOLERANCE_HOURS) & (own < target - TOLERANCE_HOURS)
+    inside = (point_times >= first - TOLERANCE_HOURS) & (point_times < target - TOLERANCE_HOURS)
     shown = inside.all(dim=-1)
     if bool((inside.any(dim=-1) != shown).any()):
         raise ValueError(
@@ -296,8 +296,8 @@ class Forecast(Task):
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         del grid
-        given = given_steps(plan, step_hours)
-        return f"{given} up to the init time. Predicted: the {self.lead_hours:g} h after it."
+        start = given_steps(plan, step_hours)
+        return f"{start} up to the init time. Predicted: the {self.lead_hours:g} h after it."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
@@ -331,8 +331,8 @@ class Hindcast(Task):
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         del grid
-        given = given_steps(plan, step_hours)
-        return f"{given} from the init time on. Predicted: the {self.lead_hours:g} h before it."
+        start = given_steps(plan, step_hours)
+        return f"{start} from the init time on. Predicted: the {self.lead_hours:g} h before it."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
@@ -411,8 +411,8 @@ class TemporalInterpolation(Task):
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         del grid
-        given, hidden = given_steps(plan, step_hours), len(plan.offsets)
-        return f"{given}, of which {hidden} in the middle are hidden and predicted."
+        start, hidden = given_steps(plan, step_hours), len(plan.offsets)
+        return f"{start}, of which {hidden} in the middle are hidden and predicted."
 
     @property
     def time_refinement(self) -> int:

@@ -201,7 +201,7 @@ def corrupt(
         guess = torch.where(whole & coarsened, guess_coarse, guess)
     source = torch.where(shown, source, guess)
     guess = _guess_what_comes(guess, source, corruption, size.time) if first_guess else guess
-    asked = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
+    target_points = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
     return StreamTokens(
         spec=window.spec,
         source=tokenise(source, size),
@@ -211,7 +211,7 @@ def corrupt(
         grid=grid,
         weight=window.weight,
         valid=None if window.valid is None else tokenise(window.valid, size),
-        asked=None if asked is None else tokenise(asked, size),
+        target_points=None if target_points is None else tokenise(target_points, size),
     )
 
 
@@ -261,10 +261,10 @@ def _first_guess(
 def _shown_in_part(corruption: Tensor, points: Points, window: StreamWindow) -> Tensor:
     """Corruption at points, where those that a token hides in part of itself are masked and its
     others visible."""
-    known = share_known(points, window.spec)
-    partly = points_of((known > 0) & (known < 1), window.spec)
-    own = torch.where(points, int(Corruption.MASK), int(Corruption.VISIBLE))
-    return torch.where(partly, own, corruption)
+    share = share_known(points, window.spec)
+    partly = points_of((share > 0) & (share < 1), window.spec)
+    point_corruption = torch.where(points, int(Corruption.MASK), int(Corruption.VISIBLE))
+    return torch.where(partly, point_corruption, corruption)
 
 
 def fill_hidden_points(window: StreamWindow, hidden: Points) -> Tensor:
@@ -272,10 +272,10 @@ def fill_hidden_points(window: StreamWindow, hidden: Points) -> Tensor:
     variable, level and time, or 0 where there is none."""
     size = window.spec.token_size
     tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
-    known = ~hidden if window.valid is None else ~hidden & window.valid
-    known = known.to(window.fields)
-    sums = reduce(window.fields.nan_to_num() * known, tokens, "sum", plat=size.lat, plon=size.lon)
-    counts = reduce(known, tokens, "sum", plat=size.lat, plon=size.lon)
+    visible = ~hidden if window.valid is None else ~hidden & window.valid
+    visible = visible.to(window.fields)
+    sums = reduce(window.fields.nan_to_num() * visible, tokens, "sum", plat=size.lat, plon=size.lon)
+    counts = reduce(visible, tokens, "sum", plat=size.lat, plon=size.lon)
     means = repeat(
         sums / counts.clamp_min(1),
         "... nlat nlon -> ... (nlat plat) (nlon plon)",
@@ -322,7 +322,7 @@ def _fill(
     row, block, place = torch.nonzero(~shown, as_tuple=True)
     before, after = before[row, block, place], after[row, block, place]
     has_before, has_after = before >= 0, after < num_blocks
-    known = has_before | has_after
+    has_neighbour = has_before | has_after
     early = torch.where(has_before, before, after).clamp(0, num_blocks - 1)
     late = torch.where(has_after, after, before).clamp(0, num_blocks - 1)
     early_step = torch.where(has_before, num_steps - 1, 0)  # inside its block
@@ -337,7 +337,7 @@ def _fill(
         blocks[row, late, place, :, late_step][:, :, None],
         share[:, None, :, None],
     )
-    values[~known] = 0.0
+    values[~has_neighbour] = 0.0
     filled = blocks.clone()
     filled[row, block, place] = values
     return filled

@@ -157,15 +157,15 @@ class FieldAttention(nn.Module):
         self.out = nn.Linear((num_heads + len(widths)) * size, width, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "batch token width"], others: list[Tensor]
+        self, x: Float[Tensor, "batch token width"], other_fields: list[Tensor]
     ) -> Float[Tensor, "batch token width"]:
         normed = _norm(x) if self.normed else x
         query, key, value = _heads(self.own(normed), 3, self.num_heads)
         query, key = self._normed_head(query), self._normed_head(key)
         outputs = [_merged(F.scaled_dot_product_attention(query, key, value))]
         if self.queries is not None:
-            queries = _heads(self.queries(normed), 1, len(others))[0].split(1, dim=1)
-            for query, project, other in zip(queries, self.coupled, others, strict=True):
+            queries = _heads(self.queries(normed), 1, len(other_fields))[0].split(1, dim=1)
+            for query, project, other in zip(queries, self.coupled, other_fields, strict=True):
                 key, value = _heads(project(_norm(other) if self.normed else other), 2, 1)
                 key = self._normed_head(key)  # the query is not: so in the public code
                 outputs.append(_merged(F.scaled_dot_product_attention(query, key, value)))
@@ -258,13 +258,15 @@ class FieldEncoder(nn.Module):
             for _ in range(settings.encoder_layers)
         )
 
-    def embedded(self, given: AtmoRepInput) -> Float[Tensor, "batch level token width"]:
+    def embedded(self, field_input: AtmoRepInput) -> Float[Tensor, "batch level token width"]:
         values = rearrange(
-            given.values,
+            field_input.values,
             "batch level nt nlat nlon time lat lon -> batch level (nt nlat nlon) (time lat lon)",
         )
         with torch.autocast(values.device.type, enabled=False):
-            info = self.embed_info(given.token_info)  # half precision would round year and day
+            info = self.embed_info(
+                field_input.token_info
+            )  # half precision would round year and day
         return torch.cat([self.embed(values), info], dim=-1)
 
 
@@ -326,8 +328,8 @@ class AtmoRep(nn.Module):
             attended = {}
             for field in self.settings.fields:
                 attention = self._encoder(field.name).attentions[number]
-                others = [states[name] for name in field.coupled]
-                attended[field.name] = attention(states[field.name], others)
+                other_fields = [states[name] for name in field.coupled]
+                attended[field.name] = attention(states[field.name], other_fields)
             for name, x in attended.items():
                 states[name] = self._encoder(name).perceptrons[number](x)
                 outputs[name].append(states[name])

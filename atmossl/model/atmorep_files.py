@@ -92,17 +92,17 @@ def load_atmorep(location: Path) -> AtmoRep:
 def _fill(network: AtmoRep, state: dict[str, Tensor], file: str) -> None:
     """Give every weight its tensor; ValueError for one that is missing, left over or of another
     shape."""
-    wanted = network.state_dict()
-    missing = sorted(set(wanted) - set(state))
+    parameters = network.state_dict()
+    missing = sorted(set(parameters) - set(state))
     if missing:
         raise ValueError(f"{file}: {len(missing)} tensors are missing, {missing[0]} the first")
     for name, value in state.items():
-        if name not in wanted:
+        if name not in parameters:
             raise ValueError(f"{file}: the network of these settings has no {name}")
-        if value.shape != wanted[name].shape:
+        if value.shape != parameters[name].shape:
             raise ValueError(
                 f"{file}: {name} has shape {tuple(value.shape)}; its settings need "
-                f"{tuple(wanted[name].shape)}"
+                f"{tuple(parameters[name].shape)}"
             )
     network.load_state_dict(state, assign=True)
 
@@ -454,9 +454,9 @@ def _embeddings(
 ) -> dict[str, Tensor]:
     """Maps of values, where `encoders` has none, and of token information: the shared one if the
     first field's own is zero or not there."""
-    own = tensors.get("embeds_token_info.0.weight")
-    shared = own is None or not bool(own.any())
-    found = {}
+    first_map = tensors.get("embeds_token_info.0.weight")
+    shared = first_map is None or not bool(first_map.any())
+    embeddings = {}
     for number, field in enumerate(settings.fields):
         source = "embed_token_info" if shared else f"embeds_token_info.{number}"
         for kind in ("weight", "bias"):
@@ -466,5 +466,5 @@ def _embeddings(
             for name, key in keys.items():
                 if key not in tensors:
                     raise ValueError(f"{file}: tensor {key} is missing")
-                found[name] = tensors[key].clone()  # fields that share it train it apart
-    return found
+                embeddings[name] = tensors[key].clone()  # fields that share it train it apart
+    return embeddings

@@ -254,8 +254,8 @@ def token_info(
     sizes |= {"nlon": lon.shape[1], "batch": lat.shape[0]}
 
     def spread(values: Tensor, axes: str) -> Tensor:
-        others = {name: size for name, size in sizes.items() if name not in axes.split()}
-        return repeat(values, f"{axes} -> batch level (nt nlat nlon)", **others)
+        other_sizes = {name: size for name, size in sizes.items() if name not in axes.split()}
+        return repeat(values, f"{axes} -> batch level (nt nlat nlon)", **other_sizes)
 
     levels, spacing = spread(level, "batch level"), spread(height[:, 0], "batch")
     place = (spread(90.0 - lat, "batch nlat"), spread(lon, "batch nlon"))
@@ -302,8 +302,8 @@ def _check_window(stream: StreamTokens, field: AtmoRepField) -> None:
 def _latents(states: list[Tensor], stream: StreamTokens) -> StreamLatents:
     """AtmoRep's latents of one field, from south to north."""
     grid, device = stream.grid, stream.source.device
-    everything = torch.ones((len(stream.source), *grid.shape), dtype=torch.bool)
-    chosen = TokenIndex.of(everything).to(device)
+    all_tokens = torch.ones((len(stream.source), *grid.shape), dtype=torch.bool)
+    chosen = TokenIndex.of(all_tokens).to(device)
     place = TokenPlace({}, chosen, grid.shape, grid.periodic)
     layers = tuple(Latent(_turned(state, grid), place) for state in states)
     return StreamLatents(layers, chosen, grid)

@@ -111,8 +111,8 @@ def attend_fully(
     """Every token attends to every token of the context at the steps that it may see."""
     if steps == "any":
         return attend(query, key, value, context.valid)
-    own, others = (_step_of_tokens(latent) for latent in (x, context))
-    order = _may_see(own[:, :, None], others[:, None, :], steps)
+    query_steps, key_steps = (_step_of_tokens(latent) for latent in (x, context))
+    order = _may_see(query_steps[:, :, None], key_steps[:, None, :], steps)
     return attend(query, key, value, context.valid, order)
 
 
@@ -224,8 +224,8 @@ class Cut:
         axes = x.place.shape[1:]
         fitting = tuple(min(pair) for pair in zip(size, axes, strict=True))
         shift = tuple(
-            one // 2 if shifted and tokens > one else 0
-            for one, tokens in zip(fitting, axes, strict=True)
+            length // 2 if shifted and tokens > length else 0
+            for length, tokens in zip(fitting, axes, strict=True)
         )
         return cls(x.place.shape, fitting, shift, x.place.periodic)  # type: ignore[arg-type]
 
@@ -539,8 +539,8 @@ class EncoderLayer(nn.ModuleDict):
     def __init__(self, widths: Mapping[str, int], sizes: BlockSizes) -> None:
         blocks = {}
         for name, width in widths.items():
-            others = {other: size for other, size in widths.items() if other != name}
-            blocks[name] = EncoderBlock(dim=width, sizes=sizes, coupled_dims=others)
+            other_widths = {other: size for other, size in widths.items() if other != name}
+            blocks[name] = EncoderBlock(dim=width, sizes=sizes, coupled_dims=other_widths)
         super().__init__(blocks)
 
     def forward(self, features: Features, places: Mapping[str, TokenPlace]) -> Features:

@@ -25,7 +25,7 @@ Coordinate = Literal["latitude", "longitude", "date", "hour"]
 COORDINATES: tuple[Coordinate, ...] = get_args(Coordinate)
 
 
-def told_features(told: Sequence[Coordinate]) -> Float[Tensor, "feature"]:
+def told_features(coordinates: Sequence[Coordinate]) -> Float[Tensor, "feature"]:
     """1 for every one of the `absolute_features` that may be told, 0 for others: functions of
     latitude, longitude, the time of the year (`date`) and local solar time (`hour`) are told where
     they are named, level and extents always."""
@@ -33,7 +33,7 @@ def told_features(told: Sequence[Coordinate]) -> Float[Tensor, "feature"]:
     always = [None] * 3
     owners = [*waves, *waves, "date", "hour", "date", "hour", *always, *["latitude"] * 2, *always]
     assert len(owners) == NUM_FEATURES, f"{len(owners)} owners of {NUM_FEATURES} features"
-    return torch.tensor([float(owner is None or owner in told) for owner in owners])
+    return torch.tensor([float(owner is None or owner in coordinates) for owner in owners])
 
 
 def absolute_features(grid: TokenGrid) -> Float[Tensor, "batch token feature"]:
@@ -133,7 +133,7 @@ class Embedding(nn.Module):
         later steps.
     """
 
-    told: Tensor
+    states: Tensor
     scale: Tensor
 
     def __init__(
@@ -159,10 +159,10 @@ class Embedding(nn.Module):
             self.details = nn.Conv2d(2 * spec.patch * stencil[0], dim, stencil[1:])
         context = NUM_FEATURES + _STATES * (2 * _STEPS_AROUND + 1)
         self.position = nn.Sequential(Linear(context, dim), nn.GELU(), Linear(dim, 2 * dim))
-        told = torch.zeros(len(Corruption), dtype=torch.int64)
+        states = torch.zeros(len(Corruption), dtype=torch.int64)
         for corruption, state in _TOLD.items():
-            told[int(corruption)] = state
-        self.register_buffer("told", told, persistent=False)
+            states[int(corruption)] = state
+        self.register_buffer("states", states, persistent=False)
         self.register_buffer("scale", scale.clone())
         self.fields = len(spec.variables) * spec.token_size.level
 
@@ -185,7 +185,7 @@ class Embedding(nn.Module):
         if self.details is not None:
             gradients = gradient_features(tokens, self.scale, self.fields, periodic=grid.periodic)
             values = values + self._convolve(self.details, gradients, self.reach, grid, chosen)
-        states = states_around(self.told[corruption], causal=self.causal)
+        states = states_around(self.states[corruption], causal=self.causal)
         context = gather(torch.cat([features, states.flatten(1, 4)], dim=-1), chosen)
         gain, shift = self.position(context).chunk(2, dim=-1)
         return values * (1 + gain) + shift
@@ -204,10 +204,10 @@ class Embedding(nn.Module):
         frames = rearrange(
             tokens, "batch level nt nlat nlon patch -> (batch level nt) patch nlat nlon"
         )
-        kept = chosen.frames.kept
-        step = kept % num_times
+        numbers = chosen.frames.numbers
+        step = numbers % num_times
         around = [
-            frames[kept - step + (step + shift).clamp(0, num_times - 1)]
+            frames[numbers - step + (step + shift).clamp(0, num_times - 1)]
             for shift in range(-reach[0] * (1 + self.causal), (0 if self.causal else reach[0]) + 1)
         ]
         padded = pad_edges(
@@ -220,16 +220,18 @@ class Embedding(nn.Module):
 
 
 def states_around(
-    told: Int[Tensor, "batch level nt nlat nlon"], *, causal: bool = False
+    states: Int[Tensor, "batch level nt nlat nlon"], *, causal: bool = False
 ) -> Float[Tensor, "batch level nt nlat nlon state"]:
     """One-hot states of a token and of the tokens up to two steps before and after it at the same
     place; all 0 beyond the window's edge, and after it if `causal`."""
-    kinds = torch.arange(_STATES, device=told.device)  # one_hot would read the largest on the host
-    states = (told[..., None] == kinds).float()
-    padded = functional.pad(states, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
-    shifted = [padded[:, :, n : n + told.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
+    kinds = torch.arange(
+        _STATES, device=states.device
+    )  # one_hot would read the largest on the host
+    one_hot = (states[..., None] == kinds).float()
+    padded = functional.pad(one_hot, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
+    shifted = [padded[:, :, n : n + states.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
     if causal:
-        shifted[_STEPS_AROUND + 1 :] = [torch.zeros_like(states)] * _STEPS_AROUND
+        shifted[_STEPS_AROUND + 1 :] = [torch.zeros_like(one_hot)] * _STEPS_AROUND
     return torch.cat(shifted, dim=-1)
 
 

@@ -26,9 +26,9 @@ def distance(network: Network, first: View, second: View) -> Float[Tensor, "batc
 def latent_distance(first: Latents, second: Latents) -> Float[Tensor, "batch"]:
     """`distance` of latents. No gradient is infinite, though a root is taken."""
     squares = []
-    for name, one in first.items():
-        weight = one.areas()
-        apart = squared_difference(one.last, second[name].last)
+    for name, latents in first.items():
+        weight = latents.areas()
+        apart = squared_difference(latents.last, second[name].last)
         squares.append((weight * apart).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-12))
     square = torch.stack(squares).mean(dim=0)
     return torch.where(square > 0, square.clamp_min(1e-12).sqrt(), torch.zeros_like(square))
@@ -38,5 +38,7 @@ def squared_difference(
     first: Float[Tensor, "*token feature"], second: Float[Tensor, "*token feature"]
 ) -> Float[Tensor, "*token"]:
     """Mean over the features of the squared difference of latents, each normalised over them."""
-    one, two = (functional.layer_norm(x.float(), x.shape[-1:]) for x in (first, second))
-    return (one - two).square().mean(dim=-1)
+    normed_first, normed_second = (
+        functional.layer_norm(x.float(), x.shape[-1:]) for x in (first, second)
+    )
+    return (normed_first - normed_second).square().mean(dim=-1)

@@ -123,15 +123,15 @@ def add_low_rank(model: nn.Module, layers: Sequence[str], rank: int) -> None:
     Raises:
         ValueError: a pattern that matches no linear layer, or a layer that is not wider than rank.
     """
-    found = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     for pattern in layers:
-        if not any(fnmatchcase(name, pattern) for name in found):
-            rooms = sorted({".".join(name.split(".")[:2]) + ".*" for name in found})
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            rooms = sorted({".".join(name.split(".")[:2]) + ".*" for name in linears})
             raise ValueError(
                 f"warm_start.low_rank.layers: {pattern!r} matches no linear layer; valid: patterns "
                 f"of names such as {rooms}"
             )
-    for name, layer in found.items():
+    for name, layer in linears.items():
         if not any(fnmatchcase(name, pattern) for pattern in layers):
             continue
         narrow = min(layer.in_features, layer.out_features)
@@ -139,8 +139,8 @@ def add_low_rank(model: nn.Module, layers: Sequence[str], rank: int) -> None:
             raise ValueError(
                 f"warm_start.low_rank.rank={rank} is not below the width {narrow} of {name}"
             )
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, LowRankLinear(layer, rank))
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, LowRankLinear(layer, rank))
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -197,12 +197,14 @@ class Multiformer(Network):
 
     def encode(self, view: View) -> Latents:
         """Latents of the given tokens of every stream in the view, after every layer."""
-        latents, given, layers = {}, {}, {}
+        latents, indices, layers = {}, {}, {}
         for stream in view.streams:
             name = stream.spec.name
-            assert stream.given is not None, "collate the view first: token indices are missing"
-            given[name], layers[name] = stream.given, []
-            latents[name] = self._embed(stream, stream.given)
+            assert stream.encoder_tokens is not None, (
+                "collate the view first: token indices are missing"
+            )
+            indices[name], layers[name] = stream.encoder_tokens, []
+            latents[name] = self._embed(stream, stream.encoder_tokens)
         features = {name: latent.features for name, latent in latents.items()}
         places = {name: latent.place for name, latent in latents.items()}
         for layer in self.encoder:
@@ -213,18 +215,18 @@ class Multiformer(Network):
                 layers[name].append(Latent(x.view_as(x), places[name]))
         return {
             stream.spec.name: StreamLatents(
-                tuple(layers[stream.spec.name]), given[stream.spec.name], stream.grid
+                tuple(layers[stream.spec.name]), indices[stream.spec.name], stream.grid
             )
             for stream in view.streams
         }
 
-    def _embed(self, stream: StreamTokens, given: TokenIndex) -> Latent:
+    def _embed(self, stream: StreamTokens, chosen: TokenIndex) -> Latent:
         name = stream.spec.name
         features = absolute_features(stream.grid) * self.told
-        x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, given)
+        x = self.embedding[name](stream.source, features, stream.corruption, stream.grid, chosen)
         if name in self.absent and stream.valid is not None:
-            x = x + self.absent[name](gather(_flatten(_absent(stream)), given))
-        return Latent(x, self._place(stream, given))
+            x = x + self.absent[name](gather(_flatten(_absent(stream)), chosen))
+        return Latent(x, self._place(stream, chosen))
 
     def _place(self, stream: StreamTokens, chosen: TokenIndex) -> TokenPlace:
         grid = stream.grid
@@ -242,10 +244,10 @@ class Multiformer(Network):
         for stream in _predicted(view):
             name, queries = stream.spec.name, _queries(stream)
             guess, level = gather(_flatten(stream.guess), queries), stream.query_level
-            asked, embedded = self._ask(latents[name], stream)
+            start, embedded = self._ask(latents[name], stream)
             drawn = []
             for noise in self._noise(view, stream, members):
-                decoded = self._decode(name, asked, latents[name], noise)
+                decoded = self._decode(name, start, latents[name], noise)
                 drawn.append(self.tail[name](decoded, embedded, guess, level))
             predictions.append(StreamPrediction(joined(drawn, dim=2), queries))
         return Prediction(tuple(predictions))
@@ -272,9 +274,9 @@ class Multiformer(Network):
             nothing = torch.zeros_like(stream.guess)
             blank = replace(stream, guess=nothing, source=nothing)
             name = stream.spec.name
-            asked, _ = self._ask(latents[name], blank)
-            decoded = Latent(self._decode(name, asked, latents[name], noise=None), asked.place)
-            predicted[name] = StreamLatents((decoded,), asked.place.chosen, stream.grid)
+            start, _ = self._ask(latents[name], blank)
+            decoded = Latent(self._decode(name, start, latents[name], noise=None), start.place)
+            predicted[name] = StreamLatents((decoded,), start.place.chosen, stream.grid)
         return predicted
 
     def _ask(self, latents: StreamLatents, stream: StreamTokens) -> tuple[Latent, Tensor]:
@@ -283,24 +285,24 @@ class Multiformer(Network):
         name, queries = stream.spec.name, _queries(stream)
         features = absolute_features(stream.grid)
         tokens, corruption = stream.guess, stream.corruption
-        own = scatter(latents.last, latents.chosen)
+        at_tokens = scatter(latents.last, latents.chosen)
         if self.causal:  # what the step before shows, of which it is told nothing but that
             tokens = _step_before(stream.source)
             corruption = torch.zeros_like(corruption)
-            own = _step_before(own.unflatten(1, stream.grid.shape)).flatten(1, 4)
+            at_tokens = _step_before(at_tokens.unflatten(1, stream.grid.shape)).flatten(1, 4)
         embedded = self.query[name](tokens, features, corruption, stream.grid, queries)
-        own = gather(own, queries)
-        return Latent(embedded + own, self._place(stream, queries)), embedded
+        at_tokens = gather(at_tokens, queries)
+        return Latent(embedded + at_tokens, self._place(stream, queries)), embedded
 
     def _decode(
-        self, name: str, asked: Latent, latents: StreamLatents, noise: Tensor | None
+        self, name: str, start: Latent, latents: StreamLatents, noise: Tensor | None
     ) -> Float[Tensor, "batch query feature"]:
         """The decoder's last latents of one stream's hidden tokens."""
-        blocks, x = self.decoder[name], asked.features
+        blocks, x = self.decoder[name], start.features
         assert isinstance(blocks, nn.ModuleList)
         for number, block in enumerate(blocks):
             memory = latents.layers[self._memory_layer(number)]
-            x = block(x, memory.features, asked.place, memory.place, noise)
+            x = block(x, memory.features, start.place, memory.place, noise)
         return x
 
     def _memory_layer(self, number: int) -> int:
@@ -360,8 +362,8 @@ def _gappy(streams: tuple[StreamSpec, ...]) -> list[StreamSpec]:
 def _absent(stream: StreamTokens) -> Tensor:
     """1 where a shown token [batch level nt nlat nlon patch] has no observed value."""
     assert stream.valid is not None
-    told = (stream.corruption != Corruption.MASK) & (stream.corruption != Corruption.DROP)
-    return (~stream.valid & told[..., None]).to(stream.source)
+    shown = (stream.corruption != Corruption.MASK) & (stream.corruption != Corruption.DROP)
+    return (~stream.valid & shown[..., None]).to(stream.source)
 
 
 def _scale_of(spec: StreamSpec, scales: Mapping[str, Tensor]) -> Tensor:

@@ -75,7 +75,7 @@ def to_frames(
     num_lat, num_lon = chosen.chosen.shape[-2:]
     if not chosen.complete:
         places, feature = num_lat * num_lon, listed.shape[-1]
-        rows = listed.new_zeros(len(chosen.frames.kept) * places + 1, feature)
+        rows = listed.new_zeros(len(chosen.frames.numbers) * places + 1, feature)
         slot = chosen.frames.slot.flatten()[:, None].expand(-1, feature)
         listed = rows.scatter(0, slot, listed.flatten(0, 1))[:-1]
     return rearrange(
@@ -127,8 +127,8 @@ def token_coordinates(grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = {"level": num_level, "nt": num_time, "nlat": num_lat, "nlon": num_lon}
 
     def spread(values: Tensor, axis: str) -> Tensor:
-        others = {name: size for name, size in sizes.items() if name != axis}
-        return repeat(values, f"batch {axis} -> batch (level nt nlat nlon)", **others)
+        other_sizes = {name: size for name, size in sizes.items() if name != axis}
+        return repeat(values, f"batch {axis} -> batch (level nt nlat nlon)", **other_sizes)
 
     return (
         spread(grid.time_hours, "nt"),

@@ -77,12 +77,12 @@ class Centre(nn.Module):
 
     def update(self) -> None:
         """Once per optimiser step, on every rank, whether it has seen anything or not."""
-        seen, self.seen = self.seen, None
-        if seen is None:
-            seen = torch.cat([torch.zeros_like(self.value), self.value.new_zeros(1)])
+        sums, self.seen = self.seen, None
+        if sums is None:
+            sums = torch.cat([torch.zeros_like(self.value), self.value.new_zeros(1)])
         if is_distributed():
-            dist.all_reduce(seen)
-        mean = torch.where(seen[-1] > 0, seen[:-1] / seen[-1].clamp_min(1e-12), self.value)
+            dist.all_reduce(sums)
+        mean = torch.where(sums[-1] > 0, sums[:-1] / sums[-1].clamp_min(1e-12), self.value)
         self.value.lerp_(mean, 1.0 - self.momentum)
 
 
@@ -217,15 +217,15 @@ class SelfDistillation(Objective):
         students = batch.views[: self.num_global + self.num_local]
         shown = batch.views[len(students) :] or students[: self.num_global]
         with torch.no_grad():
-            seen = [self.teacher.encode(view) for view in shown]
-            targets = self._targets([self.teacher.pool(latents) for latents in seen])
+            teacher_latents = [self.teacher.encode(view) for view in shown]
+            targets = self._targets([self.teacher.pool(latents) for latents in teacher_latents])
         latents = [network.encode(view) for view in students]
         pooled = [network.pool(each).float() for each in latents]
         logits = [self.heads["pooled"](each) for each in pooled]
         terms = [("distillation", multi_crop(logits, targets, self.student_temperature))]
         factors = [1.0]
         if self.patch_weight:
-            parts = [self._patches(latents[n], seen[n], students[n]) for n in large]
+            parts = [self._patches(latents[n], teacher_latents[n], students[n]) for n in large]
             losses, weight = (torch.cat(kind) for kind in zip(*parts, strict=True))
             terms.append(("patch", weighted_mean(losses, weight)))
             factors.append(self.patch_weight)
@@ -265,7 +265,9 @@ class SelfDistillation(Objective):
         weights += [torch.ones_like(area)] if self.koleo_weight else []
         return torch.stack(weights)
 
-    def _patches(self, latents: Latents, seen: Latents, view: View) -> tuple[Tensor, Tensor]:
+    def _patches(
+        self, latents: Latents, teacher_latents: Latents, view: View
+    ) -> tuple[Tensor, Tensor]:
         """Cross entropies of the hidden tokens of a crop, and their areas."""
         values, weights = [], []
         for stream in predicted_streams(view):
@@ -274,7 +276,7 @@ class SelfDistillation(Objective):
             weight = hidden_areas(stream).flatten()
             student = gather(latents[name].last, queries).flatten(0, 1)
             with torch.no_grad():
-                teacher = gather(seen[name].last, queries).flatten(0, 1)
+                teacher = gather(teacher_latents[name].last, queries).flatten(0, 1)
                 logits = self.teacher_heads[f"token_{name}"](teacher)
                 target = self._centred(f"token_{name}", logits, weight)
             scores = self.heads[f"token_{name}"](student) / self.student_temperature

@@ -105,15 +105,15 @@ class JointEmbedding(Objective):
         pairs, terms, factors = [], [], []
         for stream in predicted_streams(view):
             name = stream.spec.name
-            found, weight = predicted[name].last.float(), hidden_areas(stream)
+            latents, weight = predicted[name].last.float(), hidden_areas(stream)
             target = gather(targets[name].last, predicted[name].chosen).float()
             if self.teacher is not None:
                 target = functional.layer_norm(target, target.shape[-1:])
-            distances = self._distances(found, target).mean(dim=-1)
+            distances = self._distances(latents, target).mean(dim=-1)
             terms.append((name, weighted_mean(distances, weight)))
             factors.append(stream.spec.loss_weight)
             target, bins = target.detach(), position_bins(stream.grid, predicted[name].chosen)
-            pairs.append(LatentPrediction(name, found, target, weight, bins))
+            pairs.append(LatentPrediction(name, latents, target, weight, bins))
         if self.teacher is None:
             terms.append(("sigreg", self._departure_from_normal(targets)))
             factors.append(sum(factors) * self.sigreg_share / (1 - self.sigreg_share))
@@ -125,10 +125,12 @@ class JointEmbedding(Objective):
         with torch.no_grad():
             return self.teacher.encode(whole)
 
-    def _distances(self, found: Tensor, target: Tensor) -> Tensor:
+    def _distances(self, predicted: Tensor, target: Tensor) -> Tensor:
         if self.distance == "l1":
-            return functional.l1_loss(found, target, reduction="none")
-        return functional.smooth_l1_loss(found, target, reduction="none", beta=self.smooth_below)
+            return functional.l1_loss(predicted, target, reduction="none")
+        return functional.smooth_l1_loss(
+            predicted, target, reduction="none", beta=self.smooth_below
+        )
 
     def _departure_from_normal(self, targets: Latents) -> Float[Tensor, ""]:
         """Mean over streams of SIGReg of their anomalies, at tokens that move from step to step."""

@@ -70,13 +70,15 @@ class MaskedModelling(Objective):
         (view,) = batch.views
         prediction = network(view)
         streams = predicted_streams(view)
-        found = [
+        stream_losses = [
             self.stream_loss(stream, predicted)
             for stream, predicted in zip(streams, prediction.streams, strict=True)
         ]
-        terms = tuple((s.spec.name, loss) for s, (loss, _) in zip(streams, found, strict=True))
+        terms = tuple(
+            (s.spec.name, loss) for s, (loss, _) in zip(streams, stream_losses, strict=True)
+        )
         factors = tuple(stream.spec.loss_weight for stream in streams)
-        weighted = [values for _, values in found if values is not None]
+        weighted = [values for _, values in stream_losses if values is not None]
         tells_samples = view.mask_kind is not None and bool(weighted)
         by_sample = _sums_by_sample(weighted) if tells_samples else None
         return Losses(terms, factors, prediction, by_sample=by_sample)
@@ -309,7 +311,7 @@ def _weights(stream: StreamTokens, index: Tensor, latitude_weighted: bool) -> Te
     weight = rows.gather(1, row[..., None].expand(-1, -1, rows.shape[-1]))
     if not latitude_weighted:
         weight = torch.ones_like(weight)
-    for counts in (stream.valid, stream.asked):
+    for counts in (stream.valid, stream.target_points):
         if counts is not None:
             weight = weight * counts.flatten(1, 4).gather(1, index[..., None].expand_as(weight))
     return weight

@@ -66,14 +66,14 @@ def split_positions(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
     """By task, the sums whose names begin with `position:`, without that, and all others."""
     marked = {
-        task: {k.removeprefix(_MARK): v for k, v in own.items() if k.startswith(_MARK)}
-        for task, own in sums.items()
+        task: {k.removeprefix(_MARK): v for k, v in task_sums.items() if k.startswith(_MARK)}
+        for task, task_sums in sums.items()
     }
-    others = {
-        task: {k: v for k, v in own.items() if not k.startswith(_MARK)}
-        for task, own in sums.items()
+    unmarked = {
+        task: {k: v for k, v in task_sums.items() if not k.startswith(_MARK)}
+        for task, task_sums in sums.items()
     }
-    return marked, others
+    return marked, unmarked
 
 
 def position_ratios(

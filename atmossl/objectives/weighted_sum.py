@@ -90,9 +90,10 @@ class WeightedSum(Objective):
     def batches(self, batch: Batch) -> dict[str, Batch]:
         """What every part sees of a batch."""
         views = iter(batch.views)
-        taken = [tuple(next(views) for _ in range(count)) for count in self.num_views]
+        views_of_parts = [tuple(next(views) for _ in range(count)) for count in self.num_views]
         return {
-            name: replace(batch, views=own) for name, own in zip(self.parts, taken, strict=True)
+            name: replace(batch, views=part_views)
+            for name, part_views in zip(self.parts, views_of_parts, strict=True)
         }
 
     def forward(self, network: Any, batch: Batch) -> Losses:
@@ -108,11 +109,11 @@ class WeightedSum(Objective):
         """A part that gives none has one term, and all its batches count the same."""
         batches = self.batches(batch)
         weights = [part.weights(batches[name]) for name, part in self._objectives().items()]
-        known = [weight for weight in weights if weight is not None]
-        if not known:
+        actual_weights = [weight for weight in weights if weight is not None]
+        if not actual_weights:
             return None
-        one = known[0].new_ones(1)
-        return torch.cat([one if weight is None else weight for weight in weights])
+        equal_weight = actual_weights[0].new_ones(1)
+        return torch.cat([equal_weight if weight is None else weight for weight in weights])
 
     def after_step(self, network: Any, step: int) -> None:
         for part in self._objectives().values():
@@ -130,7 +131,11 @@ class _PartMetrics:
     def __init__(self, objective: WeightedSum, stage: str) -> None:
         self.objective = objective
         metrics = {name: part.metrics for name, part in objective._objectives().items()}
-        self.metrics = {name: own[stage] for name, own in metrics.items() if stage in own}
+        self.metrics = {
+            name: part_metrics[stage]
+            for name, part_metrics in metrics.items()
+            if stage in part_metrics
+        }
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         batches = self.objective.batches(batch)
@@ -145,10 +150,10 @@ class _PartMetrics:
         values: dict[str, Tensor] = {}
         for name, metric in self.metrics.items():
             start = f"{name}:"
-            own = {
+            part_sums = {
                 task: {k.removeprefix(start): v for k, v in of_task.items() if k.startswith(start)}
                 for task, of_task in sums.items()
             }
-            for key, value in metric.values(own).items():
+            for key, value in metric.values(part_sums).items():
                 values[f"{name}_{key}" if key in values else key] = value
         return values

@@ -62,9 +62,9 @@ def fit_attentive(
         probe = AttentivePool(tokens.shape[-1], targets.shape[-1], torch.from_numpy(area).float())
     optimizer = torch.optim.AdamW(probe.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
 
-    def predict(by: AttentivePool, asked: np.ndarray) -> np.ndarray:
+    def predict(by: AttentivePool, rows: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            scaled = (torch.from_numpy(np.asarray(asked, np.float32)) - centre) / spread
+            scaled = (torch.from_numpy(np.asarray(rows, np.float32)) - centre) / spread
             return (by(scaled) * scale + mean).double().numpy()
 
     best, least = copy.deepcopy(probe), math.inf

@@ -165,11 +165,13 @@ def _state(run: Run, hours: int, levels: Mapping[str, Sequence[int]]) -> xr.Data
             "longitude": segment.grid.longitude,
         }
     )
-    for name, wanted in levels.items():
-        read = [segment.read(name, wanted, int(s), 1, segment.whole())[:, 0] for s in steps]
+    for name, variable_levels in levels.items():
+        read = [
+            segment.read(name, variable_levels, int(s), 1, segment.whole())[:, 0] for s in steps
+        ]
         values = xr.DataArray(
             np.stack(read), dims=("case", "level", "latitude", "longitude"),
-            coords={"level": list(wanted)},
+            coords={"level": list(variable_levels)},
         )  # fmt: skip
         dataset = xr.merge([dataset, values.rename(name)], join="outer")
     return dataset

@@ -119,16 +119,16 @@ def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[
     pooled, local = [], []
     train = cases.of("train")
     for hours in (-24, 0):
-        for name, wanted in levels.items():
-            for level in wanted:
+        for name, variable_levels in levels.items():
+            for level in variable_levels:
                 field = cases.states[hours][name].sel(level=level)
                 cells = field.transpose("case", "latitude", "longitude").to_numpy()
                 spread = float(cells[train].std()) or 1.0
                 cells = (cells - float(cells[train].mean())) / spread
                 means = places.token_means(cells)
                 pooled.append(means.reshape(len(means), -1))
-                own = rearrange(places.blocks(cells), "case r y c x -> case r c (y x)")
-                around = np.concatenate([own, _around(means)], axis=-1)
+                token_cells = rearrange(places.blocks(cells), "case r y c x -> case r c (y x)")
+                around = np.concatenate([token_cells, _around(means)], axis=-1)
                 local.append(places.at_places(around))
     return Features("raw", None, np.concatenate(pooled, 1), np.concatenate(local, 2))
 
@@ -152,14 +152,14 @@ def principal_components(raw: Features, cases: Cases, like: Features) -> Feature
     have features, or as there can be."""
     train = cases.of("train")
     parts = []
-    for values, wanted in ((raw.pooled, like.pooled), (raw.local, like.local)):
+    for values, latents in ((raw.pooled, like.pooled), (raw.local, like.local)):
         rows = values[train].reshape(-1, values.shape[-1]).astype(np.float64)
         mean = rows.mean(axis=0)
         if rows.shape[0] >= rows.shape[1]:
             axes = np.linalg.eigh((rows - mean).T @ (rows - mean))[1][:, ::-1].T
         else:
             axes = np.linalg.svd(rows - mean, full_matrices=False)[2][:-1]
-        parts.append((values - mean) @ axes[: wanted.shape[-1]].T)
+        parts.append((values - mean) @ axes[: latents.shape[-1]].T)
     return Features("pca", None, *parts)
 
 
@@ -175,6 +175,6 @@ def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
     zonal = [f(k * angle) for angle in (longitude, hour) for k in (1, 2) for f in (np.sin, np.cos)]
     meridional = [f(k * latitude) for k in (1, 2, 3) for f in (np.sin, np.cos)]
     mixed = [np.cos(latitude) * part for part in zonal[:2]]
-    own = np.stack([*zonal, *meridional, *mixed], axis=-1)
-    clocks = np.broadcast_to(pooled[:, None], (*own.shape[:2], pooled.shape[-1]))
-    return Features("position", None, pooled, np.concatenate([own, clocks], axis=-1))
+    place_features = np.stack([*zonal, *meridional, *mixed], axis=-1)
+    clocks = np.broadcast_to(pooled[:, None], (*place_features.shape[:2], pooled.shape[-1]))
+    return Features("position", None, pooled, np.concatenate([place_features, clocks], axis=-1))

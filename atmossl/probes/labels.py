@@ -45,7 +45,9 @@ class Label:
             f"{v} at {level} hPa" for v, level in self.needs if level not in levels.get(v, ())
         ]
         if lacking:
-            have = ", ".join(f"{v} {list(found)}" for v, found in levels.items())
+            have = ", ".join(
+                f"{v} {list(variable_levels)}" for v, variable_levels in levels.items()
+            )
             raise ValueError(
                 f"probes: {name} needs {' and '.join(lacking)}; the checkpoint has {have}"
             )
@@ -63,10 +65,10 @@ def jet_latitude(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
         raise ValueError("probes: jet_latitude needs 3 rows between 15 and 75 degrees north")
     top = values[:, 1:-1].argmax(axis=1) + 1
     rows = np.arange(len(values))
-    left, middle, right = (values[rows, top + shift] for shift in (-1, 0, 1))
-    curvature = left - 2 * middle + right
+    south, middle, north = (values[rows, top + shift] for shift in (-1, 0, 1))
+    curvature = south - 2 * middle + north
     shift = np.divide(
-        (left - right) / 2, curvature, out=np.zeros_like(left), where=curvature < 0
+        (south - north) / 2, curvature, out=np.zeros_like(south), where=curvature < 0
     ).clip(-0.5, 0.5)
     return xr.DataArray(latitude[top] + shift * np.gradient(latitude)[top], dims="case")
 

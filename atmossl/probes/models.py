@@ -79,7 +79,7 @@ def chosen_strength(
 
 def nearest_neighbours(
     train: Rows,
-    asked: Rows,
+    test: Rows,
     *,
     neighbours: int = NEIGHBOURS,
     excluded_days: float = EXCLUDED_DAYS,
@@ -93,15 +93,15 @@ def nearest_neighbours(
     unit = _unit(np.asarray(scaler.transform(train.features)))
     span = np.timedelta64(round(excluded_days * 86400), "s")
     predicted = []
-    for start in range(0, len(asked.features), _ROWS_AT_ONCE):
+    for start in range(0, len(test.features), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
-        cosine = _unit(np.asarray(scaler.transform(asked.features[part]))) @ unit.T
-        near = np.abs(asked.times[part, None] - train.times[None]) <= span
-        cosine[near & (asked.run[part, None] == train.run[None])] = -np.inf
+        cosine = _unit(np.asarray(scaler.transform(test.features[part]))) @ unit.T
+        near = np.abs(test.times[part, None] - train.times[None]) <= span
+        cosine[near & (test.run[part, None] == train.run[None])] = -np.inf
         count = min(neighbours, len(unit))
-        found = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
-        counts = np.isfinite(np.take_along_axis(cosine, found, axis=1))[..., None]
-        total = (train.targets[found] * counts).sum(axis=1)
+        nearest = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
+        counts = np.isfinite(np.take_along_axis(cosine, nearest, axis=1))[..., None]
+        total = (train.targets[nearest] * counts).sum(axis=1)
         number = counts.sum(axis=1)
         mean = train.targets.mean(axis=0)
         predicted.append(np.where(number > 0, total / number.clip(1), mean))

@@ -108,7 +108,8 @@ class ProbeRun:
         """
         trained.require("embed")
         levels = {
-            name: tuple(found) for name, found in levels_by_variable(trained.own_specs).items()
+            name: tuple(variable_levels)
+            for name, variable_levels in levels_by_variable(trained.own_specs).items()
         }
         names = options.probes or tuple(name for name in PROBES if _is_possible(name, levels))
         check_probes(names, levels)
@@ -134,8 +135,8 @@ class ProbeRun:
         sources = self._features(advance)
         outcomes, headlines = [], {}
         for question in self.questions:
-            found, headline = self._answers(question, sources)
-            outcomes += found
+            answers, headline = self._answers(question, sources)
+            outcomes += answers
             headlines[question.name] = headline
         test = self.cases.of("test")
         latents = {s.layer: s.pooled[test] for s in sources if s.source == "latents"}
@@ -176,7 +177,7 @@ class ProbeRun:
         best = best_by_validation(outcomes, "latents", "linear")
         features = next(s for s in sources if (s.source, s.layer) == ("latents", best.layer))
         headline = scorer.with_refits(best, features)
-        return [headline if one is best else one for one in outcomes], headline
+        return [headline if outcome is best else outcome for outcome in outcomes], headline
 
 
 def _is_possible(name: str, levels: Mapping[str, Sequence[int]]) -> bool:
@@ -224,13 +225,14 @@ def scores(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.Data
     """One row for every probe, source, layer and method."""
     return pd.DataFrame(
         {
-            "checkpoint": checkpoint, "probe": one.probe, "method": one.method,
-            "source": one.source, "layer": one.layer, "skill": one.skill,
-            **_limits(one.samples, confidence), "validation": one.validation,
-            "penalty": one.strength, "refits_low": one.refits[0], "refits_high": one.refits[1],
-            "headline": one is probed.headlines[one.probe],
+            "checkpoint": checkpoint, "probe": outcome.probe, "method": outcome.method,
+            "source": outcome.source, "layer": outcome.layer, "skill": outcome.skill,
+            **_limits(outcome.samples, confidence), "validation": outcome.validation,
+            "penalty": outcome.strength,
+            "refits_low": outcome.refits[0], "refits_high": outcome.refits[1],
+            "headline": outcome is probed.headlines[outcome.probe],
         }
-        for one in probed.outcomes
+        for outcome in probed.outcomes
     ).astype({"layer": "Int64"})  # fmt: skip
 
 
@@ -239,10 +241,10 @@ def comparisons(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd
     validation, too): difference of skill, and its interval over the same draws of dates."""
     rows = []
     for probe, headline in probed.headlines.items():
-        of_probe = [one for one in probed.outcomes if one.probe == probe]
+        of_probe = [outcome for outcome in probed.outcomes if outcome.probe == probe]
         for baseline in BASELINES:
             method = "none" if baseline in ("climatology", "persistence") else "linear"
-            if not any(one.source == baseline for one in of_probe):
+            if not any(outcome.source == baseline for outcome in of_probe):
                 continue
             other = best_by_validation(of_probe, baseline, method)
             difference = _limits(headline.samples - other.samples, confidence)

@@ -100,13 +100,13 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
         by_place = _as_targets(label, values(hours), asked_values, train, places)
         return rearrange(by_place, "case place target -> (case place) target")
 
-    asked = targets(label.lead_hours)
+    asked_targets = targets(label.lead_hours)
     return Question(
         name=name,
         classes=label.kind != "number",
         local=label.local,
-        targets=asked,
-        case=np.repeat(np.arange(len(cases.times)), len(asked) // len(cases.times)),
+        targets=asked_targets,
+        case=np.repeat(np.arange(len(cases.times)), len(asked_targets) // len(cases.times)),
         persistence=targets(label.lead_hours - 24) if label.persists else None,
     )
 
@@ -121,7 +121,11 @@ def _by_place(cells: xr.DataArray, places: TokenPlaces) -> np.ndarray:
 
 
 def _as_targets(
-    label: Label, values: np.ndarray, asked: np.ndarray, train: np.ndarray, places: TokenPlaces
+    label: Label,
+    values: np.ndarray,
+    asked_values: np.ndarray,
+    train: np.ndarray,
+    places: TokenPlaces,
 ) -> Float[np.ndarray, "case place target"]:
     """Numbers as departures from the training mean (of every place), classes as one column each.
     The limit of an extreme is of the drawn places, which are evenly spread over the sphere.
@@ -129,12 +133,12 @@ def _as_targets(
     asked: what mean and limit are taken of, at the cases `train`.
     """
     if label.kind == "number":
-        values = values - asked[train].mean(axis=0)
+        values = values - asked_values[train].mean(axis=0)
     elif label.kind == "extreme":
-        limit = np.quantile(places.at_places(asked)[train], EXTREME_QUANTILE)
+        limit = np.quantile(places.at_places(asked_values)[train], EXTREME_QUANTILE)
         values = np.eye(2)[(values[..., 0] > limit).astype(int)]
     else:
-        values = np.eye(round(float(asked.max())) + 1)[np.rint(values[..., 0]).astype(int)]
+        values = np.eye(round(float(asked_values.max())) + 1)[np.rint(values[..., 0]).astype(int)]
     return places.at_places(values) if label.local else values
 
 
@@ -224,18 +228,18 @@ class Scorer:
 
     def references(self) -> list[Outcome]:
         """Climatology, and persistence where it makes sense."""
-        targets, found = self.question.targets, []
+        targets, outcomes = self.question.targets, []
 
         def climatology(split: str) -> np.ndarray:
             return np.broadcast_to(self._climatology, targets[self._part(split)].shape)
 
-        found.append(self.outcome("climatology", "none", climatology))
+        outcomes.append(self.outcome("climatology", "none", climatology))
         persistence = self.question.persistence
         if persistence is not None:
-            found.append(
+            outcomes.append(
                 self.outcome("persistence", "none", lambda split: persistence[self._part(split)])
             )
-        return found
+        return outcomes
 
     def linear(self, features: Features) -> Outcome:
         """Ridge or logistic regression, its penalty chosen on validation."""
@@ -292,5 +296,7 @@ class Scorer:
 
 def best_by_validation(outcomes: Sequence[Outcome], source: str, method: str) -> Outcome:
     """Of all layers of a source."""
-    of_source = [one for one in outcomes if one.source == source and one.method == method]
-    return max(of_source, key=lambda one: one.validation)
+    of_source = [
+        outcome for outcome in outcomes if outcome.source == source and outcome.method == method
+    ]
+    return max(of_source, key=lambda outcome: outcome.validation)

@@ -45,7 +45,7 @@ def headline_table(summary: Summary) -> pd.DataFrame:
     rows = []
     for headline in rows_where(summary.scores, headline=True).to_dict("records"):
         of_probe = {name: headline[name] for name in ("checkpoint", "probe")}
-        found = rows_where(summary.comparisons, **of_probe)
+        compared = rows_where(summary.comparisons, **of_probe)
         row = {
             **of_probe,
             "layer": headline["layer"],
@@ -53,11 +53,13 @@ def headline_table(summary: Summary) -> pd.DataFrame:
             "refits": f"{headline['refits_low']:.2f} to {headline['refits_high']:.2f}",
         }
         attentive = rows_where(summary.scores, **of_probe, source="latents", method="attentive")
-        for one in attentive.to_dict("records"):
-            row["attentive"] = f"{one['skill']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
-        for one in found.to_dict("records"):
-            beaten = " *" if one["low"] > 0 else ""
-            row[one["baseline"]] = f"{one['baseline_skill']:.2f}{beaten}"
+        for record in attentive.to_dict("records"):
+            row["attentive"] = (
+                f"{record['skill']:.2f} ({record['low']:.2f} to {record['high']:.2f})"
+            )
+        for record in compared.to_dict("records"):
+            beaten = " *" if record["low"] > 0 else ""
+            row[record["baseline"]] = f"{record['baseline_skill']:.2f}{beaten}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 

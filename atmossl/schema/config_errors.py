@@ -57,15 +57,15 @@ def lines_of(
         if not follows(fault):
             value, colon, message = line_of(fault, within, values).partition(": ")
             messages.setdefault(value + colon, []).append(message)
-    return [value + _alternatives(found) for value, found in messages.items()]
+    return [value + _alternatives(alternatives) for value, alternatives in messages.items()]
 
 
 def _alternatives(messages: Sequence[str]) -> str:
     """What is valid, of the types that a value may have: `valid: above 0, or 'auto'`."""
-    first, *others = dict.fromkeys(messages)
-    if all(message.startswith("valid: ") for message in (first, *others)):
-        return ", or ".join([first, *(message.removeprefix("valid: ") for message in others)])
-    return "; or: ".join((first, *others))
+    first, *rest = dict.fromkeys(messages)
+    if all(message.startswith("valid: ") for message in (first, *rest)):
+        return ", or ".join([first, *(message.removeprefix("valid: ") for message in rest)])
+    return "; or: ".join((first, *rest))
 
 
 def _lacks_item(fault: Any) -> bool:
@@ -126,7 +126,7 @@ def unknown_key(key: str, valid: Iterable[str]) -> str:
     place, dot, name = key.rpartition(".")
     close = get_close_matches(name, list(valid), n=2)
     if close:
-        meant = " or ".join(f"{place}{dot}{found}" for found in close)
+        meant = " or ".join(f"{place}{dot}{similar}" for similar in close)
         return f"unknown key {key}; did you mean {meant}?"
     names = ", ".join(sorted(valid))
     return f"unknown key {key}" + (f"; valid: {names}" if names else "")

@@ -160,13 +160,13 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
         raise ValueError(f"train_only={train_only!r}; valid: null or one of {list(_ENDS)}")
-    given = checked_keywords(kind, values, _OF_THE_RUN, as_written=_with_parts)
+    keywords = checked_keywords(kind, values, _OF_THE_RUN, as_written=_with_parts)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(kind).parameters.items()
         if parameter.default is not parameter.empty and name not in _OF_THE_RUN
     }
-    return ObjectiveChoice(kind, defaults | given, train_only)
+    return ObjectiveChoice(kind, defaults | keywords, train_only)
 
 
 ChosenObjective = Annotated[ObjectiveChoice, BeforeValidator(choose_objective)]

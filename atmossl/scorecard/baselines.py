@@ -86,9 +86,9 @@ class Setting:
 
 def beside_missing(answer: xr.Dataset, predicted: xr.Dataset) -> xr.Dataset:
     """An answer, missing for the variables that are predicted and that it lacks."""
-    one = predicted.isel(member=0, drop=True) if "member" in predicted.dims else predicted
-    lacking = [name for name in one.data_vars if name not in answer]
-    return answer.assign({name: xr.full_like(one[name], np.nan) for name in lacking})
+    member = predicted.isel(member=0, drop=True) if "member" in predicted.dims else predicted
+    lacking = [name for name in member.data_vars if name not in answer]
+    return answer.assign({name: xr.full_like(member[name], np.nan) for name in lacking})
 
 
 def problem_of(setting: Setting) -> ridge.RidgeTask | None:
@@ -161,8 +161,8 @@ def temporal_interpolation(setting: Setting) -> Baselines:
             for number in range(count)
         ]
         line = xr.concat(lines, "time").sortby("time")
-        found = {"linear": line, "climatology": setting.climatology(predicted)}
-        return found | regression(predicted, truth)
+        answers = {"linear": line, "climatology": setting.climatology(predicted)}
+        return answers | regression(predicted, truth)
 
     return baselines
 
@@ -175,7 +175,7 @@ def downscaling(setting: Setting) -> Baselines:
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
         coarse = spatial.coarsen(truth.sel(time=times), factor)
-        found = {
+        answers = {
             name: function(coarse, truth)
             for name, function in (
                 ("bicubic", spatial.bicubic),
@@ -183,7 +183,7 @@ def downscaling(setting: Setting) -> Baselines:
                 ("conservative", spatial.conservative),
             )
         }
-        return found | regression(predicted, truth)
+        return answers | regression(predicted, truth)
 
     return baselines
 
@@ -197,11 +197,11 @@ def inpainting(setting: Setting) -> Baselines:
     regression = LocalRidge.fit(setting.known, hidden) if setting.regresses else None
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
-        given = truth.sel(time=predicted["time"])
-        found = {"harmonic": harmonic(given), "climatology": setting.climatology(predicted)}
+        truth_now = truth.sel(time=predicted["time"])
+        answers = {"harmonic": harmonic(truth_now), "climatology": setting.climatology(predicted)}
         if regression is not None:
-            found["ridge"] = beside_missing(regression(given[names]), predicted)
-        return found
+            answers["ridge"] = beside_missing(regression(truth_now[names]), predicted)
+        return answers
 
     return baselines
 
@@ -225,16 +225,16 @@ def combined(setting: Setting) -> Baselines:
     harmonic = None if hidden is None else HarmonicInfill(setting.grid, hidden)
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
-        found = {"climatology": setting.climatology(predicted)}
+        answers = {"climatology": setting.climatology(predicted)}
         if harmonic is not None:
-            found = {"harmonic": harmonic(truth.sel(time=predicted["time"]))} | found
+            answers = {"harmonic": harmonic(truth.sel(time=predicted["time"]))} | answers
         if "init_time" not in predicted.dims:
-            return found
+            return answers
         init, lead = predicted["init_time"], predicted["lead_time"]
         start = truth.sel(time=init.to_numpy())
         if gaps:
             start = HarmonicInfill(setting.grid, np.any(gaps, axis=0))(start)
-        return {"persistence": base.persistence(start, init, lead)} | found
+        return {"persistence": base.persistence(start, init, lead)} | answers
 
     return baselines
 

@@ -53,16 +53,16 @@ def open_forecasts(locations: tuple[str, ...]) -> dict[str, xr.Dataset]:
     Raises:
         ValueError: no such store, two of one name, or no forecast in it.
     """
-    found = {}
+    forecasts = {}
     for location in locations:
         name = PurePosixPath(location.rstrip("/")).name.removesuffix(".zip")
         name = name.removesuffix(".zarr").removesuffix(".nc")
-        if name in found or name in ("persistence", "climatology"):
+        if name in forecasts or name in ("persistence", "climatology"):
             raise ValueError(f"forecasts={location}: the name {name} is taken; rename the file")
         options = _ANONYMOUS.get(location.partition("://")[0], {})
         store = open_store(SegmentEntry(location=location, storage_options=options))
-        found[name] = canonical_forecast(store.dataset, location)
-    return found
+        forecasts[name] = canonical_forecast(store.dataset, location)
+    return forecasts
 
 
 def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport:
@@ -121,7 +121,7 @@ def score_forecasts(
     """
     for segment in (*truth, *training):
         check_calendar(config, segment)
-    records = [lazy_dataset(segment) for segment in sorted(truth, key=lambda one: one.times[0])]
+    records = [lazy_dataset(s) for s in sorted(truth, key=lambda s: s.times[0])]
     whole = _joined(records, [segment.name for segment in truth])
     check_same_units(forecasts, whole)
     common = common_ground(forecasts, whole, config.every)
@@ -152,8 +152,8 @@ def score_forecasts(
         datasets, name = read_part(forecasts, common, part), part.variable
         ours = datasets.pop(first)
         needed = np.concatenate([ours[common.dim], case_times(ours).to_numpy().ravel()])
-        known = np.intersect1d(needed, record["time"].to_numpy())
-        beside = _on_common(record[[name]].sel(time=known), common)
+        scorable = np.intersect1d(needed, record["time"].to_numpy())
+        beside = _on_common(record[[name]].sel(time=scorable), common)
         baselines = datasets | _trivial(ours, beside, climate, persists=persists)
         ours, baselines, share = _where_all_have(ours, baselines)
         lacking[name] = max(lacking.get(name, 0.0), share)
@@ -248,8 +248,8 @@ def _where_all_have(
     share = 1.0 - float(there.mean())
     if share == 0.0:
         return ours, baselines, share
-    kept = {source: dataset.where(there) for source, dataset in baselines.items()}
-    return ours.where(there), kept, share
+    complete_baselines = {source: dataset.where(there) for source, dataset in baselines.items()}
+    return ours.where(there), complete_baselines, share
 
 
 def _trivial(
@@ -260,10 +260,10 @@ def _trivial(
     if "init_time" not in ours.dims:
         return {"climatology": base.climatology_at(mean, ours["time"])}
     init, lead = ours["init_time"], ours["lead_time"]
-    found = {"climatology": base.climatology_forecast(mean, init, lead)}
+    baselines = {"climatology": base.climatology_forecast(mean, init, lead)}
     if persists:
-        found["persistence"] = base.persistence(truth, init, lead)
-    return found
+        baselines["persistence"] = base.persistence(truth, init, lead)
+    return baselines
 
 
 def lazy_dataset(segment: Segment) -> xr.Dataset:

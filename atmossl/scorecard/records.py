@@ -21,9 +21,9 @@ def chosen_segments(segments: Sequence[Segment], config: EvaluateConfig) -> list
     Raises:
         ValueError: there is none of that name.
     """
-    chosen = [one for one in segments if one.is_called(config.segment)]
+    chosen = [segment for segment in segments if segment.is_called(config.segment)]
     if not chosen:
-        have = sorted({one.name for one in segments})
+        have = sorted({segment.name for segment in segments})
         raise ValueError(f"segment={config.segment} is not in split={config.split}; valid: {have}")
     return chosen
 

@@ -115,16 +115,16 @@ def provenance_of(config: EvaluateConfig, trained: TrainedModel, command: str) -
     """The command and what its numbers depend on."""
     data = config.data.name or trained.data
     if config.forecasts:
-        what = f"Forecasts {', '.join(config.forecasts)} against {data}, split {config.split}."
+        summary = f"Forecasts {', '.join(config.forecasts)} against {data}, split {config.split}."
         source = {"forecasts": ", ".join(config.forecasts)}
     else:
         tasks = ", ".join(readable(task.name) for task in config.tasks)
-        what = f"Zero-shot {tasks} on {data}, split {config.split}: held out from training."
+        summary = f"Zero-shot {tasks} on {data}, split {config.split}: held out from training."
         source = {"checkpoint": f"{config.checkpoint}, digest {trained.digest}"}
     packages = ("scores", "xarray", "numpy", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     facts = {
-        "what": what,
+        "what": summary,
         **source,
         "data": f"{data}, split {config.split}, every {config.every}",
         "bootstrap": f"{config.bootstrap} resamples, seed {config.seed}",

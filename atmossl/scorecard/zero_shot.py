@@ -89,7 +89,7 @@ def _runs(
     )
     runs: list[list[_Run]] = []
     for task in config.tasks:
-        plans = [plan_prediction(trained, task, [one], options) for one in segments]
+        plans = [plan_prediction(trained, task, [segment], options) for segment in segments]
         runs.append(scored_runs(plans, config.every, task.name))
     for of_task in runs:  # refuses what does not fit the model
         first_view(of_task[0].plan, of_task[0].times[0])
@@ -148,10 +148,12 @@ def _setting(config: EvaluateConfig, plan: Plan, name: str, training: Sequence[S
 def _loaded(runs: Sequence[Sequence[_Run]]) -> list[list[_Run]]:
     """The same dates of the same records, in memory if they are small."""
     segments = {id(run.plan.segment): run.plan.segment for of in runs for run in of}
-    kept = {key: one.loaded() if is_small(one) else one for key, one in segments.items()}
+    loaded = {
+        key: segment.loaded() if is_small(segment) else segment for key, segment in segments.items()
+    }
 
     def with_record(run: _Run) -> _Run:
-        segment = kept[id(run.plan.segment)]
+        segment = loaded[id(run.plan.segment)]
         return replace(run, plan=replace(run.plan, segments=(segment,)))
 
     return [list(map(with_record, of_task)) for of_task in runs]
@@ -186,7 +188,7 @@ def _tallied(
     for first, predicted in _chunks(plan, times, tally.task):
         predicted = only_hidden(plan.task, predicted)
         here = _times_of(predicted, truth)
-        answers = {name: one.load() for name, one in baselines(predicted, truth).items()}
+        answers = {name: answer.load() for name, answer in baselines(predicted, truth).items()}
         tally.add(predicted, where_hidden(here, hidden), answers, climate, series)
         dim = "init_time" if steps.is_forecast else "time"
         place = (middle - first) * (1 if steps.is_forecast else len(steps.offsets))
@@ -227,9 +229,9 @@ def _chunks(plan: Plan, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.
     dim = "init_time" if plan.steps.is_forecast else "time"
     waiting: list[xr.Dataset] = []
     done = 0
-    for one in track(predictions(plan, times), total=len(times), description=name):
-        waiting.append(one)
-        full = len(waiting) * one.nbytes >= _CHUNK_BYTES
+    for predicted in track(predictions(plan, times), total=len(times), description=name):
+        waiting.append(predicted)
+        full = len(waiting) * predicted.nbytes >= _CHUNK_BYTES
         if full or done + len(waiting) == len(times):
             yield done, xr.concat(waiting, dim, combine_attrs="override")
             done, waiting = done + len(waiting), []

@@ -46,17 +46,19 @@ def measures(
         the directions of the halves' means, and of all tokens' means.
     """
     latents = latents.double()
-    anomalies, known = position_anomalies(latents, bins)
+    anomalies, repeated = position_anomalies(latents, bins)
     size = latents.square().mean().sqrt()
-    deviations = (anomalies.square().sum(dim=(0, 1)) / known.sum().clamp_min(1)).sqrt()
-    if not bool(known.any()) or float(deviations.square().mean().sqrt()) <= _NOTHING * float(size):
+    deviations = (anomalies.square().sum(dim=(0, 1)) / repeated.sum().clamp_min(1)).sqrt()
+    if not bool(repeated.any()) or float(deviations.square().mean().sqrt()) <= _NOTHING * float(
+        size
+    ):
         names = ("rank_tokens", "rank_pooled", "lidar_tokens", "lidar_pooled", "std_mean")
         return dict.fromkeys((*names, "std_min", "uniformity"), 0.0)
     unit = anomalies / deviations.square().mean().sqrt()
     pooled = unit.mean(dim=1)
     halves = torch.stack([unit[:, ::2].mean(dim=1), unit[:, 1::2].mean(dim=1)], dim=1)
-    found = {
-        "rank_tokens": rankme(unit[known]),
+    values = {
+        "rank_tokens": rankme(unit[repeated]),
         "rank_pooled": rankme(pooled),
         "lidar_tokens": lidar(unit),
         "lidar_pooled": lidar(halves),
@@ -65,7 +67,7 @@ def measures(
         "alignment": alignment(halves[:, 0], halves[:, 1]),
         "uniformity": uniformity(pooled) if len(pooled) > 1 else torch.zeros(()),
     }
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in values.items()}
 
 
 def position_anomalies(
@@ -76,9 +78,9 @@ def position_anomalies(
     flat = latents.flatten(0, 1)
     sums = flat.new_zeros(int(place.max()) + 1, flat.shape[-1]).index_add_(0, place, flat)
     counts = torch.bincount(place)
-    known = (counts[place] > 1).view(bins.shape)
+    repeated = (counts[place] > 1).view(bins.shape)
     anomalies = (flat - sums[place] / counts[place, None]).view_as(latents)
-    return torch.where(known[..., None], anomalies, 0.0), known
+    return torch.where(repeated[..., None], anomalies, 0.0), repeated
 
 
 def shown(view: View) -> View:
@@ -88,8 +90,10 @@ def shown(view: View) -> View:
         valid = stream.valid
         source = stream.target if valid is None else stream.target.where(valid, stream.source)
         visible = torch.zeros_like(stream.corruption)
-        given = TokenIndex.whole(stream.corruption)
-        streams.append(replace(stream, source=source, corruption=visible, given=given))
+        every_token = TokenIndex.whole(stream.corruption)
+        streams.append(
+            replace(stream, source=source, corruption=visible, encoder_tokens=every_token)
+        )
     return replace(view, streams=tuple(streams))
 
 
@@ -149,19 +153,19 @@ class CollapseWatch(L.Callback):
             return
         with trainer.precision_plugin.forward_context():
             rows = latent_rows(pl_module.ema.module, batch.views[0])
-        for name, own in rows.items():
-            self._rows.setdefault(name, []).append(own)
+        for name, stream_rows in rows.items():
+            self._rows.setdefault(name, []).append(stream_rows)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         rows, self._rows = self._rows, {}
         if not rows:
             return
-        by_stream = [measures(*_over_ranks(own)) for own in rows.values()]
-        names = {name for found in by_stream for name in found}
+        by_stream = [measures(*_over_ranks(stream_rows)) for stream_rows in rows.values()]
+        names = {name for measured in by_stream for name in measured}
         values = {
             name: sum(of_name) / len(of_name)
             for name in sorted(names)
-            for of_name in [[found[name] for found in by_stream if name in found]]
+            for of_name in [[measured[name] for measured in by_stream if name in measured]]
         }
         distance = teacher_distance(pl_module.objective, pl_module.model)
         if distance is not None:
@@ -177,9 +181,9 @@ class CollapseWatch(L.Callback):
         low = {name: values[name] for name in held if values[name] < self.below}
         if not low:
             return
-        told = " and ".join(f"collapse/{name}={value:.2f}" for name, value in low.items())
+        readings = " and ".join(f"collapse/{name}={value:.2f}" for name, value in low.items())
         line = (
-            f"latents hardly tell states apart at step {step}: {told}, below "
+            f"latents hardly tell states apart at step {step}: {readings}, below "
             f"trainer.collapse_below={self.below:g}; lower optimizer.learning_rate, or choose "
             "another objective or more of its regularisation"
         )
@@ -195,10 +199,10 @@ def _warn(line: str) -> None:
 
 def _over_ranks(rows: list[Rows]) -> Rows:
     """The rows of all batches of all ranks, which need not be equally many."""
-    own = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+    rank_rows = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
     if not is_distributed():
-        return own  # type: ignore[return-value]
+        return rank_rows  # type: ignore[return-value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
+    dist.all_gather_object(gathered, rank_rows)
     latents, bins = (torch.cat(parts) for parts in zip(*gathered, strict=True))
     return latents, bins

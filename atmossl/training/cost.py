@@ -67,8 +67,8 @@ class StepCost:
         rest = self.weights - sum(self.units)
         gathered = bytes_share * (rest + 2 * max(self.units, default=0))
         gathered += self.gradients if accumulates else 0
-        kept = 0.0 if offloads else spread / num_shards
-        return round(total - spread + kept + gathered)
+        shard = 0.0 if offloads else spread / num_shards
+        return round(total - spread + shard + gathered)
 
 
 class _Tracker(MemTracker):

@@ -54,26 +54,26 @@ def failing_together(doing: str) -> Generator[None]:
         yield
     except OSError as error:
         failure = error
-    told = None if failure is None else failure.strerror or str(failure)
-    words: list[str | None] = [told]
+    reason = None if failure is None else failure.strerror or str(failure)
+    words: list[str | None] = [reason]
     if dist.is_initialized():
         words = [None] * dist.get_world_size()
-        dist.all_gather_object(words, told)
-    for rank, found in enumerate(words):
-        if found is not None:
+        dist.all_gather_object(words, reason)
+    for rank, reason_there in enumerate(words):
+        if reason_there is not None:
             where = f" on rank {rank}" if len(words) > 1 else ""
-            raise OSError(f"{doing} failed{where}: {found}") from failure
+            raise OSError(f"{doing} failed{where}: {reason_there}") from failure
 
 
 def random_states() -> list[dict[str, Tensor]]:
     """State of torch's generators on every rank, in their order: of the host and of the device."""
-    own = {"cpu": torch.get_rng_state()}
+    rank_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
+        rank_state["cuda"] = torch.cuda.get_rng_state()
     if not dist.is_initialized():
-        return [own]
+        return [rank_state]
     states: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(states, own)
+    dist.all_gather_object(states, rank_state)
     return states
 
 

@@ -117,13 +117,15 @@ def leave_branch(folder: Path, start: Path, step: int) -> Departure:
     """
     start = start.resolve()
     present = _look(folder, start, step)
-    begun = next((one for one in present if folder.resolve() / one.name == start), None)
+    begun = next(
+        (checkpoint for checkpoint in present if folder.resolve() / checkpoint.name == start), None
+    )
     aside = to_set_aside(present, begun)
     if begun is None:
         remove(folder / _LAST)
     else:  # first, so that it never points to what has moved
         link_atomically(folder / _LAST, begun.name)
-    newest = max((one.step for one in present if one.name in aside), default=0)
+    newest = max((checkpoint.step for checkpoint in present if checkpoint.name in aside), default=0)
     into = _move_aside(folder, aside, limit=step if begun else 0, newest=newest)
     if begun is None:
         moved = start.parent.name.startswith(LEAVING) and into is not None
@@ -146,8 +148,8 @@ def _look(folder: Path, start: Path, step: int) -> list[Kept]:
             present.append(Kept(path.name, number, good=True))
             continue
         saved_step = _step_of_good(path)
-        known = saved_step if number is None else number
-        present.append(Kept(path.name, known or 0, good=saved_step is not None))
+        last_step = saved_step if number is None else number
+        present.append(Kept(path.name, last_step or 0, good=saved_step is not None))
     return present
 
 

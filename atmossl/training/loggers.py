@@ -61,10 +61,10 @@ def make_loggers(
             TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)
         )
     if wandb:
-        given = {"entity": entity, "group": group, "tags": list(tags) or None}
+        details = {"entity": entity, "group": group, "tags": list(tags) or None}
         offline = _wandb_is_offline()
         loggers.append(
-            WandbLogger(project=project, name=title, save_dir=folder, offline=offline, **given)
+            WandbLogger(project=project, name=title, save_dir=folder, offline=offline, **details)
         )
     if mlflow:
         loggers.append(_mlflow_logger(folder, project, title, group, tags, mlflow_uri))

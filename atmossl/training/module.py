@@ -92,8 +92,8 @@ class TrainingModule(L.LightningModule):
         """Note, on the host, what the batches of one coming optimiser step count together. The
         loader calls it before it delivers the first of several batches that are accumulated."""
         weights = [self.objective.weights(batch) for batch in batches]
-        known = [weight for weight in weights if weight is not None]
-        self._expected.append(torch.stack(known).mean(dim=0) if known else None)
+        actual_weights = [weight for weight in weights if weight is not None]
+        self._expected.append(torch.stack(actual_weights).mean(dim=0) if actual_weights else None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         accumulate = self.trainer.accumulate_grad_batches
@@ -131,11 +131,11 @@ class TrainingModule(L.LightningModule):
         if mean is None and not _is_distributed():
             return losses
         with torch.no_grad():
-            own = self.objective.weights(batch)
-            if own is None:
+            counts = self.objective.weights(batch)
+            if counts is None:
                 return losses
-            mean = _mean_over_ranks(own) if mean is None else mean
-            shares = own / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+            mean = _mean_over_ranks(counts) if mean is None else mean
+            shares = counts / mean.clamp_min(torch.finfo(mean.dtype).tiny)
         return losses.scaled(shares)
 
     def configure_gradient_clipping(
@@ -211,11 +211,11 @@ class TrainingModule(L.LightningModule):
         """A resumed optimiser brings its old rates; those of the configuration count."""
         scheduler: Any = self.lr_schedulers()
         groups = scheduler.optimizer.param_groups
-        for number, (group, wanted) in enumerate(zip(groups, self._configured, strict=True)):
-            if group["initial_lr"] != wanted["initial_lr"]:
-                group["lr"] *= wanted["initial_lr"] / group["initial_lr"]
-                scheduler.base_lrs[number] = wanted["initial_lr"]
-            group.update(wanted)
+        for number, (group, configured) in enumerate(zip(groups, self._configured, strict=True)):
+            if group["initial_lr"] != configured["initial_lr"]:
+                group["lr"] *= configured["initial_lr"] / group["initial_lr"]
+                scheduler.base_lrs[number] = configured["initial_lr"]
+            group.update(configured)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer: Any = self.trainer

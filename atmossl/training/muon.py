@@ -85,16 +85,20 @@ class Muon(torch.optim.Optimizer):
         momenta, gradients = self._states(parameters, "momentum"), _gradients(parameters)
         _lists._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         for together in alike(parameters):
-            own, gradients = [parameters[n] for n in together], _gradients(parameters, together)
+            same_shape, gradients = (
+                [parameters[n] for n in together],
+                _gradients(parameters, together),
+            )
             nesterov = _lists._foreach_lerp(
                 gradients, [momenta[n] for n in together], group["momentum"]
             )
             matrices = orthogonalise(torch.stack([whole(d).flatten(1) for d in nesterov]))
             scale = 0.2 * max(matrices.shape[1:]) ** 0.5
             updates = [
-                like(matrix.view(p.shape), p) for matrix, p in zip(matrices, own, strict=True)
+                like(matrix.view(p.shape), p)
+                for matrix, p in zip(matrices, same_shape, strict=True)
             ]
-            _lists._foreach_add_(own, updates, alpha=-group["lr"] * scale)
+            _lists._foreach_add_(same_shape, updates, alpha=-group["lr"] * scale)
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = _gradients(parameters)
@@ -104,11 +108,11 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             state["step"] = state.get("step", 0) + 1
             steps.append(state["step"])
-        one, two = group["betas"]
-        _lists._foreach_lerp_(means, gradients, 1 - one)
-        _lists._foreach_lerp_(squares, _lists._foreach_mul(gradients, gradients), 1 - two)
-        mean = _lists._foreach_div(means, [1 - one**step for step in steps])
-        square = _lists._foreach_div(squares, [1 - two**step for step in steps])
+        beta1, beta2 = group["betas"]
+        _lists._foreach_lerp_(means, gradients, 1 - beta1)
+        _lists._foreach_lerp_(squares, _lists._foreach_mul(gradients, gradients), 1 - beta2)
+        mean = _lists._foreach_div(means, [1 - beta1**step for step in steps])
+        square = _lists._foreach_div(squares, [1 - beta2**step for step in steps])
         _lists._foreach_sqrt_(square)
         _lists._foreach_add_(square, 1e-8)
         _lists._foreach_addcdiv_(parameters, mean, square, value=-group["lr"])
@@ -117,16 +121,18 @@ class Muon(torch.optim.Optimizer):
 def _gradients(parameters: list[Tensor], chosen: Iterable[int] | None = None) -> list[Tensor]:
     """Of all parameters, which have one, or of those numbered `chosen`."""
     numbers = range(len(parameters)) if chosen is None else chosen
-    found = [parameters[n].grad for n in numbers]
-    return [gradient for gradient in found if gradient is not None]
+    gradients = [parameters[n].grad for n in numbers]
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def alike(parameters: list[Tensor]) -> list[list[int]]:
     """Numbers of parameters of one shape, whose matrices are one product, as far as memory goes."""
     groups: dict[torch.Size, list[list[int]]] = {}
     for number, parameter in enumerate(parameters):
-        found = groups.setdefault(parameter.shape, [[]])
-        if (len(found[-1]) + 1) * parameter.numel() > _MOST_VALUES and found[-1]:
-            found.append([])
-        found[-1].append(number)
-    return [numbers for found in groups.values() for numbers in found]
+        groups_of_shape = groups.setdefault(parameter.shape, [[]])
+        if (len(groups_of_shape[-1]) + 1) * parameter.numel() > _MOST_VALUES and groups_of_shape[
+            -1
+        ]:
+            groups_of_shape.append([])
+        groups_of_shape[-1].append(number)
+    return [numbers for groups_of_shape in groups.values() for numbers in groups_of_shape]

@@ -126,14 +126,14 @@ def reconstructions(
 def _of_values(chosen: Tensor, stream: StreamTokens) -> Tensor:
     """Chosen tokens as values of their patches; of hidden tokens only what is asked for."""
     values = chosen[..., None].expand_as(stream.target)
-    return (values if stream.asked is None else values & stream.asked).float()
+    return (values if stream.target_points is None else values & stream.target_points).float()
 
 
 def _visible_time(unseen: Tensor, time: int) -> int:
     """The time nearest to `time`, an earlier one before a later one, of which something is seen;
     unseen: [time lat lon]."""
-    seen = (~unseen).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    return min(seen, key=lambda other: (abs(other - time), other), default=time)
+    visible = (~unseen).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return min(visible, key=lambda other: (abs(other - time), other), default=time)
 
 
 def _date(hours: float, calendar: Calendar) -> str:
@@ -178,13 +178,13 @@ def draw(rows: list[Reconstruction], title: str) -> Figure:
             fontsize=8, ha="center", va="center", parse_math=False,
         )  # fmt: skip
         for column, panel in enumerate(_PANELS):
-            left = _LEFT + column * _WIDTH
-            box = (left / size[0], (bottom + 0.5) / size[1], 2.55 / size[0], 1.35 / size[1])
+            x = _LEFT + column * _WIDTH
+            box = (x / size[0], (bottom + 0.5) / size[1], 2.55 / size[0], 1.35 / size[1])
             axes = figure.add_axes(box)
             cells = _draw_panel(axes, row, panel)
             if column in (1, _OF_FIELD, _OF_FIELD + 1):
                 width = 2.15 if column > 1 else 2 * _WIDTH - 0.55  # below all that share it
-                _draw_bar(figure, cells, row, (left + 0.2, bottom + 0.38, width), size)
+                _draw_bar(figure, cells, row, (x + 0.2, bottom + 0.38, width), size)
     return figure
 
 
@@ -196,8 +196,8 @@ def _draw_bar(
     size: tuple[float, float],
 ) -> None:
     """A colour bar with units. place: left, bottom and width in inches."""
-    left, bottom, width = place
-    box = (left / size[0], bottom / size[1], width / size[0], 0.07 / size[1])
+    x, y, width = place
+    box = (x / size[0], y / size[1], width / size[0], 0.07 / size[1])
     bar = figure.colorbar(cells, cax=figure.add_axes(box), orientation="horizontal")
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
@@ -270,8 +270,8 @@ class Pictures(L.Callback):
         calendar = trainer.datamodule.train_set.segments[0].calendar  # type: ignore[attr-defined]
         rows = [
             row
-            for one, two in pairs
-            for row in reconstructions(one, two, self.normaliser, calendar)
+            for stream, predicted in pairs
+            for row in reconstructions(stream, predicted, self.normaliser, calendar)
         ]
         task, step = pl_module.task_names[dataloader_idx], trainer.global_step
         figure = draw(rows[:_MAX_ROWS], f"{task}, step {step}")

@@ -51,9 +51,9 @@ class RunProgress(L.Callback):
 
     def _tell_log(self, trainer: L.Trainer, step: int) -> None:
         parts = log_parts(trainer.callback_metrics)
-        left = self._pace.seconds_left(step, trainer.max_steps)
-        if left is not None and step < trainer.max_steps:
-            parts["left"] = f"{duration_text(left)} left"
+        seconds_left = self._pace.seconds_left(step, trainer.max_steps)
+        if seconds_left is not None and step < trainer.max_steps:
+            parts["left"] = f"{duration_text(seconds_left)} left"
         if self._bar is None:
             self.console.print(", ".join([f"step {step}/{trainer.max_steps}", *parts.values()]))
             return

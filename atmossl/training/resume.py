@@ -63,10 +63,10 @@ def newest_start(folder: Path) -> Start | None:
             return Start(path, read_record_to_go_on(path), tuple(reasons))
         except ValueError as error:
             reasons.append(str(error))
-    left = [path.name for path in (*folder.glob(f"{ABANDONED}*"), *marks_in(folder))]
-    if not reasons and not left:
+    abandoned = [path.name for path in (*folder.glob(f"{ABANDONED}*"), *marks_in(folder))]
+    if not reasons and not abandoned:
         return None
-    why = "; ".join(reasons) or f"only branches that were left: {', '.join(sorted(left))}"
+    why = "; ".join(reasons) or f"only branches that were left: {', '.join(sorted(abandoned))}"
     raise ValueError(
         f"resume=auto: {folder} holds no checkpoint to go on from ({why}). Name another one with "
         "resume=PATH, or move the folder away to start anew"

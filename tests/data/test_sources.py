@@ -82,7 +82,7 @@ def test_a_nested_window_has_the_same_edges(blocks, lat, lon, shift: int, seed: 
     fine = Grid(fine.latitude, np.sort(turned))
     nesting = Nesting.of(fine, other)
     (segment,) = paired({PRIMARY: [on_grid(fine)], "other": [on_grid(other)]})
-    sizes = 2 * nesting.lat.own * nesting.lon.own, 3 * nesting.lat.own * nesting.lon.own
+    sizes = 2 * nesting.lat.cells * nesting.lon.cells, 3 * nesting.lat.cells * nesting.lon.cells
     if sizes[0] > fine.shape[0] or sizes[1] > fine.shape[1]:
         return
     box = random_box(fine, *sizes, np.random.default_rng(seed), segment.alignment)

@@ -35,16 +35,16 @@ class Known(Network):
     def encode(self, view: View) -> Latents:
         latents = {}
         for stream in view.streams:
-            assert stream.given is not None and stream.given.complete
+            assert stream.encoder_tokens is not None and stream.encoder_tokens.complete
             means = stream.source.mean(dim=-1).flatten(1)
-            bare = StreamLatents((), stream.given, stream.grid)
+            bare = StreamLatents((), stream.encoder_tokens, stream.grid)
             places = [value.float() for value in bare.coordinates().values()]
-            place = TokenPlace({}, stream.given, stream.grid.shape, stream.grid.periodic)
+            place = TokenPlace({}, stream.encoder_tokens, stream.grid.shape, stream.grid.periodic)
             layers = tuple(
                 Latent(torch.stack([torch.full_like(means, k), means, *places], dim=-1), place)
                 for k in range(self.num_encoder_layers)
             )
-            latents[stream.spec.name] = StreamLatents(layers, stream.given, stream.grid)
+            latents[stream.spec.name] = StreamLatents(layers, stream.encoder_tokens, stream.grid)
         return latents
 
 

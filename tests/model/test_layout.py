@@ -47,7 +47,7 @@ def test_only_frames_with_a_chosen_token_are_kept() -> None:
     chosen = torch.zeros((2, *SHAPE), dtype=torch.bool)
     chosen[0, 1, 2, 0, 3] = chosen[1, 0, 0, 1, 1] = True
     index = TokenIndex.of(chosen)
-    assert index.frames.kept.tolist() == [5, 6]
+    assert index.frames.numbers.tolist() == [5, 6]
     frames = to_frames(torch.ones(2, 1, 1), index)
     assert frames.shape == (2, 1, 4, 6)
     assert frames[0, 0, 0, 3] == frames[1, 0, 1, 1] == 1

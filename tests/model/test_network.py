@@ -61,13 +61,13 @@ def test_latents_know_where_their_tokens_are() -> None:
 def test_pooling_weighs_by_area_of_the_sphere() -> None:
     """The mean of sin^2 of latitude, against rows of equal area; what is padded counts nothing."""
     (stream,) = view().streams[:1]
-    bare = StreamLatents((), stream.given, stream.grid)
+    bare = StreamLatents((), stream.encoder_tokens, stream.grid)
     sines = torch.sin(torch.deg2rad(bare.coordinates()["lat"])) ** 2
     areas = bare.areas()
     num_layers, num_times = stream.grid.shape[:2]
     total = float(areas.sum()) / num_layers / num_times
     np.testing.assert_allclose(total, 4 * np.pi, rtol=1e-6)
-    place = type("Place", (), {"chosen": stream.given})()
+    place = type("Place", (), {"chosen": stream.encoder_tokens})()
     latents = replace(bare, layers=(Latent(torch.stack([sines, 1 - sines], dim=-1), place),))
     pooled = network().pool({"air": latents, "wind": latents})
     edges = np.linspace(-1, 1, 10001)
@@ -78,7 +78,7 @@ def test_pooling_weighs_by_area_of_the_sphere() -> None:
     expected = float((np.sin(np.radians(lat[nearest])) ** 2).mean())
     np.testing.assert_allclose(pooled[0, [0, 2]], expected, rtol=1e-3)
     np.testing.assert_allclose(pooled[0, [1, 3]], 1 - expected, rtol=1e-3)
-    half = replace(stream.given, valid=torch.zeros_like(stream.given.valid))
+    half = replace(stream.encoder_tokens, valid=torch.zeros_like(stream.encoder_tokens.valid))
     assert float(StreamLatents((), half, stream.grid).areas().sum()) == 0.0
 
 

@@ -141,11 +141,11 @@ def test_everything_is_shown_to_the_encoder() -> None:
     (stream,) = whole.streams
     assert torch.equal(stream.source, stream.target) and not stream.hidden.any()
     expected = TokenIndex.of(torch.ones_like(stream.hidden))
-    assert stream.given is not None and stream.given.complete
+    assert stream.encoder_tokens is not None and stream.encoder_tokens.complete
     for name in ("index", "valid", "chosen"):
-        assert torch.equal(getattr(stream.given, name), getattr(expected, name))
-    assert torch.equal(stream.given.frames.kept, expected.frames.kept)
-    assert torch.equal(stream.given.frames.slot, expected.frames.slot)
+        assert torch.equal(getattr(stream.encoder_tokens, name), getattr(expected, name))
+    assert torch.equal(stream.encoder_tokens.frames.numbers, expected.frames.numbers)
+    assert torch.equal(stream.encoder_tokens.frames.slot, expected.frames.slot)
 
 
 def test_the_distance_of_a_teacher_is_over_the_size_of_the_weights() -> None:

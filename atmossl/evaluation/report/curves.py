@@ -64,11 +64,11 @@ def select_rows(
         ValueError: naming the first key that has no row, with its choices.
     """
     rows = table
-    for column, wanted in (("variable", variable), ("region", region), ("score", score)):
-        chosen = rows.loc[rows[column] == wanted]
+    for column, label in (("variable", variable), ("region", region), ("score", score)):
+        chosen = rows.loc[rows[column] == label]
         if chosen.empty:
             choices = sorted(rows[column].unique())
-            raise ValueError(f"{column} {wanted!r} is not in the table; choices are {choices}")
+            raise ValueError(f"{column} {label!r} is not in the table; choices are {choices}")
         rows = chosen
     chosen = rows.loc[rows["level"].isna() if level is None else rows["level"] == level]
     if chosen.empty:

@@ -68,9 +68,9 @@ def case_map(
     units = str(truth.attrs.get("units", ""))
     panels = case_panels(truth, prediction, hidden=hidden)
     for number, (title, panel) in enumerate(panels.items()):
-        left, bottom = 0.02 + 0.5 * (number % 2), 0.5 - 0.475 * (number // 2)
-        axes = figure.add_axes((left, bottom + 0.065, 0.46, 0.355))
-        bar = figure.add_axes((left + 0.06, bottom + 0.05, 0.34, 0.016))
+        west, bottom = 0.02 + 0.5 * (number % 2), 0.5 - 0.475 * (number // 2)
+        axes = figure.add_axes((west, bottom + 0.065, 0.46, 0.355))
+        bar = figure.add_axes((west + 0.06, bottom + 0.05, 0.34, 0.016))
         _draw(figure, axes, bar, panel, units=units)
         axes.set_title(title, fontsize=11, parse_math=False)
     figure.suptitle(case_title(truth, prediction), y=0.985, fontsize=12, parse_math=False)

@@ -105,14 +105,14 @@ def _curves(report: TaskReport) -> Iterator[dict[str, Any]]:
         return
     for example in report.examples:
         name, level = example.variable, example.level
-        own = rows_where(rows, variable=name)
+        variable_rows = rows_where(rows, variable=name)
         pictures = []
         for score in _CURVES:
-            if (own["score"] == score).any():
-                figure = lead_curves(own, variable=name, level=level, scores=(score,))
+            if (variable_rows["score"] == score).any():
+                figure = lead_curves(variable_rows, variable=name, level=level, scores=(score,))
                 pictures.append(svg_picture(figure, f"{score} of {name} against lead time"))
-        if (own["score"] == "spread_skill").any():
-            figure = spread_skill_curve(own, variable=name, level=level)
+        if (variable_rows["score"] == "spread_skill").any():
+            figure = spread_skill_curve(variable_rows, variable=name, level=level)
             pictures.append(svg_picture(figure, f"spread over skill of {name} against lead time"))
         yield {"title": _heading(example), "pictures": pictures}
 
@@ -122,14 +122,14 @@ def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
     rows = rows_of_prefix(report.table, RATIO_PREFIX)
     rows = rows_where(rows, region="global", season=WHOLE_YEAR)
     for example in report.examples:
-        own = rows_where(rows, variable=example.variable, level=example.level)
-        last = own["lead_hours"].max()
+        example_rows = rows_where(rows, variable=example.variable, level=example.level)
+        last = example_rows["lead_hours"].max()
         if np.isfinite(last):
-            own = rows_where(own, lead_hours=last)
-        if not own.empty:
+            example_rows = rows_where(example_rows, lead_hours=last)
+        if not example_rows.empty:
             title = _heading(example) + (f", {last:g} h" if np.isfinite(last) else "")
             yield svg_picture(
-                ratio_panel(own, title), f"error over baselines' of {example.variable}"
+                ratio_panel(example_rows, title), f"error over baselines' of {example.variable}"
             )
 
 

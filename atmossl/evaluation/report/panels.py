@@ -41,10 +41,10 @@ def reliability_panel(diagnosed: xr.Dataset, title: str) -> Figure:
     figure, axes = _panel(title)
     axes.plot([0, 1], [0, 1], **_REFERENCE)
     for source in diagnosed["source"].to_numpy():
-        one = diagnosed.sel(source=source)
-        forecast, observed = one["forecast_probability"], one["observed_frequency"]
+        curve = diagnosed.sel(source=source)
+        forecast, observed = curve["forecast_probability"], curve["observed_frequency"]
         (line,) = axes.plot(forecast, observed, linewidth=1.2, label=plain(str(source)))
-        area = 8.0 + 120.0 * np.sqrt(one["share"].fillna(0.0).to_numpy())
+        area = 8.0 + 120.0 * np.sqrt(curve["share"].fillna(0.0).to_numpy())
         axes.scatter(forecast, observed, s=area, color=line.get_color(), alpha=0.6, linewidth=0)
     axes.set_xlabel("forecast probability")
     axes.set_ylabel("observed frequency")
@@ -56,8 +56,11 @@ def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str, axis: str
     figure, axes = _panel(title)
     wave = slice(1, None)  # wavenumber 0 is the mean, not variance
     for source in diagnosed["source"].to_numpy():
-        one = diagnosed.sel(source=source)
-        power, numbers = one / one["truth"], one["wavenumber"][wave]  # the truth of its own cases
+        curve = diagnosed.sel(source=source)
+        power, numbers = (
+            curve / curve["truth"],
+            curve["wavenumber"][wave],
+        )  # the truth of its own cases
         is_model = source == model_name
         label = f"{source}, members" if is_model else str(source)
         axes.plot(numbers, power["members"][wave], label=plain(label))

@@ -28,10 +28,10 @@ def summarise(
         ValueError: no row for that region or model.
     """
     rows = table.loc[(table["region"] == region) & (table["season"] == WHOLE_YEAR)]
-    for column, wanted, among in (("region", region, table), ("source", model_name, rows)):
+    for column, label, among in (("region", region, table), ("source", model_name, rows)):
         present = sorted(among[column].unique())
-        if wanted not in present:
-            raise ValueError(f"{column} {wanted!r} is not in the table; choices are {present}")
+        if label not in present:
+            raise ValueError(f"{column} {label!r} is not in the table; choices are {present}")
     columns = [_column(rows, model_name, "rmse", f"rmse {model_name}")]
     for name in _baselines(rows, model_name):
         columns.append(_column(rows, name, "rmse", f"rmse {name}"))

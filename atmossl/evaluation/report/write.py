@@ -32,8 +32,8 @@ def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: 
     write_csv(table, folder / "scores.csv")
     write_csv(calibration_table(table), folder / "calibration.csv")
     write_numbers(reports, folder / "scores.zarr")
-    found = json.dumps(figures(reports), indent=1)
-    write_atomically(found.encode(), folder / "figures.json")
+    numbers = json.dumps(figures(reports), indent=1)
+    write_atomically(numbers.encode(), folder / "figures.json")
     write_atomically(_markdown(reports, provenance).encode(), folder / "summary.md")
     for report in reports:
         for example in report.examples:
@@ -80,7 +80,7 @@ def _with_parents(tree: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
 
 def figures(reports: Sequence[TaskReport]) -> dict[str, Any]:
     """Means over variables and levels of the ratios of RMSE and CRPS and of spread-skill."""
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     per_variable: dict[str, dict[str, float]] = {}
     for report in reports:
         rows = rows_where(
@@ -88,18 +88,18 @@ def figures(reports: Sequence[TaskReport]) -> dict[str, Any]:
         )
         for row in rows_where(report.overall, score="rmse_ratio").to_dict("records"):
             key = f"{report.task}_vs_{row['baseline']}"
-            found[key] = round(row["value"], 4)
+            means[key] = round(row["value"], 4)
             if np.isfinite(row["low"]):
-                found[f"{key}_interval"] = [round(row[end], 4) for end in ("low", "high")]
+                means[f"{key}_interval"] = [round(row[end], 4) for end in ("low", "high")]
         for (score, lead), part in rows.groupby(["score", "lead_hours"], dropna=False, sort=False):
             key = _key(report.task, str(score), float(lead))
             if key is None:
                 continue
-            found[key] = round(float(part["value"].mean()), 4)
-            for variable, own in part.groupby("variable"):
-                mean = round(float(own["value"].mean()), 4)
+            means[key] = round(float(part["value"].mean()), 4)
+            for variable, variable_part in part.groupby("variable"):
+                mean = round(float(variable_part["value"].mean()), 4)
                 per_variable.setdefault(str(variable), {})[key] = mean
-    return {**found, "per_variable": per_variable}
+    return {**means, "per_variable": per_variable}
 
 
 def _key(task: str, score: str, lead: float) -> str | None:

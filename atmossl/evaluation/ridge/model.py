@@ -59,9 +59,9 @@ class _Frame:
         hidden = list(self.task.hidden_channels)
         if not hidden:
             return fields
-        seen = fields.copy()
-        seen[:, hidden] = 0.0
-        return seen
+        visible = fields.copy()
+        visible[:, hidden] = 0.0
+        return visible
 
     def to_cells(self, values: np.ndarray) -> Float[np.ndarray, "anchor output row col"]:
         return rearrange(
@@ -130,9 +130,9 @@ class RidgeModel:
         _require_run(dataset, frame.grid)
         anchors = frame.anchors(dataset.sizes["time"], with_targets=False)
         if times is not None:
-            wanted, present = np.atleast_1d(np.asarray(times)), dataset["time"].to_numpy()
-            require_labels(wanted, present[anchors], "time", "the run (with its input steps)")
-            anchors = np.searchsorted(present, wanted)
+            dates, present = np.atleast_1d(np.asarray(times)), dataset["time"].to_numpy()
+            require_labels(dates, present[anchors], "time", "the run (with its input steps)")
+            anchors = np.searchsorted(present, dates)
         if len(anchors) == 0:
             raise ValueError(
                 f"time: {dataset.sizes['time']} steps are too few for inputs at steps "

@@ -178,16 +178,16 @@ class MeanNetwork(Network):
     def encode(self, view: View) -> Latents:
         encoded = {}
         for stream in view.streams:
-            given = stream.given
-            assert given is not None, "collate the view first: token indices are missing"
+            chosen = stream.encoder_tokens
+            assert chosen is not None, "collate the view first: token indices are missing"
             tokens = torch.cat([stream.source.flatten(1, 4), absolute_features(stream.grid)], -1)
-            x = self.embedding[stream.spec.name](gather(tokens, given))  # [batch token feature]
-            place = TokenPlace({}, given, stream.grid.shape, stream.grid.periodic)
+            x = self.embedding[stream.spec.name](gather(tokens, chosen))  # [batch token feature]
+            place = TokenPlace({}, chosen, stream.grid.shape, stream.grid.periodic)
             layers = []
             for layer in self.layers:
-                x = x + layer(torch.cat([x, _mean(x, given)], dim=-1))
+                x = x + layer(torch.cat([x, _mean(x, chosen)], dim=-1))
                 layers.append(Latent(x, place))
-            encoded[stream.spec.name] = StreamLatents(tuple(layers), given, stream.grid)
+            encoded[stream.spec.name] = StreamLatents(tuple(layers), chosen, stream.grid)
         return encoded
 
     def predict(self, latents: Latents, view: View) -> Latents:
