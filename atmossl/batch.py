@@ -1,4 +1,5 @@
-"""What travels between the rooms: stream specs, token grids, views, batches, predictions, losses.
+"""What travels between the rooms: stream specs, token grids, windows, views, batches, predictions;
+and fields to tokens and exactly back.
 
 Axis legend, used in every shape of the package:
     batch     samples of a batch          variable  fields of a stream, in the spec's order
@@ -16,6 +17,7 @@ from enum import IntEnum
 from typing import Annotated, Any, Literal, Self
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BeforeValidator
 from torch import Tensor
@@ -420,61 +422,6 @@ class Prediction(Movable):
     streams: tuple[StreamPrediction, ...]
 
 
-@dataclass(frozen=True)
-class LatentPrediction:
-    """Predicted and true latents of one stream's hidden tokens, what each token counts, and a
-    number that tokens at the same position share."""
-
-    stream: str
-    predicted: Float[Tensor, "batch query feature"]
-    target: Float[Tensor, "batch query feature"]
-    weight: Float[Tensor, "batch query"]
-    bins: Int[Tensor, "batch query"]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The terms of a loss by name, scalars, each a mean over one batch; and what was predicted, for
-    metrics and pictures: fields, latents, pooled latents of every view, scores of choices (the
-    logarithms of their chances up to a constant), or none of them.
-
-    factors: of every term in the total, which is the terms' weighted mean.
-    parts: of an objective that is made of several, the losses of each.
-    by_sample: of every sample and term, the sum of weighted values and the sum of their weights, so
-    that the loss of some samples can be told. None: the objective does not tell.
-    """
-
-    terms: tuple[tuple[str, Float[Tensor, ""]], ...]
-    factors: tuple[float, ...]
-    prediction: Prediction | None = None
-    latents: tuple[LatentPrediction, ...] = ()
-    pooled: tuple[Float[Tensor, "batch feature"], ...] = ()
-    scores: Float[Tensor, "batch choice"] | None = None
-    parts: tuple["Losses", ...] = ()
-    by_sample: Float[Tensor, "batch term two"] | None = None
-
-    @property
-    def total(self) -> Float[Tensor, ""]:
-        """What is minimised."""
-        pairs = zip(self.factors, self.terms, strict=True)
-        total = sum(factor * value for factor, (_, value) in pairs)
-        assert isinstance(total, Tensor), "the loss has no term: no stream with role predict"
-        return total / sum(self.factors)
-
-    def scaled(self, shares: Float[Tensor, "term"]) -> Self:
-        """Every term times its share."""
-        pairs = zip(self.terms, shares.unbind(), strict=True)
-        return replace(self, terms=tuple((name, value * share) for (name, value), share in pairs))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.terms)
-
-    def values(self) -> Float[Tensor, "loss"]:
-        """The total and then the terms, without their graph."""
-        return torch.stack([self.total, *(value for _, value in self.terms)]).detach()
-
-
 def collate_views(
     samples: list[tuple[View, ...]], sample_ids: list[int], empty: Empty | None = None
 ) -> Batch:
@@ -506,3 +453,86 @@ def collate(samples: list, empty: Empty | None = None) -> Any:
         members = {f.name: [getattr(s, f.name) for s in samples] for f in fields(first)}
         return replace(first, **{name: collate(values, empty) for name, values in members.items()})
     return first
+
+
+_TOLERANCE_DEG = 1e-2
+_PATTERN = (
+    "... variable (level pl) (nt pt) (nlat plat) (nlon plon)",
+    "... level nt nlat nlon (variable pl pt plat plon)",
+)
+
+
+def _sizes(size: TokenSize) -> dict[str, int]:
+    return {"pl": size.level, "pt": size.time, "plat": size.lat, "plon": size.lon}
+
+
+def tokenise(
+    window: Shaped[Tensor, "*batch variable level time lat lon"], size: TokenSize
+) -> Shaped[Tensor, "*batch nlevel nt nlat nlon patch"]:
+    """Cut a window into tokens; the inverse of `detokenise`."""
+    return rearrange(window, " -> ".join(_PATTERN), **_sizes(size))
+
+
+def detokenise(
+    tokens: Shaped[Tensor, "*batch nlevel nt nlat nlon patch"], spec: StreamSpec
+) -> Shaped[Tensor, "*batch variable level time lat lon"]:
+    """Put tokens back into a window; the inverse of `tokenise`."""
+    pattern = " -> ".join(reversed(_PATTERN))
+    return rearrange(tokens, pattern, variable=len(spec.variables), **_sizes(spec.token_size))
+
+
+def token_grid(window: StreamWindow) -> TokenGrid:
+    """Coordinates of the token centres and what a token spans.
+
+    Longitudes are unwrapped along the window, so that a window across the date line or the
+    meridian of Greenwich has centres between its own points.
+    """
+    size = window.spec.token_size
+    start = window.lon[..., :1]
+    lon = start + (window.lon - start) % 360.0
+    spacing = _spacing(lon)
+    turn = float(spacing.flatten()[0]) * lon.shape[-1]
+    return TokenGrid(
+        time_hours=_centres(window.time_hours, size.time),
+        level_hpa=_centres(window.level_hpa, size.level),
+        lat=_centres(window.lat, size.lat),
+        lon=_centres(lon, size.lon) % 360.0,
+        time_extent=_spacing(window.time_hours) * size.time,
+        lat_extent=_spacing(window.lat) * size.lat,
+        lon_extent=spacing * size.lon,
+        periodic=abs(turn - 360.0) < _TOLERANCE_DEG,
+        year_hours=window.year_hours,
+    )
+
+
+def _centres(values: Float[Tensor, "*batch point"], size: int) -> Float[Tensor, "*batch token"]:
+    return reduce(values, "... (token size) -> ... token", "mean", size=size)
+
+
+def _spacing(values: Float[Tensor, "*batch point"]) -> Float[Tensor, "*batch"]:
+    """Mean distance between neighbours; 1 where there is a single point."""
+    count = values.shape[-1]
+    if count == 1:
+        return torch.ones_like(values[..., 0])
+    return (values[..., -1] - values[..., 0]) / (count - 1)
+
+
+def patch_weights(
+    weight: Float[Tensor, "*batch lat"], spec: StreamSpec
+) -> Float[Tensor, "*batch nlat patch"]:
+    """Area weight of every value of a token, by the token's row of latitudes."""
+    size = spec.token_size
+    rows = rearrange(weight, "... (nlat plat) -> ... nlat plat", plat=size.lat)
+    repeats = len(spec.variables) * size.level * size.time
+    expanded = rows[..., None, :, None].expand(*rows.shape[:-1], repeats, size.lat, size.lon)
+    return rearrange(expanded, "... nlat r plat plon -> ... nlat (r plat plon)")
+
+
+def patch_values(
+    values: Float[Tensor, "variable level"], spec: StreamSpec
+) -> Float[Tensor, "nlevel patch"]:
+    """Spread one value per variable and level over the tokens' patches, by token level."""
+    size = spec.token_size
+    shape = (*values.shape, size.time, size.lat, size.lon)
+    tokens = tokenise(values[..., None, None, None].expand(shape), size)
+    return tokens[:, 0, 0, 0]

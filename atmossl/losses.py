@@ -1,4 +1,4 @@
-"""Losses of an ensemble against the truth, and their weighted mean.
+"""Losses of an ensemble against the truth, their weighted mean, and the terms of an objective.
 
 Losses of single values (`LOSSES`) map an ensemble of members [..., member, value] and a target
 [..., value] to [..., value]. They are right as soon as every single value is well distributed,
@@ -9,18 +9,19 @@ over areas, differences of neighbours, waves, whole patches. They need members t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from atmossl.batch import Prediction
 
 Members = Float[Tensor, "*batch member value"]
 Values = Float[Tensor, "*batch value"]
-
 _SMALLEST_STD = 1e-3
 
 
@@ -348,3 +349,58 @@ def weighted_mean(
     """Sum of weight * value over the sum of weights, or over `total`; 0 where no weight is left."""
     total = weight.sum() if total is None else total
     return (values * weight).sum() / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class LatentPrediction:
+    """Predicted and true latents of one stream's hidden tokens, what each token counts, and a
+    number that tokens at the same position share."""
+
+    stream: str
+    predicted: Float[Tensor, "batch query feature"]
+    target: Float[Tensor, "batch query feature"]
+    weight: Float[Tensor, "batch query"]
+    bins: Int[Tensor, "batch query"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of a loss by name, scalars, each a mean over one batch; and what was predicted, for
+    metrics and pictures: fields, latents, pooled latents of every view, scores of choices (the
+    logarithms of their chances up to a constant), or none of them.
+
+    factors: of every term in the total, which is the terms' weighted mean.
+    parts: of an objective that is made of several, the losses of each.
+    by_sample: of every sample and term, the sum of weighted values and the sum of their weights, so
+    that the loss of some samples can be told. None: the objective does not tell.
+    """
+
+    terms: tuple[tuple[str, Float[Tensor, ""]], ...]
+    factors: tuple[float, ...]
+    prediction: Prediction | None = None
+    latents: tuple[LatentPrediction, ...] = ()
+    pooled: tuple[Float[Tensor, "batch feature"], ...] = ()
+    scores: Float[Tensor, "batch choice"] | None = None
+    parts: tuple["Losses", ...] = ()
+    by_sample: Float[Tensor, "batch term two"] | None = None
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """What is minimised."""
+        pairs = zip(self.factors, self.terms, strict=True)
+        total = sum(factor * value for factor, (_, value) in pairs)
+        assert isinstance(total, Tensor), "the loss has no term: no stream with role predict"
+        return total / sum(self.factors)
+
+    def scaled(self, shares: Float[Tensor, "term"]) -> Self:
+        """Every term times its share."""
+        pairs = zip(self.terms, shares.unbind(), strict=True)
+        return replace(self, terms=tuple((name, value * share) for (name, value), share in pairs))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.terms)
+
+    def values(self) -> Float[Tensor, "loss"]:
+        """The total and then the terms, without their graph."""
+        return torch.stack([self.total, *(value for _, value in self.terms)]).detach()

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import Corruption, collate_views
+from atmossl.batch import Corruption, collate_views, detokenise, tokenise
 from atmossl.masking.infill import fill_from_surroundings, laplacian
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.random import BlockMasking, RandomMasking
 from atmossl.masking.views import make_view
 from atmossl.objectives.masked import hidden_values
-from atmossl.tokens import detokenise, tokenise
 from tests.synthetic import spec, window
 
 LAT = torch.linspace(-78.75, 78.75, 8)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import Corruption, TokenSize
+from atmossl.batch import Corruption, TokenSize, detokenise, token_grid, tokenise
 from atmossl.masking.base import TokenLayout, coarsen, points_of
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
 from atmossl.masking.views import guess_tokens, interpolate_in_time, make_view
-from atmossl.tokens import detokenise, token_grid, tokenise
 from tests.synthetic import spec, window
 
 KINDS = ("drop", "mask", "noise", "coarsen", "keep")

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from atmossl.batch import PRIMARY, collate_views
+from atmossl.batch import PRIMARY, collate_views, detokenise
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import read_window
@@ -12,7 +12,6 @@ from atmossl.masking.tasks import TemporalInterpolation
 from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
-from atmossl.tokens import detokenise
 from tests.synthetic import dataset, spec
 
 

@@ -5,8 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atmossl.batch import StreamSpec, StreamWindow, TokenSize
-from atmossl.tokens import detokenise, patch_values, patch_weights, token_grid, tokenise
+from atmossl.batch import (
+    StreamSpec,
+    StreamWindow,
+    TokenSize,
+    detokenise,
+    patch_values,
+    patch_weights,
+    token_grid,
+    tokenise,
+)
 from tests.synthetic import spec, window
 
 small = st.integers(1, 3)

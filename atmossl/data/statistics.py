@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.batch import StreamSpec
+from atmossl.batch import StreamSpec, patch_values
 from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.fingerprint import (
     NO_TRANSFORMS,
@@ -33,7 +33,6 @@ from atmossl.locks import naming_errors, owned_in_turn
 from atmossl.names import file_name
 from atmossl.process_lifetime import is_first_rank
 from atmossl.sealed import read_sealed, write_sealed
-from atmossl.tokens import patch_values
 
 # Area-weighted moments of stored variables in one streaming pass, which can be taken up again.
 #

@@ -10,7 +10,15 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.batch import PRIMARY, StreamPrediction, StreamSpec, StreamTokens, View, collate_views
+from atmossl.batch import (
+    PRIMARY,
+    StreamPrediction,
+    StreamSpec,
+    StreamTokens,
+    View,
+    collate_views,
+    detokenise,
+)
 from atmossl.data.segment import HOUR, Segment
 from atmossl.geometry import Box
 from atmossl.inference.calibration import Calibration
@@ -19,7 +27,6 @@ from atmossl.inference.windows import WindowReader, columns, masked_view
 from atmossl.masking.base import coarsen, repeat_coarse
 from atmossl.masking.tasks import Downscaling, Points
 from atmossl.model.network import scatter
-from atmossl.tokens import detokenise
 
 
 class TileBlender:

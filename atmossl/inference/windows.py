@@ -8,7 +8,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.batch import StreamWindow, View
+from atmossl.batch import StreamWindow, View, token_grid
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.segment import Segment, hours_since_1970
 from atmossl.data.windows import read_window
@@ -18,7 +18,6 @@ from atmossl.inference.plan import Source
 from atmossl.masking.base import Points, TokenLayout, points_of
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.masking.views import FirstGuess, make_view
-from atmossl.tokens import token_grid
 
 _TOLERANCE_HOURS = 1e-6
 

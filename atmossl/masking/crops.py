@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atmossl.batch import StreamWindow
+from atmossl.batch import StreamWindow, token_grid
 from atmossl.masking.base import coarsen
-from atmossl.tokens import token_grid
 
 _AXES = ("time", "lat", "lon")
 

@@ -26,6 +26,9 @@ from atmossl.batch import (
     TokenGrid,
     TokenSize,
     View,
+    detokenise,
+    token_grid,
+    tokenise,
 )
 from atmossl.masking.base import (
     MaskingSampler,
@@ -38,7 +41,6 @@ from atmossl.masking.base import (
     share_known,
 )
 from atmossl.masking.crops import Crop, Part, cropped, draw_part
-from atmossl.tokens import detokenise, token_grid, tokenise
 
 SURROUNDINGS = "surroundings"
 # Of hidden values: none, which is the climatological mean; from other steps of the same place; or

@@ -42,6 +42,7 @@ def half_is_fast(device: torch.device) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, differentiable once."""
     if _by_onednn(x, weight):
+        _limit_kernels()
         return _OneDnn.apply(x, weight, bias)
     return functional.linear(x, weight, bias)
 
@@ -58,11 +59,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(x: Float[Tensor, "row inner"], y: Float[Tensor, "column inner"]) -> Tensor:
-    """x @ y.T by oneDNN, in float32 on CPUs."""
-    return _call(x, y, None)
-
-
 @cache
 def _limit_kernels() -> None:
     """Let oneDNN, and torch's layer over it, keep 128 compiled kernels instead of 1024 each, one
@@ -72,8 +68,8 @@ def _limit_kernels() -> None:
         os.environ.setdefault(name, "128")
 
 
-def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _limit_kernels()
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias by oneDNN, in float32 on CPUs."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -81,7 +77,7 @@ class _OneDnn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _call(x.contiguous(), weight, bias)
+        return _product(x.contiguous(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,9 +85,9 @@ class _OneDnn(torch.autograd.Function):
         gradient = gradients[0].flatten(0, -2).contiguous()
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = product(gradient, weight.T).view_as(x)
+            for_x = _product(gradient, weight.T).view_as(x)
         if ctx.needs_input_grad[1]:
-            for_weight = product(gradient.T, x.flatten(0, -2).T)
+            for_weight = _product(gradient.T, x.flatten(0, -2).T)
         if ctx.needs_input_grad[2]:
             for_bias = gradient.sum(dim=0)
         return for_x, for_weight, for_bias

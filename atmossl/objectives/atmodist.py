@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
+from atmossl.losses import Losses
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.views import ViewSpec
 from atmossl.model.network import Latents, Network

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
+from atmossl.losses import Losses
 from atmossl.masking.views import ViewSpec
 
 Ability = Literal["reconstruct", "embed", "distance"]

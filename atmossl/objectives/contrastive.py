@@ -9,8 +9,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
 from atmossl.latent_losses import barlow_twins, nt_xent, simsiam, vicreg
+from atmossl.losses import Losses
 from atmossl.masking.views import ViewSpec
 from atmossl.model.network import Network
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective

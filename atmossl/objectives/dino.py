@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.batch import Batch, Losses, View
+from atmossl.batch import Batch, View
 from atmossl.latent_losses import distillation, is_distributed, koleo, sinkhorn
-from atmossl.losses import weighted_mean
+from atmossl.losses import Losses, weighted_mean
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.crops import Crop
 from atmossl.masking.random import RandomMasking

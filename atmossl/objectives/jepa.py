@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from atmossl.batch import Batch, LatentPrediction, Losses, View
+from atmossl.batch import Batch, View
 from atmossl.latent_losses import batch_anomalies, gathered, sigreg
-from atmossl.losses import weighted_mean
+from atmossl.losses import LatentPrediction, Losses, weighted_mean
 from atmossl.masking.base import hide_nothing
 from atmossl.model.network import Latents, Network, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective, ViewSpec

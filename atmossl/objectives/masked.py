@@ -10,8 +10,25 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import PRIMARY, Batch, Losses, StreamPrediction, StreamSpec, StreamTokens, View
-from atmossl.losses import FIELD_LOSSES, LOSSES, Ensemble, FieldEnsemble, LossName, weighted_mean
+from atmossl.batch import (
+    PRIMARY,
+    Batch,
+    StreamPrediction,
+    StreamSpec,
+    StreamTokens,
+    View,
+    detokenise,
+    patch_weights,
+)
+from atmossl.losses import (
+    FIELD_LOSSES,
+    LOSSES,
+    Ensemble,
+    FieldEnsemble,
+    Losses,
+    LossName,
+    weighted_mean,
+)
 from atmossl.model.network import StreamLatents, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.position_means import (
@@ -20,7 +37,6 @@ from atmossl.objectives.position_means import (
     position_sums,
     split_positions,
 )
-from atmossl.tokens import detokenise, patch_weights
 
 Weighting = Literal["residual", "uniform"]
 T = TypeVar("T")

@@ -11,8 +11,9 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
 from atmossl.latent_losses import alignment, gathered, rankme
+from atmossl.losses import Losses
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.views import ViewSpec
 

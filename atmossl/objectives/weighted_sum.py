@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
+from atmossl.losses import Losses
 from atmossl.masking.views import ViewSpec
 from atmossl.model.network import Network
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective, ObjectivePart

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
+from atmossl.losses import Losses
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from atmossl.batch import Batch, Corruption, StreamPrediction, StreamTokens
+from atmossl.batch import Batch, Corruption, StreamPrediction, StreamTokens, detokenise
 from atmossl.checkpoint_files import write_atomically
 from atmossl.coastlines import coastlines
 from atmossl.data.axes import STANDARD, Calendar
@@ -25,7 +25,6 @@ from atmossl.geometry import ascending_longitudes, latitude_edges
 from atmossl.masking.base import TokenLayout
 from atmossl.names import file_name
 from atmossl.objectives.masked import predicted_streams
-from atmossl.tokens import detokenise
 from atmossl.training.loggers import log_picture
 
 _MAX_ROWS = 6

@@ -245,7 +245,7 @@ def test_no_window_spans_a_gap() -> None:
 
 
 def _fields(view) -> torch.Tensor:
-    from atmossl.tokens import detokenise
+    from atmossl.batch import detokenise
 
     return detokenise(view.streams[0].target, view.streams[0].spec)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import PRIMARY, collate_views
+from atmossl.batch import PRIMARY, collate_views, detokenise
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -15,7 +15,6 @@ from atmossl.geometry import random_box
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.views import ViewSpec, make_view
-from atmossl.tokens import detokenise
 from tests.synthetic import dataset, spec
 
 STREAM = spec(token=(1, 2, 4))

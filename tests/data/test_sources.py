@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atmossl.batch import PRIMARY, StreamSpec, StreamWindow, TokenSize
+from atmossl.batch import PRIMARY, StreamSpec, StreamWindow, TokenSize, token_grid
 from atmossl.checkpoint_formats import migrated
 from atmossl.data.segment import Segment
 from atmossl.data.sources import check_window, entries_of, paired
@@ -20,7 +20,6 @@ from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.random import BlockMasking, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation
-from atmossl.tokens import token_grid
 from tests.synthetic import dataset
 
 NAMES = ("temperature", "u_component_of_wind")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import PRIMARY
+from atmossl.batch import PRIMARY, detokenise
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -16,7 +16,6 @@ from atmossl.inference.predict import predict_fields
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast
-from atmossl.tokens import detokenise
 from tests.inference.oracle_models import NAMES, STORE, Known, predictor, run_at, segment
 from tests.inference.test_tasks import TWO_STREAMS, Spy
 from tests.synthetic import dataset, spec

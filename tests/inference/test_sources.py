@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from atmossl.batch import PRIMARY, StreamSpec, TokenSize, View
+from atmossl.batch import PRIMARY, StreamSpec, TokenSize, View, detokenise
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.sources import paired
 from atmossl.data.statistics import Normaliser, Statistics
@@ -22,7 +22,6 @@ from atmossl.inference.predict import predict_fields
 from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from atmossl.tokens import detokenise
 from tests.inference.oracle_models import NAMES, Known, Oracle, run_at
 from tests.synthetic import dataset
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import Batch, collate_views
+from atmossl.batch import Batch, collate_views, detokenise
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Forecast
 from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
-from atmossl.tokens import detokenise
 from tests.synthetic import spec, window
 
 STREAMS = (

@@ -8,7 +8,7 @@ import torch
 from einops import reduce
 from scipy import stats
 
-from atmossl.batch import TokenGrid, collate_views
+from atmossl.batch import TokenGrid, collate_views, detokenise
 from atmossl.losses import FIELD_LOSSES, Ensemble, almost_fair_crps
 from atmossl.masking.tasks import Forecast
 from atmossl.masking.views import make_view
@@ -16,7 +16,6 @@ from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import EVALUATED_MEMBERS
 from atmossl.model.noise import CHANNELS_PER_LENGTH, mixed, noise_field, uniform_of
 from atmossl.objectives.masked import MaskedModelling
-from atmossl.tokens import detokenise
 from tests.synthetic import spec, window
 
 RADIUS_KM = 6371.0

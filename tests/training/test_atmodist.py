@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atmossl.batch import Batch, Losses
+from atmossl.batch import Batch
+from atmossl.losses import Losses
 from atmossl.objectives.atmodist import AtmoDist, LagMeasures, lag_class
 from tests.training.test_contrastive import LAG_HOURS, network, pairs
 

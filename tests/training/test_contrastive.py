@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from atmossl.batch import Batch, Losses, collate_views
+from atmossl.batch import Batch, collate_views
 from atmossl.cli import main
 from atmossl.latent_losses import alignment, rankme, uniformity
+from atmossl.losses import Losses
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.views import ViewSpec, make_views
 from atmossl.model.multiformer import Multiformer

@@ -15,6 +15,7 @@ from atmossl.batch import (
     StreamSpec,
     TokenSize,
     collate_views,
+    tokenise,
 )
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
@@ -26,7 +27,6 @@ from atmossl.masking.tasks import Forecast
 from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling, level_sums
-from atmossl.tokens import tokenise
 from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.optimizer import freeze
 from atmossl.training.pictures import draw, reconstructions

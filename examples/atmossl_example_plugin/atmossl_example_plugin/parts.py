@@ -23,7 +23,6 @@ from torch.nn import functional
 from atmossl.batch import (
     Batch,
     Corruption,
-    Losses,
     Prediction,
     StreamMask,
     StreamPrediction,
@@ -31,7 +30,7 @@ from atmossl.batch import (
     TokenIndex,
     View,
 )
-from atmossl.losses import weighted_mean
+from atmossl.losses import Losses, weighted_mean
 from atmossl.masking.base import TokenLayout
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.model.embedding import NUM_FEATURES, absolute_features
