@@ -226,9 +226,7 @@ def build_module(
         "network": config.model.target,
         "model": config.model.plain_arguments,
         "plugins": outside,
-        "statistics": {
-            data: source_statistics.to_dict() for data, source_statistics in statistics.items()
-        },
+        "statistics": {data: moments.to_dict() for data, moments in statistics.items()},
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,

@@ -243,9 +243,8 @@ def _print_storage(console: Console, variables: Sequence[VariableReport]) -> Non
     """Shape, chunks and the cost of a window, once for all variables that are stored alike."""
     alike: dict[tuple, list[VariableReport]] = {}
     for variable in variables:
-        alike.setdefault(
-            (variable.dims, variable.shape, variable.chunks, variable.dtype, variable.levels), []
-        ).append(variable)
+        key = (variable.dims, variable.shape, variable.chunks, variable.dtype, variable.levels)
+        alike.setdefault(key, []).append(variable)
     for (dims, shape, chunks, dtype, levels), stored_alike in alike.items():
         first = stored_alike[0]
         ratio = float(np.prod(list(first.decoded_over_needed.values())))

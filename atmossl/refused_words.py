@@ -56,13 +56,11 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
                 continue
             refused.append((*blamed, str(error)))
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
-    valid_keys = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
-    inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, valid_keys)]
+    keys = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
+    inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, keys)]
     if inner:  # a mapping with further keys, which the schema looks at
         config = compose(name, [*words, *(f"++{word}" for word in inner)])
-    faults += [
-        _line(kind, word, text, valid_keys) for kind, word, text in refused if word not in inner
-    ]
+    faults += [_line(kind, word, text, keys) for kind, word, text in refused if word not in inner]
     for key in sorted(OmegaConf.missing_keys(config)):
         faults.append(f"{key}: is missing; give {key}=VALUE")
         OmegaConf.update(config, key, "_")

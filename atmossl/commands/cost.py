@@ -24,17 +24,17 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
     config: TrainConfig = parse(TrainConfig, plain(values))
     accelerator, here = config.trainer.accelerator, torch.cuda.is_available()
     on_host = accelerator == "cpu" or (accelerator == "auto" and not here and memory_gib is None)
-    estimated = estimate(config, on_host=on_host)
-    cost, memory = estimated.cost, memory_gib or _device_memory_gib()
+    costs = estimate(config, on_host=on_host)
+    cost, memory = costs.cost, memory_gib or _device_memory_gib()
     table = Table("what", "value", show_header=False)
     rows = {f"parameters of {part}": f"{count:,}" for part, count in cost.parameters.items()}
     rows["parameters"] = f"{sum(cost.parameters.values()):,}"
-    rows |= {f"tokens per sample, {name}": f"{count:,}" for name, count in estimated.tokens.items()}
-    rows["hidden share of tokens"] = f"{estimated.hidden_share:.2f}"
-    samples = config.trainer.accumulate * estimated.batch_size * estimated.num_devices
-    rows["samples per step"] = f"{samples} on {estimated.num_devices} devices"
-    rows["FLOPs per sample"] = f"{cost.flops / estimated.batch_size:.4g}"
-    rows["FLOPs per step"] = f"{cost.flops / estimated.batch_size * samples:.4g}"
+    rows |= {f"tokens per sample, {name}": f"{count:,}" for name, count in costs.tokens.items()}
+    rows["hidden share of tokens"] = f"{costs.hidden_share:.2f}"
+    samples = config.trainer.accumulate * costs.batch_size * costs.num_devices
+    rows["samples per step"] = f"{samples} on {costs.num_devices} devices"
+    rows["FLOPs per sample"] = f"{cost.flops / costs.batch_size:.4g}"
+    rows["FLOPs per step"] = f"{cost.flops / costs.batch_size * samples:.4g}"
     kinds = {
         "weights": cost.weights,
         "averaged weights": cost.averaged,
@@ -43,24 +43,22 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
         "activations": cost.activations,
     }
     rows |= {f"{kind}, unsharded": _gib(size) for kind, size in kinds.items()}
-    rows[f"tensors per device, {config.trainer.strategy}"] = _gib(estimated.device_bytes)
+    rows[f"tensors per device, {config.trainer.strategy}"] = _gib(costs.device_bytes)
     holder = "process with its libraries" if on_host else "device with its runtime"
-    rows[f"memory of a {holder}"] = _gib(estimated.process_bytes)
+    rows[f"memory of a {holder}"] = _gib(costs.process_bytes)
     rows["there is"] = f"{memory:.1f} GiB"
     if memory_gib is None:  # the device that is asked about is this one
-        speed = 0.5 * _matmul_rate(config) / cost.flops * estimated.batch_size
+        speed = 0.5 * _matmul_rate(config) / cost.flops * costs.batch_size
         rows["samples/s per device at half this device's rate"] = f"{speed:.3g}"
-        rows["data rate per device then"] = (
-            f"{speed * estimated.bytes_per_sample / 2**20:.3g} MiB/s"
-        )
+        rows["data rate per device then"] = f"{speed * costs.bytes_per_sample / 2**20:.3g} MiB/s"
     for key, value in rows.items():
         table.add_row(key, value)
     Console(markup=False).print(table)
-    needs = f"needs {_gib(estimated.process_bytes)} of {memory:.3g} GiB per device"
-    if estimated.fits(memory):
+    needs = f"needs {_gib(costs.process_bytes)} of {memory:.3g} GiB per device"
+    if costs.fits(memory):
         Console(markup=False).print(f"fits: {needs}", highlight=False)
         return
-    message = f"does not fit: {needs}; try {advice(config, estimated, memory)}"
+    message = f"does not fit: {needs}; try {advice(config, costs, memory)}"
     if check:
         raise ValueError(message)
     Console(markup=False).print(message, highlight=False)

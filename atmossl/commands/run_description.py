@@ -63,10 +63,7 @@ def described(
     statistics: of the training data, as a checkpoint's record has them.
     """
     name_of = {PRIMARY: values["data"]["name"]}
-    prints = {
-        name_of.get(d, d): source_statistics["fingerprint"]
-        for d, source_statistics in statistics.items()
-    }
+    prints = {name_of.get(d, d): moments["fingerprint"] for d, moments in statistics.items()}
     return {
         **values,
         "run": {
@@ -108,10 +105,7 @@ def _devices(trainer: Trainer) -> str:
 
 def _parameters(module: TrainingModule) -> str:
     counts = [(p.numel(), p.requires_grad) for p in module.trained.values()]
-    total, trained = (
-        sum(n for n, _ in counts),
-        sum(n for n, requires_grad in counts if requires_grad),
-    )
+    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
     return f"{total:,}" if trained == total else f"{total:,} ({trained:,} of them trained)"
 
 

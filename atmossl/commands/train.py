@@ -81,7 +81,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     make_folder(output)
     datamodule, statistics = build_data(config)
     if start is not None:
-        now = {data: source_statistics.to_dict() for data, source_statistics in statistics.items()}
+        now = {data: moments.to_dict() for data, moments in statistics.items()}
         check_same_statistics(start.path, start.record["statistics"], now)
         datamodule.go_on(step=start.record["step"], samples=samples_seen(start.record))
     module = build_module(

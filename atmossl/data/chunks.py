@@ -491,12 +491,12 @@ class XarrayChunks:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        chunk_lengths = self.array.encoding.get("preferred_chunks", {})
-        chunk_lengths = chunk_lengths | {
+        lengths_by_dim = self.array.encoding.get("preferred_chunks", {})
+        lengths_by_dim = lengths_by_dim | {
             dim: lengths[0] for dim, lengths in self.array.chunksizes.items()
         }
         return tuple(
-            int(chunk_lengths.get(dim, min(size, _UNCHUNKED_STEPS) if dim == "time" else size))
+            int(lengths_by_dim.get(dim, min(size, _UNCHUNKED_STEPS) if dim == "time" else size))
             for dim, size in self.array.sizes.items()
         )
 

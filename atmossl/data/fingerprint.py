@@ -110,9 +110,7 @@ def _stored_sizes(segment: Segment, name: str) -> list[int] | None:
 def _spread_chunks(bounds: Sequence[range], axis: int) -> list[tuple[int, ...]]:
     """At most so many numbers of chunks, evenly along one axis and at ever other places along the
     rest, by steps of the golden ratio."""
-    other_axes = [
-        numbers_of_axis for number, numbers_of_axis in enumerate(bounds) if number != axis
-    ]
+    other_axes = [numbers_along for number, numbers_along in enumerate(bounds) if number != axis]
     along, beside = len(bounds[axis]), math.prod(map(len, other_axes))
     count = min(_NUM_SIZES, along * beside)
     if count == along * beside:
@@ -124,9 +122,7 @@ def _spread_chunks(bounds: Sequence[range], axis: int) -> list[tuple[int, ...]]:
     chunks = []
     for first, rest in places:
         index = np.unravel_index(rest, tuple(map(len, other_axes))) if other_axes else ()
-        chunk = [
-            int(numbers_of_axis[n]) for numbers_of_axis, n in zip(other_axes, index, strict=True)
-        ]
+        chunk = [int(numbers_along[n]) for numbers_along, n in zip(other_axes, index, strict=True)]
         chunks.append((*chunk[:axis], int(bounds[axis][first]), *chunk[axis:]))
     return chunks
 
@@ -254,10 +250,8 @@ def check_around(store: Path, expected: Mapping[str, str]) -> None:
             if name not in actual:
                 raise UnequalError(f"{store}: {name} is missing")
             if actual[name] != checksum:
-                difference = (
-                    "differ" if name == _STORE else "(metadata or coordinate values) differs"
-                )
-                raise UnequalError(f"{store}: {name} {difference} from the checksum")
+                verb = "differ" if name == _STORE else "(metadata or coordinate values) differs"
+                raise UnequalError(f"{store}: {name} {verb} from the checksum")
 
 
 def _array_checksum(array: zarr.Array, *, with_values: bool) -> str:

@@ -113,18 +113,18 @@ class Messages:
         Raises:
             NoSuchMessage: no message has a value; names those that there are.
         """
-        selection = self
+        chosen = self
         for key, values in filters.items():
             choices = values if isinstance(values, list | tuple) else [values]
-            matching = selection.where(
+            fitting = chosen.where(
                 lambda header, k=key, c=choices: any(_same(header[k], v) for v in c)
             )
-            if not matching.rows:
-                have = [value for value in selection.values(key) if value not in _ABSENT]
+            if not fitting.rows:
+                have = [value for value in chosen.values(key) if value not in _ABSENT]
                 advice = f"valid: {_listed(have)}" if have else "no message has that key"
                 raise NoSuchMessage(f"input {self.file}: filters.{key}={values}: {advice}")
-            selection = matching
-        return selection
+            chosen = fitting
+        return chosen
 
     def by_name(self) -> dict[str, Self]:
         """The messages of every variable, by the name that cfgrib gives it."""

@@ -133,10 +133,8 @@ def _check_dated(name: str, having: Sequence[tuple[xr.DataArray, Origin]], locat
             first, second = (pairs[which[order][n]] for n in (at, at + 1))
             _refuse(name, dates[order][at], first, second, location)
     for pairs_here, pairs_there in combinations(places.values(), 2):
-        if all(
-            np.isin(_labels(pairs_here[0][0], a), _labels(pairs_there[0][0], a)).any()
-            for a in _AXES
-        ):
+        here, there = pairs_here[0][0], pairs_there[0][0]
+        if all(np.isin(_labels(here, axis), _labels(there, axis)).any() for axis in _AXES):
             for first, second in product(pairs_here, pairs_there):
                 common = np.isin(first[0]["time"].values, second[0]["time"].values)
                 if common.any():
@@ -292,17 +290,15 @@ def open_input(
     return joined.isel(longitude=west_to_east)
 
 
-def _check_found(
-    reading: _Reading, variables: set[str], location: str, files: Sequence[str]
-) -> None:
+def _check_found(reading: _Reading, have: set[str], location: str, files: Sequence[str]) -> None:
     """That every name, selection and filter of the user meant something."""
     for canonical, stored in reading.names.items():
-        if canonical not in variables:
+        if canonical not in have:
             raise ValueError(
                 f"input={location}: variables.{canonical}={stored} is not there; valid: "
                 f"{sorted(reading.have)}"
             )
-    if not variables:
+    if not have:
         raise ValueError(f"input={location}: select={reading.selection} leaves nothing")
     unknown = sorted(set(reading.selection) - reading.selected)
     if unknown:

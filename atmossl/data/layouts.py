@@ -172,9 +172,8 @@ class AnemoiField(SharedChunks):
         time, lat, lon = regions[0][0], regions[0][-2], regions[0][-1]
         num_lon = self.grid[1]
         cells = slice(lat.start * num_lon, lat.stop * num_lon)
-        positions_of_arrays = [
-            array._wanted(region) for array, region in zip(arrays, regions, strict=True)
-        ]
+        pairs = zip(arrays, regions, strict=True)
+        positions_of_arrays = [array._wanted(region) for array, region in pairs]
         stored = [n for positions in positions_of_arrays for n in positions if n is not None] or [0]
         first = min(stored)
         block = np.asarray(self.array[time, first : max(stored) + 1, self.member, cells])

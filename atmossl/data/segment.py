@@ -367,10 +367,7 @@ class Segment:
         Raises:
             ValueError: a chunk that cannot be read, or what a target refuses.
         """
-        requests = [
-            (self.stored[name], targets_of_variable)
-            for name, targets_of_variable in targets.items()
-        ]
+        requests = [(self.stored[name], places) for name, places in targets.items()]
         read_targets(requests, self.access)
 
     def read(
@@ -437,10 +434,8 @@ class Segment:
             values = self.read(name, levels, 0, len(self.times), self.whole())
             dims = AXES if levels != (0,) else AXES[1:]
             array = MemoryChunks(values if levels != (0,) else values[0])
-            stored_variable = StoredVariable(
-                name, self.location, array, dims, self.times, self.calendar
-            )
-            stored[name] = stored_variable
+            variable = StoredVariable(name, self.location, array, dims, self.times, self.calendar)
+            stored[name] = variable
         return replace(
             self,
             stored=stored,

@@ -397,10 +397,8 @@ def load_or_compute(
                 return cached
         statistics = Statistics.compute(segments, transforms, partial, progress)
         write_sealed(path, statistics.to_dict())
-        for stale_folder in cache.glob(
-            f"{path.stem}.*.partial"
-        ):  # of other states of the store, too
-            shutil.rmtree(stale_folder, ignore_errors=True)
+        for stale in cache.glob(f"{path.stem}.*.partial"):  # of other states of the store, too
+            shutil.rmtree(stale, ignore_errors=True)
     return statistics
 
 
@@ -502,13 +500,11 @@ class Normaliser:
         spec: StreamSpec,
         function: Callable[[Transform, np.ndarray], np.ndarray],
     ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        transforms = {
-            row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)
-        }
-        if not any(transforms.values()):
+        by_row = {row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)}
+        if not any(by_row.values()):
             return fields
         fields = fields.clone()
-        for row, transform in transforms.items():
+        for row, transform in by_row.items():
             if transform is not None:
                 values = function(transform, fields[..., row, :, :, :, :].numpy())
                 fields[..., row, :, :, :, :] = torch.from_numpy(values)

@@ -154,19 +154,19 @@ def estimate_inflation(
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
             shape = (len(leads), num_levels)
-            variable_sums = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
+            spread_sums = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
             for step, lead in enumerate(part.leads):
                 row = int(np.flatnonzero(leads == lead)[0])
                 valid = segment.find_time(times[part.case] + lead)
                 truth = segment.read(
                     name, levels[name], valid, 1, segment.whole(), within_limits=True
                 )[:, 0, part.rows]
-                variable_sums.add(row, values[step], truth, weight)
-    if not any(variable_sums.variance.any() for variable_sums in sums.values()):
+                spread_sums.add(row, values[step], truth, weight)
+    if not any(spread_sums.variance.any() for spread_sums in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")
     order = np.argsort(hours)
     return SpreadInflation(
-        hours[order], {name: variable_sums.factors()[order] for name, variable_sums in sums.items()}
+        hours[order], {name: spread_sums.factors()[order] for name, spread_sums in sums.items()}
     )
 
 

@@ -1,7 +1,6 @@
 """What a task asks of a checkpoint that its training never did."""
 
 import calendar
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -70,25 +69,23 @@ def unseen(
     kinds = frozenset().union(*(d.kinds for d in drawn))
     factors = frozenset().union(*(d.factors for d in drawn))
     steps, always = max(d.steps for d in drawn), max(d.always for d in drawn)
-    sentences = []
+    lines = []
     if view_mask.kinds - kinds:
-        sentences.append(
-            f"tokens as {sorted(view_mask.kinds - kinds)}; training had {sorted(kinds)}"
-        )
+        lines.append(f"tokens as {sorted(view_mask.kinds - kinds)}; training had {sorted(kinds)}")
     elif factor is not None and view_mask.factors - factors:
-        sentences.append(
+        lines.append(
             f"cells coarsened by {sorted(view_mask.factors)}; training had {sorted(factors)}"
         )
     if view_mask.steps > steps:
-        sentences.append(f"{view_mask.steps} whole steps hidden; training hid {steps} at most")
+        lines.append(f"{view_mask.steps} whole steps hidden; training hid {steps} at most")
     elif view_mask.always > always + 1e-9 and not view_mask.streams:
-        sentences.append(
+        lines.append(
             f"{view_mask.always:.0%} of the places hidden at all steps; training hid {always:.0%} "
             "at most"
         )
     if view_mask.streams and not any(d.streams for d in drawn):
-        sentences.append("a whole stream hidden; training always showed some of each")
-    return sentences
+        lines.append("a whole stream hidden; training always showed some of each")
+    return lines
 
 
 def _stretched(grid: TokenGrid, times: float) -> TokenGrid:
@@ -123,10 +120,8 @@ def unseen_place(training: Seen, grid: Grid) -> list[str]:
     lines = []
     if training.cell is not None:
         cell = (grid.latitude_spacing, grid.longitude_spacing)
-        if (
-            max(abs(math.log(now / had)) for now, had in zip(cell, training.cell, strict=True))
-            > 0.05
-        ):
+        ratios = np.divide(cell, training.cell)
+        if np.abs(np.log(ratios)).max() > 0.05:
             lines.append(f"cells of {_size(cell)} degrees; training had {_size(training.cell)}")
         south, north = training.latitudes or (-90.0, 90.0)
         low, high = float(grid.latitude[0]), float(grid.latitude[-1])

@@ -81,23 +81,19 @@ class Coverage:
 
     def box(self, tile: Box) -> Box:
         """A tile in cells of `grid`."""
-        covering = self.nesting.box(tile)
-        west = (covering.lon_start - self.whole.lon_start) % self.nesting.other.shape[1]
-        return replace(
-            covering, lat_start=covering.lat_start - self.whole.lat_start, lon_start=west
-        )
+        cells = self.nesting.box(tile)
+        west = (cells.lon_start - self.whole.lon_start) % self.nesting.other.shape[1]
+        return replace(cells, lat_start=cells.lat_start - self.whole.lat_start, lon_start=west)
 
     def row(self, row: int) -> int:
         """Where a row of the segment's grid, with an edge in common, begins in `grid`."""
         return row // self.nesting.lat.cells * self.nesting.lat.other_cells
 
-    def weights(self, tile_weights: np.ndarray) -> np.ndarray:
+    def weights(self, tile: np.ndarray) -> np.ndarray:
         """Blending weights [lat lon] of a tile on the cells of `grid`: means over those of the
         segment's cells in common blocks, so that they sum to one over tiles as those do."""
         lat, lon = self.nesting.lat, self.nesting.lon
-        blocks = reduce(
-            tile_weights, "(lat y) (lon x) -> lat lon", "mean", y=lat.cells, x=lon.cells
-        )
+        blocks = reduce(tile, "(lat y) (lon x) -> lat lon", "mean", y=lat.cells, x=lon.cells)
         return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other_cells, x=lon.other_cells)
 
 

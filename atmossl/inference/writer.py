@@ -120,9 +120,7 @@ class OutputLayout:
     @cached_property
     def valid_times(self) -> np.ndarray:
         leads = self._written
-        return np.concatenate(
-            [time + time_leads for time, time_leads in zip(self.times, leads, strict=True)]
-        )
+        return np.concatenate([time + lags for time, lags in zip(self.times, leads, strict=True)])
 
     @property
     def is_empty(self) -> bool:

@@ -258,15 +258,13 @@ class FieldEncoder(nn.Module):
             for _ in range(settings.encoder_layers)
         )
 
-    def embedded(self, field_input: AtmoRepInput) -> Float[Tensor, "batch level token width"]:
+    def embedded(self, tokens: AtmoRepInput) -> Float[Tensor, "batch level token width"]:
         values = rearrange(
-            field_input.values,
+            tokens.values,
             "batch level nt nlat nlon time lat lon -> batch level (nt nlat nlon) (time lat lon)",
         )
         with torch.autocast(values.device.type, enabled=False):
-            info = self.embed_info(
-                field_input.token_info
-            )  # half precision would round year and day
+            info = self.embed_info(tokens.token_info)  # half precision would round year and day
         return torch.cat([self.embed(values), info], dim=-1)
 
 

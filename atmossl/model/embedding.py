@@ -220,16 +220,14 @@ class Embedding(nn.Module):
 
 
 def states_around(
-    states: Int[Tensor, "batch level nt nlat nlon"], *, causal: bool = False
+    state: Int[Tensor, "batch level nt nlat nlon"], *, causal: bool = False
 ) -> Float[Tensor, "batch level nt nlat nlon state"]:
     """One-hot states of a token and of the tokens up to two steps before and after it at the same
     place; all 0 beyond the window's edge, and after it if `causal`."""
-    kinds = torch.arange(
-        _STATES, device=states.device
-    )  # one_hot would read the largest on the host
-    one_hot = (states[..., None] == kinds).float()
+    kinds = torch.arange(_STATES, device=state.device)  # one_hot would read the largest on the host
+    one_hot = (state[..., None] == kinds).float()
     padded = functional.pad(one_hot, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
-    shifted = [padded[:, :, n : n + states.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
+    shifted = [padded[:, :, n : n + state.shape[2]] for n in range(2 * _STEPS_AROUND + 1)]
     if causal:
         shifted[_STEPS_AROUND + 1 :] = [torch.zeros_like(one_hot)] * _STEPS_AROUND
     return torch.cat(shifted, dim=-1)

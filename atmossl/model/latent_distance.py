@@ -38,7 +38,5 @@ def squared_difference(
     first: Float[Tensor, "*token feature"], second: Float[Tensor, "*token feature"]
 ) -> Float[Tensor, "*token"]:
     """Mean over the features of the squared difference of latents, each normalised over them."""
-    normed_first, normed_second = (
-        functional.layer_norm(x.float(), x.shape[-1:]) for x in (first, second)
-    )
-    return (normed_first - normed_second).square().mean(dim=-1)
+    first, second = (functional.layer_norm(x.float(), x.shape[-1:]) for x in (first, second))
+    return (first - second).square().mean(dim=-1)

@@ -265,9 +265,7 @@ class SelfDistillation(Objective):
         weights += [torch.ones_like(area)] if self.koleo_weight else []
         return torch.stack(weights)
 
-    def _patches(
-        self, latents: Latents, teacher_latents: Latents, view: View
-    ) -> tuple[Tensor, Tensor]:
+    def _patches(self, latents: Latents, of_teacher: Latents, view: View) -> tuple[Tensor, Tensor]:
         """Cross entropies of the hidden tokens of a crop, and their areas."""
         values, weights = [], []
         for stream in predicted_streams(view):
@@ -276,7 +274,7 @@ class SelfDistillation(Objective):
             weight = hidden_areas(stream).flatten()
             student = gather(latents[name].last, queries).flatten(0, 1)
             with torch.no_grad():
-                teacher = gather(teacher_latents[name].last, queries).flatten(0, 1)
+                teacher = gather(of_teacher[name].last, queries).flatten(0, 1)
                 logits = self.teacher_heads[f"token_{name}"](teacher)
                 target = self._centred(f"token_{name}", logits, weight)
             scores = self.heads[f"token_{name}"](student) / self.student_temperature

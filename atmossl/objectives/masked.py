@@ -86,15 +86,13 @@ class MaskedModelling(Objective):
         (view,) = batch.views
         prediction = network(view)
         streams = predicted_streams(view)
-        stream_losses = [
+        losses = [
             self.stream_loss(stream, predicted)
             for stream, predicted in zip(streams, prediction.streams, strict=True)
         ]
-        terms = tuple(
-            (s.spec.name, loss) for s, (loss, _) in zip(streams, stream_losses, strict=True)
-        )
+        terms = tuple((s.spec.name, loss) for s, (loss, _) in zip(streams, losses, strict=True))
         factors = tuple(stream.spec.loss_weight for stream in streams)
-        weighted = [values for _, values in stream_losses if values is not None]
+        weighted = [values for _, values in losses if values is not None]
         tells_samples = view.mask_kind is not None and bool(weighted)
         by_sample = _sums_by_sample(weighted) if tells_samples else None
         return Losses(terms, factors, prediction, by_sample=by_sample)

@@ -91,10 +91,10 @@ class WeightedSum(Objective):
     def batches(self, batch: Batch) -> dict[str, Batch]:
         """What every part sees of a batch."""
         views = iter(batch.views)
-        views_of_parts = [tuple(next(views) for _ in range(count)) for count in self.num_views]
+        groups = [tuple(next(views) for _ in range(count)) for count in self.num_views]
         return {
-            name: replace(batch, views=part_views)
-            for name, part_views in zip(self.parts, views_of_parts, strict=True)
+            name: replace(batch, views=group)
+            for name, group in zip(self.parts, groups, strict=True)
         }
 
     def forward(self, network: Any, batch: Batch) -> Losses:
@@ -132,11 +132,7 @@ class _PartMetrics:
     def __init__(self, objective: WeightedSum, stage: str) -> None:
         self.objective = objective
         metrics = {name: part.metrics for name, part in objective._objectives().items()}
-        self.metrics = {
-            name: part_metrics[stage]
-            for name, part_metrics in metrics.items()
-            if stage in part_metrics
-        }
+        self.metrics = {name: stages[stage] for name, stages in metrics.items() if stage in stages}
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         batches = self.objective.batches(batch)

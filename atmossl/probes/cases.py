@@ -165,13 +165,11 @@ def _state(run: Run, hours: int, levels: Mapping[str, Sequence[int]]) -> xr.Data
             "longitude": segment.grid.longitude,
         }
     )
-    for name, variable_levels in levels.items():
-        read = [
-            segment.read(name, variable_levels, int(s), 1, segment.whole())[:, 0] for s in steps
-        ]
+    for name, chosen in levels.items():
+        read = [segment.read(name, chosen, int(s), 1, segment.whole())[:, 0] for s in steps]
         values = xr.DataArray(
             np.stack(read), dims=("case", "level", "latitude", "longitude"),
-            coords={"level": list(variable_levels)},
+            coords={"level": list(chosen)},
         )  # fmt: skip
         dataset = xr.merge([dataset, values.rename(name)], join="outer")
     return dataset

@@ -45,9 +45,7 @@ class Label:
             f"{v} at {level} hPa" for v, level in self.needs if level not in levels.get(v, ())
         ]
         if lacking:
-            have = ", ".join(
-                f"{v} {list(variable_levels)}" for v, variable_levels in levels.items()
-            )
+            have = ", ".join(f"{v} {list(present)}" for v, present in levels.items())
             raise ValueError(
                 f"probes: {name} needs {' and '.join(lacking)}; the checkpoint has {have}"
             )

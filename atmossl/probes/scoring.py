@@ -296,7 +296,5 @@ class Scorer:
 
 def best_by_validation(outcomes: Sequence[Outcome], source: str, method: str) -> Outcome:
     """Of all layers of a source."""
-    of_source = [
-        outcome for outcome in outcomes if outcome.source == source and outcome.method == method
-    ]
+    of_source = [o for o in outcomes if o.source == source and o.method == method]
     return max(of_source, key=lambda outcome: outcome.validation)

@@ -46,19 +46,17 @@ def measures(
         the directions of the halves' means, and of all tokens' means.
     """
     latents = latents.double()
-    anomalies, repeated = position_anomalies(latents, bins)
+    anomalies, twice = position_anomalies(latents, bins)
     size = latents.square().mean().sqrt()
-    deviations = (anomalies.square().sum(dim=(0, 1)) / repeated.sum().clamp_min(1)).sqrt()
-    if not bool(repeated.any()) or float(deviations.square().mean().sqrt()) <= _NOTHING * float(
-        size
-    ):
+    deviations = (anomalies.square().sum(dim=(0, 1)) / twice.sum().clamp_min(1)).sqrt()
+    if not bool(twice.any()) or float(deviations.square().mean().sqrt()) <= _NOTHING * float(size):
         names = ("rank_tokens", "rank_pooled", "lidar_tokens", "lidar_pooled", "std_mean")
         return dict.fromkeys((*names, "std_min", "uniformity"), 0.0)
     unit = anomalies / deviations.square().mean().sqrt()
     pooled = unit.mean(dim=1)
     halves = torch.stack([unit[:, ::2].mean(dim=1), unit[:, 1::2].mean(dim=1)], dim=1)
     values = {
-        "rank_tokens": rankme(unit[repeated]),
+        "rank_tokens": rankme(unit[twice]),
         "rank_pooled": rankme(pooled),
         "lidar_tokens": lidar(unit),
         "lidar_pooled": lidar(halves),
@@ -90,10 +88,8 @@ def shown(view: View) -> View:
         valid = stream.valid
         source = stream.target if valid is None else stream.target.where(valid, stream.source)
         visible = torch.zeros_like(stream.corruption)
-        every_token = TokenIndex.whole(stream.corruption)
-        streams.append(
-            replace(stream, source=source, corruption=visible, encoder_tokens=every_token)
-        )
+        tokens = TokenIndex.whole(stream.corruption)
+        streams.append(replace(stream, source=source, corruption=visible, encoder_tokens=tokens))
     return replace(view, streams=tuple(streams))
 
 

@@ -85,20 +85,16 @@ class Muon(torch.optim.Optimizer):
         momenta, gradients = self._states(parameters, "momentum"), _gradients(parameters)
         _lists._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         for together in alike(parameters):
-            same_shape, gradients = (
-                [parameters[n] for n in together],
-                _gradients(parameters, together),
-            )
+            weights, gradients = [parameters[n] for n in together], _gradients(parameters, together)
             nesterov = _lists._foreach_lerp(
                 gradients, [momenta[n] for n in together], group["momentum"]
             )
             matrices = orthogonalise(torch.stack([whole(d).flatten(1) for d in nesterov]))
             scale = 0.2 * max(matrices.shape[1:]) ** 0.5
             updates = [
-                like(matrix.view(p.shape), p)
-                for matrix, p in zip(matrices, same_shape, strict=True)
+                like(matrix.view(p.shape), p) for matrix, p in zip(matrices, weights, strict=True)
             ]
-            _lists._foreach_add_(same_shape, updates, alpha=-group["lr"] * scale)
+            _lists._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = _gradients(parameters)
@@ -129,10 +125,8 @@ def alike(parameters: list[Tensor]) -> list[list[int]]:
     """Numbers of parameters of one shape, whose matrices are one product, as far as memory goes."""
     groups: dict[torch.Size, list[list[int]]] = {}
     for number, parameter in enumerate(parameters):
-        groups_of_shape = groups.setdefault(parameter.shape, [[]])
-        if (len(groups_of_shape[-1]) + 1) * parameter.numel() > _MOST_VALUES and groups_of_shape[
-            -1
-        ]:
-            groups_of_shape.append([])
-        groups_of_shape[-1].append(number)
-    return [numbers for groups_of_shape in groups.values() for numbers in groups_of_shape]
+        parts = groups.setdefault(parameter.shape, [[]])
+        if (len(parts[-1]) + 1) * parameter.numel() > _MOST_VALUES and parts[-1]:
+            parts.append([])
+        parts[-1].append(number)
+    return [numbers for parts in groups.values() for numbers in parts]

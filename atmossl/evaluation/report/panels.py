@@ -57,10 +57,8 @@ def spectrum_panel(diagnosed: xr.Dataset, title: str, model_name: str, axis: str
     wave = slice(1, None)  # wavenumber 0 is the mean, not variance
     for source in diagnosed["source"].to_numpy():
         curve = diagnosed.sel(source=source)
-        power, numbers = (
-            curve / curve["truth"],
-            curve["wavenumber"][wave],
-        )  # the truth of its own cases
+        power = curve / curve["truth"]  # the truth of its own cases
+        numbers = curve["wavenumber"][wave]
         is_model = source == model_name
         label = f"{source}, members" if is_model else str(source)
         axes.plot(numbers, power["members"][wave], label=plain(label))
