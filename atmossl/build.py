@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atmossl import __version__
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_formats import FORMAT
+from atmossl.checkpoint_files import FORMAT
 from atmossl.data.catalog import CatalogEntry, is_shipped, remembered
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples

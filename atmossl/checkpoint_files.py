@@ -1,8 +1,12 @@
 """Files of checkpoints: written atomically, read as one file, as a folder of shards or as a folder
-of a model hub (`atmossl.hub`).
+of a model hub (`atmossl.hub`), and brought into the present format.
 
-Every read compares the checksums (`atmossl.checksums`) first, and says in one line what is wrong
+Every read compares the checksums (`atmossl.sealed`) first, and says in one line what is wrong
 with a file that is damaged, incomplete or not ours, whatever torch makes of it.
+
+A record says what a checkpoint is: streams, statistics, window, the network and the objective it
+was trained by. Its `format` is a whole number. Whoever changes what a record means adds one to
+`FORMAT`, a function to `_MIGRATIONS`, and a tiny file of the old format to `tests/checkpoints/`.
 """
 
 import os
@@ -16,9 +20,10 @@ from typing import Any
 
 import torch
 
-from atmossl.checkpoint_formats import migrated
-from atmossl.checksums import MANIFEST, METADATA, UnsoundError, seal_file, verified_digest
-from atmossl.hub import is_hub_folder, read_folder
+from atmossl.batch import PRIMARY
+from atmossl.hub import CONFIG, WEIGHTS, read_folder
+from atmossl.renamed_keys import renamed
+from atmossl.sealed import MANIFEST, METADATA, UnsoundError, seal_file, verified_digest
 
 _PARTIAL = ".partial-"
 BEST = "best.ckpt"
@@ -290,3 +295,66 @@ def checkpoints_in(folder: Path) -> list[Path]:
     steps, best = steps_in(folder), folder / BEST
     best_counts = best.exists() and not marks_in(folder)
     return [steps[step] for step in sorted(steps, reverse=True)] + [best] * best_counts
+
+
+def is_hub_folder(path: Path) -> bool:
+    """Whether a folder has the form that `export hub=FOLDER` writes."""
+    return path.is_dir() and ((path / WEIGHTS).exists() or (path / CONFIG).exists())
+
+
+FORMAT = 4
+
+
+def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 knew one network and one objective, which it did not name."""
+    objective = {
+        "kind": "atmossl.objectives.masked.MaskedModelling",
+        "provides": ["embed", "reconstruct"],
+    }
+    return {**record, "network": "multiformer", "objective": objective}
+
+
+def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 had other names for some keys of the configuration."""
+    config, _ = renamed(record.get("config", {}))
+    model, _ = renamed({key: record[key] for key in ("model",) if key in record})
+    return {**record, **model, "config": config}
+
+
+def _with_named_sources(record: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 named no primary source: its streams had no `data`, or '', and its statistics held
+    those of the other sources."""
+    named = dict(record)  # a record may lack keys, which whoever needs them says
+    if "streams" in record:
+        streams = record["streams"]
+        named["streams"] = [{**spec, "data": spec.get("data") or PRIMARY} for spec in streams]
+    if "seen" in record:
+        named["seen"] = {data or PRIMARY: values for data, values in record["seen"].items()}
+    if "statistics" in record:
+        primary = {key: value for key, value in record["statistics"].items() if key != "others"}
+        named["statistics"] = {PRIMARY: primary, **record["statistics"].get("others", {})}
+    return named
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _with_kinds,
+    2: _with_present_names,
+    3: _with_named_sources,
+}
+
+
+def migrated(record: dict[str, Any]) -> dict[str, Any]:
+    """The record in the present format.
+
+    Raises:
+        ValueError: a format of a later version than this.
+    """
+    version = record.get("format", 1)  # the first format did not say so
+    if version not in (*_MIGRATIONS, FORMAT):
+        raise ValueError(
+            f"its format {version} is newer than this atmossl reads (up to {FORMAT}), or none; it "
+            f"was written by atmossl {record.get('atmossl', 'of an unknown version')}"
+        )
+    for number in range(version, FORMAT):
+        record = _MIGRATIONS[number](record)
+    return {**record, "format": FORMAT}

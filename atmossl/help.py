@@ -318,8 +318,8 @@ class _Meanings:
 
 
 def _class_of(group: str, target: str) -> Any:
-    from atmossl.names import target_name
     from atmossl.schema.targets import MASKS, objectives
+    from atmossl.setting_types import target_name
 
     return {**MASKS, **(objectives() if group == "objective" else {})}.get(target_name(target))
 

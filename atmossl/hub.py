@@ -2,7 +2,7 @@
 
 A folder holds three files. `model.safetensors` has the averaged weights, and any tensors of the
 record. `config.json` has the version of this form, the size and the sha256 of the weights, the
-checkpoint's record (`atmossl.checkpoint_formats`) and a sha256 of itself. `README.md` is the model
+checkpoint's record (`atmossl.checkpoint_files`) and a sha256 of itself. `README.md` is the model
 card, which anyone may edit: nothing reads it. None of the three can hold code.
 
 `hf://OWNER/NAME`, with `@REVISION` for a branch, tag or commit, names a folder on a hub.
@@ -19,8 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from atmossl.checksums import UnsoundError, in_one_line
-from atmossl.sealed import read_sealed, write_sealed
+from atmossl.sealed import UnsoundError, in_one_line, read_sealed, write_sealed
 
 SCHEME = "hf://"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -31,11 +30,6 @@ _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _NEEDS = "needs {}, which is not installed; pip install 'atmossl[hub]'"
 _TUPLE, _ITEMS, _TENSOR, _FLOAT = "__tuple__", "__items__", "__tensor__", "__float__"
 _KINDS = {_TUPLE, _ITEMS, _TENSOR, _FLOAT}
-
-
-def is_hub_folder(path: Path) -> bool:
-    """Whether a folder has the form that `export hub=FOLDER` writes."""
-    return path.is_dir() and ((path / WEIGHTS).exists() or (path / CONFIG).exists())
 
 
 def downloaded(name: str) -> Path:

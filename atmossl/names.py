@@ -1,5 +1,4 @@
-"""Names of variables, segments, streams and tasks as names of files, and AtmoRep's names of
-variables.
+"""Names of variables, segments and streams as names of files, and AtmoRep's names of variables.
 
 A catalog may call a variable anything. Whatever becomes a part of a path goes through `file_name`,
 so that no name leaves its folder, hides a file or overwrites that of another name.
@@ -40,17 +39,6 @@ def file_name(name: str) -> str:
 
 def _quoted(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match.group().encode(errors="surrogatepass"))
-
-
-def snake_case(name: str) -> str:
-    """The name of a class in small letters with underscores."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-def target_name(target: str) -> str:
-    """The short name of a class of this package, as a `_target_` of the configuration may name it
-    with its module in front; any other name stays as it is."""
-    return snake_case(target.rpartition(".")[2]) if target.startswith("atmossl.") else target
 
 
 def check_name(name: str, key: str) -> None:

@@ -25,7 +25,7 @@ from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
 
-from atmossl.names import target_name
+from atmossl.setting_types import target_name
 
 GROUP = "atmossl.plugins"
 _REST = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

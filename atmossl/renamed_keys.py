@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from atmossl.names import target_name
+from atmossl.setting_types import target_name
 
 _LOGGER = logging.getLogger(__name__)
 _KEYS = {  # whole key: its last part now
@@ -33,7 +33,7 @@ def renamed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         keys = data if isinstance(data, Mapping) else {"name": data}
         values["data"] = {**keys, "catalog": catalog}
         notes.append(_NOTE.format(old="catalog", new="data.catalog"))
-    return _walk(values, (), notes), notes
+    return _with_present_keys(values, notes), notes
 
 
 def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,24 +60,28 @@ def renamed_override(override: str) -> str:
     return f"{prefix}{'.'.join(parts)}={present}"
 
 
-def _walk(node: Any, path: tuple[str, ...], notes: list[str]) -> Any:
-    if isinstance(node, list | tuple):
-        return [_walk(item, (*path, str(number)), notes) for number, item in enumerate(node)]
-    if not isinstance(node, Mapping):
-        return node
-    present = {}
-    if _is_of_plugin(node):  # its keys are its own
-        return {key: _walk(value, (*path, str(key)), notes) for key, value in node.items()}
-    for key, value in node.items():
-        new_key, new_value = _present(path, str(key), value)
-        old, new = (".".join((*path, part)) for part in (str(key), new_key))
-        if new_key != key or (new_value != value and key != "_target_"):
-            shown = "" if new_value == value else f"={new_value}"
-            was = "" if new_value == value else f"={value}"
-            notes.append(_NOTE.format(old=old + was, new=new + shown))
-        new_value = _walk(new_value, (*path, new_key), notes)
-        present[new_key if isinstance(key, str) else key] = new_value
-    return present
+def _with_present_keys(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """A copy of all mappings and lists with present names; a line in `notes` for every old one."""
+    whole: dict[Any, Any] = {}
+    pending: list[tuple[Any, Any, Any, tuple[str, ...]]] = [(whole, "", values, ())]
+    for copy, place, node, path in pending:  # grows by the parts of every node
+        if isinstance(node, list | tuple):
+            copy[place] = parts = list(node)
+            pending += [(parts, n, part, (*path, str(n))) for n, part in enumerate(node)]
+            continue
+        copy[place] = node
+        if not isinstance(node, Mapping):
+            continue
+        copy[place] = parts = {}
+        keeps_keys = _is_of_plugin(node)  # they are its own
+        for key, value in node.items():
+            name = str(key)
+            if not keeps_keys:
+                name, value = _present(path, name, value, notes)
+            kept = name if isinstance(key, str) else key
+            parts[kept] = value  # here for the order of the keys
+            pending.append((parts, kept, value, (*path, name)))
+    return whole[""]
 
 
 def _is_of_plugin(node: Mapping[str, Any]) -> bool:
@@ -86,15 +90,20 @@ def _is_of_plugin(node: Mapping[str, Any]) -> bool:
     return "." in target and not target.startswith("atmossl.")
 
 
-def _present(path: tuple[str, ...], key: str, value: Any) -> tuple[str, Any]:
+def _present(path: tuple[str, ...], key: str, value: Any, notes: list[str]) -> tuple[str, Any]:
     """The present name and value of one key."""
     dotted = ".".join((*path, key))
     if key == "_target_":
         return key, target_name(value) if isinstance(value, str) else value
-    if key in _HOURS:
-        return _HOURS[key], value if value is None else f"{value}h"
     holder = next((part for part in reversed(path) if not part.isdigit()), "")
-    if key == "name" and holder in _TASKS:
-        return "_target_", value
-    value = _VALUES.get((dotted, value), value) if isinstance(value, str) else value
-    return _KEYS.get(dotted, key), value
+    new_key, new_value = _KEYS.get(dotted, key), value
+    if key in _HOURS:
+        new_key, new_value = _HOURS[key], value if value is None else f"{value}h"
+    elif key == "name" and holder in _TASKS:
+        new_key = "_target_"
+    elif isinstance(value, str):
+        new_value = _VALUES.get((dotted, value), value)
+    if (new_key, new_value) != (key, value):
+        was, now = ("", "") if new_value == value else (f"={value}", f"={new_value}")
+        notes.append(_NOTE.format(old=dotted + was, new=".".join((*path, new_key)) + now))
+    return new_key, new_value

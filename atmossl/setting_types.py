@@ -1,7 +1,9 @@
-"""Types of settings that carry their bounds: numbers, and durations as people write them.
+"""Types of settings that carry their bounds: numbers, and durations as people write them; and names
+of classes as a configuration has them.
 
-They annotate the classes that a configuration is validated against (`atmossl.schema`), wherever
-those classes are. Nothing is checked when such a class is made in code, without a configuration.
+The types annotate the classes that a configuration is validated against (`atmossl.schema`),
+wherever those classes are. Nothing is checked when such a class is made in code, without a
+configuration.
 """
 
 import re
@@ -14,7 +16,6 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NotNegativeFloat = Annotated[float, Field(ge=0.0)]
-
 _HOURS = {"s": 1 / 3600, "min": 1 / 60, "h": 1.0, "d": 24.0}
 
 
@@ -37,3 +38,14 @@ def hours(text: str) -> float:
 # Hours in code, a number and its unit in a configuration: `12h`
 Hours = Annotated[float, BeforeValidator(hours)]
 SignedHours = Annotated[float, BeforeValidator(signed_hours)]
+
+
+def snake_case(name: str) -> str:
+    """The name of a class in small letters with underscores."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def target_name(target: str) -> str:
+    """The short name of a class of this package, as a `_target_` of the configuration may name it
+    with its module in front; any other name stays as it is."""
+    return snake_case(target.rpartition(".")[2]) if target.startswith("atmossl.") else target

@@ -18,8 +18,7 @@ import xarray as xr
 import atmossl
 from atmossl.api import open_data
 from atmossl.build import build_trainer
-from atmossl.checkpoint_files import read_contents
-from atmossl.checkpoint_formats import FORMAT
+from atmossl.checkpoint_files import FORMAT, read_contents
 from atmossl.cli import compose_config, main
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.objectives.base import Monitor

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import check_room, size_on_disk, write_atomically
-from atmossl.checksums import UnsoundError
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.hub import CARD, write_folder
 from atmossl.inference.checkpoint import exported, load_checkpoint
+from atmossl.sealed import UnsoundError
 
 _FENCE = "```"
 

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from atmossl import __version__
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
-from atmossl.checkpoint_files import check_room, size_on_disk, write_output
-from atmossl.checkpoint_formats import FORMAT
+from atmossl.checkpoint_files import FORMAT, check_room, size_on_disk, write_output
 from atmossl.commands.atmorep_normalisation import with_atmorep_normalisation
 from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD
@@ -97,7 +96,7 @@ def _record(
     window: tuple[int, int, int],
     statistics: Statistics,
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself; see `atmossl.checkpoint_formats`."""
+    """What a checkpoint says of itself; see `atmossl.checkpoint_files`."""
     steps, rows, columns = window
     return {
         "format": FORMAT,

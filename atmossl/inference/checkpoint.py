@@ -18,7 +18,6 @@ from atmossl.checkpoint_files import (
     read_with_digest,
     write_output,
 )
-from atmossl.checksums import in_one_line
 from atmossl.data.catalog import find_file
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
@@ -29,7 +28,8 @@ from atmossl.masking.views import FirstGuess
 from atmossl.model.kinds import build_network, network_class
 from atmossl.model.linear import merged
 from atmossl.model.network import Network
-from atmossl.names import snake_case, target_name
+from atmossl.sealed import in_one_line
+from atmossl.setting_types import snake_case, target_name
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}

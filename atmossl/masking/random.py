@@ -19,8 +19,7 @@ from atmossl.masking.base import (
     step_hours_of,
     window_times,
 )
-from atmossl.names import snake_case
-from atmossl.setting_types import Positive
+from atmossl.setting_types import Positive, snake_case
 
 _KINDS = {
     "drop": Corruption.DROP,

@@ -28,8 +28,7 @@ from atmossl.masking.base import (
     steps_of,
     window_times,
 )
-from atmossl.names import snake_case
-from atmossl.setting_types import Hours, NotNegative, Positive
+from atmossl.setting_types import Hours, NotNegative, Positive, snake_case
 
 
 @dataclass(frozen=True)

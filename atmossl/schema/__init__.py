@@ -33,7 +33,6 @@ from atmossl.losses import AREAS
 from atmossl.masking.random import Autoregression
 from atmossl.model.kinds import NETWORKS, choose_network
 from atmossl.model.multiformer import check_causal
-from atmossl.names import snake_case
 from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
@@ -48,7 +47,7 @@ from atmossl.schema.training import (
     WarmStartConfig,
     trainer_faults,
 )
-from atmossl.setting_types import NotNegative, Positive
+from atmossl.setting_types import NotNegative, Positive, snake_case
 from atmossl.training.optimizer import OptimizerChoice
 
 __all__ = [

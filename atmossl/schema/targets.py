@@ -35,9 +35,9 @@ from atmossl.masking.random import (
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
 from atmossl.model.kinds import NETWORKS
-from atmossl.names import snake_case
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
 from atmossl.plugins import Part, checked_keywords, find_class
+from atmossl.setting_types import snake_case
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone

@@ -38,9 +38,9 @@ from atmossl.checkpoint_files import (
     remove,
     save_contents,
 )
-from atmossl.checksums import METADATA, UnsoundError, write_manifest
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
+from atmossl.sealed import METADATA, UnsoundError, write_manifest
 from atmossl.shards import SafePlanner, ShardReader, as_unsound
 from atmossl.training.distributed import failing_together
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atmossl.batch import PRIMARY, StreamSpec, StreamWindow, TokenSize, token_grid
-from atmossl.checkpoint_formats import migrated
+from atmossl.checkpoint_files import migrated
 from atmossl.data.segment import Segment
 from atmossl.data.sources import check_window, entries_of, paired
 from atmossl.data.statistics import Normaliser, Statistics

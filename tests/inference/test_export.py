@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atmossl.checkpoint_files import check_room
-from atmossl.checkpoint_formats import FORMAT
+from atmossl.checkpoint_files import FORMAT, check_room
 from atmossl.inference.checkpoint import export, load_checkpoint, read_checkpoint
 
 

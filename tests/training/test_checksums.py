@@ -16,14 +16,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils import _pytree as pytree
 
 from atmossl.checkpoint_files import (
+    FORMAT,
     METADATA,
     read_contents,
     read_record_to_go_on,
     read_with_digest,
     save_contents,
 )
-from atmossl.checkpoint_formats import FORMAT
-from atmossl.checksums import MANIFEST, verified_digest, write_manifest
+from atmossl.sealed import MANIFEST, verified_digest, write_manifest
 
 RNG = random.Random(0)
 TENSORS = {

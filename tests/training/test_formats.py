@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from atmossl.api import load, open_data
-from atmossl.checkpoint_files import read_contents
-from atmossl.checkpoint_formats import FORMAT, migrated
+from atmossl.checkpoint_files import FORMAT, migrated, read_contents
 from atmossl.cli import main
 from atmossl.inference.checkpoint import load_checkpoint, objective_name
 
