@@ -202,7 +202,8 @@ class Model:
         sizes = [dict(latents.sizes) for latents in (latents_of_first, latents_of_second)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"first has sizes {sizes[0]}, second {sizes[1]}; needed: one grid, as many times"
+                f"first has sizes {sizes[0]}, second {sizes[1]}; needed: one grid, and as many "
+                "times"
             )
         squares = []
         for name, latents in latents_of_first.data_vars.items():
