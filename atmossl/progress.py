@@ -7,6 +7,7 @@ left. Both are written to standard output by rich, so that a full disk behind it
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -33,6 +34,18 @@ def duration_text(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d} h"
 
 
+def size_text(num_bytes: float) -> str:
+    """A size for people: `12 MiB`, `3.4 GiB`."""
+    mib = num_bytes / 2**20
+    return (
+        f"{mib / 1024:,.1f} GiB"
+        if mib >= 1024
+        else f"{mib:,.0f} MiB"
+        if mib >= 10
+        else f"{mib:.1f} MiB"
+    )
+
+
 class Pace:
     """How long the rest of some work will take, from how long it has taken since `start`."""
 
@@ -54,8 +67,17 @@ class Pace:
         return self.seconds() / (done - self._done) * (total - done)
 
 
+class Advance(Protocol):
+    """Takes how many units of work more are done; `say` prints a line meanwhile."""
+
+    def __call__(self, count: float) -> None: ...
+
+    @property
+    def say(self) -> Callable[[str], None]: ...
+
+
 @contextmanager
-def telling(description: str, total: float) -> Iterator[Callable[[float], object]]:
+def telling(description: str, total: float) -> Iterator[Advance]:
     """Show how much of `total` units of work is done; the value takes how many more have been.
 
     On a terminal this is a bar that is gone when the work is done. A log file gets a line after a
@@ -65,23 +87,30 @@ def telling(description: str, total: float) -> Iterator[Callable[[float], object
     if not console.is_terminal:
         yield _Lines(description, total, console)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(description, total=total)
-
-    def advance(count: float) -> None:
-        bar.start()  # only now: there may be nothing to do
-        bar.advance(task, count)
-
+    bar = _Bar(description, total, console)
     try:
-        yield advance
+        yield bar
     finally:
         bar.stop()
+
+
+class _Bar:
+    """On a terminal."""
+
+    def __init__(self, description: str, total: float, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(description, total=total)
+        self.say, self.stop = self._progress.console.print, self._progress.stop
+
+    def __call__(self, count: float) -> None:
+        self._progress.start()  # only now: there may be nothing to do
+        self._progress.advance(self._task, count)
 
 
 class _Lines:
@@ -90,6 +119,7 @@ class _Lines:
     def __init__(self, description: str, total: float, console: Console) -> None:
         self._what, self._total, self._console = description, total, console
         self._done, self._pace, self._due = 0.0, Pace(), _QUIET_SECONDS
+        self.say = console.print
 
     def __call__(self, count: float) -> None:
         self._done += count

@@ -7,7 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from atmossl.api import chosen_times
+from atmossl.checkpoint_files import partial_path, size_on_disk
 from atmossl.commands.common import device_for, open_checkpoint
+from atmossl.commands.early_estimate import EarlyEstimate
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.locks import owned
 from atmossl.progress import telling
@@ -37,5 +39,10 @@ def _embed(config: EmbedConfig) -> None:
     )
     dates = None if config.init_time == "all" else config.init_time
     times = chosen_times(embedder, dates, config.every)
+    partial = partial_path(config.output)
     with telling(f"latents, {len(times)} times", len(times)) as advance:
-        write_embeddings(embedder, times, config.output, advance=advance)
+        estimate = EarlyEstimate(
+            advance, config.output, len(times), 1, lambda: size_on_disk(partial),
+            "choose fewer times (init_time=START/END/STEP, every=N), or make room",
+        )  # fmt: skip
+        write_embeddings(embedder, times, config.output, advance=estimate)

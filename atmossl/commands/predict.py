@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Console
 
 from atmossl.api import chosen_times, out_of_training_warnings
-from atmossl.checkpoint_files import check_room, size_on_disk, write_output
+from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
 from atmossl.commands.common import device_for, note, open_checkpoint
+from atmossl.commands.early_estimate import EarlyEstimate, NoRoomError, check_free
 from atmossl.inference.calibration import (
     Calibration,
     SpreadInflation,
@@ -20,9 +21,14 @@ from atmossl.inference.calibration import (
 from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
 from atmossl.inference.plan import Options, Plan, plan_prediction
 from atmossl.inference.predict import predict_parts
-from atmossl.inference.writer import OutputLayout, check_output, check_request, write
+from atmossl.inference.writer import (
+    check_output,
+    check_request,
+    partial_of,
+    write,
+)
 from atmossl.locks import owned
-from atmossl.progress import console_of_output, telling
+from atmossl.progress import console_of_output, size_text, telling
 from atmossl.schema import PredictConfig, parse
 from atmossl.stops import keeping
 
@@ -34,20 +40,10 @@ def predict(values: Mapping[str, Any]) -> Path:
         check_output(config.output, resume=config.resume)
         plan = _plan(config)
         times = _times(config, plan)
-        check_request(plan, times, config.output, config.layout)
+        size = check_request(plan, times, config.output, config.layout)
         for caution in out_of_training_warnings(plan, times):
             note(f"this checkpoint was not trained for {caution}")
-        if len(times) * plan.steps.num_passes > 1:
-            console_of_output().print(_extent(config, plan, times))
-        with telling(f"{config.task.name}, {len(times)} times", len(times)) as advance:
-            write(
-                plan,
-                times,
-                config.output,
-                names=config.layout,
-                resume=config.resume,
-                advance=advance,
-            )
+        _write(config, plan, times, size)
     Console(markup=False).print(
         f"checkpoint: {config.checkpoint} (digest {plan.trained.digest})\n"
         f"prediction: {config.output}",
@@ -56,15 +52,42 @@ def predict(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def _extent(config: PredictConfig, plan: Plan, times: np.ndarray) -> str:
-    """How much will be predicted; how long it takes is told with the progress."""
+def _write(config: PredictConfig, plan: Plan, times: np.ndarray, size: int) -> None:
+    """Write the prediction; before a long one, tell what it will take. size: bytes of the fields.
+
+    Raises:
+        NoRoomError: the disk cannot hold it; nothing stays of what this call has begun.
+    """
+    output, passes = config.output, plan.steps.num_passes
+    at_end = size if output.suffix == ".nc" else 0  # uncompressed, of the store that was compressed
+    smaller = "choose fewer times (init_time=START/END/STEP, every=N) or members, or make room"
+    check_free(output, at_end, smaller)
+    if len(times) * passes > 1:
+        console_of_output().print(_extent(plan, times, size))
+    partial, parts = partial_of(output), passes if passes > 1 else len(plan.tiles.rows())
+    with telling(f"{config.task.name}, {len(times)} times", len(times)) as advance:
+        estimate = EarlyEstimate(
+            advance, output, len(times), parts, lambda: size_on_disk(partial), smaller,
+            first_differs=passes > 1, at_end=at_end,
+        )  # fmt: skip
+        try:
+            write(
+                plan, times, output, names=config.layout, resume=config.resume, advance=estimate
+            )  # fmt: skip
+        except NoRoomError:
+            if not config.resume:
+                remove(partial)
+                remove(partial.with_suffix(".json"))
+            raise
+
+
+def _extent(plan: Plan, times: np.ndarray, size: int) -> str:
+    """How much will be predicted."""
     show, passes = plan.segment.calendar.show, plan.steps.num_passes
-    first = OutputLayout(plan, times[:1], 1, config.layout)
-    size = len(times) * first.dataset().nbytes / 2**20
     each = f", {passes} passes each" if passes > 1 else ""
     return (
         f"{len(times)} times from {show(times[0])} to {show(times[-1])}{each}: some "
-        f"{size:,.0f} MiB before compression; init_time=START/END/STEP or every=N chooses fewer"
+        f"{size_text(size)} before compression; init_time=START/END/STEP or every=N chooses fewer"
     )
 
 

@@ -312,6 +312,7 @@ def write_embeddings(
         empty = embedder.dataset(times)
         empty.to_zarr(partial, compute=False, encoding=encoding(empty), consolidated=True)
         arrays = [str(name) for name in empty.data_vars]
+        advance(0.0)  # nothing was there before
         for case, dataset in enumerate(embeddings(embedder, list(times))):
             part = dataset[arrays].drop_vars(list(dataset.coords))
             part.to_zarr(partial, region={"init_time": slice(case, case + 1)})

@@ -378,9 +378,9 @@ def write(
     progress.path.unlink()
 
 
-def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName = "cf") -> None:
-    """Raise ValueError, before anything is read, for a task that fits neither store nor model, or
-    a prediction that the output cannot hold."""
+def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName = "cf") -> int:
+    """Bytes that will be written, before compression; ValueError, before anything is read, for a
+    task that fits neither store nor model, or a prediction that the output cannot hold."""
     grids = _layouts(plan, times, 1, names)
     if output.suffix == ".grib2":
         from atmossl.inference.grib import check_grib
@@ -391,6 +391,7 @@ def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName
                 f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
                 "file holds one grid here; write .zarr or .nc"
             )
+    return sum(layout.dataset().nbytes for layout in grids.values())
 
 
 def _kept(progress: _Progress, times: np.ndarray, partial: Path) -> str:

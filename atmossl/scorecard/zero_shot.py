@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
-from rich.progress import track
 
 from atmossl.data.climatology import read_monthly
 from atmossl.data.segment import Segment
@@ -18,6 +17,7 @@ from atmossl.inference.plan import Options, Plan, plan_prediction
 from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import predictions
 from atmossl.masking.tasks import Task
+from atmossl.progress import telling
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
@@ -229,9 +229,11 @@ def _chunks(plan: Plan, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.
     dim = "init_time" if plan.steps.is_forecast else "time"
     waiting: list[xr.Dataset] = []
     done = 0
-    for predicted in track(predictions(plan, times), total=len(times), description=name):
-        waiting.append(predicted)
-        full = len(waiting) * predicted.nbytes >= _CHUNK_BYTES
-        if full or done + len(waiting) == len(times):
-            yield done, xr.concat(waiting, dim, combine_attrs="override")
-            done, waiting = done + len(waiting), []
+    with telling(f"{name}, {len(times)} times", len(times)) as advance:
+        for predicted in predictions(plan, times):
+            advance(1.0)
+            waiting.append(predicted)
+            full = len(waiting) * predicted.nbytes >= _CHUNK_BYTES
+            if full or done + len(waiting) == len(times):
+                yield done, xr.concat(waiting, dim, combine_attrs="override")
+                done, waiting = done + len(waiting), []
