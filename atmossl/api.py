@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +19,6 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atmossl.batch import PRIMARY
-from atmossl.data.axes import Calendar
 from atmossl.data.backends import OpenedStore
 from atmossl.data.catalog import Split, catalog_entry, find_file
 from atmossl.data.chunks import Access
@@ -30,14 +28,8 @@ from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder, embeddings, write_embeddings
-from atmossl.inference.out_of_training_warnings import (
-    unseen,
-    unseen_by_training,
-    untrained_step,
-    untrained_window,
-)
-from atmossl.inference.plan import Options, Plan, plan_prediction
-from atmossl.inference.tiles import first_view
+from atmossl.inference.out_of_training_warnings import out_of_training_warnings
+from atmossl.inference.plan import Options, Plan, Times, chosen_times, plan_prediction
 from atmossl.inference.writer import (
     LayoutName,
     check_output,
@@ -47,18 +39,13 @@ from atmossl.inference.writer import (
     write,
 )
 from atmossl.locks import owned
-from atmossl.masking.base import MaskingSampler
 from atmossl.masking.tasks import Task
-from atmossl.model.latent_distance import distance as distance  # offered as atmossl.distance
 from atmossl.model.latent_distance import squared_difference
-from atmossl.plugins import UntrustedError, check_listed, check_plugins
+from atmossl.plugins import check_plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema import ChosenMembers
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.targets import MASKS, REGIONS, ChosenTask, choose
-from atmossl.setting_types import hours
-
-Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
+from atmossl.schema.targets import ChosenTask, trained_sampler
 
 
 @dataclass(frozen=True)
@@ -130,7 +117,8 @@ class Model:
         if output is not None:
             check_output(Path(output))
             check_request(plan, chosen, Path(output), layout)
-        for caution in out_of_training_warnings(plan, chosen):
+        sampler = trained_sampler(self.trained.record, self.trained.plugins)
+        for caution in out_of_training_warnings(plan, chosen, sampler):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:
             with owned(Path(output), "output"):
@@ -373,100 +361,3 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Task
     except ValidationError as error:
         lines = lines_of(error.errors(), within=("task",))
         raise ValueError("\n".join(lines)) from error
-
-
-def chosen_times(plan: Plan | Embedder, times: Times, every: int = 1) -> np.ndarray:
-    """Reference times in order, checked to have their steps; every n-th possible one for None.
-
-    Raises:
-        ValueError: no dates, or dates that the store does not serve.
-    """
-    if times is None:
-        possible = plan.possible_times()[::every]
-        if len(possible) == 0:
-            raise ValueError("init_time=all: the store is shorter than one window")
-        for time in possible[1:][np.diff(possible) == np.timedelta64(0)][:1]:
-            plan.find(time)  # in several segments: says in which
-        return possible
-    names = [str(name) if isinstance(name, str) else name  # plain ones are shown in messages
-             for name in _named(times, plan.segment.calendar)]  # fmt: skip
-    try:
-        dates = [date for name in names for date in _dates_of(name, plan)]
-        chosen = np.unique(np.array(dates, plan.segment.times.dtype))
-    except ValueError as error:
-        raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
-    if len(chosen) == 0:
-        raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
-    for time in chosen:
-        plan.find(time)
-    return chosen
-
-
-def _dates_of(name: Any, plan: Plan | Embedder) -> list[np.datetime64]:
-    """The date that is named, or those of a range `START/END` or `START/END/STEP`, both ends
-    included: a day as a whole. Without a step, all that the store serves.
-
-    Raises:
-        ValueError: no dates, no duration, or none in the range.
-    """
-    calendar = plan.segment.calendar
-    if not isinstance(name, str) or "/" not in name:
-        return [calendar.parse(name)]
-    start, end, *step = name.split("/")
-    if len(step) > 1:
-        raise ValueError("valid: START/END or START/END/STEP, such as 2020-01-01/2020-03-31/12h")
-    first, last = calendar.parse(start), calendar.parse_end(end)
-    if step:
-        seconds = round(3600 * hours(step[0]))
-        if seconds == 0:
-            raise ValueError(f"step {step[0]} of {name}; valid: a duration such as 12h")
-        spacing = np.timedelta64(seconds, "s")
-        dates = first + np.arange((last - first) // spacing + 1) * spacing
-    else:
-        possible = plan.possible_times()
-        dates = possible[(possible >= first) & (possible <= last)]
-    if len(dates) == 0:
-        raise ValueError(f"{name} holds no date that the store serves")
-    return list(dates)
-
-
-def _named(times: Any, calendar: Calendar) -> list[Any]:
-    """Dates of numpy, pandas, xarray, cftime or the standard library as the calendar parses them.
-
-    Raises:
-        ValueError: what is no date, or one of another calendar.
-    """
-    values = np.atleast_1d(np.asarray(times))
-    wrong = [v for v in values if not isinstance(v, str | np.datetime64 | date)
-             and not hasattr(v, "calendar")]  # fmt: skip
-    if wrong:
-        raise ValueError(f"init_time={wrong[0]} is no date; valid: ISO dates, or all")
-    for value in values.ravel():
-        if not calendar.knows(value):
-            raise ValueError(
-                f"init_time={value} is a date of calendar {value.calendar}, the record's is "
-                f"{calendar.name}; valid: ISO dates of it, or all"
-            )
-    return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]
-
-
-def out_of_training_warnings(plan: Plan, times: np.ndarray) -> list[str]:
-    """What the task asks at these times that the checkpoint's training never did, as far as that
-    is recorded."""
-    record, view = plan.trained.record, first_view(plan, times[0])
-    step_hours = float(plan.step / np.timedelta64(1, "h"))
-    lines = untrained_step(step_hours, record.get("step_hours"))
-    lines += untrained_window(plan.tiles, plan.trained.window)
-    lines += unseen_by_training(plan, times, view)
-    masking = record.get("config", {}).get("masking")
-    if masking is not None:
-        task = plan.task.downscaling
-        factor = None if task is None else task.factor
-        stretch = (record.get("step_hours") or step_hours) / step_hours
-        try:
-            check_listed(masking, {*MASKS, *REGIONS}, plan.trained.plugins)
-        except UntrustedError as error:
-            return [*lines, f"masks that are known here: {error}"]
-        sampler = choose(masking, MASKS, MaskingSampler)
-        lines += unseen(view, sampler, factor, stretch=stretch)
-    return lines

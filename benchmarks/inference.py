@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from atmossl.api import chosen_times, find_task
+from atmossl.api import find_task
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.store import open_split
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.inference.plan import Options, plan_prediction
+from atmossl.inference.plan import Options, chosen_times, plan_prediction
 from atmossl.inference.writer import write
 from benchmarks.report import finish
 

@@ -13,8 +13,9 @@ import xarray as xr
 from nbclient import NotebookClient
 
 import atmossl
-from atmossl.api import Model, chosen_times, find_task
+from atmossl.api import Model, find_task
 from atmossl.inference.out_of_training_warnings import unseen, untrained_step
+from atmossl.inference.plan import chosen_times
 from atmossl.inference.tiles import first_view
 from atmossl.masking.random import RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation

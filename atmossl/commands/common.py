@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -20,12 +21,15 @@ from atmossl.inference.checkpoint import (
     naming_network,
     read_checkpoint,
 )
+from atmossl.inference.out_of_training_warnings import out_of_training_warnings
+from atmossl.inference.plan import Plan
 from atmossl.masking.tasks import Task
 from atmossl.model.kinds import network_class
 from atmossl.model.network import Network
 from atmossl.plugins import check_plugins
 from atmossl.schema import CheckpointConfig
 from atmossl.schema.data import StoreChoice
+from atmossl.schema.targets import trained_sampler
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +77,16 @@ def note(text: str) -> None:
     """Tell what a user may not expect, in one line beside the output."""
     console = Console(stderr=True)
     console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def note_out_of_training(plan: Plan, times: np.ndarray, told: set[str] | None = None) -> None:
+    """Tell what the checkpoint was not trained for. told: what has been told, and is not again."""
+    told = set() if told is None else told
+    sampler = trained_sampler(plan.trained.record, plan.trained.plugins)
+    for caution in out_of_training_warnings(plan, times, sampler):
+        if caution not in told:
+            told.add(caution)
+            note(f"this checkpoint was not trained for {caution}")
 
 
 def make_folder(folder: Path) -> None:

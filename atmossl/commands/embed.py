@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from atmossl.api import chosen_times
 from atmossl.checkpoint_files import partial_path, size_on_disk
 from atmossl.commands.common import device_for, open_checkpoint
 from atmossl.commands.early_estimate import EarlyEstimate
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
+from atmossl.inference.plan import chosen_times
 from atmossl.locks import owned
 from atmossl.progress import telling
 from atmossl.schema import EmbedConfig, parse

@@ -5,34 +5,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from atmossl.api import out_of_training_warnings
 from atmossl.batch import PRIMARY
-from atmossl.commands.common import check_split, device_for, entries_for, note, open_for
+from atmossl.commands.common import (
+    check_split,
+    device_for,
+    entries_for,
+    note,
+    note_out_of_training,
+    open_for,
+)
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.inference.plan import Plan
 from atmossl.locks import owned
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
 from atmossl.stops import keeping
-
-
-class _Cautions:
-    """Notes what tasks ask that the checkpoint was not trained for, each once."""
-
-    def __init__(self) -> None:
-        self.reported: set[str] = set()
-
-    def __call__(self, plan: Plan, times: np.ndarray) -> None:
-        for caution in out_of_training_warnings(plan, times):
-            if caution not in self.reported:
-                self.reported.add(caution)
-                note(f"this checkpoint was not trained for {caution}")
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
@@ -84,7 +75,14 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
                     "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
                 )
             device = device_for(config.accelerator)
-            reports = score_tasks(config, trained, test, training, device, _Cautions())
+            reports = score_tasks(
+                config,
+                trained,
+                test,
+                training,
+                device,
+                functools.partial(note_out_of_training, told=set()),
+            )
         write_report(reports, provenance_of(config, trained, command), partial)
         partial.replace(config.output)
     finally:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from atmossl.api import chosen_times, out_of_training_warnings
 from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
-from atmossl.commands.common import device_for, note, open_checkpoint
+from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
 from atmossl.commands.early_estimate import EarlyEstimate, NoRoomError, check_free
 from atmossl.inference.calibration import (
     Calibration,
@@ -19,7 +18,7 @@ from atmossl.inference.calibration import (
     estimate_inflation,
 )
 from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
-from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.plan import Options, Plan, chosen_times, plan_prediction
 from atmossl.inference.predict import predict_parts
 from atmossl.inference.writer import (
     check_output,
@@ -41,8 +40,7 @@ def predict(values: Mapping[str, Any]) -> Path:
         plan = _plan(config)
         times = _times(config, plan)
         size = check_request(plan, times, config.output, config.layout)
-        for caution in out_of_training_warnings(plan, times):
-            note(f"this checkpoint was not trained for {caution}")
+        note_out_of_training(plan, times)
         _write(config, plan, times, size)
     Console(markup=False).print(
         f"checkpoint: {config.checkpoint} (digest {plan.trained.digest})\n"

@@ -27,7 +27,7 @@ from atmossl.data.segment import Segment
 from atmossl.geometry import Box, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Source
-from atmossl.inference.windows import WindowReader, columns
+from atmossl.inference.tiles import WindowReader, columns
 from atmossl.inference.writer import COORDINATES, attributes_of, encoding
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.tasks import TimePlan

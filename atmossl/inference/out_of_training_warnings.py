@@ -16,6 +16,7 @@ from atmossl.data.windows import WindowSize, read_window
 from atmossl.geometry import Grid, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Plan
+from atmossl.inference.tiles import first_view
 from atmossl.masking.base import MaskingSampler, TokenLayout
 
 _NUM_DRAWS = 200
@@ -298,3 +299,22 @@ def _windows(plan: Plan, times: np.ndarray) -> list[StreamWindow]:
             segment, specs, trained.normaliser, source.start, count, segment.whole()
         )
     return windows
+
+
+def out_of_training_warnings(
+    plan: Plan, times: np.ndarray, sampler: MaskingSampler | str | None
+) -> list[str]:
+    """What the task asks at these times that the checkpoint's training never did, as far as that
+    is recorded. sampler: of the training's masks; None if that is not recorded, and a text that
+    says so if it may not be known."""
+    record, view = plan.trained.record, first_view(plan, times[0])
+    step_hours = float(plan.step / np.timedelta64(1, "h"))
+    lines = untrained_step(step_hours, record.get("step_hours"))
+    lines += untrained_window(plan.tiles, plan.trained.window)
+    lines += unseen_by_training(plan, times, view)
+    if sampler is None or isinstance(sampler, str):
+        return lines if sampler is None else [*lines, sampler]
+    task = plan.task.downscaling
+    factor = None if task is None else task.factor
+    stretch = (record.get("step_hours") or step_hours) / step_hours
+    return lines + unseen(view, sampler, factor, stretch=stretch)

@@ -1,8 +1,9 @@
 """The plan of a prediction: what is predicted, when, where and on which tiles.
 
 `plan_prediction` works everything out and checks it before anything is read. A `Plan` holds data
-and answers questions about dates and places. The functions that predict stand above it: one pass of
-the model over tiles in `tiles`, passes that follow one another in `predict`, files in `writer`.
+and answers questions about dates and places; `chosen_times` takes the dates that a user names. The
+functions that predict stand above it: one pass of the model over tiles in `tiles`, passes that
+follow one another in `predict`, files in `writer`.
 
 The streams of every source are predicted on the cells and at the steps of their own store, as far
 as those of the primary source cover them (`Coverage`).
@@ -11,9 +12,11 @@ as those of the primary source cover them (`Coverage`).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from datetime import date
+from typing import Any, Protocol, Self
 
 import numpy as np
+import xarray as xr
 from einops import reduce, repeat
 
 from atmossl.batch import PRIMARY
@@ -25,7 +28,9 @@ from atmossl.geometry import Box, Grid, Nesting, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.model.network import EVALUATED_MEMBERS
+from atmossl.setting_types import hours
 
+Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
 
 
@@ -374,3 +379,89 @@ def _period(times: np.ndarray, calendar: Calendar) -> str:
         return "none, the store is too short"
     first, last = (calendar.show(time) for time in times[[0, -1]])
     return f"{first} to {last}"
+
+
+class HasTimes(Protocol):
+    """What can be worked out at reference times: a `Plan`, or latents (`Embedder`)."""
+
+    @property
+    def segment(self) -> Segment: ...
+
+    def possible_times(self) -> np.ndarray: ...
+
+    def find(self, time: np.datetime64) -> Source: ...
+
+
+def chosen_times(plan: HasTimes, times: Times, every: int = 1) -> np.ndarray:
+    """Reference times in order, checked to have their steps; every n-th possible one for None.
+
+    Raises:
+        ValueError: no dates, or dates that the store does not serve.
+    """
+    if times is None:
+        possible = plan.possible_times()[::every]
+        if len(possible) == 0:
+            raise ValueError("init_time=all: the store is shorter than one window")
+        for time in possible[1:][np.diff(possible) == np.timedelta64(0)][:1]:
+            plan.find(time)  # in several segments: says in which
+        return possible
+    names = [str(name) if isinstance(name, str) else name  # plain ones are shown in messages
+             for name in _named(times, plan.segment.calendar)]  # fmt: skip
+    try:
+        dates = [date for name in names for date in _dates_of(name, plan)]
+        chosen = np.unique(np.array(dates, plan.segment.times.dtype))
+    except ValueError as error:
+        raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
+    if len(chosen) == 0:
+        raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
+    for time in chosen:
+        plan.find(time)
+    return chosen
+
+
+def _dates_of(name: Any, plan: HasTimes) -> list[np.datetime64]:
+    """The date that is named, or those of a range `START/END` or `START/END/STEP`, both ends
+    included: a day as a whole. Without a step, all that the store serves.
+
+    Raises:
+        ValueError: no dates, no duration, or none in the range.
+    """
+    calendar = plan.segment.calendar
+    if not isinstance(name, str) or "/" not in name:
+        return [calendar.parse(name)]
+    start, end, *step = name.split("/")
+    if len(step) > 1:
+        raise ValueError("valid: START/END or START/END/STEP, such as 2020-01-01/2020-03-31/12h")
+    first, last = calendar.parse(start), calendar.parse_end(end)
+    if step:
+        seconds = round(3600 * hours(step[0]))
+        if seconds == 0:
+            raise ValueError(f"step {step[0]} of {name}; valid: a duration such as 12h")
+        spacing = np.timedelta64(seconds, "s")
+        dates = first + np.arange((last - first) // spacing + 1) * spacing
+    else:
+        possible = plan.possible_times()
+        dates = possible[(possible >= first) & (possible <= last)]
+    if len(dates) == 0:
+        raise ValueError(f"{name} holds no date that the store serves")
+    return list(dates)
+
+
+def _named(times: Any, calendar: Calendar) -> list[Any]:
+    """Dates of numpy, pandas, xarray, cftime or the standard library as the calendar parses them.
+
+    Raises:
+        ValueError: what is no date, or one of another calendar.
+    """
+    values = np.atleast_1d(np.asarray(times))
+    wrong = [v for v in values if not isinstance(v, str | np.datetime64 | date)
+             and not hasattr(v, "calendar")]  # fmt: skip
+    if wrong:
+        raise ValueError(f"init_time={wrong[0]} is no date; valid: ISO dates, or all")
+    for value in values.ravel():
+        if not calendar.knows(value):
+            raise ValueError(
+                f"init_time={value} is a date of calendar {value.calendar}, the record's is "
+                f"{calendar.name}; valid: ISO dates of it, or all"
+            )
+    return [v.isoformat() if hasattr(v, "isoformat") else v for v in values.ravel()]

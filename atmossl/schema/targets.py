@@ -10,7 +10,7 @@ such a part again. A class of a plugin is named by its package, see `atmossl.plu
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from operator import or_
@@ -36,7 +36,7 @@ from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, Tempora
 from atmossl.masking.views import ViewSpec
 from atmossl.model.kinds import NETWORKS
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
-from atmossl.plugins import Part, checked_keywords, find_class
+from atmossl.plugins import Part, UntrustedError, check_listed, checked_keywords, find_class
 from atmossl.setting_types import snake_case
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
@@ -95,6 +95,21 @@ def _with_parts(hint: Any) -> Any:
     if origin is Annotated:
         return Annotated[changed]
     return reduce(or_, changed) if origin in (Union, UnionType) else origin[changed]
+
+
+def trained_sampler(
+    record: Mapping[str, Any], plugins: Sequence[str]
+) -> MaskingSampler | str | None:
+    """The sampler of the masks that a checkpoint was trained under, as its record has it; None if
+    it has none, and a text that says so if its code is of a package that is not in `plugins`."""
+    masking = record.get("config", {}).get("masking")
+    if masking is None:
+        return None
+    try:
+        check_listed(masking, {*MASKS, *REGIONS}, plugins)
+    except UntrustedError as error:
+        return f"masks that are known here: {error}"
+    return choose(masking, MASKS, MaskingSampler)
 
 
 ChosenTask = Annotated[Task, BeforeValidator(partial(choose, kinds=TASKS, base=Task))]

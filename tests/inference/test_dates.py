@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from atmossl.api import chosen_times
 from atmossl.data.store import open_parts
 from atmossl.inference.grib import check_grib
+from atmossl.inference.plan import chosen_times
 from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Forecast, TemporalInterpolation

@@ -11,16 +11,22 @@ import torch
 import xarray as xr
 
 import atmossl
-from atmossl.api import Model, out_of_training_warnings
+from atmossl.api import Model
 from atmossl.batch import PRIMARY
 from atmossl.data.axes import STANDARD
 from atmossl.data.sources import StoreRequest
 from atmossl.data.statistics import Seen, days_of
 from atmossl.data.store import open_segment
 from atmossl.geometry import Grid
-from atmossl.inference.out_of_training_warnings import seen_in_training, unseen_dates, unseen_place
+from atmossl.inference.out_of_training_warnings import (
+    out_of_training_warnings,
+    seen_in_training,
+    unseen_dates,
+    unseen_place,
+)
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.masking.tasks import Forecast
+from atmossl.schema.targets import trained_sampler
 from tests.synthetic import dataset
 from tests.test_api import DOCS
 
@@ -44,7 +50,8 @@ def told(model: Model, store: xr.Dataset, time=TIME, task=None) -> list[str]:
     )
     options = Options(overlap=0.0, batch_size=1, device="cpu")
     plan = plan_prediction(model.trained, task or Forecast(12), [segment], options)
-    return out_of_training_warnings(plan, np.atleast_1d(time).astype(segment.times.dtype))
+    sampler = trained_sampler(model.trained.record, model.trained.plugins)
+    return out_of_training_warnings(plan, np.atleast_1d(time).astype(segment.times.dtype), sampler)
 
 
 def finer(store: xr.Dataset) -> xr.Dataset:
