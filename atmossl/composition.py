@@ -6,7 +6,7 @@ list of tasks, a path of any characters.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -212,18 +212,34 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     these; any other value is a file of conf/tasks."""
     folders = [word for word in arguments if word.startswith(SEARCH_WORDS)]
     listed = [word for word in arguments if word.startswith("tasks=") and _lists(word, folders)]
-    if not listed:
-        return compose_config(name, arguments)
     changes = [word for word in arguments if word.startswith("tasks.")]
+    if not listed and not changes:
+        return compose_config(name, arguments)
     values = compose_config(name, [word for word in arguments if word not in (*listed, *changes)])
-    text = listed[-1].removeprefix("tasks=")
+    tasks = _listed_tasks(listed[-1], folders) if listed else values["tasks"]
+    return values | _changed({"tasks": tasks}, [_by_number(word, tasks) for word in changes])
+
+
+def _listed_tasks(word: str, folders: Sequence[str]) -> list[dict[str, Any]]:
+    """The tasks that `tasks=[NAME,...]` lists by name or file."""
+    text = word.removeprefix("tasks=")
     names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
     if not all(names):
-        raise ValueError(f"{listed[-1]}: needed: names of tasks or files, such as [forecast]")
-    tasks = [
-        compose_with_task_file([f"task={name}", "output=_", *folders])["task"] for name in names
-    ]
-    return values | _changed({"tasks": tasks}, changes)
+        raise ValueError(f"{word}: needed: names of tasks or files, such as [forecast]")
+    words = ["output=_", *folders]
+    return [compose_with_task_file([f"task={name}", *words])["task"] for name in names]
+
+
+def _by_number(word: str, tasks: Sequence[Mapping[str, Any]]) -> str:
+    """A word `tasks.NAME.KEY=VALUE`, or with the task's number from 0 on, by its number."""
+    _, name, *rest = word.split(".", 2)
+    names = [str(task.get("_target_", "")).rpartition(".")[2] for task in tasks]
+    valid = [*dict.fromkeys(names), *map(str, range(len(names)))]
+    if not rest or name not in valid:
+        raise ValueError(f"{word}: valid: tasks.NAME.KEY=VALUE, NAME one of {', '.join(valid)}")
+    if names.count(name) > 1:
+        raise ValueError(f"{word}: {names.count(name)} tasks are called {name}; give one's number")
+    return f"tasks.{names.index(name) if name in names else name}.{rest[0]}"
 
 
 def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:

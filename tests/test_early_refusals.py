@@ -237,6 +237,10 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "trainer.compile=3": "trainer.compile=3: valid: true or false$",
     "tasks=forecast tasks.0.lead_time=soon": "tasks.0.lead_time='soon'",
     "tasks=forecast tasks.0.lead_tmie=6h": "unknown key tasks.0.lead_tmie; .*tasks.0.lead_time",
+    "tasks=forecast tasks.forecst.lead_time=6h": "NAME one of forecast, 0$",
+    "tasks=forecast tasks.1.lead_time=6h": "NAME one of forecast, 0$",
+    "tasks.downscaling=2": r"tasks.downscaling=2: valid: tasks.NAME.KEY=VALUE",
+    "tasks=[forecast,forecast] tasks.forecast.lead_time=6h": "2 tasks are called forecast; give",
 }
 
 
@@ -283,6 +287,15 @@ def test_one_task_is_a_list_of_one() -> None:
     assert task["_target_"] == "forecast" and task["lead_time"] == "6h"
     both = compose_with_tasks("evaluate", ["tasks=forecast,downscaling", "output=o"])["tasks"]
     assert [task["_target_"] for task in both] == ["forecast", "downscaling"]
+
+
+def test_a_key_of_a_task_is_named_by_the_task_or_its_number() -> None:
+    for words in (["tasks=[forecast,downscaling]"], []):  # listed here, or in conf/tasks
+        by_name, by_number = (
+            compose_with_tasks("evaluate", [*words, f"tasks.{task}.factor=2", "output=o"])["tasks"]
+            for task in ("downscaling", 1 if words else 2)
+        )
+        assert by_name == by_number and by_name[-1]["factor"] == 2
 
 
 @pytest.mark.parametrize("line", PREDICT_BEFORE_WEIGHTS)
