@@ -1,4 +1,4 @@
-"""Coordinates put onto the axis that they were meant to be on, within a stated tolerance.
+"""Coordinates without their rounding errors, and calendars.
 
 Files store coordinates with rounding errors: hourly times as days with six decimals are some 30 ms
 off, latitudes in float32 differ from the same ones in float64, and a pressure of 500 hPa may read
@@ -61,7 +61,7 @@ class Calendar:
 
     @property
     def year_hours(self) -> float:
-        """Mean length of a year in hours."""
+        """The mean length of a year in hours."""
         return _YEAR_HOURS.get(self.name, YEAR_HOURS)
 
     @classmethod
@@ -73,7 +73,8 @@ class Calendar:
         return cls(str(first.calendar)) if isinstance(first, cftime.datetime) else None
 
     def knows(self, date: object) -> bool:
-        """Whether a date of any type may be one of this calendar; only those of cftime tell."""
+        """Whether a date may be one of this calendar; only dates of cftime say to which they
+        belong."""
         name = str(getattr(date, "calendar", "") or self.name)
         return name == self.name or {name, self.name} <= _GREGORIAN
 
@@ -94,7 +95,7 @@ class Calendar:
         return np.asarray(cftime.num2date(elapsed, _EPOCH_UNITS, self.name))
 
     def parse(self, text: str | np.datetime64) -> np.datetime64:
-        """The time of an ISO date, of which the end may lack, or of a date of numpy.
+        """The time of a date: one of numpy, or ISO text, which may end with the year, month or day.
 
         Raises:
             ValueError: it is no date of this calendar.
@@ -147,7 +148,7 @@ class Calendar:
         return f"{date.year:04d}-{date.month:02d}-{date.day:02d}{date.strftime(end)}"
 
     def year_share(self, times: np.ndarray) -> np.ndarray:
-        """How much of its own year has gone by, from 0 to 1."""
+        """How much of its year has gone by at every time, from 0 to 1."""
         start, length = self._years(times)
         return (times - start) / length
 
@@ -167,8 +168,8 @@ class Calendar:
         )
 
     def on_earth(self, times: np.ndarray, *, by_hour: bool = True) -> np.ndarray:
-        """Times of the standard calendar at the same share of the year; by_hour: and at the same
-        hour of the day, which takes the day that the share falls into, as for the sun's place."""
+        """Times of the standard calendar at the same share of the year, for the position of the
+        sun. by_hour: keep the hour of the day, and take the day that the share falls into."""
         if self.plain:
             return times
         years = np.array([date.year - 1970 for date in self.dates(times)]).astype("datetime64[Y]")
@@ -182,7 +183,8 @@ class Calendar:
 
 
 def _fit_nanoseconds(dates: np.ndarray) -> bool:
-    """Whether all dates lie in the years that 64 bits hold in nanoseconds; missing ones do."""
+    """Whether all dates lie in the years that 64 bits hold in nanoseconds; missing dates count
+    as if they do."""
     years = dates[~np.isnat(dates)].astype("datetime64[Y]").astype(np.int64) + 1970
     return bool(((years >= _FIRST_YEAR) & (years <= _LAST_YEAR)).all())
 
@@ -260,7 +262,8 @@ def with_regular_axes(dataset: xr.Dataset, location: str) -> xr.Dataset:
 
 
 def usual_step(times: np.ndarray) -> tuple[np.timedelta64, np.ndarray]:
-    """The most frequent step of ascending times, and the numbers of the steps that are another."""
+    """The most frequent step of ascending times, and the positions of all steps that are
+    another."""
     steps = np.diff(times)
     lengths, counts = np.unique(steps, return_counts=True)
     usual = lengths[counts.argmax()]
@@ -274,8 +277,8 @@ def unlike_gaps(times: np.ndarray) -> bool:
 
 
 def why_uneven(times: np.ndarray, calendar: Calendar) -> str | None:
-    """Why training refuses the steps between ascending times, and what to do; None if it takes
-    them."""
+    """Why training refuses the steps between ascending times, and what to do about it; None if
+    the steps are even."""
     usual, breaks = usual_step(times)
     if not len(breaks):
         return None
@@ -346,14 +349,14 @@ def _on_axis(
 
 
 def regular_levels(levels: np.ndarray) -> np.ndarray:
-    """Pressures in hPa, those that are a whole number but for rounding as that number."""
+    """Pressures in hPa; a pressure that is a whole number but for rounding becomes that number."""
     levels = np.asarray(levels, np.float64)
     whole = np.round(levels)
     return np.where(np.abs(levels - whole) <= _SHARE * np.abs(levels), whole, levels)
 
 
 def regular_longitudes(longitude: np.ndarray) -> np.ndarray:
-    """Ascending longitudes; those that close the circle but for rounding with an even spacing."""
+    """Ascending longitudes; those that close the circle but for rounding get an even spacing."""
     spacing = 360.0 / len(longitude)
     even = longitude[0] + spacing * np.arange(len(longitude))
     closed = len(longitude) > 1 and abs(longitude[1] - even[1]) * len(longitude) < _CLOSED_DEG
@@ -366,7 +369,7 @@ def regular_longitudes(longitude: np.ndarray) -> np.ndarray:
 
 
 class SharedLabels:
-    """Coordinates of the files of one record, those that differ by rounding made the same.
+    """The coordinates of all files of one record, made equal where they differ by rounding alone.
 
     xarray joins files by the very values of their coordinates. A latitude in float32 beside the
     same one in float64 would be a second row, with missing values in all other files.
@@ -376,7 +379,8 @@ class SharedLabels:
         self._labels: dict[Hashable, np.ndarray] = {}
 
     def applied(self, dataset: xr.Dataset) -> xr.Dataset:
-        """The dataset with the labels of earlier files where they are within the tolerance."""
+        """The dataset with the coordinates of earlier files where these are within the
+        tolerance."""
         changed = {}
         for name in dataset.dims:
             values = dataset[name].values if name in dataset.coords else np.empty(0)
@@ -392,7 +396,8 @@ class SharedLabels:
 
 
 def _nearest(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The nearest of ascending labels to each value, the value itself where none is near."""
+    """The nearest of the ascending labels to each value; the value itself where no label is
+    near."""
     if not len(labels):
         return values
     spacings = np.concatenate([np.diff(np.sort(values)), np.diff(labels), [np.inf]])

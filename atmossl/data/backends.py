@@ -1,5 +1,8 @@
-"""Opening what lies at a location, lazily and read-only: zarr (folder, zip, URL), icechunk,
-kerchunk references, NetCDF files, and the layouts of AtmoRep and anemoi-datasets."""
+"""Opens what lies at a location, lazily and read-only, by its format: zarr (folder, zip, URL),
+icechunk, kerchunk references, NetCDF files, and the layouts of AtmoRep and anemoi-datasets.
+
+Names, units and axes are still those of the file; `atmossl.data.store` brings them into one form.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,14 +48,16 @@ _HEAD = 4096  # bulletin headers may precede the first GRIB message
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The GRIB and NetCDF files of a folder or pattern; what was passed over, with the reason."""
+    """The GRIB and NetCDF files of a folder or pattern, and the other files there with the
+    reason why they are passed over."""
 
     files: tuple[Path, ...]
     passed_over: tuple[str, ...]
 
 
 def kind_of(path: Path) -> str:
-    """`GRIB`, `NetCDF`, `a zip archive`, or in words why it can be none of them."""
+    """What a file is by its first bytes: `GRIB`, `NetCDF`, `a zip archive`, or in words why it
+    is none of them."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not head:
@@ -78,7 +83,7 @@ def is_zarr(path: Path) -> bool:
 
 
 def data_files(location: str) -> DataFiles:
-    """Of a folder, or of a pattern, those that are not hidden.
+    """The data files of a folder or of a pattern; hidden files do not count.
 
     Raises:
         ValueError: a file whose ending promises data that are not there.
@@ -98,7 +103,7 @@ def data_files(location: str) -> DataFiles:
 
 
 def holds_grib(location: str) -> bool:
-    """Whether a file, or one of those in a folder or of a pattern, is GRIB, which is read through
+    """Whether a location is a GRIB file, or a folder or pattern with one. GRIB is read through
     `atmossl data ingest` alone."""
     path = Path(location)
     if "://" in location or is_zarr(path) or not (path.exists() or "*" in location):
@@ -159,7 +164,7 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
 
 
 def _format_of(location: str) -> str:
-    """The format of a file by its first bytes; by its name of what is no file here.
+    """The format of a store: by the first bytes of a local file, else by the name.
 
     Raises:
         ValueError: a file of another format.
@@ -190,8 +195,8 @@ def _kinds_in(folder: Path) -> Iterator[str]:
 
 
 def _check_zip(path: Path) -> None:
-    """Raise ValueError if an archive holds no zarr store, as those of NetCDF files that the CDS
-    sends."""
+    """Raise ValueError if a zip archive holds no zarr store. The CDS, for example, sends
+    archives of NetCDF files."""
     try:
         with ZipFile(path) as archive:
             names = archive.namelist()
@@ -205,7 +210,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _open_zarr(location: str, options: dict[str, Any]) -> OpenedStore:
-    """A dataset, or one of the layouts that an adapter makes a dataset of."""
+    """A zarr store as a dataset, also one of a layout that needs an adapter."""
     from atmossl.data.layouts import layout_of
 
     plain = {key: value for key, value in options.items() if key != "number"}
@@ -243,7 +248,7 @@ def _shapes(group: zarr.Group) -> dict[str, tuple[int, ...]]:
 
 
 def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
-    """One file, all files of a folder, or those that match a pattern, joined along time."""
+    """NetCDF as one dataset: a file, or all files of a folder or pattern, joined along time."""
     del options
     path = Path(location)
     if path.is_file():
@@ -300,7 +305,7 @@ def _check_whole(path: Path) -> None:
 
 @contextmanager
 def joining() -> Iterator[None]:
-    """Say what xarray means where it cannot join files by their coordinates."""
+    """Explain xarray's error where it cannot join files by their coordinates."""
     try:
         yield
     except ValueError as error:
@@ -313,9 +318,12 @@ def joining() -> Iterator[None]:
 
 
 def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
-    """options: `branch` (default main), `tag` or `snapshot_id`; `virtual_chunks`: prefixes of the
-    files outside of the repository that it may read, of s3 anonymously; for s3 the arguments of
-    `icechunk.s3_storage` besides bucket and prefix."""
+    """An icechunk repository as a dataset.
+
+    options: `branch` (default main), `tag` or `snapshot_id`; `virtual_chunks`, prefixes of the
+        files outside of the repository that it may read (on s3 anonymously); for s3 the arguments
+        of `icechunk.s3_storage` besides bucket and prefix.
+    """
     import icechunk
 
     if "://" not in location and not Path(location).is_dir():
@@ -340,7 +348,7 @@ def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
 
 
 def _open_kerchunk(location: str, options: dict[str, Any]) -> OpenedStore:
-    """References to chunks of other files, as kerchunk and virtualizarr write them.
+    """References to chunks of other files, as kerchunk and virtualizarr write them, as a dataset.
 
     options: those of fsspec's reference file system, `remote_protocol` for example.
     """
@@ -358,7 +366,8 @@ def _open_atmorep(location: str, options: dict[str, Any]) -> OpenedStore:
 
 
 def _open_anemoi(location: str, options: dict[str, Any]) -> OpenedStore:
-    """options: `number`, the member of an ensemble; the others go to fsspec."""
+    """A store of anemoi-datasets as a dataset. options: `number`, the member of an ensemble; all
+    other options go to fsspec."""
     from atmossl.data.layouts import anemoi
 
     plain = {key: value for key, value in options.items() if key != "number"}

@@ -30,8 +30,9 @@ class _Strict(BaseModel):
 
 
 class SegmentEntry(_Strict):
-    """One continuous record. `location`: a path or URL; `package://` is inside the package; for
-    NetCDF also a folder or a pattern. `format`: what `auto` cannot tell from the location."""
+    """One continuous record in the catalog. location: a path or URL; `package://` means the
+    folder of the package; for NetCDF also a folder or a pattern. format: needed where `auto`
+    cannot tell the format from the location."""
 
     location: str
     format: StoreFormat = "auto"
@@ -39,8 +40,8 @@ class SegmentEntry(_Strict):
 
 
 class Period(_Strict):
-    """Part of a segment, ends included, as a whole if they are days, months or years; the whole
-    segment by default."""
+    """Part of a segment, from `start` to `end`, both included; a day, month or year counts as a
+    whole. Without them it is the whole segment."""
 
     segment: str
     start: _Date = ""
@@ -48,8 +49,8 @@ class Period(_Strict):
 
 
 class TrainingSettings(_Strict):
-    """What a training run on a store takes unless it is told otherwise: points of a window along
-    each axis, and streams with the keys of conf/stream."""
+    """The window and the streams with which a store is trained on by default: points of the
+    window along each axis, and streams with the keys of conf/stream."""
 
     window: dict[Literal["time", "lat", "lon"], int]
     stream: dict[str, dict[str, Any]]
@@ -105,7 +106,7 @@ class CatalogEntry(_Strict):
 
 
 def find_file(name: str) -> Path:
-    """A file or folder that lies inside an installed package, and at the top of a checkout.
+    """A file or folder of this name: inside the installed package, or at the top of a checkout.
 
     The package's own comes first: the folder beside an installed package is site-packages, where
     other packages may have left a `conf`.
@@ -165,7 +166,7 @@ def _entry(name: str, values: dict[str, Any], path: Path) -> CatalogEntry:
 
 
 def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
-    """One entry by name, or the entry that fits the store at a path or URL.
+    """The catalog entry of this name, or the entry that is made for the store at this path or URL.
 
     Raises:
         ValueError: there is neither; names the entries that there are. Or the store does not fit.
@@ -189,13 +190,13 @@ def is_location(name: str) -> bool:
 
 
 def is_shipped(name: str, path: Path | None) -> bool:
-    """Whether the entry of that name in the catalog of that file is one of the package."""
+    """Whether this name, in the catalog of this file, is an entry of the package."""
     return path is None and name in _read(find_file("data_catalog.yaml"))
 
 
 def remembered(entry: CatalogEntry) -> dict[str, Any]:
-    """The entry as plain values for the record of a checkpoint, with absolute paths, and without
-    words that give access to a store: a checkpoint is passed on."""
+    """A catalog entry as plain values for the record of a checkpoint. Paths are absolute, and
+    words that give access to a store are left out, since checkpoints are passed on."""
     values = entry.model_dump(mode="json", exclude_defaults=True)
     for segment in values["segments"].values():
         segment["location"] = absolute(segment["location"])
@@ -209,7 +210,7 @@ def remembered(entry: CatalogEntry) -> dict[str, Any]:
 
 
 def recalled(values: Mapping[str, Any]) -> CatalogEntry:
-    """The entry that `remembered` kept.
+    """The catalog entry that `remembered` stored in a checkpoint.
 
     Raises:
         ValueError: its store is not where it was.
@@ -227,5 +228,5 @@ def recalled(values: Mapping[str, Any]) -> CatalogEntry:
 
 
 def absolute(location: str) -> str:
-    """A path from the root; URLs stay as they are."""
+    """A location as an absolute path; URLs stay as they are."""
     return location if "://" in location else str(Path(location).absolute())

@@ -1,4 +1,8 @@
-"""Stored arrays, read chunk by chunk: through zarr, tensorstore, or whatever xarray opened."""
+"""Reads stored arrays chunk by chunk, through one of several engines: our own decoder of chunk
+files, tensorstore, zarr, or whatever xarray opened.
+
+`chunked_array` chooses the engine. Where to cut windows, and what values mean, is not known here.
+"""
 
 import itertools
 import math
@@ -35,18 +39,20 @@ _FINAL = (FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
 
 @dataclass(frozen=True)
 class Retries:
-    """count: further tries, the first after `wait_s` seconds, then twice as long each time."""
+    """How often a failed read is repeated. count: further tries, the first after `wait_s`
+    seconds, each next one after twice the wait."""
 
     count: int
     wait_s: float
 
     @classmethod
     def of(cls, location: str, count: int, wait_s: float) -> "Retries":
-        """Of a store: a local one fails for good, and so does what is not there or forbidden."""
+        """The retries of a store. A local store is not tried again, nor is a remote one for data
+        that do not exist or are forbidden."""
         return cls(count if "://" in location else 0, wait_s)
 
     def call(self, action: Callable[[], T]) -> T:
-        """What the action returns, at the first try that does not fail."""
+        """The result of the action at the first try that does not fail."""
         wait = self.wait_s
         for _ in range(self.count):
             try:
@@ -71,8 +77,8 @@ class Retries:
 def without_absent(
     array: zarr.Array, region: tuple[slice, ...], values: np.ndarray
 ) -> tuple[np.ndarray, bool]:
-    """Values of a region as they are stored, NaN in the chunks that are not in the store and have
-    no declared fill value; and whether there are such chunks.
+    """Values of a region, with NaN in chunks that the store lacks if the array declares no fill
+    value; and whether there are such chunks.
 
     The store is asked only for chunks that read as nothing but zeros, so this costs nothing.
     """
@@ -92,22 +98,24 @@ def without_absent(
 
 
 def declares_fill_value(array: zarr.Array) -> bool:
-    """Whether the array says what values are that were never written: by an attribute
-    `_FillValue`, or by a fill value other than none or zarr's default, 0."""
+    """Whether an array says what its unwritten values mean: by an attribute `_FillValue`, or by
+    a fill value other than none or zarr's default, 0."""
     if "_FillValue" in array.attrs:
         return True
     return array.fill_value is not None and bool(array.fill_value != 0)
 
 
 def _any(values: np.ndarray) -> bool:
-    """Whether any value is not 0; mostly the first is not."""
+    """Whether any value is not 0. The first value is looked at alone first, as it mostly
+    decides."""
     return bool(values[(0,) * values.ndim] != 0) or bool(values.any())
 
 
 def _stored_chunks(
     array: zarr.Array, region: tuple[slice, ...]
 ) -> list[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """Numbers of the stored chunks, or shards, that a region touches, and their share of it."""
+    """The positions of the stored chunks, or shards, that a region touches, and the share of the
+    region in each."""
     axes = []
     for part, length in zip(region, array.shards or array.chunks, strict=True):
         numbers = range(part.start // length, (part.stop - 1) // length + 1)
@@ -142,8 +150,8 @@ _ZSTD_MAGIC = 0xFD2FB528
 
 
 class Scratch(threading.local):
-    """Memory of every reading thread that values are decoded to. Fresh memory for every chunk
-    costs as much as half its decoding: the system clears it page by page."""
+    """Memory for decoded values, one piece for every reading thread. Fresh memory for every
+    chunk would cost half as much as the decoding: the system clears it page by page."""
 
     memory = np.empty(0, np.uint8)
 
@@ -161,7 +169,7 @@ _encoded = Scratch()
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """The chunks of one array, a file each. codec: a key of `_DECODERS`."""
+    """The chunks of one array, each in a file. codec: a key of `_DECODERS`."""
 
     array: zarr.Array
     folder: Path
@@ -169,7 +177,8 @@ class ChunkFiles:
 
     @classmethod
     def of(cls, array: zarr.Array) -> "ChunkFiles | None":
-        """None if its chunks are no files in a local folder, or encoded in another way."""
+        """The chunk files of an array; None if its chunks are no files in a local folder, or
+        have another codec."""
         codec = _codec(array)
         if codec is None or not isinstance(array.store, LocalStore):
             return None
@@ -192,8 +201,8 @@ class ChunkFiles:
 
 
 def notices_damage(array: zarr.Array) -> bool:
-    """Whether the zarr library refuses every chunk that is cut short. Of blosc's it decodes what
-    lies in memory behind the end of the file."""
+    """Whether the zarr library refuses every chunk that is cut short. For blosc it does not: it
+    decodes what lies in memory behind the end of the file."""
     return not any("blosc" in _name(compressor) for compressor in array.compressors)
 
 
@@ -211,7 +220,7 @@ def _codec(array: zarr.Array) -> str | None:
 
 
 def _name(compressor) -> str:
-    """Of a codec of zarr v3, or one of numcodecs in v2."""
+    """The name of a codec, of zarr v3 or of numcodecs in zarr v2."""
     if hasattr(compressor, "codec_id"):
         return compressor.codec_id
     return str(compressor.to_dict()["name"])
@@ -239,7 +248,7 @@ def _decode_blosc(encoded: np.ndarray, out: np.ndarray) -> None:
 
 
 def _decode_zstd(encoded: np.ndarray, out: np.ndarray) -> None:
-    """Zstd itself refuses a file that is cut short or goes on."""
+    """Decode a chunk of zstd, which refuses by itself a file that is cut short or too long."""
     decoded_size = _zstd_content_size(encoded)
     if decoded_size is not None:  # else the decoder itself demands an exact fit
         _check("decoded", decoded_size, len(out))
@@ -247,7 +256,8 @@ def _decode_zstd(encoded: np.ndarray, out: np.ndarray) -> None:
 
 
 def _zstd_content_size(encoded: np.ndarray) -> int | None:
-    """Bytes that a frame decodes to, if it tells (RFC 8878, section 3.1.1.1)."""
+    """The number of bytes that a zstd frame decodes to, if the frame says so (RFC 8878, section
+    3.1.1.1)."""
     head = encoded[:18].tobytes().ljust(18, b"\0")
     if int.from_bytes(head[:4], "little") != _ZSTD_MAGIC:
         raise ValueError("no zstd frame")
@@ -309,7 +319,7 @@ class ReadSettings:
 
 @dataclass(frozen=True)
 class Access(ReadSettings):
-    """How stores are read, and what is done with values that are no atmosphere's.
+    """How stores are read, and what happens to values that no atmosphere has.
 
     input_limits: whether windows with values that no atmosphere has are refused, or taken with a
         warning, or not looked for; see `atmossl.data.variables`. notices: what was warned of.
@@ -323,7 +333,8 @@ class Access(ReadSettings):
 
 
 class ChunkedArray(Protocol):
-    """A stored array. `chunks`: the lengths of what is decoded as a whole, along every axis."""
+    """A stored array that is read chunk by chunk. `chunks`: the length of a chunk along every
+    axis."""
 
     @property
     def chunks(self) -> tuple[int, ...]: ...
@@ -335,12 +346,13 @@ class ChunkedArray(Protocol):
 
 
 class SharedChunks(ABC):
-    """A chunked array that is a part of a stored one, whose chunks hold other variables, too."""
+    """A chunked array that is a part of a stored array whose chunks hold other variables, too."""
 
     @property
     @abstractmethod
     def decoded_with(self) -> Hashable:
-        """The same for all that lie in the same chunks; their regions have the same bounds."""
+        """A key that is equal for all arrays in the same chunks; regions of these arrays have
+        the same bounds."""
 
     @property
     @abstractmethod
@@ -348,7 +360,8 @@ class SharedChunks(ABC):
 
     @abstractmethod
     def read_all(self, arrays: Sequence[Any], regions: Sequence[Region]) -> list[np.ndarray]:
-        """Regions of several such arrays inside one chunk, which is decoded once."""
+        """Regions of several such arrays inside one chunk, which is decoded once for all of
+        them."""
 
     def read(self, region: Region) -> np.ndarray:
         return self.read_all([self], [region])[0]
@@ -387,7 +400,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class ZarrChunks:
-    """Read through the zarr library: any store and codec that it knows."""
+    """Reads through the zarr library, which knows every kind of store and codec."""
 
     array: zarr.Array
     packing: Packing | None
@@ -412,14 +425,14 @@ class ZarrChunks:
         return declares_fill_value(self.array)
 
     def _decoded(self, region: Region) -> np.ndarray:
-        """Values as they are stored."""
+        """The values of a region as they are stored, packed or not."""
         values = _scratch.array(_lengths(region), np.dtype(self.array.dtype))
         out = default_buffer_prototype().nd_buffer.from_numpy_array(values)
         self.array.get_basic_selection(region, out=out)
         return values
 
     def _decoded_by_zarr(self, region: Region, error: Exception) -> np.ndarray:
-        """What zarr makes of a chunk that this engine cannot decode.
+        """The values of a region by the zarr library, for a chunk that this engine cannot decode.
 
         Raises:
             Exception: zarr's own, or `error` where zarr would not notice that a chunk is damaged.
@@ -431,7 +444,8 @@ class ZarrChunks:
 
 @dataclass(frozen=True)
 class FileChunks(ZarrChunks):
-    """Read and decoded here, from local zarr folders with blosc, zstd or no compression."""
+    """Reads and decodes chunk files directly: local zarr folders with blosc, zstd or no
+    compression."""
 
     files: ChunkFiles
 
@@ -446,7 +460,7 @@ class FileChunks(ZarrChunks):
 
 @dataclass(frozen=True)
 class TensorstoreChunks(ZarrChunks):
-    """Read through tensorstore: decoding and cutting out in C++, for local zarr folders.
+    """Reads through tensorstore, which decodes and cuts out in C++, from local zarr folders.
 
     The handle is opened on first use, and again in every process.
     """
@@ -485,7 +499,7 @@ class TensorstoreChunks(ZarrChunks):
 
 @dataclass(frozen=True)
 class XarrayChunks:
-    """Read through xarray: NetCDF, GRIB, references, and arrays in memory."""
+    """Reads through xarray: NetCDF, GRIB, kerchunk references, and arrays in memory."""
 
     array: xr.DataArray
 
@@ -506,7 +520,7 @@ class XarrayChunks:
 
 @dataclass(frozen=True)
 class MemoryChunks:
-    """An array in memory: one chunk, of which regions are views."""
+    """An array in memory, as one chunk; regions are views of it."""
 
     array: np.ndarray
 
@@ -543,7 +557,7 @@ def chunked_array(
 def _reader(
     engine: Engine, stored: zarr.Array, packing: Packing | None, threads: int
 ) -> ZarrChunks | None:
-    """The reader of an engine; None if the engine cannot read such an array."""
+    """The reader of one engine; None if the engine cannot read this array."""
     if engine == "zarr":
         return ZarrChunks(stored, packing)
     if engine == "files":
@@ -554,7 +568,8 @@ def _reader(
 
 
 def _opens(reader: TensorstoreChunks) -> bool:
-    """Whether tensorstore is installed and knows the codec, the type and the format."""
+    """Whether tensorstore is installed and knows the codec, the type and the format of the
+    array."""
     try:
         return reader.handle is not None
     except Exception:  # of many types, none of them documented; another engine reads the array
@@ -562,6 +577,6 @@ def _opens(reader: TensorstoreChunks) -> bool:
 
 
 def zarr_array_of(array: ChunkedArray) -> zarr.Array | None:
-    """The zarr array that values are read from; None if they come from anything else."""
+    """The zarr array behind an array of xarray; None if its values come from anything else."""
     stored = getattr(array, "array", None)
     return stored if isinstance(stored, zarr.Array) else None

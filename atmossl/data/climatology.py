@@ -35,9 +35,10 @@ _SHARES = 3  # of the memory: sums, block, and what is worked out of either
 
 @dataclass(frozen=True)
 class Slots:
-    """Parts of the year that are told apart.
+    """The slots of a climatology: the parts of the year that are averaged apart.
 
-    coords: axes of the slots, slowest first. cells: per grid point, else area-weighted."""
+    coords: axes of the slots, slowest first. cells: per grid point, else area-weighted.
+    """
 
     coords: Mapping[str, np.ndarray]
     cells: bool
@@ -56,20 +57,23 @@ class Slots:
         return tuple(len(values) for values in self.coords.values())
 
     def places(self, segment: Segment) -> np.ndarray:
-        """Position of every step along the axes of the slots, [axis time]."""
+        """The slot of every step of a segment, as positions along the axes of the slots, [axis
+        time]."""
         dates = _dates(segment)
         positions = [np.searchsorted(v, getattr(dates, axis)) for axis, v in self.coords.items()]
         return np.array(positions, dtype=np.int64).reshape(len(self.coords), len(segment.times))
 
 
 def _dates(segment: Segment) -> Any:
-    """Parts of the dates of a segment, of any calendar: `month`, `dayofyear`, `hour`."""
+    """The parts of a segment's dates by which slots are told apart: `month`, `dayofyear`,
+    `hour`."""
     return xr.DataArray(segment.calendar.dates(segment.times), dims="time").dt
 
 
 @dataclass(frozen=True)
 class Piece:
-    """levels: positions among the segment's. slots: ranges along the calendar's axes."""
+    """A part of a climatology that is computed at once: one variable on some levels in some
+    slots. levels: positions among the segment's. slots: ranges along the calendar's axes."""
 
     variable: str
     levels: tuple[int, int]
@@ -87,8 +91,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sums:
-    """Running count, mean and squared departures from it, [slot level lat lon], changed in place:
-    the one object here that would not fit into memory twice."""
+    """Running count, mean and sum of squared departures from the mean, [slot level lat lon]. The
+    object is changed in place, since memory does not hold it twice."""
 
     count: np.ndarray
     mean: np.ndarray
@@ -99,7 +103,8 @@ class Sums:
         return cls(*(np.zeros(shape) for _ in range(3)))
 
     def add(self, slots: np.ndarray, values: np.ndarray) -> None:
-        """values: [level time lat lon] in float64, NaN where missing. slots: [time]."""
+        """Add values [level time lat lon], float64, NaN where missing, to the slots [time] of
+        their steps."""
         for slot in np.unique(slots):
             chosen = values[:, slots == slot]
             observed = np.isfinite(chosen)
@@ -142,7 +147,8 @@ def write_climatology(
     force: bool = False,
     progress: Callable[[int, int], object] = max,
 ) -> bool:
-    """Write one climatology as a zarr store, or go on writing it; False if it was there.
+    """Write one climatology as a zarr store, or continue one that was stopped; returns False if it
+    was complete already.
 
     Variables have their own name for the mean, with `_std` and `_count` for the rest; NaN and 0
     where a slot has no values. progress: told (pieces done, pieces in all).
@@ -191,8 +197,9 @@ def _is_current(output: Path, segments: Sequence[Segment], now: str, force: bool
 
 
 def _pieces(segment: Segment, scheme: Slots, memory_bytes: int) -> Iterator[Piece]:
-    """Pieces that fit into their share of the memory. Levels that a chunk of the store holds stay
-    together as far as they can, and so do slots that follow each other in time."""
+    """The pieces of a climatology, each small enough for its share of the memory. Levels that
+    share a chunk of the store stay in one piece where possible, and so do slots that follow each
+    other in time."""
     cells = segment.grid.shape[0] * segment.grid.shape[1]
     room = max(1, min(memory_bytes // _SHARES, _PIECE_BYTES) // (_SUM_BYTES * cells))
     for name in varying(segment):
@@ -260,7 +267,8 @@ def _begin(
 
 
 def _make_arrays(group: zarr.Group, segment: Segment, scheme: Slots, piece: Piece) -> None:
-    """Mean, standard deviation and count of a variable; a piece, the first one, is a chunk."""
+    """Create the arrays of a variable (mean, standard deviation, count) with chunks as large as
+    a piece."""
     dims, shape, chunks = list(scheme.coords), list(scheme.shape), list(piece.shape)
     if "level" in segment.stored[piece.variable].dims:
         dims.append("level")
@@ -320,8 +328,8 @@ def _write_piece(
 def _blocks(
     segment: Segment, scheme: Slots, piece: Piece, length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Steps that follow each other and belong to the piece, at most `length`, and their slots
-    within it."""
+    """Blocks of at most `length` consecutive steps that belong to a piece, with the slot of each
+    step within the piece."""
     places = scheme.places(segment)
     bounds = np.array(piece.slots, dtype=np.int64).reshape(-1, 2)
     inside = ((places >= bounds[:, :1]) & (places < bounds[:, 1:])).all(axis=0)
@@ -340,7 +348,8 @@ def _blocks(
 
 
 def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
-    """Means [month ... latitude longitude] that `write_climatology` left of these segments.
+    """The monthly means [month ... latitude longitude] that `write_climatology` wrote for these
+    segments.
 
     Raises:
         ValueError: no climatology of kind cell_month, one of other variables, levels or another
@@ -374,7 +383,8 @@ def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
 
 
 def at_times(climatology: xr.Dataset, times: xr.DataArray) -> xr.Dataset:
-    """The values of a climatology at times of any dims, by the calendar alone.
+    """The values of a climatology at the given times, which may have any dims. The calendar date
+    alone counts, never the year.
 
     Raises:
         KeyError: an hour that the record did not have.

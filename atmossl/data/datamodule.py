@@ -1,4 +1,5 @@
-"""Loaders for training and for the validation of every task."""
+"""The Lightning datamodule: loaders for training under the pretraining masks, and for the
+validation of every task under that task's mask."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,8 @@ class WindowDataModule(L.LightningDataModule):
             dataset.tell_short_segments()
 
     def go_on(self, *, step: int, samples: int) -> None:
-        """Start training after `step` optimiser steps, which learned from `samples` samples."""
+        """Start training after `step` optimiser steps, which have learned from `samples`
+        samples."""
         self._start = (step, samples)
 
     def samples_at(self, step: int) -> int:
@@ -176,7 +178,7 @@ class WindowDataModule(L.LightningDataModule):
         )
 
     def identity(self, sample_ids: Sequence[int]) -> str:
-        """Segment and start time of training samples, for messages about a bad batch."""
+        """The segment and start time of training samples, for messages about a bad batch."""
         return ", ".join(self.train_set.identity(int(sample_id)) for sample_id in sample_ids)
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:

@@ -1,4 +1,5 @@
-"""What was computed from a store is tied to the state of the store that it was computed from."""
+"""Fingerprints of stores: results such as statistics carry the fingerprint of the data that they
+were computed from, so that a change of the store is noticed."""
 
 import asyncio
 import hashlib
@@ -35,14 +36,15 @@ def fingerprint(
     transforms: Transforms = NO_TRANSFORMS,
     steps: Sequence[int] = (),
 ) -> str:
-    """Hash of what statistics depend on: period, grid, variables, levels, encoding, the first,
-    middle and last fields of every segment, the checksums of `atmossl data ingest` where the store
-    has them, and the transforms. Where a store lies does not matter. steps: more of which the
-    fields count.
+    """A hash of the state of the data: period, grid, variables, levels, encoding, the first, middle
+    and last fields of every segment, the checksums of `atmossl data ingest` where the store has
+    them, and the transforms. Where the store lies does not matter. steps: further steps whose
+    fields enter the hash.
 
     For zarr stores a second hash follows, of the stored sizes of chunks spread over the period: a
     compressed chunk of other values hardly has the same. Compare with `agree`: what was computed by
-    versions that lack it still counts."""
+    versions that lack it still counts.
+    """
     sizes = [
         [name, chunk_bytes]
         for segment in segments
@@ -56,7 +58,7 @@ def fingerprint(
 
 
 def agree(first: str, second: str) -> bool:
-    """Whether two fingerprints are of the same state, as far as both know."""
+    """Whether two fingerprints are of the same state, as far as both say."""
     (content, _, sizes), (content_too, _, sizes_too) = first.partition("-"), second.partition("-")
     return content == content_too and (not sizes or not sizes_too or sizes == sizes_too)
 
@@ -78,7 +80,7 @@ def _content(segments: Sequence[Segment], transforms: Transforms, steps: Sequenc
 
 
 def _stored_sizes(segment: Segment, name: str) -> list[int] | None:
-    """Bytes of some chunks as they are stored, -1 for those that are not there; None if the
+    """The stored sizes in bytes of some chunks, -1 for a chunk that is not there; None if the
     variable lies in no zarr array.
 
     Raises:
@@ -108,8 +110,8 @@ def _stored_sizes(segment: Segment, name: str) -> list[int] | None:
 
 
 def _spread_chunks(bounds: Sequence[range], axis: int) -> list[tuple[int, ...]]:
-    """At most so many numbers of chunks, evenly along one axis and at ever other places along the
-    rest, by steps of the golden ratio."""
+    """Positions of at most `_NUM_SIZES` chunks, spread evenly along one axis; along all other
+    axes they step by the golden ratio, so that they do not repeat."""
     other_axes = [numbers_along for number, numbers_along in enumerate(bounds) if number != axis]
     along, beside = len(bounds[axis]), math.prod(map(len, other_axes))
     count = min(_NUM_SIZES, along * beside)
@@ -172,16 +174,15 @@ def _checksums(segment: Segment, name: str) -> list[tuple[int, str]]:
 
 
 def noted(attributes: Mapping[Any, Any], key: str) -> dict[str, Any]:
-    """What `atmossl data ingest` noted of each region of a store: JSON text, since NetCDF holds no
-    mappings; in older stores a mapping."""
+    """What `atmossl data ingest` noted of each region of a store. Attributes hold it as JSON
+    text, since NetCDF knows no mappings; older stores hold a mapping."""
     value = attributes.get(key, "{}")
     return dict(value) if isinstance(value, Mapping) else json.loads(value)
 
 
 def identity(segments: Sequence[Segment], transforms: Transforms = NO_TRANSFORMS) -> str:
-    """Hash of what was asked for, whatever the stores hold: where they lie, period, variables,
-    levels and transforms. Data inside the package change with the package alone, and are known by
-    their fingerprint."""
+    """A hash of the request alone: locations, period, variables, levels and transforms, whatever
+    the stores hold. For data inside the package their content counts instead of their location."""
     package = Path(str(resources.files("atmossl")))
     digest = hashlib.sha256()
     for segment in segments:
@@ -199,7 +200,7 @@ def _absolute(location: str) -> str | Path:
 
 
 def stale_message(path: Path, segments: Sequence[Segment], written: str, now: str) -> str:
-    """One line for what was computed from another state of a store."""
+    """The error, in one line, for a result that was computed from another state of its stores."""
     places = ", ".join(dict.fromkeys(segment.location for segment in segments))
     return (
         f"{path} was computed from another state of {places} (fingerprint {written}, now {now}); "
@@ -219,11 +220,11 @@ _STORE = "attributes of the store"
 
 
 class UnequalError(ValueError):
-    """What of a store differs from its checksums, in one line."""
+    """A store differs from its checksums; the message says where, in one line."""
 
 
 def checksums_around(store: Path, *, consolidated: bool) -> dict[str, str]:
-    """Checksum of every array's metadata, and of every coordinate's values, by its name.
+    """The checksum of every array's metadata, and of every coordinate's values, by name.
 
     consolidated: read the copy of all metadata that lies in one file, if there is one.
     """
@@ -238,8 +239,8 @@ def checksums_around(store: Path, *, consolidated: bool) -> dict[str, str]:
 
 
 def check_around(store: Path, expected: Mapping[str, str]) -> None:
-    """Compare a store with what `checksums_around` gave when it was finished. Arrays that were
-    added since do not count.
+    """Compare a store with the checksums that `checksums_around` gave when it was finished. Arrays
+    that were added since are ignored.
 
     Raises:
         UnequalError: the first coordinate or variable that differs.
@@ -285,7 +286,7 @@ _NUM_BLOCKS, _BLOCK_BYTES = 8, 16 * 1024
 
 
 def input_state(files: Sequence[str], dataset: xr.Dataset) -> State:
-    """State of every input by its name. dataset: what is read from them all."""
+    """The state of every input file by its name. dataset: what is read from all of them."""
     state = local_state(files)
     if any("://" in file or file.endswith(REFERENCES) for file in files):
         for name, array in dataset.data_vars.items():
@@ -294,7 +295,7 @@ def input_state(files: Sequence[str], dataset: xr.Dataset) -> State:
 
 
 def local_state(files: Sequence[str]) -> State:
-    """State of the inputs that lie on this machine."""
+    """The state of those input files that lie on this machine."""
     state: State = {}
     for path in (Path(file) for file in files if "://" not in file):
         if path.is_dir():
@@ -305,7 +306,7 @@ def local_state(files: Sequence[str]) -> State:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs between two states, in words; empty if nothing."""
+    """The differences between two states, in words; empty if there is none."""
     words = [f"{name} is gone" for name in before if name not in now]
     words += [f"{name} is new" for name in now if name not in before]
     words += [
@@ -326,7 +327,7 @@ def _file_state(path: Path) -> str:
 
 
 def _folder_state(folder: Path) -> State:
-    """State of the arrays and groups at the top of a zarr folder, and of the files there."""
+    """The state of the arrays and groups at the top of a zarr folder, and of the files there."""
     state: State = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
@@ -337,7 +338,7 @@ def _folder_state(folder: Path) -> State:
 
 
 def _files_hash(folder: Path) -> str:
-    """Hash of the names, sizes and dates of all files, and of samples of some."""
+    """A hash of the names, sizes and dates of all files, and of samples of the content of some."""
     paths = sorted(_files_below(folder))
     digest = hashlib.sha256()
     for path in paths:

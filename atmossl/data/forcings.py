@@ -1,4 +1,5 @@
-"""Variables that are computed from time and place instead of being stored."""
+"""Forcings: variables that are computed from time and place instead of being stored, such as the
+solar radiation at the top of the atmosphere."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ Field = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def toa_flux(days: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    """Solar radiation on a horizontal surface at the top of the atmosphere, W m-2
-    [time lat lon]. days: since 2000-01-01T12. latitude, longitude: degrees.
+    """The solar radiation on a horizontal surface at the top of the atmosphere, W m-2 [time lat
+    lon]. days: since 2000-01-01T12. latitude, longitude: degrees.
 
     Position of the sun after the low-precision formulas of the Astronomical Almanac (as in
     Michalsky 1988): 0.01 degrees between 1950 and 2050.
@@ -41,7 +42,8 @@ def toa_flux(days: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> n
 def toa_incident_solar_radiation(
     times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray
 ) -> np.ndarray:
-    """J m-2 over the hour before each time, as in ERA5; `toa_flux` by Gauss-Legendre quadrature."""
+    """The solar radiation at the top of the atmosphere that was received in the hour before each
+    time, J m-2, as in ERA5. It is `toa_flux`, integrated by Gauss-Legendre quadrature."""
     total = np.zeros((len(times), len(latitude), len(longitude)))
     for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
         days = _days(times) + (node - 1) / 2 / 24
@@ -102,7 +104,7 @@ _OF_YEAR = ("sin_year", "cos_year")
 
 @dataclass(frozen=True)
 class ComputedChunks:
-    """A forcing on the times and the grid of a store, in the store's order, computed when read."""
+    """A forcing at the times and on the grid of a store, computed when it is read."""
 
     name: str
     times: np.ndarray

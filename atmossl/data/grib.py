@@ -1,4 +1,4 @@
-"""Reading GRIB files: every message has a place of its own in the result, or the file is refused.
+"""Reads GRIB files. Every message has a place of its own in the result, or the file is refused.
 
 The headers of all messages are read once (cfgrib's index). From them follows which messages are
 wanted, whether two of them claim one place, and what is left out, before any value is decoded.
@@ -63,7 +63,8 @@ class NoSuchMessage(ValueError):
 
 @dataclass(frozen=True)
 class Messages:
-    """Some messages of one file. rows: header values by key, and the messages that have them."""
+    """Some messages of one file. rows: the header values by key, and the messages that have
+    them."""
 
     file: str
     index: Any  # cfgrib's FileIndex of the whole file
@@ -108,7 +109,7 @@ class Messages:
         return self.index.get_field(self.rows[0][1][0])
 
     def filtered(self, filters: Mapping[str, Any]) -> Self:
-        """Those whose keys have the values of the filters, or one of several values.
+        """The messages whose keys have the values of the filters; a filter may list several values.
 
         Raises:
             NoSuchMessage: no message has a value; names those that there are.
@@ -177,7 +178,7 @@ def open_grib(
 
 
 def _same(value: Any, written: Any) -> bool:
-    """Whether a header has a value as a user writes it: 1 stands for expver 0001."""
+    """Whether a header has a value as users write it: 1 means expver 0001."""
     if str(value) == str(written):
         return True
     try:
@@ -193,8 +194,8 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def _check_between(messages: Messages, tell: Tell) -> None:
-    """That the bytes between messages, and after the last, are none of a damaged message: ecCodes
-    looks for the next beginning without a word."""
+    """Check that no damaged message hides between the messages or after the last one. ecCodes
+    would skip it without a word."""
     ids = (number for _, ids in messages.rows for number in ids)
     starts = sorted({number[0] if isinstance(number, tuple) else number for number in ids})
     path = Path(messages.file)
@@ -217,7 +218,8 @@ def _check_between(messages: Messages, tell: Tell) -> None:
 
 
 def _length(head: bytes) -> int:
-    """Bytes of a message by its section 0; 0 where GRIB 1 does not tell, as above 8 MB."""
+    """The length of a message in bytes by its section 0; 0 where GRIB 1 does not tell, as above
+    8 MB."""
     if head[7:8] == b"\2":
         return int.from_bytes(head[8:16], "big")
     length = int.from_bytes(head[4:7], "big")
@@ -225,7 +227,7 @@ def _length(head: bytes) -> int:
 
 
 def _check_places(messages: Messages, variable: str, tell: Tell) -> None:
-    """That no two messages of a variable claim one place, and all lie on one known grid.
+    """Check that no two messages of a variable claim one place, and that all lie on one known grid.
 
     Raises:
         ValueError: names the keys that differ and the filter that chooses.
@@ -249,7 +251,8 @@ def _check_places(messages: Messages, variable: str, tell: Tell) -> None:
 
 
 def _check_dates(messages: Messages, where: str) -> None:
-    """That dates and steps are what cfgrib can hold: minutes, and steps of a certain length."""
+    """Check that cfgrib can hold the dates and steps: whole minutes, and steps of a certain
+    length."""
     if set(messages.values("second")) - {0, "undef"}:
         raise ValueError(f"{where} has dates with seconds; valid: whole minutes")
     calendar_steps = messages.where(
@@ -266,7 +269,7 @@ def _check_dates(messages: Messages, where: str) -> None:
 
 
 def _check_shared(messages: Messages, where: str) -> None:
-    """That all messages have the same of what one variable has once."""
+    """Check that all messages agree in the headers that a variable has only once."""
     several = [key for key in _SHARED if len(messages.values(key)) > 1]
     mixed = [key for key in _PLACE if "undef" in messages.values(key)]
     several += [key for key in mixed if len(messages.values(key)) > 1]
@@ -298,7 +301,7 @@ def _place(header: Header) -> tuple[Any, ...]:
 
 
 def _check_single(messages: Messages, where: str, tell: Tell) -> None:
-    """That every place has one message, equal copies aside."""
+    """Check that every place has one message, apart from equal copies."""
     by_place: dict[tuple[Any, ...], list[Any]] = {}
     headers: dict[tuple[Any, ...], Header] = {}
     for header, ids in messages.rows:
@@ -324,7 +327,7 @@ def _bytes_of(field: Any) -> bytes:
 
 
 def _clash(first: Any, other: Any, where: str) -> str:
-    """The refusal of two messages of one place."""
+    """The error for two messages that claim one place."""
     differing = _differing(first, other, _TELLING)
     if not differing:
         keys = [key for key in first.context.message_grib_keys() if key not in _OF_VALUES]
@@ -343,7 +346,7 @@ def _clash(first: Any, other: Any, where: str) -> str:
 
 
 def _differing(first: Any, other: Any, keys: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both of them."""
+    """The keys whose values differ between two messages, with both values."""
     pairs = {key: (first.get(key), other.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if str(pair[0]) != str(pair[1])}
 
@@ -354,7 +357,7 @@ def _pairs(differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _date(header: Header) -> str:
-    """Date and place of a message, for people."""
+    """The date and place of a message, in words."""
     date = np.datetime_as_string(np.datetime64(int(header["time"]), "s"), "m")
     step, level, number = (header[key] for key in ("step", "level:float", "number"))
     more = [f"step {step:g} h"] if step not in (0, *_ABSENT) else []
@@ -364,7 +367,7 @@ def _date(header: Header) -> str:
 
 
 def _dataset(messages: Messages) -> xr.Dataset:
-    """The lazy dataset of one variable, each value in its own cell."""
+    """The lazy dataset of one variable, with every value in its own cell."""
     from cfgrib import dataset, xarray_plugin
 
     whole = messages.index
@@ -388,11 +391,12 @@ def _dataset(messages: Messages) -> xr.Dataset:
 
 
 def _in_cells(opened: xr.Dataset, messages: Messages) -> xr.Dataset:
-    """With the axes of the grid, and the values in rows of latitude.
+    """The dataset with the axes of the grid, and the values in rows of latitude.
 
     ecCodes lists the points in the order in which they are stored, except that it does not turn
     every other row (or column) of mode 16; cfgrib turns every other row of the shape (latitude,
-    longitude) for mode 16, and takes all points to run along rows."""
+    longitude) for mode 16, and takes all points to run along rows.
+    """
     first = messages.first()
     mode, edition = int(first["scanningMode"]), int(first["edition"])
     if mode & _RESERVED.get(edition, 255):
@@ -425,7 +429,7 @@ def _in_cells(opened: xr.Dataset, messages: Messages) -> xr.Dataset:
 
 
 def _by_rows(points: np.ndarray, shape: tuple[int, int], by_columns: bool) -> np.ndarray:
-    """Points [... cell] in their stored order as [... row column]."""
+    """Points [... cell] in their stored order as a grid [... row column]."""
     if by_columns:
         return points.reshape(*points.shape[:-1], *shape[::-1]).swapaxes(-1, -2)
     return points.reshape(*points.shape[:-1], *shape)

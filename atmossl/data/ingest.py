@@ -1,4 +1,5 @@
-"""GRIB, NetCDF and zarr to one training store, region by region: restartable and verified.
+"""Turns GRIB, NetCDF and zarr into one training store, region by region, so that it can be stopped
+and continued, and is verified.
 
 A region is a variable over some whole shards (or chunks) of time. Each is written, read back and
 compared by checksum, and only then noted in the journal, so a run that was killed anywhere goes on
@@ -61,9 +62,9 @@ Date = Annotated[str, BeforeValidator(lambda date: "" if date is None else str(d
 
 @dataclass(frozen=True)
 class IngestInput:
-    """What is read: see `atmossl.data.inputs.open_input`. levels: hPa, all if empty. start, end:
-    ISO dates, open if empty. region: degrees (south, north, west, east), across the dateline if
-    west is greater than east."""
+    """The input of an ingest; see `atmossl.data.inputs.open_input`. levels: hPa, all if empty.
+    start, end: ISO dates, open if empty. region: degrees (south, north, west, east), across the
+    dateline if west is greater than east."""
 
     location: Annotated[str, Field(alias="input")]
     names: Annotated[Names, Field(alias="variables")] = field(default_factory=dict)
@@ -78,7 +79,8 @@ class IngestInput:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Chunk lengths, 0 for the whole axis; chunks of time in one shard, 0 for none; zstd level."""
+    """The chunks of the store: lengths along each axis (0: the whole axis), how many chunks of
+    time form one shard (0: no shards), and the zstd level."""
 
     time: NotNegative
     level: NotNegative
@@ -90,8 +92,8 @@ class ChunkLayout:
 
 @dataclass(frozen=True)
 class WrittenRegion:
-    """One piece of the store that is written at once: a variable from one step to before
-    another."""
+    """A region of the store that is written at once: one variable over a range of steps, without
+    the end."""
 
     variable: str
     start: int
@@ -104,7 +106,7 @@ class WrittenRegion:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to write one region, in any process."""
+    """Everything that a worker in any process needs to write one region."""
 
     source: IngestInput
     store: str
@@ -114,8 +116,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Workers:
-    """engine: `threads` of this process, `local_cluster` of processes, `slurm` jobs.
-    slurm: arguments of dask_jobqueue.SLURMCluster: queue, cores, memory, walltime."""
+    """Who writes the regions. engine: `threads` of this process, a `local_cluster` of processes,
+    or `slurm` jobs."""
 
     engine: Engine
     count: Positive
@@ -130,8 +132,10 @@ def ingest(
     progress: Callable[[int, int], object],
     tell: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Write the store, or go on writing it. progress: told (regions done, regions in all).
-    tell: is told what of the input is left out, a line each, before anything is written.
+    """Write the store, or continue one that was stopped.
+
+    progress: is called with (regions done, regions in all). tell: is called, before anything is
+        written, with a line for each part of the input that is left out.
 
     Raises:
         ValueError: an input that cannot be read or does not fit, an output that exists, or a
@@ -167,7 +171,7 @@ def ingest(
 
 @contextmanager
 def _writing(output: Path, folder: Path) -> Iterator[None]:
-    """Say which file and key the system could not write, and how to go on."""
+    """Turn an error of the system into one that names file and key, and says how to continue."""
     try:
         yield
     except OSError as error:
@@ -182,7 +186,7 @@ def _writing(output: Path, folder: Path) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
-    """The chosen part of the input, and what is left out of it."""
+    """The chosen part of the input, and lines on what is left out of it."""
     source, left_out = IngestInput(**json.loads(settings)), list[str]()
     where = f"input={source.location}"
     dataset = open_input(
@@ -218,8 +222,8 @@ def _check_dates(dataset: xr.Dataset, source: IngestInput) -> None:
 
 
 def opened(source: IngestInput) -> xr.Dataset:
-    """The chosen part of the input; opened once per process, by one thread at a time, as neither
-    cfgrib nor the NetCDF library may be entered by two. Reading is serial under xarray's locks."""
+    """The chosen part of the input, opened once per process and by one thread at a time: neither
+    cfgrib nor the NetCDF library may be entered by two. xarray's locks make reading serial."""
     return _entered(source)[0]
 
 
@@ -247,7 +251,7 @@ def _cut(dataset: xr.Dataset, source: IngestInput) -> xr.Dataset:
 def _begin(
     dataset: xr.Dataset, source: IngestInput, layout: ChunkLayout, store: Path, journal: Path
 ) -> None:
-    """Make the empty store, or check that the one that was begun is the same."""
+    """Create the empty store, or check that the store that was begun fits this ingest."""
     settings = json.dumps([asdict(source), asdict(layout)], sort_keys=True)
     state = {
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
@@ -275,7 +279,7 @@ def _begin(
 
 
 def _check_begun(note: Path, state: Mapping[str, Any], source: IngestInput) -> None:
-    """That a store that was begun was begun with the same settings, from the same inputs."""
+    """Check that the store was begun with the same settings and from the same inputs."""
     folder = note.parents[1]
     try:
         before = json.loads(note.read_text())
@@ -292,7 +296,7 @@ def _check_begun(note: Path, state: Mapping[str, Any], source: IngestInput) -> N
 
 
 def _extent_of(dataset: xr.Dataset) -> dict[str, str]:
-    """Sizes, variables and dates of an input, as text, whatever the order of its dimensions."""
+    """The sizes, variables and dates of an input as text, whatever the order of its dimensions."""
     dates = dataset["time"].values
     calendar = Calendar.of(dates)
     times = dates if calendar is None else calendar.encode(dates)
@@ -341,7 +345,7 @@ def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Chunk
 
 
 def _regions(dataset: xr.Dataset, layout: ChunkLayout) -> list[WrittenRegion]:
-    """Pieces that no two of which share a chunk."""
+    """The regions of the store; no two of them share a chunk."""
     regions = []
     for name, array in dataset.data_vars.items():
         total = array.sizes.get("time", 1)
@@ -396,7 +400,7 @@ def _write(path: Path, text: str) -> None:
 def _finish(
     store: Path, journal: Path, source: IngestInput, regions: Iterable[WrittenRegion]
 ) -> None:
-    """Provenance and checksums into the store's attributes."""
+    """Write provenance and checksums into the store's attributes."""
     begun = json.loads((journal / "identity").read_text())["inputs"]
     now = local_state(input_files(source.location))
     changed = changes({name: begun[name] for name in begun if name in now}, now)
@@ -424,12 +428,12 @@ def _finish(
 
 
 def _as_text(notes: Mapping[str, Mapping[str, Any]], key: str) -> str:
-    """One value of every region's note as JSON, which NetCDF can hold as an attribute."""
+    """One value of every region's note as JSON text, which NetCDF can hold as an attribute."""
     return json.dumps({note.removesuffix(".json"): values[key] for note, values in notes.items()})
 
 
 def missing_shares(store: Path) -> dict[str, float]:
-    """Share of missing values of every variable of a finished store that has some."""
+    """The share of missing values of every variable of a finished store that has some."""
     group = zarr.open_group(store, mode="r")
     counts: dict[str, int] = {}
     for note, count in noted(group.attrs, "missing").items():
@@ -481,7 +485,7 @@ def _verify(store: Path) -> int:
 
 @contextmanager
 def _runner(workers: Workers) -> Iterator[Callable[[list[Job]], Iterator[str]]]:
-    """Runs jobs and yields as they finish; the first fault stops all."""
+    """A context that runs jobs and yields each when it is finished; the first error stops all."""
     if workers.engine == "threads":
         from dask.config import set as dask_settings  # late, as the others below
 
