@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -21,6 +22,7 @@ from atmossl.data.catalog import CatalogEntry, is_shipped, remembered
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.fingerprint import Transforms
+from atmossl.data.fraction import part_of_records
 from atmossl.data.segment import Segment
 from atmossl.data.sources import entries_of, open_records, paired
 from atmossl.data.statistics import Normaliser, Seen, Statistics, load_or_compute, outside_limits
@@ -63,7 +65,8 @@ Records = dict[str, tuple[Segment, ...]]
 
 
 def open_splits(config: TrainConfig) -> tuple[Records, Records]:
-    """Segments of training and of validation, by the `data` of the streams that read them."""
+    """Segments of training and of validation, by the `data` of the streams that read them. Those of
+    training are the `data.fraction` that the run may use."""
     access = Access(**vars(config.data.read), input_limits=config.input_limits)
     entries = entries_of(config.specs, config.data.name, config.data.catalog)
     train, validation = (
@@ -76,6 +79,9 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
         )
         for split in ("train", "validation")
     )
+    if config.data.fraction < 1.0:
+        steps = config.data.window.time
+        train = part_of_records(train, config.data.fraction, config.seed, steps)
     return train, validation
 
 
@@ -379,6 +385,9 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) ->
         optional.append(LossByMask(config.masking.kinds, log_batches))
     if settings.pictures:
         optional.append(Pictures(folder / "pictures", normaliser))
+    if settings.patience:
+        stop = {"monitor": monitor.key, "mode": monitor.direction, "check_finite": False}
+        optional.append(EarlyStopping(patience=settings.patience, **stop))
     if settings.profiler == "torch":
         first, count = settings.profile_steps
         optional.append(TraceSteps(folder / "profile", first=first, count=count))

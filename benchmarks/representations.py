@@ -5,36 +5,53 @@
     python -m benchmarks.representations --train 30 --objectives mae jepa --set model=tiny
 
 With --train every experiment of EXPERIMENTS is trained for that many steps on the sample, one after
-another, unless its run is in --runs already. Probes are those of `atmossl probe`, on the sample's
-held-out run; `skill`, its interval and what `certain` means are defined in docs/probes.md.
-`loss_over_best_baseline`: (1 - skill) over that of the best baseline.
+another. Whatever is in --runs already is not done again, so that a run that was stopped goes on.
+Probes are those of `atmossl probe`, on the sample's held-out run; `skill`, its interval and what
+`certain` means are defined in docs/probes.md. `loss_over_best_baseline`: (1 - skill) over that of
+the best baseline.
 
 Summary: `objectives_trained`; `objectives_collapsed` (RankMe of the last layer's pooled anomalies
 below 2); `probes_beating_random` and `_pca`: share of probes, of the objective with the most;
 `probes_beating_raw_ridge`: share of probes at which the best objective beats ridge on raw values;
 each also with `_certain`, where the interval of the difference has to lie above 0.
 
+`resume_exact`: objectives whose last steps, taken again by a new process from the checkpoint before
+the last, end with the same weights, optimiser, objective's state and generators, bit for bit.
+
+`labels`: by objective and probe, the loss of the network fine-tuned on a fraction of the labels
+(--finetune STEPS) over that of a random start with all of them and as many steps.
+`labels_10pct_vs_scratch_100pct`: its mean over the fine-tuned probes with a tenth of the labels, of
+the objective with the most skill there on the validation dates.
+
 `cost_vs_masked`: samples per CPU second (GPU: second) of a training step, and memory over what the
 process held before its network was made, as ratios to `masked`: the same network, window and batch
-for all. A state of an objective that takes pairs or crops is one sample.
+for all. A state of an objective that takes pairs or crops is one sample. `cpu_seconds`: of the
+training, validation and start included.
 """
 
 import argparse
+import hashlib
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from atmossl.checkpoint_files import read_contents, steps_in
 from atmossl.cli import main as atmossl
-from atmossl.commands.probe import summarise
+from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
 from atmossl.evaluation.rows import rows_where
+from atmossl.probes.run import Probed
 from atmossl.probes.summary import Summary, shares_beaten
 from atmossl.schema import ProbeConfig, parse
 from benchmarks.report import finish
@@ -83,39 +100,83 @@ def costs(names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     return ratios, failed
 
 
+def training(name: str, steps: int, folder: Path, changes: list[str]) -> list[str]:
+    """Words of the command that trains an objective; its last two checkpoints stay."""
+    return [
+        "train", f"experiment={EXPERIMENTS[name]}", f"paths.output={folder}",
+        f"trainer.max_steps={steps}", f"trainer.validation_interval={steps}",
+        f"trainer.checkpoint_interval={max(1, steps // 10)}", "trainer.keep_checkpoints=2",
+        "trainer.validation_batches=1", "trainer.pictures=false", "logger=csv", *changes,
+    ]  # fmt: skip
+
+
 def trained(names: list[str], steps: int, runs: Path, changes: list[str]) -> dict[str, str]:
     """Checkpoints of all experiments; those that are there already are not made again. changes: to
     every experiment's configuration."""
     checkpoints = {}
     for name in names:
         folder = runs / f"{name}_{steps}"
-        checkpoint = folder / "checkpoints" / "last.ckpt"
+        checkpoint = folder / "checkpoints" / f"step-{steps}.ckpt"
         if not checkpoint.exists():
-            code = atmossl(
-                ["train", f"experiment={EXPERIMENTS[name]}", f"paths.output={folder}",
-                 f"trainer.max_steps={steps}", f"trainer.validation_interval={steps}",
-                 f"trainer.checkpoint_interval={steps}", "trainer.validation_batches=1",
-                 "trainer.pictures=false", "logger=csv", "resume=auto", *changes]
-            )  # fmt: skip
+            at_once, started = not folder.exists(), time.process_time()
+            code = atmossl([*training(name, steps, folder, changes), "resume=auto"])
             if code:
                 raise SystemExit(f"the training of {name} ended with code {code}")
+            if at_once:
+                spent = round(time.process_time() - started, 1)
+                (folder / "cpu_seconds.json").write_text(json.dumps(spent))
         checkpoints[name] = str(checkpoint)
     return checkpoints
 
 
-def probed(checkpoints: dict[str, str], every: int) -> Summary:
-    """Tables of all checkpoints, by their names."""
-    values = compose_config("probe", [f"every={every}", "output=unused"])
-    paths = {str(path): name for name, path in checkpoints.items()}
-    values = {**values, "checkpoint": list(paths)}
-    summary = summarise(parse(ProbeConfig, {k: v for k, v in values.items() if k != "hydra"}))
-    for table, columns in (
-        (summary.scores, ["checkpoint"]), (summary.comparisons, ["checkpoint"]),
-        (summary.rank, ["checkpoint"]), (summary.alignment, ["first", "second"]),
-    ):  # fmt: skip
-        for column in columns:
-            table[column] = [paths[path] for path in table[column]]
-    return summary
+def resumes_exactly(name: str, steps: int, runs: Path, changes: list[str]) -> bool:
+    """Whether a new process that goes on from the last checkpoint but one ends as the run did."""
+    folder = runs / f"{name}_{steps}"
+    answer = folder / "resume_exact.json"
+    if not answer.exists():
+        checkpoints = folder / "checkpoints"
+        before = checkpoints / f"step-{sorted(steps_in(checkpoints))[-2]}.ckpt"
+        with tempfile.TemporaryDirectory(dir=runs) as scratch:
+            again = Path(scratch) / "run"
+            words = [*training(name, steps, again, changes), f"resume={before}"]
+            program = "import sys; from atmossl.cli import main; sys.exit(main(sys.argv[1:]))"
+            subprocess.run([sys.executable, "-c", program, *words], check=True, capture_output=True)
+            ends = [read_contents(run / "checkpoints" / "last.ckpt") for run in (folder, again)]
+        answer.write_text(json.dumps(not differing(*map(_state, ends))))
+    return json.loads(answer.read_text())
+
+
+def _state(contents: dict[str, Any]) -> dict[str, Any]:
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
+    return {key: contents[key] for key in keys} | {"rng": contents["atmossl"]["rng"]}
+
+
+def differing(one: Any, two: Any) -> list[str]:
+    """Paths of all leaves of two trees that are not equal, bit for bit."""
+    first, second = (dict(pytree.tree_flatten_with_path(tree)[0]) for tree in (one, two))
+
+    def equal(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+
+    shared = first.keys() & second.keys()
+    unlike = [key for key in shared if not equal(first[key], second[key])]
+    return [pytree.keystr(key) for key in [*unlike, *(first.keys() ^ second.keys())]]
+
+
+def tables_of(checkpoints: dict[str, str], words: list[str], runs: Path) -> Summary:
+    """Tables of all checkpoints, by their names; what was found of each is kept in `runs`. words:
+    of `atmossl probe`."""
+    values = compose_config("probe", [*words, "output=unused"])
+    values = {key: value for key, value in values.items() if key != "hydra"}
+    results: dict[str, Probed] = {}
+    for name, path in checkpoints.items():
+        asked = hashlib.sha256(json.dumps([path, *words]).encode()).hexdigest()[:8]
+        kept = runs / f"{name}-{asked}.probes"
+        if not kept.exists():
+            (found,) = probed(parse(ProbeConfig, {**values, "checkpoint": path})).values()
+            kept.write_bytes(pickle.dumps(found))
+        results[name] = pickle.loads(kept.read_bytes())
+    return summary_of(results)
 
 
 def figures_of(summary: Summary) -> dict[str, Any]:
@@ -142,7 +203,7 @@ def figures_of(summary: Summary) -> dict[str, Any]:
     return {
         "skills": skills, "rankme": rank, "cka": alignment, "objectives_trained": len(skills),
         "objectives_collapsed": sum(value < COLLAPSED_BELOW for value in rank.values()),
-        **_shares(summary.comparisons),
+        **_shares(summary.comparisons), **_of_labels(summary.tuned),
     }  # fmt: skip
 
 
@@ -160,6 +221,32 @@ def _shares(comparisons: pd.DataFrame) -> dict[str, float]:
     return {key: round(float(value), 3) for key, value in shares.items()}
 
 
+def _of_labels(tuned: pd.DataFrame) -> dict[str, Any]:
+    """Losses after fine-tuning over those of a random start with all labels, see the module."""
+    if tuned.empty:
+        return {}
+    labels: dict[str, dict[str, Any]] = {}
+    for row in rows_where(tuned, start="trained").to_dict("records"):
+        of_probe = labels.setdefault(row["checkpoint"], {}).setdefault(row["probe"], {})
+        of_probe[f"{row['fraction']:g}"] = {
+            "dates": row["dates"], "loss_over_scratch": round(row["loss_over_scratch"], 3),
+            "interval": [round(row["ratio_low"], 3), round(row["ratio_high"], 3)],
+            "skill": round(row["skill"], 3),
+        }  # fmt: skip
+    scratch = {
+        f"{row['checkpoint']}, {row['probe']}": round(row["skill"], 3)
+        for row in rows_where(tuned, start="random").to_dict("records")
+    }
+    tenth = rows_where(tuned, start="trained", fraction=0.1)
+    found: dict[str, Any] = {"labels": labels, "scratch_skill": scratch}
+    if len(tenth):
+        means = tenth.groupby("checkpoint")[["validation", "loss_over_scratch"]].mean()
+        best = means["validation"].idxmax()
+        found["labels_10pct_best"] = best
+        found["labels_10pct_vs_scratch_100pct"] = round(means.loc[best, "loss_over_scratch"], 3)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,28 +257,47 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--every", type=int, default=3)
+    parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cost_of:
         print(json.dumps(cost_of(arguments.cost_of)))
         return
-    checkpoints = dict(item.split("=", 1) for item in arguments.checkpoints)
-    names = arguments.objectives or list(EXPERIMENTS)
     with tempfile.TemporaryDirectory() as scratch:
-        if arguments.train:
-            checkpoints |= trained(
-                names, arguments.train, arguments.runs or Path(scratch), arguments.set
-            )
-        if not checkpoints:
-            parser.error("name --checkpoints NAME=PATH or --train STEPS")
-        figures = figures_of(probed(checkpoints, arguments.every))
-    figures |= {"training_steps": arguments.train, "training_changes": arguments.set}
+        figures = measured(parser, arguments, arguments.runs or Path(scratch))
+    finish("representations", figures)
+
+
+def measured(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, runs: Path
+) -> dict[str, Any]:
+    """All figures, in the order of the work; runs: where it is kept."""
+    checkpoints = dict(item.split("=", 1) for item in arguments.checkpoints)
+    names, steps = arguments.objectives or list(EXPERIMENTS), arguments.train
+    figures: dict[str, Any] = {"training_steps": steps, "training_changes": arguments.set}
+    if steps:
+        runs.mkdir(parents=True, exist_ok=True)
+        checkpoints |= trained(names, steps, runs, arguments.set)
+        spent = {name: runs / f"{name}_{steps}" / "cpu_seconds.json" for name in names}
+        figures["cpu_seconds"] = {
+            n: json.loads(f.read_text()) for n, f in spent.items() if f.exists()
+        }
+        exact = {name: resumes_exactly(name, steps, runs, arguments.set) for name in names}
+        figures |= {"resume_exact": sum(exact.values())}
+        figures["resume_inexact"] = [name for name, same in exact.items() if not same]
+    if not checkpoints:
+        parser.error("name --checkpoints NAME=PATH or --train STEPS")
+    words = [f"every={arguments.every}"]
+    if arguments.finetune:
+        words += ["finetune.fractions=[0.01,0.1,1.0]", f"finetune.steps={arguments.finetune}"]
+    figures = figures_of(tables_of(checkpoints, words, runs)) | figures
+    figures |= {"every": arguments.every, "finetuning_steps": arguments.finetune}
     if not arguments.no_cost:
         figures["cost_vs_masked"], figures["cost_failed"] = costs(
             [name for name in checkpoints if name in EXPERIMENTS]
         )
-    finish("representations", figures)
+    return figures
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from atmossl.commands.common import check_split, device_for, open_for
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.locks import owned
 from atmossl.probes.cases import SPLITS
-from atmossl.probes.run import Probed, ProbeOptions, ProbeRun, comparisons, linear_cka, scores
+from atmossl.probes.finetuning import FinetuneSettings
+from atmossl.probes.run import (
+    Probed,
+    ProbeOptions,
+    ProbeRun,
+    comparisons,
+    linear_cka,
+    scores,
+    tunings,
+)
 from atmossl.probes.summary import Summary, check_output, headline_table, write_summary
 from atmossl.schema import ProbeConfig, parse
 from atmossl.stops import keeping
@@ -24,7 +33,7 @@ def probe(values: Mapping[str, Any]) -> Path:
     config: ProbeConfig = parse(ProbeConfig, values)
     with owned(config.output, "output"), keeping("nothing was written"):
         check_output(config.output)
-        summary = summarise(config)
+        summary = summary_of(probed(config))
         write_summary(summary, config.output)
     console = Console(width=max(120, Console().width), markup=False, highlight=False)
     console.print(headline_table(summary).to_string(index=False))
@@ -32,8 +41,8 @@ def probe(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def summarise(config: ProbeConfig) -> Summary:
-    """Run all probes of all checkpoints.
+def probed(config: ProbeConfig) -> dict[str, Probed]:
+    """What the probes of every checkpoint found.
 
     Raises:
         ValueError: whatever is wrong with any of the checkpoints, before the first is encoded.
@@ -41,19 +50,25 @@ def summarise(config: ProbeConfig) -> Summary:
     for split in SPLITS:
         check_split(config.data, split)
     prepared = {name: _prepared(name, config) for name in dict.fromkeys(config.checkpoint)}
-    probed: dict[str, Probed] = {}
+    results: dict[str, Probed] = {}
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         for name in list(prepared):
             run = prepared.pop(name)  # its fields are not kept in memory
             shown = bar.add_task(f"probes of {name}", total=run.num_windows)
-            probed[name] = run.run(lambda done, task=shown: bar.advance(task, done))
+            results[name] = run.run(lambda done, task=shown: bar.advance(task, done))
+    return results
+
+
+def summary_of(results: Mapping[str, Probed]) -> Summary:
+    """The tables of all checkpoints, by their names."""
     return Summary(
-        scores=pd.concat([scores(outcome, name) for name, outcome in probed.items()]),
-        comparisons=pd.concat([comparisons(outcome, name) for name, outcome in probed.items()]),
-        rank=_rank_table(probed),
-        alignment=_alignment(probed),
-        num_cases={name: outcome.num_cases for name, outcome in probed.items()},
+        scores=pd.concat([scores(outcome, name) for name, outcome in results.items()]),
+        comparisons=pd.concat([comparisons(outcome, name) for name, outcome in results.items()]),
+        rank=_rank_table(results),
+        alignment=_alignment(results),
+        tuned=pd.concat([tunings(outcome, name) for name, outcome in results.items()]),
+        num_cases={name: outcome.num_cases for name, outcome in results.items()},
     )
 
 
@@ -78,6 +93,7 @@ def _options(config: ProbeConfig) -> ProbeOptions:
         places=config.places,
         withheld=config.withheld,
         block_days=config.block_days,
+        finetune=FinetuneSettings(**config.finetune.model_dump()),
         resamples=config.bootstrap,
         seed=config.seed,
         overlap=config.overlap,

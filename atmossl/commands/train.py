@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import write_atomically
+from atmossl.checkpoint_files import BEST, write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.commands.run_description import banner, described
 from atmossl.data.datamodule import WindowDataModule
@@ -100,6 +100,12 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     if trainer.is_global_zero:
         text = f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else "")
         console_of_output().print(text)
+        if trainer.should_stop and config.trainer.patience:
+            note(
+                f"ended at step {trainer.global_step} of {config.trainer.max_steps}; "
+                f"{module.objective.monitor.key} was best at the step of {checkpoints / BEST} "
+                f"(trainer.patience={config.trainer.patience})"
+            )
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     (keep,) = (callback for callback in callbacks if isinstance(callback, KeepCheckpoints))
     cost = module.objective.monitor.cost

@@ -215,6 +215,11 @@ class Embedder:
             for by_stream in blends
         ]
 
+    def whole_view(self, time: np.datetime64) -> View:
+        """The window that ends at a reference time, of a window that is the whole grid."""
+        (tile,) = self._tiles(self.find(time))
+        return tile.view
+
     def _tiles(self, source: Source) -> Iterator[_Tile]:
         """All tiles of a window; each band of latitude is read once."""
         plan, grid, used = self.tiles, self.segment.grid, self.trained

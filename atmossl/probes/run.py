@@ -1,7 +1,7 @@
 """All probes of one checkpoint: reads, encodes, fits, scores, compares with the baselines."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ from atmossl.probes.features import (
     random_network,
     raw_values,
 )
+from atmossl.probes.finetuning import Finetuner, FinetuneSettings
 from atmossl.probes.labels import PROBES, check_probes
 from atmossl.probes.scoring import Outcome, Question, Scorer, ask, best_by_validation
 
@@ -54,10 +55,21 @@ class ProbeOptions:
     withheld: tuple[str, ...] = ()
     block_days: float = 4.0
     resamples: int = 500
+    finetune: FinetuneSettings = FinetuneSettings()
     seed: int = 0
     overlap: float = 0.0
     batch_size: int = 16
     device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A probe that was fine-tuned. outcome: its source is `latents` where the trained network was
+    the start, `random` where random weights were. num_dates: whose labels were used."""
+
+    outcome: Outcome
+    fraction: float
+    num_dates: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,8 @@ class Probed:
 
     outcomes: of every probe, source, layer and method. headlines: by probe, of linear probes on the
     layer of the latents that validation chose. rank: RankMe of the pooled latents' departures from
-    their mean over the test dates, by (source, layer). test_latents: pooled, by layer.
+    their mean over the test dates, by (source, layer). test_latents: pooled, by layer. tuned: what
+    was fine-tuned.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -74,6 +87,7 @@ class Probed:
     rank: Mapping[tuple[str, int], float]
     test_latents: Mapping[int, Float[np.ndarray, "case feature"]]
     num_cases: Mapping[str, int]
+    tuned: tuple[Tuned, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,12 +137,15 @@ class ProbeRun:
         cases = read_cases(runs, levels)
         places = _places(embedders[0], runs[0], len(cases.times), options)
         questions = tuple(ask(name, cases, places) for name in names)
+        _check_finetuned(options.finetune, questions)
         return cls(trained, options, layers, embedders, tuple(runs), cases, places, questions)
 
     @property
     def num_windows(self) -> int:
-        """Passes over the globe that `run` makes."""
-        return 2 * len(self.cases.times)
+        """Passes over the globe that `run` makes, each step of fine-tuning one of them."""
+        tuned = self.options.finetune
+        fits = (len(tuned.fractions) + 1) * len(tuned.probes) if tuned.fractions else 0
+        return 2 * len(self.cases.times) + fits * tuned.steps
 
     def run(self, advance: Callable[[float], object] = float) -> Probed:
         """Encode all dates with the trained and a random network, fit and score."""
@@ -147,6 +164,7 @@ class ProbeRun:
                   if s.layer is not None},
             test_latents={layer: rows for layer, rows in latents.items() if layer is not None},
             num_cases={name: int(self.cases.of(name).sum()) for name in SPLITS},
+            tuned=tuple(self._tuned(advance)) if self.options.finetune.fractions else (),
         )  # fmt: skip
 
     def _features(self, advance: Callable[[float], object]) -> list[Features]:
@@ -162,13 +180,40 @@ class ProbeRun:
         position = position_and_calendar(self.cases, self.places)
         return [*trained, *random, raw, components, position]
 
-    def _answers(
-        self, question: Question, sources: Sequence[Features]
-    ) -> tuple[list[Outcome], Outcome]:
+    def _tuned(self, advance: Callable[[float], object]) -> Iterator[Tuned]:
+        """Of every probe first the network that starts from random weights and has all labels."""
+        options, whole = self.options, replace(self.trained.window, lat=0, lon=0)
+        trained = replace(self.trained, window=whole)
+        embedders = [_embedder(trained, run.segment, options) for run in self.runs]
+        views = [
+            embedder.whole_view(time)
+            for embedder, run in zip(embedders, self.runs, strict=True)
+            for time in run.times
+        ]
+        names = [spec.name for spec in self.embedders[0].shown_specs]
+        tuner = Finetuner(
+            self.cases, self.places, views, names, options.finetune, options.seed, options.device
+        )
+        starts = {"random": random_network(self.trained, options.seed), "latents": self.trained}
+        fits = [("random", 1.0), *(("latents", part) for part in options.finetune.fractions)]
+        for question in self.questions:
+            if question.name not in options.finetune.probes:
+                continue
+            for source, fraction in fits:
+                predicted, used = tuner.fitted(starts[source].model, question, fraction, advance)
+                outcome = self._scorer(question).outcome(source, "finetuned", predicted.__getitem__)
+                yield Tuned(outcome, fraction, used)
+
+    def _scorer(self, question: Question) -> Scorer:
         steps_a_day = 24.0 / (self.runs[0].segment.step_hours * self.options.every)
         blocks = max(1, round(self.options.block_days * steps_a_day))
         bootstrap = BlockBootstrap(blocks, self.options.resamples)
-        scorer = Scorer(question, self.cases, bootstrap, self.options.seed)
+        return Scorer(question, self.cases, bootstrap, self.options.seed)
+
+    def _answers(
+        self, question: Question, sources: Sequence[Features]
+    ) -> tuple[list[Outcome], Outcome]:
+        scorer = self._scorer(question)
         outcomes = scorer.references()
         for features in sources:
             outcomes += [scorer.linear(features), scorer.neighbours(features)]
@@ -186,6 +231,15 @@ def _is_possible(name: str, levels: Mapping[str, Sequence[int]]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _check_finetuned(settings: FinetuneSettings, questions: Sequence[Question]) -> None:
+    asked = [question.name for question in questions if question.pairs is None]
+    wrong = [name for name in settings.probes if name not in asked]
+    if settings.fractions and (wrong or not settings.probes):
+        raise ValueError(
+            f"finetune.probes={list(settings.probes)}; valid: of the probes of this run {asked}"
+        )
 
 
 def _embedder(trained: TrainedModel, segment: Segment, options: ProbeOptions) -> Embedder:
@@ -262,3 +316,27 @@ def _limits(samples: np.ndarray, confidence: float) -> dict[str, float]:
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(samples, [tail, 1.0 - tail])
     return {"low": float(low), "high": float(high)}
+
+
+def tunings(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.DataFrame:
+    """One row for every fine-tuned probe and fraction: its skill, and its loss over that of the
+    network that started from random weights with all labels, with their intervals."""
+    scratch = {o.probe: o for o in (t.outcome for t in probed.tuned) if o.source == "random"}
+    rows = []
+    for one in probed.tuned:
+        outcome, reference = one.outcome, scratch[one.outcome.probe]
+        ratio = (1.0 - outcome.samples) / (1.0 - reference.samples)
+        limits = _limits(ratio, confidence)
+        rows.append(
+            {
+                "checkpoint": checkpoint, "probe": outcome.probe,
+                "start": "trained" if outcome.source == "latents" else "random",
+                "fraction": one.fraction, "dates": one.num_dates, "skill": outcome.skill,
+                **_limits(outcome.samples, confidence), "validation": outcome.validation,
+                "loss_over_scratch": (1.0 - outcome.skill) / (1.0 - reference.skill),
+                "ratio_low": limits["low"], "ratio_high": limits["high"],
+            }
+        )  # fmt: skip
+    columns = ["checkpoint", "probe", "start", "fraction", "dates", "skill", "low", "high"]
+    columns += ["validation", "loss_over_scratch", "ratio_low", "ratio_high"]
+    return pd.DataFrame(rows, columns=columns)

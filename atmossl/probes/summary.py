@@ -35,6 +35,7 @@ class Summary:
     comparisons: pd.DataFrame
     rank: pd.DataFrame
     alignment: pd.DataFrame
+    tuned: pd.DataFrame
     num_cases: Mapping[str, Mapping[str, int]]
 
 
@@ -91,8 +92,9 @@ def write_summary(summary: Summary, output: Path) -> None:
 
     def fill(folder: Path) -> None:
         folder.mkdir()
-        for name in ("scores", "comparisons", "rank", "alignment"):
-            getattr(summary, name).to_csv(folder / f"{name}.csv", index=False)
+        for name in ("scores", "comparisons", "rank", "alignment", "tuned"):
+            if len(table := getattr(summary, name)):
+                table.to_csv(folder / f"{name}.csv", index=False)
         (folder / "index.html").write_text(page(summary), encoding="utf-8")
 
     write_atomically(output, fill)
@@ -106,6 +108,7 @@ def page(summary: Summary) -> str:
     )
     tables = {
         "Linear probes and baselines": headline_table(summary),
+        "Fine-tuned on a fraction of the labels": summary.tuned,
         "Effective rank (RankMe) of pooled latents' anomalies": summary.rank,
         "Similarity of checkpoints (linear CKA of pooled latents)": summary.alignment,
         "Share of probes that beat a baseline": shares_beaten(summary.comparisons),

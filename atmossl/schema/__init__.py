@@ -47,7 +47,7 @@ from atmossl.schema.training import (
     WarmStartConfig,
     trainer_faults,
 )
-from atmossl.setting_types import NotNegative, Positive, snake_case
+from atmossl.setting_types import NonZeroShare, NotNegative, Positive, PositiveFloat, snake_case
 from atmossl.training.optimizer import OptimizerChoice
 
 __all__ = [
@@ -477,6 +477,16 @@ def _as_list(names: Any) -> Any:
     return [unquoted(name.strip()) for name in split(names[1:-1])] if listed else [names]
 
 
+class FinetuneConfig(Strict):
+    """How `atmossl probe` fine-tunes; see `atmossl.probes.finetuning.FinetuneSettings`."""
+
+    fractions: tuple[NonZeroShare, ...]
+    probes: tuple[str, ...]
+    steps: Positive
+    batch_size: Positive
+    learning_rate: PositiveFloat
+
+
 class ProbeConfig(Strict):
     """Everything that `atmossl probe` obeys.
 
@@ -493,6 +503,7 @@ class ProbeConfig(Strict):
     every: Positive
     places: Positive
     withheld: tuple[str, ...]
+    finetune: FinetuneConfig
     block_days: Annotated[float, Field(gt=0.0)]
     bootstrap: Positive
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)]

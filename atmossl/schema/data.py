@@ -11,7 +11,7 @@ from atmossl.data.ingest import ChunkLayout, IngestInput, Workers
 from atmossl.data.variables import Transform
 from atmossl.data.windows import LoaderSettings, WindowSize
 from atmossl.schema.strict import Strict
-from atmossl.setting_types import Positive
+from atmossl.setting_types import NonZeroShare, Positive
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ ChosenStore = Annotated[StoreChoice, BeforeValidator(_by_name)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(LoaderSettings):
-    """What a training run reads and how, `data`."""
+    """What a training run reads and how, `data`. fraction: of the training records; see
+    `atmossl.data.fraction`."""
 
     name: str
     catalog: Path | None
     in_memory: bool
+    fraction: NonZeroShare
     window: WindowSize
     read: ReadSettings
     transforms: dict[str, Transform]

@@ -68,7 +68,8 @@ def _check_extra(extra: Any) -> Any:
 
 
 class TrainerConfig(Strict):
-    """Devices, steps, precision and intervals of a run, `trainer`."""
+    """Devices, steps, precision and intervals of a run, `trainer`. patience: validations in a row
+    without a better value of the objective's monitor after which the run ends; 0: never."""
 
     max_steps: Positive
     accumulate: Positive
@@ -82,6 +83,7 @@ class TrainerConfig(Strict):
     recompute: Literal["none", "selective", "full"]
     validation_interval: Positive
     validation_batches: Positive
+    patience: NotNegative
     checkpoint_interval: Positive
     keep_checkpoints: Positive
     checkpoint_format: Literal["file", "sharded"]

@@ -2,11 +2,12 @@
 
 import pandas as pd
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
 from atmossl.probes.summary import Summary
-from benchmarks.representations import figures_of
+from benchmarks.representations import differing, figures_of
 
 
 def made() -> Summary:
@@ -29,7 +30,15 @@ def made() -> Summary:
         for layer, value in enumerate((9.0, 1.5))
     ] + [{"checkpoint": "b", "source": "latents", "layer": 0, "rankme": 5.0}]
     alignment = [{"first": "a", "second": "b", "cka": 0.5}]
-    tables = (pd.DataFrame(rows) for rows in (scores, comparisons, rank, alignment))
+    tuned = [
+        {"checkpoint": name, "probe": probe, "start": "trained", "fraction": fraction, "dates": 3,
+         "skill": 0.5, "validation": validation, "loss_over_scratch": ratio, "ratio_low": 0.1,
+         "ratio_high": 2.0}
+        for name, validation, ratios in (("a", 0.3, (0.7, 0.8)), ("b", 0.4, (0.8, 1.0)))
+        for probe, ratio in zip(("jet", "belt"), ratios, strict=True)
+        for fraction in (0.1, 1.0)
+    ]  # fmt: skip
+    tables = (pd.DataFrame(rows) for rows in (scores, comparisons, rank, alignment, tuned))
     return Summary(*tables, num_cases={})
 
 
@@ -44,3 +53,13 @@ def test_shares_and_ratios_follow_from_the_tables() -> None:
     assert figures["probes_beating_raw_ridge_certain"] == 0.0
     assert figures["skills"]["a"]["jet"]["loss_over_best_baseline"] == pytest.approx(0.8)
     assert figures["cka"] == {"a, b": 0.5}
+    assert figures["labels_10pct_best"] == "b"  # by validation, not by what it is to be scored on
+    assert figures["labels_10pct_vs_scratch_100pct"] == pytest.approx(0.9)
+    assert figures["labels"]["a"]["belt"]["1"]["interval"] == [0.1, 2.0]
+
+
+def test_leaves_that_differ_are_named() -> None:
+    one = {"a": [torch.zeros(2), 1], "b": "x"}
+    assert differing(one, {"a": [torch.zeros(2), 1], "b": "x"}) == []
+    assert differing(one, {"a": [torch.tensor([0.0, 1e-30]), 1], "b": "x"}) == ["['a'][0]"]
+    assert len(differing(one, {"a": [torch.zeros(2), 1, 2], "b": "y"})) == 2
