@@ -15,8 +15,9 @@ below 2); `probes_beating_random` and `_pca`: share of probes, of the objective 
 `probes_beating_raw_ridge`: share of probes at which the best objective beats ridge on raw values;
 each also with `_certain`, where the interval of the difference has to lie above 0.
 
-`resume_exact`: objectives whose last steps, taken again by a new process from the checkpoint before
-the last, end with the same weights, optimiser, objective's state and generators, bit for bit.
+`resume_exact`: objectives whose last steps, taken again from the checkpoint before the last after
+all others were trained, end with the same weights, optimiser, objective's state and generators, bit
+for bit.
 
 `labels`: by objective and probe, the loss of the network fine-tuned on a fraction of the labels
 (--finetune STEPS) over that of a random start with all of them and as many steps.
@@ -25,8 +26,8 @@ the objective with the most skill there on the validation dates.
 
 `cost_vs_masked`: samples per CPU second (GPU: second) of a training step, and memory over what the
 process held before its network was made, as ratios to `masked`: the same network, window and batch
-for all. A state of an objective that takes pairs or crops is one sample. `cpu_seconds`: of the
-training, validation and start included.
+for all, those of --set where it is given. A state of an objective that takes pairs or crops is one
+sample. `cpu_seconds`: of the training, validation and start included.
 """
 
 import argparse
@@ -67,10 +68,10 @@ COLLAPSED_BELOW = 2.0
 _EQUAL = ("model=small", "data.window={time: 4, lon: 0}", "data.batch_size=4")
 
 
-def cost_of(name: str, repeats: int = 3) -> dict[str, float]:
+def cost_of(name: str, changes: list[str], repeats: int = 3) -> dict[str, float]:
     """Samples per second and bytes of memory of an experiment's training step, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = configuration([f"experiment={EXPERIMENTS[name]}", *_EQUAL])
+    config = configuration([f"experiment={EXPERIMENTS[name]}", *(changes or _EQUAL)])
     loader, scales = from_data(config)
     batch = next(iter(loader)).to(device)
     before = peak_bytes(device)
@@ -82,16 +83,22 @@ def cost_of(name: str, repeats: int = 3) -> dict[str, float]:
     }
 
 
-def costs(names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def costs(
+    names: list[str], changes: list[str], runs: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Ratios to `masked`, each measured in a process of its own; and why some have none."""
     found, failed = {}, {}
     for name in dict.fromkeys(["masked", *names]):
-        command = [sys.executable, "-m", "benchmarks.representations", "--cost-of", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            found[name] = json.loads(done.stdout.strip().splitlines()[-1])
-        else:
-            failed[name] = done.stderr.strip().splitlines()[-1]
+        kept = runs / f"{name}.cost.json"
+        if not kept.exists():
+            command = [sys.executable, "-m", "benchmarks.representations", "--cost-of", name]
+            words = [*command, "--set", *changes]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                failed[name] = done.stderr.strip().splitlines()[-1]
+                continue
+            kept.write_text(done.stdout.strip().splitlines()[-1])
+        found[name] = json.loads(kept.read_text())
     reference = found["masked"]
     ratios = {
         name: {key: round(value / reference[key], 3) for key, value in cost.items()}
@@ -130,7 +137,7 @@ def trained(names: list[str], steps: int, runs: Path, changes: list[str]) -> dic
 
 
 def resumes_exactly(name: str, steps: int, runs: Path, changes: list[str]) -> bool:
-    """Whether a new process that goes on from the last checkpoint but one ends as the run did."""
+    """Whether a run that goes on from the last checkpoint but one ends as the unbroken one did."""
     folder = runs / f"{name}_{steps}"
     answer = folder / "resume_exact.json"
     if not answer.exists():
@@ -138,9 +145,8 @@ def resumes_exactly(name: str, steps: int, runs: Path, changes: list[str]) -> bo
         before = checkpoints / f"step-{sorted(steps_in(checkpoints))[-2]}.ckpt"
         with tempfile.TemporaryDirectory(dir=runs) as scratch:
             again = Path(scratch) / "run"
-            words = [*training(name, steps, again, changes), f"resume={before}"]
-            program = "import sys; from atmossl.cli import main; sys.exit(main(sys.argv[1:]))"
-            subprocess.run([sys.executable, "-c", program, *words], check=True, capture_output=True)
+            if atmossl([*training(name, steps, again, changes), f"resume={before}"]):
+                raise SystemExit(f"{name} does not go on from {before}")
             ends = [read_contents(run / "checkpoints" / "last.ckpt") for run in (folder, again)]
         answer.write_text(json.dumps(not differing(*map(_state, ends))))
     return json.loads(answer.read_text())
@@ -163,16 +169,19 @@ def differing(one: Any, two: Any) -> list[str]:
     return [pytree.keystr(key) for key in [*unlike, *(first.keys() ^ second.keys())]]
 
 
-def tables_of(checkpoints: dict[str, str], words: list[str], runs: Path) -> Summary:
+def tables_of(
+    checkpoints: dict[str, str], words: list[str], runs: Path, tuned: dict[str, list[str]]
+) -> Summary:
     """Tables of all checkpoints, by their names; what was found of each is kept in `runs`. words:
-    of `atmossl probe`."""
-    values = compose_config("probe", [*words, "output=unused"])
-    values = {key: value for key, value in values.items() if key != "hydra"}
+    of `atmossl probe`; tuned: more of them, by name."""
     results: dict[str, Probed] = {}
     for name, path in checkpoints.items():
-        asked = hashlib.sha256(json.dumps([path, *words]).encode()).hexdigest()[:8]
+        all_words = [*words, *tuned.get(name, [])]
+        asked = hashlib.sha256(json.dumps([path, *all_words]).encode()).hexdigest()[:8]
         kept = runs / f"{name}-{asked}.probes"
         if not kept.exists():
+            values = compose_config("probe", [*all_words, "output=unused"])
+            values.pop("hydra", None)
             (found,) = probed(parse(ProbeConfig, {**values, "checkpoint": path})).values()
             kept.write_bytes(pickle.dumps(found))
         results[name] = pickle.loads(kept.read_bytes())
@@ -258,11 +267,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--finetune-of", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cost_of:
-        print(json.dumps(cost_of(arguments.cost_of)))
+        print(json.dumps(cost_of(arguments.cost_of, arguments.set)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         figures = measured(parser, arguments, arguments.runs or Path(scratch))
@@ -289,14 +299,14 @@ def measured(
     if not checkpoints:
         parser.error("name --checkpoints NAME=PATH or --train STEPS")
     words = [f"every={arguments.every}"]
-    if arguments.finetune:
-        words += ["finetune.fractions=[0.01,0.1,1.0]", f"finetune.steps={arguments.finetune}"]
-    figures = figures_of(tables_of(checkpoints, words, runs)) | figures
+    more = ["finetune.fractions=[0.01,0.1,1.0]", f"finetune.steps={arguments.finetune}"]
+    of = checkpoints if arguments.finetune_of is None else arguments.finetune_of
+    tuned = {name: more for name in of if arguments.finetune}
+    figures = figures_of(tables_of(checkpoints, words, runs, tuned)) | figures
     figures |= {"every": arguments.every, "finetuning_steps": arguments.finetune}
     if not arguments.no_cost:
-        figures["cost_vs_masked"], figures["cost_failed"] = costs(
-            [name for name in checkpoints if name in EXPERIMENTS]
-        )
+        known = [name for name in checkpoints if name in EXPERIMENTS]
+        figures["cost_vs_masked"], figures["cost_failed"] = costs(known, arguments.set, runs)
     return figures
 
 

@@ -3,11 +3,12 @@
 Frozen latents say what an encoder holds; fine-tuning says how many labels it saves. The comparison
 is a network of the same architecture that starts from random weights and has all labels, with as
 many steps of the same batches. Labels are those of the probes, at the same dates and places, and in
-both cases the weights are those of the start or of ten times on the way, whichever did best on the
+both cases the weights are those of the start or of five times on the way, whichever did best on the
 validation dates.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from atmossl.model.network import Network, StreamLatents
 from atmossl.probes.cases import Cases, TokenPlaces
 from atmossl.probes.scoring import Question
 
-_VALIDATIONS = 10
+_VALIDATIONS = 5
 _WEIGHT_DECAY = 0.01
 _HEAD_RATE = 10.0  # of the linear map's learning rate to that of the network
 _RARE = 1e-3  # the least share of a class at the start
@@ -130,6 +131,11 @@ def _nearest(
     return rearrange(chosen, "case place level f -> case place (level f)")
 
 
+def _rate(progress: float) -> float:
+    """Factor of the learning rate: it rises over a tenth of the steps and falls as a cosine."""
+    return min(1.0, 0.01 + progress / 0.1) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
 @dataclass(frozen=True)
 class Finetuner:
     """Fits one label from any starting weights.
@@ -178,11 +184,11 @@ class Finetuner:
         settings = self.settings
         rate, steps = settings.learning_rate, settings.steps
         parts = [tuned.network.parameters(), tuned.head.parameters()]
-        highest = [rate, _HEAD_RATE * rate]
-        optimizer = torch.optim.AdamW([{"params": p} for p in parts], weight_decay=_WEIGHT_DECAY)
-        rates = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, highest, total_steps=steps, pct_start=0.1
+        optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": r} for p, r in zip(parts, (rate, _HEAD_RATE * rate), strict=True)],
+            weight_decay=_WEIGHT_DECAY,
         )
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _rate(n / steps))
         validation = np.flatnonzero(self.cases.of("validation"))
         best, least = copy.deepcopy(tuned.state_dict()), self._error(tuned, labels, validation)
         for step, batch in enumerate(self._batches(used), start=1):
