@@ -49,7 +49,7 @@ from atmossl.build import (
     checkpoint_activations,
     optimizer_settings,
 )
-from atmossl.cli import compose_config
+from atmossl.composition import compose_with_tasks
 from atmossl.cost_estimate import estimate, sample_batch
 from atmossl.model.linear import half_is_fast
 from atmossl.model.multiformer import Multiformer
@@ -113,7 +113,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def configuration(overrides: Sequence[str]) -> TrainConfig:
-    values = compose_config("train", ["paths.output=unused", *overrides])
+    values = compose_with_tasks("train", ["paths.output=unused", *overrides])
     values.pop("hydra", None)
     return parse(TrainConfig, values)
 
