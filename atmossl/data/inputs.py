@@ -1,4 +1,5 @@
-"""What others wrote, as one canonical dataset: GRIB, NetCDF and zarr, any usual names."""
+"""Reads files that others wrote (GRIB, NetCDF and zarr, with any of the usual names) as one
+canonical dataset, for `atmossl data ingest`."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ class Origin:
     notes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def note(self, variable: str, array: xr.DataArray) -> None:
-        """Keep scalar coordinates and GRIB keys: joining does not see them."""
+        """Keep the scalar coordinates and GRIB keys of a variable, which joining would lose."""
         scalars = {
             str(name): str(coord.values) for name, coord in array.coords.items() if not coord.ndim
         }
@@ -64,7 +65,7 @@ class Origin:
         self.notes[variable] = scalars | keys
 
     def differing(self, other: "Origin", variable: str) -> str:
-        """What the variable says in one file alone, in words; empty if nothing."""
+        """In which notes two files differ for a variable, in words; empty if in none."""
         notes, other_notes = self.notes[variable], other.notes[variable]
         keys = [key for key in notes if key in other_notes and notes[key] != other_notes[key]]
         pairs = [f"{key} ({notes[key]} and {other_notes[key]})" for key in keys]
@@ -72,7 +73,8 @@ class Origin:
 
 
 def check_one_grid(arrays: Mapping[str, xr.DataArray], file: str) -> dict[str, xr.DataArray]:
-    """The variables of a file with the cells of the first one, where they differ by rounding.
+    """The variables of a file on the cells of the first variable, where cells differ by rounding
+    alone.
 
     Raises:
         ValueError: two variables have other cells.
@@ -98,7 +100,7 @@ def _axis(values: np.ndarray) -> str:
 
 
 def check_overlaps(parts: Sequence[xr.Dataset], origins: Sequence[Origin], location: str) -> None:
-    """That no value is given by two files; fields without time may be, if they are equal.
+    """Check that no value is given by two files. Fields without time may be, if they are equal.
 
     Raises:
         ValueError: names variable, date and both files, and what the files say differently.
@@ -117,7 +119,7 @@ def check_overlaps(parts: Sequence[xr.Dataset], origins: Sequence[Origin], locat
 
 
 def _check_dated(name: str, having: Sequence[tuple[xr.DataArray, Origin]], location: str) -> None:
-    """That files on the same cells and levels have no date in common."""
+    """Check that files on the same cells and levels have no date in common."""
     places: dict[tuple[bytes, ...], list[tuple[xr.DataArray, Origin]]] = {}
     for array, origin in having:
         places.setdefault(tuple(_labels(array, axis).tobytes() for axis in _AXES), []).append(
@@ -142,7 +144,8 @@ def _check_dated(name: str, having: Sequence[tuple[xr.DataArray, Origin]], locat
 
 
 def _labels(array: xr.DataArray, axis: str) -> np.ndarray:
-    """Coordinates but for rounding; 0 for the level of a field that has none."""
+    """The coordinates of an axis, rounded so that they can be compared; 0 for the level of a
+    field without levels."""
     return np.round(array[axis].values, _DECIMALS) if axis in array.dims else np.zeros(1)
 
 
@@ -291,7 +294,7 @@ def open_input(
 
 
 def _check_found(reading: _Reading, have: set[str], location: str, files: Sequence[str]) -> None:
-    """That every name, selection and filter of the user meant something."""
+    """Check that every name, selection and filter of the user had an effect."""
     for canonical, stored in reading.names.items():
         if canonical not in have:
             raise ValueError(
@@ -314,7 +317,8 @@ def _check_found(reading: _Reading, have: set[str], location: str, files: Sequen
 
 
 def _tell_left_out(reading: _Reading, num_files: int, tell: Tell) -> None:
-    """The noted lines, with the number of files of each, and the variables that are not read."""
+    """Report the noted lines, each with the number of its files, and the variables that are not
+    read."""
     unused = sorted(reading.have - reading.used)
     if unused and reading.names:
         tell(f"left out, as variables names others: {_shown(unused)}")
@@ -349,8 +353,8 @@ def _joined(parts: Sequence[xr.Dataset], location: str) -> xr.Dataset:
 
 
 def _check_filled(parts: Sequence[xr.Dataset], location: str) -> None:
-    """That the files of every variable fill a box of levels and cells: a file that lacks some of
-    them would leave missing values. Times may lack."""
+    """Check that the files of every variable fill a box of levels and cells. If a file lacked
+    some of them, values would be missing. Times may lack."""
     for name in dict.fromkeys(name for part in parts for name in part.data_vars):
         arrays = [part[name] for part in parts if name in part.data_vars]
         axes = [axis for axis in ("level", "latitude", "longitude") if axis in arrays[0].dims]
@@ -378,7 +382,7 @@ def _is_grib(file: str) -> bool:
 
 
 def _opened_file(file: str, reading: _Reading) -> list[xr.Dataset]:
-    """The datasets in one file: one of every variable of a GRIB file."""
+    """The datasets in one file; of a GRIB file one for every variable."""
     try:
         if _is_grib(file):
             datasets, names = open_grib(file, reading.filters, reading.canonical, reading.tell)
@@ -400,7 +404,8 @@ def _opened_file(file: str, reading: _Reading) -> list[xr.Dataset]:
 
 
 def _fields(dataset: xr.Dataset) -> list[str]:
-    """The variables of a dataset but those that describe others: bounds, and the grid's mapping."""
+    """The variables of a dataset without those that only describe others: bounds, and the grid's
+    mapping."""
     said = [about for v in dataset.variables.values() for about in (v.attrs, v.encoding)]
     keys = ("bounds", "grid_mapping", "climatology")
     describing = {about[key] for about in said for key in keys if key in about}
@@ -441,7 +446,7 @@ def _canonical(
 
 
 def _selected(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray | None:
-    """At one value of every dimension that is selected; None if the file holds another one.
+    """A variable at the selected value of every dimension; None if the file holds other values.
 
     Raises:
         ValueError: no such value; names those that there are.
@@ -479,7 +484,7 @@ def _single_date(array: xr.DataArray) -> bool:
 
 
 def _converted(array: xr.DataArray, canonical: str, reading: _Reading, file: str) -> xr.DataArray:
-    """In the units of the variable; ValueError if there is no way to them."""
+    """A variable in its canonical units; ValueError if there is no conversion."""
     units = array.attrs.get("units")
     if (factor := height_factor(canonical, array)) is not None:
         reading.tell(f"{canonical} is {FROM_HEIGHT}")
@@ -500,8 +505,8 @@ def _canonical_name(stored: str, names: dict[str, str]) -> str | None:
 
 
 def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray:
-    """Dimensions by their canonical names, a single date or level as a dimension of length 1,
-    forecasts of one lead time dated by their valid time."""
+    """A variable with canonical dimensions. A single date or level becomes a dimension of length
+    1, and forecasts of one lead time are dated by their valid time."""
     coordinates = reading.coordinates
     usual = {
         axis: (coordinates[axis],) if axis in coordinates else COORDINATES[axis]
@@ -518,7 +523,8 @@ def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> x
 
 
 def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
-    """Known dims alone, in order, ascending latitudes and longitudes in [0, 360)."""
+    """A variable with canonical dimensions alone, in order, with ascending latitudes and
+    longitudes in [0, 360)."""
     further = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
     if further:
         sizes = {dim: _values(array, str(dim)) for dim in further if dim in array.coords}
@@ -547,7 +553,7 @@ def _values(array: xr.DataArray, dim: str) -> list[Any]:
 
 
 def _of_one_step(array: xr.DataArray, file: str) -> xr.DataArray:
-    """Forecasts of one lead time are dated by their valid time."""
+    """A forecast of one lead time, dated by its valid time."""
     if "time" in array.dims and array["time"].attrs.get("standard_name") == "time":
         return array
     steps = [array[name] for name in LEAD_NAMES if name in array.coords and name not in array.dims]

@@ -1,4 +1,5 @@
-"""What is in a store, before anything is trained on it: extent, gaps, values, cost of windows."""
+"""Reports what is in a store before anything is trained on it: extent, gaps, values, and the
+cost of reading windows."""
 
 import math
 from collections.abc import Sequence
@@ -33,10 +34,13 @@ _MUCH = 2.0  # times what a window needs
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """gaps: (last time before, number of steps missing). step_hours: the most frequent one.
-    longest: steps of the longest part without a gap. Times are those of the calendar.
-    refused: why training does not take the steps, None if it does. step_range_hours: shortest and
-    longest step where they differ by more than gaps."""
+    """The times of a record.
+
+    gaps: (last time before, number of steps missing). step_hours: the most frequent step. longest:
+        steps of the longest part without a gap. Times are those of the calendar. refused: why
+        training does not take the steps, None if it does. step_range_hours: shortest and longest
+        step where they differ by more than gaps.
+    """
 
     start: np.datetime64
     end: np.datetime64
@@ -53,10 +57,13 @@ class TimeAxis:
 
 @dataclass(frozen=True)
 class VariableReport:
-    """minimum, maximum, missing: over the sampled steps. decoded_over_needed: values decoded for a
-    window over its own, by axis; reads: chunks that a window touches, all levels together.
-    absent: chunks that are not in a local zarr folder, and what they read as. contradiction: what
-    the file says against what the variable is taken for."""
+    """What `atmossl data inspect` tells of one variable.
+
+    minimum, maximum, missing: over the sampled steps. decoded_over_needed: values decoded for a
+    window over its own, by axis; reads: chunks that a window touches, all levels together. absent:
+    chunks that are not in a local zarr folder, and what they read as. contradiction: what the file
+    says against what the variable is taken for.
+    """
 
     name: str
     dims: tuple[str, ...]
@@ -99,7 +106,7 @@ class SegmentReport:
 
 
 def time_axis(dates: np.ndarray, location: str = "the record") -> TimeAxis:
-    """What the times of a record look like; they need not be in order.
+    """A description of the times of a record, which need not be in order.
 
     Raises:
         ValueError: they are no dates.
@@ -153,7 +160,7 @@ def time_advice(time: TimeAxis) -> list[str]:
 
 
 def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[SegmentReport]:
-    """Reports of all segments of a catalog entry; reads `samples` steps of every variable.
+    """Reports on all segments of a catalog entry, from `samples` steps of every variable.
 
     Raises:
         ValueError: a store that cannot be opened, or lacks a variable of the entry.
@@ -231,8 +238,9 @@ def _variable(
 
 
 def _absent(array: zarr.Array | None) -> tuple[int, Any]:
-    """Chunks of a local store that have no file: lost, or never written as they hold nothing else
-    than the fill value. Elsewhere the answer would need a listing of all that is there."""
+    """The number of chunks of a local store that have no file, and the value that they read as.
+    They were lost, or never written since they hold the fill value alone. For remote stores the
+    answer would need a listing of all files."""
     if array is None or not isinstance(array.store, LocalStore):
         return 0, None
     return array.nchunks - array.nchunks_initialized, array.fill_value
@@ -241,7 +249,8 @@ def _absent(array: zarr.Array | None) -> tuple[int, Any]:
 def _cost(
     array: xr.DataArray, chunks: dict[str, int], window: WindowSize
 ) -> tuple[dict[str, float], float]:
-    """Values decoded over needed along every axis, for windows at random places, and chunks."""
+    """What a window at a random place costs: values decoded over values needed along every axis,
+    and the number of chunks read."""
     lengths = {"time": window.time, "latitude": window.lat, "longitude": window.lon}
     ratios, reads = {}, 1.0
     for dim, length in chunks.items():
@@ -254,7 +263,8 @@ def _cost(
 
 
 def advice(variable: VariableReport, window: WindowSize) -> list[str]:
-    """Chunks that are not there, and what rechunking would save, if it would save much."""
+    """Advice on a variable: chunks that are not there, and what rechunking would save, if it
+    would save much."""
     lines = []
     if is_mean(variable.picture):
         lines.append(
@@ -291,7 +301,7 @@ def _ratio_of(points: int) -> float:
 
 
 def refusals(variable: VariableReport, location: str) -> list[str]:
-    """Why training will not take a variable as it is."""
+    """The reasons why training refuses a variable as it is."""
     checks = (
         lambda: check_units(variable.name, variable.picture.attrs.get("units"), location),
         lambda: check_dims(variable.name, variable.dims, location),
@@ -306,6 +316,7 @@ def refusals(variable: VariableReport, location: str) -> list[str]:
 
 
 def names_of(reports: Sequence[SegmentReport]) -> list[str]:
-    """Names for pictures: variable, after the segment's name where there are several."""
+    """Names of pictures: the variable, after the segment's name where there are several
+    segments."""
     several = len(reports) > 1
     return [f"{r.name}_{v.name}" if several else v.name for r in reports for v in r.variables]

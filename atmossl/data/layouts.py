@@ -1,4 +1,4 @@
-"""Zarr layouts that are no CF dataset: AtmoRep's, and that of anemoi-datasets."""
+"""Adapters for zarr layouts that are no CF datasets: AtmoRep's, and that of anemoi-datasets."""
 
 import logging
 from collections.abc import Hashable, Sequence
@@ -92,7 +92,8 @@ def atmorep(group: zarr.Group) -> Adapted:
 
 
 def _check_names(names: Sequence[str], size: int, where: str) -> None:
-    """That every place of an axis has a name of its own: the last of two would hide the first."""
+    """Check that every position of an axis has a name of its own: the last of two equal ones
+    would hide the first."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{where} names {twice} more than once")
@@ -105,7 +106,8 @@ def _latitudes(values: np.ndarray) -> np.ndarray:
 
 
 def _dates(group: zarr.Group, name: str) -> np.ndarray:
-    """Dates that are stored as such, as numbers with CF units, or as nanoseconds since 1970.
+    """The dates of a store: stored as dates, as numbers with CF units, or as nanoseconds since
+    1970.
 
     Raises:
         ValueError: numbers whose unit nothing tells.
@@ -129,8 +131,8 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
 
 
 def layout_of(group: zarr.Group) -> str:
-    """`anemoi`, `atmorep`, or `zarr` for what is a dataset as it stands. Attributes are looked at
-    first: they are there, while another look into a remote store takes time."""
+    """The layout of a zarr group: `anemoi`, `atmorep`, or `zarr` for a plain dataset. Attributes
+    decide, as far as they can: each further look into a remote store takes time."""
     for layout, attribute, arrays in (
         ("anemoi", "variables", ("data", "dates", "latitudes", "longitudes")),
         ("atmorep", "fields", ("data", "time", "lats", "lons")),
@@ -192,7 +194,7 @@ class AnemoiField(SharedChunks):
         return self.positions[region[1]] if self.on_levels else self.positions
 
     def lazy(self, data: dask.array.Array) -> dask.array.Array:
-        """The same values of [time variable ... cell], by dask."""
+        """The field as a dask array, from the values [time variable ... cell] of the store."""
         values: Any = data[:, [n or 0 for n in self.positions]]
         absent = np.array([n is None for n in self.positions])
         lost = np.isin(np.arange(len(data)), self.missing_steps)
@@ -270,7 +272,7 @@ def _parameters(names: Sequence[str]) -> tuple[dict[str, Places], list[int]]:
 
 
 def _missing_steps(group: zarr.Group, dates: np.ndarray) -> tuple[int, ...]:
-    """Steps of the dates that the store says have no data; tells how many."""
+    """The steps of the dates for which the store says that it has no data; reports how many."""
     listed = cast(list[str], group.attrs.get("missing_dates") or [])
     lost = np.array([np.datetime64(str(date).removesuffix("Z"), "s") for date in listed], "M8[s]")
     steps = np.flatnonzero(np.isin(dates.astype("M8[s]"), lost))
@@ -280,7 +282,7 @@ def _missing_steps(group: zarr.Group, dates: np.ndarray) -> tuple[int, ...]:
 
 
 def _regular_grid(group: zarr.Group) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Latitudes and longitudes of the axes of the flat grid."""
+    """The latitudes and longitudes of a regular grid from those of all its cells."""
     latitudes = np.asarray(_array(group, "latitudes")[:])
     longitudes = np.asarray(_array(group, "longitudes")[:])
     num_lon = int(np.argmax(latitudes != latitudes[0])) or len(latitudes)

@@ -1,4 +1,5 @@
-"""Batches through worker processes. Workers import this module, so Lightning stays out of it."""
+"""Loads batches through worker processes, which hand them over in shared memory. Workers import
+this module, so Lightning stays out of it."""
 
 import math
 import multiprocessing
@@ -42,8 +43,8 @@ class Segments:
         self._owned: list[Tensor] = []
 
     def take(self, size: int) -> Tensor:
-        """One that nobody uses, of at least so many bytes. Smaller ones that are free are given
-        up, and a new one has some room to spare, so that its like is not needed again."""
+        """A free segment of at least `size` bytes. Smaller free ones are given up. A new one
+        gets some room to spare, so that the next batch fits as well."""
         free = [segment for segment in self._owned if segment[0] == _FREE]
         fitting = [segment for segment in free if len(segment) >= size]
         if fitting:
@@ -75,7 +76,8 @@ class Arena:
 
     @classmethod
     def of_samples(cls, samples: Sequence[Movable]) -> Self:
-        """For the stacks of the samples' tensors, and some more that come with a batch."""
+        """An arena for the stacked tensors of the samples, and for some more that come with a
+        batch."""
         tensors: list[Tensor] = []
         for sample in samples:
             sample._map(lambda tensor: tensors.append(tensor) or tensor)
@@ -83,7 +85,7 @@ class Arena:
         return cls(size + size // 8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A place in the segment; memory elsewhere if there is no room left."""
+        """An uninitialised tensor in the segment, or elsewhere if the segment is full."""
         start = self._used
         stop = start + math.prod(shape) * dtype.itemsize
         if stop > len(self.segment):
@@ -92,11 +94,12 @@ class Arena:
         return self.segment[start:stop].view(dtype).view(tuple(shape))
 
     def bytes(self, size: int) -> np.ndarray:
-        """Memory for arrays that are to become tensors of the batch."""
+        """Memory for arrays that become tensors of the batch."""
         return self.empty((size,), torch.uint8).numpy()
 
     def start_of(self, tensor: Tensor) -> int:
-        """Its first byte in the segment; negative if it lies elsewhere."""
+        """The position of a tensor's first byte in the segment; negative if the tensor lies
+        elsewhere."""
         if tensor.nbytes == 0:
             return _ALIGNMENT  # torch knows no place of what is empty
         start = tensor.data_ptr() - self.segment.data_ptr()
@@ -121,7 +124,8 @@ class Packed(Generic[T]):
 
     @classmethod
     def of(cls, batch: T, arena: Arena | None = None) -> Self:
-        """Tensors that lie in the arena stay where they are, others are copied into it."""
+        """A packed batch. Tensors that lie in the arena stay where they are; others are copied
+        into it."""
         tensors: list[Tensor] = []
         form = batch._map(lambda tensor: tensors.append(tensor) or tensor.to("meta"))
         arena = arena or Arena.of(tensors)
@@ -142,7 +146,7 @@ class Packed(Generic[T]):
         return _received, (type(self), self.form, self.starts, self.memory)
 
     def unpack(self) -> T:
-        """The batch, whose tensors are views of the memory."""
+        """The batch, with tensors that are views of the shared memory."""
         starts = iter(self.starts)
 
         def place(form: Tensor) -> Tensor:
@@ -168,7 +172,8 @@ def _aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a batch, which knows how many of `batch_size` were skipped; packed in a worker.
+    """Stacks samples to a batch, which knows how many of `batch_size` were skipped. In a worker the
+    batch is packed.
 
     Raises ValueError if none is left.
     """
@@ -195,8 +200,9 @@ class WorkerDied(ChildProcessError):
 
 
 def worker_context() -> Any:
-    """Workers are forked from a server that has imported what they need and holds no threads:
-    they start fast, share its memory, and inherit nothing of the training process."""
+    """The way to start workers: they are forked from a server that has imported what they need
+    and holds no threads. So they start fast, share memory, and inherit nothing of the training
+    process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["atmossl.data.loader"])
     start_worker_server()
@@ -204,7 +210,8 @@ def worker_context() -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Torch's own watch looks at the server that forked the worker, every 5 seconds."""
+    """Set up a worker process, which ends with the process that created it. Torch's own watch
+    looks at the server that forked the worker instead, every 5 seconds."""
     del number
     end_with_creator()
     show_in_one_line()
@@ -268,5 +275,5 @@ class WindowLoader(DataLoader):
 
 
 def _in_own_words(error: ValueError) -> ValueError:
-    """Without the worker's traceback, which torch puts before the message."""
+    """The error of a worker without the traceback that torch puts before its message."""
     return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2])

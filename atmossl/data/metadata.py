@@ -140,8 +140,8 @@ def check_statements(
     *,
     pressure_levels: bool = True,
 ) -> None:
-    """That a variable with canonical dimensions, and all its coordinates, are what they are taken
-    for, as far as the file says.
+    """Check that a variable with canonical dimensions, and all its coordinates, are what they are
+    taken for, as far as the file says.
 
     whole: all that the file holds, under its own names. pressure_levels: whether levels are taken
         for pressures, or for numbers of model levels.
@@ -167,13 +167,13 @@ def check_statements(
 
 
 def says(attributes: Mapping[Any, Any], key: str) -> str:
-    """An attribute as text, empty if it says nothing."""
+    """An attribute as text, empty if there is none."""
     text = str(attributes.get(key, "")).strip()
     return "" if text.lower() in _NOTHING else text
 
 
 def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
-    """Standard name, long name, short name, cell methods and height of a variable known here."""
+    """Check standard name, long name, short name, cell methods and height of a known variable."""
     entry = VARIABLES.get(variable)
     if entry is None:
         return
@@ -213,14 +213,14 @@ def is_height(variable: str, array: xr.DataArray) -> bool:
 
 
 def height_factor(variable: str, array: xr.DataArray) -> float | None:
-    """What turns a geopotential height into geopotential, m2 s-2; None if it is no height, or of
-    units that do not say so for certain."""
+    """The factor from a geopotential height to geopotential, m2 s-2; None if the variable is no
+    height, or its units are not certain."""
     metres = _METRES.get(says(array.attrs, "units").lower())
     return metres * _G if metres is not None and is_height(variable, array) else None
 
 
 def as_geopotential(variable: str, height: xr.DataArray, factor: float) -> xr.DataArray:
-    """The geopotential of a height, with the attributes of what it is now."""
+    """The geopotential of a geopotential height, with the attributes of a geopotential."""
     geopotential = VARIABLES[variable]
     attributes = height.attrs | {
         "standard_name": geopotential.standard_name,
@@ -232,7 +232,7 @@ def as_geopotential(variable: str, height: xr.DataArray, factor: float) -> xr.Da
 
 
 def _methods(array: xr.DataArray) -> str:
-    """The cell methods of a variable without comments in brackets."""
+    """The cell methods of a variable, without comments in brackets."""
     return " ".join(re.sub(r"\(.*?\)", "", says(array.attrs, "cell_methods")).split())
 
 
@@ -248,13 +248,13 @@ def _check_methods(variable: str, array: xr.DataArray, where: str) -> None:
 
 
 def is_mean(array: xr.DataArray) -> bool:
-    """Whether values are said to be means over time, not values at their dates."""
+    """Whether the file says that values are means over time instead of values at their dates."""
     return bool(re.search(r"\btime\b[^:]*:\s*(\w+:\s*)*mean", _methods(array)))
 
 
 def _check_height(variable: str, array: xr.DataArray, where: str) -> None:
-    """The height in a variable's name against a scalar coordinate; upper-air fields that lie on a
-    surface of another kind."""
+    """Check the height in a variable's name against its scalar coordinate, and that upper-air
+    fields do not lie on another kind of surface."""
     scalars = scalar_coordinates(array)
     for prefix, (low, high) in _HEIGHTS_M.items():
         for name in ("height", "heightAboveGround", "height_above_ground"):
@@ -276,7 +276,7 @@ def _check_height(variable: str, array: xr.DataArray, where: str) -> None:
 
 
 class FileStatements:
-    """What the files of one record say of each variable, and where they say different things."""
+    """What the files of one record say of each variable, and where files contradict each other."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -305,8 +305,8 @@ class FileStatements:
         return self._conflicts.get(variable)
 
     def onto(self, dataset: xr.Dataset) -> xr.Dataset:
-        """The joined dataset, each variable with the scalar coordinates of its own files; where
-        they differ `check_statements` refuses it."""
+        """The joined dataset, each variable with the scalar coordinates of its files.
+        `check_statements` refuses a variable whose files differ."""
         for name in dataset.data_vars:
             _, said = self._first.get(str(name), ("", {}))
             scalars = {key: value for key, value in said.items() if key in self._scalars}
@@ -316,8 +316,8 @@ class FileStatements:
 
 
 def _values_without_time(array: xr.DataArray) -> dict[str, str]:
-    """A hash of the values of a field that has no time, by the cells where it lies: files that
-    are joined keep the first one's."""
+    """A hash of the values of a field without time, for each set of cells: files that are joined
+    keep the values of the first one."""
     axes = [array[dim] for dim in array.dims]
     if len(axes) < 2 or "time" in array.dims or any(axis.dtype.kind in "MO" for axis in axes):
         return {}
@@ -327,7 +327,7 @@ def _values_without_time(array: xr.DataArray) -> dict[str, str]:
 
 
 def scalar_coordinates(array: xr.DataArray) -> dict[str, Any]:
-    """Values of the coordinates without dimension: those of each file where files were joined."""
+    """The values of the coordinates without dimension, of each file where files were joined."""
     noted = array.encoding.get("scalars")
     if noted is not None:
         return noted
@@ -339,7 +339,7 @@ def scalar_coordinates(array: xr.DataArray) -> dict[str, Any]:
 
 
 def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
-    """That the grid is one of geographic latitudes and longitudes."""
+    """Check that the grid is one of geographic latitudes and longitudes."""
     grid_type = says(array.attrs, "GRIB_gridType")
     if grid_type not in ("", "regular_ll", "regular_gg"):
         raise ValueError(f"{where}: {variable} lies on a grid of type {grid_type}. {REGRID}")
@@ -361,7 +361,7 @@ def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, w
 
 
 def _check_degrees(axis: str, towards: str, array: xr.DataArray, where: str) -> None:
-    """That a horizontal coordinate is geographic latitude or longitude, in degrees."""
+    """Check that a horizontal coordinate is geographic latitude or longitude, in degrees."""
     coordinate = array[axis]
     standard, units = (says(coordinate.attrs, key) for key in ("standard_name", "units"))
     long_name = says(coordinate.attrs, "long_name")
@@ -406,12 +406,12 @@ def is_pressure(coordinate: xr.DataArray) -> bool:
 
 
 def hpa_per_unit(coordinate: xr.DataArray) -> float | None:
-    """hPa in one of a coordinate's units; None if these are none of pressure."""
+    """How many hPa one unit of a coordinate is; None if its units are none of pressure."""
     return HPA_PER_UNIT.get(says(coordinate.attrs, "units").lower())
 
 
 def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: str) -> None:
-    """That levels are pressures."""
+    """Check that levels are pressures."""
     units, standard = says(level.attrs, "units"), says(level.attrs, "standard_name")
     long_name, positive = says(level.attrs, "long_name"), says(level.attrs, "positive")
     in_pressure = hpa_per_unit(level) is not None
@@ -443,7 +443,7 @@ def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: s
 
 
 def _check_model_level(variable: str, level: xr.DataArray, where: str) -> None:
-    """That levels do not say that they are pressures."""
+    """Check that levels do not claim to be pressures."""
     if is_pressure(level):
         raise ValueError(
             f"{where}: {variable} lies on levels of pressure, as their attributes say, where "
@@ -459,8 +459,8 @@ def _counts_up(levels: np.ndarray) -> bool:
 
 
 def _pressure_field(variable: str, level: xr.DataArray, whole: xr.Dataset) -> str | None:
-    """The name of a variable that says that the levels themselves are not pressure: coefficients
-    of hybrid levels, or the pressure of every cell."""
+    """The name of a variable which shows that levels are not pressures: coefficients of hybrid
+    levels, or the pressure of every cell."""
     for name, other in whole.variables.items():
         if level.size not in other.shape:
             continue
@@ -473,7 +473,7 @@ def _pressure_field(variable: str, level: xr.DataArray, whole: xr.Dataset) -> st
 
 
 def is_start(time: xr.DataArray) -> bool:
-    """Whether dates are said to be those at which forecasts start."""
+    """Whether the file says that dates are those at which forecasts start."""
     standard = says(time.attrs, "standard_name").lower()
     if standard:
         return standard == "forecast_reference_time"
@@ -481,7 +481,7 @@ def is_start(time: xr.DataArray) -> bool:
 
 
 def _said_of(time: xr.DataArray) -> str:
-    """The attribute that says that dates are starts."""
+    """The attribute which says that dates are starts of forecasts."""
     key = "standard_name" if says(time.attrs, "standard_name") else "long_name"
     return f"{key} {says(time.attrs, key)}"
 
@@ -532,7 +532,7 @@ def valid_time_of(array: xr.DataArray) -> xr.DataArray | None:
 
 
 def _check_valid_time(variable: str, array: xr.DataArray, where: str) -> None:
-    """That dates are those at which fields are valid."""
+    """Check that dates are those at which fields are valid."""
     time = array["time"]
     valid = valid_time_of(array)
     if valid is not None:

@@ -39,7 +39,7 @@ _SHARE = 0.1  # of the steps, for validation and for test each
 
 @dataclass(frozen=True)
 class Proposal:
-    """An entry, and what was guessed for it, a line each."""
+    """A proposed catalog entry, and what was guessed for it, a line each."""
 
     entry: CatalogEntry
     lines: tuple[str, ...]
@@ -91,8 +91,9 @@ def propose(location: str) -> Proposal:
 def _usable(
     dataset: xr.Dataset, opened: OpenedStore, location: str
 ) -> tuple[dict[str, str], list[str], bool]:
-    """Canonical name -> name in the store of what training takes, why it refuses the others, and
-    whether levels are pressures; numbers of model levels where that fits more variables."""
+    """The variables that training takes (canonical name -> name in the store), why it refuses
+    the others, and whether levels are pressures. Levels count as numbers of model levels where
+    more variables fit then."""
     kinds = (True, False) if opened.pressure_levels else (False,)
     readings = [(*_named(dataset, opened, location, pressure), pressure) for pressure in kinds]
     return max(readings, key=lambda reading: len(reading[0]))  # of equal ones the first
@@ -120,8 +121,8 @@ def _named(
 
 
 def canonical_name(stored: str, array: xr.DataArray) -> str:
-    """The ERA5 name of a stored variable by its name, else by its `standard_name`; its own name if
-    neither is known."""
+    """The ERA5 name of a stored variable: by its name, else by its `standard_name`. The stored
+    name if neither is known."""
     for name in (stored, stored.lower()):
         if name in SHORT_NAMES:
             return SHORT_NAMES[name]
@@ -136,8 +137,8 @@ def canonical_name(stored: str, array: xr.DataArray) -> str:
 def _for_training(
     dataset: xr.Dataset, names: Mapping[str, str]
 ) -> tuple[list[str], set[str], list[str]]:
-    """Variables to train on, those of them with missing values, and why others are left to the
-    user."""
+    """The variables to train on, which of them have missing values, and notes on the variables
+    that are left to the user."""
     dated = [name for name, stored in names.items() if "time" in dataset[stored].dims]
     candidates = [name for name in dated if name in VARIABLES] or dated
     left_to_user = [name for name in names if name not in candidates]
@@ -161,7 +162,7 @@ def _for_training(
 def _grouped(
     dataset: xr.Dataset, names: Mapping[str, str], chosen: Sequence[str], gappy: set[str]
 ) -> dict[str, list[str]]:
-    """Variables by the name of their stream."""
+    """The variables of each proposed stream, by the stream's name."""
     groups: dict[str, list[str]] = {}
     for name in chosen:
         stream = "atmosphere" if "level" in dataset[names[name]].dims else "surface"
@@ -170,7 +171,7 @@ def _grouped(
 
 
 def _some_values(array: xr.DataArray) -> np.ndarray:
-    """First, middle and last step of the lowest and the highest level."""
+    """Values of the first, middle and last step at the lowest and the highest level."""
     last = {dim: array.sizes[dim] - 1 for dim in ("time", "level") if dim in array.dims}
     places = {dim: sorted({0, end}) for dim, end in last.items()}
     places["time"] = sorted({0, last["time"] // 2, last["time"]})
@@ -178,7 +179,8 @@ def _some_values(array: xr.DataArray) -> np.ndarray:
 
 
 def _levels(dataset: xr.Dataset, names: Mapping[str, str]) -> tuple[int, ...]:
-    """Levels of the variables that have any; those that are no whole numbers have no name here."""
+    """The levels of all variables; a level that is no whole number cannot be named in a
+    configuration and is left out."""
     if not any("level" in dataset[stored].dims for stored in names.values()):
         return ()
     values = dataset["level"].values.astype(float)
@@ -218,7 +220,7 @@ def _settings(
 
 
 def _some_levels(levels: Sequence[int]) -> list[int]:
-    """All of a few levels; of many the usual ones, or three far apart."""
+    """All levels if there are few; else the usual ones, or three far apart."""
     if len(levels) <= _MOST_LEVELS:
         return list(levels)
     usual = [level for level in _USUAL_LEVELS if level in levels]
@@ -227,8 +229,8 @@ def _some_levels(levels: Sequence[int]) -> list[int]:
 
 
 def _splits(dates: np.ndarray, window: int) -> dict[Split, tuple[Period, ...]]:
-    """The last tenth of the steps for test, the tenth before for validation, with whole years,
-    months or days where each split keeps two windows."""
+    """The periods of the splits: the last tenth of the steps for test, the tenth before for
+    validation. They end with whole years, months or days where each split keeps two windows."""
     times, calendar = read_times(dates, "the record")
     needed = 2 * window
     if len(times) < 3 * needed:
@@ -256,7 +258,8 @@ def _splits(dates: np.ndarray, window: int) -> dict[Split, tuple[Period, ...]]:
 
 
 def _check(entry: CatalogEntry) -> None:
-    """That every split opens with all that the streams read, as training will open it."""
+    """Check that every split opens with everything that the streams read, as training will open
+    it."""
     assert entry.training is not None
     streams = entry.training.stream.values()
     levels = sorted({level for stream in streams for level in stream["levels"]})
@@ -266,7 +269,7 @@ def _check(entry: CatalogEntry) -> None:
 
 
 def _told(dataset: xr.Dataset, entry: CatalogEntry, time: TimeAxis) -> Iterator[str]:
-    """What was found, and what was guessed from it."""
+    """Lines on what was found in the store, and what was guessed from it."""
     assert entry.training is not None
     show = time.calendar.show
     yield (

@@ -1,4 +1,4 @@
-"""A continuous, evenly spaced record in canonical form, and reading from it."""
+"""A segment: a continuous, evenly spaced record in canonical form, and reading windows from it."""
 
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -27,9 +27,12 @@ AXES: tuple[str, ...] = ("level", "time", "latitude", "longitude")
 
 @dataclass(frozen=True)
 class Target:
-    """What to read of a variable: positions in the store along (level, time, latitude,
-    longitude), in the order wanted. `write(values, index)` takes a piece with these axes, which
-    has length 1 where it is to be repeated, and its place in the target."""
+    """A request to read a variable: positions in the store along (level, time, latitude,
+    longitude), in the order wanted.
+
+    `write(values, index)` takes a piece of values with these axes and its place in the target. An
+    axis of the piece has length 1 where its value is to be repeated.
+    """
 
     positions: tuple[np.ndarray, ...]
     write: Callable[[np.ndarray, Index], None]
@@ -49,8 +52,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class StoredVariable:
-    """A chunked array with the canonical names of its axes, and the times of its record. All
-    positions along an axis that it lacks mean the same values."""
+    """A chunked array with the canonical names of its axes, and the times of its record. Along
+    an axis that it lacks, all positions mean the same values."""
 
     name: str
     location: str
@@ -94,7 +97,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def read_targets(
     requests: Sequence[tuple[StoredVariable, Sequence[Target]]], access: Access
 ) -> None:
-    """Fill all targets of all variables.
+    """Read and deliver all targets of all variables; each chunk is decoded once.
 
     Raises:
         UnreadableChunk: the first chunk that could not be read, after the retries.
@@ -122,8 +125,8 @@ def read_targets(
 
 
 class _Pieces(dict[tuple[bytes, int | None], list[_Piece]]):
-    """Pieces of positions that were split before: those of one window are the same for all
-    variables."""
+    """Remembers how lists of positions were split into chunks: those of one window are the same
+    for all variables."""
 
     def of(self, positions: np.ndarray, length: int | None) -> list[_Piece]:
         key = (positions.tobytes(), length)
@@ -135,7 +138,7 @@ class _Pieces(dict[tuple[bytes, int | None], list[_Piece]]):
 def by_chunk(
     variable: StoredVariable, targets: Sequence[Target], pieces: _Pieces
 ) -> dict[tuple[int, ...], list[_Part]]:
-    """Parts of all targets by the number of their chunk along AXES."""
+    """The parts of all targets by the chunk that they lie in, numbered along AXES."""
     lengths = [variable.chunk_length(axis) for axis in AXES]
     parts: dict[tuple[int, ...], list[_Part]] = {}
     for target in targets:
@@ -146,8 +149,8 @@ def by_chunk(
 
 
 def _split(positions: np.ndarray, length: int | None) -> list[_Piece]:
-    """Positions along one axis by chunk, as evenly spaced runs, which copy nothing: number of the
-    chunk, positions in the store and in the target."""
+    """Split positions along one axis by chunk, into evenly spaced runs, which need no copy:
+    number of the chunk, positions in the store, positions in the target."""
     if length is None:
         return [(0, range(1), slice(0, len(positions)))]
     numbers = positions // length
@@ -165,7 +168,7 @@ def _split(positions: np.ndarray, length: int | None) -> list[_Piece]:
 
 
 def _read_chunk(chunk: Chunk, members: Sequence[_Member], access: Access) -> None:
-    """Read what the parts of all variables need of one chunk, and hand every part its values."""
+    """Read from one chunk what the parts of all variables need, and hand every part its values."""
     first_variable = members[0][0]
     parts = [part for _, variable_parts in members for part in variable_parts]
     ends = np.array([[(run[0], run[-1]) for run in part.source] for part in parts])
@@ -194,7 +197,7 @@ def _read_all(arrays: Sequence[ChunkedArray], regions: Sequence[Index]) -> list[
 
 
 def _canonical(values: np.ndarray, dims: Sequence[str]) -> np.ndarray:
-    """Axes in the order of AXES, absent ones of length 1."""
+    """Values with their axes in the order of AXES; axes that they lack get length 1."""
     order = [dims.index(axis) for axis in AXES if axis in dims]
     absent = [number for number, axis in enumerate(AXES) if axis not in dims]
     return np.expand_dims(values.transpose(order), absent)
@@ -209,7 +212,7 @@ HOUR = np.timedelta64(3_600_000_000_000, "ns")
 
 
 def hours_since_1970(times: np.ndarray) -> np.ndarray:
-    """Hours since 1970-01-01T00 of times of any calendar, float64."""
+    """Times of any calendar as hours since 1970-01-01T00, float64."""
     elapsed = times - np.zeros(1, times.dtype)
     return elapsed / HOUR.astype(elapsed.dtype)  # year 1 in nanoseconds would overflow
 
@@ -225,25 +228,26 @@ class WindowPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A record under the windows of a primary record. nesting: of its cells in the primary's."""
+    """A record under the windows of a primary record. nesting: how its cells lie in those of the
+    primary record."""
 
     segment: "Segment"
     nesting: Nesting
 
     def steps(self, first: np.datetime64, duration: np.timedelta64) -> range:
-        """Numbers of its steps from `first` on for a duration, the end not included; they may lie
-        outside the record."""
+        """The steps of this record from time `first` on for a duration, without its end, as
+        positions; they may lie outside the record."""
         start, step = self.segment.times[0], self.segment.step
         before = (start - first, start - first - duration)
         return range(*(-int(time // step) for time in before))
 
     def leads(self, reference: np.datetime64, leads: np.ndarray) -> np.ndarray:
-        """Those of the lead times from a reference time at which it has steps."""
+        """The lead times from a reference time at which this record has steps."""
         since = reference + leads - self.segment.times[0]
         return leads[since % self.segment.step == np.timedelta64(0)]
 
     def place(self, first: np.datetime64, duration: np.timedelta64, box: Box) -> WindowPlace:
-        """The window of this record that a window of the primary record is."""
+        """The part of this record that lies under a window of the primary record."""
         steps = self.steps(first, duration)
         return WindowPlace(self.segment, steps.start, len(steps), self.nesting.box(box))
 
@@ -287,25 +291,26 @@ class Segment:
 
     @property
     def record_name(self) -> str:
-        """Name of the record in the catalog, which all parts of one with gaps have in common."""
+        """The name of the record in the catalog. All parts of a record with gaps share it."""
         return self.name.removesuffix(f"@{self.part}") if self.part else self.name
 
     def is_called(self, name: str | None) -> bool:
-        """Whether a name means this segment: its own, that of its record, or None for any."""
+        """Whether a name means this segment: the segment's own, that of its record, or None for
+        any."""
         return name in (None, self.name, self.record_name)
 
     @property  # not cached: a cycle of references would keep a record's fields in memory
     def sources(self) -> Mapping[str, DataSource]:
-        """All records that the streams read, by their `data`, this one first."""
+        """All records that the streams read, by their `data`; this one comes first."""
         return {PRIMARY: DataSource(self, Nesting.same(self.grid)), **self.auxiliaries}
 
     @cached_property
     def alignment(self) -> Alignment:
-        """Where windows may start so that those of all sources share their edges."""
+        """Where windows may start so that the windows of all sources share their edges."""
         return common_alignment([source.nesting for source in self.sources.values()])
 
     def place(self, data: str, start: int, count: int, box: Box) -> WindowPlace:
-        """What a window of this record is in the record of a stream with that `data`."""
+        """The window in the record of a stream with that `data`, for a window of this record."""
         first = self.times[0] + start * self.step
         return self.sources[data].place(first, count * self.step, box)
 
@@ -318,7 +323,7 @@ class Segment:
         return float(self.step / HOUR)
 
     def time_hours(self, start: int, count: int) -> np.ndarray:
-        """Hours since 1970-01-01T00 of the steps, float64."""
+        """The times of the steps as hours since 1970-01-01T00, float64."""
         return hours_since_1970(self.times[start : start + count])
 
     def find_time(self, time: np.datetime64, key: str = "init_time") -> int:
@@ -333,7 +338,7 @@ class Segment:
 
     @property
     def period(self) -> str:
-        """Its first and last date, for messages."""
+        """The first and last date, for messages."""
         return f"{self.calendar.show(self.times[0])} to {self.calendar.show(self.times[-1])}"
 
     def target(
@@ -345,7 +350,8 @@ class Segment:
         box: Box,
         write: Callable[[np.ndarray, Index], None],
     ) -> Target:
-        """Where the values of a window lie in the store, and what is to be done with them."""
+        """A request for the values of a window: where they lie in the store, and `write`, which
+        takes them."""
         on_levels = "level" in self.stored[variable].dims
         if on_levels != any(levels):
             raise ValueError(
@@ -362,7 +368,7 @@ class Segment:
         return Target(positions, write)
 
     def read_into(self, targets: dict[str, list[Target]]) -> None:
-        """Fill the targets of every variable, each chunk read once.
+        """Read the targets of every variable, each chunk once.
 
         Raises:
             ValueError: a chunk that cannot be read, or what a target refuses.
@@ -401,7 +407,7 @@ class Segment:
         return out
 
     def limits(self, variable: str, levels: Sequence[int], start: int, count: int) -> Limits | None:
-        """What the values of a variable may be; None if nobody is to look."""
+        """The limits that values of a variable are checked against; None if there is no check."""
         return Limits.physical(
             variable,
             tuple(levels),
@@ -427,7 +433,8 @@ class Segment:
         return Box(0, 0, *self.grid.shape)
 
     def loaded(self) -> Self:
-        """With all its variables in memory, checked to be finite unless they may be missing."""
+        """The segment with all its variables in memory. Values are checked to be finite unless
+        the variable may miss some."""
         stored = {}
         for name in self.variables:
             levels = self.levels_of(name)
@@ -447,7 +454,7 @@ class Segment:
         )
 
     def levels_of(self, variable: str) -> tuple[int, ...]:
-        """The wanted levels of a variable; (0,) at the surface."""
+        """The levels of a variable that were asked for; (0,) at the surface."""
         return self.levels if "level" in self.stored[variable].dims else (0,)
 
     def between(self, start: str, end: str) -> Self:
@@ -466,13 +473,13 @@ class Segment:
         return self.steps(int(inside[0]), int(inside[-1]) + 1)
 
     def inside(self, start: str, end: str) -> np.ndarray:
-        """Numbers of the steps in a period, both ends included; an empty end is open."""
+        """The positions of the steps in a period, both ends included; an empty end is open."""
         first = self.calendar.parse(start) if start else self.times[0]
         last = self.calendar.parse_end(end) if end else self.times[-1]
         return np.flatnonzero((self.times >= first) & (self.times <= last))
 
     def steps(self, start: int, stop: int) -> Self:
-        """The part from one step to before another."""
+        """The part of the segment from one step to another, without the latter."""
         return replace(
             self,
             dataset=self.dataset.isel(time=slice(start, stop)),
@@ -481,7 +488,7 @@ class Segment:
         )
 
     def shared_steps(self, other: "Segment") -> int:
-        """How many of its steps another segment reads from the same place."""
+        """How many steps this segment and another read from the same place."""
         if self.location != other.location:
             return 0
         return len(np.intersect1d(self.times, other.times))

@@ -1,7 +1,7 @@
 """Several stores under the same windows: every stream reads the source that its `data` names.
 
-The windows are cut on the grid and at the steps of the primary source, which is the run's own data;
-those of every other source are the cells and steps that lie in them.
+Windows are cut on the grid and at the steps of the primary source, which is the run's own data.
+Every other source contributes its cells and steps that lie in them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _DEFAULT_ACCESS = Access()
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """What streams read of one store."""
+    """Variables and levels that streams read of one store."""
 
     variables: list[str]
     levels: list[int]
@@ -40,7 +40,7 @@ class StoreRequest:
 def entries_of(
     specs: Sequence[StreamSpec], name: str, catalog: Path | None
 ) -> dict[str, CatalogEntry]:
-    """Catalog entries of every source that the streams read, by their `data`; that of the primary
+    """The catalog entries of all sources that the streams read, by their `data`. The primary
     source, `name`, comes first.
 
     Raises:
@@ -60,7 +60,7 @@ def open_records(
     in_memory: bool = False,
     access: Access = _DEFAULT_ACCESS,
 ) -> dict[str, tuple[Segment, ...]]:
-    """Segments of one split of every source, in the order of their entries.
+    """The segments of one split for every source, in the order of the entries.
 
     Raises:
         ValueError: whatever `open_split` refuses.
@@ -81,8 +81,8 @@ def open_records(
 
 
 def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
-    """The segments of the primary source with those of the others, cut to the periods that all
-    cover.
+    """The segments of the primary source, each with the auxiliary sources that lie under it, cut to
+    the periods that all sources cover.
 
     Where both entries name segments alike, as those of an ensemble, a segment goes with the one of
     its name; otherwise with all that overlap in time.
@@ -115,7 +115,8 @@ def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
 
 
 def _with_source(segment: Segment, name: str, other: Segment) -> Segment | None:
-    """The part of the segment that the other one covers; None if there is none."""
+    """The part of a segment that a segment of another source covers, with that source; None if
+    they do not overlap."""
     if other.calendar != segment.calendar:
         raise ValueError(
             f"data={name}: {other.location} has calendar {other.calendar.name}; needed: that of "

@@ -1,4 +1,6 @@
-"""Training-period statistics: one streaming pass, saved with a fingerprint, refused when stale."""
+"""Statistics of the training period: one streaming pass, saved with the fingerprint of the
+store, and refused when the store has changed. With them, normalisation, and the record of where
+and when training data lie."""
 
 import logging
 import os
@@ -44,10 +46,11 @@ _BLOCK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over the observed values of one variable, [level] each.
+    """Sums over the observed values of one variable, one number per level each.
 
-    weight: sum of area weights. square: weighted squared departures from `mean`.
-    step_square, step_weight: the same for changes over one step, about 0. missing: their number.
+    weight: sum of area weights. square: weighted squared departures from `mean`. step_square,
+        step_weight: the same for the change over one time step, about 0. missing: number of missing
+        values.
     """
 
     weight: np.ndarray
@@ -62,7 +65,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: np.ndarray, area: np.ndarray, before: np.ndarray | None) -> Self:
-        """values: [level time lat lon], NaN where missing. area: weights [lat].
+        """The moments of values [level time lat lon], NaN where missing. area: weights [lat].
         before: the field [level lat lon] of the step before the first, if there is one."""
         axes = (1, 2, 3)
         observed = np.isfinite(values)
@@ -87,7 +90,7 @@ class Moments:
         )
 
     def merged(self, other: Self) -> Self:
-        """The moments of both together."""
+        """The moments of both sets of values together."""
         weight = self.weight + other.weight
         share = other.weight / np.maximum(weight, np.finfo(float).tiny)
         apart = other.mean - self.mean
@@ -113,8 +116,8 @@ class Moments:
 
 
 def blocks(segment: Segment, variable: str) -> Iterator[tuple[int, int]]:
-    """First step and number of steps of the pieces to be read at once: whole chunks where they
-    fit into a bounded memory."""
+    """The first step and number of steps of each piece that is read at once: whole chunks where
+    they fit into a bounded memory."""
     num_lat, num_lon = segment.grid.shape
     step_bytes = 8 * len(segment.levels_of(variable)) * num_lat * num_lon
     length = max(1, _BLOCK_BYTES // step_bytes)
@@ -143,10 +146,10 @@ def segment_moments(
     partial: Path | None,
     progress: Callable[[int], object],
 ) -> Moments:
-    """Moments of one variable over a segment, [level].
+    """The moments of one variable over a segment, by level.
 
-    partial: where to keep what is done after every block, to go on from there.
-    progress: told the number of steps of every block.
+    partial: the folder that keeps what is done after every block, so that a stopped pass can
+        continue. progress: is called with the number of steps of every block.
     """
     moments, done = _resume(partial)
     for start, count in blocks(segment, variable):
@@ -222,7 +225,7 @@ class Statistics:
         partial: Path | None = None,
         progress: Callable[[int], object] = int,
     ) -> Self:
-        """One streaming pass over the segments in float64.
+        """Compute the statistics of the segments in one streaming pass, in float64.
 
         partial: folder that holds the state of a pass that was stopped, and of this one.
 
@@ -278,8 +281,8 @@ class Statistics:
         return torch.from_numpy(getattr(self, field)[np.ix_(rows, columns)]).float()
 
     def residual_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
-        """Standard deviation of a one-step change in normalised units, for a stream's tokens; 1
-        for what never changes in time."""
+        """The standard deviation of a one-step change in normalised units, for the tokens of a
+        stream; 1 for variables that never change in time."""
         change, std = self.select(spec, "step_std"), self.select(spec, "std")
         return patch_values(torch.where(change > 0, change / std, 1.0), spec)
 
@@ -310,8 +313,8 @@ class Statistics:
 
 
 def outside_limits(statistics: Statistics, *, pressure_levels: bool = True) -> list[str]:
-    """Variables whose values are none that the atmosphere has: other units, or fill values that
-    are not marked as missing.
+    """A line for every variable with values that the atmosphere does not have: they are in other
+    units, or are fill values that are not marked as missing.
 
     pressure_levels: whether the levels are pressures.
     """
@@ -333,7 +336,8 @@ def outside_limits(statistics: Statistics, *, pressure_levels: bool = True) -> l
 
 
 def _outside_line(name: str, extremes: np.ndarray, ranges: np.ndarray) -> str:
-    """extremes, ranges: [2 level], lowest and highest, of the levels that are outside."""
+    """The line on one variable. extremes, ranges: [2 level], lowest and highest, of the levels
+    that are outside."""
     low, high = extremes[0].min(), extremes[1].max()
     return (
         f"{name} goes from {low:.4g} to {high:.4g} {VARIABLES[name].units}, physical is "
@@ -343,7 +347,8 @@ def _outside_line(name: str, extremes: np.ndarray, ranges: np.ndarray) -> str:
 
 
 def _check_changes(moments: Moments, segment: Segment, name: str) -> None:
-    """Raise ValueError if there is nothing to normalise by."""
+    """Raise ValueError if a variable is constant, so that nothing can be normalised by its
+    spread."""
     where = f"{segment.location}: {name}"
     levels = segment.levels_of(name)
     for column, level in enumerate(levels):
@@ -356,7 +361,7 @@ def _check_changes(moments: Moments, segment: Segment, name: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept: `ATMOSSL_CACHE`, or the user's cache folder."""
+    """The folder where statistics are kept: `ATMOSSL_CACHE`, or the user's cache folder."""
     chosen = os.environ.get("ATMOSSL_CACHE")
     if chosen:
         return Path(chosen)
@@ -371,12 +376,12 @@ def load_or_compute(
     progress: Callable[[int], object] = int,
     force: bool = False,
 ) -> Statistics:
-    """Statistics of these segments from the cache, or computed now and saved there atomically.
+    """The statistics of these segments, from the cache or computed now and saved there atomically.
 
-    Those that are missing are computed. Those that were computed from another state of a store
-    are refused, or with `force` computed anew: a store that changes below a training is news. A
-    pass that was stopped goes on where it was, if the store is still the same. Of several processes
-    (the ranks of a run, or the runs of a sweep) one computes, and the others wait for its file.
+    Statistics of another state of the store are refused, since a store that changes below a
+    training is news; with `force` they are computed anew. A pass that was stopped continues, if the
+    store is still the same. Of several processes (the ranks of a run, or the runs of a sweep) one
+    computes, and the others wait for its file.
 
     Raises:
         ValueError: the store has changed since; names the file, and what to do.
@@ -403,7 +408,7 @@ def load_or_compute(
 
 
 def _written(path: Path) -> tuple[int, int]:
-    """What changes when a file is written anew; zeros without a file."""
+    """A stamp of a file that changes when the file is written anew; zeros without a file."""
     try:
         status = path.stat()
     except OSError:
@@ -412,7 +417,7 @@ def _written(path: Path) -> tuple[int, int]:
 
 
 def _agreeing(path: Path, segments: Sequence[Segment], now: str, force: bool) -> Statistics | None:
-    """What the file holds, if it is of the present state of the store.
+    """The statistics in a file, if they are of the present state of the store.
 
     Raises:
         ValueError: it is of another state, without `force`.
@@ -431,7 +436,7 @@ def _tell_waiting() -> None:
 
 
 def _cached(path: Path, segments: Sequence[Segment]) -> Statistics | None:
-    """What the file holds; None, with a note, if it is damaged."""
+    """The statistics in a file; None, with a note, if the file is damaged."""
     try:
         statistics = Statistics.from_dict(read_sealed(path))
         first = segments[0]
@@ -451,7 +456,7 @@ def _cached(path: Path, segments: Sequence[Segment]) -> Statistics | None:
 
 
 def _check_writable(cache: Path) -> None:
-    """Raise ValueError, before the pass over the data, if its result could not be kept."""
+    """Raise ValueError, before the pass over the data, if its result could not be saved."""
     probe = cache / f".{uuid4().hex}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -467,8 +472,8 @@ def _check_writable(cache: Path) -> None:
 
 
 class Normaliser:
-    """Fields to zero mean and unit variance per variable and level, and back; variables with a
-    transform pass through it first, and last on the way back.
+    """Brings fields to zero mean and unit variance per variable and level, and back. A variable
+    with a transform passes through it first, and last on the way back.
 
     statistics: of every source, by the `data` of the streams that read it.
     """
@@ -546,7 +551,7 @@ class Seen:
 
     @classmethod
     def of_period(cls, text: str) -> Self:
-        """What the period of `Statistics` tells, which older checkpoints have alone."""
+        """The record of an older checkpoint, which tells the period alone."""
         days: set[int] = set()
         for first, last in _PERIOD.findall(text):
             try:
@@ -569,17 +574,19 @@ class Seen:
 
 
 def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:
-    """Of every source, by the `data` of the streams that read it."""
+    """Dates and places of the records of every source, by the `data` of the streams that read
+    it."""
     names = segments[0].sources
     return {name: Seen.of([s.sources[name].segment for s in segments]) for name in names}
 
 
 def days_of(times: np.ndarray, calendar: Calendar) -> list[int]:
-    """Days of the year of times, each once."""
+    """The days of the year of times, each once."""
     days = (calendar.year_share(times) * DAYS).astype(int)
     return [int(day) for day in np.unique(np.minimum(days, DAYS - 1))]
 
 
 def eastward_extent(grid: Grid) -> float:
-    """Degrees from the first longitude eastwards to the last; 360 if they close the circle."""
+    """Degrees from the first longitude eastwards to the last; 360 if the longitudes close the
+    circle."""
     return 360.0 if grid.periodic else float(grid.longitude[-1] - grid.longitude[0])

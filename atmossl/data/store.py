@@ -46,8 +46,8 @@ _CDO = re.compile(r"day as %Y%m%d\.%f", re.I)
 
 
 def with_dates(dataset: xr.Dataset, location: str) -> xr.Dataset:
-    """A dataset whose `time` is in dates if it was in integers YYYYMM, YYYYMMDD or YYYYMMDDHH, or
-    in days as %Y%m%d.%f, as cdo writes them; anything else is left as it is.
+    """A dataset with dates, where `time` held integers YYYYMM, YYYYMMDD or YYYYMMDDHH, or days as
+    %Y%m%d.%f, as cdo writes them; anything else is left as it is.
 
     Raises:
         ValueError: integers of that length that are no dates.
@@ -93,8 +93,8 @@ _NORTH, _EAST = r"deg(ree)?s?[-_ ]?n(orth)?", r"deg(ree)?s?[-_ ]?e(ast)?"
 
 
 def dimensions_like(axis: str, dataset: xr.Dataset, named_dims: set[str]) -> list[str]:
-    """Dimensions of a dataset's variables, beside others, that say by their attributes or by their
-    type that they are one of time, level, latitude and longitude."""
+    """The dimensions that are `axis` (time, level, latitude or longitude) by their attributes or
+    type, apart from `named_dims`."""
     used = {str(dim) for array in dataset.data_vars.values() for dim in array.dims}
     return [
         name
@@ -118,7 +118,7 @@ def _is_like(axis: str, coordinate: xr.DataArray) -> bool:
 
 
 def projected_dimensions(dataset: xr.Dataset) -> list[str]:
-    """Dimensions that say that they are those of a rotated or projected grid."""
+    """The dimensions that belong to a rotated or projected grid by their names or attributes."""
     said = {
         str(name): says(dataset[name].attrs, "standard_name")
         for name in dataset.dims
@@ -142,7 +142,7 @@ def start_dimensions(dataset: xr.Dataset) -> list[str]:
 
 
 def check_names(names: Mapping[str, str], location: str) -> None:
-    """That the dimension taken for time is not called by the start of forecasts.
+    """Check that the dimension taken for time is not named after the start of forecasts.
 
     names: name in the store -> canonical name.
     """
@@ -210,8 +210,8 @@ def open_parts(
     may_miss: Sequence[str] = (),
     gaps: Gaps = "error",
 ) -> tuple[Segment, ...]:
-    """As `open_segment`, but in the unbroken parts of the record where `gaps` is `split`. Several
-    are named by record and first date, `NAME@2001-01-05T00`."""
+    """Like `open_segment`, but several segments where `gaps` is `split`: the unbroken parts of
+    the record, each named by record and first date, `NAME@2001-01-05T00`."""
     opened = store if isinstance(store, OpenedStore) else OpenedStore(store)
     names = {v: (variable_names or {}).get(v, v) for v in variables if v not in FORCINGS}
     dataset = _chosen(opened.dataset, names, location)
@@ -259,7 +259,7 @@ def open_parts(
 def _check_variables(
     names: Iterable[str], dataset: xr.Dataset, opened: OpenedStore, location: str
 ) -> None:
-    """That every variable, by its canonical name, is what it is taken for."""
+    """Check that every variable, by its canonical name, is what it is taken for."""
     for name in names:
         array, are_pressures = dataset[name], opened.pressure_levels
         check_statements(name, array, opened.dataset, location, pressure_levels=are_pressures)
@@ -268,7 +268,8 @@ def _check_variables(
 
 
 def _named_parts(whole: Segment, parts: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
-    """Parts from one step to before another; each of several with its first date in its name."""
+    """Parts of a segment, each from one step to another without the latter. If there are
+    several, names end with the first date."""
     if len(parts) == 1:
         return (whole.steps(*parts[0]),)
     segments = []
@@ -357,7 +358,8 @@ def canonical_axes(dataset: xr.Dataset, location: str) -> xr.Dataset:
 
 
 def _in_hpa(dataset: xr.Dataset, by_name_in_pa: bool) -> xr.Dataset:
-    """Levels that are given in other units of pressure, as CMIP's `plev` in Pa are, in hPa."""
+    """A dataset with levels in hPa, where other units of pressure were given, such as Pa for
+    CMIP's `plev`."""
     if "level" not in dataset.coords or dataset["level"].dtype.kind not in "iuf":
         return dataset
     factor = hpa_per_unit(dataset["level"])
@@ -370,7 +372,7 @@ def _in_hpa(dataset: xr.Dataset, by_name_in_pa: bool) -> xr.Dataset:
 
 
 def check_record(dataset: xr.Dataset, location: str) -> None:
-    """That a canonical dataset can be opened as a segment, a single date and gaps aside.
+    """Check that a canonical dataset can be opened as a segment, apart from gaps or a single date.
 
     Raises:
         ValueError: names what does not fit: times, levels or grid.
@@ -437,7 +439,7 @@ def _checked_times(
 def _unbroken(
     times: np.ndarray, gaps: Gaps, calendar: Calendar, location: str
 ) -> list[tuple[int, int]]:
-    """First step, and the one after the last, of every part with uniform time steps.
+    """The first step, and the step after the last, of every part with uniform time steps.
 
     Raises:
         ValueError: there are several, and gaps are errors, or none has two steps.
@@ -527,7 +529,7 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
 
 
 def open_entry(entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
-    """The store of a segment, whose levels are what the entry says."""
+    """The opened store of a segment; the catalog entry decides whether its levels are pressures."""
     opened = open_store(entry.segments[segment], access)
     return replace(opened, pressure_levels=False) if entry.levels_are == "model" else opened
 
@@ -540,7 +542,7 @@ def _open_period(
     access: Access,
     may_miss: Sequence[str],
 ) -> list[Segment]:
-    """The unbroken parts of a segment in a period."""
+    """The unbroken parts of one segment in a period."""
     parts = open_parts(
         period.segment,
         open_entry(entry, period.segment, access),

@@ -1,4 +1,5 @@
-"""What the package knows of variables: ERA5 names, CF standard names, units and limits."""
+"""What the package knows of variables: ERA5 names, CF standard names, units, physical limits and
+transforms."""
 
 import math
 import sys
@@ -15,8 +16,11 @@ from atmossl.setting_types import PositiveFloat
 
 @dataclass(frozen=True)
 class Variable:
-    """physical_range: wider than anything that was ever observed or that a model of the Earth's
-    atmosphere makes, rounding included: a value outside of it is in other units, or no value."""
+    """A physical quantity under its ERA5 name.
+
+    physical_range: wider than anything that was ever observed or that a model of the Earth's
+        atmosphere makes, rounding included. A value outside is in other units, or is no value.
+    """
 
     units: str
     standard_name: str
@@ -178,7 +182,7 @@ _PASCAL_PER_HPA = 100.0
 
 
 def physical_range(variable: str, level_hpa: int = 0) -> tuple[float, float]:
-    """Lowest and highest value that an atmosphere has, infinite for a variable that is not known.
+    """The lowest and highest value that an atmosphere has; infinite for an unknown variable.
 
     level_hpa: pressure, which the range of the geopotential depends on by the hypsometric equation
     (Phi = R T ln(p_0 / p)); 0 at the surface, or where the level is no pressure.
@@ -193,8 +197,8 @@ def physical_range(variable: str, level_hpa: int = 0) -> tuple[float, float]:
 
 
 def conversion(variable: str, units: str | None) -> tuple[float, float] | None:
-    """Factor and offset from these units to those of the variable; None if there is no need, or no
-    way that is known here."""
+    """Factor and offset from some units to those of the variable; None if there is nothing to
+    convert, or no conversion is known."""
     entry = VARIABLES.get(variable)
     if entry is None or units is None or units in (entry.units, *entry.unit_aliases):
         return None
@@ -230,7 +234,7 @@ InputLimits = Literal["refuse", "warn", "off"]
 
 
 class InputWarning(UserWarning):
-    """Values that a model is shown and that are not what it should be shown."""
+    """Values are passed to a model that should not get them."""
 
 
 @dataclass
@@ -247,7 +251,8 @@ class Notices:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one variable on levels in hPa, (0,) at the surface. low, high: [level], in its units.
+    """Limits of one variable on levels in hPa, (0,) at the surface. low, high: [level], in its
+    units.
 
     everywhere: what can be at each of the levels; the first is the larger where nothing can.
     place: where and when the values are, for messages.
@@ -273,7 +278,8 @@ class Limits:
         notices: Notices,
         place: Callable[[], str],
     ) -> "Limits | None":
-        """What an atmosphere can have; None if that is not known, or nobody is to look."""
+        """The limits that any atmosphere keeps; None if they are not known, or values are not to
+        be checked."""
         if mode == "off" or variable not in VARIABLES:
             return None
         pressures = [level if pressure_levels else 0 for level in levels]
@@ -281,11 +287,12 @@ class Limits:
         return cls(variable, levels, low, high, everywhere, mode, notices, place)
 
     def hold(self, lowest: float, highest: float) -> bool:
-        """Whether values from the lowest to the highest can be at every level. NaN cannot."""
+        """Whether all values between the lowest and the highest are possible at every level. NaN
+        is not."""
         return self.everywhere[0] <= lowest and highest <= self.everywhere[1]
 
     def check(self, values: np.ndarray, levels: slice = slice(None)) -> None:
-        """values: [level time lat lon], of some levels; those that are missing are not looked at.
+        """Check values [level time lat lon] of some levels; missing values are ignored.
 
         Raises:
             ValueError: values outside of the limits, which are to be refused.
@@ -344,8 +351,9 @@ Kind = Literal["log", "sqrt"]
 
 @dataclass(frozen=True)
 class Transform:
-    """`log`: sign(x) log(1 + |x| / scale), as Rasp and Thuerey (2021) for precipitation;
-    `sqrt`: sign(x) sqrt(|x| / scale). scale: in the variable's units; far below it `log` is linear.
+    """A transform of a variable before normalisation. `log`: sign(x) log(1 + |x| / scale), as Rasp
+    and Thuerey (2021) for precipitation; `sqrt`: sign(x) sqrt(|x| / scale). scale: in the
+    variable's units; far below it `log` is linear.
 
     Raises:
         ValueError: an unknown kind, or a scale that is not positive.

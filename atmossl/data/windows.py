@@ -30,7 +30,7 @@ _MOST_KEPT = 2  # pieces of memory that wait to be used again
 
 
 def lent(memory: np.ndarray, give_back: Callable[[], object]) -> np.ndarray:
-    """The same bytes; `give_back` is called when no array or tensor views them any longer.
+    """Memory as an array that calls `give_back` when no array or tensor views it any longer.
 
     Views of an array keep its outermost owner alive, which must not be the memory itself here:
     through a buffer, numpy takes what is handed out for the owner.
@@ -48,7 +48,8 @@ class Pool:
         self._free: deque[np.ndarray] = deque(maxlen=_MOST_KEPT)
 
     def take(self, size: int) -> np.ndarray:
-        """So many bytes, at most half of a piece unused; what they hold is not defined."""
+        """An array of `size` bytes from a free piece, of which at most half stays unused. Its
+        content is not defined."""
         memory = self._reused(size)
         if memory is None:
             memory = np.empty(size, np.uint8)
@@ -82,7 +83,8 @@ class WindowSize:
     lon: NotNegative
 
     def on(self, segment: Segment) -> "WindowSize":
-        """With the whole grid put in for 0; ValueError if the window does not fit."""
+        """The window size on a segment, with the whole grid put in for 0; ValueError if the
+        window does not fit."""
         num_lat, num_lon = segment.grid.shape
         lat, lon = self.lat or num_lat, self.lon or num_lon
         check_window_fits(segment.grid, lat, lon)
@@ -95,7 +97,7 @@ class WindowSize:
         return WindowSize(self.time, lat, lon)
 
     def points(self, segment: Segment, spec: StreamSpec) -> tuple[int, int, int]:
-        """Points (time, lat, lon) of a stream in such a window."""
+        """The points (time, lat, lon) of a stream in a window of this size."""
         box = Box(0, segment.alignment.lon_shift, self.lat, self.lon)
         place = segment.place(spec.data, 0, self.time, box)
         return place.count, place.box.lat_size, place.box.lon_size
@@ -180,9 +182,9 @@ def read_windows(
     places: Sequence[tuple[int, Box]],
     memory: Memory = _POOL.take,
 ) -> list[tuple[StreamWindow, ...]]:
-    """Normalised fields of all streams in windows of `count` steps, each at (first step, box),
-    with the coordinates of their points. Chunks that several windows touch are read once.
-    memory: gives as many bytes as it is asked for, which the fields of all windows lie in."""
+    """Read windows of `count` steps, each at (first step, box), for all streams: normalised
+    fields with the coordinates of their points. Chunks that several windows touch are read once.
+    memory: returns as many bytes as it is asked for, in which the fields of all windows lie."""
     laid = [
         [segment.place(spec.data, start, count, box) for spec in specs] for start, box in places
     ]
@@ -203,7 +205,7 @@ def read_windows(
 def _targets(
     place: WindowPlace, window: StreamWindow, normaliser: Normaliser
 ) -> Iterator[tuple[str, Target]]:
-    """What is to be read of every variable of a stream."""
+    """The read requests for every variable of a stream."""
     record, start, count, box = place
     names, levels = window.spec.variables, window.spec.level_values
     refusals = [partial(record.missing_message, name, start, count) for name in names]
@@ -219,7 +221,7 @@ def _field_writers(
     limits: Sequence[Limits | None],
     refusals: Sequence[Callable[[], str]],
 ) -> list[_FieldWriter]:
-    """One per variable, which write into the window's own memory."""
+    """Writers, one per variable, which put normalised values into the window's memory."""
     spec = window.spec
     mean, std = (normaliser.values(spec, field).numpy() for field in ("mean", "std"))
     fields = window.fields.numpy()
@@ -241,8 +243,8 @@ def _field_writers(
 def _empty_windows(
     laid: Sequence[Sequence[WindowPlace]], specs: Sequence[StreamSpec], memory: Memory
 ) -> list[tuple[StreamWindow, ...]]:
-    """Windows with their coordinates, whose fields are still to be read, in one piece of memory:
-    numpy asks for large pages where it is large, which the system clears much faster."""
+    """Windows with their coordinates and empty fields, in one piece of memory. numpy asks for
+    large pages where the piece is large, which the system clears much faster."""
     shapes = [
         (len(spec.variables), spec.num_levels, place.count, place.box.lat_size, place.box.lon_size)
         for places in laid
@@ -288,14 +290,15 @@ def read_window(
 
 
 class SampleKey(NamedTuple):
-    """Names one sample of one epoch; all its randomness is a function of these two and the seed."""
+    """The name of one sample of one epoch. With the seed it determines all randomness of the
+    sample."""
 
     epoch: int
     sample_id: int
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """All randomness of one sample: a function of (seed, epoch, sample id) alone."""
+    """The generator of one sample, a function of (seed, epoch, sample id) alone."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, sample_id]))
 
 
@@ -358,7 +361,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         return self.window.on(self.segments[index]).time + max(map(max, self._lags[index]))
 
     def _asked(self) -> str:
-        """The steps that a sample needs, for messages."""
+        """How many steps a sample needs, for messages."""
         window_words = f"data.window.time={self.window.time} steps"
         if not self._lag_hours:
             return window_words
@@ -383,7 +386,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         return sample
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
-        """The samples of one batch, called by torch's loader; chunks are shared among them.
+        """The samples of one batch, which torch's loader asks for; chunks are shared among them.
 
         Where unreadable samples are skipped the batch is smaller, but never empty if another sample
         can be read: batches go on at one pace in all processes.
@@ -400,7 +403,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         return samples or self._in_place_of(keys[0])
 
     def _readable(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
-        """One sample, or none if it cannot be read."""
+        """One sample in a list, which is empty if its data cannot be read."""
         try:
             return self._samples([key])
         except UnreadableChunk as error:
@@ -408,7 +411,8 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
             return []
 
     def _in_place_of(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
-        """The first sample that can be read, a window's length later each time; none after some."""
+        """A replacement for an unreadable sample: the first readable one among later samples, a
+        window's length apart; empty after some tries."""
         stride = self.windows_per_time * self.window.time
         for number in range(1, _NUM_TRIES + 1):
             later = SampleKey(key.epoch, (key.sample_id + number * stride) % len(self))
@@ -448,21 +452,21 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         return samples
 
     def _draw_lags(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """Of every view in time steps; nothing is drawn for a view without lags."""
+        """The lag of every view in time steps; nothing is drawn for a view without lags."""
         return tuple(
             int(rng.choice(steps)) if view.lag_hours else 0
             for view, steps in zip(self.views, self._lags[index], strict=True)
         )
 
     def identity(self, sample_id: int) -> str:
-        """Segment and start time of a sample."""
+        """The segment and start time of a sample."""
         index, start = self._starts[sample_id // self.windows_per_time]
         segment = self.segments[index]
         return f"{segment.name} {segment.calendar.show(segment.times[start])}"
 
 
 class SampleOrder(Sampler[list[SampleKey]]):
-    """Batches of one rank, from any point of the run on.
+    """The batches of one rank in order, from any point of the run on.
 
     The run is one endless sequence of samples: epoch after epoch, each a permutation by
     (seed, epoch). Iteration starts at sample `first_sample`, and the n-th batch that rank r

@@ -1,5 +1,5 @@
-"""The sampler protocol, and what samplers share: the tokens, times and places of a window, masks of
-them, and means over coarse cells.
+"""The protocol of masking samplers, and what samplers share: the tokens, times and places of a
+window, masks of tokens and points, and means over coarse cells.
 
 A sampler is a pure function: stream specs and token grids of one window, and a generator, to one
 mask per stream. Streams of role `input` are never hidden.
@@ -65,8 +65,8 @@ def _points(centre: Tensor, extent: Tensor, count: int) -> Tensor:
 
 
 def own_factor(layout: TokenLayout, layouts: tuple[TokenLayout, ...], factor: int) -> int:
-    """Cells of a stream along one coarse cell, which is `factor` cells of the run's own data; 1 if
-    the stream's cells are as large or larger.
+    """How many cells of a stream lie along one coarse cell, which is `factor` cells of the run's
+    own data; 1 if the stream's cells are as large or larger.
 
     Raises:
         ValueError: the coarse cell is no whole number of the stream's, or not the same along both
@@ -87,7 +87,8 @@ def own_factor(layout: TokenLayout, layouts: tuple[TokenLayout, ...], factor: in
 
 
 def coarse_mask(corruption: Tensor, factor: int, noise_std: float = 1.0) -> StreamMask:
-    """A mask whose coarse tokens are visible ones where a coarse cell is a single cell."""
+    """A mask that coarsens tokens; where a coarse cell is a single cell, the tokens are visible
+    instead."""
     if factor == 1:
         visible = torch.full_like(corruption, int(Corruption.VISIBLE))
         corruption = torch.where(corruption == Corruption.COARSEN, visible, corruption)
@@ -96,7 +97,7 @@ def coarse_mask(corruption: Tensor, factor: int, noise_std: float = 1.0) -> Stre
 
 @runtime_checkable
 class MaskingSampler(Protocol):
-    """Draws masks and corruptions, as a pure function of the token grids and a generator."""
+    """Draws masks and corruptions. A pure function of the token grids and a generator."""
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
@@ -114,7 +115,7 @@ def hide_nothing(
 
 
 def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nlat nlon"]:
-    """Share of known points of every token, over all variables."""
+    """The share of known points in every token, over all variables."""
     size = spec.token_size
     return reduce(
         (~hidden).double(),
@@ -146,7 +147,7 @@ def coarsen(
 
 
 def repeat_coarse(coarse: Tensor, factor: int) -> Tensor:
-    """Every fine cell takes the value of its coarse cell."""
+    """A fine field in which every cell has the value of its coarse cell."""
     return coarse.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
@@ -158,7 +159,7 @@ def interpolate_coarse(coarse: Tensor, factor: int) -> Tensor:
 
 
 def steps_of(key: str, hours: float, step_hours: float) -> int:
-    """Number of steps of a duration; ValueError if it is no multiple of the step."""
+    """The number of steps in a duration; ValueError if it is no multiple of the step."""
     count = round(hours / step_hours)
     if hours <= 0:
         raise ValueError(f"{key} must be positive, got {hours:g} h")
@@ -168,12 +169,12 @@ def steps_of(key: str, hours: float, step_hours: float) -> int:
 
 
 def step_hours_of(layouts: tuple[TokenLayout, ...]) -> float:
-    """Hours between the steps of a window: of its finest stream, if streams differ."""
+    """The hours between the steps of a window; if streams differ, of the finest one."""
     return min(layout.step_hours for layout in layouts)
 
 
 def window_times(layouts: tuple[TokenLayout, ...]) -> Tensor:
-    """Times [step] of the window's points, hours since 1970."""
+    """The times [step] of the window's points, in hours since 1970."""
     finest = min(layouts, key=lambda layout: layout.step_hours)
     return finest.point_times().flatten()
 
@@ -214,7 +215,7 @@ def hide_times(
 def points_of(
     tokens: Shaped[Tensor, "level nt nlat nlon"], spec: StreamSpec
 ) -> Shaped[Tensor, "level time lat lon"]:
-    """One value per token at all its points."""
+    """The value of every token at all its points."""
     size = spec.token_size
     return repeat(
         tokens,
@@ -227,7 +228,8 @@ def points_of(
 
 
 def mask_of_points(hidden: Points, spec: StreamSpec) -> StreamMask:
-    """Tokens that are known whole stay visible; those known in part are coarse, if square."""
+    """A token mask for hidden points. A token that is known whole stays visible; one known in
+    part is coarse, if it is square."""
     share, size = share_known(hidden, spec), spec.token_size
     square = size.lat == size.lon > 1
     corruption = torch.full(share.shape, int(Corruption.VISIBLE))

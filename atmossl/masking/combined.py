@@ -1,4 +1,5 @@
-"""Tasks made of other tasks: unions of masks, and changed conditions."""
+"""Tasks made of other tasks: unions of masks, and counterfactuals, in which the network is told
+another date, level or place."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class Combined(Task):
 
     @property
     def kind(self) -> str:
-        """The kinds of its parts, whatever their order."""
+        """The kinds of all parts, in an order that does not depend on theirs."""
         return "+".join(sorted(part.kind for part in self.parts))
 
     @property
@@ -81,7 +82,7 @@ class Combined(Task):
             part.check(grid)
 
     def hidden_cells(self, grid: Grid) -> np.ndarray | None:
-        """Those of all parts together, if every part hides places."""
+        """The hidden cells of all parts together, if every part hides places."""
         cells = [part.hidden_cells(grid) for part in self.parts]
         places = [of_part for of_part in cells if of_part is not None]
         return np.any(places, axis=0) if len(places) == len(cells) else None
@@ -133,8 +134,9 @@ def _pairs(levels: Any) -> Any:
 
 @dataclass(frozen=True)
 class Counterfactual(Task):
-    """A task on the same fields at another date or place: only what the model is told of them
-    changes (AtmoRep's counterfactual experiment). Written with the true dates and places.
+    """A task on the same fields at a false date, level or place: only what the network is told of
+    them changes (AtmoRep's counterfactual experiment). Predictions are written with the true dates
+    and places.
 
     shift_hours: added to the dates. shift_lat, shift_lon: degrees. levels: told level in hPa
     instead of the true one.
@@ -235,7 +237,8 @@ class Counterfactual(Task):
         return self.task(self._true(layouts), rng)
 
     def _true(self, layouts: tuple[TokenLayout, ...]) -> tuple[TokenLayout, ...]:
-        """Dates and places as they are, which regions of the task refer to."""
+        """The token layouts with their true dates and places, to which regions of the task
+        refer."""
         return tuple(
             replace(
                 layout,

@@ -35,20 +35,21 @@ class Crop:
 
 @dataclass(frozen=True)
 class Part:
-    """Which of the window's common blocks of tokens a crop takes along time, lat and lon, as
-    (first block, number of blocks, blocks of the window)."""
+    """The part of a window that a crop takes, counted in blocks of tokens that all streams have
+    in common: along time, lat and lon (first block, number of blocks, blocks of the window)."""
 
     blocks: tuple[tuple[int, int, int], ...]
 
     def points(self, axis: int, num_points: int) -> Tensor:
-        """Points of the window along an axis; beyond its end it begins again."""
+        """The points of the window that the part covers along an axis; beyond the end they start
+        again at the beginning."""
         first, count, total = self.blocks[axis]
         size = num_points // total
         return (torch.arange(count * size) + first * size) % num_points
 
 
 def draw_part(windows: tuple[StreamWindow, ...], crop: Crop, rng: np.random.Generator) -> Part:
-    """A place for a crop: anywhere along a circle of longitude that the window closes.
+    """Draw a place for a crop, anywhere along a circle of longitude that the window closes.
 
     Raises:
         ValueError: tokens of the coarsened window do not fit, or streams have no edges in common.
@@ -64,8 +65,8 @@ def draw_part(windows: tuple[StreamWindow, ...], crop: Crop, rng: np.random.Gene
 
 
 def _common_blocks(windows: tuple[StreamWindow, ...], factor: int) -> tuple[int, ...]:
-    """The most blocks along time, lat and lon that are whole tokens of every stream, also after
-    `factor` cells along lat and lon have become one."""
+    """The largest number of blocks along time, lat and lon that are whole tokens of every
+    stream, also after `factor` cells along lat and lon have become one."""
     counts: list[tuple[int, ...]] = []
     for window in windows:
         size, shape = window.spec.token_size, window.fields.shape[-3:]
@@ -82,7 +83,7 @@ def _common_blocks(windows: tuple[StreamWindow, ...], factor: int) -> tuple[int,
 
 
 def cropped(windows: tuple[StreamWindow, ...], crop: Crop, part: Part) -> tuple[StreamWindow, ...]:
-    """The part of all streams of a window, coarse if the crop is."""
+    """The part of a window for all streams, coarsened if the crop is coarse."""
     return tuple(_coarse(_cut(window, part), crop.coarsen) for window in windows)
 
 
@@ -109,7 +110,7 @@ def _cut(window: StreamWindow, part: Part) -> StreamWindow:
 
 
 def _coarse(window: StreamWindow, factor: int) -> StreamWindow:
-    """Area-weighted means over the observed cells of `factor` x `factor`."""
+    """A window of area-weighted means over the observed cells of `factor` x `factor`."""
     if factor == 1:
         return window
     fields, valid = coarsen(window.fields, window.weight, factor), None

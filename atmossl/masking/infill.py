@@ -1,4 +1,4 @@
-"""Places that are hidden at every step take what the places around them tell."""
+"""Fills places that are hidden at every step from the places around them (harmonic infill)."""
 
 from functools import lru_cache
 
@@ -45,7 +45,7 @@ def solve_hidden(
     hidden: Bool[np.ndarray, " cell"],
     fields: Float[np.ndarray, "field cell"],
 ) -> Float[np.ndarray, "field hidden"]:
-    """Values of the hidden cells for which the Laplacian is 0 there, given all others.
+    """Solve for the hidden cells such that the Laplacian is 0 there; all other cells are given.
 
     Source: Bertalmio et al. (2000), Image inpainting, section 2, for the linear case.
     """
@@ -68,9 +68,10 @@ def fill_from_surroundings(
     lon_spacing: float,
     periodic: bool,
 ) -> Float[Tensor, "variable level time lat lon"]:
-    """Fill the places that are not shown, at every step from the places around: the mean of the
-    latitude, and the smoothest surface through the others' departures from it. A field of which no
-    place is shown stays as it is. lat, lon_spacing: degrees."""
+    """Fill the places that are not shown, at every step, from the places around: the mean over
+    the shown longitudes of the latitude, plus the smoothest surface through the departures of
+    the shown places from it. A field without a shown place stays as it is. lat, lon_spacing:
+    degrees."""
     if bool(shown.all()):
         return fields
     num_fields = fields.shape[0] * fields.shape[1]
@@ -99,8 +100,8 @@ def _means_by_row(
     hidden: Bool[np.ndarray, "lat lon"],
     latitudes: tuple[float, ...],
 ) -> Float[np.ndarray, "field cell"]:
-    """Mean over the shown longitudes at every cell; linear in latitude between rows that show any,
-    and that of the nearest beyond."""
+    """The mean over the shown longitudes at every cell. Between rows that show some longitudes
+    it is linear in latitude; beyond them it is that of the nearest such row."""
     shown = ~hidden.reshape(1, *hidden.shape)
     grids = fields.reshape(-1, *hidden.shape)
     counts = shown.sum(axis=-1)

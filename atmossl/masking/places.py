@@ -1,4 +1,5 @@
-"""Tasks that hide places or variables."""
+"""Tasks that hide places (inpainting) or variables and levels (cross-variable), and the regions
+that they hide."""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ from atmossl.setting_types import NotNegative, Positive
 
 @runtime_checkable
 class HiddenCells(Protocol):
-    """A set of cells to be hidden, the same whatever window looks at them."""
+    """A set of cells to hide, the same for every window."""
 
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        """True [lat lon] for the hidden cells of the given centres, degrees."""
+        """True [lat lon] where the cell with this centre (degrees) is hidden."""
         ...
 
     def check(self, grid: Grid) -> None:
@@ -98,7 +99,7 @@ class CellMask:
 
 
 def described(source: str, *arrays: np.ndarray) -> str:
-    """A file by its name and by what was read from it, for records of what was asked for."""
+    """A file, by its name and a hash of what was read from it, for the records of requests."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
     return f"{source} (sha256 {digest.hexdigest()[:8]})"
 
@@ -124,13 +125,13 @@ class AllButStations:
 
 
 def _label(degrees: np.ndarray) -> np.ndarray:
-    """Integer labels of coordinates. The offset keeps the spacings in use (multiples of 1/64 and
-    of 1/3 degree) off the edge between two labels, where rounding would decide."""
+    """Coordinates as integers. The offset keeps the usual spacings (multiples of 1/64 and of 1/3
+    degree) off the edge between two integers, where rounding would decide."""
     return np.floor(degrees.astype(np.float64) * 100 + 0.16).astype(np.uint64)
 
 
 def _uniform(key: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for every key, the same wherever it is asked for (the mixer of
+    """A number in [0, 1) for every key, always the same for the same key and seed (the mixer of
     SplitMix64, Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         state = key + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)

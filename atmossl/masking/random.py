@@ -109,7 +109,8 @@ class RandomMasking:
         return StreamMask(values, self.coarsen_factor, self.noise_std)
 
     def _lowest(self, score: np.ndarray, rate: float) -> np.ndarray:
-        """True for a share of the scores, the lowest ones, or all that tie with them (tubes)."""
+        """True for the lowest scores, as large a share as `rate`; scores that tie (tubes) are
+        hidden together."""
         if self.tube:
             score = np.broadcast_to(score[:, :1], score.shape)
         count = round(rate * score.size)
@@ -145,14 +146,14 @@ class RandomMasking:
 
 
 def _token_counts(layouts: tuple[TokenLayout, ...]) -> dict[str, tuple[int, ...]]:
-    """Tokens [level time lat lon] of every predicted stream."""
+    """The number of tokens along [level time lat lon] of every predicted stream."""
     return {x.spec.name: x.grid.shape for x in layouts if x.spec.role == "predict"}
 
 
 def _common(key: str, counts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """How many blocks there are along every axis of a window, the last two latitude and longitude,
-    if they are the smallest that are whole tokens, or cells, of all streams: what is hidden in them
-    is the same air in each.
+    """The number of common blocks along every axis of a window (the last two axes are latitude and
+    longitude). Common blocks are the smallest blocks that are whole tokens, or cells, of all
+    streams; what is hidden in them is the same air in each stream.
 
     Raises:
         ValueError: names the key, as streams have no edges in common.
@@ -173,7 +174,8 @@ def _common(key: str, counts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _spread(blocks: np.ndarray, layout: TokenLayout) -> np.ndarray:
-    """Values of common blocks at the tokens of a stream; False for one that is not predicted."""
+    """The values of common blocks at the tokens of a stream; False for a stream that is not
+    predicted."""
     if layout.spec.role != "predict":
         return np.zeros(layout.grid.shape, bool)
     for axis, tokens in enumerate(layout.grid.shape):
@@ -224,7 +226,7 @@ class BlockMasking:
         return tuple(self._mask(layout, hidden) for layout in layouts)
 
     def _counts(self, layout: TokenLayout) -> tuple[int, ...]:
-        """Rows and columns of a stream at which boxes may end."""
+        """Rows and columns of a stream at whose edges boxes may end."""
         num_lat, num_lon = layout.grid.shape[2:]
         size = layout.spec.token_size
         return (num_lat * size.lat, num_lon * size.lon) if self.cells else (num_lat, num_lon)
@@ -245,8 +247,8 @@ class BlockMasking:
 def _on_sphere(
     size: np.ndarray, start: np.ndarray, layouts: Sequence[TokenLayout]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Size and start of a box, shares of latitude and longitude, whose width grows towards the
-    poles; it may go on beyond the last longitude of a circle."""
+    """Size and start of a box, as shares of latitude and longitude, whose width grows towards
+    the poles. On a closed circle it may go on beyond the last longitude."""
     lat = layouts[0].point_lat()
     south, north = float(lat[0]), float(lat[-1])
     first = start[0] * (1 - size[0])
@@ -257,8 +259,8 @@ def _on_sphere(
 
 
 def _places(boxes: list, counts: Sequence[int]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Rows and columns of boxes of given sizes and starts, shares of the axes; beyond the end of an
-    axis they begin again."""
+    """The rows and columns of boxes of given sizes and starts (shares of the axes); beyond the
+    end of an axis they start again at its beginning."""
     for size, start in boxes:
         yield tuple(
             np.arange(int(first * count), max(int(first * count) + 1, round((first + s) * count)))
@@ -306,8 +308,9 @@ def _kind(sampler: MaskingSampler) -> str:
 
 @dataclass(frozen=True)
 class SplitBrain:
-    """Hide one of two halves of the streams, drawn by sample, which the other half predicts
-    (split-brain autoencoders, Zhang et al. 2017): over all samples both ways.
+    """Hide one of two halves of the streams, drawn for each sample; the network predicts it from
+    the other half (split-brain autoencoders, Zhang et al. 2017). Over all samples it learns both
+    ways.
 
     first: names of the streams of the first half; none: the first half of those that are predicted,
         in their order. All other predicted streams are the second half.
@@ -341,9 +344,9 @@ class SplitBrain:
 
 @dataclass(frozen=True)
 class Autoregression:
-    """Every time step but the first `context_steps` is predicted from those before it, in one pass
-    (as GPT, Radford et al. 2019): a network with `model.causal` sees every step's true values, but
-    from later steps alone."""
+    """Predict every time step but the first `context_steps` from the steps before it, all in one
+    pass (as GPT, Radford et al. 2019). A network with `model.causal` gets the true values of
+    every step, and uses them for later steps alone."""
 
     context_steps: Positive = 1
 
@@ -368,7 +371,7 @@ class Autoregression:
 
 @dataclass(frozen=True)
 class Mixture:
-    """One of several samplers per sample, by probability.
+    """Draws one of several samplers for each sample, by probability.
 
     names: of the samplers, under which their losses are logged; by default those of their classes.
 
@@ -406,7 +409,7 @@ class Mixture:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """A name for each sampler; where several are of one class, with its number among them."""
+        """A name for each sampler; where several are of one class, the name ends with a number."""
         if self.names:
             return tuple(self.names)
         classes = [_kind(sampler) for sampler in self.samplers]

@@ -1,4 +1,5 @@
-"""The tasks as masks: regions of physical time and space, put onto each stream by its tokens.
+"""The tasks that hide times or resolution, as masks: regions of physical time and space, put onto
+each stream by its tokens.
 
 Every task is a masking sampler that ignores its generator, and a plan of the steps that it reads
 and writes. A region that would cut through the tokens of a stream in time is refused, so that all
@@ -51,7 +52,7 @@ class TimePlan:
 
     @property
     def pass_offsets(self) -> tuple[int, ...]:
-        """Steps that one pass writes."""
+        """The steps that one pass writes."""
         return self.offsets if self.num_passes == 1 else self.offsets[: self.steps_per_pass]
 
     @property
@@ -60,42 +61,43 @@ class TimePlan:
 
 
 class Task:
-    """What a task adds to its mask: which steps it reads and writes, what it hides, and what people
-    and scores are told of it. Each subclass answers for itself; nothing else asks for its class."""
+    """The base class of all tasks: a task adds to its mask which steps it reads and writes, what
+    it hides, and its description. Each subclass answers for itself; no other code asks for its
+    class."""
 
     @property
     def kind(self) -> str:
-        """The name under which tasks with the same calibrated spread are kept."""
+        """A key that is equal for tasks that share one calibration of the spread."""
         return type(self).__name__
 
     @property
     def components(self) -> tuple["Task", ...]:
-        """The tasks whose union this one is; none for a task of its own."""
+        """The tasks of which this one is the union; empty for a plain task."""
         return ()
 
     @property
     def true_task(self) -> "Task":
-        """The task without false conditions that only the model is told."""
+        """The task without the false dates and places that only the network is told."""
         return self
 
     @property
     def name(self) -> str:
-        """What configurations and reports call it."""
+        """The name of the task in configurations and reports."""
         return snake_case(type(self).__name__)
 
     @property
     def align(self) -> int:
-        """Cells that tiles have to keep together."""
+        """The number of cells that tiles must not separate."""
         return 1
 
     @property
     def time_refinement(self) -> int:
-        """Steps of the window along one step of the store."""
+        """How many steps of the window lie in one step of the store."""
         return 1
 
     @property
     def coarse_factor(self) -> int:
-        """Cells of the prediction along one cell of the store."""
+        """How many cells of the prediction lie along one cell of the store."""
         return 1
 
     @property
@@ -105,30 +107,32 @@ class Task:
 
     @property
     def downscaling(self) -> "Downscaling | None":
-        """What is given coarse over the whole field, if the task is that alone."""
+        """The downscaling, if all that is given at the written steps is coarse; else None."""
 
     @property
     def hides_whole_fields(self) -> bool:
-        """Whether nothing is given as it is at the steps that are written."""
+        """Whether all values are hidden, or coarse, at the steps that are written."""
         return False
 
     @property
     def scored_variables(self) -> tuple[str, ...]:
-        """The variables that are hidden where the task writes; all if empty."""
+        """The variables that are hidden at the written steps; empty for all."""
         return ()
 
     @property
     def scored_levels(self) -> tuple[int, ...]:
-        """The levels in hPa that are hidden where the task writes; all if empty."""
+        """The levels in hPa that are hidden at the written steps; empty for all."""
         return ()
 
     @property
     def scores_init_time(self) -> bool:
-        """Whether a forecast at lead time 0 is scored; most of it may have been given."""
+        """Whether a forecast is scored at lead time 0, where most of the field may have been
+        given."""
         return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
-        """Steps read and written in a window of `num_steps` that are `step_hours` apart."""
+        """The steps that are read and written in a window of `num_steps` steps, `step_hours`
+        apart."""
         raise NotImplementedError
 
     def __call__(
@@ -140,58 +144,59 @@ class Task:
         """Raise ValueError if the task cannot be put onto a store's grid."""
 
     def cells(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        """Cells [lat lon] of the given centres, degrees, at which the task may hide something."""
+        """The cells [lat lon], by their centres in degrees, at which the task may hide
+        something."""
         return np.ones((len(lat), len(lon)), bool)
 
     def hidden_cells(self, grid: Grid) -> np.ndarray | None:
-        """Hidden cells [lat lon] of a task that hides places at the time that it writes; None for
-        a task that hides all cells alike."""
+        """The hidden cells [lat lon] at the written time, for a task that hides places; None for
+        a task that treats all cells alike."""
         del grid
 
     def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
-        """Hidden points of every stream, for a task that hides less than whole tokens."""
+        """The hidden points of every stream, for a task that hides parts of tokens."""
         del layouts
 
     def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
-        """The windows as the model is to take them."""
+        """The windows with the dates and places that the network is told."""
         return windows
 
     def told_grid(self, grid: Grid) -> Grid:
-        """The cells of a grid as the model is told them."""
+        """The grid with the places that the network is told."""
         return grid
 
     def one_pass(self) -> "Task":
-        """The task without passes that go on from earlier ones."""
+        """The task limited to its first pass."""
         return self
 
     def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> "Task":
-        """The task for these windows, where it depends on what they lack."""
+        """The task for these windows, where it depends on which values they miss."""
         del windows
         return self
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        """What is given and what is predicted, in a sentence for people; empty if the task does not
-        tell. step_hours: between the steps of a window."""
+        """A sentence on what is given and what is predicted; empty if the task has none.
+        step_hours: hours between the steps of a window."""
         del plan, step_hours, grid
         return ""
 
     def why_unscored(self) -> str | None:
-        """Why a prediction cannot be scored, such as that the store holds no truth; None if it
-        can."""
+        """Why a prediction cannot be scored, for example because the store holds no truth; None
+        if it can."""
 
 
 def given_steps(plan: TimePlan, step_hours: float) -> str:
-    """The beginning of a task's description."""
+    """The beginning of a task's description: which steps are given."""
     return f"Given: {len(plan.read)} steps of {step_hours * plan.refine:g} h"
 
 
 def told_examples(examples: int) -> str:
-    """What a description says of steps that are shown whole."""
+    """The part of a description on steps that are shown whole as examples."""
     return f" but for {examples} before the middle one, shown whole" if examples else ""
 
 
 def check_examples(examples: int, num_steps: int) -> None:
-    """Raise ValueError if a window has fewer steps before its middle one."""
+    """Raise ValueError if the window has fewer steps than examples before its middle one."""
     if examples > num_steps // 2:
         raise ValueError(
             f"task.examples={examples}: the window has {num_steps // 2} steps before the one that "
@@ -202,7 +207,7 @@ def check_examples(examples: int, num_steps: int) -> None:
 def is_example(
     layout: TokenLayout, layouts: tuple[TokenLayout, ...], examples: int
 ) -> Bool[Tensor, "nt"]:
-    """Which tokens of a stream lie in the steps before the window's middle one that are examples.
+    """Which tokens of a stream belong to the example steps before the window's middle one.
 
     Raises:
         ValueError: too many steps, or steps that cut through a token.
@@ -222,8 +227,8 @@ def is_example(
 
 
 def union(masks: list[tuple[StreamMask, ...]]) -> tuple[StreamMask, ...]:
-    """Per stream, what any of the masks hides; a masked token stays masked where another mask
-    gives it coarse.
+    """The union of masks, per stream. A masked token stays masked where another mask would coarsen
+    it.
 
     Raises:
         ValueError: two masks coarsen by different factors.
@@ -309,8 +314,8 @@ class Forecast(Task):
 
 @dataclass(frozen=True)
 class Hindcast(Task):
-    """Hide the first `lead_hours` of the window: what came before the init time. Written as lead
-    times below 0."""
+    """Hide the first `lead_hours` of the window, which lie before the init time. They are
+    written with lead times below 0."""
 
     lead_hours: Annotated[Hours, Field(alias="lead_time")]
 
@@ -344,7 +349,7 @@ class Hindcast(Task):
 
 @dataclass(frozen=True)
 class TemporalInterpolation(Task):
-    """Hide steps inside the window, `hidden_hours` in its middle, as centred as can be.
+    """Hide steps inside the window: `hidden_hours` in its middle, centred as well as possible.
 
     steps: these steps of the window instead, counted from 0.
     refine: raise the store's time resolution this many times: the window's steps are that much
@@ -365,7 +370,7 @@ class TemporalInterpolation(Task):
             )
 
     def _hidden(self, num_steps: int, step_hours: float) -> list[int]:
-        """Hidden steps of a window."""
+        """The hidden steps of a window."""
         if self.refine > 1:
             return [step for step in range(num_steps) if step % self.refine]
         if self.steps is not None:
@@ -439,7 +444,7 @@ class TemporalInterpolation(Task):
 
 @dataclass(frozen=True)
 class Downscaling(Task):
-    """Give every token as means over factor x factor cells, predict all at full resolution.
+    """Coarsen every token to means over factor x factor cells, and predict all at full resolution.
 
     examples: so many steps before the one that is written are shown whole, as demonstrations of
     what a coarse step becomes (in-context learning, Brown et al. 2020, arXiv 2005.14165).

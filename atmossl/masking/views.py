@@ -1,6 +1,5 @@
-"""Views of a sample, as an objective asks for them: what a view hides, which part of the window it
-shows, how much later than the sample its window starts, and whether the network is told the view's
-date; and what an encoder sees of a window under a mask.
+"""Views of a sample: crops, lags and dates as an objective asks for them, and what the encoder sees
+of a window under a mask, with the first guess of hidden values.
 
 The first guess of hidden values is linear in time between what is shown of the same place. Where a
 whole token is shown or hidden, its points share their neighbours in time, which are then found once
@@ -68,7 +67,7 @@ class ViewSpec:
 
 
 def lag_steps(spec: ViewSpec, step_hours: float, location: str) -> tuple[int, ...]:
-    """The lags of a view in time steps; (0,) if it has none.
+    """The possible lags of a view in time steps; (0,) if it has none.
 
     Raises:
         ValueError: a lag is no multiple of the time step.
@@ -95,8 +94,8 @@ def make_views(
     *,
     first_guess: FirstGuess = True,
 ) -> tuple[View, ...]:
-    """Every view of one sample from its window, all streams of it; sampler: of views that have none
-    of their own."""
+    """All views of one sample from its windows. sampler: masks the views that have no sampler of
+    their own."""
     views: list[View] = []
     parts: dict[Crop, Part] = {}  # equal crops of a sample show the same place
     for streams, spec in zip(windows, specs, strict=True):
@@ -114,7 +113,7 @@ def make_views(
 
 
 def _first_time(windows: tuple[StreamWindow, ...]) -> torch.Tensor:
-    """Of the run's own data, whose windows those of other stores follow."""
+    """The first time of the window of the run's own data; windows of other stores follow it."""
     return next(window for window in windows if window.spec.data == PRIMARY).time_hours[0]
 
 
@@ -218,7 +217,8 @@ def corrupt(
 
 
 def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:
-    """In tokens of `num_steps` steps that come `NEXT` the last value before them."""
+    """The guess with the last value before, repeated over `num_steps` steps, in tokens that come
+    `NEXT`."""
     coming = corruption == Corruption.NEXT
     if not bool(coming.any()):
         return guess
@@ -239,7 +239,8 @@ def _first_guess(
     grid: TokenGrid,
     kind: FirstGuess,
 ) -> Tensor:
-    """tokens: which of them are shown, where they are shown or hidden as a whole."""
+    """The first guess of all values. tokens: which tokens are shown, where they are shown or
+    hidden as a whole."""
     if not kind:
         return torch.zeros_like(source)
     if tokens is None:
@@ -261,8 +262,8 @@ def _first_guess(
 
 
 def _shown_in_part(corruption: Tensor, points: Points, window: StreamWindow) -> Tensor:
-    """Corruption at points, where those that a token hides in part of itself are masked and its
-    others visible."""
+    """The corruption at every point. In a token that is hidden in part, hidden points are masked
+    and the other points visible."""
     share = share_known(points, window.spec)
     partly = points_of((share > 0) & (share < 1), window.spec)
     point_corruption = torch.where(points, int(Corruption.MASK), int(Corruption.VISIBLE))
@@ -270,8 +271,8 @@ def _shown_in_part(corruption: Tensor, points: Points, window: StreamWindow) -> 
 
 
 def fill_hidden_points(window: StreamWindow, hidden: Points) -> Tensor:
-    """Fields whose hidden points take the mean over the known points of their token at the same
-    variable, level and time, or 0 where there is none."""
+    """Fields in which hidden points have the mean of the known points of their token at the same
+    variable, level and time, or 0 if there is none."""
     size = window.spec.token_size
     tokens = "... (nlat plat) (nlon plon) -> ... nlat nlon"
     visible = ~hidden if window.valid is None else ~hidden & window.valid
@@ -293,7 +294,7 @@ def guess_tokens(
     shown: Bool[Tensor, "level nt nlat nlon"],
     size: TokenSize,
 ) -> Float[Tensor, "level nt nlat nlon patch"]:
-    """Shown tokens as they are, others by `interpolate_in_time`."""
+    """Shown tokens as they are; others from `interpolate_in_time`."""
     blocks = rearrange(
         tokens,
         "level nt nlat nlon (series pt point) -> level nt (nlat nlon) series pt point",
@@ -308,8 +309,9 @@ def interpolate_in_time(
     source: Float[Tensor, "variable level time lat lon"],
     shown: Bool[Tensor, "*variable level time lat lon"],
 ) -> Float[Tensor, "variable level time lat lon"]:
-    """Shown values as they are; others linear in time between shown ones of the same place, the
-    nearest one beyond the first or last, and 0 where a place is never shown."""
+    """Shown values as they are; hidden values linear in time between shown ones of the same
+    place. Beyond the first or last shown value it is repeated; a place that is never shown gets
+    0."""
     series = "variable level time lat lon -> (variable level) time (lat lon)"
     blocks = rearrange(source, series)[..., None, None, None]
     return _fill(blocks, rearrange(shown.expand(source.shape), series)).reshape(source.shape)
@@ -318,7 +320,7 @@ def interpolate_in_time(
 def _fill(
     blocks: Float[Tensor, "row nt place series pt point"], shown: Bool[Tensor, "row nt place"]
 ) -> Float[Tensor, "row nt place series pt point"]:
-    """Blocks of `pt` steps, shown or hidden as a whole."""
+    """Interpolate blocks of `pt` steps, which are shown or hidden as a whole."""
     num_blocks, num_steps = shown.shape[1], blocks.shape[-2]
     before, after = _neighbours(shown)
     row, block, place = torch.nonzero(~shown, as_tuple=True)
@@ -348,7 +350,8 @@ def _fill(
 def _neighbours(
     shown: Bool[Tensor, "row nt place"],
 ) -> tuple[Int[Tensor, "row nt place"], Int[Tensor, "row nt place"]]:
-    """The last shown block up to every block, -1 if none; the first from it on, nt if none."""
+    """For every block, the last shown block up to it (-1 if none) and the first from it on (nt
+    if none)."""
     visible = shown.numpy()
     num_blocks = visible.shape[1]
     number = np.arange(num_blocks)[:, None]
