@@ -1,1 +1,2 @@
-"""Checkpoint, store and task to predictions: tiles, blending, and the CF writer."""
+"""Inference: a checkpoint, a store and a task become predictions, by tiles that are blended,
+written as CF files."""

@@ -1,4 +1,5 @@
-"""Post-hoc inflation of the spread: one factor per task, variable, level and lead time.
+"""Calibrates the spread of ensembles after training: one factor per task, variable, level and lead
+time.
 
 The factor makes the mean variance of the members, times (M + 1) / M, equal to the mean square error
 of their mean (Fortin et al. 2014), on dates that the model was not trained on. It is kept in the
@@ -21,14 +22,16 @@ from atmossl.masking.tasks import Task
 
 @dataclass(frozen=True)
 class SpreadInflation:
-    """Factors of one kind. hours: [step] from the reference time. factors: [step level]."""
+    """The factors of one kind of task. hours: [step] from the reference time. factors: [step
+    level]."""
 
     hours: np.ndarray
     factors: Mapping[str, np.ndarray]
 
     @classmethod
     def of(cls, record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
-        """From a checkpoint's record; None if it was not calibrated for the kind."""
+        """The factors in a checkpoint's record; None if it was not calibrated for this kind of
+        task."""
         stored = record.get("spread", {}).get(kind)
         if stored is None:
             return None
@@ -36,7 +39,8 @@ class SpreadInflation:
         return cls(np.array(stored["hours"]), factors)
 
     def at(self, name: str, hours: np.ndarray) -> np.ndarray:
-        """Factors [step level], linear between the calibrated lead times and constant beyond."""
+        """The factors [step level] of a variable, linear between the calibrated lead times and
+        constant beyond."""
         by_level = [np.interp(hours, self.hours, column) for column in self.factors[name].T]
         return np.stack(by_level, axis=1)
 
@@ -53,8 +57,8 @@ class Calibration:
     task: Task
 
     def apply(self, fields: Fields, hours: np.ndarray, lat: np.ndarray, lon: np.ndarray) -> Fields:
-        """Fields [step member level lat lon] at the given hours from the reference time and the
-        given cell centres, degrees."""
+        """Inflate fields [step member level lat lon] at the given hours from the reference time
+        and the given cell centres, degrees."""
         inflated = {}
         for name, values in fields.items():
             factor = _factor(self.record, self.task, name, hours, lat, lon)
@@ -72,7 +76,7 @@ class Calibration:
         return {**self.record, "spread": other_kinds}
 
     def replaced(self, inflation: SpreadInflation) -> dict[str, Any]:
-        """The record with these factors for the task's kind, others kept."""
+        """The record with these factors for the task's kind; factors of other kinds stay."""
         stored = {
             "hours": inflation.hours.tolist(),
             "factors": {name: values.tolist() for name, values in inflation.factors.items()},
@@ -88,7 +92,8 @@ def _factor(
     lat: np.ndarray,
     lon: np.ndarray,
 ) -> Float[np.ndarray, "step level lat lon"] | None:
-    """Factors of one variable, with lat and lon of 1 if they are the same everywhere."""
+    """The factors of one variable [step level lat lon]; lat and lon have size 1 if factors are
+    the same everywhere."""
     inflation = SpreadInflation.of(record, task.kind)
     task_factor = None if inflation is None else inflation.at(name, hours)[:, :, None, None]
     largest = None
@@ -105,14 +110,15 @@ def _factor(
 
 @dataclass
 class _Sums:
-    """Over dates and predicted cells that have a truth, [step level]: square errors of the ensemble
-    mean, and the variances that they should equal."""
+    """Sums over dates and predicted cells that have a truth, [step level]: square errors of the
+    ensemble mean, and the variances that should equal them."""
 
     error: np.ndarray
     variance: np.ndarray
 
     def add(self, row: int, members: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> None:
-        """One step: [member level lat lon], [level lat lon] and [lat 1]."""
+        """Add one step: members [member level lat lon], truth [level lat lon] and weight [lat
+        1]."""
         predicted = np.ptp(members, axis=0) > 0  # given values are the same in all members
         share = np.where(predicted & np.isfinite(truth), weight, 0.0)
         finite_size = (len(members) + 1) / len(members)
@@ -122,7 +128,7 @@ class _Sums:
         self.variance[row] += (variance * share).sum(axis=(1, 2))
 
     def factors(self) -> np.ndarray:
-        """1 where nothing was predicted."""
+        """The factors; 1 where nothing was predicted."""
         ratio = np.divide(
             self.error, self.variance, out=np.ones_like(self.error), where=self.variance > 0
         )
@@ -132,7 +138,7 @@ class _Sums:
 def estimate_inflation(
     plan: Plan, times: np.ndarray, parts: Iterable[BlendedPart]
 ) -> SpreadInflation:
-    """Factors from all given times. parts: what the plan predicts at them.
+    """Estimate the factors from all given times. parts: the plan's predictions at these times.
 
     Raises:
         ValueError: a single member, or a task of whose prediction the store holds no truth.

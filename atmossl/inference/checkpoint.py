@@ -1,4 +1,4 @@
-"""Loading a checkpoint for inference: it needs nothing but the file."""
+"""Loads a checkpoint for inference, which needs nothing but the file."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ _MUST_AGREE = ("streams", "network", "model", "statistics", "window")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with averaged weights, and what it was trained on.
+    """A model with averaged weights, and the record of its training.
 
     record: streams, model arguments, statistics, window and resolved configuration, as saved.
     provides: what its objective taught it, see `atmossl.objectives.base.Objective`.
@@ -61,7 +61,7 @@ class TrainedModel:
     plugins: tuple[str, ...] = ()
 
     def require(self, ability: str) -> None:
-        """Raise ValueError if the objective did not teach it this."""
+        """Raise ValueError if the objective did not teach the model this ability."""
         if ability not in self.provides:
             name = objective_name(self.record["objective"]["kind"])
             raise ValueError(
@@ -71,7 +71,7 @@ class TrainedModel:
 
     @property
     def pressure_levels(self) -> bool:
-        """Whether its levels are pressures in hPa; else they are numbers of model levels."""
+        """Whether levels are pressures in hPa; else they are numbers of model levels."""
         return self.record.get("levels_are", "pressure") == "pressure"
 
     def check_levels(self, segment: Segment) -> None:
@@ -86,7 +86,7 @@ class TrainedModel:
 
     @property
     def own_specs(self) -> tuple[StreamSpec, ...]:
-        """Streams of the run's own data, whose grid predictions lie on."""
+        """The streams of the run's own data, on whose grid predictions lie."""
         return tuple(spec for spec in self.specs if spec.data == PRIMARY)
 
     @property
@@ -94,8 +94,8 @@ class TrainedModel:
         return tuple(levels_by_variable(self.own_specs))
 
     def specs_for(self, task: Task | None = None) -> tuple[StreamSpec, ...]:
-        """The streams as they are to be read: if the task fills missing values, those of all
-        predicted ones are marked, not only where the model was trained to miss them."""
+        """The streams as they are read for a task. If the task fills missing values, those of
+        all predicted streams are marked, not only where training had some."""
         if task is None or not task.fills_missing:
             return self.specs
         return tuple(
@@ -104,7 +104,7 @@ class TrainedModel:
 
     @property
     def level_values(self) -> dict[str, tuple[int, ...]]:
-        """Levels of every predicted variable in hPa; (0,) at the surface."""
+        """The levels of every predicted variable in hPa; (0,) at the surface."""
         return self.predicted_levels(PRIMARY)
 
     def predicted_levels(self, data: str) -> dict[str, tuple[int, ...]]:
@@ -119,8 +119,8 @@ class TrainedModel:
 
 
 def objective_name(kind: str) -> str:
-    """What a user writes for an objective of that class: the name of its file in conf/objective,
-    of a plugin's the class."""
+    """The name of an objective for users: of its file in conf/objective, or, for a plugin, of
+    the class."""
     target = snake_case(target_name(kind).rpartition(".")[2])
     if not kind.startswith("atmossl."):
         return kind
@@ -132,8 +132,8 @@ def objective_name(kind: str) -> str:
 
 
 def checkpoint_path(name: str, key: str = "checkpoint") -> Path:
-    """A checkpoint of the package by its name (`PACKAGED`), one of a model hub by `hf://OWNER/NAME`
-    (`atmossl.hub`), the last one of a run by the run's folder, anything else is a path.
+    """The file of a checkpoint. A name in `PACKAGED` means one of the package, `hf://OWNER/NAME`
+    one of a model hub (`atmossl.hub`), a run's folder its last one; anything else is a path.
 
     key: of the configuration, for messages.
 
@@ -157,7 +157,7 @@ def checkpoint_path(name: str, key: str = "checkpoint") -> Path:
 
 
 def read_checkpoint(name: str) -> dict[str, Any]:
-    """The raw contents; ValueError if it is truncated or not one of ours."""
+    """The raw contents of a checkpoint; ValueError if it is truncated or not one of ours."""
     return read_contents(checkpoint_path(name))
 
 
@@ -208,7 +208,7 @@ def load_checkpoint(name: str, plugins: Sequence[str] = ()) -> TrainedModel:
 
 @contextmanager
 def naming_network(name: str) -> Generator[None]:
-    """Say of which checkpoint the record makes no network, in one line."""
+    """A context that names the checkpoint if its record makes no network, in one line."""
     try:
         yield
     except ValidationError as error:
@@ -222,8 +222,8 @@ def naming_network(name: str) -> Generator[None]:
 
 
 def _specs_of(record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
-    """The streams of a record; ValueError for those of old checkpoints that predict a field
-    twice."""
+    """The streams of a record; ValueError for old checkpoints in which two streams predict a
+    field."""
     try:
         specs = tuple(spec_from_dict(values) for values in record["streams"])
     except ValueError as error:
@@ -264,7 +264,7 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
 
 
 def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """The averaged weights and the record alone: what inference needs.
+    """What inference needs of a checkpoint: the averaged weights and the record.
 
     Of several checkpoints, stages of one run say, the mean of their weights and the last one's
     record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
@@ -310,7 +310,8 @@ def export(names: Sequence[str], output: Path, plugins: Sequence[str] = ()) -> N
 
 
 def _mean(values: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """What is no weight is the last one's."""
+    """The mean of several values of one tensor; a tensor that is no weight is that of the last
+    checkpoint."""
     if not values[-1].is_floating_point():
         return values[-1]
     return torch.stack([value.float() for value in values]).mean(dim=0).to(dtype)

@@ -40,7 +40,7 @@ _OFFSET = {"long_name": "time from init_time to the centre of the token"}
 
 @dataclass(frozen=True)
 class StreamField:
-    """One stream's latents of one window on the whole grid, and their tokens' coordinates:
+    """One stream's latents of one window on the whole grid, and the coordinates of their tokens:
     `offset` hours from the reference time, `level` hPa, degrees."""
 
     latents: Float[np.ndarray, "offset level latitude longitude feature"]
@@ -59,7 +59,7 @@ class _Tile:
 
 @dataclass
 class _Blend:
-    """The sum of a stream's weighted tiles, and the coordinates that they brought."""
+    """The weighted sum of a stream's tiles, and their coordinates."""
 
     spec: StreamSpec
     num_lat: int
@@ -69,7 +69,8 @@ class _Blend:
     coordinates: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, latents: np.ndarray, tile: _Tile, grid: TokenGrid, number: int) -> None:
-        """[level nt nlat nlon feature] of one tile, the sample `number` of a batch."""
+        """Add the latents [level nt nlat nlon feature] of one tile, which is sample `number` of
+        a batch."""
         size = self.spec.token_size
         rows = tile.box.lat_start // size.lat + np.arange(latents.shape[2])
         first = (tile.box.lon_start - self.first_lon) // size.lon
@@ -136,7 +137,7 @@ class Embedder:
 
     @property
     def shown_specs(self) -> tuple[StreamSpec, ...]:
-        """The run's own streams without those that are withheld."""
+        """The run's own streams, without those that are withheld."""
         return tuple(spec for spec in self.trained.own_specs if spec.name not in self.withheld)
 
     @property
@@ -186,13 +187,13 @@ class Embedder:
         )
 
     def fields(self, time: np.datetime64) -> dict[str, StreamField]:
-        """Every stream's latents of the window that ends at a reference time."""
+        """The latents of every stream for the window that ends at a reference time."""
         return self.fields_of_layers(time, (self.layer,))[0]
 
     def fields_of_layers(
         self, time: np.datetime64, layers: Sequence[int]
     ) -> list[dict[str, StreamField]]:
-        """As `fields`, of several layers from one pass of the encoder."""
+        """The same as `fields` for several layers, from one pass of the encoder."""
         source, (num_lat, num_lon) = self.find(time), self.segment.grid.shape
         blends = [
             {
@@ -238,8 +239,8 @@ class Embedder:
     def dataset(
         self, times: np.ndarray, fields: dict[str, StreamField] | None = None
     ) -> xr.Dataset:
-        """Described as CF asks. fields: of the only time; without, empty and lazy for all times,
-        with the tokens of the first."""
+        """A dataset with CF attributes. fields: of a single time; without them the dataset is
+        lazy and empty, for all times, with the tokens of the first."""
         described = fields or self.fields(times[0])
         several = len(described) > 1
         dataset = xr.Dataset(coords={"init_time": self.segment.calendar.dates(times)})
@@ -272,7 +273,7 @@ class Embedder:
     def _coordinates(
         self, times: np.ndarray, stream: StreamField, dims: tuple[str, ...], time_name: str
     ) -> dict[str, Any]:
-        """Of the tokens' centres: offset and the valid times that follow, level and place."""
+        """The coordinates of the tokens' centres: offset, valid time, level and place."""
         offset = np.round(stream.offset * 3600).astype("timedelta64[s]")
         valid = self.segment.calendar.dates((times[:, None] + offset).ravel())
         values = (offset.astype("timedelta64[ns]"), stream.level, stream.latitude, stream.longitude)
@@ -294,7 +295,7 @@ def _add_batch(blend: _Blend, stream: StreamLatents, layer: int, batch: Sequence
 
 
 def embeddings(embedder: Embedder, times: Sequence[np.datetime64]) -> Iterator[xr.Dataset]:
-    """One dataset after another, in memory, for every reference time."""
+    """The latents of every reference time, one dataset after another, in memory."""
     for time in times:
         yield embedder.dataset(np.array([time]), embedder.fields(time))
 
@@ -306,7 +307,8 @@ def write_embeddings(
     *,
     advance: Callable[[float], object] = float,  # of no consequence
 ) -> None:
-    """Write the latents of all times as zarr, a time at a time; `output` appears when it is whole.
+    """Write the latents of all times as zarr, time after time. `output` appears when it is
+    complete.
 
     Raises:
         ValueError: the output exists or is no zarr.

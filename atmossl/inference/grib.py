@@ -1,4 +1,5 @@
-"""GRIB2 of predictions, through ecCodes: one message per time, lead time, member and level."""
+"""Writes predictions as GRIB2, through ecCodes: one message per time, lead time, member and
+level."""
 
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ _MINUTE = np.timedelta64(1, "m")
 
 
 def eccodes_module() -> ModuleType:
-    """ecCodes for Python; ValueError if it is not installed."""
+    """The Python package of ecCodes; ValueError if it is not installed."""
     try:
         import eccodes
     except (ImportError, RuntimeError) as error:
@@ -41,7 +42,8 @@ def eccodes_module() -> ModuleType:
 
 
 def check_grib(plan: Plan) -> None:
-    """Raise ValueError, before any work, for what GRIB2 cannot hold or ecCodes does not know."""
+    """Raise ValueError, before any work, for a prediction that GRIB2 cannot hold or ecCodes does
+    not know."""
     if not plan.segment.calendar.plain:
         name = plan.segment.calendar.name
         raise ValueError(f"output: .grib2 has no calendar {name}; write .zarr or .nc")
@@ -58,7 +60,7 @@ def check_grib(plan: Plan) -> None:
 
 
 def write_grib(store: xr.Dataset, path: Path) -> None:
-    """All fields of a prediction, of either layout, one after another."""
+    """Write all fields of a prediction, of either layout, one after another."""
     eccodes = eccodes_module()
     names = {"number": "member", "prediction_timedelta": "lead_time"}
     store = store.rename({old: new for old, new in names.items() if old in store.dims})
@@ -77,7 +79,7 @@ def write_grib(store: xr.Dataset, path: Path) -> None:
 
 
 def _sample(eccodes: ModuleType, store: xr.Dataset) -> Any:
-    """A message with everything that all have in common; rows from north to south."""
+    """A message with the headers that all messages have in common; rows run from north to south."""
     lat, lon = store["latitude"].values, store["longitude"].values % 360.0
     keys = {
         "Ni": len(lon),
@@ -102,7 +104,7 @@ def _sample(eccodes: ModuleType, store: xr.Dataset) -> Any:
 
 
 def _write_case(eccodes: ModuleType, message: Any, file: BinaryIO, array: xr.DataArray) -> None:
-    """All lead times, levels and members of one variable at one reference time."""
+    """Write all lead times, levels and members of one variable at one reference time."""
     if "lead_time" not in array.dims:
         array = array.expand_dims(lead_time=[np.timedelta64(0, "ns")])
     surface = "level" not in array.dims

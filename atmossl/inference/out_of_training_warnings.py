@@ -1,4 +1,5 @@
-"""What a task asks of a checkpoint that its training never did."""
+"""Warnings when a task asks a checkpoint for something that its training never had: other masks,
+places, dates, levels or values."""
 
 import calendar
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,9 @@ _HALF_MONTH_DAYS = 15
 
 @dataclass(frozen=True)
 class _Seen:
-    """Features of masks. steps: most whole steps hidden. always: largest share of places hidden at
-    every step. streams: whether a whole stream was hidden beside a visible one."""
+    """Features of masks. steps: the most whole steps hidden. always: the largest share of places
+    that are hidden at every step. streams: whether a whole stream was hidden beside a visible
+    one."""
 
     kinds: frozenset[str]
     factors: frozenset[int]
@@ -56,7 +58,8 @@ class _Seen:
 def unseen(
     view: View, sampler: MaskingSampler, factor: int | None = None, *, stretch: float = 1.0
 ) -> list[str]:
-    """How the view's mask goes beyond the draws of the sampler of the training, in sentences.
+    """Sentences on how a view's mask goes beyond the masks of training, from draws of the
+    training's sampler.
 
     factor: of the view's coarse tokens; not compared if None. stretch: the training's time step
     over that of the view, so that the sampler meets windows as in training.
@@ -116,8 +119,8 @@ def untrained_step(step_hours: float, trained_hours: float | None) -> list[str]:
 
 
 def unseen_place(training: Seen, grid: Grid) -> list[str]:
-    """Sentences if the grid's cells are of another size than those of the training, or lie beyond
-    them by more than one."""
+    """Sentences if the grid's cells are of another size than in training, or lie further than
+    one cell beyond those of training."""
     lines = []
     if training.cell is not None:
         cell = (grid.latitude_spacing, grid.longitude_spacing)
@@ -191,8 +194,8 @@ def unseen_levels(view: View) -> list[str]:
 def unseen_values(
     windows: Sequence[StreamWindow], statistics: Mapping[str, Statistics]
 ) -> list[str]:
-    """A sentence for every variable with values beyond those of the training by more than a
-    standard deviation, at the level where they are furthest. statistics: by `data` of streams."""
+    """A sentence for every variable with values beyond those of training by more than a standard
+    deviation, at the level where they are furthest. statistics: by `data` of streams."""
     lines: dict[str, str] = {}
     for window in windows:
         training = statistics[window.spec.data]
@@ -206,7 +209,7 @@ def unseen_values(
 
 
 def _unseen_range(window: StreamWindow, row: int, statistics: Statistics) -> str:
-    """Where and how far one variable of a window is beyond the training; empty if it is not."""
+    """Where and how far one variable of a window is beyond training; empty if it is not."""
     spec, name = window.spec, window.spec.variables[row]
     mean, std, low, high = (
         statistics.select(spec, field)[row].double().numpy()
@@ -237,8 +240,8 @@ _HOUR_US = 3.6e9
 
 
 def unseen_by_training(plan: Plan, times: np.ndarray, view: View) -> list[str]:
-    """Sentences on cells, places, dates, calendar, levels and values that the training never had;
-    none on what its record does not tell. view: what the network is shown at the first time."""
+    """Sentences on cells, places, dates, calendar, levels and values that training never had, as
+    far as the checkpoint's record tells. view: what the network is shown at the first time."""
     trained, segment = plan.trained, plan.segment
     by_data = seen_in_training(trained)
     training, lines = by_data.get(PRIMARY, Seen()), []
@@ -256,8 +259,8 @@ def unseen_by_training(plan: Plan, times: np.ndarray, view: View) -> list[str]:
 
 
 def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:
-    """By the streams' `data`. Checkpoints before version 0.2 tell the period alone, and those of
-    the package's own data, which do not change, the rest."""
+    """Dates and places of training, by the streams' `data`. Checkpoints before version 0.2 tell
+    the period alone; for the package's own data, which do not change, the rest is known."""
     record = trained.record
     if record.get("seen"):
         return {data: Seen.from_dict(values) for data, values in record["seen"].items()}
@@ -271,13 +274,13 @@ def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:
 
 @cache
 def _sample(variables: tuple[str, ...], levels: tuple[int, ...]) -> tuple[str, Seen]:
-    """Period and places of the sample's training split."""
+    """The period and places of the sample's training split."""
     segments = open_split(catalog_entry(_SAMPLE), "train", variables=variables, levels=levels)
     return "; ".join(f"{s.name} {s.period}" for s in segments), Seen.of(segments)
 
 
 def _told_days(plan: Plan, times: np.ndarray, view: View) -> list[int]:
-    """Days of the year of all windows and leads, as the network is told them."""
+    """The days of the year of all windows and leads, as the network is told them."""
     hours = view.streams[0].grid.time_hours.double().numpy()
     last = float(plan.leads.max() / np.timedelta64(1, "h")) + hours[0]
     window_times = np.append(hours, max(last, hours[-1])) * _HOUR_US
@@ -304,9 +307,12 @@ def _windows(plan: Plan, times: np.ndarray) -> list[StreamWindow]:
 def out_of_training_warnings(
     plan: Plan, times: np.ndarray, sampler: MaskingSampler | str | None
 ) -> list[str]:
-    """What the task asks at these times that the checkpoint's training never did, as far as that
-    is recorded. sampler: of the training's masks; None if that is not recorded, and a text that
-    says so if it may not be known."""
+    """Sentences on what the task asks at these times that training never had, as far as the
+    checkpoint records it.
+
+    sampler: of the training's masks; None if it is not recorded, or a text that says why it may not
+        be built.
+    """
     record, view = plan.trained.record, first_view(plan, times[0])
     step_hours = float(plan.step / np.timedelta64(1, "h"))
     lines = untrained_step(step_hours, record.get("step_hours"))

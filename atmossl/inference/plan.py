@@ -36,7 +36,8 @@ Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in it
 
 @dataclass(frozen=True)
 class BlendedPart:
-    """What is ready to be written of one case, which is one init or valid time.
+    """A part of the prediction of one case that is ready to be written. A case is one init or valid
+    time.
 
     leads: times of the steps that the fields hold, from the reference time. rows: latitudes that
     they cover. completes: whether nothing is left of the case. departure: mean square per variable
@@ -55,7 +56,8 @@ class BlendedPart:
 
 @dataclass(frozen=True)
 class Source:
-    """A record, and its step at which a window's first read step lies.
+    """A record, and the step of it at which a window's first read step lies. member: the only
+    member of the prediction that is wanted; None: all.
 
     member: the only member of the prediction that is wanted; all by default.
     """
@@ -67,8 +69,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The cells of a source's grid that the cells of a segment fill. whole: them, as a
-    box in that grid; from its first column on if they close the circle."""
+    """The cells of a source's grid that the cells of a segment cover. whole: these cells, as a
+    box in that grid; the box starts at its first column if they close the circle."""
 
     nesting: Nesting
     whole: Box
@@ -85,18 +87,19 @@ class Coverage:
         return self.nesting.other.part(self.whole)
 
     def box(self, tile: Box) -> Box:
-        """A tile in cells of `grid`."""
+        """A tile, in cells of `grid`."""
         cells = self.nesting.box(tile)
         west = (cells.lon_start - self.whole.lon_start) % self.nesting.other.shape[1]
         return replace(cells, lat_start=cells.lat_start - self.whole.lat_start, lon_start=west)
 
     def row(self, row: int) -> int:
-        """Where a row of the segment's grid, with an edge in common, begins in `grid`."""
+        """The row of `grid` that begins at the same edge as a row of the segment's grid."""
         return row // self.nesting.lat.cells * self.nesting.lat.other_cells
 
     def weights(self, tile: np.ndarray) -> np.ndarray:
-        """Blending weights [lat lon] of a tile on the cells of `grid`: means over those of the
-        segment's cells in common blocks, so that they sum to one over tiles as those do."""
+        """The blending weights [lat lon] of a tile on the cells of `grid`: means over the
+        segment's cells in common blocks, so that they sum to one over tiles as the segment's
+        weights do."""
         lat, lon = self.nesting.lat, self.nesting.lon
         blocks = reduce(tile, "(lat y) (lon x) -> lat lon", "mean", y=lat.cells, x=lon.cells)
         return repeat(blocks, "lat lon -> (lat y) (lon x)", y=lat.other_cells, x=lon.other_cells)
@@ -147,22 +150,22 @@ class Plan:
 
     @property
     def segment(self) -> Segment:
-        """The first record, for what all of them share."""
+        """The first record, for properties that all records share."""
         return self.segments[0]
 
     @property
     def step(self) -> np.timedelta64:
-        """Time between the steps of a window."""
+        """The time between the steps of a window."""
         return self.segment.step // self.steps.refine
 
     @property
     def leads(self) -> np.ndarray:
-        """Time from the reference time to every step that is written."""
+        """The time from the reference time to every written step."""
         return np.array(self.steps.offsets) * self.step
 
     @property
     def members(self) -> tuple[int, ...] | None:
-        """Numbers of the members that are written; None: all of a tail that has no number."""
+        """The numbers of the written members; None: all members of a tail."""
         chosen = self.options.members
         if isinstance(chosen, tuple):
             return chosen
@@ -172,15 +175,15 @@ class Plan:
 
     @property
     def drawn(self) -> tuple[int, ...]:
-        """Numbers of the draws of noise that are computed: those that are written, but whole
-        ensembles of a calibrated checkpoint, whose spread is inflated around their mean."""
+        """The numbers of the draws of noise that are computed: the written ones, but whole
+        ensembles for a calibrated checkpoint, whose spread is inflated around the ensemble mean."""
         assert self.members is not None, "a network of noise has any number"
         if not isinstance(self.options.members, tuple) or "spread" not in self.trained.record:
             return self.members
         return tuple(range(max(EVALUATED_MEMBERS, 1 + max(self.members))))
 
     def written(self, fields: Fields) -> Fields:
-        """Of a whole ensemble, the members that are written."""
+        """The written members out of a whole ensemble."""
         chosen = self.options.members
         if not isinstance(chosen, tuple):
             return fields
@@ -190,7 +193,7 @@ class Plan:
 
     @property
     def row_chunk(self) -> int:
-        """Rows of latitude that are written at once."""
+        """How many rows of latitude are written at once."""
         align = self.tiles.align
         return max(1, round(self.tiles.lat_size * (1 - self.tiles.overlap)) // align) * align
 
@@ -199,15 +202,14 @@ class Plan:
         return self.coverage[data].grid
 
     def leads_of(self, data: str, time: np.datetime64, leads: np.ndarray) -> np.ndarray:
-        """Those of the leads from a reference time at which the streams with that `data` have
-        steps."""
+        """The leads from a reference time at which the streams with that `data` have steps."""
         if self.steps.refine > 1:  # steps between those of the only store
             return leads
         return self.find(time).segment.sources[data].leads(time, leads)
 
     def possible_times(self) -> np.ndarray:
-        """Reference times with all the steps around them that a window needs, in order; so far
-        apart that no valid time of a segment is written twice."""
+        """The reference times with all the steps around them that a window needs, in order, and
+        so far apart that no valid time of a segment is written twice."""
         steps = self.steps
         stride = 1 if steps.is_forecast or steps.refine > 1 else len(steps.offsets)
         return np.sort(
@@ -215,7 +217,7 @@ class Plan:
         )
 
     def with_truth(self, times: np.ndarray) -> np.ndarray:
-        """Those of the reference times for which the record holds all that would be written."""
+        """The reference times for which the record holds everything that would be written."""
 
         def has_truth(time: np.datetime64) -> bool:
             record = self.find(time).segment.times
@@ -225,11 +227,11 @@ class Plan:
 
     @property
     def steps_before(self) -> int:
-        """Steps of the store that are read before the reference time."""
+        """How many steps of the store are read before the reference time."""
         return (self.steps.reference - self.steps.read[0]) // self.steps.refine
 
     def _served(self, segment: Segment) -> np.ndarray:
-        """Times of a segment that have around them the steps that a window needs."""
+        """The times of a segment with the steps around them that a window needs."""
         before = self.steps_before
         stop = len(segment.times) - (len(self.steps.read) - 1 - before)
         return segment.times[before : max(before, stop)]
@@ -323,8 +325,8 @@ def _grid(task: Task, segment: Segment) -> Grid:
 
 
 def _tile_size(trained: TrainedModel, grid: Grid, align: int) -> tuple[int, int]:
-    """Rows and columns of a tile: those of the training's windows, or all that there are, in
-    whole tokens.
+    """The rows and columns of a tile: those of training's windows, or the whole grid if it is
+    smaller, in whole tokens.
 
     Raises:
         ValueError: the grid is smaller than a token.
@@ -347,7 +349,7 @@ def _tile_size(trained: TrainedModel, grid: Grid, align: int) -> tuple[int, int]
 def _shifts(
     trained: TrainedModel, segment: Segment, options: Options, align: int
 ) -> tuple[int, ...]:
-    """Of the tilings, cells: within one token, coarse cells staying where they are."""
+    """The shifts of the tilings in cells, within one token; coarse cells stay whole."""
     token = max(spec.token_size.lon for spec in trained.own_specs)
     shifts = {number * token // options.tilings for number in range(options.tilings)}
     first = options.lon_shift + segment.alignment.lon_shift
@@ -382,7 +384,7 @@ def _period(times: np.ndarray, calendar: Calendar) -> str:
 
 
 class HasTimes(Protocol):
-    """What can be worked out at reference times: a `Plan`, or latents (`Embedder`)."""
+    """Anything with reference times: a `Plan`, or latents (`Embedder`)."""
 
     @property
     def segment(self) -> Segment: ...
@@ -393,7 +395,8 @@ class HasTimes(Protocol):
 
 
 def chosen_times(plan: HasTimes, times: Times, every: int = 1) -> np.ndarray:
-    """Reference times in order, checked to have their steps; every n-th possible one for None.
+    """The reference times that a user chooses, in order, checked to have their steps; for None
+    every n-th possible one.
 
     Raises:
         ValueError: no dates, or dates that the store does not serve.
@@ -420,8 +423,9 @@ def chosen_times(plan: HasTimes, times: Times, every: int = 1) -> np.ndarray:
 
 
 def _dates_of(name: Any, plan: HasTimes) -> list[np.datetime64]:
-    """The date that is named, or those of a range `START/END` or `START/END/STEP`, both ends
-    included: a day as a whole. Without a step, all that the store serves.
+    """The dates that one name stands for: a date, or a range `START/END` or `START/END/STEP`, both
+    ends included; a day counts as a whole. Without a step the range holds all times that the store
+    serves.
 
     Raises:
         ValueError: no dates, no duration, or none in the range.
@@ -448,7 +452,8 @@ def _dates_of(name: Any, plan: HasTimes) -> list[np.datetime64]:
 
 
 def _named(times: Any, calendar: Calendar) -> list[Any]:
-    """Dates of numpy, pandas, xarray, cftime or the standard library as the calendar parses them.
+    """Dates of numpy, pandas, xarray, cftime or the standard library, in the form that the calendar
+    parses.
 
     Raises:
         ValueError: what is no date, or one of another calendar.

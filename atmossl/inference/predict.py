@@ -1,5 +1,5 @@
-"""Zero-shot prediction: a trained model under one task's mask, tile by tile, blended, in one pass
-or in passes that each go on from the members of the pass before.
+"""Zero-shot prediction: a trained model under one task's mask, in one pass, or in several passes (a
+rollout) that each start from the members of the pass before.
 
 Generators over init (or valid) times and bands of latitude, so memory grows neither with the number
 of times nor with the height of the grid.
@@ -25,7 +25,7 @@ States = dict[str, State]  # by `data` of the streams; their last steps are the 
 
 
 def predict_parts(plan: Plan, times: Sequence[np.datetime64]) -> Iterator[BlendedPart]:
-    """All that is written, case after case, each as soon as it is ready.
+    """Everything that is written, case after case, each part as soon as it is ready.
 
     Raises:
         ValueError: a time without its steps.
@@ -46,7 +46,7 @@ def predict_parts(plan: Plan, times: Sequence[np.datetime64]) -> Iterator[Blende
 def predict_fields(
     plan: Plan, times: Sequence[np.datetime64], data: str = PRIMARY
 ) -> Iterator[Fields]:
-    """For every reference time, each variable's blended ensemble over all that is written of the
+    """For every reference time each variable's blended ensemble, over all written steps of the
     streams with that `data`."""
     whole: Fields = {}
     for part in predict_parts(plan, times):
@@ -61,7 +61,8 @@ def predict_fields(
 
 
 def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
-    """One init time: every member's state is the start of its own next pass.
+    """Predict one init time by passes; the state that a member reaches is the start of its next
+    pass.
 
     A draw of noise goes on with its own noise (`model.ensemble=noise`), which follows from pass to
     pass. A member of the tail has its own place in the distribution everywhere on the globe; going
@@ -99,7 +100,7 @@ def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
 
 
 def _order(plan: Plan, init: np.datetime64, number: int, num_members: int) -> list[int]:
-    """Which member of the next pass each of those that are written goes on with."""
+    """Which member of the next pass each written member continues with."""
     members = plan.members or tuple(range(num_members))
     if plan.trained.model.any_member:
         return list(members)
@@ -116,14 +117,15 @@ def _permutation(seed: int, init: np.datetime64, number: int, num_members: int) 
 
 @dataclass(frozen=True)
 class Joined:
-    """Whole fields of one pass, and times of their steps from its start."""
+    """Whole fields of one pass, and the times of their steps from the start of the pass."""
 
     leads: np.ndarray
     fields: Fields
 
 
 def _joined(plan: Plan, sources: list[Source]) -> dict[str, Joined]:
-    """By the streams' `data`, what a pass predicts; members of all sources one after another."""
+    """The fields that a pass predicts, by the streams' `data`, with the members of all sources
+    one after another."""
     joined: dict[str, Joined] = {}
     for part in blended(plan, sources):
         joined_part = joined.setdefault(part.data, Joined(part.leads, {}))
@@ -139,7 +141,7 @@ def _joined(plan: Plan, sources: list[Source]) -> dict[str, Joined]:
 
 
 def _states(plan: Plan, segment: Segment, source: Source) -> States:
-    """The steps of every record that the first pass reads, at all its levels."""
+    """The steps of every record that the first pass reads, at all levels."""
     count = len(plan.steps.read)
     states = {}
     for data, read in segment.sources.items():
@@ -159,7 +161,7 @@ def _read(record: Segment, start: int, count: int, box: Box) -> State:
 
 
 def _appended(plan: Plan, states: States, joined: Mapping[str, Joined], member: int) -> States:
-    """The states moved on: their steps and those of the pass, of which the latest are kept."""
+    """The states after a pass: old steps and predicted ones, of which the latest are kept."""
     segment, moved = plan.segment, {}
     for data, state in states.items():
         record = segment.sources[data].segment
@@ -180,21 +182,21 @@ def _appended(plan: Plan, states: States, joined: Mapping[str, Joined], member: 
 
 
 def _kept(plan: Plan, record: Segment) -> int:
-    """Steps of a record that a pass can read; two at least, which make a record."""
+    """How many steps of a record a pass can read; at least two, which make a record."""
     read = len(plan.steps.read) * plan.segment.step
     return max(2, -int(-read // record.step))
 
 
 def _last(values: np.ndarray, count: int) -> np.ndarray:
-    """The latest steps of [level time lat lon], the first one repeated if they are fewer: before
-    it nothing is read."""
+    """The latest `count` steps of [level time lat lon]. If there are fewer, the first one is
+    repeated; nothing before it is read."""
     return np.take(values, np.arange(-count, 0).clip(-values.shape[1]), axis=1)
 
 
 def _source(
     plan: Plan, segment: Segment, states: States, latest: np.datetime64, member: int
 ) -> Source:
-    """The states as records whose last steps are the latest ones up to a time."""
+    """The states as records, whose last steps are the latest ones up to a time."""
     records: dict[str, Segment] = {}
     for data, read in segment.sources.items():
         record = replace(read.segment, grid=Coverage.of(segment, data).grid)

@@ -1,4 +1,4 @@
-"""Hidden cells from a user's files, and the task of inpainting that is made of them."""
+"""Reads hidden cells from a user's files, and makes the inpainting task of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ from atmossl.setting_types import Hours, NotNegative
 
 
 def read_cell_mask(path: Path) -> CellMask:
-    """A NetCDF or zarr file with one variable on (latitude, longitude), not 0 where hidden.
+    """Read the hidden cells from a NetCDF or zarr file with one variable on (latitude, longitude),
+    which is not 0 where a cell is hidden.
 
     Raises:
         ValueError: no such file, not one such variable, or one with missing values.
@@ -63,7 +64,7 @@ def read_cell_mask(path: Path) -> CellMask:
 
 @dataclass(frozen=True)
 class AllButListed:
-    """Every cell in which no station of a list lies. lat, lon: of the stations, degrees."""
+    """Every cell without a station of a list. lat, lon: of the stations, degrees."""
 
     lat: np.ndarray
     lon: np.ndarray
@@ -91,7 +92,8 @@ class AllButListed:
 
 
 def read_stations(path: Path) -> AllButListed:
-    """A CSV file with columns latitude and longitude in degrees.
+    """Read the positions of stations from a CSV file with columns latitude and longitude in
+    degrees.
 
     Raises:
         ValueError: no such file, or columns or values that do not fit.
@@ -140,8 +142,8 @@ def inpainting(
     missing: bool = False,
 ) -> Inpainting:
     """The task that hides `boxes` [south, north, west, east], the cells of a `mask_file`, all cells
-    but a share `observed` or those of the `stations` file, and further `regions`; for `hidden_time`
-    only, if given. missing: the store's missing values, too.
+    but a share `observed` or those of the `stations` file, and further `regions`; only for
+    `hidden_time`, if given. missing: hide the store's missing values, too.
 
     Raises:
         ValueError: a file that cannot be read or does not fit, or nothing is named.

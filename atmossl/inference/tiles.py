@@ -1,5 +1,5 @@
-"""One pass of the model over tiles: windows are read from a record and put under a task's mask, the
-model is shown them, and its tiles are blended into fields as they come in."""
+"""One pass of the model over tiles: read windows from a record, put them under a task's mask,
+run the model, and blend its tiles into fields."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,9 +39,8 @@ _TOLERANCE_HOURS = 1e-6
 
 @dataclass(frozen=True)
 class WindowReader:
-    """Reads windows of a task's steps. grid: of the windows. task: which may fill missing values,
-    or read coarse cells; none for windows in which nothing is hidden.
-    """
+    """Reads windows of a task's steps. grid: of the windows. task: decides whether missing
+    values are filled, or cells are coarse; None for windows in which nothing is hidden."""
 
     trained: TrainedModel
     plan: TimePlan
@@ -50,13 +49,13 @@ class WindowReader:
 
     @property
     def coarse(self) -> int:
-        """Cells of `grid` along one cell of the record."""
+        """How many cells of `grid` lie along one cell of the record."""
         return 1 if self.task is None else self.task.coarse_factor
 
     def read(self, source: Source, box: Box) -> tuple[StreamWindow, ...]:
-        """All streams in a box of cells over all steps of the window; steps that are not read
-        repeat the last one before, and are hidden by the task. What is computed from time and
-        place has its true values at all steps."""
+        """Read all streams in a box of cells over all steps of the window. Steps that are not
+        read repeat the last one before, and the task hides them. Forcings have their true values
+        at all steps."""
         factor, segment, plan = self.coarse, source.segment, self.plan
         cells = Box(
             box.lat_start // factor,
@@ -110,8 +109,8 @@ class WindowReader:
         )
 
     def _times(self, data: str, source: Source) -> np.ndarray:
-        """Times of all steps of a stream's window, in the record's calendar; they may lie outside
-        the record."""
+        """The times of all steps of a stream's window, in the record's calendar; they may lie
+        outside the record."""
         segment, plan, count = source.segment, self.plan, self.trained.window.time
         if plan.refine > 1:  # steps between those of the only store
             steps = np.arange(count) - plan.read[0]
@@ -122,7 +121,7 @@ class WindowReader:
         return read.segment.times[0] + np.array(steps) * read.segment.step
 
     def _placed(self, window: StreamWindow, box: Box) -> StreamWindow:
-        """Coarse cells repeated over the fine ones that lie in them."""
+        """Coarse cells, repeated over the fine cells that lie in them."""
         if self.coarse == 1:
             return window
         lat, lon = box.lat_index(), box.lon_index(self.grid.shape[1])
@@ -139,7 +138,7 @@ class WindowReader:
 
 
 def _unread(window: StreamWindow, hours: Float[Tensor, "time"]) -> StreamWindow:
-    """A stream of which the task reads no step: nothing but zeros, all of which the task hides.
+    """Zeros for a stream of which the task reads no step; the task hides all of them.
 
     Raises:
         ValueError: the stream is never hidden, so that the zeros would be seen.
@@ -158,8 +157,7 @@ def _unread(window: StreamWindow, hours: Float[Tensor, "time"]) -> StreamWindow:
 def columns(
     windows: tuple[StreamWindow, ...], segment: Segment, band: Box, box: Box
 ) -> tuple[StreamWindow, ...]:
-    """The windows of a band, which goes around the grid of a segment, at the longitudes of a
-    box."""
+    """The part of a band around the globe that lies at the longitudes of a box."""
     parts = []
     for window in windows:
         nesting = segment.sources[window.spec.data].nesting
@@ -180,8 +178,8 @@ def columns(
 def masked_view(
     windows: tuple[StreamWindow, ...], task: Task, *, first_guess: FirstGuess
 ) -> tuple[View, tuple[Points, ...]]:
-    """The windows as tokens under the task's mask, and which points [variable level time lat lon]
-    of every stream it hides."""
+    """The windows as tokens under the task's mask, and the points [variable level time lat lon]
+    of every stream that it hides."""
     windows = task.change_coordinates(windows)
     task = task.with_gaps_of(windows)
     layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
@@ -198,7 +196,7 @@ def masked_view(
 
 
 def _without_gaps(window: StreamWindow, hidden: Points) -> StreamWindow:
-    """Missing values that are hidden count as observed: they are to be predicted."""
+    """A window in which hidden missing values count as observed, since they are to be predicted."""
     if window.valid is None or window.spec.role != "predict":
         return window
     return replace(window, valid=window.valid | hidden)
@@ -229,8 +227,8 @@ class TileBlender:
         self._variance: Fields = {}  # over members, kept as one member
 
     def add(self, spec: StreamSpec, values: np.ndarray, tile: Box, weight: np.ndarray) -> None:
-        """Add [variable step member level lat lon] of a stream, of which the lat and lon are the
-        tile's."""
+        """Add the values [variable step member level lat lon] of a stream's tile, with its
+        weight."""
         share = weight.astype(np.float32)
         self._add(self._fields, spec, values * share, tile)
         if self.keeps_variance:
@@ -252,7 +250,7 @@ class TileBlender:
                 field[..., at, rows, : tile.lon_size - before] += patch[..., before:]
 
     def _room(self, fields: Fields, name: str, shape: tuple[int, ...], num_rows: int) -> np.ndarray:
-        """The variable's field with at least so many rows."""
+        """The field of a variable, with at least so many rows."""
         field = fields.get(name)
         held = 0 if field is None else field.shape[-2]
         if field is None or held < num_rows:
@@ -263,7 +261,7 @@ class TileBlender:
         return field
 
     def take(self, end: int) -> tuple[slice, Fields]:
-        """Rows up to `end`, to which no more tiles come; they are forgotten here."""
+        """The rows up to `end`, to which no further tile contributes; the blender forgets them."""
         rows, count = slice(self.south, max(end, self.south)), max(end - self.south, 0)
         done = {name: field[..., :count, :] for name, field in self._fields.items()}
         for name, variance in self._variance.items():
@@ -279,7 +277,7 @@ def _rows_from(fields: Fields, first: int) -> Fields:
 
 
 def _with_variance(members: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Departures of members (axis 1) from their mean scaled to the given variance."""
+    """Members whose departures from their mean (axis 1) are scaled to the given variance."""
     departure = members - members.mean(axis=1, keepdims=True)
     present = (departure**2).mean(axis=1, keepdims=True)
     ratio = np.divide(variance, present, out=np.ones_like(present), where=present > 0)
@@ -302,8 +300,8 @@ _BY_CELL = (
 def coherent(
     fields: Float[Tensor, "batch member variable level step lat lon"], spec: StreamSpec
 ) -> Float[Tensor, "batch member variable level step lat lon"]:
-    """The same values at every point, ordered such that all cells of a token rank the members as
-    its first cell does. No score of single points changes.
+    """The same values at every point, reordered so that in all cells of a token the members have
+    the ranks that they have in its first cell. No score of single points changes.
 
     Source: ensemble copula coupling, Schefzik et al. (2013), Statistical Science 28, 616-640.
     """
@@ -319,7 +317,8 @@ def coherent(
 
 @dataclass(frozen=True)
 class _Tile:
-    """One tile of one case. complete: rows that are final once it is in, for the last of a row."""
+    """One tile of one case. complete: for the last tile of a row, how many rows are final after
+    it."""
 
     case: int
     box: Box
@@ -330,13 +329,13 @@ class _Tile:
 
 
 def first_view(plan: Plan, time: np.datetime64) -> View:
-    """What the model is shown of the first tile at a reference time; no batch axis."""
+    """The view of the first tile at a reference time, without a batch axis."""
     return next(_tiles(plan, [plan.find(time)])).view
 
 
 def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
-    """Bands of latitude of one source after another, for the steps of one pass; of streams with
-    data of their own before those of the others."""
+    """Blended bands of latitude of one source after another, for the steps of one pass. Streams
+    with data of their own come before the others."""
     tiles, blenders = _tiles(plan, sources), _blenders(plan)
     while batch := list(islice(tiles, plan.options.batch_size)):
         predicted = _predicted(plan, sources, batch)
@@ -355,7 +354,7 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
 def _predicted(
     plan: Plan, sources: Sequence[Source], batch: list[_Tile]
 ) -> list[tuple[StreamSpec, list[Float[np.ndarray, "variable step member level lat lon"]]]]:
-    """What every tile writes of every predicted stream."""
+    """The predicted steps of every predicted stream, for every tile."""
     device = plan.options.device
     views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
     view = views.to(device).views[0]
@@ -375,8 +374,8 @@ def _predicted(
 def _with_noise(
     plan: Plan, view: View, sources: Sequence[Source]
 ) -> tuple[View, list[int | Tensor]]:
-    """The view with one seed for all its samples, and the members to draw: the noise of a member
-    depends on the seed, place and time alone, so that tiles, dates and passes agree. A source that
+    """The view with one seed for all its samples, and the members to draw. The noise of a member
+    depends on seed, place and time alone, so that tiles, dates and passes agree. A source that
     asks for one member of a rollout has its own number in the batch."""
     assert view.noise_seed is not None
     seeded = replace(view, noise_seed=torch.full_like(view.noise_seed, plan.options.seed))
@@ -387,7 +386,7 @@ def _with_noise(
 
 
 def _blenders(plan: Plan) -> dict[str, TileBlender]:
-    """One for the grid of every source, that of the primary one last."""
+    """One blender for the grid of every source; that of the primary source comes last."""
     return {
         data: TileBlender(
             plan.grid_of(data).shape[1],
@@ -399,7 +398,7 @@ def _blenders(plan: Plan) -> dict[str, TileBlender]:
 
 
 def _placed(plan: Plan, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
-    """A tile and its weights on the grid of the streams with that `data`."""
+    """A tile and its weights, on the grid of the streams with that `data`."""
     coverage = plan.coverage[data]
     return coverage.box(tile.box), coverage.weights(tile.weight)
 
@@ -412,7 +411,7 @@ def _complete_rows(
     *,
     completes: bool,
 ) -> Iterator[BlendedPart]:
-    """The rows of every grid that are final after a tile."""
+    """How many rows of every grid are final after a tile."""
     assert tile.complete is not None
     for data, blender in blenders.items():
         end = plan.coverage[data].row(tile.complete)
@@ -427,8 +426,9 @@ def _complete_rows(
 def _members_of(
     plan: Plan, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
 ) -> Fields:
-    """The members that are written of the blended ensemble with calibrated spread, or the one of it
-    that a source asks for: of a tail, single members of tiles that overlap would average out."""
+    """The written members of the blended ensemble with calibrated spread, or the one that a
+    source asks for. For a tail the whole ensemble is blended: single members of overlapping
+    tiles would average out."""
     if data == PRIMARY:  # streams of other sources are not calibrated
         lat, lon = plan.grid.latitude[rows], plan.grid.longitude
         calibration = Calibration(plan.trained.record, plan.task)
@@ -441,7 +441,8 @@ def _members_of(
 
 
 def _written(plan: Plan, data: str, source: Source) -> tuple[list[int], np.ndarray]:
-    """Steps of a stream's window that one pass writes, and their times from its reference time."""
+    """The steps of a stream's window that one pass writes, and their times from its reference
+    time."""
     steps, segment = plan.steps, source.segment
     leads = np.array(steps.pass_offsets) * plan.step
     if steps.refine > 1:  # steps between those of the only store
@@ -462,8 +463,8 @@ def _windows(
     predicted: StreamPrediction,
     batch: list[_Tile],
 ) -> list[Float[np.ndarray, "variable step member level lat lon"]]:
-    """What every tile of a batch writes of a stream; a stream with data of its own may have other
-    steps for every source."""
+    """The written values of a stream, for every tile of a batch. A stream with data of its own
+    may have other steps for every source."""
     written = [_written(plan, stream.spec.data, sources[tile.case])[0] for tile in batch]
     needed = list(dict.fromkeys(step for steps in written for step in steps))
     fields = _fields(plan, stream, predicted, batch, needed)
@@ -474,7 +475,7 @@ def _windows(
 
 
 def _tiles(plan: Plan, sources: Sequence[Source]) -> Iterator[_Tile]:
-    """Tiles of all sources in the order of writing; each band of latitude is read once."""
+    """The tiles of all sources in the order of writing; each band of latitude is read once."""
     tiling, (num_lat, num_lon) = plan.tiles, plan.grid.shape
     reader = WindowReader(plan.trained, plan.steps, plan.grid, plan.task)
     rows = tiling.rows()
@@ -503,8 +504,7 @@ def _fields(
     batch: list[_Tile],
     steps: list[int],
 ) -> Float[np.ndarray, "batch variable step member level lat lon"]:
-    """Some steps of windows in the variables' own units: predicted where hidden, as given
-    elsewhere."""
+    """Some steps of windows in physical units: predicted where hidden, as given elsewhere."""
     spec = stream.spec
     fields = detokenise(_in_place(predicted, stream), spec)[..., steps, :, :]
     if not plan.trained.model.any_member:
@@ -528,7 +528,7 @@ def _fields(
 def _in_place(
     predicted: StreamPrediction, stream: StreamTokens
 ) -> Float[Tensor, "batch member level nt nlat nlon patch"]:
-    """Queries back at their tokens, zeros where nothing was asked."""
+    """Predicted queries at the places of their tokens, with zeros elsewhere."""
     num_level, num_time, num_lat, num_lon = stream.grid.shape
     return rearrange(
         scatter(predicted.members.flatten(2), predicted.queries),
@@ -544,8 +544,8 @@ def _in_place(
 def compare_with_coarse(
     plan: Plan, task: Downscaling, part: BlendedPart, source: Source
 ) -> BlendedPart:
-    """A part of a downscaling, corrected if the task says so, and per variable the mean square of
-    what its coarse cells lack of the given ones then."""
+    """A part of a downscaling, corrected if the task says so; and per variable the mean square
+    difference of its coarse cells from the given ones."""
     factor = task.factor
     step = source.start + plan.steps_before
     weight = torch.from_numpy(plan.grid.weights[part.rows]).float()
@@ -567,8 +567,8 @@ def compare_with_coarse(
 def _given_coarse(
     plan: Plan, task: Downscaling, name: str, segment: Segment, step: int, rows: slice
 ) -> Tensor:
-    """Coarse cells [level lat lon] of one variable at one step of a record, which is fine or
-    coarse itself."""
+    """The given coarse cells [level lat lon] of one variable at one step; the record itself is
+    fine or coarse."""
     factor, num_lon = task.factor, plan.grid.shape[1]
     box = Box(rows.start, 0, rows.stop - rows.start, num_lon)
     if task.coarse_input:

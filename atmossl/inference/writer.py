@@ -1,5 +1,5 @@
-"""Predictions to disk, part by part: what is written is readable, and an unfinished output goes on
-where it stopped. It appears under its own name when it is complete."""
+"""Writes predictions to disk, part by part. What is written is readable at once, and an
+unfinished output can be continued. It gets its own name when it is complete."""
 
 import errno
 import hashlib
@@ -69,7 +69,7 @@ COORDINATES = {
 
 
 def attributes_of(coordinate: str, *, pressure_levels: bool) -> dict[str, str]:
-    """Attributes of a coordinate of predictions and latents, as CF names them."""
+    """The CF attributes of a coordinate of predictions and latents."""
     is_number = coordinate == "level" and not pressure_levels
     return dict(COORDINATES["model_level" if is_number else coordinate])
 
@@ -108,13 +108,13 @@ class OutputLayout:
 
     @cached_property
     def _written(self) -> list[np.ndarray]:
-        """Of every case, the times from the reference time to its steps."""
+        """For every case, the times from the reference time to its steps."""
         used = self.plan
         return [used.leads_of(self.data, time, used.leads) for time in self.times]
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """Times from the reference time to the steps that any case has."""
+        """The times from the reference time to the steps that any case has."""
         return self.plan.leads[np.isin(self.plan.leads, np.concatenate(self._written))]
 
     @cached_property
@@ -140,7 +140,7 @@ class OutputLayout:
 
     @property
     def variables(self) -> list[str]:
-        """All that is predicted."""
+        """All predicted variables."""
         return list(self.plan.trained.predicted_levels(self.data))
 
     @property
@@ -148,7 +148,7 @@ class OutputLayout:
         return self.plan.grid_of(self.data)
 
     def where(self, case: int, leads: np.ndarray) -> tuple[int | slice | np.ndarray, ...]:
-        """Place of some steps of a case along the first dimensions."""
+        """The position of some steps of a case along the first dimensions."""
         if self.plan.steps.is_forecast:
             return case, _numbers(np.isin(self.steps, leads))
         return (_numbers(np.isin(self.valid_times, self.times[case] + leads)),)
@@ -175,8 +175,8 @@ class OutputLayout:
         return {name: values for name, values in coordinates.items() if name not in unused}
 
     def place(self, variable: str, values: np.ndarray) -> np.ndarray:
-        """[step member level lat lon] over all levels of the prediction, NaN at those that the
-        variable lacks; without level axis at the surface."""
+        """Values [step member level lat lon] on all levels of the prediction, NaN at levels that
+        the variable lacks; without level axis at the surface."""
         levels = self.levels_of(variable)
         if levels == (0,):
             return values[:, :, 0]
@@ -188,7 +188,7 @@ class OutputLayout:
         return whole
 
     def dataset(self, fields: Fields | None = None) -> xr.Dataset:
-        """Described as CF asks: with the fields of a single case, or empty and lazy."""
+        """A dataset with CF attributes: with the fields of a single case, or empty and lazy."""
         coordinates = self.coordinates()
         arrays = {}
         for name in self.variables:
@@ -213,7 +213,8 @@ class OutputLayout:
         return dataset.rename(present)
 
     def chunks(self, variable: str) -> tuple[int, ...]:
-        """What is written at once: one pass of one case, some rows."""
+        """The chunks of a variable: as much as is written at once, one pass of one case, some
+        rows."""
         steps, rows = self.plan.steps, self.plan.row_chunk
         num_steps = min(steps.steps_per_pass, len(steps.offsets))
         sizes = {name: len(values) for name, values in self.coordinates().items()}
@@ -247,7 +248,7 @@ class OutputLayout:
 
 
 def _numbers(chosen: np.ndarray) -> slice | np.ndarray:
-    """Numbers of what is chosen, as a slice if they follow one another."""
+    """The positions that are chosen, as a slice if they follow one another."""
     numbers = np.flatnonzero(chosen)
     first, end = int(numbers[0]), int(numbers[-1]) + 1
     return slice(first, end) if len(numbers) == end - first else numbers
@@ -272,7 +273,8 @@ def _description(name: str) -> dict[str, str]:
 
 
 def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:
-    """Types on disk: whole hours where the steps allow, no fill value where nothing can lack."""
+    """The types on disk: whole hours where steps allow, no fill value where no value can be
+    missing."""
     encodings: dict[str, dict[str, object]] = {}
     for name, values in dataset.coords.items():
         key, kind = str(name), values.dtype.kind
@@ -299,8 +301,8 @@ SUFFIXES = (".zarr", ".nc", ".grib2")
 
 
 def check_output(output: Path, *, resume: bool = False) -> None:
-    """Raise ValueError, before any work, if the output exists. Whoever owns it (`atmossl.locks`)
-    has shown that its folder can be written."""
+    """Raise ValueError, before any work, if the output exists. That its folder can be written
+    was shown when the output was locked (`atmossl.locks`)."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"output={output} must end in {', '.join(SUFFIXES)}")
     if output.exists():
@@ -317,7 +319,7 @@ def check_output(output: Path, *, resume: bool = False) -> None:
 
 
 def partial_of(output: Path) -> Path:
-    """The zarr store that holds what is written so far."""
+    """The unfinished zarr store of an output."""
     return output.with_name(f".{output.name}.partial")
 
 
@@ -379,8 +381,9 @@ def write(
 
 
 def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName = "cf") -> int:
-    """Bytes that will be written, before compression; ValueError, before anything is read, for a
-    task that fits neither store nor model, or a prediction that the output cannot hold."""
+    """The number of bytes that will be written, before compression. Raises ValueError, before
+    anything is read, for a task that fits neither store nor model, or a prediction that the
+    output cannot hold."""
     grids = _layouts(plan, times, 1, names)
     if output.suffix == ".grib2":
         from atmossl.inference.grib import check_grib
@@ -400,7 +403,7 @@ def _kept(progress: _Progress, times: np.ndarray, partial: Path) -> str:
 
 
 def _request(plan: Plan, times: np.ndarray, names: str) -> dict[str, str]:
-    """All that the content depends on."""
+    """All settings on which the content of the output depends."""
     return {
         "task": repr(plan.task),
         "checkpoint": plan.trained.digest,
@@ -417,8 +420,8 @@ def _request(plan: Plan, times: np.ndarray, names: str) -> dict[str, str]:
 
 
 def _content_of_stores(plan: Plan, times: np.ndarray) -> dict[str, str]:
-    """By store, a hash of its state: of the whole, and of the fields at some of the times. For one
-    time there is none, since nothing of it would be kept."""
+    """A hash of the state of each store: of the whole, and of the fields at some of the times.
+    Empty for a single time, since nothing of it would be kept."""
     if len(times) == 1:
         return {}
     chosen = times[np.unique(np.linspace(0, len(times) - 1, _NUM_SAMPLED).astype(int))]
@@ -440,12 +443,12 @@ def _content_of_stores(plan: Plan, times: np.ndarray) -> dict[str, str]:
 
 
 def _digest(times: np.ndarray) -> str:
-    """Tells lists of dates apart that have the same ends."""
+    """A hash that tells lists of dates apart that have the same ends."""
     return hashlib.sha256(np.ascontiguousarray(times).tobytes()).hexdigest()[:8]
 
 
 def _begun(partial: Path, request: dict[str, str]) -> _Progress:
-    """Where an unfinished output stopped; the beginning if there is none.
+    """The progress of an unfinished output; that of an empty one if there is none.
 
     Raises:
         ValueError: it belongs to another request; names what differs.
@@ -474,7 +477,7 @@ def _begun(partial: Path, request: dict[str, str]) -> _Progress:
 def _written(
     plan: Plan, times: np.ndarray, partial: Path, names: LayoutName, progress: _Progress
 ) -> Iterator[BlendedPart]:
-    """Every part, once it is in the store."""
+    """Write the parts; yields each one once it is in the store."""
     done = progress.cases
     layouts: dict[str, OutputLayout] = {}
     groups: dict[str, zarr.Group] = {}
@@ -499,7 +502,7 @@ def _written(
 def _layouts(
     plan: Plan, times: np.ndarray, num_members: int, names: LayoutName
 ) -> dict[str, OutputLayout]:
-    """By the streams' `data`, for every source of which anything is written.
+    """The output layout of every source of which anything is written, by the streams' `data`.
 
     Raises:
         ValueError: times that do not fit, or a group that would have the name of a variable.
@@ -519,7 +522,7 @@ def _layouts(
 
 
 def _make_empty(partial: Path, layouts: dict[str, OutputLayout]) -> None:
-    """A store of missing values."""
+    """Create a store of missing values."""
     shutil.rmtree(partial, ignore_errors=True)
     for data, layout in layouts.items():
         empty = layout.dataset()
@@ -544,7 +547,7 @@ def _put(group: zarr.Group, layout: OutputLayout, part: BlendedPart, case: int) 
 
 
 def _finish(partial: Path, output: Path, progress: _Progress) -> None:
-    """The complete store under its name, in the format that its ending asks for."""
+    """Give the complete store its name, in the format that its ending asks for."""
     group = zarr.open_group(partial, mode="r+")
     grids = sorted(group.group_keys())
     for name, total in progress.squares.items():
@@ -568,7 +571,7 @@ def _finish(partial: Path, output: Path, progress: _Progress) -> None:
 
 
 def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
-    """One group of the store as a group of a NetCDF file, or as GRIB2."""
+    """Write one group of the store as a group of a NetCDF file, or as GRIB2."""
     with xr.open_zarr(partial, group=group, consolidated=False, decode_timedelta=True) as store:
         store = store[sorted(map(str, store.data_vars))]  # folders are listed in any order
         if suffix == ".nc":
@@ -588,8 +591,8 @@ def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
 def predictions(
     plan: Plan, times: np.ndarray, names: LayoutName = "cf", data: str = PRIMARY
 ) -> Iterator[xr.Dataset]:
-    """One whole dataset after another, in memory, for every reference time at which the streams
-    with that `data` have steps to write."""
+    """Predictions as datasets in memory, one for every reference time at which the streams with
+    that `data` have steps."""
     for number, fields in enumerate(predict_fields(plan, list(times), data)):
         if fields:
             num_members = next(iter(fields.values())).shape[1]

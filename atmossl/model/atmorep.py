@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AtmoRepField:
-    """One field: width of its latents, coupled fields in their order, model levels, and its window
-    in tokens and points, each (time, lat, lon)."""
+    """One field of the network: the width of its latents, its coupled fields in their order, its
+    model levels, and its window in tokens and points, each (time, lat, lon)."""
 
     name: str
     width: int
@@ -37,11 +37,14 @@ class AtmoRepField:
 
 @dataclass(frozen=True)
 class AtmoRepSettings:
-    """What the network is built from. info_entries: numbers that describe a token; info_width:
-    latent channels that they become. normed: whether encoder layers have norms. normed_heads:
-    whether encoder heads norm queries and keys; decoder_normed_heads: whether decoder heads do.
-    cross_rate: encoder layers that one decoder layer steps back; cross_heads: heads of a decoder
-    layer that attend to the encoder."""
+    """The settings that the network is built from.
+
+    info_entries: numbers that describe a token; info_width: latent channels that they become.
+        normed: whether encoder layers have norms. normed_heads: whether encoder heads norm queries
+        and keys; decoder_normed_heads: whether decoder heads do. cross_rate: encoder layers that
+        one decoder layer steps back; cross_heads: heads of a decoder layer that attend to the
+        encoder.
+    """
 
     fields: tuple[AtmoRepField, ...]
     predicted: tuple[str, ...]
@@ -71,7 +74,7 @@ class AtmoRepSettings:
 
 @dataclass(frozen=True)
 class AtmoRepInput:
-    """One field as the network takes it, normalised, masked values already replaced."""
+    """One field as the network takes it: normalised, with masked values already replaced."""
 
     values: Float[Tensor, "batch level nt nlat nlon time lat lon"]
     token_info: Float[Tensor, "batch level token entry"]
@@ -84,8 +87,8 @@ class AtmoRepOutput:
     members: Float[Tensor, "batch level token member value"]
 
     def of_tokens(self, index: Mapping[int, Tensor]) -> Float[Tensor, "hidden member value"]:
-        """Members of chosen tokens, level after level. index: by position of the level, numbers of
-        tokens among those of all samples of the batch."""
+        """The members of chosen tokens, level after level. index: for each level the positions
+        of tokens among the tokens of all samples of the batch."""
         by_level = rearrange(
             self.members, "batch level token member value -> level (batch token) member value"
         )
@@ -95,7 +98,8 @@ class AtmoRepOutput:
 def positions(
     field: AtmoRepField, device: torch.device | None = None
 ) -> Float[Tensor, "level token width"]:
-    """What is added to every token's latents, by indices of its level, time and place.
+    """The position encoding that is added to the latents of every token, by the indices of its
+    level, time and place.
 
     The row of a token is its place in the plane divided by the number of *rows*: wrong unless there
     are as many rows as columns, but the published weights were trained with it.
@@ -134,7 +138,8 @@ class Perceptron(nn.Module):
 
 
 class FieldAttention(nn.Module):
-    """Attention of one field to itself and, by one head each, to its coupled fields.
+    """Attention of one field to itself and, with one head each, to its coupled fields. widths: of
+    the coupled fields.
 
     widths: of the coupled fields.
     """
@@ -235,7 +240,8 @@ class Tail(nn.Module):
 
 
 class FieldEncoder(nn.Module):
-    """Embedding and layers of one field; its layers run in step with those of coupled fields."""
+    """The embedding and the encoder layers of one field. The layers run in step with those of
+    coupled fields."""
 
     def __init__(self, settings: AtmoRepSettings, field: AtmoRepField) -> None:
         super().__init__()

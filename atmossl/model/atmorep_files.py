@@ -1,4 +1,4 @@
-"""Settings and weights of AtmoRep's published models, as files of 2023 and of 2024 hold them.
+"""Reads settings and weights of AtmoRep's published models, from files of 2023 and of 2024.
 
 A model is a folder (or its `.tar.gz`) with `model_idX.json` and `AtmoRep_idX.mod`. Weights are read
 as tensors alone, never as a pickle that could run code. Every tensor of the file finds its place
@@ -34,8 +34,8 @@ _OLD_HEAD = re.compile(r"(.*)\.(heads_self|heads_other|heads)\.(\d+)\.proj_(qs|k
 
 @contextmanager
 def model_folder(location: Path) -> Iterator[Path]:
-    """The folder that holds a model's two files. An archive, also one that lies alone in a folder,
-    is unpacked for the while.
+    """The folder that holds a model's two files. An archive is unpacked into a temporary folder;
+    the archive may also lie alone in a folder.
 
     Raises:
         ValueError: neither a folder nor an archive that can be read.
@@ -59,7 +59,7 @@ def model_folder(location: Path) -> Iterator[Path]:
 
 
 def load_atmorep(location: Path) -> AtmoRep:
-    """The network of a model's folder or archive, with its weights, in evaluation mode.
+    """The network in a model's folder or archive, with its weights, in evaluation mode.
 
     Raises:
         ValueError: a file that is missing, damaged or ambiguous, an option that the public code
@@ -90,8 +90,8 @@ def load_atmorep(location: Path) -> AtmoRep:
 
 
 def _fill(network: AtmoRep, state: dict[str, Tensor], file: str) -> None:
-    """Give every weight its tensor; ValueError for one that is missing, left over or of another
-    shape."""
+    """Load every weight of the network; ValueError for a tensor that is missing, left over or of
+    another shape."""
     parameters = network.state_dict()
     missing = sorted(set(parameters) - set(state))
     if missing:
@@ -116,7 +116,7 @@ def _only(folder: Path, pattern: str, location: Path) -> Path:
 
 
 def _newest(folder: Path, name: str, location: Path) -> Path:
-    """The weights of a model: `AtmoRep_idX.mod`, else those of its last epoch."""
+    """The file with the weights of a model: `AtmoRep_idX.mod`, else that of its last epoch."""
     files = {file.name: file for file in folder.rglob(f"AtmoRep_{name}*.mod")}
     if f"AtmoRep_{name}.mod" in files:
         return files[f"AtmoRep_{name}.mod"]
@@ -160,7 +160,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def settings_of(raw: dict[str, Any], file: str, *, is_of_2023: bool) -> AtmoRepSettings:
-    """Settings of the network from those that AtmoRep wrote.
+    """The settings of the network, from those that AtmoRep wrote.
 
     Raises:
         ValueError: a key that is missing, of another form, or an option that the public code cannot
@@ -368,8 +368,8 @@ def state_of(settings: AtmoRepSettings, tensors: dict[str, Tensor], file: str) -
 
 
 def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Place of every numbered part among those of its sequence that have tensors: the numbers of
-    AtmoRep also count activations and dropout, which have none."""
+    """The position of every numbered part among those of its sequence that have tensors.
+    AtmoRep's numbers also count activations and dropout, which have no tensors."""
     numbers: dict[str, set[int]] = {}
     for key in tensors:
         before, _, number = key.rpartition(".")[0].rpartition(".")
@@ -383,7 +383,8 @@ def _ranks(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _number(parts: list[str], kind: str, count: int) -> int | None:
-    """The number of a field in a tensor's name, if it is one of that kind and there are so many."""
+    """The number of a field in a tensor's name; None if the name has another form or there are
+    fewer fields."""
     is_one = len(parts) > 2 and parts[0] == kind and parts[1].isdigit()
     return int(parts[1]) if is_one and int(parts[1]) < count else None
 
@@ -420,7 +421,8 @@ _DECODER_HEADS = {
 
 
 def _decoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
-    """Attention and perceptrons take turns in AtmoRep's list of blocks."""
+    """The name of a decoder block. Attention and perceptrons alternate in AtmoRep's list of
+    blocks."""
     number = _number(parts, "decoders", len(settings.predicted))
     if number is None or len(parts) < 5 or not parts[3].isdigit():
         return None
@@ -435,7 +437,8 @@ def _decoder_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, i
 
 
 def _tail_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]) -> str | None:
-    """The first part of every member is its norm, the others are linear maps."""
+    """The name of a part of the tail. The first part of every member is its norm, the others are
+    linear maps."""
     match parts:
         case ["tails", _, "tail_nets", member, _, kind] if member.isdigit():
             number = _number(parts, "tails", len(settings.predicted))
@@ -452,8 +455,8 @@ def _tail_name(settings: AtmoRepSettings, parts: list[str], rank: dict[str, int]
 def _embeddings(
     settings: AtmoRepSettings, tensors: dict[str, Tensor], state: dict[str, Tensor], file: str
 ) -> dict[str, Tensor]:
-    """Maps of values, where `encoders` has none, and of token information: the shared one if the
-    first field's own is zero or not there."""
+    """The maps of values, where `encoders` has none, and of token information. The map of token
+    information is the shared one if that of the first field is zero or missing."""
     first_map = tensors.get("embeds_token_info.0.weight")
     shared = first_map is None or not bool(first_map.any())
     embeddings = {}

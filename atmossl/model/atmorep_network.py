@@ -125,7 +125,7 @@ class AtmoRepNetwork(Network):
         }
 
     def _input(self, stream: StreamTokens) -> AtmoRepInput:
-        """The tokens of one stream with hidden ones as zeros, from north to south."""
+        """The tokens of one stream from north to south, with zeros for hidden ones."""
         field = self.settings.field(stream.spec.name)
         corruption = stream.corruption[..., None]
         is_hidden = (corruption == Corruption.MASK) | (corruption == Corruption.DROP)
@@ -141,7 +141,7 @@ class AtmoRepNetwork(Network):
     def reconstruct(
         self, latents: Latents, view: View, members: Sequence[int | Tensor] | None = None
     ) -> Prediction:
-        """Members of the hidden tokens; the view's first guess takes no part."""
+        """The members of the hidden tokens. The view's first guess is not used."""
         del members  # they are fixed functions of the input
         predictions = []
         for stream in view.streams:
@@ -158,7 +158,7 @@ class AtmoRepNetwork(Network):
         return Prediction(tuple(predictions))
 
     def predict(self, latents: Latents, view: View) -> Latents:
-        """Latents of the hidden tokens after the decoder; the tail takes no part."""
+        """The latents of the hidden tokens after the decoder, before the tail."""
         predicted = {}
         for stream in view.streams:
             name, queries = stream.spec.name, stream.queries
@@ -173,7 +173,7 @@ class AtmoRepNetwork(Network):
 
 
 def settings_from(fields: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any]) -> AtmoRepSettings:
-    """Settings from plain values, whose tuples may have become lists."""
+    """The settings, from plain values whose tuples may have become lists."""
 
     def exact(values: Mapping[str, Any]) -> dict[str, Any]:
         return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -182,7 +182,8 @@ def settings_from(fields: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any])
 
 
 def streams_of(settings: AtmoRepSettings) -> tuple[StreamSpec, ...]:
-    """One stream for every field, by its name; fields that are not predicted are input alone.
+    """One stream for every field, under the field's name. A field that is not predicted has the
+    role `input`.
 
     Raises:
         ValueError: a field whose variable is not known here, or one at the surface and above it.
@@ -234,8 +235,8 @@ def window_of(settings: AtmoRepSettings) -> tuple[int, int, int]:
 def token_info(
     grid: TokenGrid, field: AtmoRepField, num_entries: int
 ) -> Float[Tensor, "batch level token entry"]:
-    """What AtmoRep is told of every token, raw numbers, tokens in order of time, latitude from
-    north to south, and longitude.
+    """The numbers with which AtmoRep describes every token, not normalised. Tokens are in order of
+    time, latitude from north to south, and longitude.
 
     Eight entries: year, day of year from 0, hour, level, latitude from 0 at the north pole to 180,
     longitude, level again, grid spacing in degrees. Six, in older models: year, day of year with
@@ -269,7 +270,8 @@ def token_info(
 
 
 def dates_of(hours: Float[Tensor, "batch nt"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Year, day of year from 0 and hour of hours since 1970-01-01T00, standard calendar."""
+    """Year, day of the year from 0, and hour, from hours since 1970-01-01T00 in the standard
+    calendar."""
     hours = (hours * _SECONDS_PER_HOUR).round() / _SECONDS_PER_HOUR
     days = (hours / HOURS_PER_DAY).floor()
     year = ((days + 0.5) * HOURS_PER_DAY / YEAR_HOURS).floor() + 1970

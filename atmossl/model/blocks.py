@@ -1,5 +1,5 @@
-"""Transformer layers: attention of tokens to tokens, blocks of self-attention, coupling between
-streams or cross-attention, and feedforward, and one encoder layer of all streams.
+"""Transformer layers: attention, encoder blocks with coupling between streams, decoder blocks with
+cross-attention, feedforward layers, and one encoder layer of all streams.
 
 Attention goes to all tokens, along the grid's axes, or within windows.
 """
@@ -29,7 +29,7 @@ from atmossl.model.network import (
 
 
 def rotation(phase: Float[Tensor, "batch token pair"]) -> Float[Tensor, "2 batch 1 token feature"]:
-    """Cosine, and sine with the sign of each half, of the phases; computed once per view."""
+    """Cosine, and sine with the sign of each half, of rotary phases; computed once per view."""
     cos, sin = phase.cos(), phase.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])[:, :, None]
 
@@ -38,13 +38,13 @@ def rotate(
     x: Float[Tensor, "batch head token feature"],
     turn: Float[Tensor, "2 batch 1 token feature"],
 ) -> Float[Tensor, "batch head token feature"]:
-    """Turn the two halves of the features, taken as pairs, by the token's phases."""
+    """Features turned by the token's phases; the two halves of the features are taken as pairs."""
     cos, sin = turn.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """One axis of features to one of heads and one of features within a head."""
+    """Split the axis of features into one of heads and one of features within a head."""
     return rearrange(x, "batch token (head feature) -> batch head token feature", head=num_heads)
 
 
@@ -99,7 +99,7 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tenso
 
 
 def _may_see(query: Tensor, key: Tensor, steps: Steps) -> Tensor:
-    """Whether a token at step `query` sees one at step `key`."""
+    """Whether a token at step `query` may attend to a token at step `key`."""
     if steps == "same":
         return query == key
     return query >= key if steps == "until" else query > key
@@ -108,7 +108,7 @@ def _may_see(query: Tensor, key: Tensor, steps: Steps) -> Tensor:
 def attend_fully(
     query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
 ) -> Tensor:
-    """Every token attends to every token of the context at the steps that it may see."""
+    """Attention of every token to all tokens of the context at the steps that it may see."""
     if steps == "any":
         return attend(query, key, value, context.valid)
     query_steps, key_steps = (_step_of_tokens(latent) for latent in (x, context))
@@ -124,18 +124,18 @@ def _step_of_tokens(x: Latent) -> Int[Tensor, "batch token"]:
 def attend_factorised(
     query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
 ) -> Tensor:
-    """Half of the heads attend to all levels and times of their place, half to all places of their
-    level and time (factorised dot-product attention, Arnab et al. 2021, ViViT, model 4): the cost
-    grows with tokens times (levels x times + places). Grids of different shapes attend fully.
-    """
+    """Attention in which half of the heads see all levels and times of a token's place, and half
+    see all places of its level and time (factorised dot-product attention, Arnab et al. 2021,
+    ViViT, model 4). The cost grows with tokens times (levels x times + places). Grids of
+    different shapes attend fully."""
     return _attend_along_axes(query, key, value, x, context, query.shape[1] // 2, steps)
 
 
 def attend_temporally(
     query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
 ) -> Tensor:
-    """Every token attends to all levels and times of its place, and space is left to the
-    convolutions: the cost grows with tokens times (levels x times). Grids of different shapes
+    """Attention of every token to all levels and times of its place; space is left to the
+    convolutions. The cost grows with tokens times (levels x times). Grids of different shapes
     attend fully."""
     return _attend_along_axes(query, key, value, x, context, query.shape[1], steps)
 
@@ -155,8 +155,8 @@ def _attend_along_axes(
     num_columns: int,
     steps: Steps,
 ) -> Tensor:
-    """The first `num_columns` heads attend within columns, the others within planes: to those of
-    the step before where they may see earlier steps alone."""
+    """Attention within columns for the first `num_columns` heads and within planes for the
+    others. Where heads may see earlier steps alone, they see the planes of the step before."""
     if x.place.shape != context.place.shape:
         return attend_fully(query, key, value, x, context, steps)
     sizes = _sizes(x.place.shape)
@@ -189,7 +189,8 @@ def _attend_along_axes(
 def _one_step_later(
     grid: Shaped[Tensor, "batch head token feature"], sizes: dict[str, int]
 ) -> Shaped[Tensor, "batch head token feature"]:
-    """What every token has, at the next time step; 0 at the first."""
+    """The tokens moved on by one time step, so that every token has what was one step before; 0
+    at the first step."""
     axes = grid.unflatten(2, (sizes["level"], sizes["nt"], -1))
     return functional.pad(axes[:, :, :, :-1], (0, 0, 0, 0, 1, 0)).flatten(2, 4)
 
@@ -220,7 +221,7 @@ class Cut:
 
     @classmethod
     def of(cls, x: Latent, size: tuple[int, int, int], *, shifted: bool) -> "Cut":
-        """An axis that fits into one window is not cut."""
+        """The cut for the tokens' grid. An axis that fits into one window is not cut."""
         axes = x.place.shape[1:]
         fitting = tuple(min(pair) for pair in zip(size, axes, strict=True))
         shift = tuple(
@@ -287,11 +288,10 @@ def attend_in_windows(
     *,
     size: tuple[int, int, int],
 ) -> Tensor:
-    """Half of the heads attend within windows of `size` (time, lat, lon) tokens, half within
-    windows shifted by half of it, so that each layer joins neighbouring windows (shifted windows
-    after Liu et al. 2021, Swin Transformer, there in alternate layers): the cost grows with tokens
-    times a window. Grids of different shapes attend fully.
-    """
+    """Attention in which half of the heads see a window of `size` (time, lat, lon) tokens, and
+    half a window shifted by half of it, so that each layer joins neighbouring windows (shifted
+    windows after Liu et al. 2021, Swin Transformer, there in alternate layers). The cost grows
+    with tokens times a window. Grids of different shapes attend fully."""
     if x.place.shape != context.place.shape:
         return attend_fully(query, key, value, x, context)
     grids = (_whole(query, x), _whole(key, context), _whole(value, context))
@@ -310,8 +310,8 @@ def attend_in_windows(
 
 
 def attend_by(attention: Attention, window: tuple[int, int, int], steps: Steps = "any") -> Attend:
-    """The function behind a name; `window` (time, lat, lon) counts for `windowed` alone, which sees
-    any step."""
+    """The attention function of a name. `window` (time, lat, lon) counts for `windowed` alone,
+    which sees any step."""
     if attention == "windowed":
         # sizes of windows, as symbols, would keep the compiler busy without end
         return cast(Attend, torch.compiler.disable(partial(attend_in_windows, size=window)))
@@ -372,7 +372,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """What all blocks of a network share.
+    """The sizes that all blocks of a network share.
 
     attend: which tokens see which (`model.attention`). attend_queries, attend_memory: the same
         among the queries of a decoder, and from them to the encoder; as `attend` if not given.
@@ -430,7 +430,8 @@ class GatedConvolution(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Weights of one encoder layer of one stream, which `EncoderLayer` puts to work.
+    """The weights of one encoder layer for one stream; `EncoderLayer` applies them. coupled_dims:
+    the width of every other stream, by its name.
 
     `coupled_dims`: width of every other stream, by its name.
     """
@@ -510,7 +511,7 @@ class DecoderBlock(nn.Module):
         memory_place: TokenPlace,
         noise: Float[Tensor, "batch query channel"] | None = None,
     ) -> Float[Tensor, "batch query feature"]:
-        """`x`: the queries. Tensors come and go bare, so that FSDP finds them in what comes out."""
+        """Update the queries `x`. Inputs and outputs are bare tensors, so that FSDP finds them."""
         norms = [self.norm, self.cross_norm, self.feedforward_norm]
         if self.modulation is None or noise is None:
             attention_norm, cross_norm, feedforward_norm = norms
@@ -533,8 +534,8 @@ Features = dict[str, Float[Tensor, "batch token feature"]]  # by the name of a s
 
 
 class EncoderLayer(nn.ModuleDict):
-    """A block for every stream, by its name, which looks at all others: self-attention and
-    coupling, then feedforward."""
+    """One encoder layer of all streams: self-attention and coupling to the other streams, then
+    feedforward, with a block for each stream by its name."""
 
     def __init__(self, widths: Mapping[str, int], sizes: BlockSizes) -> None:
         blocks = {}
@@ -544,7 +545,8 @@ class EncoderLayer(nn.ModuleDict):
         super().__init__(blocks)
 
     def forward(self, features: Features, places: Mapping[str, TokenPlace]) -> Features:
-        """Features of every stream that is there; coupling leaves out one that is absent."""
+        """The features of every stream that is present. Coupling to an absent stream is left
+        out."""
         blocks = {name: cast(EncoderBlock, self[name]) for name in features}
         normed: dict[str, Latent] = {}
         after: Features = {}

@@ -26,9 +26,9 @@ COORDINATES: tuple[Coordinate, ...] = get_args(Coordinate)
 
 
 def told_features(coordinates: Sequence[Coordinate]) -> Float[Tensor, "feature"]:
-    """1 for every one of the `absolute_features` that may be told, 0 for others: functions of
-    latitude, longitude, the time of the year (`date`) and local solar time (`hour`) are told where
-    they are named, level and extents always."""
+    """A factor for each of the `absolute_features`: 1 if the network is told it, else 0.
+    Functions of latitude, longitude, the time of the year (`date`) and local solar time (`hour`)
+    are told where they are named in `coordinates`; level and extents are always told."""
     waves = ["longitude"] * len(_WAVENUMBERS) + ["latitude"] * len(_WAVENUMBERS)
     always = [None] * 3
     owners = [*waves, *waves, "date", "hour", "date", "hour", *always, *["latitude"] * 2, *always]
@@ -37,7 +37,7 @@ def told_features(coordinates: Sequence[Coordinate]) -> Float[Tensor, "feature"]
 
 
 def absolute_features(grid: TokenGrid) -> Float[Tensor, "batch token feature"]:
-    """Where and when a token is, as bounded features.
+    """The place and time of every token as bounded features.
 
     Sine and cosine of multiples of longitude and latitude, of the day of year and of the local
     solar time; functions of pressure; logarithms of the token's extent in hours and degrees.
@@ -121,7 +121,8 @@ _STEPS_AROUND = 2
 
 
 class Embedding(nn.Module):
-    """Tokens of one stream to latents: values, absolute position, and what is told of them.
+    """Embeds the tokens of one stream: values, absolute position, and what the encoder is told of
+    hidden tokens.
 
     stencil: (nt, nlat, nlon) tokens whose values enter each token's latent; (1, 1, 1) is AtmoRep's
         embedding of every token on its own, a larger one lets a latent hold gradients and
@@ -198,8 +199,8 @@ class Embedding(nn.Module):
         grid: TokenGrid,
         chosen: TokenIndex,
     ) -> Float[Tensor, "batch chosen feature"]:
-        """Convolve over (nt, nlat, nlon), only in frames that hold a chosen token; beyond the
-        window's edge counts the nearest token."""
+        """Convolve over (nt, nlat, nlon), only in frames that hold a chosen token. Beyond the
+        window's edge the nearest token is repeated."""
         num_times = tokens.shape[2]
         frames = rearrange(
             tokens, "batch level nt nlat nlon patch -> (batch level nt) patch nlat nlon"
@@ -222,8 +223,8 @@ class Embedding(nn.Module):
 def states_around(
     state: Int[Tensor, "batch level nt nlat nlon"], *, causal: bool = False
 ) -> Float[Tensor, "batch level nt nlat nlon state"]:
-    """One-hot states of a token and of the tokens up to two steps before and after it at the same
-    place; all 0 beyond the window's edge, and after it if `causal`."""
+    """One-hot states of every token and of the tokens up to two steps before and after it at the
+    same place; all 0 beyond the window's edge, and for later steps if `causal`."""
     kinds = torch.arange(_STATES, device=state.device)  # one_hot would read the largest on the host
     one_hot = (state[..., None] == kinds).float()
     padded = functional.pad(one_hot, (0, 0, 0, 0, 0, 0, _STEPS_AROUND, _STEPS_AROUND))
@@ -266,7 +267,7 @@ def gradient_features(
 
 
 class Tail(nn.Module):
-    """Decoded tokens to an ensemble of patches, as residuals: values minus the first guess.
+    """Maps decoded tokens to an ensemble of patches, as residuals: values minus the first guess.
 
     A residual is a linear function of the decoded token after its norm, plus one of the query's
     embedding without any norm: what grows with the anomalies, such as advection, keeps its size.

@@ -1,4 +1,5 @@
-"""Networks by the name that a checkpoint records: those of the package, and classes of plugins."""
+"""Finds and builds networks by the name that a checkpoint records: networks of the package, and
+classes of plugins."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ _OF_THE_RUN = ("streams", "scales")  # keywords that are no part of the configur
 
 
 def network_class(kind: str, plugins: Sequence[str] = ()) -> type[Network]:
-    """The class that a checkpoint records.
+    """The class of the network that a checkpoint records.
 
     Raises:
         UntrustedError: a class of a package that is not in `plugins`; nothing was imported.
@@ -26,14 +27,14 @@ def network_class(kind: str, plugins: Sequence[str] = ()) -> type[Network]:
 
 
 def choose_network(node: Any) -> Part:
-    """The class of a plugin that `model._target_` names, with its keywords; ValueError if that
-    does not fit."""
+    """The class of a plugin that `model._target_` names, with its keywords; ValueError if they
+    do not fit."""
     return choose_part(node, Network, _OF_THE_RUN)
 
 
 def build_network(kind: str, plugins: Sequence[str] = (), **arguments: Any) -> Network:
-    """The network that a checkpoint records; raises what `network_class` does, and ValueError for
-    keywords that do not fit."""
+    """Build the network that a checkpoint records. Raises what `network_class` raises, and
+    ValueError for keywords that do not fit."""
     network = network_class(kind, plugins)
     if kind in NETWORKS:
         return network(**arguments)

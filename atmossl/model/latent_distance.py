@@ -24,7 +24,8 @@ def distance(network: Network, first: View, second: View) -> Float[Tensor, "batc
 
 
 def latent_distance(first: Latents, second: Latents) -> Float[Tensor, "batch"]:
-    """`distance` of latents. No gradient is infinite, though a root is taken."""
+    """The `distance` of two sets of latents. Its gradient is finite everywhere, despite the
+    root."""
     squares = []
     for name, latents in first.items():
         weight = latents.areas()
@@ -37,6 +38,7 @@ def latent_distance(first: Latents, second: Latents) -> Float[Tensor, "batch"]:
 def squared_difference(
     first: Float[Tensor, "*token feature"], second: Float[Tensor, "*token feature"]
 ) -> Float[Tensor, "*token"]:
-    """Mean over the features of the squared difference of latents, each normalised over them."""
+    """The squared difference of two latents, each normalised over its features; the mean over
+    the features."""
     first, second = (functional.layer_norm(x.float(), x.shape[-1:]) for x in (first, second))
     return (first - second).square().mean(dim=-1)

@@ -34,8 +34,8 @@ class Linear(nn.Linear):
 
 
 def half_is_fast(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32: on GPUs, and on CPUs that know it;
-    on others they take a hundred times as long."""
+    """Whether products in bfloat16 are faster than in float32. They are on GPUs and on CPUs with
+    instructions for bfloat16; on other CPUs they take a hundred times as long."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -61,9 +61,10 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _limit_kernels() -> None:
-    """Let oneDNN, and torch's layer over it, keep 128 compiled kernels instead of 1024 each, one
-    per shape. Masks hide another number of tokens in every batch: kernels would fill gigabytes, and
-    not be used again. Both look at these variables at their first product."""
+    """Let oneDNN, and torch's layer over it, keep 128 compiled kernels instead of 1024 each.
+    There is a kernel for each shape, and masks hide another number of tokens in every batch:
+    kernels would fill gigabytes and not be used again. Both libraries read these variables at
+    their first product."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
 
@@ -98,8 +99,8 @@ LOW_RANK = (f"*{_DOWN}", f"*{_UP}")
 
 
 class LowRankLinear(Linear):
-    """x (W + U D)^T + b with D [rank, in] and U [out, rank]; U starts at 0, so that the layer is
-    at first what it was."""
+    """A linear layer with a thin correction: x (W + U D)^T + b with D [rank, in] and U [out,
+    rank]. U starts at 0, so that the layer starts as it was."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         width, out = layer.in_features, layer.out_features
@@ -114,7 +115,8 @@ class LowRankLinear(Linear):
 
 
 def add_low_rank(model: nn.Module, layers: Sequence[str], rank: int) -> None:
-    """Put thin matrices, whose names match `LOW_RANK`, beside the linear layers that are named.
+    """Add thin matrices, whose names match `LOW_RANK`, to the linear layers whose names match a
+    pattern.
 
     Raises:
         ValueError: a pattern that matches no linear layer, or a layer that is not wider than rank.
@@ -140,7 +142,7 @@ def add_low_rank(model: nn.Module, layers: Sequence[str], rank: int) -> None:
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the plain network that computes the same."""
+    """The weights of the plain network that computes the same."""
     plain = dict(weights)
     for name in weights:
         if name.endswith(_DOWN):

@@ -1,4 +1,5 @@
-"""The multi-stream transformer: one encoder per stream, coupled layer by layer; decoder; tail.
+"""The multi-stream transformer: one encoder per stream, coupled layer by layer; a decoder and a
+tail per predicted stream.
 
 After AtmoRep's multiformer (Lessig et al. 2023, arXiv 2308.13280, section on the architecture).
 """
@@ -163,9 +164,9 @@ class Multiformer(Network):
         )
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile every block and tail on its own: one graph serves all blocks of equal shape. The
-        second batch shows which numbers of tokens differ; then one graph serves any of them. Shapes
-        that are always the same make faster kernels, and are compiled several times as fast."""
+        """Compile every block and tail on its own: one graph serves all blocks of equal shape.
+        The second batch shows which numbers of tokens differ; then one graph serves any of them.
+        Shapes that are always the same make faster kernels, and compile several times as fast."""
         for module in self.modules():
             if isinstance(module, EncoderLayer | DecoderBlock | Tail):
                 module.compile(backend=backend)
@@ -196,7 +197,7 @@ class Multiformer(Network):
         return next(axes, None)
 
     def encode(self, view: View) -> Latents:
-        """Latents of the given tokens of every stream in the view, after every layer."""
+        """The latents of every stream's encoder tokens, after every layer."""
         latents, indices, layers = {}, {}, {}
         for stream in view.streams:
             name = stream.spec.name
@@ -239,7 +240,7 @@ class Multiformer(Network):
     def reconstruct(
         self, latents: Latents, view: View, members: Sequence[int | Tensor] | None = None
     ) -> Prediction:
-        """Ensemble of patches for every hidden token of the view's predicted streams."""
+        """An ensemble of patches for every hidden token of the view's predicted streams."""
         predictions = []
         for stream in _predicted(view):
             name, queries = stream.spec.name, _queries(stream)
@@ -255,7 +256,8 @@ class Multiformer(Network):
     def _noise(
         self, view: View, stream: StreamTokens, members: Sequence[int | Tensor] | None
     ) -> Iterator[Float[Tensor, "batch query channel"] | None]:
-        """The noise of every member at the tokens that are asked for. None: one pass gives all."""
+        """The noise of every member at the hidden tokens. A network without noise gets a single
+        None, since one pass gives all its members."""
         if not self.any_member:
             yield None
             return
@@ -268,7 +270,8 @@ class Multiformer(Network):
             yield gather(noise, _queries(stream))
 
     def predict(self, latents: Latents, view: View) -> Latents:
-        """Latents of every hidden token of the view's predicted streams, of the encoder's width."""
+        """The latents of every hidden token of the view's predicted streams, as wide as the
+        encoder's."""
         predicted = {}
         for stream in _predicted(view):
             nothing = torch.zeros_like(stream.guess)
@@ -280,7 +283,7 @@ class Multiformer(Network):
         return predicted
 
     def _ask(self, latents: StreamLatents, stream: StreamTokens) -> tuple[Latent, Tensor]:
-        """What the decoder begins with at the hidden tokens, and their embedded first guess: the
+        """The decoder's input at the hidden tokens, and their embedded first guess; both are the
         same for all members."""
         name, queries = stream.spec.name, _queries(stream)
         features = absolute_features(stream.grid)
@@ -306,14 +309,15 @@ class Multiformer(Network):
         return x
 
     def _memory_layer(self, number: int) -> int:
-        """Encoder layer that decoder layer `number` reads: the last first, evenly downwards."""
+        """The encoder layer that decoder layer `number` reads: the last one first, then evenly
+        downwards."""
         return self.num_layers - 1 - number * self.num_layers // self.num_decoder_layers
 
 
 def _step_before(
     tokens: Float[Tensor, "batch level nt nlat nlon feature"],
 ) -> Float[Tensor, "batch level nt nlat nlon feature"]:
-    """What lies one time step before every token; 0 at the first step."""
+    """For every token what lies one time step before it; 0 at the first step."""
     return functional.pad(tokens[:, :, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
 
 
@@ -324,7 +328,8 @@ def _attends(
     *,
     causal: bool,
 ) -> tuple[Attend, ...]:
-    """Of encoders, among the queries of decoders, and from these to an encoder."""
+    """The attention functions of encoders, among the queries of decoders, and from these queries
+    to an encoder."""
     if causal:
         check_causal(streams, attention)
     kinds: tuple[Steps, ...] = ("until", "same", "before") if causal else ("any",) * 3
@@ -332,7 +337,8 @@ def _attends(
 
 
 def check_causal(streams: Sequence[StreamSpec], attention: Attention) -> None:
-    """Raise ValueError if no token could see its own and earlier steps alone."""
+    """Raise ValueError if these streams and this attention do not let tokens see their own and
+    earlier steps alone."""
     if attention == "windowed":
         raise ValueError(
             "model.causal=true with model.attention=windowed, which sees later steps; valid: full, "

@@ -1,9 +1,9 @@
-"""What the rest of the program asks of a network, whichever it is: views to latents, latents to
-fields or to other latents, and what training has to know of its parts; and what latents are.
+"""The contract of every network: views to latents, latents to fields or to other latents, and what
+training has to know of its parts. With it, what latents are and where they lie.
 
-Where the latents of a stream lie: lists of chosen tokens, the whole token grid, and frames. Linear
-layers work on lists [batch token feature], attention along axes on grids, and convolutions on
-frames: all tokens of one level and time step of one sample. Absent tokens are zeros.
+Latents have three layouts. Linear layers work on lists of chosen tokens [batch token feature],
+attention along axes on the whole token grid, and convolutions on frames: all tokens of one level
+and time step of one sample. Absent tokens are zeros.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,8 @@ from atmossl.batch import Prediction, TokenGrid, TokenIndex, View
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """Which tokens of a grid some latents are, and the rotations that their positions ask for.
+    """Where latents lie: which tokens of the grid they belong to, and the rotary rotations of their
+    positions.
 
     turns: by the width of a head; one stream's keys have the width of the stream that looks at it.
     shape: (level, nt, nlat, nlon) of the token grid; periodic: its longitudes close the circle.
@@ -34,25 +35,25 @@ class TokenPlace:
 
 @dataclass(frozen=True)
 class Latent:
-    """Latent tokens of one stream, and where they are."""
+    """Latent tokens of one stream, and where they lie."""
 
     features: Float[Tensor, "batch token feature"]
     place: TokenPlace
 
     @property
     def valid(self) -> Bool[Tensor, "batch token"] | None:
-        """Which tokens are no padding; None: all."""
+        """True for tokens that are no padding; None if there is no padding."""
         chosen = self.place.chosen
         return None if chosen.complete else chosen.valid
 
 
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Along one axis; one part as it is, not copied."""
+    """Tensors joined along one axis; a single tensor as it is, not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> Tensor:
-    """The chosen tokens [batch chosen feature]."""
+    """The features of the chosen tokens, [batch chosen feature]."""
     if chosen.complete:
         return tokens
     index = chosen.index[..., None].expand(-1, -1, tokens.shape[-1])
@@ -60,7 +61,8 @@ def gather(tokens: Float[Tensor, "batch token feature"], chosen: TokenIndex) -> 
 
 
 def scatter(listed: Float[Tensor, "batch chosen feature"], chosen: TokenIndex) -> Tensor:
-    """The whole grid [batch token feature], 0 at tokens that were not chosen; undoes `gather`."""
+    """The features on the whole grid [batch token feature], 0 at tokens that were not chosen. It
+    undoes `gather`."""
     if chosen.complete:
         return listed
     index = chosen.index[..., None].expand_as(listed)
@@ -71,7 +73,7 @@ def scatter(listed: Float[Tensor, "batch chosen feature"], chosen: TokenIndex) -
 def to_frames(
     listed: Float[Tensor, "batch chosen feature"], chosen: TokenIndex
 ) -> Float[Tensor, "frame feature nlat nlon"]:
-    """The frames that hold a chosen token, 0 at tokens that were not chosen."""
+    """The features as frames: those that hold a chosen token, 0 at tokens that were not chosen."""
     num_lat, num_lon = chosen.chosen.shape[-2:]
     if not chosen.complete:
         places, feature = num_lat * num_lon, listed.shape[-1]
@@ -89,7 +91,7 @@ def to_frames(
 def from_frames(
     frames: Float[Tensor, "frame feature nlat nlon"], chosen: TokenIndex
 ) -> Float[Tensor, "batch chosen feature"]:
-    """The chosen tokens of the frames; padding takes the value of some token."""
+    """The features of the chosen tokens of the frames. Padding takes the value of some token."""
     rows = rearrange(frames, "frame feature nlat nlon -> (frame nlat nlon) feature")
     batch = chosen.index.shape[0]
     if chosen.complete:
@@ -105,9 +107,9 @@ def pad_edges(
     *,
     periodic: bool,
 ) -> Float[Tensor, "frame feature padded_nlat padded_nlon"]:
-    """Neighbours for the tokens at the window's edges: across the circle where it closes, else the
-    nearest token. Features that lie side by side in memory stay so, which convolutions on GPUs
-    want."""
+    """Frames with neighbours for the tokens at the window's edges: across the circle where it
+    closes, else the nearest token. Features that lie side by side in memory stay so, as
+    convolutions on GPUs want it."""
     if lon:
         west, east = (
             ([frames[..., -lon:]], [frames[..., :lon]])
@@ -154,8 +156,8 @@ class StreamLatents:
         return self.layers[-1].features
 
     def coordinates(self) -> dict[str, Float[Tensor, "batch token"]]:
-        """Time in hours since 1970-01-01T00, level in hPa, latitude and longitude in degrees of
-        every latent's token centre."""
+        """The centre of every latent's token: time in hours since 1970-01-01T00, level in hPa,
+        latitude and longitude in degrees."""
         names = ("time_hours", "level_hpa", "lat", "lon")
         values = token_coordinates(self.grid)
         return {
@@ -164,7 +166,7 @@ class StreamLatents:
         }
 
     def areas(self) -> Float[Tensor, "batch token"]:
-        """Area of every latent's token on the unit sphere; 0 where the list is padded."""
+        """The area of every latent's token on the unit sphere; 0 where the list is padded."""
         lat = torch.deg2rad(self.coordinates()["lat"].double())
         height = torch.deg2rad(self.grid.lat_extent.double())[..., None] / 2
         width = torch.deg2rad(self.grid.lon_extent.double())[..., None]
@@ -197,13 +199,13 @@ class Network(nn.Module):
     low_rank_layers: ClassVar[tuple[str, ...]] = ("encoder.*", "decoder.*")
 
     def encode(self, view: View) -> Latents:
-        """Latents of all tokens that the view gives."""
+        """The latents of all tokens that the encoder gets."""
         raise NotImplementedError
 
     def reconstruct(
         self, latents: Latents, view: View, members: Sequence[int | Tensor] | None = None
     ) -> Prediction:
-        """Values of the tokens that the view hides.
+        """The values of the tokens that the view hides.
 
         members: numbers of the members, where `any_member` is true; [batch] where every sample has
         its own; None: those of training, and at
@@ -212,8 +214,8 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Latents, view: View) -> Latents:
-        """Latents of the tokens that the view hides, by their coordinates alone: neither the first
-        guess nor the ends take part."""
+        """The latents of the tokens that the view hides, from their coordinates alone: neither
+        the first guess nor the ends are used."""
         raise NotImplementedError
 
     def forward(self, view: View, members: Sequence[int | Tensor] | None = None) -> Prediction:
@@ -223,8 +225,8 @@ class Network(nn.Module):
         return kind.reconstruct(self, kind.encode(self, view), view, members)
 
     def pool(self, latents: Latents) -> Float[Tensor, "batch feature"]:
-        """The mean of the last layer over all tokens, weighted by their area on the sphere; one
-        stream's features after another's."""
+        """The mean of the last layer over all tokens, weighted by their area on the sphere; the
+        features of all streams are put side by side."""
         means = []
         for stream in latents.values():
             weight = stream.areas()[..., None].to(stream.last)
@@ -233,35 +235,37 @@ class Network(nn.Module):
 
     @property
     def num_pooled(self) -> int:
-        """Features that `pool` gives if no stream is absent."""
+        """The number of features that `pool` gives if no stream is absent."""
         return sum(self.widths.values())
 
     @property
     def num_encoder_layers(self) -> int:
-        """Layers whose latents `encode` gives."""
+        """The number of layers whose latents `encode` gives."""
         raise NotImplementedError
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """The layers: sharded runs gather one at a time; `trainer.recompute=full` recomputes their
-        activations."""
+        """The layers of the network. Sharded runs gather one at a time; `trainer.recompute=full`
+        recomputes their activations."""
         return ()
 
     @property
     def wide_parts(self) -> tuple[nn.Module, ...]:
-        """Parts of the blocks with the largest activations, for `trainer.recompute=selective`."""
+        """The parts of the blocks with the largest activations, for
+        `trainer.recompute=selective`."""
         return ()
 
     def depth(self, name: str) -> int | None:
-        """How many encoder layers are above the layer of a parameter, for learning rates that fall
-        from layer to layer. None: the parameter is no part of the encoder."""
+        """How many encoder layers lie above the layer of a parameter, for learning rates that
+        fall from layer to layer. None: the parameter is no part of the encoder."""
         del name
         return None
 
     def patch_axis(self, name: str) -> int | None:
-        """The axis of a parameter that runs over the values of a token, several times over."""
+        """The axis of a parameter that runs over the values of a token, perhaps several times;
+        None if there is none."""
         del name
         return None
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile what is worth it."""
+        """Compile the parts of the network that gain by it."""

@@ -36,7 +36,7 @@ def noise_field(
     member: int | Int[Tensor, "batch"],
     lengths_km: tuple[float, ...],
 ) -> Float[Tensor, "batch token channel"]:
-    """Values of one member's noise at all tokens of a grid, each channel of mean 0, variance 1.
+    """The noise of one member at all tokens of a grid; every channel has mean 0 and variance 1.
 
     Every correlation length has `CHANNELS_PER_LENGTH` independent channels, whose covariance of two
     places at distance d (km, through the Earth), t (hours) and h (log pressure) is
@@ -68,7 +68,8 @@ def noise_field(
 def _draws(
     seeds: Int[Tensor, "batch"], member: int | Int[Tensor, "batch"], channels: int
 ) -> tuple[Float[Tensor, "batch channel wave frequency"], Float[Tensor, "batch channel wave"]]:
-    """Normal numbers for the frequencies and uniform phases in [0, 2 pi) of every wave."""
+    """Random numbers of every wave: normal ones for its frequencies, and a uniform phase in [0,
+    2 pi)."""
     shape = (channels, _NUM_WAVES, 2 * _FREQUENCIES + 1)
     counters = torch.arange(math.prod(shape), device=seeds.device).view(shape)
     keys = mixed(mixed(seeds) + member)
@@ -80,8 +81,8 @@ def _draws(
 
 
 def mixed(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """Pseudo-random 64-bit numbers: what SplitMix64 (Steele et al. 2014, doi
-    10.1145/2660193.2660195) gives first for every number as its seed. Products wrap around."""
+    """Pseudo-random 64-bit numbers: for every number as a seed, the first one that SplitMix64
+    gives (Steele et al. 2014, doi 10.1145/2660193.2660195). Products wrap around."""
     z = numbers + -0x61C8864680B583EB
     z = (z ^ _shifted(z, 30)) * -0x40A7B892E31B1A47
     z = (z ^ _shifted(z, 27)) * -0x6B2FB644ECCEEE15
@@ -99,7 +100,7 @@ def _shifted(numbers: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]
 
 
 def _unit_vectors(grid: TokenGrid) -> Float[Tensor, "batch place 3"]:
-    """Points of the unit sphere of all tokens of one level and time, row by row."""
+    """The points of the unit sphere of all tokens of one level and time, row by row."""
     lat = torch.deg2rad(grid.lat.double())[..., :, None]
     lon = torch.deg2rad(grid.lon.double())[..., None, :]
     vectors = (
@@ -111,6 +112,6 @@ def _unit_vectors(grid: TokenGrid) -> Float[Tensor, "batch place 3"]:
 
 
 def _pressure(grid: TokenGrid) -> Float[Tensor, "batch level"]:
-    """In hPa; that of the surface is about 1000."""
+    """The pressure of every level in hPa; that of the surface is about 1000."""
     level = grid.level_hpa.double()
     return torch.where(level > 0, level, _SURFACE_HPA)

@@ -1,1 +1,2 @@
-"""What training optimises: objectives map (model, batch) to losses."""
+"""Objectives: what training optimises. An objective maps a network and a batch to losses; it
+knows neither the loop nor the data."""

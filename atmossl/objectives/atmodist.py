@@ -1,5 +1,5 @@
-"""AtmoDist (Hoffmann and Lessig 2022, arXiv 2202.01897): tell how much time lies between two states
-of the same place."""
+"""AtmoDist (Hoffmann and Lessig 2022, arXiv 2202.01897): the network learns to tell how much
+time lies between two states of the same place."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -26,7 +26,8 @@ from atmossl.objectives.pairs import (
 
 
 class AtmoDist(Objective):
-    """Cross entropy of the lag between two views that show everything, out of `lag_hours`.
+    """Classifies the lag between two views of a place, out of `lag_hours`, by cross entropy.
+    Nothing is hidden in the views.
 
     Latents of the earlier and the later state are put side by side token by token, compared by two
     layers, averaged over the sphere, and classified. It begins with equal chances for all lags.
@@ -73,7 +74,8 @@ class AtmoDist(Objective):
         return Losses((("lag", value),), (1.0,), pooled=pooled, scores=scores)
 
     def _compared(self, first: Latents, second: Latents) -> Float[Tensor, "batch feature"]:
-        """Mean over the tokens by area, and over streams."""
+        """The comparison of two sets of latents: the mean over tokens, weighted by area, and
+        over streams."""
         means = []
         for name, early in first.items():
             pairs = torch.cat([early.last, second[name].last], dim=-1)
@@ -84,19 +86,19 @@ class AtmoDist(Objective):
 
 
 def lag_class(batch: Batch, lag_hours: tuple[float, ...]) -> Int[Tensor, "batch"]:
-    """Which of the lags every sample has."""
+    """The class of every sample: which of the lags it has."""
     lags = batch.lag_hours
     return (lags[:, None] - lags.new_tensor(lag_hours)).abs().argmin(dim=1)
 
 
 class LagMeasures:
-    """How well the lag is told, beside the measures of all pairs."""
+    """How well the network tells the lag, beside the measures that all objectives on pairs log."""
 
     def __init__(self, lag_hours: tuple[float, ...]) -> None:
         self.lag_hours = lag_hours
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
-        """counts: [true predicted] samples of every pair of lags."""
+        """One batch's table `counts` [true predicted] of samples, for every pair of lags."""
         assert losses.scores is not None
         num_lags = len(self.lag_hours)
         true, predicted = lag_class(batch, self.lag_hours), losses.scores.argmax(dim=1)
@@ -105,7 +107,7 @@ class LagMeasures:
         return sums | {"counts": counts.view(num_lags, num_lags).to(sums["totals"])}
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By task, and the mean over tasks.
+        """The measures by task, and their mean over tasks.
 
         lag_accuracy: share of samples whose lag is told. lag_within_one: or the next shorter or
         longer one of the list (ordinal accuracy). lag_error_hours: mean absolute error.

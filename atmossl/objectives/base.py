@@ -1,4 +1,4 @@
-"""What every objective of training is: a module that owns all that its loss needs.
+"""The contract of objectives. An objective is a module that owns everything that its loss needs.
 
 The training step gives an objective the network and a batch. The objective returns the terms of its
 loss, each a mean over this batch alone, and says what the batch counts in each term. How the terms
@@ -21,13 +21,13 @@ Ability = Literal["reconstruct", "embed", "distance"]
 
 @dataclass(frozen=True)
 class Monitor:
-    """The logged value that chooses the best checkpoint and that a sweep optimises."""
+    """The logged value that chooses the best checkpoint, and that a sweep optimises."""
 
     key: str
     direction: Literal["min", "max"] = "min"
 
     def cost(self, value: float) -> float:
-        """A number that is the lower the better."""
+        """The value as a cost: lower is better."""
         return value if self.direction == "min" else -value
 
     def is_better(self, value: float, best: float | None) -> bool:
@@ -42,12 +42,13 @@ class Metric(Protocol):
         ...
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What is logged, by key, from the sums of every validation task (of `""` in training)."""
+        """The logged values, by key, from the sums of every validation task (of `""` in
+        training)."""
         ...
 
 
 class ObjectivePart(Protocol):
-    """An objective as it is configured, before there is a network: see `Objective`."""
+    """An objective as it is configured, before there is a network; see `Objective`."""
 
     @property
     def views(self) -> tuple[ViewSpec, ...]: ...
@@ -86,19 +87,19 @@ class Objective(nn.Module):
 
     @classmethod
     def views_of(cls, arguments: Mapping[str, Any]) -> tuple[ViewSpec, ...]:
-        """The views under these keywords of the constructor."""
+        """The views of an objective with these keywords of the constructor."""
         del arguments
         return cls.views
 
     @classmethod
     def provided_by(cls, arguments: Mapping[str, Any]) -> frozenset[Ability]:
-        """What a checkpoint of it can be asked for under these keywords of the constructor."""
+        """What a checkpoint of an objective with these keywords can be asked for."""
         del arguments
         return cls.provides
 
     @classmethod
     def compares_by(cls, arguments: Mapping[str, Any]) -> bool:
-        """Whether its loss compares the samples of a batch under these keywords."""
+        """Whether the loss of an objective with these keywords compares the samples of a batch."""
         del arguments
         return cls.compares_samples
 
@@ -114,7 +115,7 @@ class Objective(nn.Module):
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """Submodules that a sharded run gathers one at a time."""
+        """The submodules that a sharded run gathers one at a time."""
         return ()
 
     def forward(self, network: Any, batch: Batch) -> Losses:
@@ -131,4 +132,4 @@ class Objective(nn.Module):
         of that number and of the weights alone."""
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile what is worth it."""
+        """Compile the parts of the objective that gain by it."""

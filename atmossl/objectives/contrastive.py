@@ -1,5 +1,5 @@
-"""Siamese networks: the latents of one place some hours apart are made alike, without all latents
-becoming the same (SimCLR, VICReg, SimSiam, Barlow twins)."""
+"""Siamese networks: they learn equal latents for one place at times some hours apart, while not
+all latents may become the same (SimCLR, VICReg, SimSiam, Barlow twins)."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,7 +22,7 @@ Projected = Float[Tensor, "sample feature"]
 
 
 class Contrastive(Objective):
-    """A loss of the projections of two views of a sample, pooled over their tokens.
+    """Compares two views of a sample by the projections of their latents, pooled over tokens.
 
     lag_hours: how much later the second view is, one of them by sample.
     loss: `nt_xent` tells the partner from all other samples of the batch, at `temperature`;

@@ -1,5 +1,5 @@
-"""Self-distillation (DINO, Caron et al. 2021, arXiv 2104.14294): parts of one state are assigned to
-prototypes as a teacher assigns larger parts of it.
+"""Self-distillation (DINO, Caron et al. 2021, arXiv 2104.14294): a student assigns parts of a state
+to prototypes as a teacher assigns larger parts of the same state.
 
 A student sees large and small crops of a window, in space, time and resolution; the teacher, a
 moving average of the student, sees the large ones alone. Optional terms: the same for single hidden
@@ -41,7 +41,8 @@ _COPIES = 6  # of a head: weights, gradient, two moments of the optimiser, avera
 
 
 class PrototypeHead(nn.Module):
-    """Latents to their cosines with learned prototypes, in a space of `bottleneck` features."""
+    """Maps latents to their cosines with learned prototypes, in a space of `bottleneck`
+    features."""
 
     def __init__(self, num_in: int, hidden: int, bottleneck: int, num_prototypes: int) -> None:
         super().__init__()
@@ -58,8 +59,9 @@ class PrototypeHead(nn.Module):
 
 
 class Centre(nn.Module):
-    """Moving average of the teacher's logits over the batches of all ranks, which it subtracts so
-    that no prototype takes everything: after n batches of mean b it is (1 - momentum^n) b."""
+    """The moving average of the teacher's logits over the batches of all ranks. The teacher
+    subtracts it, so that no prototype takes all states: after n batches of mean b it is (1 -
+    momentum^n) b."""
 
     value: Tensor
 
@@ -71,12 +73,13 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def note(self, logits: Tensor, weight: Tensor) -> None:
-        """Take the logits [row prototype] of one batch, each as often as its weight says."""
+        """Note the logits [row prototype] of one batch, each as often as its weight says."""
         sums = torch.cat([(weight[:, None] * logits).sum(dim=0), weight.sum()[None]])
         self.seen = sums if self.seen is None else self.seen + sums
 
     def update(self) -> None:
-        """Once per optimiser step, on every rank, whether it has seen anything or not."""
+        """Update the average. Every rank calls this once per optimiser step, also without a
+        batch."""
         sums, self.seen = self.seen, None
         if sums is None:
             sums = torch.cat([torch.zeros_like(self.value), self.value.new_zeros(1)])
@@ -157,8 +160,8 @@ class SelfDistillation(Objective):
 
     @classmethod
     def views_of(cls, arguments: Mapping[str, Any]) -> tuple[ViewSpec, ...]:
-        """Large crops as the student sees them, small ones, and if the former hide tokens the same
-        once more without."""
+        """The large crops as the student sees them and the small ones. If tokens of the large
+        crops are hidden, the same large crops follow once more without hidden tokens."""
         num_global = arguments["num_global"]
         coarsen = [1] * (num_global - 1) + [arguments["global_coarsen"]]
         large = [Crop(n, 1.0, arguments["global_share"], coarsen[n]) for n in range(num_global)]
@@ -239,7 +242,7 @@ class SelfDistillation(Objective):
         )
 
     def _targets(self, pooled: Sequence[Tensor]) -> list[Float[Tensor, "batch prototype"]]:
-        """The teacher's probabilities of every large crop."""
+        """The teacher's probabilities for every large crop."""
         logits = [self.teacher_heads["pooled"](each) for each in pooled]
         if self.centring == "sinkhorn":
             temperature = self.teacher_temperature
@@ -248,7 +251,7 @@ class SelfDistillation(Objective):
         return list(self._centred("pooled", torch.cat(logits), weight).chunk(len(logits)))
 
     def _centred(self, head: str, logits: Tensor, weight: Tensor) -> Tensor:
-        """Probabilities of the teacher, by the centre of the batches before this one."""
+        """The teacher's probabilities, centred by the batches before this one."""
         centre = self.centres[head]
         assert isinstance(centre, Centre)
         if self.training:
@@ -256,7 +259,7 @@ class SelfDistillation(Objective):
         return ((logits - centre.value) / self.teacher_temperature).softmax(dim=-1)
 
     def weights(self, batch: Batch) -> Tensor:
-        """Hidden area for the loss of tokens; in the others all batches count the same."""
+        """The hidden area for the loss of tokens; in the other terms all batches count the same."""
         views = batch.views[: self.num_global]
         streams = [stream for view in views for stream in predicted_streams(view)]
         area = torch.stack([hidden_areas(stream).sum() for stream in streams]).sum()
@@ -266,7 +269,7 @@ class SelfDistillation(Objective):
         return torch.stack(weights)
 
     def _patches(self, latents: Latents, of_teacher: Latents, view: View) -> tuple[Tensor, Tensor]:
-        """Cross entropies of the hidden tokens of a crop, and their areas."""
+        """The cross entropies of the hidden tokens of a crop, and the areas of these tokens."""
         values, weights = [], []
         for stream in predicted_streams(view):
             name, queries = stream.spec.name, stream.queries
@@ -291,7 +294,7 @@ class SelfDistillation(Objective):
         self.teacher_temperature.fill_(self.temperature_at(step))
 
     def temperature_at(self, step: int) -> float:
-        """The teacher's, linear from the first to the second."""
+        """The teacher's temperature at a step, linear from the first to the second."""
         first, last = self.temperatures
         return first + (last - first) * min(step, self.temperature_steps) / self.temperature_steps
 
@@ -301,8 +304,8 @@ def multi_crop(
     targets: Sequence[Float[Tensor, "batch prototype"]],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Mean over all pairs of a teacher's crop and another crop of the student: with 2 large and n
-    small crops 2 (n + 1) of them."""
+    """The mean over all pairs of a teacher's crop and another crop of the student: 2 (n + 1)
+    pairs with 2 large and n small crops."""
     values = [
         distillation(student, target, temperature=temperature)
         for number, target in enumerate(targets)
@@ -317,14 +320,15 @@ def _num_views(arguments: Mapping[str, Any]) -> int:
 
 
 def _memory() -> int:
-    """Bytes of the GPU that is visible here, or of this machine."""
+    """The memory in bytes of the visible GPU, or of this machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class PrototypeMeasures:
-    """How the teacher assigns states to prototypes, beside the measures of all pairs."""
+    """How the teacher assigns states to prototypes, beside the measures that all objectives on
+    pairs log."""
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         assert losses.scores is not None
@@ -340,7 +344,7 @@ class PrototypeMeasures:
         }
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By task, and the mean over tasks, in nats.
+        """The measures by task, and their mean over tasks, in nats.
 
         teacher_entropy: of a state's assignment by the teacher. teacher_kl: divergence of the
         student's assignment from it. shared_information: entropy of the mean assignment less the

@@ -1,5 +1,5 @@
-"""Joint-embedding prediction (I-JEPA, Assran et al. 2023, arXiv 2301.08243): predict latents that a
-teacher has of the hidden tokens, not their values."""
+"""Joint-embedding prediction (I-JEPA, Assran et al. 2023, arXiv 2301.08243): for the hidden
+tokens, the network predicts latents instead of values."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -31,7 +31,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class JointEmbedding(Objective):
-    """Distance of predicted latents of the hidden tokens to the latents of the whole window.
+    """The distance of predicted latents of the hidden tokens to the latents of the whole window.
 
     The network encodes the visible tokens and predicts the latents of the hidden ones. Two ways
     keep the latents of the whole window, the targets, from becoming all the same:
@@ -133,7 +133,8 @@ class JointEmbedding(Objective):
         )
 
     def _departure_from_normal(self, targets: Latents) -> Float[Tensor, ""]:
-        """Mean over streams of SIGReg of their anomalies, at tokens that move from step to step."""
+        """The departure of latents from a normal distribution: SIGReg of their anomalies, at
+        tokens that change from step to step; the mean over streams."""
         values = []
         for name, latents in targets.items():
             tokens = latents.last
@@ -146,8 +147,8 @@ class JointEmbedding(Objective):
         return torch.stack(values).mean()
 
     def weights(self, batch: Batch) -> Float[Tensor, "term"]:
-        """Area of all hidden tokens of every predicted stream; batches count the same for the
-        regulariser."""
+        """The area of all hidden tokens of every predicted stream; for the regulariser all
+        batches count the same."""
         areas = [hidden_areas(s).sum() for s in predicted_streams(batch.views[0])]
         return torch.stack(areas if self.teacher is not None else [*areas, areas[0].new_ones(())])
 
@@ -159,7 +160,8 @@ class JointEmbedding(Objective):
         follow(self.teacher.parameters(), network.parameters(), momentum)
 
     def _draw_directions(self, step: int) -> None:
-        """A function of the step alone, so that all devices test along the same ones."""
+        """Random directions, a function of the step alone, so that all devices test along the
+        same ones."""
         generator = torch.Generator().manual_seed(step)
         for name, buffer in self.named_buffers(recurse=False):
             if name.startswith("directions_"):
@@ -168,11 +170,11 @@ class JointEmbedding(Objective):
 
 
 class LatentRatios:
-    """RMSE of predicted latents over the standard deviation of the teacher's over all tokens: 1 for
-    a constant, near 1 or above if the latents have collapsed to one."""
+    """The RMSE of predicted latents over the standard deviation of the teacher's latents of all
+    tokens: 1 for a constant prediction, near 1 or above if the latents have collapsed."""
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
-        """By stream, for every feature: squared errors, targets, their squares, and weights."""
+        """By stream, for every feature: squared errors, targets, squared targets, and weights."""
         del batch
         sums = {
             f"position:{pair.stream}": position_sums(
@@ -189,8 +191,8 @@ class LatentRatios:
         return sums
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By task and stream, and the mean over all, `latent_ratio/mean`. The same as
-        `position_ratio` for the error over that of the mean of every position."""
+        """`latent_ratio` by task and stream, and the mean over all, `latent_ratio/mean`.
+        `position_ratio` likewise, for the error over that of the mean of every position."""
         by_position, sums = split_positions(sums)
         values = {}
         for task, by_stream in sums.items():

@@ -1,5 +1,5 @@
-"""Masked token modelling: predict the hidden tokens of every stream (BERT, AtmoRep; MAE when the
-hidden tokens are dropped instead of masked)."""
+"""Masked token modelling: the network predicts the hidden tokens of every stream (BERT, AtmoRep;
+MAE when hidden tokens are dropped instead of masked)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class MaskedModelling(Objective):
-    """Weighted sum of losses over the hidden tokens of all predicted streams.
+    """A weighted sum of losses over the hidden tokens of all predicted streams.
 
     losses: weight by name of a loss in `atmossl.losses`: of single values, or of fields.
     weighting: `residual` measures every variable and level in units of its typical residual
@@ -79,7 +79,8 @@ class MaskedModelling(Objective):
         return {"train": LevelErrors(), "validation": ErrorRatios()}
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile what goes over all members, which are large: a few passes instead of many."""
+        """Compile the losses that go over all members: the tensors are large, so a few passes
+        instead of many count."""
         self._values = torch.compile(self._elementwise, backend=backend)
 
     def forward(self, network: Any, batch: Batch) -> Losses:
@@ -98,7 +99,7 @@ class MaskedModelling(Objective):
         return Losses(terms, factors, prediction, by_sample=by_sample)
 
     def weights(self, batch: Batch) -> Float[Tensor, "stream"]:
-        """Weight of all that every predicted stream hides."""
+        """The total weight of the hidden values of every predicted stream."""
         (view,) = batch.views
         return torch.stack([self._hidden_weight(stream) for stream in predicted_streams(view)])
 
@@ -135,7 +136,7 @@ class MaskedModelling(Objective):
         target: Float[Tensor, "batch query patch"],
         scale: Float[Tensor, "batch query patch"] | None,
     ) -> Float[Tensor, "batch query patch"]:
-        """Weighted sum of the losses of every value, in units of `scale`."""
+        """The weighted sum of the losses of every value, in units of `scale`."""
         if scale is not None:
             members, target = members / scale[:, :, None], target / scale
         ensemble = Ensemble(members)
@@ -148,7 +149,8 @@ class MaskedModelling(Objective):
 def _sums_by_sample(
     weighted: Sequence[tuple[Tensor, Tensor]],
 ) -> Float[Tensor, "batch term two"]:
-    """Of every sample and stream, the sum of weighted losses and the sum of weights.
+    """The sum of weighted losses, and the sum of weights, of every sample and stream. weighted: of
+    every stream, losses and weights [batch query patch].
 
     weighted: of every stream, losses and weights [batch query patch].
     """
@@ -161,8 +163,8 @@ def _sums_by_sample(
 
 
 class ErrorRatios:
-    """RMSE of the ensemble mean over that of the first guess, for every variable: below 1 the
-    network knows more than its first guess."""
+    """The RMSE of the ensemble mean over that of the first guess, for every variable. Below 1
+    the network knows more than its first guess."""
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         """Squared errors of the ensemble mean and of the first guess, by variable."""
@@ -187,8 +189,9 @@ class ErrorRatios:
         return sums
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By task and variable; their mean by task; and the mean over tasks, `rmse_ratio/mean`. By
-        task and stream `position_ratio`, the RMSE over that of the mean of every position."""
+        """`rmse_ratio` by task and variable, its mean by task, and the mean over tasks,
+        `rmse_ratio/mean`. `position_ratio` by task and stream, the RMSE over that of the mean of
+        every position."""
         by_position, sums = split_positions(sums)
         values, means = position_ratios(by_position), []
         for task, by_variable in sums.items():
@@ -204,7 +207,7 @@ class ErrorRatios:
 
 
 class LevelErrors:
-    """RMSE of the ensemble mean by stream and level, in standard deviations."""
+    """The RMSE of the ensemble mean by stream and level, in standard deviations."""
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         (view,), prediction = batch.views, losses.prediction
@@ -228,7 +231,7 @@ class LevelErrors:
 def level_sums(
     stream: StreamTokens, predicted: StreamPrediction
 ) -> Float[Tensor, "two num_levels"]:
-    """Weighted squared errors of the ensemble mean, and weights, summed by level."""
+    """Weighted squared errors of the ensemble mean, and the weights, both summed by level."""
     spec = stream.spec
     target, weight, token_level = hidden_values(stream)
     weight = weight * predicted.queries.valid[..., None]
@@ -245,12 +248,12 @@ def level_sums(
 
 
 def predicted_streams(view: View) -> tuple[StreamTokens, ...]:
-    """The streams of a view that are hidden and predicted."""
+    """The streams of a view whose hidden tokens are predicted."""
     return tuple(stream for stream in view.streams if stream.spec.role == "predict")
 
 
 def hidden_areas(stream: StreamTokens) -> Float[Tensor, "batch query"]:
-    """Area of the hidden tokens of a stream; 0 where the list is padded."""
+    """The area of the hidden tokens of a stream; 0 where the list is padded."""
     assert stream.queries is not None, "collate the view first: token indices are missing"
     return StreamLatents((), stream.queries, stream.grid).areas()
 
@@ -258,8 +261,8 @@ def hidden_areas(stream: StreamTokens) -> Float[Tensor, "batch query"]:
 def hidden_values(
     stream: StreamTokens, *, latitude_weighted: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Truth [batch query patch], weights [batch query patch] and token level [batch query] of the
-    stream's queries. The weight of what was never observed is 0."""
+    """The truth [batch query patch], weights [batch query patch] and token level [batch query]
+    of a stream's queries. Values that were never observed have weight 0."""
     assert stream.queries is not None, "collate the view first: token indices are missing"
     target = gather(stream.target.flatten(1, 4), stream.queries)
     weight = _weights(stream, stream.queries.index, latitude_weighted)
@@ -267,7 +270,7 @@ def hidden_values(
 
 
 def _chosen(kinds: Mapping[Any, T], shares: Mapping[LossName, float]) -> list[tuple[T, float]]:
-    """The losses of one kind that have a share."""
+    """The losses of one kind whose share is not 0."""
     return [(kinds[name], share) for name, share in shares.items() if name in kinds]
 
 
@@ -277,7 +280,8 @@ def completed_fields(
     weight: Float[Tensor, "batch query patch"],
     scale: Float[Tensor, "level patch"] | None,
 ) -> FieldEnsemble:
-    """The window of one stream: every member's values where something is hidden, else the truth.
+    """The window of one stream with every member's values where something is hidden, and the truth
+    elsewhere.
 
     weight: what every hidden value counts. scale: what the values of a token are divided by, by
     its level, as in the losses of single values; None: 1.
@@ -312,13 +316,13 @@ def completed_fields(
 def _window(
     tokens: Float[Tensor, "batch level nt nlat nlon patch"], spec: StreamSpec
 ) -> Float[Tensor, "batch field time lat lon"]:
-    """Tokens as a window, its variables and levels along one axis."""
+    """Tokens as a window, with variables and levels along one axis."""
     return detokenise(tokens, spec).flatten(1, 2)
 
 
 def _weights(stream: StreamTokens, index: Tensor, latitude_weighted: bool) -> Tensor:
-    """Relative cell area, or 1, of the values of chosen tokens; 0 of what was never observed or
-    is not asked for."""
+    """The weights of the values of chosen tokens: relative cell area, or 1; 0 for values that
+    were never observed or are no target points."""
     num_lon, num_lat = stream.grid.shape[3], stream.grid.shape[2]
     rows = patch_weights(stream.weight, stream.spec)
     row = index // num_lon % num_lat

@@ -1,5 +1,5 @@
-"""What objectives on pairs of views share: the same place some hours apart, how its states are
-compared, and measures of their pooled latents."""
+"""Objectives on pairs of views have this in common: two views of one place some hours apart, and
+measures of their pooled latents."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -32,13 +32,15 @@ LagHours = Annotated[
 def pair_views(
     lag_hours: Sequence[float], masking: MaskingSampler | None = None
 ) -> tuple[ViewSpec, ...]:
-    """The sample's window, and one of the same place later, whose date is not told: dates alone
-    would tell which states belong together and how far apart they are."""
+    """Two views: the sample's window, and the window of the same place some hours later. Their
+    dates are not told, since dates alone would tell which states belong together and how far
+    apart they are."""
     return ViewSpec(masking), ViewSpec(masking, tuple(lag_hours), tells_time=False)
 
 
 def perceptron(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
-    """Two layers with LayerNorm between them: statistics of a batch would tell its samples."""
+    """Two linear layers with LayerNorm between them. (Batch norm would tell a sample of the
+    others in its batch.)"""
     return nn.Sequential(
         nn.Linear(num_in, num_hidden),
         nn.LayerNorm(num_hidden),
@@ -49,7 +51,7 @@ def perceptron(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
 
 @torch.no_grad()
 def close_in_time(batch: Batch, days: float) -> Bool[Tensor, "sample sample"]:
-    """Which samples of all ranks have views less than so many days apart, whatever their run and
+    """Which samples of all ranks have views less than `days` apart, whatever their run and
     place."""
     starts = [view.start_hours for view in batch.views]
     assert all(start is not None for start in starts), "the views are of one time"
@@ -59,7 +61,7 @@ def close_in_time(batch: Batch, days: float) -> Bool[Tensor, "sample sample"]:
 
 
 class PairMeasures:
-    """The loss, and measures of the pooled latents of pairs by which collapse is seen."""
+    """The loss, and measures of the pooled latents of pairs that show a collapse."""
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         del batch
@@ -79,7 +81,7 @@ class PairMeasures:
         }
 
     def values(self, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By task, and the mean over tasks.
+        """The measures by task, and their mean over tasks.
 
         pair_loss: the loss. rank: RankMe of the latents' departures from their mean. pair_distance:
         mean squared distance of pairs over that of any two states, 1 if pairs are nothing special.
@@ -89,7 +91,7 @@ class PairMeasures:
 
 
 def by_task_and_mean(by_task: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`NAME/TASK` of measures by task and name, and their means over the tasks, `NAME/mean`."""
+    """Measures under the keys `NAME/TASK`, and their means over the tasks under `NAME/mean`."""
     names = next(iter(by_task.values()))
     values = {f"{name}/{task}": by_task[task][name] for name in names for task in by_task}
     means = {

@@ -1,5 +1,5 @@
-"""How much better a prediction is than the mean of its target at every position: a network that
-knows where a token lies, but nothing of the state, is not better."""
+"""Compares a prediction with the mean of its target at every position. A network that knows
+where a token lies, but nothing of the state, is not better than this mean."""
 
 from collections.abc import Mapping
 
@@ -13,8 +13,8 @@ NUM_BINS = 1024  # positions beyond so many share a mean with others
 
 
 def position_bins(grid: TokenGrid, chosen: TokenIndex) -> Int[Tensor, "batch token"]:
-    """A number below `NUM_BINS` for level, latitude and longitude of every chosen token, whatever
-    its time: the same one for the same position in any window."""
+    """A number below `NUM_BINS` for the position (level, latitude, longitude) of every chosen
+    token, the same in any window and at any time."""
     _, num_times, num_lat, num_lon = grid.shape
     index = chosen.index
     lat = grid.lat.gather(1, index // num_lon % num_lat)
@@ -33,7 +33,7 @@ def position_sums(
     weight: Float[Tensor, "batch token"] | Float[Tensor, "batch token value"],
     bins: Int[Tensor, "batch token"],
 ) -> Float[Tensor, "bin sums"]:
-    """What one batch adds for every position: number of tokens with weight, squared errors,
+    """What one batch adds for every position: the number of tokens with weight, squared errors,
     weights, weighted squares of the target, and the weighted target itself, value by value."""
     weight = weight if weight.ndim == target.ndim else weight[..., None]
     weight = weight.expand_as(target).double()
@@ -47,7 +47,7 @@ def position_sums(
 
 
 def position_ratio(sums: Float[Tensor, "bin sums"]) -> Float[Tensor, ""]:
-    """RMSE of the prediction over that of the mean of all other tokens at the same position."""
+    """The RMSE of the prediction over that of the mean of all other tokens at the same position."""
     count, error, square = sums[:, :3].unbind(dim=1)
     weight, target = sums[:, 3:].chunk(2, dim=1)
     around = square - (target**2 / weight.clamp_min(1e-12)).sum(dim=1)
@@ -64,7 +64,8 @@ _MARK = "position:"
 def split_positions(
     sums: Sums,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """By task, the sums whose names begin with `position:`, without that, and all others."""
+    """The sums by task in two parts: those whose names begin with `position:`, without this
+    beginning, and all others."""
     marked = {
         task: {k.removeprefix(_MARK): v for k, v in task_sums.items() if k.startswith(_MARK)}
         for task, task_sums in sums.items()
@@ -79,7 +80,7 @@ def split_positions(
 def position_ratios(
     sums: Mapping[str, Mapping[str, Float[Tensor, "bin sums"]]],
 ) -> dict[str, Float[Tensor, ""]]:
-    """`position_ratio/TASK/STREAM`, where a position was seen twice, and their mean."""
+    """`position_ratio/TASK/STREAM` for positions that were seen twice, and the mean of these."""
     values = {
         f"position_ratio/{task}/{stream}": position_ratio(of_stream)
         for task, by_stream in sums.items()

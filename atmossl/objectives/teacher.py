@@ -1,5 +1,5 @@
-"""What objectives with a teacher share: a copy of the network that follows it as a moving average,
-makes targets, and gets no gradient."""
+"""Teachers of objectives: a teacher is a copy of the network that follows it as a moving
+average, makes targets, and gets no gradient."""
 
 import math
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ Momentum = Annotated[tuple[Share, Share], AfterValidator(_does_not_fall)]
 
 
 def teacher_of(student: Module) -> Module:
-    """A copy without gradients, in evaluation mode."""
+    """A copy of the network without gradients, in evaluation mode."""
     copies: dict[int, Any] = {}  # deepcopy would lose tensors that have shapes but no values
     for parameter in student.parameters():
         copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -34,7 +34,8 @@ def teacher_of(student: Module) -> Module:
 
 
 def momentum_at(step: int, num_steps: int, limits: Momentum) -> float:
-    """From the first limit to the second along half a cosine; the second after the last step."""
+    """The momentum at a step: from the first limit to the second along half a cosine, and the
+    second after the last step."""
     first, last = limits
     share = min(step, num_steps) / num_steps
     return last - (last - first) * (1 + math.cos(math.pi * share)) / 2
@@ -44,6 +45,6 @@ def momentum_at(step: int, num_steps: int, limits: Momentum) -> float:
 def follow(
     teacher: Iterable[nn.Parameter], student: Iterable[nn.Parameter], momentum: float
 ) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student."""
+    """Update the teacher: teacher <- momentum * teacher + (1 - momentum) * student."""
     for averaged, current in zip(teacher, student, strict=True):
         averaged.lerp_(current, 1.0 - momentum)

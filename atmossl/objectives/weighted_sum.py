@@ -18,7 +18,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 class WeightedSum(Objective):
-    """The mean of the losses of `parts` by name, by `weights`, which are 1 where none is given.
+    """The weighted mean of the losses of several objectives, `parts` by name. A part without an
+    entry in `weights` has weight 1.
 
     The first part chooses the best checkpoint, and if it reconstructs, pictures are of its views.
     """
@@ -89,7 +90,7 @@ class WeightedSum(Objective):
         return tuple(block for part in self._objectives().values() for block in part.blocks)
 
     def batches(self, batch: Batch) -> dict[str, Batch]:
-        """What every part sees of a batch."""
+        """The batch that every part sees: its own views."""
         views = iter(batch.views)
         groups = [tuple(next(views) for _ in range(count)) for count in self.num_views]
         return {
@@ -107,7 +108,8 @@ class WeightedSum(Objective):
         return Losses(tuple(terms), tuple(factors), parts[0].prediction, parts=parts)
 
     def weights(self, batch: Batch) -> Tensor | None:
-        """A part that gives none has one term, and all its batches count the same."""
+        """What the batch counts in every term of all parts. A part without weights has one term,
+        in which all batches count the same."""
         batches = self.batches(batch)
         weights = [part.weights(batches[name]) for name, part in self._objectives().items()]
         actual_weights = [weight for weight in weights if weight is not None]
@@ -126,8 +128,8 @@ class WeightedSum(Objective):
 
 
 class _PartMetrics:
-    """The metrics of all parts. Where parts log the same key, those of later ones begin with the
-    part's name."""
+    """The metrics of all parts. Where two parts log the same key, that of the later one begins
+    with the part's name."""
 
     def __init__(self, objective: WeightedSum, stage: str) -> None:
         self.objective = objective

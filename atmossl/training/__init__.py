@@ -1,1 +1,2 @@
-"""The training loop: a LightningModule that only delegates, callbacks, schedules, curves."""
+"""Training: a LightningModule that only delegates, callbacks, optimisers and schedules,
+checkpoints, strategies."""

@@ -19,7 +19,7 @@ from atmossl.training.curves import plot_curves
 
 @dataclass(frozen=True)
 class _Watched:
-    """One step whose result is on its way to the host."""
+    """A training step whose result is on its way to the host."""
 
     step: int
     batch: Batch
@@ -29,7 +29,7 @@ class _Watched:
 
 class StopOnNonFinite(L.Callback):
     """Stops the run after `limit` steps in a row with a NaN or infinite loss or gradient, and
-    writes which samples they were to `nonfinite.json`.
+    writes the samples of these steps to `nonfinite.json`.
 
     Results are copied to the host beside the computation and looked at when they have arrived, a
     step or two later, so that no step waits. The gradients of such a step count as 0
@@ -101,7 +101,7 @@ def _has_arrived(watched: _Watched) -> bool:
 
 
 def _places(watched: _Watched) -> list[dict[str, Any]]:
-    """First and last token centre of every sample: time in UTC, degrees north and east."""
+    """The first and last token centre of every sample: time in UTC, degrees north and east."""
     grid = watched.batch.views[0].streams[0].grid
     places = []
     for hours, lat, lon in zip(grid.time_hours, grid.lat, grid.lon, strict=True):
@@ -117,7 +117,8 @@ def _places(watched: _Watched) -> list[dict[str, Any]]:
 
 
 class CurvesAtEnd(L.Callback):
-    """Draws losses, skill against the first guess and learning rate from the CSV log."""
+    """Draws losses, skill against the first guess, and learning rate from the CSV log when
+    training ends."""
 
     def __init__(self, metrics: Path, folder: Path) -> None:
         self.metrics = metrics
@@ -130,8 +131,8 @@ class CurvesAtEnd(L.Callback):
 
 
 class LogMetrics(L.Callback):
-    """Logs the metrics of the objective, over the batches of all ranks: in training those of the
-    batch before a log, in validation those of every task."""
+    """Logs the metrics of the objective over the batches of all ranks: in training for the batch
+    before a log, in validation for every task."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, list[Tensor]]] = {}  # of every validation batch, by task
@@ -170,8 +171,8 @@ class LogMetrics(L.Callback):
 
 class LossByMask(L.Callback):
     """Logs `train/mask_loss/KIND`, the loss under every kind of mask of a mixture, over all samples
-    of all ranks since the last log; NaN of a kind that drew none of them. Losses of whole fields,
-    which do not tell samples apart, are not in it.
+    of all ranks since the last log. It is NaN for a kind that was not drawn. Losses of whole fields
+    are left out, since they do not tell samples apart.
 
     kinds: names of the samplers of the mixture.
     every: batches from log to log.
@@ -184,7 +185,7 @@ class LossByMask(L.Callback):
         self._sums: Tensor | None = None  # [kind term two], weighted losses and weights
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not yet logged, of all ranks; every rank must call it."""
+        """The sums of all ranks that are not yet logged; every rank must call this."""
         if self._sums is None or self._trainer is None:
             return {}
         sums = _over_ranks(self._trainer, {"sums": self._sums})["sums"]
@@ -219,8 +220,8 @@ class LossByMask(L.Callback):
 
 
 def _means_over_terms(sums: Tensor, factors: Sequence[float]) -> Tensor:
-    """Loss of every kind from its sums [kind term two]; NaN of a kind that hid nothing. A term of
-    which a kind hides nothing does not count for it."""
+    """The loss of every kind from its sums [kind term two]; NaN for a kind that hid nothing. A
+    term in which a kind hides nothing is left out of that kind's mean."""
     losses, weights = sums.unbind(-1)
     shares = torch.tensor(factors, dtype=sums.dtype, device=sums.device) * (weights > 0)
     tiny = torch.finfo(sums.dtype).tiny
@@ -229,7 +230,7 @@ def _means_over_terms(sums: Tensor, factors: Sequence[float]) -> Tensor:
 
 
 def _over_ranks(trainer: L.Trainer, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every value added up over all ranks, in one exchange."""
+    """Sums over all ranks, in one exchange."""
     flat = torch.cat([value.flatten() for value in sums.values()])
     total: Any = trainer.strategy.reduce(flat, reduce_op="sum")
     parts = total.split([value.numel() for value in sums.values()])

@@ -1,4 +1,5 @@
-"""Saving during training. Which checkpoints stay is the matter of `atmossl.training.keeping`."""
+"""Saves checkpoints during training. Which checkpoints stay is decided in
+`atmossl.training.keeping`."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """One file per checkpoint. Reads sharded folders, too: what many devices wrote goes on on one.
+    """Writes each checkpoint as one file, atomically. It also reads sharded folders, so that a run
+    of many devices can continue on one.
 
     asynchronous: copy the tensors to the host, then write while training goes on; the next save
         waits for the one before.
@@ -52,7 +54,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self._pending = self._pool.submit(_write, copied, Path(path))
 
     def wait(self) -> None:
-        """Return when everything is written; raises what went wrong while writing."""
+        """Wait until everything is written; raises errors of writing."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -78,7 +80,7 @@ def _write(contents: dict[str, Any], path: Path) -> None:
 
 
 def _done(work: Callable[[], None]) -> Future:
-    """The result of work that is done now, or why it failed."""
+    """The result of finished work, or the error with which it failed."""
     future: Future = Future()
     try:
         future.set_result(work())
@@ -138,7 +140,8 @@ class KeepCheckpoints(L.Callback):
         self._unlogged = {}
 
     def _leave_branch(self, trainer: L.Trainer) -> bool:
-        """Make the folder ready for the line that goes on; whether that has a `best.ckpt`."""
+        """Prepare the folder for the line of checkpoints that continues; returns whether that
+        line has a `best.ckpt`."""
         assert trainer.ckpt_path is not None
         departure = leave_branch(self.folder, Path(trainer.ckpt_path), trainer.global_step)
         self._start = departure.start
@@ -180,7 +183,7 @@ class KeepCheckpoints(L.Callback):
         self._saved = trainer.global_step
 
     def _write(self, trainer: L.Trainer, path: Path) -> None:
-        """Save, once the checkpoint before is on the disk. All ranks fail if one of them does."""
+        """Save, once the previous checkpoint is on the disk. All ranks fail if one of them does."""
         self.settle(trainer)
         self._unlogged = unlogged(trainer)
         trainer.save_checkpoint(path, weights_only=False)
@@ -189,7 +192,7 @@ class KeepCheckpoints(L.Callback):
             self.settle(trainer)
 
     def settle(self, trainer: L.Trainer) -> None:
-        """Return on all ranks when the last checkpoint is on the disk."""
+        """Wait on all ranks until the last checkpoint is on the disk."""
         strategy, io = trainer.strategy, trainer.strategy.checkpoint_io
         if isinstance(strategy, ShardedStrategy):
             strategy.wait_for_checkpoint()
@@ -201,8 +204,8 @@ class KeepCheckpoints(L.Callback):
 
 
 def unlogged(trainer: L.Trainer) -> dict[str, float]:
-    """What Lightning will log of the present batch once its callbacks are done; empty after that,
-    and at steps that are not logged."""
+    """The values that Lightning will log for the present batch once its callbacks are done;
+    empty after that, and at steps that are not logged."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     # Lightning has no public name for the values of this very step: `logged_metrics` also holds
     # those of earlier steps and validations, which a resumed run would log again. This is the only
@@ -215,6 +218,6 @@ def unlogged(trainer: L.Trainer) -> dict[str, float]:
 
 
 def validates_now(trainer: L.Trainer) -> bool:
-    """Whether a validation follows the present batch."""
+    """Whether a validation follows directly after the present batch."""
     every = trainer.val_check_batch
     return bool(every) and (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0

@@ -1,4 +1,4 @@
-"""Whether latents still tell one state from another.
+"""Watches whether latents collapse, that is, no longer tell one state from another.
 
 After every validation the encoder's last latents of whole windows are looked at as *anomalies*,
 departures from the mean of all latents at the same position: latents that tell the position and
@@ -35,7 +35,7 @@ Rows = tuple[Float[Tensor, "state token feature"], Int[Tensor, "state token"]]
 def measures(
     latents: Float[Tensor, "state token feature"], bins: Int[Tensor, "state token"]
 ) -> dict[str, float]:
-    """Measures of latents' anomalies from the mean of their position.
+    """Measures of collapse, from the anomalies of latents about the mean of their position.
 
     bins: a number that tokens at the same position share; those seen once are left out.
 
@@ -71,7 +71,8 @@ def measures(
 def position_anomalies(
     latents: Float[Tensor, "state token feature"], bins: Int[Tensor, "state token"]
 ) -> tuple[Float[Tensor, "state token feature"], Tensor]:
-    """Departures from the mean of each position, and where one was seen twice; 0 elsewhere."""
+    """Departures of latents from the mean of their position, 0 at positions that occur once; and
+    where a position occurs several times."""
     _, place = bins.flatten().unique(return_inverse=True)
     flat = latents.flatten(0, 1)
     sums = flat.new_zeros(int(place.max()) + 1, flat.shape[-1]).index_add_(0, place, flat)
@@ -95,8 +96,8 @@ def shown(view: View) -> View:
 
 @torch.no_grad()
 def latent_rows(network: Network, view: View) -> dict[str, Rows]:
-    """The last latents of some tokens at the window's middle step, by stream: those whose positions
-    have the lowest numbers under a fixed hash, so that windows that overlap have some in common."""
+    """The last latents of some tokens at the window's middle step, by stream. A fixed hash of
+    positions chooses the tokens, so that overlapping windows have some in common."""
     rows = {}
     for name, latents in network.encode(shown(view)).items():
         shape = latents.grid.shape
@@ -112,8 +113,8 @@ def latent_rows(network: Network, view: View) -> dict[str, Rows]:
 
 
 def teacher_distance(objective: Any, network: Network) -> float | None:
-    """RMS distance of a teacher's weights to the network's, over the RMS of these. None: the
-    objective has no teacher. Every rank has to ask."""
+    """The RMS distance of the teacher's weights from the network's, over the RMS of the
+    network's. None: the objective has no teacher. Every rank has to call this."""
     for part in objective.modules():
         teacher = getattr(part, "teacher", None)
         if isinstance(teacher, Network):
@@ -194,7 +195,7 @@ def _warn(line: str) -> None:
 
 
 def _over_ranks(rows: list[Rows]) -> Rows:
-    """The rows of all batches of all ranks, which need not be equally many."""
+    """The rows of all batches of all ranks, whose numbers may differ."""
     rank_rows = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
     if not is_distributed():
         return rank_rows  # type: ignore[return-value]

@@ -1,4 +1,5 @@
-"""What a training step costs, found without running it: shapes only, no data and no device."""
+"""Estimates what a training step costs in memory and operations without running it, from tensors
+that have shapes but no values."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one device's batch, all bytes as if nothing were sharded.
+    """The memory of a training step with one device's batch, in bytes, as if nothing were sharded.
 
     peak: the most that weights, gradients, optimiser states and activations take together.
     gradients_at_peak: their share of it. units: bytes of every part that FSDP gathers at a time.
@@ -41,7 +42,7 @@ class StepCost:
 
     @property
     def activations(self) -> int:
-        """What the peak holds beside weights, gradients and optimiser states."""
+        """The bytes at the peak beside weights, gradients and optimiser states."""
         return self.peak - self.weights - self.optimizer - self.gradients_at_peak
 
     def per_device(
@@ -52,7 +53,7 @@ class StepCost:
         accumulates: bool = False,
         offloads: bool = False,
     ) -> int:
-        """Bytes at the peak where weights, gradients and states are cut into `num_shards`.
+        """The bytes at the peak if weights, gradients and states are cut into `num_shards`.
 
         bytes_share: of a gathered weight over a stored one, 0.5 for bfloat16.
         accumulates: whole gradients stay on every device until the last batch of a step.
@@ -72,8 +73,8 @@ class StepCost:
 
 
 class _Tracker(MemTracker):
-    """Notes the peak of the whole step alone. torch's own looks at every module after every
-    operation, which takes minutes for a model of 100 blocks."""
+    """Notes the peak memory of the whole step alone. torch's own tracker looks at every module
+    after every operation, which takes minutes for a model of 100 blocks."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         del peak_state
@@ -90,7 +91,7 @@ def measure_step(
     *,
     precision: str,
 ) -> StepCost:
-    """Follow a training step with tensors that have shapes but no values.
+    """Measure a training step with tensors that have shapes but no values.
 
     Forward and backward pass are followed once, since that takes half a minute of a large model.
     What they hold in later steps is the same with the states of the optimiser beside it.
@@ -136,7 +137,7 @@ def measure_step(
 
 
 def _peak(tracker: _Tracker) -> dict[str, int]:
-    """Bytes at the peak until now, by what holds them; `Total` is their sum."""
+    """The bytes at the peak until now, by what holds them; `Total` is their sum."""
     held = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return {str(kind).rpartition(".")[2]: size for kind, size in held.items()}
 
@@ -150,7 +151,8 @@ def _bytes(tensors: Any) -> int:
 
 
 def _parts(named: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Parameters by part; those of the coupling between streams apart."""
+    """The number of parameters by part of the model; the coupling between streams is a part of
+    its own."""
     parts: dict[str, int] = {}
     for name, parameter in named.items():
         part = "coupling" if ".coupling." in name else name.split(".")[0]

@@ -1,4 +1,4 @@
-"""Pictures of a run's curves, from its CSV log."""
+"""Draws a run's curves from its CSV log."""
 
 import io
 from pathlib import Path
@@ -14,15 +14,15 @@ _RANKS = [f"collapse/{kind}_{of}" for kind in ("rank", "lidar") for of in ("toke
 
 @rank_zero_only
 def keep_metrics(folder: Path) -> None:
-    """Set `metrics.csv` of an interrupted run aside as `metrics-N.csv`: Lightning's logger deletes
-    the file that it finds."""
+    """Rename `metrics.csv` of an interrupted run to `metrics-N.csv`, since Lightning's logger
+    deletes the file that it finds."""
     metrics = folder / "metrics.csv"
     if metrics.exists():
         metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv')))}.csv")
 
 
 def read_metrics(metrics: Path) -> pd.DataFrame:
-    """The log of a run and of the runs that it resumed; where they overlap the later one counts."""
+    """The log of a run and of the runs that it resumed; where logs overlap the later one counts."""
     earlier = sorted(metrics.parent.glob("metrics-*.csv"), key=lambda path: int(path.stem[8:]))
     tables: list[Any] = []
     for path in (*earlier, metrics):
@@ -36,7 +36,8 @@ def read_metrics(metrics: Path) -> pd.DataFrame:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """The complete lines of one log: a killed run may have left it empty, or cut in a line."""
+    """The complete lines of one log. A killed run may leave a log that is empty, or whose last
+    line is cut."""
     lines, _, _ = path.read_text(errors="replace").rpartition("\n")
     header, _, _ = lines.partition("\n")
     if "step" not in header.split(","):

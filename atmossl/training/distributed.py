@@ -1,4 +1,5 @@
-"""What ranks have in common: tensors spread over them, seen as whole ones, and failures."""
+"""Tools for several ranks: sharded tensors as whole ones, gradient clipping, errors that all
+ranks raise together, and random states."""
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -10,12 +11,12 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one; a plain one as it is."""
+    """The full tensor of a sharded one; a plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor, the same on all ranks, spread as the parameter is."""
+    """A full tensor, the same on all ranks, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
         return tensor
     mesh = parameter.device_mesh
@@ -43,8 +44,8 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Te
 
 @contextmanager
 def failing_together(doing: str) -> Generator[None]:
-    """Make what goes wrong on some rank go wrong on all of them, after the block: ranks would wait
-    for ever for one that has left. In the block there must be no collective.
+    """A context in which an error on any rank is raised on all of them at its end: ranks would wait
+    for ever for one that has left. The block must not contain collectives.
 
     Raises:
         OSError: on every rank, with the first failing rank's number and words.
@@ -66,7 +67,7 @@ def failing_together(doing: str) -> Generator[None]:
 
 
 def random_states() -> list[dict[str, Tensor]]:
-    """State of torch's generators on every rank, in their order: of the host and of the device."""
+    """The states of torch's generators on host and device, for every rank in order."""
     rank_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rank_state["cuda"] = torch.cuda.get_rng_state()
@@ -78,7 +79,7 @@ def random_states() -> list[dict[str, Tensor]]:
 
 
 def set_random_state(states: list[dict[str, Tensor]]) -> None:
-    """Go on from this rank's saved state; a rank beyond those that saved keeps its own."""
+    """Continue with this rank's saved state; a rank beyond those that saved keeps its own."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank >= len(states):
         return

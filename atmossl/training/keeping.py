@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and where.
+"""Decides which checkpoints of a run stay, and where.
 
 A run's folder `checkpoints/` holds one line of checkpoints `step-N.ckpt`, each trained on from the
 one before, `best.ckpt` of the same line, and `last.ckpt`, a link to the newest. When training goes
@@ -41,7 +41,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do once a checkpoint is on the disk. link: what `last.ckpt` shall point to."""
+    """What to do once a checkpoint is on the disk. link: the checkpoint to which `last.ckpt`
+    shall point."""
 
     link: str
     remove: tuple[str, ...]
@@ -89,7 +90,8 @@ def renew_last(folder: Path, start: Path) -> None:
     """Point `last.ckpt` to `start`, if that is a checkpoint `step-N.ckpt` of the folder.
 
     A run that was killed before it renewed the link may have nothing left to train when it goes on,
-    and then no hook of training calls `leave_branch`."""
+    and then no hook of training calls `leave_branch`.
+    """
     start = start.resolve()
     if start.parent == folder.resolve() and step_of(start.name) is not None:
         link_atomically(folder / _LAST, start.name)
@@ -136,8 +138,8 @@ def leave_branch(folder: Path, start: Path, step: int) -> Departure:
 
 
 def _look(folder: Path, start: Path, step: int) -> list[Kept]:
-    """The folder's checkpoints. Older steps than a start of the same line are taken as good, since
-    training relies on the start alone."""
+    """The checkpoints in the folder. Those of the same line before the start are taken as good,
+    since training relies on the start alone."""
     on_line = start.parent == folder.resolve() and step_of(start.name) is not None
     present = []
     for path in sorted(folder.glob("*.ckpt")):
@@ -154,7 +156,7 @@ def _look(folder: Path, start: Path, step: int) -> list[Kept]:
 
 
 def _step_of_good(path: Path) -> int | None:
-    """The step of a checkpoint that can be read and whose checksums agree, else None."""
+    """The step of a checkpoint that can be read and whose checksums agree; else None."""
     try:
         return read_record_to_go_on(path)["step"]
     except ValueError:
@@ -162,8 +164,8 @@ def _step_of_good(path: Path) -> int | None:
 
 
 def _move_aside(folder: Path, names: Collection[str], limit: int, newest: int) -> Path | None:
-    """Move checkpoints, the newest of this step, into a new folder, which has its name when all are
-    there; returns it."""
+    """Move checkpoints, of which the newest has step `newest`, into a new folder; returns the
+    folder, which gets its name when all have moved."""
     marks = marks_in(folder)
     if not names and not marks:
         return None

@@ -1,5 +1,5 @@
-"""Where the metrics of a run go: `metrics.csv` always, and TensorBoard, Weights & Biases (W&B) and
-MLflow beside it, in any combination."""
+"""The loggers of a run: `metrics.csv` always, and TensorBoard, Weights & Biases (W&B) and MLflow
+beside it, in any combination."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -80,15 +80,15 @@ def finish_runs(loggers: Sequence[Logger]) -> None:
 
 
 def _wandb_is_offline() -> bool:
-    """True unless a key for W&B is at hand."""
+    """Whether no key for W&B is at hand."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"] != "online"
     return "WANDB_API_KEY" not in os.environ
 
 
 class _Mlflow(MLFlowLogger):
-    """MLflow's file store makes a file of every metric, so that none can be `a/b` beside `a/b/c`:
-    here they are called `a/b` and `a/b.c`."""
+    """Renames keys for MLflow. Its file store makes a file of every metric, so that `a/b` cannot
+    be beside `a/b/c`: here they are `a/b` and `a/b.c`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -117,7 +117,7 @@ def _mlflow_logger(
 
 
 def describe_run(loggers: Sequence[Logger], description: Mapping[str, Any]) -> None:
-    """Give every logger the configuration of the run and what else is known of it."""
+    """Give every logger the configuration of the run and its description."""
     for logger in loggers:
         logger.log_hyperparams(dict(description))
         if isinstance(logger, TensorBoardLogger):  # it shows texts, but no file beside its own
@@ -126,7 +126,7 @@ def describe_run(loggers: Sequence[Logger], description: Mapping[str, Any]) -> N
 
 
 def log_picture(logger: Logger, key: str, figure: Figure, path: Path, step: int) -> None:
-    """Give a picture, which is already a PNG file, to a logger that takes pictures."""
+    """Pass a picture, which is a PNG file already, to a logger that takes pictures."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_figure(key, figure, step)
     elif isinstance(logger, WandbLogger):

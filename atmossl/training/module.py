@@ -1,4 +1,5 @@
-"""The LightningModule: the loop around network and objective, which it knows nothing about.
+"""The LightningModule: the training loop around a network and an objective, about which it knows
+nothing.
 
 It delegates the loss to the objective, and does what all objectives share: the mean of the loss
 over ranks and accumulated batches, clipping, the optimiser and its schedule, the averaged weights,
@@ -44,7 +45,8 @@ _HYPERPARAMETERS = ("weight_decay", "betas")
 
 
 class TrainingModule(L.LightningModule):
-    """record: what a checkpoint must carry so that inference needs nothing else."""
+    """The training loop of one network and one objective. record: what a checkpoint must carry
+    so that inference needs nothing else."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class TrainingModule(L.LightningModule):
         self._configured: list[dict[str, Any]] = []  # rates of every group of parameters
 
     def configure_model(self) -> None:
-        """Let a strategy that shards parameters do so, before the optimiser sees them."""
+        """Let a strategy shard the parameters, if it does, before the optimiser gets them."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             averaged: Any = self.ema.module
@@ -123,9 +125,10 @@ class TrainingModule(L.LightningModule):
         return {**outputs, "sums": sums}
 
     def _normalised(self, losses: Losses, batch: Batch, mean: Tensor | None) -> Losses:
-        """Terms times what this batch counts over the mean of all batches of the step, on all ranks
-        and accumulated one after the other. Gradients are averaged over them, so they are those of
-        one batch that holds all, however unequal the batches are.
+        """The losses with every term times the weight of this batch over the mean weight of all
+        batches of the step, on all ranks and in all accumulated batches. Gradients are averaged
+        over these batches, so the result equals that of one batch that holds all samples, however
+        unequal the batches are.
 
         mean: the mean weights, where batches are accumulated.
         """
@@ -154,8 +157,8 @@ class TrainingModule(L.LightningModule):
         self.update_ema(step)
 
     def update_ema(self, step: int) -> None:
-        """Fold the weights after an optimiser step into their moving average. Updates are counted
-        on the host: torch's own method waits for the device at every step."""
+        """Update the moving average with the weights after an optimiser step. Updates are
+        counted on the host: torch's own method waits for the device at every step."""
         share = average_share(self.settings.ema_decay, step - 1)
         with torch.no_grad():
             pairs = zip(self.ema.module.parameters(), self.model.parameters(), strict=True)
@@ -209,7 +212,8 @@ class TrainingModule(L.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """A resumed optimiser brings its old rates; those of the configuration count."""
+        """Set the learning rates of the configuration, since a resumed optimiser brings its old
+        ones."""
         scheduler: Any = self.lr_schedulers()
         groups = scheduler.optimizer.param_groups
         for number, (group, configured) in enumerate(zip(groups, self._configured, strict=True)):
@@ -239,7 +243,8 @@ class TrainingModule(L.LightningModule):
 
 
 def _average_objective(averaged: Objective, current: Objective, share: float) -> None:
-    """What is trained is averaged as the network is; teachers and buffers are taken as they are."""
+    """Average the trained parameters of the objective as those of the network; take teachers and
+    buffers as they are."""
     for mean, new in zip(averaged.parameters(), current.parameters(), strict=True):
         mean.lerp_(new, share if new.requires_grad else 1.0)
     for mean, new in zip(averaged.buffers(), current.buffers(), strict=True):

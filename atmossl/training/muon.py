@@ -1,4 +1,4 @@
-"""Muon for the weight matrices, AdamW for everything else, as one optimiser."""
+"""Muon for the weight matrices and AdamW for all other parameters, as one optimiser."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -35,9 +35,10 @@ def orthogonalise(
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `muon=True` hold matrices, whose momentum is orthogonalised; their step is
-    scaled to the size of Adam's (0.2 sqrt(max(rows, columns)), Liu et al. 2025, arXiv 2502.16982),
-    so that one learning rate serves both."""
+    """One optimiser for two kinds of parameters. Groups with `muon=True` hold matrices, whose
+    momentum is orthogonalised; their step is scaled to the size of Adam's (0.2 sqrt(max(rows,
+    columns)), Liu et al. 2025, arXiv 2502.16982), so that one learning rate serves both. All
+    other groups are updated by AdamW."""
 
     def __init__(
         self,
@@ -115,14 +116,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def _gradients(parameters: list[Tensor], chosen: Iterable[int] | None = None) -> list[Tensor]:
-    """Of all parameters, which have one, or of those numbered `chosen`."""
+    """The gradients of all parameters, or of those numbered `chosen`, without parameters that
+    have none."""
     numbers = range(len(parameters)) if chosen is None else chosen
     gradients = [parameters[n].grad for n in numbers]
     return [gradient for gradient in gradients if gradient is not None]
 
 
 def alike(parameters: list[Tensor]) -> list[list[int]]:
-    """Numbers of parameters of one shape, whose matrices are one product, as far as memory goes."""
+    """Groups of parameters of equal shape, by their numbers, whose matrices are multiplied
+    together, as far as memory goes."""
     groups: dict[torch.Size, list[list[int]]] = {}
     for number, parameter in enumerate(parameters):
         parts = groups.setdefault(parameter.shape, [[]])

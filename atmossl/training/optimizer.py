@@ -1,4 +1,4 @@
-"""Which parameters are trained, how fast, by which optimiser."""
+"""Decides which parameters are trained, how fast, and by which optimiser."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,16 +52,16 @@ class OptimizerChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(OptimizerChoice):
-    """The choice for one run. only: patterns of the only parameters that are trained; all of them
-    if empty."""
+    """The optimiser of one run. only: patterns of the only parameters that are trained; empty
+    for all."""
 
     max_steps: int
     only: tuple[str, ...] = ()
 
 
 def named_parameters(network: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
-    """All that a run can train: the network's parameters by their names, then the objective's,
-    whose names begin with `objective.`."""
+    """All parameters that a run can train, by name: those of the network, then those of the
+    objective, whose names begin with `objective.`."""
     names = dict(network.named_parameters())
     return names | {f"objective.{name}": p for name, p in objective.named_parameters()}
 
@@ -69,8 +69,8 @@ def named_parameters(network: nn.Module, objective: nn.Module) -> dict[str, nn.P
 def freeze(
     parameters: Mapping[str, nn.Parameter], patterns: Iterable[str], *, only: Sequence[str] = ()
 ) -> list[str]:
-    """Take the parameters whose names match out of the training, and those that match none of
-    `only`, if there is any; returns their names.
+    """Freeze the parameters whose names match a pattern, and, if `only` is given, those that match
+    none of it; returns their names.
 
     Raises:
         ValueError: a pattern that matches nothing, or no parameter is left.
@@ -96,7 +96,7 @@ def _no_match(key: str, pattern: str, names_of: Iterable[str]) -> str:
 def learning_rate_factors(
     parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, depth: Depth
 ) -> dict[str, float]:
-    """Factor of the learning rate of every trained parameter.
+    """The factor of the learning rate of every trained parameter.
 
     depth: as the network tells it; the uppermost layer that is trained has the whole rate.
 
@@ -123,9 +123,9 @@ def _of_pattern(name: str, patterns: Mapping[str, float]) -> float:
 def make_optimizer(
     network: Network, objective: Objective, settings: OptimizerSettings, *, fused: bool
 ) -> torch.optim.Optimizer:
-    """Matrices decay, and with Muon are orthogonalised, except for the ends of network and
-    objective, which have no square geometry; vectors do neither. One group for each of these kinds
-    and each factor."""
+    """The optimiser of a run. Matrices get weight decay, and with Muon are orthogonalised,
+    except for the ends of network and objective, which have no square geometry; vectors get
+    neither. There is one group for each of these kinds and each factor."""
     parameters = named_parameters(network, objective)
     factors = learning_rate_factors(parameters, settings, network.depth)
     names = (*network.ends, *(f"objective.{end}" for end in objective.ends))

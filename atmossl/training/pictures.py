@@ -1,4 +1,5 @@
-"""Pictures of reconstructions while a model trains: what it saw, what it said, what was true."""
+"""Draws reconstructions while a model trains: what the encoder saw, what the network predicted,
+and the truth."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ _WIDTH, _HEIGHT, _LEFT = 2.7, 2.1, 1.0  # inches: a panel with its colour bar, a
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One variable on one level and time of one sample, [lat lon] arrays in physical units, south
-    first.
+    """One variable of one sample on one level at one time: arrays [lat lon] in physical units,
+    south first.
 
     source: what the encoder sees, NaN where something is hidden; of `source_offset` hours later
     than the rest, since a time that is hidden whole shows nothing. baseline: the first guess.
@@ -62,7 +63,7 @@ class Reconstruction:
         return self.prediction - self.truth
 
     def rmse(self, field: np.ndarray) -> float:
-        """Of a field, over the hidden cells, weighted by their area."""
+        """The RMSE of a field over the hidden cells, weighted by their area."""
         weight = self.hidden * np.cos(np.deg2rad(self.lat))[:, None]
         return float(np.sqrt((weight * (field - self.truth) ** 2).sum() / max(weight.sum(), 1e-30)))
 
@@ -73,7 +74,8 @@ def reconstructions(
     normaliser: Normaliser,
     calendar: Calendar = STANDARD,
 ) -> list[Reconstruction]:
-    """Every variable of the first sample, at its middle level and the time that hides most."""
+    """Reconstructions of every variable of the first sample, at its middle level and the time at
+    which most is hidden."""
     spec, layout = stream.spec, TokenLayout(stream.spec, stream.grid._map(lambda t: t[0].cpu()))
     hidden, unseen = (
         _fields(_of_values(chosen, stream), stream).bool()
@@ -123,32 +125,34 @@ def reconstructions(
 
 
 def _of_values(chosen: Tensor, stream: StreamTokens) -> Tensor:
-    """Chosen tokens as values of their patches; of hidden tokens only what is asked for."""
+    """The chosen tokens at the values of their patches; of hidden tokens at the target points
+    alone."""
     values = chosen[..., None].expand_as(stream.target)
     return (values if stream.target_points is None else values & stream.target_points).float()
 
 
 def _visible_time(unseen: Tensor, time: int) -> int:
-    """The time nearest to `time`, an earlier one before a later one, of which something is seen;
-    unseen: [time lat lon]."""
+    """The time nearest to `time` at which something is visible, an earlier one before a later
+    one. unseen: [time lat lon]."""
     visible = (~unseen).flatten(1).any(dim=1).nonzero().flatten().tolist()
     return min(visible, key=lambda other: (abs(other - time), other), default=time)
 
 
 def _date(hours: float, calendar: Calendar) -> str:
-    """Of hours since 1970-01-01T00."""
+    """The date of a time in hours since 1970-01-01T00."""
     time = np.datetime64(0, "us") + np.timedelta64(round(hours * 60), "m")
     time = time.astype("datetime64[ns]") if calendar.plain else time
     return f"{calendar.show(time, 'm').replace('T', ' ')} UTC"
 
 
 def _fields(tokens: Tensor, stream: StreamTokens) -> Tensor:
-    """[variable level time lat lon] of the first sample."""
+    """The fields [variable level time lat lon] of the first sample."""
     return detokenise(tokens[0].float().cpu(), stream.spec)
 
 
 def _on_grid(stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
-    """Ensemble on all tokens, [member 1 level nt nlat nlon patch]; visible ones as they are."""
+    """The ensemble on all tokens, [member 1 level nt nlat nlon patch], with visible tokens as
+    they are."""
     level, nt, nlat, nlon = stream.grid.shape
     valid = predicted.queries.valid[0]
     members = rearrange(predicted.members[0, valid], "query member patch -> member query patch")
@@ -162,9 +166,9 @@ def _on_grid(stream: StreamTokens, predicted: StreamPrediction) -> Tensor:
 
 
 def draw(rows: list[Reconstruction], title: str) -> Figure:
-    """One row for each variable: what is seen, with hidden parts hatched, the baseline, prediction,
-    truth, error and spread, on maps with coastlines. The first four share their colours, which are
-    centred on zero for winds."""
+    """Draw one row of maps with coastlines for each variable: what is visible, with hidden parts
+    hatched, the baseline, prediction, truth, error and spread. The first four share their
+    colours, which are centred on zero for winds."""
     size = (_LEFT + len(_PANELS) * _WIDTH, 0.4 + _HEIGHT * len(rows))
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
@@ -207,7 +211,7 @@ def _draw_bar(
 
 
 def _draw_panel(axes: Axes, row: Reconstruction, panel: str) -> Any:
-    """One map; returns its coloured cells."""
+    """Draw one map; returns its coloured cells."""
     colours, low, high = _colours(row, panel)
     middle = float(row.lon[[0, -1]].mean())
     spacing = (row.lon[-1] - row.lon[0]) / max(len(row.lon) - 1, 1)
@@ -227,7 +231,7 @@ def _draw_panel(axes: Axes, row: Reconstruction, panel: str) -> Any:
 
 
 def _colours(row: Reconstruction, panel: str) -> tuple[str, float, float]:
-    """Colour map and limits of a panel; a constant field gets a width, too."""
+    """The colour map and limits of a panel. The limits of a constant field differ, too."""
     if panel == "spread":
         return "magma_r", 0.0, float(row.spread.max()) or 1.0
     if panel == "error":
@@ -252,7 +256,8 @@ def _panel_title(row: Reconstruction, panel: str) -> str:
 
 
 class Pictures(L.Callback):
-    """After every validation, one picture for each task: `TASK/step-N.png`, and in the loggers."""
+    """Draws one picture for each task after every validation, `TASK/step-N.png`, and passes it
+    to the loggers."""
 
     def __init__(self, folder: Path, normaliser: Normaliser) -> None:
         self.folder = folder

@@ -1,4 +1,5 @@
-"""A signal ends a run well: the step is finished, saved, and the job goes back into the queue."""
+"""Ends a run well at a signal: the step is finished, a checkpoint saved, and the job put back
+into the queue."""
 
 import os
 import signal
@@ -19,7 +20,7 @@ _OUT_OF_TIME = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(InterruptedError):
-    """A signal ended the run after a checkpoint; `exit_code` is what the process should return."""
+    """A signal ended the run after a checkpoint. `exit_code` is what the process should return."""
 
     def __init__(self, message: str, number: int, exit_code: int) -> None:
         super().__init__(message)
@@ -28,8 +29,8 @@ class Interrupted(InterruptedError):
 
 
 class SaveOnSignal(L.Callback):
-    """At SIGINT, SIGHUP, SIGTERM, SIGUSR1 or SIGUSR2: finish the optimiser step, save, leave; under
-    Slurm requeue.
+    """At SIGINT, SIGHUP, SIGTERM, SIGUSR1 or SIGUSR2: finishes the optimiser step, saves, and
+    leaves; under Slurm it requeues the job.
 
     SIGUSR1 is what scripts/slurm/train.sbatch asks for before the time limit, SIGUSR2 what
     submitit does. SIGTERM may also mean that the user cancelled the job, or that Slurm preempts
@@ -81,7 +82,8 @@ class SaveOnSignal(L.Callback):
         raise Interrupted(f"{message}; {requeue(trainer)}", number, 0)
 
     def _agreed(self) -> int:
-        """The signal that any rank received, or 0. On the host: the device is not waited for."""
+        """The signal that any rank received, or 0. The exchange is on the host, so that the
+        device is not waited for."""
         if self._group is None:
             return self._received
         number = torch.tensor(self._received)
@@ -100,7 +102,7 @@ def wants_requeue(number: int, environment: Any, now: float) -> bool:
 
 
 def requeue(trainer: L.Trainer) -> str:
-    """Put the job back into the queue, by the first process alone; says how that went."""
+    """Put the job back into the queue, by the first process alone, and report how that went."""
     job = os.environ["SLURM_JOB_ID"]
     if not trainer.is_global_zero:
         return f"job {job} is requeued by the first process"

@@ -1,4 +1,4 @@
-"""How far a run is: one bar on a terminal, one plain line for each log elsewhere."""
+"""Shows how far a run is: one bar on a terminal, one plain line for each log elsewhere."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from atmossl.progress import Pace, console_of_output, duration_text
 
 
 class RunProgress(L.Callback):
-    """Tells step, loss, learning rate, samples per second and the time that is left.
+    """Shows step, loss, learning rate, samples per second and the time that is left.
 
     The first rank tells them at every log, and the result of every validation in a line of its own.
     The time that is left counts validations and checkpoints, but not the start of the run.
@@ -84,7 +84,7 @@ class RunProgress(L.Callback):
 
 
 def _new_bar(console: Console) -> Progress:
-    """One line, whatever the width: the bar takes what the words leave."""
+    """A progress bar of one line: the bar gets the width that the words leave."""
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=None),
@@ -94,7 +94,7 @@ def _new_bar(console: Console) -> Progress:
 
 
 def log_parts(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The words of a log about training, by what they are about."""
+    """The words of a training log, each by its subject."""
     kinds = {
         "loss": ("train/loss", "loss {:.4g}"),
         "learning rate": ("learning_rate", "learning rate {:.2e}"),
@@ -108,7 +108,8 @@ def log_parts(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def validation_text(metrics: Mapping[str, Any]) -> str:
-    """What a validation found, from values `KIND/NAME` by kind: `rmse_ratio forecast 0.97, ...`."""
+    """The results of a validation in words, from values `KIND/NAME` by kind: `rmse_ratio
+    forecast 0.97, ...`."""
     kinds: dict[str, list[str]] = {}
     for key, value in metrics.items():
         kind, _, name = key.partition("/")

@@ -1,4 +1,4 @@
-"""Activation checkpointing: activations that are computed anew in the backward pass, not kept."""
+"""Activation checkpointing: activations are computed again in the backward pass instead of kept."""
 
 from functools import cache
 from typing import Any, Literal
@@ -12,7 +12,8 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def recompute(model: Network, kind: Recompute) -> None:
-    """Let `full` blocks, or `selective` their wide parts alone, forget what is inside of them.
+    """Turn on activation checkpointing for blocks (`full`), or for their wide parts alone
+    (`selective`).
 
     `selective` drops the feedforward layers' activations, most of a block's, and keeps what
     attention made, the dearest to compute.
@@ -26,7 +27,7 @@ def recompute(model: Network, kind: Recompute) -> None:
 
 @cache
 def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    """The same kind of module, whose forward pass keeps nothing but its arguments."""
+    """The same kind of module, with a forward pass that keeps nothing but its arguments."""
 
     def forward(self: nn.Module, *args: Any) -> Any:
         return checkpoint(kind.forward, self, *args, use_reentrant=False, preserve_rng_state=False)

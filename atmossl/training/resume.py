@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what it must have in common with the run that it was."""
+"""Chooses the checkpoint that a run continues from, and checks that the run is still the same."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _NUMBERS = ("mean", "std", "step_std")
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run goes on from, its record, and why newer ones were passed over."""
+    """The checkpoint that a run continues from, its record, and why newer ones were passed over."""
 
     path: Path
     record: dict[str, Any]
@@ -33,7 +33,7 @@ class Start:
 
 
 def start_from(path: Path) -> Start:
-    """The checkpoint that the user names.
+    """The checkpoint that the user names, as a start.
 
     Raises:
         ValueError: it cannot be read, is damaged, or holds weights alone.
@@ -80,8 +80,10 @@ def check_same_run(
     model: Mapping[str, Any],
     streams: Sequence[Mapping[str, Any]],
 ) -> None:
-    """record: of the checkpoint. config, streams: what the record of this run will hold. model: the
-    arguments of its network, with the network's name as `_target_`.
+    """Check that a run is the one whose checkpoint it continues from.
+
+    record: of the checkpoint. config, streams: what the record of this run will hold. model: the
+        arguments of its network, with the network's name as `_target_`.
 
     Raises:
         ValueError: names every key that has changed though it may not.
@@ -109,7 +111,8 @@ def check_same_run(
 
 
 def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs in keys that both have; versions add keys."""
+    """The differences in keys that both configurations have, one line each; later versions add
+    keys."""
     for key in (key for key in before if key in now):
         old, new = _plain(before[key]), _plain(now[key])
         if old != new:
@@ -123,8 +126,8 @@ def _plain(value: Any) -> Any:
 
 
 def check_same_statistics(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """That values of every source are normalised as before; statistics by source, as in a
-    checkpoint's record.
+    """Check that values of every source are normalised as before. before, now: statistics by
+    source, as in a checkpoint's record.
 
     Raises:
         ValueError: other numbers or transforms.
@@ -158,8 +161,8 @@ def _check_same_numbers(
 
 def samples_seen(record: Mapping[str, Any]) -> int:
     """How many samples of its sequence a run had learned from, on all ranks, when it saved this
-    record. Older records do not say so; their batches had the size that the configuration names.
-    """
+    record. Older records do not hold the number; their batches had the size that the
+    configuration names."""
     if "samples" in record:
         return record["samples"]
     config, ranks = record["config"], len(record["rng"])

@@ -1,4 +1,4 @@
-"""Learning-rate factors by step."""
+"""The learning rate as a function of the step, as a factor of its peak."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Schedule = Literal["cosine", "exponential", "constant"]
 def learning_rate_factor(
     kind: Schedule, *, warmup_steps: int, max_steps: int, final_fraction: float, decay_every: int
 ) -> Callable[[int], float]:
-    """Factor of the peak learning rate at a step: linear warm-up, then the schedule.
+    """The factor of the peak learning rate at a step: linear warm-up, then the schedule.
 
     `cosine` falls to `final_fraction` at max_steps. `exponential` is AtmoRep's: divided by 1.025
     every `decay_every` steps (an epoch there), not below `final_fraction`. `constant` stays.

@@ -1,4 +1,4 @@
-"""How a model is spread over devices: replicated (DDP) or sharded (FSDP2)."""
+"""Spreads a model over devices: replicated (DDP) or sharded (FSDP2)."""
 
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,12 +85,13 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def _get_process_group_backend(self) -> str:
-        """The host's own group serves random states and signals."""
+        """The backend of the process group. It includes one of the host, for random states and
+        signals."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     def shard(self, models: Sequence[Network | Objective]) -> None:
-        """Shard every network and objective alike, once; each of their blocks is gathered on its
-        own. What has no weights stays as it is."""
+        """Shard networks and objectives, each only once; each of their blocks is gathered on its
+        own. Modules without weights stay as they are."""
         pin = self.root_device.type == "cuda"
         how: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
@@ -110,7 +111,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 self._learning.append(sharded)  # others, such as teachers, have no gradients
 
     def model_to_device(self) -> None:
-        """All of it; of an offloaded model only the buffers, which are not sharded."""
+        """Move the model to the device; of an offloaded model only the buffers, which are not
+        sharded."""
         if not self.offloads:
             super().model_to_device()
             return
@@ -120,7 +122,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
-        """Gradients of accumulated batches are added up on every rank, and reduced once."""
+        """A context in which the gradients of accumulated batches are added up on every rank, to
+        be reduced once."""
         for model in self._learning:
             model.set_requires_gradient_sync(False)
         try:
@@ -170,7 +173,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 _publish_whole(partial, path)
 
     def _save_later(self, tensors: dict[str, Any], partial: Path, path: Path) -> None:
-        """Copy to the host now, write in a thread; the first rank's is done after all others'."""
+        """Copy the tensors to the host now, and write them in a thread. The first rank finishes
+        after all others."""
         assert self._pool is not None
         if self._saving_group is None:  # the training's own groups are busy meanwhile
             self._saving_group = dist.new_group(backend="gloo")
@@ -186,7 +190,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._pending = self._pool.submit(commit)
 
     def wait_for_checkpoint(self) -> None:
-        """Return on all ranks when the last checkpoint is on the disk; raises what went wrong."""
+        """Wait on all ranks until the last checkpoint is on the disk; raises errors of writing."""
         pending, self._pending = self._pending, None
         if pending is not None:
             with failing_together("saving a checkpoint"):
@@ -201,7 +205,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return self._load_shards(path) if path.is_dir() else self._load_file(path)
 
     def _load_shards(self, path: Path) -> dict[str, Any]:
-        """Every rank reads its own part, on however many ranks it was written."""
+        """Load this rank's part of the shards, however many ranks wrote them."""
 
         def read(into: dict[str, Any]) -> None:
             try:
@@ -232,18 +236,18 @@ class ShardedStrategy(ModelParallelStrategy):
         return contents
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Done in `load_checkpoint`."""
+        """Do nothing: `load_checkpoint` has loaded the state of the optimiser."""
 
 
 def _publish_whole(partial: Path, path: Path) -> None:
-    """Name a folder of shards once the checksums of all of them lie beside them."""
+    """Give a folder of shards its name once the checksums of all shards lie beside them."""
     write_manifest(partial)
     publish(partial, path)
 
 
 @contextmanager
 def as_system_error() -> Generator[None]:
-    """Torch tells all ranks what failed on some of them, but as what is no `Exception`."""
+    """Turn torch's error for failures on some ranks, which is no `Exception`, into an OSError."""
     try:
         yield
     except CheckpointException as error:

@@ -1,4 +1,5 @@
-"""How fast a run is and what its steps cost: throughput, share of the device's rate, traces."""
+"""Measures how fast a run is and what its steps cost: throughput, share of the device's rate,
+traces."""
 
 import math
 import time
@@ -25,7 +26,8 @@ _BACKWARD_COST = 2  # of a forward pass, in matrix products
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of a large square matrix product on this device, the best of `repeats`."""
+    """The rate in FLOP/s of a large square matrix product on this device, the best of `repeats`
+    tries."""
     size = 8192 if device.type == "cuda" else 1024
     if dtype == torch.bfloat16 and not half_is_fast(device):
         size = 128  # as fast per operation, and over in less than a minute
@@ -58,7 +60,7 @@ def _linear(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter of floating-point operations in matrix products; it knows the fused
+    """torch's counter of floating-point operations in matrix products. It knows the fused
     attention of GPUs, but not that of CPUs, nor oneDNN's products."""
     aten: Any = torch.ops.aten
     counted = {
@@ -72,8 +74,8 @@ def flop_counter() -> FlopCounterMode:
 
 @torch.no_grad()
 def model_flops(model: nn.Module, view: View) -> int:
-    """Floating-point operations of a training step's matrix products: forward, and backward at
-    twice that. Work that is done anew to save memory does not count."""
+    """The floating-point operations of a training step's matrix products: forward, plus twice
+    that for backward. Activations that are computed again do not count."""
     with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
         model(view)
     return (1 + _BACKWARD_COST) * counter.get_total_flops()

@@ -1,5 +1,5 @@
-"""Weights of trained models for a new one: streams trained apart and coupled, new variables and
-levels, another resolution or window."""
+"""Starts a new model with the weights of trained ones, which may differ in streams, variables,
+levels, resolution or window."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from atmossl.model.network import Network
 
 @dataclass(frozen=True)
 class PretrainedStreams:
-    """A trained model: its streams, under the names that they have in the new one, and its
-    parameters; its buffers belong to the data that it was trained on."""
+    """A trained model: its streams, under their names in the new model, and its parameters. Its
+    buffers are left out, since they belong to the data that it was trained on."""
 
     name: str
     specs: Mapping[str, StreamSpec]
@@ -24,8 +24,9 @@ class PretrainedStreams:
 
 @dataclass
 class Report:
-    """Names of the new model's weights: `loaded` as they are, `grown` where a token has other
-    values than before, `initialised` anew; and `left`, the source's own that found no place."""
+    """What happened to each weight, by name. `loaded`: taken as it is. `grown`: taken in part,
+    where tokens have other values than before. `initialised`: new. `left`: weights of the
+    trained model that have no place."""
 
     loaded: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Report:
 def renamed(
     name: str, specs: Sequence[StreamSpec], weights: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> PretrainedStreams:
-    """A source whose streams go by other names in the new model.
+    """A trained model whose streams have other names in the new model.
 
     Raises:
         ValueError: a stream to be renamed that is not there.
@@ -63,7 +64,7 @@ def renamed(
 def warm_start(
     model: Network, specs: Sequence[StreamSpec], sources: Sequence[PretrainedStreams]
 ) -> Report:
-    """Fill a model with the weights of one or several trained ones; a later source wins.
+    """Fill a model with the weights of one or several trained models; a later one wins.
 
     Coupling between streams that were trained apart starts shut (its last layer is 0), so every
     stream predicts what it did alone. A new variable or level is not looked at at first (its
@@ -96,7 +97,7 @@ def _place(
     model: Network, target: Tensor, value: Tensor, key: str, source: PretrainedStreams,
     specs: Mapping[str, StreamSpec], placed: dict[str, str],
 ) -> bool:  # fmt: skip
-    """Copy one weight where it fits; whether it did."""
+    """Copy one weight where it fits; returns whether it did."""
     stream = next((part for part in key.split(".")[1:] if part in source.specs), None)
     axis = model.patch_axis(key)
     if axis is not None and stream in specs and stream is not None:
@@ -113,14 +114,15 @@ def _place(
 
 
 def patch_index(old: StreamSpec, new: StreamSpec) -> list[int | None]:
-    """Where every value of a new token is in an old one, None where it is not."""
+    """The position of every value of a new token in an old token; None for a value that the old
+    one lacks."""
     place = {key: number for number, key in enumerate(_patch_keys(old))}
     return [place.get(key) for key in _patch_keys(new)]
 
 
 def _patch_keys(spec: StreamSpec) -> Iterator[tuple[Any, ...]]:
-    """What each value of a token is. Where a token spans all levels they are known by pressure,
-    else by their order within the token."""
+    """A key for each value of a token: by pressure where a token spans all levels, else by the
+    level's order within the token."""
     size = spec.token_size
     whole = size.level == spec.num_levels
     levels = spec.level_values if whole else tuple(range(size.level))
@@ -135,8 +137,8 @@ def _grow(
     target: Tensor, value: Tensor, key: str, axis: int, index: list[int | None], old_patch: int,
     placed: dict[str, str], *, blank: bool,
 ) -> bool:  # fmt: skip
-    """Copy the values that both tokens have. blank: the others are not looked at; else they stay as
-    they were initialised."""
+    """Copy the values that both tokens have. blank: weights of all other values become 0;
+    otherwise they stay as they were initialised."""
     repeats = value.shape[axis] // old_patch
     same = [
         a == b for n, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if n != axis
