@@ -25,7 +25,10 @@ from tests.synthetic import catalog
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-ANEW = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whatever started pytest
+ANEW = (  # whatever started pytest, as a shell that lets it run in the background without signals
+    "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+)
 
 
 def python(code: str, *more: str) -> subprocess.CompletedProcess:

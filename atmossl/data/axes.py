@@ -320,7 +320,11 @@ def regular_times(times: np.ndarray) -> np.ndarray:
     roundings = [ns // unit_ns for ns in _UNITS_NS if ns >= unit_ns]
     for rounding in roundings:
         step = _common_step(parts, rounding)
-        placed = [_on_axis(part, step, roundings, tolerance) for part in parts] if step else []
+        longest = _on_axis(max(parts, key=len), step, roundings, tolerance) if step else None
+        if longest is None:
+            continue
+        first = int(longest[0])
+        placed = [_on_axis(part, step, roundings, tolerance, first) for part in parts]
         regular = [part for part in placed if part is not None]
         if len(regular) == len(parts):
             return start + np.concatenate(regular).astype(steps.dtype)
@@ -335,14 +339,18 @@ def _common_step(parts: list[np.ndarray], rounding: int) -> int:
 
 
 def _on_axis(
-    part: np.ndarray, step: int, roundings: list[int], tolerance: float
+    part: np.ndarray, step: int, roundings: list[int], tolerance: float, other: int | None = None
 ) -> np.ndarray | None:
-    """start + number * step, its start as round as the tolerance allows; None if some time would
-    move further."""
+    """start + number * step; None if some time would move further than the tolerance. The start is
+    a whole number of steps from that of another part, since single times tell too little, else as
+    round as the tolerance allows."""
     numbers = np.arange(len(part)) * step
     middle = float(np.median(part - numbers))
-    for rounding in roundings:
-        placed = round(middle / rounding) * rounding + numbers
+    starts = [round(middle / rounding) * rounding for rounding in roundings]
+    if other is not None:
+        starts.insert(0, other + round((middle - other) / step) * step)
+    for start in starts:
+        placed = start + numbers
         if np.abs(placed - part).max() <= tolerance:
             return placed
     return None

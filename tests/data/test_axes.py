@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atmossl.data.axes import (
@@ -38,6 +38,7 @@ CALENDARS = ("standard", "proleptic_gregorian", "noleap", "360_day", "all_leap",
     seed=st.integers(0, 99),
     unit=st.sampled_from(["ns", "us"]),
 )
+@example(step_s=90, removed={1, 2, 34, 36}, noise=0.875, seed=0, unit="ns")
 def test_noise_of_times_goes_and_gaps_stay(step_s, removed, noise, seed, unit) -> None:
     """Noise up to a second or a hundredth of a step."""
     axis = np.datetime64("1999-12-31T18:00", unit) + np.arange(60) * np.timedelta64(step_s, "s")
