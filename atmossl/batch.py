@@ -61,12 +61,13 @@ class TokenSize:
 class StreamSpec:
     """One or more fields that share token size, levels and encoder.
 
-    `levels` are pressure levels in hPa; empty for surface fields, which have one level of 0.
-    `role`: `predict` streams are hidden and reconstructed, all others are context only: `input`
-    of the window, `static` of the place, `forcing` known for any time.
-    `missing`: what a missing value does: `refuse` raises, `mask` marks it and goes on.
-    `data`: name of the source that it is read from: `PRIMARY`, or a catalog entry whose cells and
-    steps are cut by the windows of the primary source.
+    variables: by their names in the catalog entry. levels: pressures in hPa; empty for surface
+    fields, which have one level of 0. token_size: steps, levels and cells of a token.
+    role: `predict` streams are hidden and reconstructed, all others are context only, `input` of
+    the window, `static` of the place, `forcing` known for any time. loss_weight: of its values in
+    the loss, relative to other streams. missing: what a missing value does: `refuse` raises, `mask`
+    marks it and goes on. data: name of the source that it is read from: `PRIMARY`, or a catalog
+    entry whose cells and steps are cut by the windows of the primary source.
     Raises ValueError if a variable or level stands twice, or the token does not divide the levels.
     """
 

@@ -310,6 +310,9 @@ class _Meanings:
             kind, hint = _class_of(holder, str(chosen["_target_"])), None
             hint, name, path = _hints(kind).get(path[0]), path[0], path[1:]
         for part in path:
+            if _values_of(hint) is not None:  # the name of a stream, say
+                hint = _values_of(hint)
+                continue
             kind, name = _class_in(hint), part
             hint = _hints(kind).get(part)
         meaning = _entry_of(kind, name)
@@ -344,6 +347,12 @@ def _class_in(hint: Any) -> Any:
         return hint
     parts = get_args(hint) if get_origin(hint) in (Annotated, Union, UnionType) else ()
     return next((holder for part in parts if (holder := _class_in(part)) is not None), None)
+
+
+def _values_of(hint: Any) -> Any:
+    """The type of the values of a mapping of names that are free; None for any other type."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_args(hint)[1] if get_origin(hint) is dict else None
 
 
 def _valid(hint: Any) -> str:

@@ -1,6 +1,7 @@
 """What `--help`, `--version`, `--cfg`, `--info` and shell completion print."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 import atmossl
+import atmossl.help as help_page
 from atmossl.cli import _COMMANDS, main
 from atmossl.composition import compose_config
 from atmossl.help import COMMANDS, help_of
@@ -73,6 +75,20 @@ def test_help_has_every_key_with_its_default(name: str) -> None:
         assert key in shown, key
         if not isinstance(value, dict | list) and yaml.safe_load(shown[key]) != value:
             assert str(value) in shown[key], (key, value, shown[key])
+
+
+@pytest.mark.parametrize("name", APART)
+def test_every_key_has_a_meaning_beside_what_is_valid(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words: a list of choices or bounds does not say what a key is for."""
+    monkeypatch.setattr(help_page, "_valid", lambda _: "")
+    lines = help_of(*name.split(" ", 1)).partition("Keys and their defaults")[2].splitlines()
+    keys = [number for number, line in enumerate(lines) if re.match(r"  [\w.]+=", line)]
+    for number, following in zip(keys, [*keys[1:], len(lines)], strict=True):
+        entry = [lines[number], *(x for x in lines[number + 1 : following] if x.startswith("    "))]
+        column = [line[33:] for line in entry if line[31:33] == "  "]
+        assert any(re.search(r"[a-z]", text) for text in column), lines[number]
 
 
 @pytest.mark.parametrize("name", WITH_KEYS)

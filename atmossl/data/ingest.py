@@ -79,8 +79,8 @@ class IngestInput:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """The chunks of the store: lengths along each axis (0: the whole axis), how many chunks of
-    time form one shard (0: no shards), and the zstd level."""
+    """The chunks of the store. time, level, lat, lon: points of a chunk; 0: the whole axis. shard:
+    chunks of time in one; 0: no shards. compression: the zstd level."""
 
     time: NotNegative
     level: NotNegative
@@ -116,8 +116,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who writes the regions. engine: `threads` of this process, a `local_cluster` of processes,
-    or `slurm` jobs."""
+    """Who writes the regions. engine: `threads` of this process, `local_cluster` of processes,
+    `slurm` jobs. count: of threads, processes or jobs. slurm: arguments of
+    dask_jobqueue.SLURMCluster: queue, cores, memory, walltime."""
 
     engine: Engine
     count: Positive

@@ -107,9 +107,12 @@ class WindowSize:
 class LoaderSettings:
     """How windows become batches, `data` of a configuration.
 
-    batch_size is per device; windows_per_time windows are cut at every start time, and
-    windows_per_read of them lie next to each other in the order. prefetch: batches that a worker
-    holds ready. unreadable: whether a chunk that cannot be read ends the run or skips its samples.
+    batch_size: windows in a batch, per device. windows_per_time: windows at every start time, each
+    at another place. windows_per_read: of these, how many follow one another in the order, so that
+    one read serves them. num_workers: processes that read; 0: the training process itself.
+    prefetch: batches that a worker holds ready. unreadable: whether a chunk that cannot be read
+    ends the run or skips its samples. first_guess: predict the residual from it; false: from the
+    mean; surroundings: also fill what is never shown from the places around.
 
     Raises:
         ValueError: windows_per_read divides neither of what it groups.

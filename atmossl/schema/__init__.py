@@ -63,7 +63,15 @@ __all__ = [
 
 
 class ModelConfig(Strict):
-    """The network, `model`; see `atmossl.model.multiformer.Multiformer`."""
+    """The network, `model`; see `atmossl.model.multiformer.Multiformer`.
+
+    dim: features of a latent, an even multiple of num_heads. dims: other widths, by stream.
+    num_layers: of the encoder. num_decoder_layers: of the decoder, each of which reads a layer of
+    the encoder. num_heads: of attention, in every layer. num_members: of the ensemble; with
+    ensemble=noise those that are drawn in training. feedforward_ratio: width of a feedforward
+    layer over dim. attention: among which tokens: all, those of an axis in turn, those of a column
+    in time, those of a box around.
+    """
 
     dim: Positive
     dims: dict[str, Positive]
@@ -115,7 +123,7 @@ def _choose_model(node: Any) -> Any:
 
 
 class PathsConfig(Strict):
-    """Where a run is written, `paths`."""
+    """Where a run is written, `paths`. output: folder of checkpoints, curves and logs."""
 
     output: Path
 
@@ -137,7 +145,7 @@ Streams = Annotated[dict[str, StreamSpec], BeforeValidator(_named)]
 
 
 class TrainConfig(Strict):
-    """Everything that `atmossl train` obeys."""
+    """Everything that `atmossl train` obeys. seed: of first weights, masks and order of samples."""
 
     seed: NotNegative
     resume: str | None
@@ -398,8 +406,12 @@ CHECKS = (
 
 
 class CheckpointConfig(Strict):
-    """What every command that runs a checkpoint on a store obeys. every: of all possible times,
-    each n-th."""
+    """What every command that runs a checkpoint on a store obeys.
+
+    split: part of the catalog entry whose dates are used. every: of all possible times, each n-th.
+    overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
+    the network; fewer need less memory. accelerator: auto takes a GPU if there is one.
+    """
 
     checkpoint: str
     data: ChosenStore
@@ -493,7 +505,9 @@ class ProbeConfig(Strict):
     checkpoint: one or several. probes: names, empty for all that the checkpoint's fields allow.
         layers: of the encoder, empty for all. every: of all dates, each n-th. places: per date, for
         labels of a place. withheld: streams that the encoder is not shown. block_days, bootstrap:
-        length of a block and number of draws.
+        length of a block and number of draws. overlap: share of a tile that its neighbour covers
+        as well. batch_size: tiles in one call of the network; fewer need less memory. accelerator:
+        auto takes a GPU if there is one.
     """
 
     checkpoint: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]

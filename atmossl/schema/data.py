@@ -32,8 +32,14 @@ ChosenStore = Annotated[StoreChoice, BeforeValidator(_by_name)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(LoaderSettings):
-    """What a training run reads and how, `data`. fraction: of the training records; see
-    `atmossl.data.fraction`."""
+    """What a training run reads and how, `data`.
+
+    name: a catalog entry, or the path of a store; catalog: a YAML file with further entries; null:
+    the catalog of the package and ./data_catalog.yaml. in_memory: hold all data, once per process.
+    window: steps and points of a training window; lat or lon of 0: the whole grid. read: how
+    chunks are read. transforms: of variables before they are normalised. fraction: of the training
+    records; see `atmossl.data.fraction`.
+    """
 
     name: str
     catalog: Path | None

@@ -68,8 +68,20 @@ def _check_extra(extra: Any) -> Any:
 
 
 class TrainerConfig(Strict):
-    """Devices, steps, precision and intervals of a run, `trainer`. patience: validations in a row
-    without a better value of the objective's monitor after which the run ends; 0: never."""
+    """Devices, steps, precision and intervals of a run, `trainer`.
+
+    max_steps: of the optimiser, in all. accumulate: batches in one step. precision: of the passes;
+    weights stay in 32 bits. accelerator: auto takes a GPU if there is one. devices: of every node.
+    num_nodes: each with as many devices. strategy: ddp copies the model to every device, fsdp
+    shards it; auto: ddp on several devices. compile: the blocks, by torch.compile.
+    validation_interval: steps from validation to validation. validation_batches: of each.
+    checkpoint_interval: steps from checkpoint to checkpoint. keep_checkpoints: the newest ones,
+    beside the best. checkpoint_format: one file, or a shard of every device.
+    async_checkpoint: write while training goes on. log_interval: steps from log to log.
+    nonfinite_limit: steps in a row without a finite gradient, after which the run stops.
+    profiler: torch writes a trace of some batches. patience: validations in a row without a better
+    value of the objective's monitor after which the run ends; 0: never.
+    """
 
     max_steps: Positive
     accumulate: Positive
@@ -117,7 +129,8 @@ class WarmStartConfig(Strict):
 
 class LoggerConfig(Strict):
     """Where metrics go, `logger`; see `atmossl.training.loggers.make_loggers`. `metrics.csv` is
-    always written. others: loggers of Lightning and of plugins, by names that are free."""
+    always written. tensorboard, wandb, mlflow: whether metrics go there, too. others: loggers of
+    Lightning and of plugins, by names that are free."""
 
     csv: Literal[True]
     tensorboard: bool

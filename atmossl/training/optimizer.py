@@ -28,8 +28,14 @@ Depth = Callable[[str], int | None]  # encoder layers above a parameter; None: n
 class OptimizerChoice:
     """The optimiser and its schedule, `optimizer` of a configuration.
 
+    algorithm: Muon orthogonalises the steps of matrices, AdamW trains all else. learning_rate: the
+    largest one, after the warm-up. weight_decay: of matrices, per unit of learning rate.
+    betas: decay of AdamW's two moments. schedule: how the rate falls after the warm-up.
+    warmup_steps: in which it rises from 0. final_fraction: share of the learning rate below which
+    no schedule goes. decay_every: steps after which schedule=exponential divides the rate by 1.025.
+    gradient_clip: largest norm of the gradient. ema_decay: of the averaged weights, which are
+    evaluated.
     freeze: patterns of parameter names, such as `encoder.0.*`, that are not trained.
-
     factors: of the learning rate by such a pattern; the first that matches counts.
     layer_decay: factor of the learning rate from one encoder layer to the one below it (Clark et
         al. 2020, ELECTRA); the embeddings are below the first.
