@@ -1,6 +1,7 @@
 """Are members whole fields? Scores of the joint distribution on the sample's held-out run.
 
 python -m benchmarks.joint --checkpoint PATH --against default     # minutes each
+python -m benchmarks.joint --checkpoint PATH --rollout --every 48  # ten days: some minutes a date
 
 Keys of TASK (forecast at +6 h and +12 h, interpolation, downscaling, inpainting):
 `_box_mean_spread_skill`: spread over error of means over 4 x 4 and 8 x 8 cells, where 1 is
@@ -10,6 +11,14 @@ larger, at wavenumbers 1 to 28 in the northern extratropics. Each is the worst o
 levels, as a value and as "which". `_energy_score_vs_*`, `_crps_vs_*`, `_rmse_vs_*`: ratios to those
 of the checkpoint given by --against, mean over variables and levels. Reports are kept under --runs
 and not made twice.
+
+Keys of --rollout, a forecast of ten days in passes of 12 h, by day where a key ends in one:
+`rollout_spread_skill`, mean over variables and levels; `rollout_crps_vs_climatology` and
+`rollout_rmse_vs_climatology`, ratios of means; `rollout_drift`, the error of the area mean over the
+RMSE, worst of the variables; `rollout_member_power_ratio_worst`, as above;
+`rollout_acc_z500_hours_above_0.6`, the last lead time before the anomaly correlation of 500 hPa
+geopotential falls to 0.6, of the checkpoint and of persistence;
+`rollout_crps_below_climatology_hours`, the last one before its CRPS reaches climatology's.
 """
 
 import argparse
@@ -31,6 +40,7 @@ from benchmarks.zero_shot import TASKS
 CHOSEN = ("forecast", "temporal_interpolation", "downscaling", "inpainting")
 WAVES = slice(1, 28)
 BELT = "northern_extratropics"
+DAYS = (1, 3, 5, 10)
 SPREADS = {
     "box_mean": [derived.name for derived in BOXES],
     "difference": [derived.name for derived in DIFFERENCES[:2]],
@@ -38,9 +48,10 @@ SPREADS = {
 
 
 def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
-    """The report of all tasks, unless it is there already."""
+    """The report of all tasks, or of a rollout, unless it is there already."""
     digest = load_checkpoint(checkpoint).digest
-    output = arguments.runs / f"{digest}-every{arguments.every}"
+    kind = "rollout-" if arguments.rollout else ""
+    output = arguments.runs / f"{kind}{digest}-every{arguments.every}"
     if not output.exists():
         options = [
             f"checkpoint={checkpoint}",
@@ -50,15 +61,17 @@ def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
             "ridge=false",
         ]
         tasks = [{"_target_": name, **TASKS[name]} for name in CHOSEN]
+        if arguments.rollout:
+            tasks = [{"_target_": "forecast", "lead_time": "240h", "rollout_time": "12h"}]
         values = compose_config("evaluate", options) | {"tasks": tasks}
         evaluate(values, f"python -m benchmarks.joint ({output})")
     return output
 
 
-def scores_of(report: Path, task: str, score: str) -> pd.Series:
+def scores_of(report: Path, task: str, score: str, source: str = "model") -> pd.Series:
     """Values on the globe by variable, level and lead time."""
     table = pd.read_csv(report / "scores.csv")
-    labels = {"task": task, "source": "model", "score": score, "region": "global"}
+    labels = {"task": task, "source": source, "score": score, "region": "global"}
     chosen = rows_where(table, season="all", **labels)
     keys = ["variable", "level", "lead_hours"]
     return chosen.fillna({"level": 0.0, "lead_hours": 0.0}).set_index(keys)["value"]
@@ -112,6 +125,49 @@ def compared(ours: Path, theirs: Path, task: str) -> dict[str, Any]:
     return figures
 
 
+def hours_until(stopped: pd.Series) -> float:
+    """The last lead time [h] before the first one at which a series by lead time is true."""
+    hours = [0.0]
+    for lead, is_over in stopped.sort_index().items():
+        if is_over:
+            break
+        hours.append(float(lead))  # type: ignore[arg-type]
+    return hours[-1]
+
+
+def rollout_figures(report: Path) -> dict[str, Any]:
+    """Spread, skill, drift and power of a forecast of ten days."""
+    spread: Any = scores_of(report, "forecast", "spread_skill").groupby("lead_hours").mean()
+    power: Any = power_ratios(report, "forecast")
+    bias, rmse = (scores_of(report, "forecast", score) for score in ("bias", "rmse"))
+    drift: Any = (bias.abs() / rmse).groupby("lead_hours").max()
+    dates = pd.read_csv(report / "scores.csv")["num_times"].max()
+    figures: dict[str, Any] = {"rollout_dates": int(dates)}
+    ratios: dict[str, Any] = {}
+    for score in ("crps", "rmse"):
+        ratio = scores_of(report, "forecast", score)
+        ratio = ratio / scores_of(report, "forecast", score, "climatology")
+        ratios[score] = ratio.groupby("lead_hours").mean()
+    for day in DAYS:
+        lead = 24.0 * day
+        value, label = worst(power.xs(pd.Timedelta(days=day), level="lead_time"))
+        figures |= {
+            f"rollout_spread_skill_day_{day}": round(float(spread[lead]), 3),
+            f"rollout_crps_vs_climatology_day_{day}": round(float(ratios["crps"][lead]), 3),
+            f"rollout_rmse_vs_climatology_day_{day}": round(float(ratios["rmse"][lead]), 3),
+            f"rollout_drift_day_{day}": round(float(drift[lead]), 3),
+            f"rollout_member_power_ratio_worst_day_{day}": round(max(value, 1 / value), 3),
+            f"rollout_member_power_ratio_at_day_{day}": label,
+        }
+    for source in ("model", "persistence"):
+        acc: Any = scores_of(report, "forecast", "acc", source).sort_index()
+        is_lost = acc.loc[("geopotential", 500.0)] <= 0.6
+        name = "rollout" if source == "model" else source
+        figures[f"{name}_acc_z500_hours_above_0.6"] = hours_until(is_lost)
+    figures["rollout_crps_below_climatology_hours"] = hours_until(ratios["crps"] >= 1.0)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,11 +175,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="default", help="a path, or `default`")
     parser.add_argument("--against", help="another checkpoint, scored on the same dates")
     parser.add_argument("--every", type=int, default=12, help="score every n-th date")
+    parser.add_argument("--rollout", action="store_true", help="score forecasts of ten days")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_joint"))
     arguments = parser.parse_args()
     report = report_of(arguments.checkpoint, arguments)
     figures: dict[str, Any] = {"checkpoint": load_checkpoint(arguments.checkpoint).digest}
     figures["every"] = arguments.every
+    if arguments.rollout:
+        finish("rollout", figures | rollout_figures(report))
+        return
     other = None if arguments.against is None else report_of(arguments.against, arguments)
     for task in CHOSEN:
         figures |= figures_of(report, task)
