@@ -141,7 +141,7 @@ def rollout_figures(report: Path) -> dict[str, Any]:
     power: Any = power_ratios(report, "forecast")
     bias, rmse = (scores_of(report, "forecast", score) for score in ("bias", "rmse"))
     drift: Any = (bias.abs() / rmse).groupby("lead_hours").max()
-    dates = pd.read_csv(report / "scores.csv")["num_times"].max()
+    dates: Any = pd.read_csv(report / "scores.csv")["num_times"].max()
     figures: dict[str, Any] = {"rollout_dates": int(dates)}
     ratios: dict[str, Any] = {}
     for score in ("crps", "rmse"):
