@@ -41,6 +41,11 @@ _OF_TRAIN = (
     "optimizer.factors", "warm_start.rename",
 )  # fmt: skip
 
+_DURATIONS = {  # where the default masks and tasks have them
+    "masking.samplers.2.hidden_time": "hidden_time",
+    "tasks.0.lead_time": "lead_time",
+    "tasks.1.hidden_time": "hidden_time",
+}
 MAPPINGS = {  # keys under which any key goes, by configuration
     "train": _OF_TRAIN,
     "stats": _OF_TRAIN,
@@ -159,7 +164,9 @@ def with_fitting_store(overrides: Sequence[str], name: str) -> list[str]:
         return list(overrides)  # the validation says so, beside whatever else is wrong
     if entry.training is None:
         return list(overrides)
-    return fitting_store(overrides, entry.training.window, entry.training.stream)
+    fitting = entry.training
+    durations = {key: getattr(fitting, kind) for key, kind in _DURATIONS.items()}
+    return fitting_store(overrides, fitting.window, fitting.stream, durations)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -172,14 +172,21 @@ def _element(value: str) -> str:
 
 
 def fitting_store(
-    overrides: Sequence[str], window: Mapping[Any, int], streams: Mapping[str, Mapping[str, Any]]
+    overrides: Sequence[str],
+    window: Mapping[Any, int],
+    streams: Mapping[str, Mapping[str, Any]],
+    durations: Mapping[str, str | None],
 ) -> list[str]:
     """The overrides of a training run, before them those for the window and the streams that fit
-    its store. A choice of `stream` or of an experiment stands for both."""
+    its store, and for the durations of masks and tasks. A choice of `stream` or of an experiment
+    stands for all of them, one of `masking` or `tasks` for its durations."""
     if any(word.startswith(_CHOOSES_STREAMS) for word in overrides):
         return list(overrides)
     words = [f"data.window.{axis}={points}" for axis, points in window.items()]
     words += ["~stream", *(f"++stream.{name}={_literal(keys)}" for name, keys in streams.items())]
+    for key, duration in durations.items():
+        is_chosen = any(word.startswith(f"{key.partition('.')[0]}=") for word in overrides)
+        words += [f"{key}={duration}"] if duration and not is_chosen else []
     return [*words, *overrides]
 
 

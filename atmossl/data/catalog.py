@@ -50,10 +50,13 @@ class Period(_Strict):
 
 class TrainingSettings(_Strict):
     """The window and the streams with which a store is trained on by default: points of the
-    window along each axis, and streams with the keys of conf/stream."""
+    window along each axis, and streams with the keys of conf/stream. lead_time, hidden_time: of the
+    default masks and tasks, where the usual ones are no whole steps of the store."""
 
     window: dict[Literal["time", "lat", "lon"], int]
     stream: dict[str, dict[str, Any]]
+    lead_time: str | None = None
+    hidden_time: str | None = None
 
 
 class CatalogEntry(_Strict):

@@ -34,6 +34,7 @@ _USUAL_LEVELS = (300, 500, 850)
 _MOST_LEVELS = 5  # of which all are proposed for training
 _TOKEN_DEGREES = 2.25
 _LONG_HOURS, _NUM_STEPS = 36, 5  # of a window, of steps up to 3 h and of longer ones
+_USUAL_LEAD_HOURS, _USUAL_HIDDEN_HOURS = 12, 6  # of the tasks in conf/
 _SHARE = 0.1  # of the steps, for validation and for test each
 
 
@@ -216,7 +217,11 @@ def _settings(
         }
         for name, variables in groups.items()
     }
-    return TrainingSettings(window=window, stream=streams)
+    lead, hidden = (
+        None if usual % step_hours == 0 else f"{steps * step_hours:g}h"
+        for usual, steps in ((_USUAL_LEAD_HOURS, 2), (_USUAL_HIDDEN_HOURS, 1))
+    )
+    return TrainingSettings(window=window, stream=streams, lead_time=lead, hidden_time=hidden)
 
 
 def _some_levels(levels: Sequence[int]) -> list[int]:
@@ -296,3 +301,11 @@ def _told(dataset: xr.Dataset, entry: CatalogEntry, time: TimeAxis) -> Iterator[
         )
     window = entry.training.window
     yield f"window: {window['time']} steps x {window['lat']} x {window['lon']} points"
+    lead, hidden = entry.training.lead_time, entry.training.hidden_time
+    given = {"tasks.0.lead_time": lead, "tasks.1.hidden_time": hidden}
+    words = " ".join(f"{key}={value}" for key, value in given.items() if value)
+    if words:
+        yield (
+            f"steps of {time.step_hours:g} h: training has {words}; give evaluate these words, too"
+            + (f", and predict task.lead_time={lead}" if lead else "")
+        )

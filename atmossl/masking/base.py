@@ -164,7 +164,10 @@ def steps_of(key: str, hours: float, step_hours: float) -> int:
     if hours <= 0:
         raise ValueError(f"{key} must be positive, got {hours:g} h")
     if abs(hours / step_hours - count) > TOLERANCE_HOURS:
-        raise ValueError(f"{key}={hours:g} h is no multiple of the data's step of {step_hours:g} h")
+        raise ValueError(
+            f"{key}={hours:g} h is no multiple of the data's step of {step_hours:g} h; valid: "
+            f"{step_hours:g}h, {2 * step_hours:g}h, ..."
+        )
     return count
 
 

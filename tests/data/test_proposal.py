@@ -7,10 +7,14 @@ import pytest
 
 from atmossl.api import open_data
 from atmossl.batch import StreamSpec
-from atmossl.cli import compose_config, main
+from atmossl.build import build_data
+from atmossl.cli import main
+from atmossl.composition import compose_config, compose_training
 from atmossl.data.catalog import OWN_CATALOG, catalog_entry, load_catalog
 from atmossl.data.proposal import propose
 from atmossl.data.store import open_split
+from atmossl.masking.tasks import Forecast
+from atmossl.schema import TrainConfig, parse
 from tests.synthetic import dataset
 
 NAMES = {"temperature": "t", "u_component_of_wind": "ua", "specific_humidity": "Q"}
@@ -93,6 +97,34 @@ def test_the_window_is_a_whole_number_of_tokens(
     assert window["lat"] <= num_lat and window["lon"] <= num_lon
     for name, keys in training.stream.items():
         StreamSpec.token_shape(_spec(name, keys), window["time"], window["lat"], window["lon"])
+
+
+@pytest.mark.parametrize(("step_hours", "lead", "hidden"), [(12, None, "12h"), (24, "48h", "24h")])
+def test_long_steps_have_masks_and_tasks_of_whole_steps(
+    step_hours: int, lead: str | None, hidden: str, here: Path, capsys, monkeypatch
+) -> None:
+    """Training reads a sample under every mask and task; predict says which durations are valid."""
+    monkeypatch.setenv("ATMOSSL_CACHE", str(here / "cache"))
+    store = foreign(here / "era5", step_hours=step_hours)
+    assert main(["data", "add", str(store)]) == 0
+    assert f"tasks.1.hidden_time={hidden}" in capsys.readouterr().out
+    training = catalog_entry("era5").training
+    assert training is not None and (training.lead_time, training.hidden_time) == (lead, hidden)
+    config = parse(TrainConfig, compose_training(["data=era5"])[0])
+    build_data(config)
+    values = compose_training(["data=era5", "masking=bert", "tasks=forecast"])[0]
+    assert values["tasks"][0]["lead_time"] == "12h"
+    with pytest.raises(ValueError, match=f"lead_time=6 h is no .*; valid: {step_hours}h, "):
+        Forecast(6).plan(5, step_hours)
+
+
+@pytest.mark.usefixtures("here")
+def test_months_are_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    months = np.arange("2001-01", "2006-01", dtype="datetime64[M]").astype("datetime64[ns]")
+    dataset(steps=60).assign_coords(time=months).to_netcdf(tmp_path / "monthly.nc")
+    assert main(["data", "add", "monthly.nc"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "monthly.nc: " in line and "Resample to even steps first" in line
 
 
 def _spec(name: str, keys: dict) -> StreamSpec:
