@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -324,24 +324,31 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _import(arguments: Sequence[str]) -> None:
+    from atmossl.commands.atmorep_normalisation import Months
     from atmossl.commands.import_atmorep import import_atmorep
 
     kind, folder, *overrides = [*arguments, "", ""][: max(2, len(arguments))]
     if kind != "atmorep" or not folder or "=" in folder:
         raise ValueError(
             f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME "
-            "[data.catalog=PATH] [normalisation=FOLDER]"
+            "[data.catalog=PATH] [normalisation=FOLDER [normalisation.months=own]]"
         )
-    paths: dict[str, Path] = {}
-    for key in ("data.catalog", "normalisation"):
+    more: dict[str, str] = {}
+    for key in ("data.catalog", "normalisation", "normalisation.months"):
         for item in [item for item in overrides if item.startswith(f"{key}=")]:
-            paths[key] = Path(*_keyword([item], [key]))
+            (more[key],) = _keyword([item], [key])
             overrides.remove(item)
     output, data = _keyword(overrides, ["output", "data"])
-    with owned(Path(output), "output"), keeping("nothing is kept"):
-        import_atmorep(
-            Path(folder), Path(output), data, paths.get("data.catalog"), paths.get("normalisation")
+    months = more.get("normalisation.months", "climatology")
+    alone = "normalisation.months" in more and "normalisation" not in more
+    if months not in get_args(Months) or alone:
+        raise ValueError(
+            f"normalisation.months={months}: valid: {' or '.join(get_args(Months))}, beside "
+            "normalisation=FOLDER"
         )
+    paths = [Path(more[key]) if key in more else None for key in ("data.catalog", "normalisation")]
+    with owned(Path(output), "output"), keeping("nothing is kept"):
+        import_atmorep(Path(folder), Path(output), data, *paths, months)
 
 
 COMPLETION = ("-sc", "--shell-completion")  # options in the place of a command

@@ -102,6 +102,7 @@ COMMANDS = {
             "output": "the checkpoint that is written, .ckpt",
             "data.catalog": "a YAML file; left out: the catalog of the package",
             "normalisation": "folder of AtmoRep's own normalisation; left out: that of the data",
+            "normalisation.months": "climatology, or own: the date's own month, as AtmoRep trained",
         },
     ),
     "export": Command(

@@ -7,7 +7,8 @@ card, which anyone may edit: nothing reads it. None of the three can hold code.
 
 `hf://OWNER/NAME`, with `@REVISION` for a branch, tag or commit, names a folder on a hub.
 `huggingface_hub` fetches and caches it, and follows its own settings (`HF_HUB_OFFLINE`, `HF_HOME`,
-`HF_ENDPOINT`). Both it and `safetensors` come with `pip install 'atmossl[hub]'`.
+`HF_ENDPOINT`); it comes with `pip install 'atmossl[hub]'`. The checkpoints of the package are such
+folders, too.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atmossl.sealed import UnsoundError, in_one_line, read_sealed, write_sealed
@@ -27,7 +29,6 @@ HUB_FORMAT = 1
 AVERAGED = "ema.module."  # begins the names of averaged weights in a checkpoint
 _OF_RECORD = "record:"  # begins the names of tensors that belong to the record
 _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_NEEDS = "needs {}, which is not installed; pip install 'atmossl[hub]'"
 _TUPLE, _ITEMS, _TENSOR, _FLOAT = "__tuple__", "__items__", "__tensor__", "__float__"
 _KINDS = {_TUPLE, _ITEMS, _TENSOR, _FLOAT}
 
@@ -45,7 +46,10 @@ def downloaded(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ValueError(f"checkpoint={name} {_NEEDS.format('huggingface_hub')}") from error
+        raise ValueError(
+            f"checkpoint={name} needs huggingface_hub, which is not installed; pip install "
+            "'atmossl[hub]'"
+        ) from error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its attempts; we tell the end
     files = [WEIGHTS, CONFIG, CARD]
     try:
@@ -63,15 +67,7 @@ def commit_of(folder: Path) -> str:
 
 
 def write_folder(folder: Path, contents: dict[str, Any]) -> dict[str, str]:
-    """Write weights and config of an exported checkpoint; returns the sha256 of both files.
-
-    Raises:
-        UnsoundError: `safetensors` is not installed.
-    """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise UnsoundError(_NEEDS.format("safetensors")) from error
+    """Write weights and config of an exported checkpoint; returns the sha256 of both files."""
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {
         key.removeprefix(AVERAGED): value.contiguous()
@@ -93,7 +89,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], str]:
     `config.json`, which holds that of the weights.
 
     Raises:
-        UnsoundError: a file is missing, damaged or of another version, or `safetensors` is missing.
+        UnsoundError: a file is missing, damaged or of another version.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -128,10 +124,6 @@ def _check(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UnsoundError(_NEEDS.format("safetensors")) from error
     try:
         return load_file(file)
     except Exception as error:  # its own kind, and those of what it trusts

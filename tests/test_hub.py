@@ -1,5 +1,6 @@
 """Checkpoints as folders of a model hub: the same predictions, hashes, a hub on loopback."""
 
+import hashlib
 import json
 import pickle
 import threading
@@ -11,11 +12,11 @@ import torch
 
 import atmossl
 from atmossl.cli import main
+from atmossl.data.catalog import catalog_entry
 from atmossl.hub import CARD, CONFIG, WEIGHTS, downloaded, read_folder, write_folder
-from atmossl.inference.checkpoint import exported, load_checkpoint
+from atmossl.inference.checkpoint import PACKAGED, checkpoint_path, exported, load_checkpoint
 from atmossl.sealed import write_sealed
 
-pytest.importorskip("safetensors")
 hub_constants = pytest.importorskip("huggingface_hub.constants")
 
 SMALL = Path(__file__).parent / "checkpoints" / "format_2.ckpt"
@@ -92,6 +93,24 @@ def test_card_has_the_scores_of_the_checkpoint_s_own_report(tmp_path: Path, caps
     assert not (tmp_path / "two").exists()
 
 
+@pytest.mark.parametrize("name", PACKAGED)
+def test_checkpoint_of_the_package_is_a_folder_for_a_hub(name: str, tmp_path: Path) -> None:
+    folder, trained = checkpoint_path(name), load_checkpoint(name)
+    assert sorted(path.name for path in folder.iterdir()) == [CARD, CONFIG, WEIGHTS]
+    card = (folder / CARD).read_text()
+    for file in (CONFIG, WEIGHTS):
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() in card, file
+    entry, config = catalog_entry(trained.data), trained.record["config"]
+    for text in (
+        "license: apache-2.0", entry.licence.strip(), entry.citation.strip(), *trained.variables,
+        str(list(trained.levels)), trained.record["statistics"]["primary"]["period"],
+        "(5.625, 5.625) degrees", json.dumps(config["masking"]), "## Citation",
+    ):  # fmt: skip
+        assert text in card, text
+    assert main(["export", f"checkpoint={name}", f"hub={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
 def damage(file: Path) -> None:
     contents = bytearray(file.read_bytes())
     contents[len(contents) // 2] ^= 1
@@ -121,8 +140,6 @@ def with_pickle(folder: Path) -> None:
 
 def seal_weights(folder: Path) -> None:
     """Make the configuration fit what now are the weights, as an attacker would."""
-    import hashlib
-
     contents = (folder / WEIGHTS).read_bytes()
     sha256 = hashlib.sha256(contents).hexdigest()
     change_config(folder, weights={"bytes": len(contents), "sha256": sha256})

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,18 @@ def test_imports_go_downwards_only():
     linter += "raise SystemExit(lint(no_cache=True, no_logo=True))"
     done = subprocess.run([sys.executable, "-c", linter], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_wheel_stays_below_60_mb():
+    """What compresses, compressed; the rest as it is, though a wheel takes some off it, too."""
+    files = [path for top in ("atmossl", "conf") for path in (ROOT / top).rglob("*")]
+    stored = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
+    sizes = {
+        path: len(zlib.compress(path.read_bytes())) if size < 200_000 else size
+        for path in stored
+        if (size := path.stat().st_size)
+    }
+    assert 30e6 < sum(sizes.values()) < 60e6
 
 
 def test_wheel_holds_config_and_catalog():

@@ -11,8 +11,8 @@ from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import check_room, size_on_disk, write_atomically
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.hub import CARD, write_folder
-from atmossl.inference.checkpoint import exported, load_checkpoint
-from atmossl.sealed import UnsoundError
+from atmossl.inference.checkpoint import TrainedModel, exported, load_checkpoint
+from atmossl.inference.out_of_training_warnings import seen_in_training
 
 _FENCE = "```"
 
@@ -34,27 +34,25 @@ def export_folder(
     the weights, as the hub calls it. plugins: packages whose code the checkpoints may run.
 
     Raises:
-        ValueError: the folder exists, checkpoints of different models, a report of another
-            checkpoint, or `safetensors` is not installed.
+        ValueError: the folder exists, checkpoints of different models, or a report of another
+            checkpoint.
     """
     if folder.exists():
         raise ValueError(f"hub={folder} exists; choose another folder or remove it")
     check_room(folder, 1, "hub")
     contents = exported(names, plugins)
     record = contents["atmossl"]
+    trained = load_checkpoint(names[-1], plugins)
     entry = _entry(record["data"], catalog)
     scores = [] if report is None else _scores(Path(report), names, plugins)
 
     def fill(partial: Path) -> None:
         hashes = write_folder(partial, contents)
         count = sum(value.numel() for value in contents["state_dict"].values())
-        text = "\n".join(_card(record, count, entry, scores, licence, hashes))
+        text = "\n".join(_card(trained, record, count, entry, scores, licence, hashes))
         (partial / CARD).write_text(f"{text}\n")
 
-    try:
-        write_atomically(folder, fill)
-    except UnsoundError as error:
-        raise ValueError(f"hub={folder} {error}") from error
+    write_atomically(folder, fill)
     line = f"hub: {folder} ({size_on_disk(folder) / 2**20:.0f} MiB)"
     Console(markup=False).print(line, highlight=False, soft_wrap=True)
     return folder
@@ -95,6 +93,7 @@ def _scores(report: Path, names: Sequence[str], plugins: Sequence[str]) -> list[
 
 
 def _card(
+    trained: TrainedModel,
     record: Mapping[str, Any],
     num_weights: int,
     entry: CatalogEntry | None,
@@ -102,7 +101,7 @@ def _card(
     licence: str,
     hashes: Mapping[str, str],
 ) -> Iterator[str]:
-    """The model card, line by line."""
+    """The model card, line by line. trained: the only checkpoint, or the last one."""
     yield from ["---", "library_name: atmossl", f"license: {licence}"]
     yield from ["tags: [weather, climate, self-supervised-learning]", "---", ""]
     origin = record.get("imported_from")
@@ -114,14 +113,16 @@ def _card(
     plugins = f', plugins=["{named.partition(".")[0]}"]' if named else ""
     yield f'model = atmossl.load("hf://OWNER/NAME"{plugins})  # pip install "atmossl[hub]"'
     yield f"{_FENCE}\n"
-    yield from _about_data(record, entry)
+    yield from _about_data(trained, entry)
     yield from ["## Training", *_about_training(record)]
     yield from ["", "## Scores", *(scores or ["None were given to `atmossl export report=...`."])]
+    yield from ["", "## Citation", "", *_citation(record)]
     yield from ["", "## Files", "", "| file | sha256 |", "| --- | --- |"]
     yield from (f"| `{name}` | `{value}` |" for name, value in hashes.items())
 
 
-def _about_data(record: Mapping[str, Any], entry: CatalogEntry | None) -> Iterator[str]:
+def _about_data(trained: TrainedModel, entry: CatalogEntry | None) -> Iterator[str]:
+    record = trained.record
     yield "## Data\n"
     licence, citation, description = "not in the catalog", "not in the catalog", ""
     if entry is not None:
@@ -134,9 +135,10 @@ def _about_data(record: Mapping[str, Any], entry: CatalogEntry | None) -> Iterat
         levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
         variables = ", ".join(stream["variables"])
         yield f"- Stream `{stream['name']}` ({stream['role']}): {variables}, {levels}"
-    for place in record.get("seen", {}).values():
-        box = f"latitudes {list(place['latitudes'])}, longitudes {list(place['longitudes'])}"
-        yield f"- Grid: cells of {list(place['cell'])} degrees; {box}"
+    for seen in seen_in_training(trained).values():
+        if seen.cell is not None:
+            box = f"latitudes {seen.latitudes}, longitudes (first one, extent) {seen.longitudes}"
+            yield f"- Grid: cells of {seen.cell} degrees; {box}"
     steps = f"{record['step_hours']:g} h" if record.get("step_hours") else "not recorded"
     size = record["window"]
     rows, columns = (size[key] or "all" for key in ("lat", "lon"))
@@ -154,3 +156,13 @@ def _about_training(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {title}: `{json.dumps(config[key], default=str)}`"
     if not config:
         yield "- Its configuration is not known."
+
+
+def _citation(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "- The data as above."
+    yield f"- The software: atmossl {record['atmossl']}, <https://github.com/atmossl/atmossl>"
+    if record.get("imported_from"):
+        yield (
+            "- The network: Lessig et al. (2023), AtmoRep: A stochastic model of atmosphere "
+            "dynamics using large scale representation learning, arXiv:2308.13280"
+        )

@@ -13,12 +13,13 @@ from rich.console import Console
 from atmossl import __version__
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import FORMAT, check_room, size_on_disk, write_output
-from atmossl.commands.atmorep_normalisation import with_atmorep_normalisation
+from atmossl.commands.atmorep_normalisation import Months, with_atmorep_normalisation
 from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD
+from atmossl.data.seen import DAYS, Seen
 from atmossl.data.segment import Segment
 from atmossl.data.sources import entries_of, open_records
-from atmossl.data.statistics import DAYS, Seen, Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
@@ -26,6 +27,12 @@ from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
 
 # What AtmoRep's published models were trained on: hourly ERA5, whole years of the globe.
 _STEP_HOURS = 1.0
+_TOLD = {
+    None: "; AtmoRep was trained with statistics of every month, of the globe or of every grid "
+    "point, so that predictions are worse than published ones",
+    "climatology": ", a mean over years, where AtmoRep took the target's own month",
+    "own": ", as in AtmoRep's training: of the target's own month, which tell of it beforehand",
+}
 _SEEN = Seen(
     days=tuple(range(DAYS)),
     calendar=STANDARD.name,
@@ -41,12 +48,13 @@ def import_atmorep(
     data: str,
     catalog: Path | None,
     normalisation: Path | None = None,
+    months: Months = "climatology",
 ) -> Path:
     """Write a checkpoint of a published model of AtmoRep; returns its path.
 
     location: the folder with `model_idX.json` and `AtmoRep_idX.mod`, or its `.tar.gz`. data: the
     catalog entry whose train split the fields are normalised by. normalisation: AtmoRep's own
-    statistics instead, see `atmossl.commands.atmorep_normalisation`.
+    statistics instead, of `months`; see `atmossl.commands.atmorep_normalisation`.
 
     Raises:
         ValueError: a file, option or field that does not fit, or a store that lacks what the
@@ -69,16 +77,13 @@ def import_atmorep(
     by = f"mean and standard deviation of data={data} ({statistics.period})"
     if normalisation is not None:
         fields = core.settings.fields
-        statistics = with_atmorep_normalisation(statistics, fields, normalisation)
-        by = f"the means over all months of {normalisation}"
+        statistics = with_atmorep_normalisation(statistics, fields, normalisation, segments, months)
+        by = f"the {'climatology' if months == 'climatology' else 'months'} of {normalisation}"
     record = _record(core.settings, specs, window, statistics)
     record |= {"data": data, "imported_from": location.name}
     weights = {f"{AVERAGED}{name}": value for name, value in network.state_dict().items()}
     write_output({"state_dict": weights, "atmossl": record}, output)
-    note(
-        f"values are normalised by {by}; AtmoRep was trained with statistics of every month, of "
-        "the globe or of every grid point, so that predictions are worse than published ones"
-    )
+    note(f"values are normalised by {by}{_TOLD[None if normalisation is None else months]}")
     line = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
     Console(markup=False).print(line, highlight=False, soft_wrap=True)
     return output

@@ -124,12 +124,14 @@ class OpenedStore:
 
     arrays: readers by the name in the dataset, for layouts that only an adapter understands.
     pressure_levels: whether its levels are pressures in hPa; AtmoRep's may be numbers of a model.
+    model_levels: whether they surely are such numbers.
     """
 
     dataset: xr.Dataset
     group: zarr.Group | None = None
     arrays: Mapping[str, ChunkedArray] = field(default_factory=dict)
     pressure_levels: bool = True
+    model_levels: bool = False
 
     def array(self, name: str) -> zarr.Array | None:
         """The zarr array of a variable by its name in the store."""

@@ -28,6 +28,7 @@ from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
 from atmossl.data.axes import Calendar, integer_units
+from atmossl.data.catalog import LevelKind
 from atmossl.data.fingerprint import (
     UnequalError,
     changes,
@@ -44,6 +45,10 @@ from atmossl.names import check_name, file_name
 from atmossl.setting_types import NotNegative, Positive
 
 Engine = Literal["threads", "local_cluster", "slurm"]
+_LEVELS = {
+    "pressure": {"standard_name": "air_pressure", "units": "hPa"},
+    "model": {"standard_name": "model_level_number", "units": "1", "positive": "down"},
+}
 _OPENING = Lock()
 _ROUNDING_DEG = 1e-4
 
@@ -62,9 +67,9 @@ Date = Annotated[str, BeforeValidator(lambda date: "" if date is None else str(d
 
 @dataclass(frozen=True)
 class IngestInput:
-    """The input of an ingest; see `atmossl.data.inputs.open_input`. levels: hPa, all if empty.
-    start, end: ISO dates, open if empty. region: degrees (south, north, west, east), across the
-    dateline if west is greater than east."""
+    """The input of an ingest; see `atmossl.data.inputs.open_input`. levels: all if empty, pressures
+    in hPa or numbers of model levels (`levels_are`). start, end: ISO dates, open if empty. region:
+    degrees (south, north, west, east), across the dateline if west is greater than east."""
 
     location: Annotated[str, Field(alias="input")]
     names: Annotated[Names, Field(alias="variables")] = field(default_factory=dict)
@@ -72,6 +77,7 @@ class IngestInput:
     filters: dict[str, Any] = field(default_factory=dict)
     coordinates: dict[Axis, str] = field(default_factory=dict)
     levels: tuple[Positive, ...] = ()
+    levels_are: LevelKind = "pressure"
     start: Date = ""
     end: Date = ""
     region: tuple[float, float, float, float] | None = None
@@ -197,6 +203,7 @@ def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
         source.filters,
         left_out.append,
         {str(axis): name for axis, name in source.coordinates.items()},
+        pressure_levels=source.levels_are == "pressure",
     )
     if "level" in dataset.dims and source.levels:
         have = [int(level) for level in dataset["level"].values]
@@ -270,7 +277,7 @@ def _begin(
     coords["latitude"].attrs = {"standard_name": "latitude", "units": "degrees_north"}
     coords["longitude"].attrs = {"standard_name": "longitude", "units": "degrees_east"}
     if "level" in coords.coords:
-        coords["level"].attrs = {"standard_name": "air_pressure", "units": "hPa"}
+        coords["level"].attrs = dict(_LEVELS[source.levels_are])
     encoding = {"time": {"units": integer_units(coords["time"].values), "dtype": "int64"}}
     coords.to_zarr(store, mode="w", encoding=encoding, consolidated=False)
     group = zarr.open_group(store, mode="r+")

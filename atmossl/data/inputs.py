@@ -37,7 +37,7 @@ from atmossl.data.metadata import (
     lead_of,
     valid_time_of,
 )
-from atmossl.data.store import COORDINATES, rename_coordinates
+from atmossl.data.store import COORDINATES, MODEL_LEVELS, check_model_levels, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
 from atmossl.geometry import ascending_longitudes
 
@@ -200,6 +200,7 @@ class _Reading:
     selection: dict[str, Any]
     filters: dict[str, Any]
     coordinates: Mapping[str, str]
+    pressure_levels: bool = True
     have: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     selected: set[str] = field(default_factory=set)
@@ -251,6 +252,8 @@ def open_input(
     filters: dict[str, Any],
     tell: Tell = _say_nothing,
     coordinates: Mapping[str, str] = _NO_NAMES,
+    *,
+    pressure_levels: bool = True,
 ) -> xr.Dataset:
     """All files of an input joined along time, lazily; dims (time, level, latitude, longitude),
     latitudes ascending, longitudes from west to east in [0, 360).
@@ -260,12 +263,13 @@ def open_input(
     filters: values that keys of GRIB messages must have.
     tell: is told, a line each, what is left out and how to choose it.
     coordinates: canonical coordinate -> name in the input, beside the usual names.
+    pressure_levels: whether levels are pressures; else they are numbers of model levels.
 
     Raises:
         ValueError: a file that cannot be read, or does not fit; names the file.
     """
     files = input_files(location, tell)
-    reading = _Reading(names, selection, filters, coordinates)
+    reading = _Reading(names, selection, filters, coordinates, pressure_levels)
     parts: list[xr.Dataset] = []
     origins: list[Origin] = []
     unmatched: NoSuchMessage | None = None
@@ -433,7 +437,10 @@ def _canonical(
                 continue
             origin.note(canonical, array)
             array = _with_canonical_dims(_converted(array, canonical, reading, file), reading, file)
-            check_statements(canonical, array, dataset, f"input {file}")
+            where, levels = f"input {file}", reading.pressure_levels
+            check_statements(canonical, array, dataset, where, pressure_levels=levels)
+            if not levels and "level" in array.dims:
+                check_model_levels(array["level"].values, where)
             if conflict := reading.statements.add(canonical, array, Path(file).name):
                 raise ValueError(f"input {file}: {conflict}")
             array = _canonical_array(array, file)
@@ -507,7 +514,10 @@ def _canonical_name(stored: str, names: dict[str, str]) -> str | None:
 def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray:
     """A variable with canonical dimensions. A single date or level becomes a dimension of length
     1, and forecasts of one lead time are dated by their valid time."""
-    coordinates = reading.coordinates
+    coordinates = dict(reading.coordinates)
+    if not reading.pressure_levels:
+        model = next((name for name in MODEL_LEVELS if name in array.coords), "level")
+        coordinates.setdefault("level", model)
     usual = {
         axis: (coordinates[axis],) if axis in coordinates else COORDINATES[axis]
         for axis in ("time", "level")
@@ -531,7 +541,8 @@ def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
         raise ValueError(
             f"input {file}: {array.name} has further dimensions {further}; choose one value of "
             f"each under `select`, valid: {sizes}; or say what they are, such as "
-            f"coordinates.level={further[0]} for pressure"
+            f"coordinates.level={further[0]} for pressure, levels_are=model for numbers of model "
+            "levels"
         )
     dims = [dim for dim in ("time", "level", "latitude", "longitude") if dim in array.dims]
     array = array.drop_vars(set(array.coords) - set(dims)).transpose(*dims)

@@ -82,9 +82,9 @@ def atmorep(group: zarr.Group) -> Adapted:
     if not fields:
         raise ValueError("neither data nor data_sfc is there")
     coords = {
-        "time": _dates(group, "time"),
-        "latitude": _latitudes(np.asarray(_array(group, "lats")[:])),
-        "longitude": np.asarray(_array(group, "lons")[:]),
+        "time": dates_in(group, "time"),
+        "latitude": atmorep_latitudes(np.asarray(array_in(group, "lats")[:])),
+        "longitude": np.asarray(array_in(group, "lons")[:]),
     }
     if "data" in group:
         coords["level"] = np.array(attributes["levels"])
@@ -101,18 +101,19 @@ def _check_names(names: Sequence[str], size: int, where: str) -> None:
         raise ValueError(f"{where} has {len(names)} names for {size} fields")
 
 
-def _latitudes(values: np.ndarray) -> np.ndarray:
+def atmorep_latitudes(values: np.ndarray) -> np.ndarray:
+    """Degrees north of AtmoRep's latitudes, which may be counted from the north pole."""
     return 90.0 - values if values.min() >= 0.0 and values.max() > 90.0 else values
 
 
-def _dates(group: zarr.Group, name: str) -> np.ndarray:
+def dates_in(group: zarr.Group, name: str) -> np.ndarray:
     """The dates of a store: stored as dates, as numbers with CF units, or as nanoseconds since
     1970.
 
     Raises:
         ValueError: numbers whose unit nothing tells.
     """
-    array = _array(group, name)
+    array = array_in(group, name)
     values = np.asarray(array[:])
     if values.dtype.kind != "M" and "units" in array.attrs:
         variable = xr.Variable(("time",), values, dict(array.attrs))
@@ -123,7 +124,7 @@ def _dates(group: zarr.Group, name: str) -> np.ndarray:
     return dates
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def array_in(group: zarr.Group, name: str) -> zarr.Array:
     member = group.get(name)
     if not isinstance(member, zarr.Array):
         raise ValueError(f"array {name} is missing; there are {sorted(group.array_keys())}")
@@ -218,10 +219,10 @@ def anemoi(group: zarr.Group, member: int | None = None) -> Adapted:
         ValueError: the cells are no regular latitude-longitude grid, row by row; names that are
             there twice, or no such member.
     """
-    data, names = _array(group, "data"), cast(list[str], group.attrs["variables"])
+    data, names = array_in(group, "data"), cast(list[str], group.attrs["variables"])
     _check_names(names, data.shape[1], "attribute variables")
     latitude, longitude, grid = _regular_grid(group)
-    dates, members = _dates(group, "dates"), data.shape[2]
+    dates, members = dates_in(group, "dates"), data.shape[2]
     if member is not None and not 0 <= member < members:
         raise ValueError(f"number={member} is no member; valid: 0 to {members - 1}")
     single = member is not None or members == 1
@@ -283,8 +284,8 @@ def _missing_steps(group: zarr.Group, dates: np.ndarray) -> tuple[int, ...]:
 
 def _regular_grid(group: zarr.Group) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The latitudes and longitudes of a regular grid from those of all its cells."""
-    latitudes = np.asarray(_array(group, "latitudes")[:])
-    longitudes = np.asarray(_array(group, "longitudes")[:])
+    latitudes = np.asarray(array_in(group, "latitudes")[:])
+    longitudes = np.asarray(array_in(group, "longitudes")[:])
     num_lon = int(np.argmax(latitudes != latitudes[0])) or len(latitudes)
     rows = len(latitudes) // num_lon
     regular = rows * num_lon == len(latitudes)

@@ -438,7 +438,8 @@ def _check_level(variable: str, level: xr.DataArray, whole: xr.Dataset, where: s
             f"{where}: {variable} lies on levels with {', '.join(faults)}, which are not pressure. "
             "Levels must be pressure in hPa or Pa: interpolate to pressure levels first, or, if "
             "they are pressure, say so by units and standard_name air_pressure; numbers of model "
-            "levels, which AtmoRep's models take, need `levels_are: model` in the catalog entry"
+            "levels, which AtmoRep's models take, need `levels_are: model` in the catalog entry "
+            "(levels_are=model of `data ingest`)"
         )
 
 

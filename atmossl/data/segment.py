@@ -267,6 +267,8 @@ class Segment:
         than a window.
     part: of a record with gaps, its first date, which is the end of its name; else empty.
     pressure_levels: whether its levels are pressures; else they may be numbers of a model.
+    model_levels: whether they surely are such numbers, of L137; networks are then told their
+        pressure in the standard atmosphere.
     """
 
     name: str
@@ -288,6 +290,7 @@ class Segment:
     partial: bool = False
     part: str = ""
     pressure_levels: bool = True
+    model_levels: bool = False
 
     @property
     def record_name(self) -> str:

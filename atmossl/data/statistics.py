@@ -4,13 +4,12 @@ and when training data lie."""
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
 import numpy as np
@@ -18,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.batch import StreamSpec, patch_values
-from atmossl.data.axes import STANDARD, Calendar
+from atmossl.batch import StreamSpec, StreamWindow, patch_values
 from atmossl.data.fingerprint import (
     NO_TRANSFORMS,
     Transforms,
@@ -28,9 +26,9 @@ from atmossl.data.fingerprint import (
     identity,
     stale_message,
 )
+from atmossl.data.monthly_normals import LocalUnits, MonthlyNormals, local_units
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES, Transform, physical_range
-from atmossl.geometry import Grid
 from atmossl.locks import naming_errors, owned_in_turn
 from atmossl.names import file_name
 from atmossl.process_lifetime import is_first_rank
@@ -202,7 +200,7 @@ class Statistics:
 
     Arrays are [variable level]; a surface variable has the same values on all levels.
     minimum, maximum: of the values. missing: share of them. Statistics written before version 0.2
-    lack these three.
+    lack these three. normals: of variables that a network takes in units of their month.
     """
 
     variables: tuple[str, ...]
@@ -216,6 +214,7 @@ class Statistics:
     maximum: np.ndarray | None = None
     missing: np.ndarray | None = None
     transforms: Transforms = field(default_factory=dict)
+    normals: Mapping[str, MonthlyNormals] = field(default_factory=dict)
 
     @classmethod
     def compute(
@@ -287,8 +286,9 @@ class Statistics:
         return patch_values(torch.where(change > 0, change / std, 1.0), spec)
 
     def to_dict(self) -> dict:
-        """Plain numbers and strings, for a checkpoint."""
+        """Plain numbers and strings, for a checkpoint; and the tensors of `normals`, if any."""
         arrays = {key: getattr(self, key) for key in _ARRAYS}
+        normals = {name: value.to_dict() for name, value in self.normals.items()}
         return {
             "variables": list(self.variables),
             "levels": list(self.levels),
@@ -296,18 +296,21 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "transforms": {name: asdict(value) for name, value in self.transforms.items()},
             **{key: values.tolist() for key, values in arrays.items() if values is not None},
+            **({"normals": normals} if normals else {}),
         }
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         arrays = {key: np.array(values[key]) for key in _ARRAYS if key in values}
         transforms = values.get("transforms", {})  # versions before 0.2 have none
+        normals = values.get("normals", {})
         return cls(
             variables=tuple(values["variables"]),
             levels=tuple(values["levels"]),
             period=values["period"],
             fingerprint=values["fingerprint"],
             transforms={name: Transform(**value) for name, value in transforms.items()},
+            normals={name: MonthlyNormals.from_dict(value) for name, value in normals.items()},
             **arrays,
         )
 
@@ -475,6 +478,9 @@ class Normaliser:
     """Brings fields to zero mean and unit variance per variable and level, and back. A variable
     with a transform passes through it first, and last on the way back.
 
+    A network may take some variables in units of their month and place instead: `local` leads from
+    normalised fields to these, and back.
+
     statistics: of every source, by the `data` of the streams that read it.
     """
 
@@ -496,6 +502,15 @@ class Normaliser:
     def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
         return self.statistics[spec.data].select(spec, field)[:, :, None, None, None]
 
+    def local(self, spec: StreamSpec, hours: Tensor, lat: Tensor, lon: Tensor) -> LocalUnits | None:
+        """Of a stream's points, at hours since 1970-01-01T00; None if it has no such variables."""
+        known = self.statistics[spec.data]
+        mean, std = known.select(spec, "mean"), known.select(spec, "std")
+        return local_units(known.normals, spec, mean, std, (hours, lat, lon))
+
+    def local_of(self, window: StreamWindow) -> LocalUnits | None:
+        return self.local(window.spec, window.time_hours, window.lat, window.lon)
+
     def transform(self, variable: str, data: str) -> Transform | None:
         return self.statistics[data].transforms.get(variable)
 
@@ -514,79 +529,3 @@ class Normaliser:
                 values = function(transform, fields[..., row, :, :, :, :].numpy())
                 fields[..., row, :, :, :, :] = torch.from_numpy(values)
         return fields
-
-
-# What a network saw in training beside values and masks: where and when its records lie.
-
-DAYS = 365  # equal parts of a year of any calendar
-_PERIOD = re.compile(r"(\d{4}-\d\d-\d\dT\d\d) to (\d{4}-\d\d-\d\dT\d\d)")
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Dates and places of a training's records; what is None or empty is not known.
-
-    days: of the year, from 0 to 364. cell: degrees of latitude and of longitude. latitudes: the
-    southernmost and northernmost. longitudes: the westernmost, and how many degrees eastwards the
-    last one lies; 360 where they close the circle.
-    """
-
-    days: tuple[int, ...] = ()
-    calendar: str | None = None
-    cell: tuple[float, float] | None = None
-    latitudes: tuple[float, float] | None = None
-    longitudes: tuple[float, float] | None = None
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment]) -> Self:
-        grid, calendar = segments[0].grid, segments[0].calendar
-        days = {day for segment in segments for day in days_of(segment.times, calendar)}
-        return cls(
-            days=tuple(sorted(days)),
-            calendar=calendar.name,
-            cell=(grid.latitude_spacing, grid.longitude_spacing),
-            latitudes=(float(grid.latitude[0]), float(grid.latitude[-1])),
-            longitudes=(float(grid.longitude[0]), eastward_extent(grid)),
-        )
-
-    @classmethod
-    def of_period(cls, text: str) -> Self:
-        """The record of an older checkpoint, which tells the period alone."""
-        days: set[int] = set()
-        for first, last in _PERIOD.findall(text):
-            try:
-                start, end = (np.datetime64(date, "ns") for date in (first, last))
-            except ValueError:  # a date of another calendar
-                return cls()
-            days.update(days_of(np.arange(start, end, np.timedelta64(6, "h")), STANDARD))
-        return cls(days=tuple(sorted(days)))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for a checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-
-def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:
-    """Dates and places of the records of every source, by the `data` of the streams that read
-    it."""
-    names = segments[0].sources
-    return {name: Seen.of([s.sources[name].segment for s in segments]) for name in names}
-
-
-def days_of(times: np.ndarray, calendar: Calendar) -> list[int]:
-    """The days of the year of times, each once."""
-    days = (calendar.year_share(times) * DAYS).astype(int)
-    return [int(day) for day in np.unique(np.minimum(days, DAYS - 1))]
-
-
-def eastward_extent(grid: Grid) -> float:
-    """Degrees from the first longitude eastwards to the last; 360 if the longitudes close the
-    circle."""
-    return 360.0 if grid.periodic else float(grid.longitude[-1] - grid.longitude[0])

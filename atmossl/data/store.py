@@ -38,6 +38,7 @@ from atmossl.data.metadata import (
 from atmossl.data.segment import HOUR, Segment, StoredVariable
 from atmossl.data.variables import check_units
 from atmossl.geometry import Grid, ascending_longitudes
+from atmossl.model_levels import L137_HPA, is_model_level
 
 # Dates that files hold as integers, such as 20200101, as dates.
 
@@ -160,6 +161,7 @@ COORDINATES = {
     "latitude": ("latitude", "lat"),
     "longitude": ("longitude", "lon"),
 }
+MODEL_LEVELS = ("hybrid", "model_level", "ml", "lev")  # usual names of model levels
 _DEFAULT_ACCESS = Access()
 _HIGHEST_HPA = 1100.0
 _LOGGER = logging.getLogger(__name__)
@@ -219,6 +221,8 @@ def open_parts(
     dataset = with_regular_axes(dataset, location)
     _check_variables(names, dataset, opened, location)
     stored_levels = _checked_levels(dataset, levels, location, opened.pressure_levels)
+    if opened.model_levels:
+        check_model_levels(stored_levels, location)
     times, calendar = _checked_times(dataset, location)
     parts = _unbroken(times, gaps, calendar, location)
     latitude_order, longitude_order, grid = _canonical_grid(dataset, location)
@@ -252,6 +256,7 @@ def open_parts(
         calendar=calendar,
         partial=len(parts) > 1,
         pressure_levels=opened.pressure_levels,
+        model_levels=opened.model_levels,
     )
     return _named_parts(whole, parts)
 
@@ -415,6 +420,16 @@ def _checked_levels(
     return tuple(have)
 
 
+def check_model_levels(levels: Sequence[float], location: str) -> None:
+    """Raise ValueError for levels that are no numbers of model levels."""
+    others = [f"{level:g}" for level in levels if not is_model_level(level)]
+    if others:
+        raise ValueError(
+            f"{location}: levels [{', '.join(others)}] are no numbers of model levels, 1 to "
+            f"{len(L137_HPA)}; leave `levels_are: model` out if they are pressures"
+        )
+
+
 def _checked_times(
     dataset: xr.Dataset, location: str, at_least: int = 2
 ) -> tuple[np.ndarray, Calendar]:
@@ -531,7 +546,9 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
 def open_entry(entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
     """The opened store of a segment; the catalog entry decides whether its levels are pressures."""
     opened = open_store(entry.segments[segment], access)
-    return replace(opened, pressure_levels=False) if entry.levels_are == "model" else opened
+    if entry.levels_are == "model":
+        return replace(opened, pressure_levels=False, model_levels=True)
+    return opened
 
 
 def _open_period(

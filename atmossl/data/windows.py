@@ -1,5 +1,6 @@
 """Windows of stores as samples, and the order in which samples are delivered."""
 
+import itertools
 import logging
 import math
 import weakref
@@ -21,6 +22,7 @@ from atmossl.data.variables import Limits, Transform
 from atmossl.geometry import Box, check_window_fits, random_box
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.views import FirstGuess, ViewSpec, lag_steps, make_views, show_hours
+from atmossl.model_levels import standard_pressure
 from atmossl.setting_types import NotNegative, Positive
 
 # Memory that is used again once nobody views it. Fresh memory costs as much as a copy of what
@@ -202,7 +204,18 @@ def read_windows(
                 targets.setdefault(name, []).append(target)
     for data, targets in targets_of_data.items():
         segment.sources[data].segment.read_into(targets)
+    for window in itertools.chain.from_iterable(windows):
+        _into_local_units(window, normaliser)
     return windows
+
+
+def _into_local_units(window: StreamWindow, normaliser: Normaliser) -> None:
+    """Change normalised fields in place, if the network takes them in units of month and place."""
+    local = normaliser.local_of(window)
+    if local is not None:
+        window.fields.copy_(local.into(window.fields))
+        if window.valid is not None:
+            window.fields.masked_fill_(~window.valid, 0.0)
 
 
 def _targets(
@@ -271,12 +284,20 @@ def _empty_window(place: WindowPlace, spec: StreamSpec, fields: np.ndarray) -> S
         fields=torch.from_numpy(fields),
         valid=torch.ones(fields.shape, dtype=torch.bool) if spec.missing == "mask" else None,
         time_hours=torch.from_numpy(segment.time_hours(start, count)),
-        level_hpa=torch.tensor(spec.level_values, dtype=torch.float32),
+        level_hpa=torch.tensor(_told_levels(segment, spec), dtype=torch.float32),
         lat=torch.from_numpy(grid.latitude[lat]).float(),
         lon=torch.from_numpy(grid.longitude[lon]).float(),
         weight=torch.from_numpy(grid.weights[lat]).float(),
         year_hours=segment.calendar.year_hours,
     )
+
+
+def _told_levels(segment: Segment, spec: StreamSpec) -> list[float]:
+    """hPa of every level, 0 at the surface: in the standard atmosphere where the store's are
+    numbers of model levels."""
+    if not (segment.model_levels and spec.levels):
+        return [float(level) for level in spec.level_values]
+    return [standard_pressure(level) for level in spec.level_values]
 
 
 def read_window(

@@ -23,7 +23,7 @@ from atmossl.data.metadata import (
     height_factor,
     is_mean,
 )
-from atmossl.data.store import canonical_axes
+from atmossl.data.store import MODEL_LEVELS, canonical_axes
 from atmossl.data.variables import VARIABLES, check_units, conversion
 from atmossl.evaluation.alignment import grid_of, time_dim
 from atmossl.evaluation.regrid import covered, regridder
@@ -34,17 +34,19 @@ _CHUNK_BYTES = 64 * 2**20
 _LEAD_NAMES = ("lead_time", "prediction_timedelta", "step")
 _NAMES = {
     "member": ("member", "number", "realization", "sample", "ensemble"),
-    "level": ("level", "isobaricInhPa", "pressure_level", "plev"),
+    "level": ("level", "isobaricInhPa", "pressure_level", "plev", *MODEL_LEVELS),
     "latitude": ("latitude", "lat"),
     "longitude": ("longitude", "lon"),
 }
 
 
-def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
+def canonical_forecast(
+    dataset: xr.Dataset, where: str, *, pressure_levels: bool = True
+) -> xr.Dataset:
     """A forecast with dims (init_time, lead_time, ...) or, without lead times, (time, ...).
 
     Latitudes and longitudes ascend, longitudes from 0; lead times are durations, units those of
-    the variables.
+    the variables. pressure_levels: whether levels are pressures; else numbers of model levels.
 
     Raises:
         ValueError: names the store and the dimension that is missing, not understood or holds a
@@ -71,7 +73,7 @@ def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
     whole, dataset = dataset, dataset.rename({o: n for o, n in names.items() if o != n})
     for name, array in dataset.data_vars.items():
         if {time, "latitude", "longitude"} <= set(array.dims):
-            _check_statements(str(name), array, whole, where)
+            _check_statements(str(name), array, whole, where, pressure_levels)
     dataset = canonical_axes(dataset.reset_coords(drop=True), where)
     needed = {time, "latitude", "longitude"}
     dataset = dataset[[name for name, v in dataset.data_vars.items() if needed <= set(v.dims)]]
@@ -85,11 +87,13 @@ def canonical_forecast(dataset: xr.Dataset, where: str) -> xr.Dataset:
     return dataset.assign(fields)
 
 
-def _check_statements(name: str, array: xr.DataArray, whole: xr.Dataset, where: str) -> None:
+def _check_statements(
+    name: str, array: xr.DataArray, whole: xr.Dataset, where: str, pressure_levels: bool
+) -> None:
     """As where stores are opened; geopotential height is converted afterwards."""
     if (factor := height_factor(name, array)) is not None:
         array = as_geopotential(name, array.chunk(), factor)
-    check_statements(name, array, whole, where)
+    check_statements(name, array, whole, where, pressure_levels=pressure_levels)
 
 
 def _check_coordinates(dataset: xr.Dataset, names: Mapping[str, str], where: str) -> None:

@@ -32,7 +32,7 @@ from atmossl.sealed import in_one_line
 from atmossl.setting_types import snake_case, target_name
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
-PACKAGED = {"default": "reference.ckpt", "default_streams": "reference_streams.ckpt"}
+PACKAGED = {"default": "reference", "default_streams": "reference_streams"}
 LAST = "last.ckpt"  # of a run
 _NEEDED = (
     "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
@@ -279,7 +279,7 @@ def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any
     last = checkpoints[names[-1]]
     for name, contents in checkpoints.items():
         for key in _MUST_AGREE:
-            if contents["atmossl"][key] != last["atmossl"][key]:
+            if not _same(contents["atmossl"][key], last["atmossl"][key]):
                 raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
         if bool(contents["atmossl"]["first_guess"]) != bool(last["atmossl"]["first_guess"]):
             raise ValueError(f"checkpoint={name}: its first_guess is not that of {names[-1]}")
@@ -295,6 +295,15 @@ def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any
     if len(names) > 1:
         record["mean_of"] = [read[name][1] for name in names]
     return {"state_dict": weights, "atmossl": record}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether plain values, with tensors in them, are equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return one == other
 
 
 def export(names: Sequence[str], output: Path, plugins: Sequence[str] = ()) -> None:

@@ -85,7 +85,8 @@ class _Blend:
         self.latents[:, :, rows[:, None], places] += latents * weight
         self.coordinates["latitude"][rows] = grid.lat[number].double().numpy()
         self.coordinates["longitude"][places] = grid.lon[number].double().numpy() % 360.0
-        self.coordinates["level"] = grid.level_hpa[number].double().numpy()
+        levels = np.array(self.spec.level_values, np.float64).reshape(-1, size.level)
+        self.coordinates["level"] = levels.mean(axis=1)
         self.coordinates["time_hours"] = grid.time_hours[number].double().numpy()
 
     def field(self, reference_hours: float) -> StreamField:

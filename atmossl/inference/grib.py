@@ -47,8 +47,6 @@ def check_grib(plan: Plan) -> None:
     if not plan.segment.calendar.plain:
         name = plan.segment.calendar.name
         raise ValueError(f"output: .grib2 has no calendar {name}; write .zarr or .nc")
-    if not plan.trained.pressure_levels:
-        raise ValueError("output: .grib2 of model levels is not written here; write .zarr or .nc")
     specs = [spec for spec in plan.trained.own_specs if spec.role == "predict"]
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:
@@ -116,7 +114,9 @@ def _write_case(eccodes: ModuleType, message: Any, file: BinaryIO, array: xr.Dat
     for lead in array["lead_time"].values:
         for level in array["level"].values:
             if not surface:
-                eccodes.codes_set(message, "typeOfLevel", "isobaricInhPa")
+                is_number = array["level"].attrs["standard_name"] == "model_level_number"
+                kind = "hybrid" if is_number else "isobaricInhPa"
+                eccodes.codes_set(message, "typeOfLevel", kind)
                 eccodes.codes_set(message, "level", int(level))
             eccodes.codes_set(message, "shortName", _SHORT_NAMES[str(array.name)])
             eccodes.codes_set(message, "forecastTime", int(lead / _MINUTE))

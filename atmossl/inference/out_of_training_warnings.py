@@ -2,7 +2,7 @@
 places, dates, levels or values."""
 
 import calendar
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamWindow, TokenGrid, View
 from atmossl.data.catalog import catalog_entry
-from atmossl.data.statistics import DAYS, Seen, Statistics, days_of, eastward_extent
+from atmossl.data.seen import DAYS, Seen, days_of, eastward_extent
+from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_split
 from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import WindowSize, read_window
@@ -19,6 +20,7 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Plan
 from atmossl.inference.tiles import first_view
 from atmossl.masking.base import MaskingSampler, TokenLayout
+from atmossl.model_levels import standard_pressure
 
 _NUM_DRAWS = 200
 _HALF_MONTH_DAYS = 15
@@ -178,11 +180,15 @@ def unseen_calendar(training: Seen, name: str) -> list[str]:
     return [f"dates of calendar {name}; training had {training.calendar}"]
 
 
-def unseen_levels(view: View) -> list[str]:
-    """A sentence if the network is told levels that its streams do not have."""
+def unseen_levels(view: View, *, model_levels: bool = False) -> list[str]:
+    """A sentence if the network is told levels that its streams do not have. model_levels: as of a
+    segment."""
     for stream in view.streams:
         size = stream.spec.token_size.level
-        had = np.asarray(stream.spec.level_values, float).reshape(-1, size).mean(axis=1)
+        levels = stream.spec.level_values
+        if model_levels and stream.spec.levels:
+            levels = tuple(map(standard_pressure, levels))
+        had = np.asarray(levels, float).reshape(-1, size).mean(axis=1)
         levels_now = stream.grid.level_hpa.double().numpy().reshape(-1)
         if not np.allclose(levels_now, had, rtol=1e-3):
             shown = [", ".join(f"{level:g}" for level in levels) for levels in (levels_now, had)]
@@ -191,16 +197,17 @@ def unseen_levels(view: View) -> list[str]:
     return []
 
 
-def unseen_values(
-    windows: Sequence[StreamWindow], statistics: Mapping[str, Statistics]
-) -> list[str]:
+def unseen_values(windows: Sequence[StreamWindow], normaliser: Normaliser) -> list[str]:
     """A sentence for every variable with values beyond those of training by more than a standard
-    deviation, at the level where they are furthest. statistics: by `data` of streams."""
+    deviation, at the level where they are furthest."""
     lines: dict[str, str] = {}
     for window in windows:
-        training = statistics[window.spec.data]
+        training = normaliser.statistics[window.spec.data]
         if training.minimum is None or training.maximum is None or not window.fields.numel():
             continue
+        local = normaliser.local_of(window)
+        if local is not None:
+            window = replace(window, fields=local.out_of(window.fields))
         for row, name in enumerate(window.spec.variables):
             line = _unseen_range(window, row, training)
             if line:
@@ -252,10 +259,10 @@ def unseen_by_training(plan: Plan, times: np.ndarray, view: View) -> list[str]:
         lines += [line + where for line in unseen_place(by_data.get(data, Seen()), grid)]
     lines += unseen_calendar(training, segment.calendar.name)
     lines += unseen_dates(training, _told_days(plan, times, view))
-    lines += unseen_levels(view)
+    lines += unseen_levels(view, model_levels=segment.model_levels)
     if segment.access.input_limits == "off":
         return lines
-    return lines + unseen_values(_windows(plan, times), trained.normaliser.statistics)
+    return lines + unseen_values(_windows(plan, times), trained.normaliser)
 
 
 def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:

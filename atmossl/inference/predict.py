@@ -216,7 +216,11 @@ def _rolled(record: Segment, state: State, last: np.datetime64, count: int) -> S
     times = last + record.step * (np.arange(count) + 1 - count)
     return open_segment(
         f"{record.name} rolled out",
-        OpenedStore(record.dataset_of(state, times), pressure_levels=record.pressure_levels),
+        OpenedStore(
+            record.dataset_of(state, times),
+            pressure_levels=record.pressure_levels,
+            model_levels=record.model_levels,
+        ),
         record.location,
         variables=record.variables,
         levels=record.levels,

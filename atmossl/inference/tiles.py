@@ -23,6 +23,7 @@ from atmossl.batch import (
     token_grid,
 )
 from atmossl.data.forcings import FORCINGS, ComputedChunks
+from atmossl.data.monthly_normals import LocalUnits
 from atmossl.data.segment import HOUR, Segment, hours_since_1970
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
@@ -317,14 +318,15 @@ def coherent(
 
 @dataclass(frozen=True)
 class _Tile:
-    """One tile of one case. complete: for the last tile of a row, how many rows are final after
-    it."""
+    """One tile of one case. local: units of every stream's fields, where they depend on month and
+    place. complete: for the last tile of a row, how many rows are final after it."""
 
     case: int
     box: Box
     weight: np.ndarray
     view: View
     hidden: tuple[Points, ...]
+    local: tuple[LocalUnits | None, ...]
     complete: int | None
 
 
@@ -493,8 +495,9 @@ def _tiles(plan: Plan, sources: Sequence[Source]) -> Iterator[_Tile]:
                 box = tiling.tiles[number]
                 windows = columns(band, predicted, around, box)
                 view, hidden = masked_view(windows, plan.task, first_guess=plan.trained.first_guess)
+                local = tuple(map(plan.trained.normaliser.local_of, windows))
                 last = complete if number == numbers[-1] else None
-                yield _Tile(case, box, tiling.weights[number], view, hidden, last)
+                yield _Tile(case, box, tiling.weights[number], view, hidden, local, last)
 
 
 def _fields(
@@ -518,7 +521,14 @@ def _fields(
     if stream.valid is not None and not plan.options.fill_missing:
         never = ~detokenise(stream.valid, spec).any(dim=-3, keepdim=True)  # at no time
         fields = fields.masked_fill(never[:, None], float("nan"))
-    values = plan.trained.normaliser.inverse(fields.cpu(), spec).numpy()
+    local = [tile.local[n] for n, tile in zip(number, batch, strict=True)]
+    fields = torch.stack(
+        [
+            one if units is None else units.at_steps(steps).out_of(one)
+            for one, units in zip(fields.cpu(), local, strict=True)
+        ]
+    )
+    values = plan.trained.normaliser.inverse(fields, spec).numpy()
     return rearrange(
         values,
         "batch member variable level step lat lon -> batch variable step member level lat lon",

@@ -14,6 +14,7 @@ from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
+from atmossl.model_levels import standard_pressure
 from atmossl.setting_types import Positive, SignedHours
 
 
@@ -132,14 +133,26 @@ def _pairs(levels: Any) -> Any:
     return tuple(levels.items()) if isinstance(levels, Mapping) else levels
 
 
+def _told_levels(window: StreamWindow, others: Mapping[int, int]) -> list[float]:
+    """Levels of a window, some told as others: hPa, or numbers of model levels, which windows hold
+    by their pressure."""
+    levels = []
+    for number, told in zip(window.spec.level_values, window.level_hpa.tolist(), strict=True):
+        other = others.get(number, number)
+        if other != number:
+            told = float(other) if told == number else standard_pressure(other)
+        levels.append(told)
+    return levels
+
+
 @dataclass(frozen=True)
 class Counterfactual(Task):
     """A task on the same fields at a false date, level or place: only what the network is told of
     them changes (AtmoRep's counterfactual experiment). Predictions are written with the true dates
     and places.
 
-    shift_hours: added to the dates. shift_lat, shift_lon: degrees. levels: told level in hPa
-    instead of the true one.
+    shift_hours: added to the dates. shift_lat, shift_lon: degrees. levels: told level instead
+    of the true one, in hPa or as the number of a model level, as in the catalog entry.
     """
 
     task: Task
@@ -254,15 +267,15 @@ class Counterfactual(Task):
 
     def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         new_levels = dict(self.levels)
-        have = {int(level) for window in windows for level in window.level_hpa}
+        have = {level for window in windows for level in window.spec.level_values}
         if not have.issuperset(new_levels):
             raise ValueError(
-                f"task.levels={sorted(set(new_levels) - have)} hPa are not there to be told as "
-                f"others; valid: {sorted(have)}"
+                f"task.levels={sorted(set(new_levels) - have)} are not there to be told as others; "
+                f"valid: {sorted(have)}"
             )
         moved = []
         for window in self.task.change_coordinates(windows):
-            levels = [float(new_levels.get(int(level), level)) for level in window.level_hpa]
+            levels = _told_levels(window, new_levels)
             moved.append(
                 replace(
                     window,

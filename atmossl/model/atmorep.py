@@ -21,7 +21,8 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class AtmoRepField:
     """One field of the network: the width of its latents, its coupled fields in their order, its
-    model levels, and its window in tokens and points, each (time, lat, lon)."""
+    model levels, and its window in tokens and points, each (time, lat, lon). local: whether it was
+    normalised by statistics of every grid point rather than of the globe."""
 
     name: str
     width: int
@@ -29,6 +30,7 @@ class AtmoRepField:
     levels: tuple[int, ...]
     num_tokens: tuple[int, int, int]
     token_size: tuple[int, int, int]
+    local: bool = False
 
     @property
     def values_in_token(self) -> int:

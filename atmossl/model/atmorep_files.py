@@ -238,7 +238,7 @@ def _settings(raw: dict[str, Any], is_of_2023: bool) -> AtmoRepSettings:
 
 
 def _field(entry: list[Any]) -> AtmoRepField:
-    name, (_, width, coupled, *_), levels, num_tokens, token_size, *_ = entry
+    name, (_, width, coupled, *_), levels, num_tokens, token_size, *more = entry
     steps, rows, columns = map(int, num_tokens)
     time, lat, lon = map(int, token_size)
     return AtmoRepField(
@@ -248,6 +248,7 @@ def _field(entry: list[Any]) -> AtmoRepField:
         levels=tuple(map(int, levels)),
         num_tokens=(steps, rows, columns),
         token_size=(time, lat, lon),
+        local="local" in more,
     )
 
 

@@ -38,11 +38,11 @@ from atmossl.model.atmorep import (
     Tail,
 )
 from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace, gather
+from atmossl.model_levels import L137_HPA
 from atmossl.names import VARIABLE_OF_FIELD
 
 HOURS_PER_DAY = 24.0
 _SECONDS_PER_HOUR = 3600.0
-# AtmoRep's names of fields, and those of ERA5 that stores have here.
 _INFO_ENTRIES = (8, 6)  # numbers that describe a token, in models of 2024 and in older ones
 _LAYER = re.compile(r"core\.encoders\.[^.]+\.(?:attentions|perceptrons)\.(\d+)\.")
 _EMBEDDING = re.compile(r"core\.encoders\.[^.]+\.embed(_info)?\.")
@@ -250,7 +250,7 @@ def token_info(
     width = grid.lon_extent.double()[:, None] / columns
     lat = grid.lat.double().flip(1) + height * ((rows - 1) / 2 - rows // 2)
     lon = (grid.lon.double() + width * (columns // 2 - (columns - 1) / 2)) % 360.0
-    level = grid.level_hpa.double()  # numbers of model levels; a counterfactual may tell others
+    level = _level_numbers(grid.level_hpa.double())  # a counterfactual may tell others
     sizes = {"level": level.shape[1], "nt": last.shape[1], "nlat": lat.shape[1]}
     sizes |= {"nlon": lon.shape[1], "batch": lat.shape[0]}
 
@@ -267,6 +267,14 @@ def token_info(
         when = (spread(time, "batch nt") for time in (year, day + hour / HOURS_PER_DAY))
         entries = (*when, levels, *place, spacing)
     return torch.stack(entries, dim=-1).float()
+
+
+def _level_numbers(told: Float[Tensor, "batch level"]) -> Float[Tensor, "batch level"]:
+    """Numbers of model levels from their pressures in the standard atmosphere; whole numbers, which
+    none of these is, are numbers already."""
+    pressures = torch.tensor(L137_HPA, dtype=told.dtype).to(told.device, non_blocking=True)
+    nearest = (told[..., None] - pressures).abs().argmin(dim=-1) + 1
+    return torch.where(told == told.round(), told, nearest.to(told.dtype))
 
 
 def dates_of(hours: Float[Tensor, "batch nt"]) -> tuple[Tensor, Tensor, Tensor]:

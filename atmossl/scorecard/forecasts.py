@@ -47,7 +47,9 @@ from atmossl.scorecard.task_report import (
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 
 
-def open_forecasts(locations: tuple[str, ...]) -> dict[str, xr.Dataset]:
+def open_forecasts(
+    locations: tuple[str, ...], *, pressure_levels: bool = True
+) -> dict[str, xr.Dataset]:
     """Forecast stores by their file's name, in one form, unread.
 
     Raises:
@@ -61,7 +63,9 @@ def open_forecasts(locations: tuple[str, ...]) -> dict[str, xr.Dataset]:
             raise ValueError(f"forecasts={location}: the name {name} is taken; rename the file")
         options = _ANONYMOUS.get(location.partition("://")[0], {})
         store = open_store(SegmentEntry(location=location, storage_options=options))
-        forecasts[name] = canonical_forecast(store.dataset, location)
+        forecasts[name] = canonical_forecast(
+            store.dataset, location, pressure_levels=pressure_levels
+        )
     return forecasts
 
 
@@ -72,7 +76,8 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
     Raises:
         ValueError: a store that cannot be read, or nothing in common.
     """
-    forecasts = open_forecasts(config.forecasts)
+    pressure_levels = entry.levels_are == "pressure"
+    forecasts = open_forecasts(config.forecasts, pressure_levels=pressure_levels)
     present = [{str(name) for name in dataset.data_vars} for dataset in forecasts.values()]
     variables = sorted(set(entry.variables).intersection(*present))
     if not variables:
@@ -104,7 +109,7 @@ def _common_levels(forecasts: Mapping[str, xr.Dataset], entry: CatalogEntry) -> 
     }
     shared = set(entry.levels).intersection(*have.values())
     if have and not shared:
-        raise ValueError(f"level: nothing in common, in hPa; {have}; data: {sorted(entry.levels)}")
+        raise ValueError(f"level: nothing in common; {have}; data: {sorted(entry.levels)}")
     return sorted(shared) if len(have) == len(forecasts) else []
 
 

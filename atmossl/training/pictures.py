@@ -92,12 +92,16 @@ def reconstructions(
         "prediction": mean,
         "truth": stream.target,
     }
-    fields = {
-        name: normaliser.inverse(_fields(values, stream), spec) for name, values in tokens.items()
-    }
+    place = (layout.point_times().flatten(), layout.point_lat(), layout.point_lon())
+    local = normaliser.local(spec, *place)
+
+    def in_units(values: Tensor) -> Tensor:
+        return normaliser.inverse(values if local is None else local.out_of(values), spec)
+
+    fields = {name: in_units(_fields(values, stream)) for name, values in tokens.items()}
     # a spread has a scale but no mean
-    zero = normaliser.inverse(torch.zeros_like(fields["truth"]), spec)
-    fields["spread"] = normaliser.inverse(_fields(spread, stream), spec) - zero
+    zero = in_units(torch.zeros_like(fields["truth"]))
+    fields["spread"] = in_units(_fields(spread, stream)) - zero
     fields |= {"hidden": hidden}
     fields["source"][unseen] = float("nan")
     level = spec.num_levels // 2

@@ -2,7 +2,6 @@
 run by hand on the same store."""
 
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 import xarray as xr
 import yaml
-import zarr
 
 import atmossl
 from atmossl.batch import PRIMARY, TokenGrid, collate_views
@@ -472,59 +470,6 @@ def test_compiled_network_gives_the_same(folder: Path) -> None:
         assert latents[stream.spec.name].last.shape == shape
     torch.stack([s.members.pow(2).mean() for s in after(here).streams]).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in after.parameters() if p.grad is not None)
-
-
-def norms_of_2024(folder: Path, numbers: np.ndarray) -> None:
-    """numbers: [month, (mean, divisor), field, level]."""
-    group = zarr.open_group(folder, mode="w")
-    group.attrs.update({"fields": ["temperature", "velocity_u"], "levels": list(LEVELS)})
-    group.create_array("normalization/global_norm", data=numbers)
-
-
-def norms_of_2023(folder: Path, numbers: np.ndarray) -> None:
-    folder.mkdir()
-    for f, name in enumerate(("temperature", "velocity_u")):
-        for v, level in enumerate(LEVELS):
-            dates = [(2000 + n // 12, n % 12 + 1) for n in range(len(numbers))]
-            rows = np.column_stack([dates, numbers[:, :, f, v]]).astype(np.float32)
-            rows.tofile(folder / f"global_normalization_mean_var_{name}_ml{level}.bin")
-
-
-@pytest.mark.parametrize("write", [norms_of_2024, norms_of_2023])
-def test_own_normalisation_is_the_mean_over_months(folder: Path, tmp_path: Path, write) -> None:
-    numbers = np.random.default_rng(0).uniform(1, 2, (24, 2, 2, 2)).astype(np.float32)
-    write(tmp_path / "norms", numbers)
-    assert run(folder, tmp_path / "own.ckpt", "model", f"normalisation={tmp_path / 'norms'}") == 0
-    found = load_checkpoint(str(tmp_path / "own.ckpt")).normaliser.statistics[PRIMARY]
-    own = load_checkpoint(str(folder / "atmorep.ckpt")).normaliser.statistics[PRIMARY]
-    for f, variable in enumerate(("temperature", "u_component_of_wind")):
-        row, levels = found.variables.index(variable), [123, 137] if f else [137]
-        for level in levels:
-            column, place = found.levels.index(level), LEVELS.index(level)
-            expected = numbers[:, :, f, place].mean(axis=0)
-            values = found.mean[row, column], found.std[row, column]
-            np.testing.assert_allclose(values, expected, rtol=1e-6)
-    np.testing.assert_array_equal(found.step_std, own.step_std)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda f: shutil.rmtree(f), "no such folder"),
-        (lambda f: next(f.glob("*temperature_ml137*")).unlink(), r"temperature\*137\.bin"),
-        (lambda f: next(f.glob("*u_ml123*")).write_bytes(b"1234" * 5), "5 numbers"),
-        (lambda f: np.full(8, 40, np.float32).tofile(next(f.glob("*u_ml123*"))), "no months"),
-        (lambda f: np.array([2000, 1, 3, 0], np.float32).tofile(next(f.glob("*u_ml123*"))),
-         "velocity_u at level 123.*positive divisors"),
-    ],
-)  # fmt: skip
-def test_normalisation_that_does_not_fit_is_named(
-    folder: Path, tmp_path: Path, capsys, spoil, words: str
-) -> None:
-    norms_of_2023(tmp_path / "norms", np.ones((12, 2, 2, 2), np.float32))
-    spoil(tmp_path / "norms")
-    assert run(folder, tmp_path / "own.ckpt", "model", f"normalisation={tmp_path / 'norms'}") == 2
-    assert re.search(words, capsys.readouterr().err) and not (tmp_path / "own.ckpt").exists()
 
 
 def train(folder: Path, output: Path, *more: str) -> int:
