@@ -5,7 +5,6 @@ forecast = model.predict("forecast", atmossl.open_data("sample"), "1959-02-12T00
 forecast.temperature.sel(level=500).isel(lead_time=-1).mean("member").plot()
 """
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,13 +57,12 @@ class Model:
     def __repr__(self) -> str:
         trained = self.trained
         millions = sum(weight.numel() for weight in trained.model.parameters()) / 1e6
-        period = trained.normaliser.statistics[PRIMARY].period
-        dates = sorted(re.findall(r"\d{4}-\d\d-\d\d", period)) or [period]
+        first, last = trained.training_dates
         abilities = " and ".join(sorted(trained.provides))
         return (
             f"Model({len(trained.variables)} variables, {len(trained.levels)} levels, "
             f"{millions:.1f} M parameters, trained on {trained.data}, "
-            f"{dates[0]} to {dates[-1]};\n"
+            f"{first} to {last};\n"
             f"      variables: {', '.join(trained.variables)};\n"
             f"      can {abilities}, on {self.device}, digest {trained.digest})"
         )

@@ -358,6 +358,17 @@ class StreamTokens(Movable):
         return self.corruption != Corruption.VISIBLE
 
     @property
+    def unseen(self) -> Bool[Tensor, "*batch level nt nlat nlon patch"]:
+        """Values of which the encoder sees nothing, those that were never observed among them."""
+        dark = (self.corruption == Corruption.MASK) | (self.corruption == Corruption.DROP)
+        unseen = dark[..., None].expand_as(self.source)
+        if self.target_points is not None:  # a token that is hidden in part shows its other values
+            unseen = torch.where(
+                (~self.target_points).any(dim=-1, keepdim=True), self.target_points, unseen
+            )
+        return unseen if self.valid is None else unseen | ~self.valid
+
+    @property
     def query_level(self) -> Int[Tensor, "batch query"]:
         """The level of every query, counted in tokens."""
         assert self.queries is not None, "collate the view first: token indices are missing"

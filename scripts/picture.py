@@ -1,4 +1,4 @@
-"""The picture of the README: one zero-shot forecast as truth, ensemble mean, error and spread.
+"""The picture of the README: one zero-shot forecast beside its input, the truth and persistence.
 
 python scripts/picture.py --variable temperature --level 500 docs/pictures/forecast.png
 """
@@ -12,9 +12,11 @@ import xarray as xr
 from atmossl.cli import compose_config
 from atmossl.commands.common import open_for
 from atmossl.commands.predict import predict
+from atmossl.evaluation.report.content import Example, Given
 from atmossl.evaluation.report.figures import save_figure
 from atmossl.evaluation.report.maps import case_map
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.schema.data import StoreChoice
 
 
 def main() -> None:
@@ -33,10 +35,17 @@ def main() -> None:
         predict(compose_config("predict", options))
         forecast = xr.open_zarr(store)[arguments.variable].isel(init_time=0, lead_time=-1).load()
     trained = load_checkpoint(arguments.checkpoint)
-    truth = open_for(trained, None, None, "test")[0].to_dataset()[arguments.variable]
-    valid = forecast["init_time"] + forecast["lead_time"]
-    levels = {"level": arguments.level} if "level" in forecast.dims else {}
-    picture = case_map(truth.sel(time=valid.values, **levels), forecast.sel(levels))
+    record = open_for(trained, StoreChoice(), "test")[0].to_dataset()[arguments.variable]
+    level = {"level": arguments.level} if "level" in forecast.dims else {}
+    forecast, record = forecast.sel(level), record.sel(level)
+    truth, state = (
+        record.sel(time=time.values)
+        for time in (forecast["init_time"] + forecast["lead_time"], forecast["init_time"])
+    )
+    given = Given(f"input {arguments.lead} before", state, is_predicted=True)
+    example = Example(arguments.variable, level.get("level"), truth, forecast, given=given,
+                      baselines={"persistence": state})  # fmt: skip
+    picture = case_map("forecast", example, baseline="persistence")
     save_figure(picture, arguments.output, overwrite=True, dpi=110)
 
 

@@ -1,5 +1,6 @@
 """`atmossl evaluate`."""
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from atmossl.commands.common import (
 )
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
+from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.locks import owned
@@ -43,6 +45,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
     for report in reports:
         summary = mean_over_levels(summarise(report.table, model_name=report.model_name))
         print_summary(summary, console, title="RMSE ratios and scores, mean over levels")
+    print_summary(verdicts(reports), console, title="against the best baseline")
     console.print(f"report: {config.output / 'index.html'}", highlight=False)
     return config.output
 
@@ -83,7 +86,7 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
                 device,
                 functools.partial(note_out_of_training, told=set()),
             )
-        write_report(reports, provenance_of(config, trained, command), partial)
+        write_report(reports, provenance_of(config, trained, command, reports), partial)
         partial.replace(config.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

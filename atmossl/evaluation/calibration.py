@@ -11,6 +11,7 @@ from atmossl.evaluation.rows import rows_where
 from atmossl.evaluation.verify import WHOLE_YEAR
 
 TOLERANCE = 0.1
+CALIBRATED = "calibrated"
 _KEYS = ["task", "source", "variable", "level", "lead_hours"]
 
 
@@ -46,7 +47,7 @@ def _verdict(row: dict) -> str:
         return "tails too light"
     if outliers_high < 1.0 - TOLERANCE:
         return "tails too heavy"
-    return "calibrated"
+    return CALIBRATED
 
 
 def _ends(row: dict, score: str) -> tuple[float, float]:

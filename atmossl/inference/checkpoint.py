@@ -1,5 +1,6 @@
 """Loads a checkpoint for inference, which needs nothing but the file."""
 
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -112,6 +113,13 @@ class TrainedModel:
         surface."""
         predicted = [s for s in self.specs if s.role == "predict" and s.data == data]
         return levels_by_variable(predicted)
+
+    @property
+    def training_dates(self) -> tuple[str, str]:
+        """First and last day of the training data, as far as the record tells days."""
+        period = self.normaliser.statistics[PRIMARY].period
+        dates = sorted(re.findall(r"\d{4}-\d\d-\d\d", period)) or [period]
+        return dates[0], dates[-1]
 
     @property
     def levels(self) -> tuple[int, ...]:

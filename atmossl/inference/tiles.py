@@ -330,9 +330,15 @@ class _Tile:
     complete: int | None
 
 
+def views(plan: Plan, time: np.datetime64) -> Iterator[tuple[Box, View]]:
+    """The place and the view of every tile at a reference time, without a batch axis."""
+    for tile in _tiles(plan, [plan.find(time)]):
+        yield tile.box, tile.view
+
+
 def first_view(plan: Plan, time: np.datetime64) -> View:
     """The view of the first tile at a reference time, without a batch axis."""
-    return next(_tiles(plan, [plan.find(time)])).view
+    return next(views(plan, time))[1]
 
 
 def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:

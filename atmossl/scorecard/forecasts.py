@@ -31,7 +31,7 @@ from atmossl.evaluation.forecasts import (
     without_further_dims,
 )
 from atmossl.evaluation.regrid import ConservativeRegridder
-from atmossl.evaluation.report.content import Example, TaskReport
+from atmossl.evaluation.report.content import Example, Given, TaskReport
 from atmossl.geometry import Grid
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.checks import check_calendar, check_rain
@@ -40,8 +40,9 @@ from atmossl.scorecard.task_report import (
     check_regions,
     empty_tally,
     example_of,
-    period,
     reported,
+    span,
+    when,
 )
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
@@ -166,12 +167,25 @@ def score_forecasts(
         tally.add(ours, beside, baselines, climate, name_of_series)
         if middle in ours[common.dim]:
             case = ours.sel({common.dim: [middle]})
-            examples[name] = example_of(case, beside, name)
+            example = example_of(case, beside, name, baselines=baselines)
+            examples[name] = replace(example, given=_state_at_init(example, beside))
     _check_some_scored(forecasts, empty)
     said = _about(common, first, lacking)
     rng = np.random.default_rng(config.seed)
     cases = tuple(examples.values())
-    return reported(config, tally, cases, rng, about=said, period=period(common.cases))
+    return reported(config, tally, cases, rng, about=said, spans=[span(common.cases)])
+
+
+def _state_at_init(example: Example, truth: xr.Dataset) -> Given | None:
+    """The truth at the init time of a forecast of others, whose input is not known; None if the
+    record does not have it."""
+    labels = example.prediction.coords
+    if "init_time" not in labels or labels["init_time"].values not in truth["time"]:
+        return None
+    field = truth[example.variable].sel(time=labels["init_time"].values)
+    field = field if example.level is None else field.sel(level=example.level)
+    title = f"truth at the init time, {when(-labels['lead_time'].to_numpy())}"
+    return Given(title, field.load(), is_predicted=True)
 
 
 def _check_some_scored(forecasts: Iterable[str], empty: Iterable[str]) -> None:

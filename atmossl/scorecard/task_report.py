@@ -1,19 +1,21 @@
 """What one task or comparison leaves for the report."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import numpy as np
 import xarray as xr
 
 from atmossl import __version__
+from atmossl.batch import PRIMARY
+from atmossl.evaluation.alignment import match_baseline, time_dim
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.events import event_scores
 from atmossl.evaluation.joint import JOINT_SCORES, area_event_scores, joint_rank_histograms
 from atmossl.evaluation.regions import ScoreRegion, boxes, find_regions, stacked_weights
-from atmossl.evaluation.report.content import Example, Provenance, TaskReport
-from atmossl.evaluation.report.figures import readable
+from atmossl.evaluation.report.content import Example, Provenance, Span, TaskReport
 from atmossl.evaluation.scores import DEFAULT_SCORES
 from atmossl.evaluation.spherical import SphericalSpectrum
 from atmossl.evaluation.verify import Tally
@@ -59,33 +61,55 @@ def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") ->
 
 
 def example_of(
-    predicted: xr.Dataset, truth: xr.Dataset, name: str, hidden: np.ndarray | None = None
+    predicted: xr.Dataset,
+    truth: xr.Dataset,
+    name: str,
+    *,
+    hidden: np.ndarray | None = None,
+    baselines: Mapping[str, xr.Dataset] | None = None,
 ) -> Example:
-    """One variable of the first case at its middle level and last lead time.
+    """One variable of the first case at its middle level and last lead time, without the input.
 
-    hidden: cells [lat, lon] that were predicted; all by default.
+    hidden: cells [lat, lon] that were predicted; all by default. baselines: of the same cases.
     """
-    field = predicted[name]
-    dim = "init_time" if "init_time" in field.dims else "time"
-    case = field.isel({dim: 0})
-    level = None
-    if "level" in case.dims:
-        case = case.isel(level=case.sizes["level"] // 2)
-        level = float(case["level"])
-    if "lead_time" in case.dims:
-        case = case.isel(lead_time=-1)
-    time = case["time"] if dim == "time" else case["init_time"] + case["lead_time"]
-    true = truth[name].sel(time=time.values)
+    dim = time_dim(predicted)
+
+    def chosen(field: xr.DataArray) -> xr.DataArray:
+        case = field.isel({dim: 0})
+        if "level" in case.dims:
+            case = case.isel(level=case.sizes["level"] // 2)
+        return case.isel(lead_time=-1) if "lead_time" in case.dims else case
+
+    case = chosen(predicted[name])
+    level = float(case["level"]) if "level" in case.coords else None
+    true = truth[name].sel(time=valid_time(case).values)
     if level is not None:
         true = true.sel(level=level)
+    beside = {
+        source: chosen(match_baseline(answer[[name]], predicted[[name]], source)[name]).load()
+        for source, answer in (baselines or {}).items()
+    }
     cells = None if hidden is None else xr.DataArray(hidden, dims=("latitude", "longitude"))
-    return Example(name, level, true.load(), case.load(), cells)
+    return Example(name, level, true.load(), case.load(), cells, baselines=beside)
 
 
-def period(times: np.ndarray) -> str:
-    """First and last of the cases."""
-    first, last = (np.datetime_as_string(time, "h") for time in times[[0, -1]])
-    return f"from {first} to {last}"
+def valid_time(case: xr.DataArray) -> xr.DataArray:
+    """Of a prediction of one time."""
+    return case["time"] if "time" in case.coords else case["init_time"] + case["lead_time"]
+
+
+def span(times: np.ndarray, record: str = "") -> Span:
+    """First and last of the cases of a record."""
+    first, last = (str(np.datetime_as_string(time, "h")) for time in times[[0, -1]])
+    return Span(record, first, last)
+
+
+def when(offset: np.timedelta64) -> str:
+    """`6 h before` of an offset of -6 h."""
+    hours = float(offset / np.timedelta64(1, "h"))
+    if hours == 0:
+        return "at the same time"
+    return f"{abs(hours):g} h {'before' if hours < 0 else 'after'}"
 
 
 def reported(
@@ -95,7 +119,7 @@ def reported(
     rng: np.random.Generator,
     *,
     about: str,
-    period: str,
+    spans: Sequence[Span],
 ) -> TaskReport:
     """The table and diagnostics of a full tally."""
     bootstrap = BlockBootstrap(num_resamples=config.bootstrap)
@@ -107,28 +131,49 @@ def reported(
         tally.diagnosed(),
         tuple(examples),
         about,
-        period,
+        tuple(spans),
     )
 
 
-def provenance_of(config: EvaluateConfig, trained: TrainedModel, command: str) -> Provenance:
-    """The command and what its numbers depend on."""
+def provenance_of(
+    config: EvaluateConfig, trained: TrainedModel, command: str, reports: Sequence[TaskReport]
+) -> Provenance:
+    """Which model was scored on what, the command, and what its numbers depend on."""
     data = config.data.name or trained.data
+    split = f"{data}, split {config.split}"
+    spans = [span for report in reports for span in report.spans]
+    names = ", ".join(dict.fromkeys(span.record for span in spans if span.record))
+    first, last = min(span.first for span in spans), max(span.last for span in spans)
+    counts = [report.num_cases for report in reports]
+    cases = " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
+    scored = f"{split}{f' ({names})' if names else ''}, {first} to {last}: {cases} cases"
     if config.forecasts:
-        summary = f"Forecasts {', '.join(config.forecasts)} against {data}, split {config.split}."
-        source = {"forecasts": ", ".join(config.forecasts)}
+        title = f"Forecasts on {split}"
+        summary = {"forecasts": ", ".join(config.forecasts)}
     else:
-        tasks = ", ".join(readable(task.name) for task in config.tasks)
-        summary = f"Zero-shot {tasks} on {data}, split {config.split}: held out from training."
-        source = {"checkpoint": f"{config.checkpoint}, digest {trained.digest}"}
+        title = f"Zero-shot tasks of {config.checkpoint} on {split}"
+        summary = {
+            "checkpoint": f"{config.checkpoint}, digest {trained.digest}",
+            "trained on": trained_on(trained),
+        }
+        scored += ", held out from training"
     packages = ("scores", "xarray", "numpy", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     facts = {
-        "what": summary,
-        **source,
-        "data": f"{data}, split {config.split}, every {config.every}",
+        "dates": f"every {config.every}",
         "bootstrap": f"{config.bootstrap} resamples, seed {config.seed}",
         "events": f"beyond the quantiles {list(config.tails)} of the training record",
         "versions": f"atmossl {__version__}, {versions}",
     }
-    return Provenance(command, facts)
+    return Provenance(title, {**summary, "scored on": scored}, command, facts)
+
+
+def trained_on(trained: TrainedModel) -> str:
+    """Data, their parts and dates; where a network is imported from."""
+    first, last = trained.training_dates
+    parts = re.findall(r"(?:^|; )(\S+) \d{4}-", trained.normaliser.statistics[PRIMARY].period)
+    named = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+    data = f"{trained.data}{named}, {first} to {last}"
+    if origin := trained.record.get("imported_from"):
+        return f"{origin}; normalised by {data}"
+    return data

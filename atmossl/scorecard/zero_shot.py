@@ -8,13 +8,16 @@ import xarray as xr
 
 from atmossl.data.climatology import read_monthly
 from atmossl.data.segment import Segment
+from atmossl.data.variables import VARIABLES
 from atmossl.evaluation.alignment import case_times
 from atmossl.evaluation.climate import Climate
-from atmossl.evaluation.report.content import Example, TaskReport
+from atmossl.evaluation.report.content import Example, Given, TaskReport
+from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Options, Plan, plan_prediction
 from atmossl.inference.tiles import first_view
+from atmossl.inference.visible_input import VisibleInput, visible_inputs
 from atmossl.inference.writer import predictions
 from atmossl.masking.tasks import Task
 from atmossl.progress import telling
@@ -22,7 +25,14 @@ from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
-from atmossl.scorecard.task_report import empty_tally, example_of, period, reported
+from atmossl.scorecard.task_report import (
+    empty_tally,
+    example_of,
+    reported,
+    span,
+    valid_time,
+    when,
+)
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -172,8 +182,8 @@ def _score_task(
     examples = [_tallied(tally, run, baselines, climate, str(n)) for n, run in enumerate(runs)]
     step_hours = float(plan.step / np.timedelta64(1, "h"))
     said = plan.task.describe(plan.steps, step_hours, plan.grid)
-    covered = "; ".join(period(run.times) for run in runs)
-    return reported(config, tally, examples[0], rng, about=said, period=covered)
+    spans = [span(run.times, run.plan.segment.name) for run in runs]
+    return reported(config, tally, examples[0], rng, about=said, spans=spans)
 
 
 def _tallied(
@@ -194,9 +204,36 @@ def _tallied(
         place = (middle - first) * (1 if steps.is_forecast else len(steps.offsets))
         if 0 <= place < predicted.sizes[dim]:
             chosen = predicted.isel({dim: [place]})
-            names = map(str, predicted.data_vars)
-            examples = [example_of(chosen, here, name, hidden) for name in names]
-    return examples
+            examples = [
+                example_of(chosen, here, str(name), hidden=hidden, baselines=answers)
+                for name in predicted.data_vars
+            ]
+    return _with_inputs(plan, times[middle], examples)
+
+
+def _with_inputs(plan: Plan, time: np.datetime64, examples: list[Example]) -> list[Example]:
+    """The examples of the case at a reference time with what the model saw."""
+    lead = np.timedelta64((valid_time(examples[0].prediction) - time).item(), "ns")
+    levels = {example.variable: int(example.level or 0) for example in examples}
+    inputs = visible_inputs(plan, time, lead, levels)
+    return [
+        replace(example, given=_given(inputs[example.variable], example))
+        if example.variable in inputs
+        else example
+        for example in examples
+    ]
+
+
+def _given(visible: VisibleInput, example: Example) -> Given:
+    is_predicted = (visible.variable, visible.level) == (example.variable, int(example.level or 0))
+    title = f"input {when(visible.offset)}"
+    units = example.truth.attrs.get("units", "")
+    if not is_predicted:
+        place = f" {visible.level} hPa" if visible.level else ""
+        title += f": {readable(visible.variable)}{place}"
+        units = VARIABLES[visible.variable].units if visible.variable in VARIABLES else ""
+    values = example.truth.copy(data=visible.values).rename(visible.variable)
+    return Given(title, values.assign_attrs(units=units), is_predicted)
 
 
 def only_hidden(task: Task, predicted: xr.Dataset) -> xr.Dataset:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from atmossl.batch import Batch, Corruption, StreamPrediction, StreamTokens, detokenise
+from atmossl.batch import Batch, StreamPrediction, StreamTokens, detokenise
 from atmossl.checkpoint_files import write_atomically
 from atmossl.coastlines import coastlines
 from atmossl.data.axes import STANDARD, Calendar
@@ -77,13 +77,8 @@ def reconstructions(
     """Reconstructions of every variable of the first sample, at its middle level and the time at
     which most is hidden."""
     spec, layout = stream.spec, TokenLayout(stream.spec, stream.grid._map(lambda t: t[0].cpu()))
-    hidden, unseen = (
-        _fields(_of_values(chosen, stream), stream).bool()
-        for chosen in (
-            stream.hidden,
-            (stream.corruption == Corruption.MASK) | (stream.corruption == Corruption.DROP),
-        )
-    )
+    hidden = _fields(_of_values(stream.hidden, stream), stream).bool()
+    unseen = _fields(stream.unseen, stream).bool()
     members = _on_grid(stream, predicted)
     mean, spread = members.mean(dim=0), members.std(dim=0)
     tokens = {

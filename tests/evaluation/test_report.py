@@ -1,4 +1,6 @@
 import io
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -6,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -14,8 +17,8 @@ from atmossl.evaluation.baselines import climatology_forecast, persistence
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.climate import Climate
-from atmossl.evaluation.report.cards import ratio_cell
-from atmossl.evaluation.report.content import Example, Provenance, TaskReport
+from atmossl.evaluation.report.cards import RatioColours, colours_of
+from atmossl.evaluation.report.content import Example, Given, Provenance, Span, TaskReport
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import save_figure, score_label, units_text
 from atmossl.evaluation.report.globe import Scale, draw_globe, project
@@ -26,6 +29,7 @@ from atmossl.evaluation.report.tables import (
     to_markdown,
     write_csv,
 )
+from atmossl.evaluation.report.verdicts import COLUMNS, verdicts
 from atmossl.evaluation.report.write import write_report
 from atmossl.evaluation.verify import verify
 
@@ -61,11 +65,20 @@ def table(dataset) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def case(dataset) -> tuple[xr.DataArray, xr.DataArray]:
-    truth = dataset(num_times=12)
+def example(dataset) -> Example:
+    record = dataset(num_times=12)
     name = "u_component_of_wind"
-    prediction = _ensemble(truth)[name].isel(init_time=0, lead_time=1, level=0)
-    return truth[name].isel(time=2, level=0), prediction
+    prediction = _ensemble(record)[name].isel(init_time=0, lead_time=1, level=0)
+    truth, state = (record[name].isel(time=time, level=0) for time in (2, 0))
+    given = Given("input 12 h before", state, is_predicted=True)
+    return Example(
+        name,
+        500.0,
+        truth,
+        prediction,
+        given=given,
+        baselines={"persistence": state, "ridge": truth},
+    )
 
 
 def _row(table: pd.DataFrame, source: str, score: str) -> pd.DataFrame:
@@ -118,44 +131,94 @@ def test_files_are_not_overwritten_silently(table, tmp_path):
     assert [each.name for each in path.parent.iterdir()] == ["scores.csv"]  # nothing half done
 
 
-def test_map_shares_colours_and_centres_the_error(case, tmp_path):
-    truth, prediction = case
-    figure = case_map(truth, prediction)
-    meshes = [axes.collections[0] for axes in figure.axes if axes.get_title()]
-    limits = [mesh.get_clim() for mesh in meshes]
-    assert len(meshes) == 4
-    assert limits[0] == limits[1]
-    assert limits[2][0] == -limits[2][1]
-    assert limits[3][0] == 0.0
+def _maps(figure: Figure) -> dict[str, QuadMesh]:
+    """Coloured cells by the title of their map."""
+    return {axes.get_title(): axes.collections[0] for axes in figure.axes if axes.get_title()}
+
+
+def test_map_has_input_truth_prediction_and_baseline_with_their_errors(example, tmp_path):
+    figure = case_map("forecast", example, baseline="persistence", about="Given: the last state.")
+    maps = _maps(figure)
+    assert [title.partition(", RMSE")[0] for title in maps] == [
+        "input 12 h before",
+        "truth",
+        "prediction (ensemble mean)",
+        "baseline persistence",
+        "error of the prediction",
+        "error of the baseline persistence",
+        "ensemble spread",
+        "member 1",
+        "member 2",
+    ]
+    heading = [text.get_text() for text in figure.texts]
+    assert heading[0].startswith("forecast: u component of wind, 500 hPa, init 2020-01-01")
+    assert heading[1] == "Given: the last state."
+    weight = np.cos(np.deg2rad(example.truth["latitude"].values))[:, None] * np.ones(16)
+    for field, start in (
+        (example.prediction.mean("member"), "prediction (ensemble mean), RMSE "),
+        (example.baselines["persistence"], "baseline persistence, RMSE "),
+    ):
+        rmse = np.sqrt(np.average((field - example.truth).values ** 2, weights=weight))
+        (title,) = [title for title in maps if title.startswith(start)]
+        assert float(title.removeprefix(start)) == pytest.approx(rmse, rel=0.01)
     path = save_figure(figure, tmp_path / "map.png", dpi=40)
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileExistsError):
         save_figure(figure, path)
 
 
-def test_map_title_tells_variable_level_and_times(case):
-    assert case_title(*case) == (
-        "u component of wind, 500 hPa, init 2020-01-01 00:00 UTC, lead 12 h, "
+def test_colours_of_a_map_reach_from_its_least_to_its_largest_value(example):
+    spikes = example.prediction.copy()
+    spikes[0, 2, 3], spikes[1, 5, 1] = 40.0, -30.0  # of members, of which the mean has a third
+    maps = _maps(case_map("forecast", replace(example, prediction=spikes), baseline="persistence"))
+    for title, cells in maps.items():
+        values, (low, high) = np.asarray(cells.get_array()), cells.get_clim()
+        assert low <= np.nanmin(values) and np.nanmax(values) <= high, title
+    shared = {cells.get_clim() for title, cells in maps.items() if "error" not in title}
+    spread = maps["ensemble spread"].get_clim()
+    assert shared == {(-40.0, 40.0), spread} and spread[0] == 0.0
+    errors = {cells.get_clim() for title, cells in maps.items() if title.startswith("error")}
+    ((low, high),) = errors
+    mean = spikes.mean("member")
+    largest = max(
+        np.abs(field - example.truth).values.max()
+        for field in (mean, example.baselines["persistence"])
+    )
+    assert -low == high == pytest.approx(largest)
+
+
+def test_an_input_of_another_field_has_its_own_colours_and_blanks_are_no_values(example):
+    humidity = (0.01 * abs(example.truth)).rename("specific_humidity").assign_attrs(units="kg/kg")
+    humidity[:3] = np.nan
+    given = Given("input at the same time: humidity", humidity, is_predicted=False)
+    maps = _maps(case_map("cross_variable", replace(example, given=given)))
+    cells = maps[given.title]
+    assert cells.get_clim() == (np.nanmin(humidity), np.nanmax(humidity))
+    assert np.ma.count_masked(cells.get_array()) == cells.get_array().size * 3 // 8
+    assert maps["truth"].get_clim()[1] > 100 * cells.get_clim()[1]
+
+
+def test_map_title_tells_task_variable_level_and_times(example):
+    assert case_title("forecast", example) == (
+        "forecast: u component of wind, 500 hPa, init 2020-01-01 00:00 UTC, lead 12 h, "
         "valid 2020-01-01 12:00 UTC"
     )
-    truth, _ = case
-    assert case_title(truth, truth.rename("t")) == "t, 500 hPa, valid 2020-01-01 12:00 UTC"
+    still = replace(example, prediction=example.truth.rename("t"))
+    title = case_title("temporal_interpolation", still)
+    assert title == "temporal interpolation: t, 500 hPa, valid 2020-01-01 12:00 UTC"
 
 
-def test_map_of_one_member_has_no_spread_panel(case):
-    truth, prediction = case
-    figure = case_map(truth, prediction.isel(member=0))
-    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
-        "truth",
-        "prediction",
-        "error (prediction minus truth)",
-    ]
+def test_map_of_one_member_has_no_spread_panel(example):
+    single = Example(
+        example.variable, example.level, example.truth, example.prediction.isel(member=0)
+    )
+    titles = [title.partition(", RMSE")[0] for title in _maps(case_map("forecast", single))]
+    assert titles == ["truth", "prediction", "error of the prediction"]
 
 
-def test_map_of_many_cases_is_an_error(case, dataset):
-    _, prediction = case
+def test_map_of_many_cases_is_an_error(example, dataset):
     with pytest.raises(ValueError, match="select time, lead and level first"):
-        case_map(dataset()["temperature"], prediction)
+        case_map("forecast", replace(example, truth=dataset()["temperature"]))
 
 
 @pytest.mark.parametrize("west", [0.0, -180.0, -168.75, 3.0])
@@ -189,16 +252,127 @@ def test_coastlines_lie_on_the_globe_and_jump_nowhere():
 
 
 def test_cards_colour_by_ratio_and_mark_what_is_open():
+    colours = RatioColours.of([0.5, 1.0, 4.0, np.nan])
     row = {"value": 0.5, "low": 0.4, "high": 0.6, "p_value": 0.01}
-    better = ratio_cell(pd.DataFrame([row]))
-    assert (better.text, better.colour, better.open) == ("0.50", "rgb(33,102,172)", False)
-    even = ratio_cell(pd.DataFrame([row | {"value": 1.0, "low": 0.9, "high": 1.1}]))
+    better = colours.cell(pd.DataFrame([row]))
+    assert (better.text, better.open) == ("0.50", False)
+    even = colours.cell(pd.DataFrame([row | {"value": 1.0, "low": 0.9, "high": 1.1}]))
     assert (even.colour, even.open) == ("rgb(255,255,255)", True)
-    worse = ratio_cell(pd.DataFrame([row | {"value": 3.0, "low": 2.0, "high": 4.0}]))
+    worse = colours.cell(pd.DataFrame([row | {"value": 4.0, "low": 2.0, "high": 5.0}]))
     assert (worse.colour, worse.dark) == ("rgb(178,24,43)", True)
-    assert ratio_cell(pd.DataFrame([row]).iloc[:0]).text == ""
-    unknown = ratio_cell(pd.DataFrame([row | {"low": np.nan, "high": np.nan}]))
+    assert colours.cell(pd.DataFrame([row]).iloc[:0]).text == ""
+    unknown = colours.cell(pd.DataFrame([row | {"low": np.nan, "high": np.nan}]))
     assert not unknown.open and "interval" not in unknown.title
+
+
+def test_colours_of_cards_reach_to_the_ratio_furthest_from_one(table):
+    """No two ratios on one side of 1 share a colour for being far from it."""
+    report = _report(table)
+    colours = colours_of([report])
+    shown = table[(table["region"] == "global") & (table["season"] == "all")]
+    ratios = shown[shown["score"].str.contains("ratio_vs")]["value"]
+    furthest = np.abs(np.log(ratios)).max()
+    assert colours.limit == pytest.approx(max(furthest, np.log(1.25)))
+    shares = np.linspace(0.1, 1.0, 10) * colours.limit
+    for sign in (-1.0, 1.0):
+        cells = [colours.cell(pd.DataFrame({"value": [np.exp(sign * s)] * 2})) for s in shares]
+        assert len({cell.colour for cell in cells}) == len(shares)
+    first, *_, last = colours.legend()
+    assert float(last.title) == pytest.approx(np.exp(colours.limit), abs=1e-4)
+    assert float(first.title) == pytest.approx(np.exp(-colours.limit), abs=1e-4)
+
+
+def _report(table: pd.DataFrame, **changes) -> TaskReport:
+    overall = pd.DataFrame(
+        [
+            ("rmse_ratio", "persistence", 0.7, 0.6, 0.8, 0.01),
+            ("rmse_ratio", "climatology", 0.9, 0.85, 0.95, 0.01),
+            ("crps_ratio", "persistence", 0.5, 0.4, 0.6, 0.01),
+            ("crps_ratio", "climatology", 0.625, 0.5, 0.7, 0.01),
+            ("spread_skill", "", 1.04, 1.0, 1.1, 0.04),
+        ],
+        columns=["score", "baseline", "value", "low", "high", "p_value"],
+    )
+    filled = {
+        "task": "forecast",
+        "model_name": "model",
+        "table": table,
+        "overall": overall,
+        "diagnosed": {},
+        "examples": (),
+        "about": "Given: the last state.",
+        "spans": (Span("run", "2020-01-01T00", "2020-01-03T06"),),
+    }
+    return TaskReport(**filled | changes)
+
+
+def test_verdict_names_the_best_baseline_and_says_how_sure_it_is(table):
+    report = _report(table)
+
+    def verdict(**changes: float) -> str:
+        overall = report.overall.copy()
+        for column, value in changes.items():
+            overall.loc[1, column] = value
+        return verdicts([_report(table, overall=overall)])["verdict"].item()
+
+    row = verdicts([report]).iloc[0]
+    assert list(row.index) == list(COLUMNS)
+    assert row["best baseline"] == "climatology"
+    assert row["RMSE ratio"] == "0.90 [0.85, 0.95]"
+    assert row["CRPS ratio"] == "0.62 [0.50, 0.70]"
+    assert row["spread / skill"] == "1.04 [1.00, 1.10]"
+    assert row["verdict"].startswith("better: RMSE 10 % below that of climatology; ensemble ")
+    calibration = calibration_table(table).query("source == 'model'")["verdict"]
+    good, total = (calibration == "calibrated").sum(), len(calibration)
+    assert f"calibrated in {good or 'none'} of {total} fields" in row["verdict"]
+    assert verdict(high=1.02).startswith("no clear difference from climatology; ")
+    worse = verdict(value=1.2, low=1.1, high=1.3)
+    assert worse.startswith("worse: RMSE 20 % above that of climatology; ")
+    few = verdict(low=np.nan, high=np.nan)
+    assert few.startswith("RMSE 10 % below that of climatology (too few cases for an interval)")
+    deterministic = table[~table["score"].isin(["spread_skill", "outlier_ratio"])]
+    alone = _report(deterministic, overall=report.overall.iloc[:4])
+    assert verdicts([alone])["verdict"].item() == "better: RMSE 10 % below that of climatology"
+
+
+def test_a_page_begins_with_model_data_verdicts_and_one_map(table, example, tmp_path):
+    report = _report(table, examples=(example,))
+    summary = {"checkpoint": "mine.ckpt, digest abc", "trained on": "era5, 1979 to 2017",
+               "scored on": "era5, split test"}  # fmt: skip
+    write_report([report], Provenance("Tasks of mine", summary, "atmossl", {"a": "b"}), tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    header = page[page.index("<header>") : page.index("</header>")]
+    places = [header.index(text) for text in (*summary.values(), "<table", "<img")]
+    assert places == sorted(places)
+    assert "better: RMSE 10 % below that of climatology" in header
+    pictures = re.findall(r'<img [^>]*alt="([^"]*)"', header)
+    assert [alt.partition(":")[0].partition(",")[0] for alt in pictures] == [
+        "input 12 h before",
+        "truth",
+        "prediction (ensemble mean)",
+        "error of the prediction",
+    ]
+    assert all("forecast, u component of wind, 500 hPa" in alt for alt in pictures)
+    markdown = (tmp_path / "summary.md").read_text()
+    assert markdown.index("mine.ckpt, digest abc") < markdown.index("better: RMSE 10 %")
+
+
+def test_calibrated_rows_are_folded_and_others_are_shown(table, tmp_path):
+    table = table.copy()
+    spread = (table["score"] == "spread_skill") & (table["region"] == "global")
+    fine = spread & (table["variable"] == "temperature")
+    for rows, value in ((spread, 2.0), (fine, 1.0)):
+        table.loc[rows, ["value", "low", "high"]] = value
+    outliers = table["score"] == "outlier_ratio"
+    table.loc[outliers, ["value", "low", "high"]] = 1.0
+    summary = {"checkpoint": "mine"}
+    write_report([_report(table)], Provenance("t", summary, "atmossl", {}), tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    section = page[page.index("<h3>calibration</h3>") : page.index("<h3>example cases</h3>")]
+    shown, folded = section.split("<details>")
+    assert shown.count(">over-dispersive<") == 6 and ">calibrated<" not in shown
+    assert folded.count(">calibrated<") == 4 and ">over-dispersive<" not in folded
+    assert "4 of 10 rows are calibrated" in folded
 
 
 def test_calibration_is_told_from_both_signs():
@@ -222,7 +396,7 @@ def test_calibration_is_told_from_both_signs():
 def test_scales_fit_the_field():
     kelvin = xr.DataArray(np.linspace(250.0, 300.0, 1001))
     wind = xr.DataArray(np.linspace(-20.0, 30.0, 1001))
-    assert field_scale(kelvin, kelvin).low == pytest.approx(250.5)
+    assert (field_scale(kelvin).low, field_scale(kelvin).high) == (250.0, 300.0)
     assert field_scale(wind, wind).low == -field_scale(wind, wind).high
     nothing = symmetric_scale(kelvin * 0.0)
     assert nothing.high > nothing.low
@@ -280,14 +454,20 @@ def test_no_figure_enters_pyplot_s_state(table):
     assert pyplot is None or pyplot.get_fignums() == []
 
 
-def test_names_with_markup_are_text_in_the_report(table, case, tmp_path):
+def test_names_with_markup_are_text_in_the_report(table, example, tmp_path):
     evil = {
         "temperature": "<img src=x onerror=alert(1)>",
         "forecast": "../<script>alert(2)</script>",
     }
     renamed = table.replace({**evil, "persistence": "<b>$\\frac{$</b>"})
     renamed["score"] = renamed["score"].str.replace("persistence", "<b>$\\frac{$</b>")
-    truth, prediction = (array.rename(evil["temperature"]) for array in case)
+    truth, prediction = (
+        array.rename(evil["temperature"]) for array in (example.truth, example.prediction)
+    )
+    shown = replace(
+        example, variable=evil["temperature"], truth=truth, prediction=prediction,
+        given=Given("<b>in</b>", example.truth, is_predicted=True), baselines={"<b>r</b>": truth},
+    )  # fmt: skip
     report = TaskReport(
         task=evil["forecast"],
         model_name="model",
@@ -295,16 +475,28 @@ def test_names_with_markup_are_text_in_the_report(table, case, tmp_path):
         overall=pd.DataFrame({"score": ["rmse_ratio"], "baseline": ["<b>r</b>"], "value": [1.0],
                               "low": [np.nan], "high": [np.nan], "p_value": [np.nan]}),
         diagnosed={},
-        examples=(Example(evil["temperature"], 500.0, truth, prediction),),
+        examples=(shown,),
         about="<i>about</i>",
-        period="<u>period</u>",
+        spans=(Span("<u>run</u>", "<u>first</u>", "last"),),
     )  # fmt: skip
-    facts = {"what": "a test", "checkpoint": "<script>alert(3)</script>"}
+    facts = {"seed": "<script>alert(3)</script>"}
+    summary = {"checkpoint": "<script>alert(4)</script>"}
     folder = tmp_path / "in" / "report"
-    write_report([report], Provenance("atmossl evaluate '<script>'", facts), folder)
+    write_report(
+        [report], Provenance("<b>t</b>", summary, "atmossl evaluate '<script>'", facts), folder
+    )
     page = (folder / "index.html").read_text()
     body = page[page.index("<body") :] if "<body" in page else page
-    for raw in ("<img src=x", "<script>alert", "<b>$", "<b>r", "<i>about", "<u>period"):
+    for raw in (
+        "<img src=x",
+        "<script>alert",
+        "<b>$",
+        "<b>r",
+        "<b>t",
+        "<b>in",
+        "<i>about",
+        "<u>first",
+    ):
         assert raw not in body, raw
     assert "&lt;script&gt;alert(3)" in body and "&lt;img src=x" in body
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -11,6 +11,7 @@ import cartopy.crs as ccrs
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import Polygon
@@ -20,6 +21,7 @@ from atmossl.geometry import ascending_longitudes, latitude_edges
 
 _EDGE = 179.999  # a longitude of 180 could end up on either side
 _ROWS = 96
+_MISSING = "0.82"
 _PROJECTION = ccrs.Robinson()
 
 
@@ -30,7 +32,6 @@ class Scale:
     colours: str
     low: float
     high: float
-    extend: str = "both"
 
 
 def project(longitude: np.ndarray, latitude: np.ndarray) -> Float[np.ndarray, "*point xy"]:
@@ -42,7 +43,8 @@ def project(longitude: np.ndarray, latitude: np.ndarray) -> Float[np.ndarray, "*
 
 
 def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
-    """Draw [latitude, longitude] as coloured cells with graticule and coastlines."""
+    """Draw [latitude, longitude] as coloured cells, missing ones in grey, with graticule and
+    coastlines."""
     order, longitude = ascending_longitudes(field["longitude"].to_numpy().astype(np.float64))
     field = field.transpose("latitude", "longitude").isel(longitude=order)
     lon_edges, values = _seam_at_date_line(longitude, field.to_numpy())
@@ -59,7 +61,7 @@ def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
         corners[..., 0],
         corners[..., 1],
         np.repeat(values, finer, axis=0),
-        cmap=scale.colours,
+        cmap=colormaps[scale.colours].with_extremes(bad=_MISSING),
         vmin=scale.low,
         vmax=scale.high,
         rasterized=True,

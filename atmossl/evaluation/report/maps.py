@@ -1,6 +1,9 @@
-"""Truth, prediction, error and spread of one case side by side on the globe."""
+"""What a model saw, what it predicted, what was true and what the best baseline says of one case,
+side by side on the globe. Fields that can be compared share their colours, and every scale reaches
+from the smallest to the largest value that is drawn with it."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -8,113 +11,132 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from atmossl.evaluation.regions import REGIONS, area_mean
+from atmossl.evaluation.report.content import Example, Given
 from atmossl.evaluation.report.figures import readable, units_text
 from atmossl.evaluation.report.globe import Scale, draw_globe
 
 _DIVERGING, _SEQUENTIAL, _SPREAD = "RdBu_r", "viridis", "magma_r"
-_PERCENTILES = (1.0, 99.0)
+_NUM_MEMBERS = 2
+_COLUMNS = 3
+_WIDTH, _HEIGHT, _TOP = 3.6, 2.35, 0.62  # of a panel and of the titles, inches
 
-Panel = tuple[xr.DataArray, Scale]
+
+@dataclass(frozen=True)
+class Panel:
+    """One map with its colours."""
+
+    title: str
+    field: xr.DataArray
+    scale: Scale
+    units: str
 
 
-def case_panels(
-    truth: xr.DataArray,
-    prediction: xr.DataArray,
-    *,
-    num_members: int = 0,
-    hidden: xr.DataArray | None = None,
-) -> dict[str, Panel]:
-    """Fields and colours of one case by title: truth, (ensemble mean of the) prediction, its
-    error, the spread of more than one member, and the first members.
+def case_panels(example: Example, baseline: str | None = None) -> list[Panel]:
+    """Maps of one case: the input, truth, the (ensemble mean of the) prediction, a baseline, the
+    errors of both, the spread of more than one member, and the first members.
 
-    `truth` is [latitude, longitude] and `prediction` the same with an optional `member`; both
-    selected by time, lead and level. Error and spread are left blank where nothing was `hidden`.
+    Errors and spread are left blank where nothing was hidden, and so are the input where the model
+    saw nothing and all that is missing.
 
     Raises:
-        ValueError: the arrays have other dims.
+        ValueError: arrays of other dims.
     """
+    truth, prediction, hidden = example.truth, example.prediction, example.hidden
     _require_one_case(truth, prediction)
-    if hidden is None:
-        hidden = xr.ones_like(truth, dtype=bool)
+    hidden = xr.ones_like(truth, dtype=bool) if hidden is None else hidden
+    units = str(truth.attrs.get("units", ""))
+    is_ensemble = prediction.sizes.get("member", 1) > 1
     has_members = "member" in prediction.dims
     mean = prediction.mean("member") if has_members else prediction
-    error = (mean - truth).where(hidden)
-    shared = field_scale(truth, mean)
-    panels = {
-        "truth": (truth, shared),
-        "prediction (ensemble mean)" if has_members else "prediction": (mean, shared),
-        "error (prediction minus truth)": (error, symmetric_scale(error)),
-    }
-    if prediction.sizes.get("member", 1) > 1:
+    fields = {"prediction (ensemble mean)" if has_members else "prediction": mean}
+    fields |= {} if baseline is None else {f"baseline {baseline}": example.baselines[baseline]}
+    errors = {name: (field - truth).where(hidden) for name, field in fields.items()}
+    first = range(_NUM_MEMBERS if is_ensemble else 0)
+    members = {f"member {n + 1}": prediction.isel(member=n) for n in first}
+    inputs = [] if example.given is None else [example.given]
+    alike = [given.field for given in inputs if given.is_predicted]
+    shared = field_scale(truth, *fields.values(), *members.values(), *alike)
+    of_errors = symmetric_scale(*errors.values())
+    panels = [_given_panel(given, shared, units) for given in inputs]
+    panels.append(Panel("truth", truth, shared, units))
+    for name, field in fields.items():
+        score = float(area_mean(errors[name] ** 2, REGIONS["global"])) ** 0.5
+        panels.append(Panel(f"{name}, RMSE {score:.3g}", field, shared, units))
+    for name, error in errors.items():
+        whose = name.removesuffix(" (ensemble mean)")
+        panels.append(Panel(f"error of the {whose}", error, of_errors, units))
+    if is_ensemble:
         spread = prediction.std("member", ddof=1).where(hidden)
-        panels["ensemble spread"] = (spread, spread_scale(spread))
-        for number in range(min(num_members, prediction.sizes["member"])):
-            panels[f"member {number + 1}"] = (prediction.isel(member=number), shared)
-    return panels
+        panels.append(Panel("ensemble spread", spread, spread_scale(spread), units))
+    return panels + [Panel(name, member, shared, units) for name, member in members.items()]
+
+
+def _given_panel(given: Given, shared: Scale, units: str) -> Panel:
+    if given.is_predicted:
+        return Panel(given.title, given.field, shared, units)
+    units = str(given.field.attrs.get("units", ""))
+    return Panel(given.title, given.field, field_scale(given.field), units)
 
 
 def case_map(
-    truth: xr.DataArray, prediction: xr.DataArray, hidden: xr.DataArray | None = None
+    task: str, example: Example, *, baseline: str | None = None, about: str = ""
 ) -> Figure:
-    """Four panels of one case: truth, ensemble mean, its error, ensemble spread.
+    """All panels of one case below its task, variable and times.
 
-    Truth and prediction share their colours; error is centred on zero. Scalar coordinates make
-    the title. The spread is left out for one member.
+    about: what the task gives and asks for, in a sentence.
 
     Raises:
-        ValueError: the arrays have other dims.
+        ValueError: arrays of other dims.
     """
-    figure = Figure(figsize=(10.0, 6.4))
-    units = str(truth.attrs.get("units", ""))
-    panels = case_panels(truth, prediction, hidden=hidden)
-    for number, (title, panel) in enumerate(panels.items()):
-        west, bottom = 0.02 + 0.5 * (number % 2), 0.5 - 0.475 * (number // 2)
-        axes = figure.add_axes((west, bottom + 0.065, 0.46, 0.355))
-        bar = figure.add_axes((west + 0.06, bottom + 0.05, 0.34, 0.016))
-        _draw(figure, axes, bar, panel, units=units)
-        axes.set_title(title, fontsize=11, parse_math=False)
-    figure.suptitle(case_title(truth, prediction), y=0.985, fontsize=12, parse_math=False)
+    panels = case_panels(example, baseline)
+    rows = -(-len(panels) // _COLUMNS)
+    size = (_COLUMNS * _WIDTH, rows * _HEIGHT + _TOP)
+    figure = Figure(figsize=size)
+    for number, panel in enumerate(panels):
+        west = number % _COLUMNS * _WIDTH / size[0]
+        bottom = (rows - 1 - number // _COLUMNS) * _HEIGHT / size[1]
+        _draw(figure, (west, bottom, _WIDTH / size[0], _HEIGHT / size[1]), panel)
+    y = 1.0 - 0.2 / size[1]
+    title = case_title(task, example)
+    figure.text(0.5, y, title, fontsize=12, ha="center", va="center", parse_math=False)
+    figure.text(0.5, y - 0.24 / size[1], about, fontsize=9, ha="center", va="center",
+                parse_math=False)  # fmt: skip
     return figure
 
 
-def panel_map(title: str, panel: Panel, *, units: str) -> Figure:
+def panel_map(panel: Panel) -> Figure:
     """One panel alone, for pages that lay panels out themselves."""
-    figure = Figure(figsize=(3.6, 2.35))
-    axes, bar = figure.add_axes((0.01, 0.19, 0.98, 0.7)), figure.add_axes((0.1, 0.165, 0.8, 0.03))
-    _draw(figure, axes, bar, panel, units=units)
-    axes.set_title(title, fontsize=9, parse_math=False)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    _draw(figure, (0.0, 0.0, 1.0, 1.0), panel)
     return figure
 
 
-def field_scale(truth: xr.DataArray, prediction: xr.DataArray) -> Scale:
-    """One scale for both; around zero if the field takes both signs about equally."""
-    both = np.concatenate([truth.to_numpy().ravel(), prediction.to_numpy().ravel()])
-    low, high = _percentiles(both)
+def field_scale(*fields: xr.DataArray) -> Scale:
+    """One scale for all; around zero if they take both signs about equally."""
+    low, high = _range(fields)
     if low < 0 < high and min(-low, high) > 0.2 * max(-low, high):
         limit = max(-low, high)
         return Scale(_DIVERGING, -limit, limit)
     return _widened(_SEQUENTIAL, low, high)
 
 
-def symmetric_scale(field: xr.DataArray) -> Scale:
-    """A scale centred on zero."""
-    limit = _percentiles(np.abs(field.to_numpy()))[1]
-    return _widened(_DIVERGING, -limit, limit)
+def symmetric_scale(*fields: xr.DataArray) -> Scale:
+    """One scale for all, centred on zero."""
+    limit = max(map(abs, _range(fields)))
+    return Scale(_DIVERGING, -(limit or 1.0), limit or 1.0)
 
 
 def spread_scale(spread: xr.DataArray) -> Scale:
     """A scale from zero up."""
-    high = _percentiles(spread.to_numpy())[1]
-    return replace(_widened(_SPREAD, 0.0, high), extend="max")
+    return _widened(_SPREAD, 0.0, _range([spread])[1])
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    """Low and high one of what is there; a variable may be missing wherever a task hid it."""
+def _range(fields: Sequence[xr.DataArray]) -> tuple[float, float]:
+    """Smallest and largest of what is there; a variable may be missing wherever a task hid it."""
+    values = np.concatenate([field.to_numpy().ravel() for field in fields])
     there = values[np.isfinite(values)]
-    if there.size == 0:
-        return 0.0, 0.0
-    low, high = np.percentile(there, _PERCENTILES)
-    return float(low), float(high)
+    return (float(there.min()), float(there.max())) if there.size else (0.0, 0.0)
 
 
 def _widened(colours: str, low: float, high: float) -> Scale:
@@ -122,8 +144,9 @@ def _widened(colours: str, low: float, high: float) -> Scale:
     return Scale(colours, low, high if high > low else low + 1.0)
 
 
-def case_title(truth: xr.DataArray, prediction: xr.DataArray) -> str:
-    """Variable, level, and init, lead and valid time as far as the case has them."""
+def case_title(task: str, example: Example) -> str:
+    """Task, variable, level, and init, lead and valid time as far as the case has them."""
+    truth, prediction = example.truth, example.prediction
     parts = [readable(str(prediction.name or truth.name))]
     labels = {**truth.coords, **prediction.coords}
     if "level" in labels:
@@ -134,7 +157,7 @@ def case_title(truth: xr.DataArray, prediction: xr.DataArray) -> str:
         parts.append(f"valid {_minute(init + lead)}")
     elif "time" in labels:
         parts.append(f"valid {_minute(labels['time'].to_numpy())}")
-    return ", ".join(parts)
+    return f"{readable(task)}: {', '.join(parts)}"
 
 
 def _minute(time: np.ndarray) -> str:
@@ -150,14 +173,21 @@ def _require_one_case(truth: xr.DataArray, prediction: xr.DataArray) -> None:
         )
 
 
-def _draw(figure: Figure, axes: Axes, bar_axes: Axes, panel: Panel, *, units: str) -> None:
-    field, scale = panel
-    cells = draw_globe(axes, field, scale)
-    bar = figure.colorbar(cells, cax=bar_axes, orientation="horizontal", extend=scale.extend)
+def _draw(figure: Figure, box: tuple[float, float, float, float], panel: Panel) -> None:
+    """A map with its title and colour bar. box: left, bottom, width and height in the figure."""
+
+    def axes(left: float, bottom: float, width: float, height: float) -> Axes:
+        place = (box[0] + left * box[2], box[1] + bottom * box[3], width * box[2], height * box[3])
+        return figure.add_axes(place)
+
+    globe = axes(0.01, 0.19, 0.98, 0.7)
+    cells = draw_globe(globe, panel.field, panel.scale)
+    globe.set_title(panel.title, fontsize=9, y=1.0, parse_math=False)
+    bar = figure.colorbar(cells, cax=axes(0.1, 0.165, 0.8, 0.03), orientation="horizontal")
     digits = ScalarFormatter()
     digits.set_powerlimits((-2, 4))  # humidity's many zeros would overlap
     bar.locator, bar.formatter = MaxNLocator(6), digits
     bar.update_ticks()
     bar.ax.tick_params(labelsize=8)
     bar.ax.xaxis.get_offset_text().set_fontsize(8)
-    bar.set_label(units_text(units), fontsize=8)
+    bar.set_label(units_text(panel.units), fontsize=8)

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from atmossl.evaluation.calibration import calibration_table
-from atmossl.evaluation.report.cards import region_card, score_cards
+from atmossl.evaluation.calibration import CALIBRATED, calibration_table
+from atmossl.evaluation.report.cards import RatioColours, colours_of, region_card, score_cards
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import readable, svg_bytes, webp_bytes
@@ -23,11 +23,11 @@ from atmossl.evaluation.report.panels import (
     reliability_panel,
     spectrum_panel,
 )
+from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.rows import rows_of_prefix, rows_where
 from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
 
 _CURVES = ("rmse", "crps", "acc")
-_NUM_MEMBERS = 2
 _SPECTRA = {
     "zonal_spectrum": ("Zonal spectra", "zonal wavenumber"),
     "spherical_spectrum": ("Spherical spectra", "total wavenumber"),
@@ -75,26 +75,37 @@ def html_page(reports: Sequence[TaskReport], provenance: Provenance) -> str:
         undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("page.html.jinja")
-    return page.render(sections=[_section(r) for r in reports], provenance=provenance)
+    colours = colours_of(reports)
+    sections = [_section(report, colours) for report in reports]
+    first = next((example for section in sections for example in section["examples"]), None)
+    return page.render(
+        provenance=provenance,
+        verdicts=verdicts(reports).to_dict("records"),
+        first=first,
+        legend=colours.legend(),
+        sections=sections,
+    )
 
 
-def _section(report: TaskReport) -> dict[str, Any]:
+def _section(report: TaskReport, colours: RatioColours) -> dict[str, Any]:
+    calibration = _calibration_rows(report.table)
     return {
         "task": report.task,
         "title": readable(report.task),
         "model": report.model_name,
         "about": report.about,
         "period": report.period,
-        "num_times": max(report.table["num_times"].tolist()),
+        "num_times": report.num_cases,
         "has_intervals": bool(report.table["low"].notna().any()),
         "overall": rows_where(report.overall, score="rmse_ratio").to_dict("records"),
-        "cards": score_cards(report),
-        "regions": region_card(report),
+        "cards": score_cards(report, colours),
+        "regions": region_card(report, colours),
         "curves": list(_curves(report)),
         "ratios": list(_ratio_panels(report)),
-        "calibration": _calibration_rows(report.table),
+        "faults": [row for row in calibration if row["verdict"] != CALIBRATED],
+        "calibrated": [row for row in calibration if row["verdict"] == CALIBRATED],
         "groups": _diagnostic_groups(report),
-        "examples": [_example(example) for example in report.examples],
+        "examples": [_example(report, example) for example in report.examples],
     }
 
 
@@ -129,7 +140,8 @@ def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
         if not example_rows.empty:
             title = _heading(example) + (f", {last:g} h" if np.isfinite(last) else "")
             yield svg_picture(
-                ratio_panel(example_rows, title), f"error over baselines' of {example.variable}"
+                ratio_panel(example_rows, title),
+                f"RMSE ratio to each baseline of {example.variable}",
             )
 
 
@@ -196,12 +208,21 @@ def _interval(row: dict, score: str) -> str:
     return text if np.isnan(low) or np.isnan(high) else f"{text} [{low:.2f}, {high:.2f}]"
 
 
-def _example(example: Example) -> dict[str, Any]:
-    truth, prediction = example.truth, example.prediction
-    units = str(truth.attrs.get("units", ""))
-    panels = case_panels(truth, prediction, num_members=_NUM_MEMBERS, hidden=example.hidden)
-    pictures = [
-        map_picture(panel_map(title, panel, units=units), f"{title}: {_heading(example)}")
-        for title, panel in panels.items()
-    ]
-    return {"title": case_title(truth, prediction), "pictures": pictures}
+def _example(report: TaskReport, example: Example) -> dict[str, Any]:
+    """Maps of one case; those of its input, truth, prediction and error are the `main` ones."""
+    baseline = report.baseline_of(example)
+    heading = f"{readable(report.task)}, {_heading(example)}"
+    pictures = {
+        panel.title: map_picture(panel_map(panel), f"{panel.title}: {heading}")
+        for panel in case_panels(example, baseline)
+    }
+    error = next(title for title in pictures if title.startswith("error of the prediction"))
+    main = [*list(pictures)[: 2 if example.given is None else 3], error]
+    return {
+        "title": case_title(report.task, example),
+        "given": None if example.given is None else example.given.title,
+        "baseline": baseline,
+        "pictures": list(pictures.values()),
+        "main": [pictures[title] for title in main],
+        "beside": next((title for title in pictures if title.startswith("baseline")), None),
+    }

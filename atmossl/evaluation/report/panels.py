@@ -1,4 +1,4 @@
-"""Small pictures of one variable: rank histogram, reliability, spectrum, errors over baselines'."""
+"""Small pictures of one variable: rank histogram, reliability, spectrum, ratios to baselines."""
 
 import numpy as np
 import pandas as pd

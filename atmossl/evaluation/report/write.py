@@ -16,6 +16,7 @@ from atmossl.evaluation.report.files import write_atomically
 from atmossl.evaluation.report.maps import case_map
 from atmossl.evaluation.report.page import html_page
 from atmossl.evaluation.report.tables import summarise, to_markdown, write_csv
+from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.rows import rows_where
 from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
 from atmossl.names import file_name
@@ -37,16 +38,16 @@ def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: 
     write_atomically(_markdown(reports, provenance).encode(), folder / "summary.md")
     for report in reports:
         for example in report.examples:
-            picture = (
-                folder / "maps" / f"{file_name(report.task)}_{file_name(example.variable)}.png"
-            )
-            drawn = case_map(example.truth, example.prediction, example.hidden)
-            save_figure(drawn, picture)
+            name = f"{file_name(report.task)}_{file_name(example.variable)}.png"
+            baseline = report.baseline_of(example)
+            drawn = case_map(report.task, example, baseline=baseline, about=report.about)
+            save_figure(drawn, folder / "maps" / name)
     write_atomically(html_page(reports, provenance).encode(), folder / "index.html")
 
 
 def _markdown(reports: Sequence[TaskReport], provenance: Provenance) -> str:
-    parts = [f"# Verification\n\n{provenance.facts['what']}\n"]
+    summary = "\n".join(f"- {key}: {value}" for key, value in provenance.summary.items())
+    parts = [f"# {provenance.title}\n\n{summary}\n\n{to_markdown(verdicts(reports))}"]
     for report in reports:
         summary = summarise(report.table, model_name=report.model_name)
         parts.append(f"## {report.task}\n\n{to_markdown(report.overall)}\n{to_markdown(summary)}")
