@@ -35,8 +35,8 @@ __version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is asked for: it needs torch and xarray, and the
-    command line should answer a typo before they are loaded."""
+    """The package's public functions, imported on first use. They need torch and xarray, and the
+    command line should answer a typo before these are loaded."""
     if name in __all__:
         return getattr(import_module("atmossl.api"), name)
     raise AttributeError(f"module 'atmossl' has no attribute {name!r}")

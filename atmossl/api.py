@@ -1,4 +1,4 @@
-"""atmossl from Python: a checkpoint, a task and a dataset to a dataset.
+"""atmossl from Python: a checkpoint, a task and a dataset make a dataset of predictions.
 
 model = atmossl.load("default")
 forecast = model.predict("forecast", atmossl.open_data("sample"), "1959-02-12T00")
@@ -86,18 +86,19 @@ class Model:
         data: str = PRIMARY,
         **choices: Any,
     ) -> xr.Dataset:
-        """One task at the given init or valid times, at all that are possible by default.
+        """Predict one task at the given init or valid times; without times, at all possible ones.
 
         task: the name of a task or a YAML file, of which `choices` change keys (`lead_time="2d"`);
-        or a mapping with the keys of such a file; or a task object. members: numbers of those that
-        are wanted, as in `[1, 2]`; or how many draws of noise, for a network of
-        `model.ensemble=noise`, each a whole field; all of a tail by default. dataset: CF names,
-        dims (time, level, latitude, longitude) in any order. fill_missing: predict where it never
-        has a value, too. input_limits: whether values that no atmosphere has are refused, taken
-        with a warning (`warn`), or not looked for (`off`). others: the datasets of streams with
-        `data` of their own, by that name. data: of the streams that are returned, on their own
-        cells and at their own steps. output: all are written there, and opened lazily; in memory
-        otherwise.
+            or a mapping with the keys of such a file; or a task object. dataset: CF names, dims
+            (time, level, latitude, longitude) in any order. members: numbers of the wanted members,
+            as in `[1, 2]`; or, for a network of `model.ensemble=noise`, how many draws of noise,
+            each a whole field; by default all members of a tail. fill_missing: predict also where
+            the dataset never has a value. input_limits: whether values that no atmosphere has are
+            refused, taken with a warning (`warn`), or not looked for (`off`). others: the datasets
+            of streams with `data` of their own, by that name. data: which streams are returned, on
+            their own cells and at their own steps. output: a file to which all is written, and
+            which is opened lazily; without it the prediction is in memory.
+
         Warns of what the checkpoint was not trained for.
 
         Raises:
@@ -136,12 +137,14 @@ class Model:
         input_limits: InputLimits = "refuse",
         others: Mapping[str, xr.Dataset] | None = None,
     ) -> xr.Dataset:
-        """Latents of an encoder layer (0 the first, -1 the last) at the given times, each the last
-        step of the window that is encoded, with nothing hidden; at all that are possible by
-        default. Dims (init_time, offset, level, latitude, longitude, feature) are those of the
-        tokens, their coordinates the tokens' centres; of several streams the names of variables
-        and dims end with the stream's. output: a zarr store that is written and opened lazily; in
-        memory otherwise. Other arguments are those of `predict`.
+        """The latents of an encoder layer (0 the first, -1 the last) at the given times; without
+        times, at all possible ones.
+
+        Each time is the last step of the window that is encoded; nothing is hidden. Dims
+        (init_time, offset, level, latitude, longitude, feature) are those of the tokens, with the
+        tokens' centres as coordinates. With several streams the names of variables and dims end
+        with the stream's name. output: a zarr store that is written and opened lazily; without it
+        the latents are in memory. Other arguments are those of `predict`.
 
         Raises:
             ValueError: anything that does not fit, before the model runs.
@@ -171,11 +174,11 @@ class Model:
         other_times: Times = None,
         **choices: Any,
     ) -> xr.DataArray:
-        """How far apart two datasets are at every one of the given times, in the latents of a model
-        that learned a distance of states: `atmossl.model.latent_distance.distance`, by init_time.
+        """The distance of two datasets at each of the given times, in the latents of a model that
+        learned a distance of states (`atmossl.model.latent_distance.distance`), by init_time.
 
         other_times: of the second dataset, as many as of the first; the same by default. choices:
-        those of `embed`.
+            arguments of `embed`.
 
         Raises:
             ValueError: the model was not trained to tell a distance, or anything that does not fit.
@@ -273,7 +276,8 @@ def _in_memory(plan: Plan, times: np.ndarray, layout: LayoutName, data: str) -> 
 
 
 def _opened(output: Path, data: str) -> xr.Dataset:
-    """What was written, lazily; of a group if the streams have data of their own."""
+    """The written prediction, opened lazily: a group of it if the streams have data of their
+    own."""
     if output.suffix == ".grib2":
         return xr.open_dataset(output, engine="cfgrib", decode_timedelta=True)
     engine = "zarr" if output.suffix == ".zarr" else "netcdf4"
@@ -288,7 +292,7 @@ def load(
     device: str | None = None,
     plugins: Sequence[str] = (),
 ) -> Model:
-    """A checkpoint, by default the reference one of the package, on the GPU if there is one.
+    """Load a checkpoint, by default the package's reference one, onto the GPU if there is one.
 
     plugins: packages whose code the checkpoint may run, such as `["my_package"]`; no other is
         imported.
@@ -326,7 +330,7 @@ def open_data(
 
 
 def read_task(task: str) -> Any:
-    """What the file of a task holds, by its name in conf/task or its path.
+    """The content of a task's file, by the name in conf/task or the path.
 
     Raises:
         ValueError: no such file, or no YAML.
@@ -343,7 +347,7 @@ def read_task(task: str) -> Any:
 
 
 def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Task:
-    """A task by name, by YAML file or by its keys, with some changed.
+    """A task by name, by YAML file or by its keys, with some keys changed.
 
     Raises:
         ValueError: no such task or file, an unknown key, or a value that does not fit.

@@ -130,8 +130,8 @@ class StreamSpec:
 
 
 def shared_fields(specs: Sequence[StreamSpec]) -> list[str]:
-    """What is wrong with streams that hold the same field, a variable at a level of one store: a
-    field that is predicted stands in one stream alone, or another stream would show what is hidden,
+    """What is wrong with streams that hold the same field (a variable at a level of one store).
+    A predicted field must stand in one stream alone: another stream would show what is hidden,
     and the prediction would be written twice. Different streams may hold different levels of a
     variable."""
     faults = []
@@ -153,8 +153,8 @@ def shared_fields(specs: Sequence[StreamSpec]) -> list[str]:
 
 
 def levels_by_variable(specs: Sequence[StreamSpec]) -> dict[str, tuple[int, ...]]:
-    """Levels of every variable in hPa, (0,) at the surface: in the order of its stream, or
-    ascending if several streams hold it."""
+    """The levels of every variable in hPa, (0,) at the surface: in the order of its stream, or
+    ascending if several streams hold the variable."""
     levels: dict[str, tuple[int, ...]] = {}
     for spec in specs:
         for name in spec.variables:
@@ -274,7 +274,7 @@ class StreamMask(Movable):
 
 @dataclass(frozen=True)
 class Frames(Movable):
-    """The frames that hold a chosen token, for what works on neighbours in space.
+    """The frames that hold a chosen token, for layers that work on neighbours in space.
 
     A frame is all tokens of one level and time step of one sample, numbered through the batch.
     slot: place of every chosen token in the row of kept frames; padding has the slot after all.
@@ -286,7 +286,8 @@ class Frames(Movable):
 
 @dataclass(frozen=True)
 class TokenIndex(Movable):
-    """Chosen tokens of the flat token grid, padded to the batch's largest number with others.
+    """The chosen tokens of the flat token grid, padded to the batch's largest number with other
+    tokens.
 
     `complete` is True if every sample chose all its tokens, in order: nothing to gather then.
     """
@@ -309,7 +310,8 @@ class TokenIndex(Movable):
 
     @classmethod
     def whole(cls, grids: Shaped[Tensor, "batch level nt nlat nlon"]) -> Self:
-        """Every token of grids of this shape, made where they are, without waiting for a device."""
+        """All tokens of grids of this shape. The index is made on the grids' device, without
+        waiting for it."""
         batch, places = grids.shape[0], grids[0, 0, 0].numel()
         index = torch.arange(grids[0].numel(), device=grids.device).expand(batch, -1).contiguous()
         slot = torch.arange(grids.numel(), device=grids.device).view(batch, -1)

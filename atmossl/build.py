@@ -1,4 +1,4 @@
-"""From a validated configuration to the objects that train: the wiring between the rooms."""
+"""Builds the objects that train from a validated configuration: the wiring between the rooms."""
 
 import logging
 import platform
@@ -66,8 +66,8 @@ Records = dict[str, tuple[Segment, ...]]
 
 
 def open_splits(config: TrainConfig) -> tuple[Records, Records]:
-    """Segments of training and of validation, by the `data` of the streams that read them. Those of
-    training are the `data.fraction` that the run may use."""
+    """The segments of training and of validation, by the `data` of the streams that read them.
+    Of the training segments it is the share `data.fraction` that the run may use."""
     access = Access(**vars(config.data.read), input_limits=config.input_limits)
     entries = entries_of(config.specs, config.data.name, config.data.catalog)
     train, validation = (
@@ -87,7 +87,7 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
 
 
 def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statistics]]:
-    """The datamodule, and the statistics of the training split alone of every source."""
+    """The datamodule, and the statistics of every source over the training split alone."""
     train, validation = open_splits(config)
     paired_train, paired_validation = paired(train), paired(validation)
     tasks = {task.name: task for task in config.tasks}
@@ -125,15 +125,15 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
 def statistics_of(
     segments: Sequence[Segment], transforms: Transforms, name: str, *, force: bool = False
 ) -> Statistics:
-    """Statistics of a source from the cache, or computed by one of all processes, which shows how
-    far it is. name: of the source. force: see `load_or_compute`."""
+    """The statistics of a source from the cache, or computed by one of all processes, which
+    shows its progress. name: of the source. force: see `load_or_compute`."""
     steps = sum(len(segment.times) for segment in segments) * len(segments[0].variables)
     with telling(f"statistics of {name}", steps) as progress:
         return load_or_compute(segments, transforms=transforms, progress=progress, force=force)
 
 
 def limits_told(statistics: Statistics, segment: Segment, mode: InputLimits) -> list[str]:
-    """What is outside of limits in the training data of a store.
+    """Lines on values outside of physical limits in the training data of a store.
 
     Raises:
         ValueError: there is something, and it is to be refused.
@@ -147,7 +147,7 @@ def limits_told(statistics: Statistics, segment: Segment, mode: InputLimits) -> 
 
 
 def shared_steps(train: Sequence[Segment], validation: Sequence[Segment]) -> list[str]:
-    """Time steps that a run would see twice, or validate on after training on them."""
+    """Lines on time steps that a run would see twice, or validate on after training on them."""
     sentences = []
     for number, segment in enumerate(train):
         for use, other_segments in (("it again", train[number + 1 :]), ("validation", validation)):
@@ -182,7 +182,7 @@ def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
 def build_objective(
     config: TrainConfig, scales: Mapping[str, Tensor], network: Network
 ) -> Objective:
-    """The objective; what it draws for weights of its own follows from the run's seed."""
+    """The objective; its own initial weights follow from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         objective = config.objective.build(scales=scales, network=network)
@@ -192,7 +192,7 @@ def build_objective(
 
 
 def optimizer_settings(config: TrainConfig, ends: Sequence[str] = ("tail",)) -> OptimizerSettings:
-    """Settings of the optimiser, and which parameters it trains. ends: of the network."""
+    """The settings of the optimiser, and which parameters it trains. ends: of the network."""
     chosen = config.objective.train_only
     only = tuple(f"{end}.*" for end in ends if end.rpartition(".")[2] == chosen)
     if chosen is not None and not only:
@@ -263,7 +263,8 @@ def build_module(
 
 
 def _remembered(config: TrainConfig, entries: Mapping[str, CatalogEntry]) -> dict[str, Any]:
-    """Entries of the user's own, by the streams' `data`; those of the package are always there."""
+    """The entries of a user's own catalog, by the streams' `data`; entries of the package are
+    always there."""
     names = {data: config.data.name if data == PRIMARY else data for data in entries}
     return {
         data: remembered(entry)
@@ -273,7 +274,7 @@ def _remembered(config: TrainConfig, entries: Mapping[str, CatalogEntry]) -> dic
 
 
 def checkpoint_activations(config: TrainConfig, model: Network) -> None:
-    """Apply `trainer.recompute` to the trained model; its averaged copy needs no such thing."""
+    """Apply `trainer.recompute` to the trained model; its averaged copy has no backward pass."""
     recompute(model, config.trainer.recompute)
 
 
@@ -287,9 +288,9 @@ def apply_lora(config: TrainConfig, model: Network) -> None:
 def warm_started(
     config: TrainConfig, model: Network, classes: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Fill the model from `warm_start.checkpoints`; what became of every weight. classes: of
-    plugins that the configuration of the run names, whose packages these checkpoints may run, too.
-    """
+    """Fill the model from `warm_start.checkpoints`; returns what happened to every weight.
+    classes: of plugins that the configuration names; these checkpoints may run the plugins'
+    packages, too."""
     sources, plugins = [], (*config.plugins, *map(package_of, classes))
     for name in config.warm_start.checkpoints:
         trained = load_checkpoint(name, plugins)
@@ -301,7 +302,7 @@ def warm_started(
 def build_trainer(
     config: TrainConfig, normaliser: Normaliser, monitor: Monitor, *, logs: bool = True
 ) -> L.Trainer:
-    """The Lightning trainer with callbacks and loggers; epochs are unknown to it.
+    """The Lightning trainer with callbacks and loggers; it counts steps, not epochs.
 
     monitor: what chooses the best checkpoint. logs: False for a run that has no step left, so that
     the logs that are there stay.
@@ -352,7 +353,7 @@ def build_trainer(
 
 
 def _loggers(config: TrainConfig) -> list[Logger]:
-    """Those that the package knows, then those of Lightning and of plugins by `_target_`."""
+    """The loggers of the package, then those of Lightning and of plugins by `_target_`."""
     settings = config.logger.model_dump(exclude={"csv", "others"})
     further_loggers = [logger.build() for logger in config.logger.others.values()]
     return make_loggers(config.paths.output, **settings) + further_loggers

@@ -35,7 +35,7 @@ _IN_RECORD = ("step", "rng", "streams", "model", "statistics")
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name."""
+    """The path under which a file or folder is written before it gets its name."""
     return path.with_name(f"{_PARTIAL}{path.name}")
 
 
@@ -96,7 +96,7 @@ def write_output(contents: Any, path: Path, key: str = "output") -> None:
 
 
 def check_room(path: Path, num_bytes: int, key: str = "output") -> None:
-    """That a file of so many bytes can be written, before the work that fills it.
+    """Check that a file of `num_bytes` bytes can be written, before the work that fills it.
 
     Raises:
         ValueError: names key and file beside the system's words.
@@ -117,13 +117,13 @@ def check_room(path: Path, num_bytes: int, key: str = "output") -> None:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """The bytes of a file, or of all files of a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Bring what was written to the disk, then rename it: `path` is old or new, never torn."""
+    """Flush what was written to the disk, then rename it: `path` is old or new, never torn."""
     inside = [file for file in partial.rglob("*") if file.is_file()] if partial.is_dir() else []
     for written in (*inside, partial):
         _sync_to_disk(written)
@@ -171,7 +171,7 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_record_to_go_on(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint that training can go on from; all checksums are compared, the
+    """The record of a checkpoint from which training can continue. All checksums are compared; the
     tensors stay on the disk.
 
     Raises:
@@ -247,7 +247,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
 
 def by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state by position of its parameters instead of by their names, as
+    """The state of an optimiser by the position of its parameters instead of their names, as
     `torch.optim.Optimizer.load_state_dict` wants it."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     index = {name: position for position, name in enumerate(names)}
@@ -259,7 +259,8 @@ def by_index(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The inverse of `by_index`; `names`: of the parameters in the optimiser's order."""
+    """The state of an optimiser by names of parameters; the inverse of `by_index`. names: in the
+    optimiser's order."""
     groups = [
         {**group, "params": [names[index] for index in group["params"]]}
         for group in state["param_groups"]
@@ -268,14 +269,14 @@ def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def step_of(name: str) -> int | None:
-    """N of a file `step-N.ckpt`, None of any other name."""
+    """The number N of a file `step-N.ckpt`; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """The checkpoints `step-N.ckpt` of a run by their step. Those of a branch that is just being
-    left are not among them."""
+    """The checkpoints `step-N.ckpt` of a run by their step, without those that are just being
+    moved aside."""
     limit = min((int(mark.name.removeprefix(LEAVING)) for mark in marks_in(folder)), default=None)
     steps = {path: step_of(path.name) for path in folder.glob("*.ckpt")}
     return {
@@ -286,7 +287,7 @@ def steps_in(folder: Path) -> dict[int, Path]:
 
 
 def marks_in(folder: Path) -> list[Path]:
-    """Folders `.leaving-N` that a killed run has left: it was moving later checkpoints there."""
+    """The folders `.leaving-N` of a killed run, which was moving later checkpoints there."""
     return sorted(folder.glob(f"{LEAVING}*"))
 
 
@@ -306,7 +307,8 @@ FORMAT = 4
 
 
 def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 knew one network and one objective, which it did not name."""
+    """A record of format 1 in format 2. Format 1 knew one network and one objective, and did not
+    name them."""
     objective = {
         "kind": "atmossl.objectives.masked.MaskedModelling",
         "provides": ["embed", "reconstruct"],
@@ -315,15 +317,16 @@ def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 had other names for some keys of the configuration."""
+    """A record of format 2 in format 3. Format 2 had other names for some keys of the
+    configuration."""
     config, _ = renamed(record.get("config", {}))
     model, _ = renamed({key: record[key] for key in ("model",) if key in record})
     return {**record, **model, "config": config}
 
 
 def _with_named_sources(record: dict[str, Any]) -> dict[str, Any]:
-    """Format 3 named no primary source: its streams had no `data`, or '', and its statistics held
-    those of the other sources."""
+    """A record of format 3 in format 4. Format 3 named no primary source: its streams had no
+    `data`, or '', and its statistics held those of the other sources."""
     named = dict(record)  # a record may lack keys, which whoever needs them says
     if "streams" in record:
         streams = record["streams"]

@@ -56,8 +56,8 @@ from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration of a training run; what it takes from a checkpoint, or from the folder of
-    a run that goes on, is filled in."""
+    """The configuration of a training run. Settings from a checkpoint, or from the folder of a
+    run that continues, are filled in."""
     values, note = compose_training(overrides)
     if note and is_first_rank(os.environ):
         Console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
@@ -105,7 +105,8 @@ _OF_SWEEPS = ("-m", "--multirun", "hydra.", "launcher=", "hparams_search=")
 
 
 def _train_one_of_many(config: Any) -> float | None:
-    """One run of a sweep, in the folder that Hydra chose for it; its score, for the sweeper."""
+    """Train one run of a sweep, in the folder that Hydra chose for it; returns its score, for
+    the sweeper."""
     from hydra.core.hydra_config import HydraConfig
 
     from atmossl.commands.train import train
@@ -368,7 +369,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def _help(arguments: Sequence[str]) -> str:
-    """Of the command that stands first, with its action; without one, of all."""
+    """Print the help of the command that stands first, with its action; without a command, the
+    overview."""
     from atmossl.help import help_of, overview
 
     words = [word for word in arguments if not word.startswith("-")]
@@ -382,7 +384,7 @@ def _print(text: str) -> None:
 
 
 def _run(command: str, words: Sequence[str]) -> None:
-    """Do what a command does, or print what an option of Hydra asks for."""
+    """Run a command, or print what an option of Hydra asks for."""
     if command not in COMPLETION and not {"--cfg", "-c", "--info"} & set(words):
         _COMMANDS[command](words)
         return
@@ -396,7 +398,8 @@ def _run(command: str, words: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """No advertisements and no warnings of libraries about each other; ours are errors anyway."""
+    """Silence advertisements and warnings of libraries about each other; our own warnings are
+    errors anyway."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for text in (
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
@@ -412,7 +415,7 @@ def _quieten() -> None:
 
 
 def _came_from_printing(error: OSError) -> bool:
-    """Whether the file behind the standard output took no more, as on a full disk."""
+    """Whether an error came from standard output, as on a full disk."""
     trace, module = error.__traceback__, ""
     while trace is not None:
         trace, module = trace.tb_next, trace.tb_frame.f_globals.get("__name__", "")

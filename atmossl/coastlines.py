@@ -10,9 +10,9 @@ import numpy as np
 
 @cache
 def coastlines(middle: float = 0.0) -> tuple[np.ndarray, ...]:
-    """Lines [point, (longitude, latitude)] in degrees. Longitudes are degrees east of the middle of
-    a map, from -180 to 180; a line is cut where it leaves the map on one side and comes back on the
-    other."""
+    """Coastlines [point, (longitude, latitude)] in degrees. Longitudes are degrees east of the
+    middle of a map, from -180 to 180. A line is cut where it leaves the map on one side and
+    comes back on the other."""
     source = resources.files("atmossl") / "assets" / "coastlines.npz"
     with source.open("rb") as stream, np.load(stream) as stored:
         degrees, lengths = stored["centidegrees"] / 100.0, stored["lengths"]

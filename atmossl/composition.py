@@ -1,4 +1,4 @@
-"""Composing the configuration of a command, from files of conf/ and words of the command line.
+"""Composes the configuration of a command from files of conf/ and words of the command line.
 
 A word may hold what Hydra's grammar does not: the name of a catalog entry, a file with a task, a
 list of tasks, a path of any characters.
@@ -88,7 +88,8 @@ def hydra_config(name: str, overrides: Sequence[str]) -> Any:
 
 @contextmanager
 def _hydra_takes(name: str, overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The words as Hydra takes them, and Hydra in a state to compose conf/NAME.yaml."""
+    """A context in which Hydra can compose conf/NAME.yaml, with the words in the form that it
+    takes."""
     GlobalHydra.instance().clear()
     mappings = MAPPINGS.get(name, ())
     overrides = [open_ended(as_entry(item, name), mappings) for item in overrides]
@@ -103,7 +104,7 @@ def _hydra_takes(name: str, overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> list[str]:
-    """What is wrong with the words that Hydra took, beside those that it refused."""
+    """Faults of the words that Hydra took, beside those that it refused."""
     kind = {"ingest": "IngestConfig", "inspect": "InspectConfig"}.get(name)
     try:
         valid(kind or f"{name.capitalize()}Config", values)
@@ -115,7 +116,8 @@ def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> l
 
 
 def register_run_name() -> None:
-    """`${run_name:}` in conf/, the same wherever it stands in one configuration."""
+    """Register `${run_name:}` for conf/; it has the same value wherever it stands in one
+    configuration."""
 
     def name() -> str:
         return run_name(os.environ, datetime.now())
@@ -125,7 +127,7 @@ def register_run_name() -> None:
 
 @contextmanager
 def in_one_line(overrides: Sequence[str]) -> Iterator[None]:
-    """What Hydra and OmegaConf refuse, as ValueError in one line."""
+    """A context that turns errors of Hydra and OmegaConf into ValueError in one line."""
     try:
         yield
     except TypeError as error:  # Hydra's, of a mapping where the name of a choice belongs
@@ -143,8 +145,8 @@ def in_one_line(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def as_entry(override: str, name: str) -> str:
-    """`data=NAME` names a catalog entry in every command. Of a training run it also chooses the
-    file conf/data/NAME.yaml, where there is one."""
+    """The override in which `data=NAME` names a catalog entry, as in every command. For a
+    training run it also chooses the file conf/data/NAME.yaml, where there is one."""
     key, _, value = override.partition("=")
     if key != "data":
         return override
@@ -154,7 +156,8 @@ def as_entry(override: str, name: str) -> str:
 
 
 def with_fitting_store(overrides: Sequence[str], name: str) -> list[str]:
-    """Of a training run on a store whose entry says which window and streams fit, those too."""
+    """The overrides of a training run, with the window and streams that its store's catalog
+    entry proposes, if any."""
     data, catalog = (value_of(key, overrides) for key in ("data.name", "data.catalog"))
     if name not in ("train", "stats") or data is None:
         return list(overrides)
@@ -177,9 +180,9 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values by their present names, found valid as that class of `atmossl.schema`. A command
-    validates them itself; it is done here so that an error is told before the command's libraries
-    are imported."""
+    """The values by their present names, validated by a class of `atmossl.schema`. A command
+    validates again; this is done first so that an error comes before the command's libraries are
+    imported."""
     from atmossl import schema
     from atmossl.schema import data
 
@@ -207,7 +210,7 @@ def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _changed(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Values with what words of the command line set in them."""
+    """The values, changed by words of the command line."""
     config = OmegaConf.create(values)
     for word in words:
         OmegaConf.update(config, *key_and_value(word), force_add=True)
@@ -238,7 +241,8 @@ def _listed_tasks(word: str, folders: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _by_number(word: str, tasks: Sequence[Mapping[str, Any]]) -> str:
-    """A word `tasks.NAME.KEY=VALUE`, or with the task's number from 0 on, by its number."""
+    """A word `tasks.NAME.KEY=VALUE`, or one with the task's number from 0 on, as a word with the
+    number."""
     _, name, *rest = word.split(".", 2)
     names = [str(task.get("_target_", "")).rpartition(".")[2] for task in tasks]
     valid = [*dict.fromkeys(names), *map(str, range(len(names)))]
@@ -250,7 +254,7 @@ def _by_number(word: str, tasks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The configuration of a training run, and a line where it is that of a run that goes on."""
+    """The configuration of a training run, and a line if it is that of a run that continues."""
     words = [open_ended(as_entry(item, "train"), MAPPINGS["train"]) for item in arguments]
     stored = stored_config(
         words, find_file("conf"), lambda items: compose_with_tasks("train", items)
@@ -277,8 +281,8 @@ def _lists(word: str, folders: Sequence[str]) -> bool:
 
 
 def open_ended(override: str, mappings: tuple[str, ...]) -> str:
-    """Mappings take any key, which Hydra calls appending; a key that begins with a digit, such as
-    2m_temperature, it takes in braces alone."""
+    """An override in the form that Hydra wants for mappings with free keys, which it calls
+    appending. A key that begins with a digit, such as 2m_temperature, needs braces."""
     override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
     starts = tuple(f"{key}{end}" for key in mappings for end in (".", "="))
     return f"++{override}" if override.startswith(starts) else override

@@ -1,4 +1,4 @@
-"""What a training run will cost, before a device is taken."""
+"""Estimates what a training run will cost, before it takes a device."""
 
 import resource
 import sys
@@ -32,9 +32,10 @@ _HOST_HOLDS = 1.8
 
 @dataclass(frozen=True)
 class Estimate:
-    """tokens: per sample, by stream. bytes_per_sample: of the fields that a loader reads.
+    """The cost of a training run.
 
-    device_bytes: of tensors at the peak. on_host: whether the device is a CPU.
+    tokens: per sample, by stream. bytes_per_sample: of the fields that a loader reads.
+        device_bytes: of tensors at the peak. on_host: whether the device is a CPU.
     """
 
     cost: StepCost
@@ -48,14 +49,15 @@ class Estimate:
 
     @property
     def process_bytes(self) -> int:
-        """Tensors, what the allocator keeps beside them, and the runtime: on the host that of this
-        process, which has loaded what a training process does."""
+        """The memory of a process: tensors, what the allocator keeps beside them, and the
+        runtime. On the host the runtime is measured by this process, which has loaded what a
+        training process loads."""
         if self.on_host:
             return resident_bytes() + round(_HOST_HOLDS * self.device_bytes)
         return round(self.device_bytes / _GPU_SHARE)
 
     def room(self, memory_gib: float) -> float:
-        """Bytes that tensors may take of a device's memory."""
+        """How many bytes of a device's memory tensors may take."""
         whole = memory_gib * 2**30
         return (whole - resident_bytes()) / _HOST_HOLDS if self.on_host else _GPU_SHARE * whole
 
@@ -64,13 +66,13 @@ class Estimate:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds at its peak so far."""
+    """The most memory that this process has held so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
-    """Follow one step of the run on shapes alone.
+    """Estimate the cost of a run by one step with tensors that have shapes but no values.
 
     on_host: whether it will run on a CPU; its tensors are the same.
     Raises:
@@ -122,7 +124,7 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
 
 
 def num_devices(config: TrainConfig) -> int:
-    """Devices of all nodes; `auto` counts the GPUs that are visible here."""
+    """The number of devices of all nodes; `auto` counts the visible GPUs."""
     per_node = config.trainer.devices
     if per_node == "auto":
         per_node = max(1, torch.cuda.device_count())
@@ -146,7 +148,8 @@ def sample_batch(config: TrainConfig) -> Batch:
 
 
 def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
-    """Points (time, lat, lon) of every stream's window; opens stores only if they set it."""
+    """The points (time, lat, lon) of every stream's window. Stores are opened only if they
+    determine the shape."""
     window = config.data.window
     if window.lat and window.lon and {spec.data for spec in config.specs} == {PRIMARY}:
         return [(window.time, window.lat, window.lon)] * len(config.specs)
@@ -157,7 +160,7 @@ def _window_shapes(config: TrainConfig) -> list[tuple[int, int, int]]:
 
 
 def window_of_zeros(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int) -> StreamWindow:
-    """A window of a stream with plausible coordinates and no values, to follow shapes with."""
+    """A window of a stream with plausible coordinates and values of 0, to find shapes."""
     shape = (len(spec.variables), spec.num_levels, num_times, num_lat, num_lon)
     return StreamWindow(
         spec=spec,
@@ -171,7 +174,7 @@ def window_of_zeros(spec: StreamSpec, num_times: int, num_lat: int, num_lon: int
 
 
 def advice(config: TrainConfig, estimated: Estimate, memory_gib: float) -> str:
-    """What to change so that a run fits, cheapest first."""
+    """Changes with which a run would fit, cheapest first."""
     cost, trainer = estimated.cost, config.trainer
     fixed = estimated.device_bytes - cost.activations - cost.batch
     free = estimated.room(memory_gib) - fixed

@@ -1,4 +1,4 @@
-"""What `atmossl data ...` does, once its configuration is composed."""
+"""The commands `atmossl data ...`, once their configuration is composed."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -106,7 +106,7 @@ def _write_climatology(
 
 
 def run_ingest(values: Mapping[str, Any]) -> Path:
-    """Make a training store of what others wrote; returns its path."""
+    """Make a training store from files that others wrote; returns its path."""
     config: IngestConfig = parse(IngestConfig, _plain(values))
     source = IngestInput(**{key.name: getattr(config, key.name) for key in fields(IngestInput)})
     on_stop = "the regions that are done stay, and the same command goes on from there"
@@ -129,7 +129,7 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
 
 
 def check_new_entry(name: str, catalog: Path | None) -> None:
-    """Raise ValueError for a name that an entry has already, or that is none.
+    """Raise ValueError if an entry of this name exists, or the name cannot be one.
 
     catalog: the file that the entry is to stand in; None: that of the working folder.
     """

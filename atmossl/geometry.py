@@ -52,8 +52,8 @@ def area_weights(latitude_deg: np.ndarray) -> np.ndarray:
 
 
 def ascending_longitudes(longitude_deg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order in which longitudes ascend, and them in this order, from 0 to 360 degrees; those of a
-    region across Greenwich begin at its west and go on past 360."""
+    """The order in which longitudes ascend, and the longitudes in this order, from 0 to 360
+    degrees. Those of a region across Greenwich begin at its west and go on past 360."""
     order = np.argsort(longitude_deg % 360.0)
     ordered = longitude_deg[order] % 360.0
     gaps = np.diff(ordered)
@@ -65,7 +65,8 @@ def ascending_longitudes(longitude_deg: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def within_longitudes(longitude_deg: Any, west: float, east: float) -> Any:
-    """True from west eastwards to east, also for centres that miss an edge by their rounding."""
+    """True for longitudes from west eastwards to east, also for centres that miss an edge by
+    rounding."""
     width = 360.0 if east - west >= 360 else (east - west) % 360.0
     return (longitude_deg - west + TOLERANCE_DEG) % 360.0 <= width + 2 * TOLERANCE_DEG
 
@@ -114,7 +115,8 @@ class Grid:
         return area_weights(self.latitude)
 
     def refined(self, factor: int) -> "Grid":
-        """The grid whose cells are a factor-th as wide and high, and nest in these ones.
+        """The grid whose cells are `factor` times smaller along each axis, and nest in the cells of
+        this one.
 
         Raises:
             ValueError: the latitude bands are not of one height, so no regular grid nests in them.
@@ -146,8 +148,8 @@ class Grid:
         )
 
     def difference(self, other: "Grid") -> str:
-        """In what another grid differs, in words: how many latitudes or longitudes there are, or
-        which of them is another. Empty if the grids match."""
+        """How another grid differs, in words: in the number of latitudes or longitudes, or in
+        which of them. Empty if the grids match."""
         differences = []
         for name in ("latitude", "longitude") if not self.matches(other) else ():
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -229,7 +231,8 @@ class _Blocks:
 
 @dataclass(frozen=True)
 class Nesting:
-    """Windows of one grid that windows of another one, coarser or finer, fill exactly."""
+    """How windows of one grid are filled exactly by windows of another grid, which is coarser or
+    finer."""
 
     grid: Grid
     other: Grid
@@ -238,8 +241,8 @@ class Nesting:
 
     @classmethod
     def of(cls, grid: Grid, other: Grid) -> "Nesting":
-        """Raises ValueError if the edges of one grid are not among those of the other, or the
-        other does not cover the grid."""
+        """The nesting of another grid in this one. Raises ValueError if the edges of one grid
+        are not among those of the other, or the other grid does not cover this one."""
         lat, lon = _lat_blocks(grid, other), _lon_blocks(grid, other)
         if lat is None or lon is None:
             axis = "latitudes" if lat is None else "longitudes"
@@ -252,7 +255,7 @@ class Nesting:
 
     @classmethod
     def same(cls, grid: Grid) -> "Nesting":
-        """A grid in itself."""
+        """The nesting of a grid in itself."""
         return cls(grid, grid, _Blocks(1, 1, 0, 0), _Blocks(1, 1, 0, 0))
 
     def box(self, box: Box) -> Box:
@@ -275,7 +278,7 @@ class Nesting:
 
 
 def common_alignment(nestings: Sequence[Nesting]) -> Alignment:
-    """Where windows may start for all of the other grids at once.
+    """Where windows may start so that they have common edges with all of the other grids.
 
     Raises:
         ValueError: nowhere, as their edges never coincide.
@@ -333,7 +336,8 @@ def random_box(
     rng: np.random.Generator,
     alignment: Alignment = _ANYWHERE,
 ) -> Box:
-    """Draw a window; any longitude if the grid is periodic, latitudes inside the grid."""
+    """A window at a random place: at any longitude if the grid is periodic, at latitudes inside
+    the grid."""
     (num_lat, num_lon), step = grid.shape, alignment.cells
     lat_start = int(rng.integers(0, (num_lat - lat_size) // step + 1)) * step
     lon_choices = num_lon // step if grid.periodic else (num_lon - lon_size) // step + 1
@@ -342,8 +346,8 @@ def random_box(
 
 
 def _starts(num_cells: int, size: int, stride: int, periodic: bool, align: int) -> list[int]:
-    """Starts of tiles that cover every cell, multiples of `align`; even gaps otherwise, so that
-    the overlap is shared out."""
+    """The starts of tiles that cover every cell, at multiples of `align`. Gaps are even
+    otherwise, so that the overlap is shared out."""
     if size >= num_cells:
         return [0]
     span = num_cells if periodic else num_cells - size
@@ -391,8 +395,8 @@ class TilePlan:
 
     @property
     def _strides(self) -> tuple[int, int]:
-        """Rows and columns from one tile to the next. A tile that closes the circle has no edge in
-        longitude, so it needs no ramp there."""
+        """Rows and columns from one tile to the next. A tile that closes the circle has no edge
+        in longitude, so it needs no ramp there."""
         overlap = 0.0 if self._whole_circle else self.overlap
         sizes = ((self.lat_size, self.overlap), (self.lon_size, overlap))
         lat_stride, lon_stride = (max(1, round(size * (1 - share))) for size, share in sizes)
@@ -410,7 +414,7 @@ class TilePlan:
         )
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """Numbers of the tiles that share their latitudes, south first."""
+        """The tiles by rows, south first: numbers of the tiles that share their latitudes."""
         starts = sorted({tile.lat_start for tile in self.tiles})
         return tuple(
             tuple(n for n, tile in enumerate(self.tiles) if tile.lat_start == start)

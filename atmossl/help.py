@@ -1,4 +1,4 @@
-"""What `atmossl --help` and `atmossl COMMAND --help` print, in 80 columns.
+"""The texts that `atmossl --help` and `atmossl COMMAND --help` print, in 80 columns.
 
 The keys, their defaults and most of their meaning are those of conf/. Where a file says nothing of
 a key, the docstring of the class that takes it does, and the types of the schema say what is valid.
@@ -194,7 +194,7 @@ _OPTIONS = """Options:
 
 
 def overview() -> str:
-    """All commands, a line and an example of each."""
+    """An overview of all commands, each with a line and an example."""
     lines = ["atmossl COMMAND [KEY=VALUE ...]", ""]
     for name, command in COMMANDS.items():
         if " " not in name:
@@ -203,7 +203,8 @@ def overview() -> str:
 
 
 def help_of(command: str, action: str = "") -> str:
-    """What a command does, its keys with meaning and default, and three examples."""
+    """The help of a command: what it does, its keys with meaning and default, and three
+    examples."""
     name = f"{command} {action}" if f"{command} {action}" in COMMANDS else command
     entry = COMMANDS[name]
     lines = textwrap.wrap(f"atmossl {name}: {entry.does}", _WIDTH)
@@ -266,7 +267,7 @@ def _lines_of_file(file: Path, before: str, meanings: "_Meanings") -> list[str]:
 
 
 def _entries(text: str) -> Iterator[tuple[str, str, str]]:
-    """Key, value and comment of every key of a file of conf/ that has a value."""
+    """The key, value and comment of every key of a conf/ file that has a value."""
     path: list[tuple[int, str]] = []
     in_list: int | None = None  # indentation of a list whose items are no keys
     for line in text.splitlines():
@@ -286,7 +287,7 @@ def _entries(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _two_columns(term: str, meaning: str, width: int = _LEFT) -> list[str]:
-    """The text on the right beside that on the left, or below it if that is long."""
+    """The meaning to the right of the term, or below it if the term is long."""
     wrapped = textwrap.wrap(meaning, _WIDTH - width) if meaning else []
     if len(term) > width - 2 or not wrapped:
         first = textwrap.wrap(term, _WIDTH, subsequent_indent="      ")
@@ -296,7 +297,7 @@ def _two_columns(term: str, meaning: str, width: int = _LEFT) -> list[str]:
 
 
 class _Meanings:
-    """What the schema and the docstrings of its classes say of a key."""
+    """The meaning of keys, from the schema and the docstrings of its classes."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
@@ -379,7 +380,7 @@ def _valid(hint: Any) -> str:
 
 
 def _entry_of(kind: Any, name: str) -> str:
-    """What the docstring of a class says of a keyword: `keyword: meaning.`"""
+    """The meaning of a keyword in a class's docstring: `keyword: meaning.`"""
     bases = getattr(kind, "__mro__", (kind,))
     for base in bases:
         text = " ".join((inspect.getdoc(base) or "").split("Raises:")[0].split())

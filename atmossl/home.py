@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def ensure_home() -> None:
-    """Where the system knows no home, it is `ATMOSSL_CACHE`, or else a folder for temporary files;
-    where it knows no name, that is the number of the user."""
+    """Set the home folder where the system knows none, to `ATMOSSL_CACHE` or a folder for
+    temporary files; and the user's name where it knows none, to the user's number."""
     try:
         Path.home()
     except RuntimeError:

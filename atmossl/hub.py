@@ -34,8 +34,8 @@ _KINDS = {_TUPLE, _ITEMS, _TENSOR, _FLOAT}
 
 
 def downloaded(name: str) -> Path:
-    """The folder of `hf://OWNER/NAME[@REVISION]` in the cache, fetched if it is not there; its last
-    part is the commit.
+    """The folder of `hf://OWNER/NAME[@REVISION]` in the cache, fetched if it is not there. The last
+    part of its path is the commit.
 
     Raises:
         ValueError: no such name, or neither a network nor a copy in the cache.
@@ -85,8 +85,8 @@ def write_folder(folder: Path, contents: dict[str, Any]) -> dict[str, str]:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], str]:
-    """Contents of a checkpoint, and the digits that identify them: the first ones of the sha256 of
-    `config.json`, which holds that of the weights.
+    """The contents of a checkpoint in a folder, and the digits that identify it: the first digits
+    of the sha256 of `config.json`, which holds that of the weights.
 
     Raises:
         UnsoundError: a file is missing, damaged or of another version.
@@ -109,7 +109,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _check(folder: Path, values: dict[str, Any]) -> None:
-    """The version of the form, and the weights against their size and checksum."""
+    """Check the version of the form, and the size and checksum of the weights."""
     if values.get("library") != "atmossl" or "record" not in values:
         raise UnsoundError(f"was not written by atmossl: its {CONFIG} is another library's")
     if values.get("format") != HUB_FORMAT:
@@ -138,7 +138,7 @@ def _sha256(file: Path) -> str:
 
 
 def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Plain values as JSON has them, so that `_from_json` makes the same again; tensors go into
+    """Plain values as JSON, from which `_from_json` makes the same values again; tensors go into
     `tensors`."""
     if isinstance(value, Tensor):
         name = f"{_OF_RECORD}{sum(key.startswith(_OF_RECORD) for key in tensors)}"

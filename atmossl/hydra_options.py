@@ -1,4 +1,4 @@
-"""The options of Hydra that its users know: `--cfg`, `--info` and shell completion."""
+"""Options of Hydra that its users know: `--cfg`, `--info` and shell completion."""
 
 import os
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ _ACTIONS = {
 
 
 def option(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`job`, `hydra` or `all` of `--cfg`, `info` of `--info`, None without; and the other words.
+    """The option among the words (`job`, `hydra` or `all` of `--cfg`, `info` of `--info`, else
+    None), and the other words.
 
     Raises:
         ValueError: another value of `--cfg`.
@@ -60,7 +61,8 @@ def option(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def explained(command: str, words: Sequence[str], package_part: str) -> str:
-    """What `--cfg` or `--info` prints: the configuration of a command, of Hydra, or its sources.
+    """The text that `--cfg` or `--info` prints: the configuration of a command, of Hydra, or its
+    sources.
 
     Raises:
         ValueError: words that do not fit, or a command without a configuration.
@@ -100,7 +102,7 @@ def _conf_of(command: str) -> str | None:
 
 
 def _sources(name: str, words: Sequence[str]) -> str:
-    """Where files of choices are looked for, and which were chosen."""
+    """Where files of choices are looked for, and which files were chosen."""
     runtime = hydra_config(name, words).hydra.runtime
     lines = [f"Hydra {hydra.__version__}", "", "Files of choices are looked for in:"]
     lines += [
@@ -126,7 +128,7 @@ def completion(words: Sequence[str]) -> str:
 
 
 def _candidates(line: str) -> list[str]:
-    """What the last word of a line may become."""
+    """The possible completions of the last word of a line."""
     *before, last = line.split(" ")
     before = [word for word in before if word][1:]
     if not before:

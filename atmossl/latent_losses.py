@@ -25,15 +25,15 @@ def is_distributed() -> bool:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Samples of all ranks one after the other, first axis; gradients go back to their own rank.
-    Every rank must have equally many."""
+    """The samples of all ranks one after the other, along the first axis. Gradients go back to
+    the samples' own rank. Every rank must have equally many samples."""
     gathered_values = _Gather.apply(x) if is_distributed() else x
     assert isinstance(gathered_values, Tensor)
     return gathered_values
 
 
 def _own_rows(samples: int, device: torch.device) -> Int[Tensor, "sample"]:
-    """Where the samples of this rank are among the gathered ones."""
+    """The positions of this rank's samples among the gathered ones."""
     number = dist.get_rank() if is_distributed() else 0
     return torch.arange(number * samples, (number + 1) * samples, device=device)
 
@@ -150,8 +150,9 @@ def sinkhorn(
     temperature: float | Float[Tensor, ""] = 0.05,
     iterations: int = 3,
 ) -> Float[Tensor, "sample prototype"]:
-    """The teacher's probabilities with every prototype used equally over the batch of all ranks
-    (Caron et al. 2020, SwAV). Works on logarithms in float32, so nothing overflows."""
+    """The teacher's probabilities, balanced so that every prototype is used equally over the
+    batch of all ranks (Caron et al. 2020, SwAV). Works on logarithms in float32, so nothing
+    overflows."""
     scores = gathered(logits.float()) / temperature
     for _ in range(iterations):
         scores = scores - scores.logsumexp(dim=0, keepdim=True)
@@ -192,8 +193,8 @@ def sigreg(
 def batch_anomalies(
     latents: Float[Tensor, "sample token feature"],
 ) -> Float[Tensor, "sample token feature"]:
-    """Departures from every token's mean over the samples, of the variance that independent
-    samples have."""
+    """Departures from every token's mean over the samples, scaled to the variance that
+    independent samples have."""
     count = len(latents)
     return (latents - latents.mean(dim=0)) * (count / max(count - 1, 1)) ** 0.5
 

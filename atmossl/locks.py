@@ -1,4 +1,4 @@
-"""One owner of an output: a second process that wants to write the same place is refused.
+"""Locks for outputs: a second process that wants to write the same output is refused.
 
 The owner is named by a small file, `.NAME.lock` beside an output or `.lock` inside a folder. It is
 created by a hard link, which is atomic on shared file systems, too. An owner that ended without
@@ -181,7 +181,7 @@ def _create(lock: Path, proposal: Path, owner: Mapping[str, Any]) -> bool:
 
 
 def _remove_old_proposals(lock: Path, now: float) -> None:
-    """Of processes that were killed between two system calls."""
+    """Remove the files of processes that were killed between two system calls."""
     for path in lock.parent.glob(f"{lock.name}.*"):
         with suppress(OSError):
             if now - path.stat().st_mtime > SILENT_SECONDS:
@@ -215,7 +215,7 @@ def _remove_if_stale(lock: Path, newcomer: Mapping[str, Any], now: float, named:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """What the owner says of itself; nothing if the file is damaged or just being written."""
+    """The owner's entries in a lock file; empty if the file is damaged or just being written."""
     try:
         owner = json.loads(text)
     except ValueError:
@@ -233,7 +233,8 @@ def _is_gone(owner: Mapping[str, Any], newcomer: Mapping[str, Any], age: float) 
 
 
 def _same_machine(owner: Mapping[str, Any], newcomer: Mapping[str, Any]) -> bool:
-    """Whether the numbers of both processes are those of one system; containers have their own."""
+    """Whether the numbers of both processes are those of one system; containers number their
+    processes apart."""
     keys = ("host", "boot", "process_namespace")
     is_recorded = isinstance(owner.get("process"), int) and "process_start" in owner
     return is_recorded and all(owner.get(key) == newcomer[key] for key in keys)
@@ -298,8 +299,8 @@ def _this_process() -> dict[str, Any]:
 
 
 def _start_of(process: int) -> str | None:
-    """When a process was started, in ticks since the machine's start; `unknown` where the system
-    does not tell; None if there is no such process, or only its parent's memory of it."""
+    """The start of a process in ticks since the machine's start. `unknown` where the system does
+    not tell; None if there is no such process, or only its parent's memory of it."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -26,7 +26,8 @@ _SMALLEST_STD = 1e-3
 
 
 class Ensemble:
-    """Members, and what several losses of them share, taken once and only if it is needed."""
+    """The members of an ensemble, with statistics that several losses share. Each is computed
+    once, on first use."""
 
     # not cached properties, whose lock no compiler follows
     _moments: tuple[Values, Values] | None = None
@@ -95,8 +96,8 @@ Loss = Callable[[Ensemble, Values], Values]
 
 
 def ensemble_mse(ensemble: Ensemble, target: Values) -> Values:
-    """Squared error of every member, averaged over members (the ensemble term of AtmoRep): that of
-    the mean plus the mean square departure from it."""
+    """The squared error of every member, averaged over members (the ensemble term of AtmoRep).
+    It equals the squared error of the mean plus the mean square departure from the mean."""
     return mean_mse(ensemble, target) + ensemble.moments[1]
 
 
@@ -161,8 +162,8 @@ WindowMembers = Float[Tensor, "batch member level time lat lon"]
 
 @dataclass(frozen=True)
 class FieldEnsemble:
-    """Ensemble and truth of one stream's window, variables and levels along one axis. Members are
-    the truth wherever nothing is hidden.
+    """The ensemble and the truth of one stream's window, with variables and levels along one axis.
+    Members are the truth wherever nothing is hidden.
 
     weight: what every cell counts: its relative area where a value is hidden and was observed, else
         0. area: the relative areas of all cells that were observed.
@@ -203,9 +204,9 @@ def difference_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
 
 
 def spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
-    """Almost fair CRPS of the real and imaginary parts of every zonal wave along every row, which
-    a window that closes the circle has; rows count by what they hide. The transform keeps sums of
-    squares, so that the value of a wave has the unit of a cell's."""
+    """Almost fair CRPS of the real and imaginary parts of every zonal wave along every row of a
+    window that closes the circle. Rows count by the share that they hide. The transform keeps
+    sums of squares, so that the value of a wave has the unit of a cell's value."""
     members, target = (
         torch.view_as_real(torch.fft.rfft(field.float(), dim=-1, norm="ortho")).flatten(-2)
         for field in (fields.members, fields.target)
@@ -264,18 +265,18 @@ _PATCH = 4  # cells along latitude and longitude of one vector of the energy sco
 
 
 def _norm(values: Tensor) -> Tensor:
-    """Length of vectors, with a derivative at 0."""
+    """The length of vectors, with a finite derivative at 0."""
     return (values.square().sum(dim=-1) + _SMALLEST_STD**2).sqrt() - _SMALLEST_STD
 
 
 def _each(members: WindowMembers, target: Window) -> Window:
-    """Almost fair CRPS of every value."""
+    """The almost fair CRPS of every value."""
     flat = rearrange(members, "batch member ... -> batch member (...)")
     return almost_fair_crps(Ensemble(flat), target.flatten(1)).view_as(target)
 
 
 def _whole(values: Tensor, size: int) -> Tensor:
-    """Without the last rows and columns that fill no area of `size` x `size` cells."""
+    """The values without the last rows and columns that fill no area of `size` x `size` cells."""
     num_lat, num_lon = (count // size * size for count in values.shape[-2:])
     return values[..., :num_lat, :num_lon]
 
@@ -289,7 +290,7 @@ def _pooled(values: Tensor, size: int) -> Tensor:
 
 
 def _apart(fields: FieldEnsemble, axis: Literal["lat", "lon"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Differences of neighbours: of members, of the truth, and what each counts."""
+    """Differences of neighbours, of members and of the truth, and the weight of each difference."""
     dim = -1 if axis == "lon" else -2
     closed = axis == "lon" and fields.periodic
 
@@ -353,7 +354,7 @@ def weighted_mean(
 
 @dataclass(frozen=True)
 class LatentPrediction:
-    """Predicted and true latents of one stream's hidden tokens, what each token counts, and a
+    """Predicted and true latents of one stream's hidden tokens, the weight of each token, and a
     number that tokens at the same position share."""
 
     stream: str
@@ -386,14 +387,14 @@ class Losses:
 
     @property
     def total(self) -> Float[Tensor, ""]:
-        """What is minimised."""
+        """The weighted mean of the terms, which training minimises."""
         pairs = zip(self.factors, self.terms, strict=True)
         total = sum(factor * value for factor, (_, value) in pairs)
         assert isinstance(total, Tensor), "the loss has no term: no stream with role predict"
         return total / sum(self.factors)
 
     def scaled(self, shares: Float[Tensor, "term"]) -> Self:
-        """Every term times its share."""
+        """The losses with every term times its share."""
         pairs = zip(self.terms, shares.unbind(), strict=True)
         return replace(self, terms=tuple((name, value * share) for (name, value), share in pairs))
 
@@ -402,5 +403,5 @@ class Losses:
         return tuple(name for name, _ in self.terms)
 
     def values(self) -> Float[Tensor, "loss"]:
-        """The total and then the terms, without their graph."""
+        """The total and then the terms, detached from the graph."""
         return torch.stack([self.total, *(value for _, value in self.terms)]).detach()

@@ -28,8 +28,8 @@ _MAX_BYTES = 150  # of 255 that file systems take, for what callers add
 
 
 def file_name(name: str) -> str:
-    """The name where it is safe as a part of a path; unsafe characters as %XX of their bytes, as
-    in URLs, so that two names never become one. Long names end in their hash."""
+    """A name in a form that is safe as a part of a path. Unsafe characters become %XX of their
+    bytes, as in URLs, so that two names never become one. Long names end in their hash."""
     safe = _UNSAFE.sub(_quoted, name) or "%"
     if len(safe.encode()) <= _MAX_BYTES:
         return safe

@@ -98,7 +98,7 @@ def _check_folder(folder: Path, shipped: Path) -> None:
 
 
 def split(text: str) -> Iterator[str]:
-    """The parts of a text between its commas, but for those in quotes or brackets."""
+    """The parts of a text between its commas; commas in quotes or brackets do not separate."""
     part, closing, quote = "", [], ""
     for character in text:
         if character == "," and not closing and not quote:
@@ -133,8 +133,8 @@ def key_and_value(override: str) -> tuple[str, Any]:
 
 
 def first_of_sweep(override: str) -> str | None:
-    """The word with the first of the values that a multirun goes through; None where they are no
-    list and no range."""
+    """The word with the first of the values of a sweep; None where the values are neither a list
+    nor a range."""
     parsed = _PARSER.parse_override(for_hydra(override, sweep=True))
     if not parsed.is_sweep_override():
         return override
@@ -163,7 +163,7 @@ def _quoted(value: str) -> str:
 
 
 def _element(value: str) -> str:
-    """A value, or a list, of which what cannot be read stands in quotes."""
+    """A value, or a list in which unreadable values are quoted."""
     value = value.strip()
     if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(map(_element, split(value[1:-1])))}]"
@@ -177,9 +177,9 @@ def fitting_store(
     streams: Mapping[str, Mapping[str, Any]],
     durations: Mapping[str, str | None],
 ) -> list[str]:
-    """The overrides of a training run, before them those for the window and the streams that fit
-    its store, and for the durations of masks and tasks. A choice of `stream` or of an experiment
-    stands for all of them, one of `masking` or `tasks` for its durations."""
+    """The overrides of a training run, preceded by those that fit its store: the window, the
+    streams, and the durations of masks and tasks. A choice of `stream` or of an experiment replaces
+    all of them, a choice of `masking` or `tasks` its durations."""
     if any(word.startswith(_CHOOSES_STREAMS) for word in overrides):
         return list(overrides)
     words = [f"data.window.{axis}={points}" for axis, points in window.items()]
@@ -191,7 +191,8 @@ def fitting_store(
 
 
 def value_of(key: str, overrides: Sequence[str]) -> str | None:
-    """What the last override of a key gives it; None if there is none, or several for a sweep."""
+    """The value that the last override of a key gives; None if there is none, or several values
+    for a sweep."""
     values = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
     return unquoted(values[-1]) if values and len([*split(values[-1])]) == 1 else None
 

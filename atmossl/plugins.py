@@ -44,7 +44,7 @@ class Part:
 
     @property
     def target(self) -> str:
-        """`package.module.Class`."""
+        """The name `package.module.Class` of the class."""
         return f"{self.kind.__module__}.{self.kind.__name__}"
 
     @property
@@ -53,7 +53,8 @@ class Part:
         return to_jsonable_python(dict(self.arguments))
 
     def build(self, **of_the_run: Any) -> Any:
-        """The object. of_the_run: keywords that the run gives to a constructor that wants them."""
+        """Build the object. of_the_run: keywords that the run provides for constructors that
+        have them."""
         parameters = inspect.signature(self.kind).parameters
         keywords = {name: value for name, value in of_the_run.items() if name in parameters}
         return self.kind(**self.arguments, **keywords)
@@ -85,7 +86,7 @@ def find_class(
     builtin: Mapping[str, Any] | None = None,
     only_from: Sequence[str] | None = None,
 ) -> Any:
-    """The class of that name: one of the package (`builtin`, by name), or a subclass of `base`.
+    """The class of this name: one of the package (`builtin`, by name), or a subclass of `base`.
 
     only_from: the packages whose code may be imported; None, for the user's own configuration: all.
 
@@ -112,7 +113,8 @@ def find_class(
 
 
 def full_name(target: str) -> str:
-    """`package.module.Class` of a name that is this already, or that a package has registered.
+    """The name `package.module.Class`, for a name that is one already or that a package has
+    registered.
 
     Raises:
         LookupError: a short name that no package has registered, or several.
@@ -157,8 +159,8 @@ def checked_keywords(
     of_the_run: Collection[str] = (),
     as_written: Callable[[Any], Any] = lambda hint: hint,
 ) -> dict[str, Any]:
-    """The values by the names of the constructor's keywords, converted to the types that it
-    declares.
+    """The keywords of a constructor from the values of a configuration, converted to the types that
+    the constructor declares.
 
     as_written: the type of what a configuration says for a keyword of a type.
 
@@ -179,8 +181,8 @@ def checked_keywords(
 def _keywords_of(
     kind: Callable[..., Any], of_the_run: tuple[str, ...], as_written: Callable[[Any], Any]
 ) -> tuple[type[BaseModel], dict[str, tuple[str, str]]]:
-    """The constructor's keywords as a schema; by key: the keyword and its field in the schema,
-    whose name must be free of pydantic's own."""
+    """The constructor's keywords as a schema, and by key the keyword and its field in the
+    schema. Names of fields avoid pydantic's own."""
     parameters = _parameters(kind)
     extra = "allow" if any(p.kind is p.VAR_KEYWORD for p in parameters) else "forbid"
     fields: dict[str, Any] = {}
@@ -227,18 +229,19 @@ def _clear(error: Any, valid_keys: Iterable[str]) -> InitErrorDetails:
 def fault(
     kind: Any, message: str, loc: tuple[int | str, ...], value: Any, **more: Any
 ) -> InitErrorDetails:
-    """One error of a `ValidationError`; more: what `atmossl.schema.config_errors` says of it."""
+    """One error of a `ValidationError`. more: details for `atmossl.schema.config_errors`."""
     error = PydanticCustomError(kind, "{message}", {"message": message, **more})
     return InitErrorDetails(type=error, loc=loc, input=value)
 
 
 def as_error(title: str, faults: list[InitErrorDetails]) -> ValidationError:
-    """The error that pydantic takes apart, so that every fault gets its key."""
+    """The faults as one of pydantic's errors, so that every fault keeps its key."""
     return ValidationError.from_exception_data(title, faults)
 
 
 def classes_outside(values: Any, builtin: Collection[str], key: str = "") -> dict[str, str]:
-    """Full names of all classes of plugins that a configuration names, by the keys that do.
+    """The full names of all classes of plugins that a configuration names, by the keys that name
+    them.
 
     builtin: names of the package's own classes. Nothing is imported.
 
@@ -265,8 +268,8 @@ def package_of(name: str) -> str:
 
 
 def check_listed(stored: Any, builtin: Collection[str], packages: Sequence[str]) -> None:
-    """Raise UntrustedError if a part of a stored configuration names a class that is neither of
-    the package nor of these packages. Nothing is imported."""
+    """Raise UntrustedError if a stored configuration names a class that belongs neither to the
+    package nor to the listed packages. Nothing is imported."""
     try:
         names = classes_outside(stored, builtin)
     except LookupError as error:

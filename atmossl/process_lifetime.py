@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""Ends processes with those that started them, and tells which rank a process is."""
 
 import ctypes
 import multiprocessing
@@ -32,8 +32,8 @@ def end_with_parent() -> None:
 
 
 def end_with_creator() -> None:
-    """End this process of `multiprocessing` when the one that asked for it ends. Its parent may be
-    a server that forks for several processes and outlives them."""
+    """End this process of `multiprocessing` when the process that asked for it ends. Its parent
+    may be a server that forks for several processes and outlives them."""
     creator = multiprocessing.parent_process()
     if creator is not None:
         Thread(target=_exit_after, args=(creator.sentinel,), daemon=True).start()
@@ -45,14 +45,14 @@ def _exit_after(sentinel: int) -> None:
 
 
 def is_started_by_first_rank(environment: Mapping[str, str]) -> bool:
-    """Whether this is a further rank that Lightning started from the first one, as it does where no
-    launcher (torchrun, srun, mpirun) has started them all."""
+    """Whether Lightning started this rank from the first one. It does so where no launcher
+    (torchrun, srun, mpirun) has started all ranks."""
     further = environment.get("LOCAL_RANK", "0") != "0"
     return further and not any(key in environment for key in _LAUNCHERS)
 
 
 def run_name(environment: MutableMapping[str, str], now: datetime) -> str:
-    """Name of a run that got none: its start and a number of its own, the same on all ranks."""
+    """The name of a run without one: its start and a number, the same on all ranks."""
     if is_started_by_first_rank(environment) and _RUN_NAME in environment:
         return environment[_RUN_NAME]
     number = str(os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid())

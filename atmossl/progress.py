@@ -1,4 +1,4 @@
-"""What a long piece of work tells of itself: a bar on a terminal, plain lines everywhere else.
+"""Shows the progress of long work: a bar on a terminal, plain lines everywhere else.
 
 A log file (a batch job, `> log`) takes no bar: it gets a line now and then, with the time that is
 left. Both are written to standard output by rich, so that a full disk behind it is noticed.
@@ -47,14 +47,15 @@ def size_text(num_bytes: float) -> str:
 
 
 class Pace:
-    """How long the rest of some work will take, from how long it has taken since `start`."""
+    """Estimates how long the rest of some work will take, from the time that it has taken since
+    `start`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._done, self._since = 0.0, clock()
 
     def start(self, done: float) -> None:
-        """Count from here on, where `done` units of the work are behind."""
+        """Start counting, with `done` units of the work behind."""
         self._done, self._since = done, self._clock()
 
     def seconds(self) -> float:
@@ -78,7 +79,8 @@ class Advance(Protocol):
 
 @contextmanager
 def telling(description: str, total: float) -> Iterator[Advance]:
-    """Show how much of `total` units of work is done; the value takes how many more have been.
+    """Show how much of `total` units of work is done. The context gives a function that takes how
+    many more units are done.
 
     On a terminal this is a bar that is gone when the work is done. A log file gets a line after a
     few seconds and every half a minute, and nothing of work that is over sooner.
@@ -95,7 +97,7 @@ def telling(description: str, total: float) -> Iterator[Advance]:
 
 
 class _Bar:
-    """On a terminal."""
+    """Shows progress as a bar on a terminal."""
 
     def __init__(self, description: str, total: float, console: Console) -> None:
         columns = (
@@ -114,7 +116,7 @@ class _Bar:
 
 
 class _Lines:
-    """Lines that tell how far work is, for a log file."""
+    """Shows progress as lines, for a log file."""
 
     def __init__(self, description: str, total: float, console: Console) -> None:
         self._what, self._total, self._console = description, total, console

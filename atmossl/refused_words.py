@@ -1,4 +1,5 @@
-"""Composing a configuration although some words of the command line do not fit.
+"""Composes a configuration although some words of the command line do not fit, to report all faults
+at once.
 
 Hydra stops at the first word that it refuses, and advises on its own syntax. Here the refused words
 are set aside, so that all other faults are found as well, and each is told in our words: which key

@@ -1,2 +1,2 @@
-"""What the commands do, once their configuration is composed. A module for each, which imports what
-it needs: only those that train wait for Lightning."""
+"""The commands, once their configuration is composed. Each has a module, which imports only what
+it needs: commands that do not train need not wait for Lightning."""

@@ -1,4 +1,5 @@
-"""`atmossl data list`. Of its own, since it needs none of the libraries that open stores."""
+"""`atmossl data list`. It has a module of its own, since it needs none of the libraries that
+open stores."""
 
 from pathlib import Path
 

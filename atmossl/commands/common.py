@@ -1,4 +1,5 @@
-"""What several commands need."""
+"""Functions that several commands need: opening checkpoints and their data, notes to the user,
+devices, folders."""
 
 import inspect
 from collections.abc import Mapping
@@ -33,8 +34,9 @@ from atmossl.schema.targets import trained_sampler
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a training as plain values; the key `hydra` belongs to one launch only.
-    With `warm_start.network` it has network, streams, window and first guess of that checkpoint."""
+    """The configuration of a training as plain values, without the key `hydra`, which belongs to
+    one launch only. With `warm_start.network` it has network, streams, window and first guess of
+    that checkpoint."""
     values = {key: value for key, value in values.items() if key != "hydra"}
     warm = values.get("warm_start")
     if not isinstance(warm, Mapping) or warm.get("network") is not True:
@@ -74,13 +76,14 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note(text: str) -> None:
-    """Tell what a user may not expect, in one line beside the output."""
+    """Print a note in one line beside the output, on what a user may not expect."""
     console = Console(stderr=True)
     console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def note_out_of_training(plan: Plan, times: np.ndarray, told: set[str] | None = None) -> None:
-    """Tell what the checkpoint was not trained for. told: what has been told, and is not again."""
+    """Note what the checkpoint was not trained for. told: notes that were printed before, and
+    are not repeated."""
     told = set() if told is None else told
     sampler = trained_sampler(plan.trained.record, plan.trained.plugins)
     for caution in out_of_training_warnings(plan, times, sampler):
@@ -131,8 +134,8 @@ def open_checkpoint(
 
 
 def entries_for(trained: TrainedModel, data: StoreChoice) -> dict[str, CatalogEntry]:
-    """Catalog entries of every source of a checkpoint by the streams' `data`: of the store that is
-    chosen, else those that the checkpoint remembers of its training.
+    """The catalog entries of every source of a checkpoint, by the streams' `data`: of the chosen
+    store, else those that the checkpoint remembers of its training.
 
     Raises:
         ValueError: an unknown entry, or a store that is not where it was.

@@ -1,4 +1,4 @@
-"""`atmossl info` of a run that has not begun."""
+"""`atmossl info` of a training run that has not begun: what it will cost."""
 
 import os
 from collections.abc import Mapping

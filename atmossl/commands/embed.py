@@ -1,4 +1,4 @@
-"""`atmossl embed`."""
+"""`atmossl embed`: writes the latents of an encoder layer."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`atmossl evaluate`."""
+"""`atmossl evaluate`: scores tasks or forecast stores, and writes a report."""
 
 import functools
 import shutil
@@ -29,7 +29,8 @@ from atmossl.stops import keeping
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
-    """Score tasks or forecast stores on held-out dates; returns the report's folder.
+    """Score tasks or forecast stores on held-out dates; returns the report's folder. command: the
+    command line that the report shows, with which it can be repeated.
 
     command: the line that the report gives for making it again.
     """

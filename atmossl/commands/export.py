@@ -59,8 +59,8 @@ def export_folder(
 
 
 def _entry(data: str, catalog: str | None) -> CatalogEntry | None:
-    """The catalog entry of the training data; None if the package's catalog has none of the name,
-    which an own catalog would have to have."""
+    """The catalog entry of the training data; None if the package's catalog has no entry of that
+    name. An own catalog must have one."""
     try:
         return catalog_entry(data, None if catalog is None else Path(catalog))
     except ValueError:
@@ -70,7 +70,7 @@ def _entry(data: str, catalog: str | None) -> CatalogEntry | None:
 
 
 def _scores(report: Path, names: Sequence[str], plugins: Sequence[str]) -> list[str]:
-    """Lines of a report's summary: ratios with their intervals, and the command behind them.
+    """Lines of a report's summary: ratios with their intervals, and the command that made it.
 
     Raises:
         ValueError: no report, or one that does not name the checkpoint's digest.

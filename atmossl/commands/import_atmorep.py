@@ -1,4 +1,4 @@
-"""`atmossl import atmorep`."""
+"""`atmossl import atmorep`: makes a checkpoint of one of AtmoRep's published models."""
 
 import json
 import platform
@@ -101,7 +101,7 @@ def _record(
     window: tuple[int, int, int],
     statistics: Statistics,
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself; see `atmossl.checkpoint_files`."""
+    """The record of the checkpoint; see `atmossl.checkpoint_files`."""
     steps, rows, columns = window
     return {
         "format": FORMAT,

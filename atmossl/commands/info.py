@@ -1,4 +1,4 @@
-"""`atmossl info` of a checkpoint."""
+"""`atmossl info` of a checkpoint: what is in it."""
 
 from collections.abc import Sequence
 from typing import Any

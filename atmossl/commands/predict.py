@@ -1,4 +1,5 @@
-"""`atmossl predict` and `atmossl calibrate`."""
+"""`atmossl predict` and `atmossl calibrate`: write a prediction, or a checkpoint with calibrated
+spread."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -80,7 +81,7 @@ def _write(config: PredictConfig, plan: Plan, times: np.ndarray, size: int) -> N
 
 
 def _extent(plan: Plan, times: np.ndarray, size: int) -> str:
-    """How much will be predicted."""
+    """How much will be predicted, in words."""
     show, passes = plan.segment.calendar.show, plan.steps.num_passes
     each = f", {passes} passes each" if passes > 1 else ""
     return (
@@ -109,8 +110,8 @@ def _times(config: PredictConfig, plan: Plan) -> np.ndarray:
 
 
 def calibrate(values: Mapping[str, Any]) -> Path:
-    """Measure how much a task's spread lacks on held-out dates, and write a checkpoint that
-    inflates it; returns its path."""
+    """Measure how much the spread of a task lacks on held-out dates, and write a checkpoint that
+    inflates it accordingly; returns the path of the checkpoint."""
     config: PredictConfig = parse(PredictConfig, values)
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")

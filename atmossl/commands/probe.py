@@ -1,4 +1,4 @@
-"""`atmossl probe`."""
+"""`atmossl probe`: fits small models on frozen latents, and writes a report."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -42,7 +42,7 @@ def probe(values: Mapping[str, Any]) -> Path:
 
 
 def probed(config: ProbeConfig) -> dict[str, Probed]:
-    """What the probes of every checkpoint found.
+    """The results of the probes of every checkpoint.
 
     Raises:
         ValueError: whatever is wrong with any of the checkpoints, before the first is encoded.

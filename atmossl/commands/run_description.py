@@ -1,4 +1,4 @@
-"""What a training run is, told before its first step and to its loggers."""
+"""Describes a training run, before its first step and for its loggers."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""Truth, prediction and baseline on the same labels: times, levels and cells.
+"""Puts truth, prediction and baseline on the same labels: times, levels and cells.
 
 Everything is found by label. What is missing is one ValueError that lists it; nothing is dropped.
 """
@@ -12,7 +12,7 @@ _NUM_LISTED = 5
 
 
 def complete(field: xr.DataArray) -> xr.DataArray:
-    """Where a field, or every member of an ensemble, has values."""
+    """True where a field has a value; for an ensemble, where every member has one."""
     there = field.notnull()
     return there.all("member") if "member" in there.dims else there
 

@@ -1,4 +1,4 @@
-"""Answers that need no model: persistence, climatology and linear interpolation in time.
+"""Baselines that need no fit: persistence, climatology and linear interpolation in time.
 
 Each returns a dataset in the prediction contract without `member`. One dataset is one run, so
 that nothing is looked up across the gap between runs. Spatial ones are in `spatial`, the fitted
@@ -66,14 +66,14 @@ def climatology(
 
 
 def time_blocks(segment: xr.Dataset) -> Iterator[xr.Dataset]:
-    """Parts of a record along time that take little memory each, loaded."""
+    """The record in parts along time that take little memory each, loaded."""
     step = max(1, int(_BLOCK_BYTES * segment.sizes["time"] // max(1, segment.nbytes)))
     for start in range(0, segment.sizes["time"], step):
         yield segment.isel(time=slice(start, start + step)).load()
 
 
 def _sums_by_month(segment: xr.Dataset, monthly: bool) -> tuple[xr.Dataset, xr.Dataset]:
-    """Sums and counts of valid values [month, ...]."""
+    """Sums and counts of valid values by calendar month, [month, ...]."""
     month = segment["time"].dt.month
     belongs = (month == xr.DataArray(_MONTHS, {"month": _MONTHS}, ("month",))) | (not monthly)
     belongs = belongs.drop_vars("time").astype(np.float64)
@@ -123,7 +123,7 @@ def linear_in_time(
     before: np.timedelta64,
     after: np.timedelta64,
 ) -> xr.Dataset:
-    """Straight line in time between the states `before` and `after` each hidden time.
+    """The straight line in time between the states `before` and `after` each hidden time.
 
     Raises:
         ValueError: one of the two states is missing from the truth.

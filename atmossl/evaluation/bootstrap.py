@@ -18,7 +18,8 @@ Combine = Callable[[xr.Dataset], xr.DataArray]
 
 @dataclass(frozen=True)
 class BlockBootstrap:
-    """How to draw: length of a block in cases, number of draws, two-sided confidence.
+    """The settings of the bootstrap: length of a block in cases, number of draws, two-sided
+    confidence.
 
     Four cases of six hours are one day. With fewer than two blocks of cases no interval can be
     told from the record, and its ends are NaN.
@@ -63,7 +64,7 @@ class BlockBootstrap:
         return num_times >= 2 * self.block_length
 
     def limits(self, samples: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
-        """Percentile interval (low, high) over the dimension `resample`."""
+        """The percentile interval (low, high) over the dimension `resample`."""
         tail = (1.0 - self.confidence) / 2.0
         samples = samples.transpose("resample", ...)
         low, high = np.quantile(samples.to_numpy(), [tail, 1.0 - tail], axis=0)
@@ -71,7 +72,7 @@ class BlockBootstrap:
         return shape.copy(data=low), shape.copy(data=high)
 
     def p_value(self, samples: xr.DataArray, *, null: float) -> xr.DataArray:
-        """Two-sided p-value of the hypothesis that the true value is `null`.
+        """The two-sided p-value of the hypothesis that the true value is `null`.
 
         Twice the smaller share of resamples on one side of it, counting one more than there are
         (Davison and Hinkley 1997, Bootstrap Methods, section 4.2), so that it is never zero.
@@ -85,7 +86,7 @@ class BlockBootstrap:
 def resampled_means(
     per_time: xr.Dataset, dim: str, counts: Float[np.ndarray, "resample time"]
 ) -> xr.Dataset:
-    """Mean over `dim` in every resample; a missing case counts for nothing."""
+    """The mean over `dim` in every resample. A missing case counts for nothing."""
 
     def mean(statistic: xr.DataArray) -> xr.DataArray:
         statistic = statistic.transpose(dim, ...)
@@ -107,7 +108,8 @@ def ratio_samples(
     dim: str,
     counts: Float[np.ndarray, "resample time"],
 ) -> xr.DataArray:
-    """Score over baseline's score in every resample, paired: both use the same draws."""
+    """The score over the baseline's score in every resample. Both use the same draws, so the
+    samples are paired."""
     score = combine(resampled_means(per_time, dim, counts))
     baseline = combine(resampled_means(baseline_per_time, dim, counts))
     return score / baseline.where(baseline != 0)

@@ -1,4 +1,4 @@
-"""Whether an ensemble is calibrated, per variable, level and lead time.
+"""Tells whether an ensemble is calibrated, per variable, level and lead time.
 
 Two signs are read together: spread over skill, which the mean and the variance decide, and how
 often the truth lies outside all members, which the tails decide.
@@ -16,7 +16,7 @@ _KEYS = ["task", "source", "variable", "level", "lead_hours"]
 
 
 def calibration_table(table: pd.DataFrame, region: str = "global") -> pd.DataFrame:
-    """One row per ensemble, variable, level and lead time; empty without any ensemble.
+    """A table with one row per ensemble, variable, level and lead time; empty without any ensemble.
 
     Columns: spread-skill and outlier ratio with their intervals, `inflation` (what the departures
     from the ensemble mean would have to be multiplied by, the inverse of spread-skill), and
@@ -51,6 +51,7 @@ def _verdict(row: dict) -> str:
 
 
 def _ends(row: dict, score: str) -> tuple[float, float]:
-    """The interval, or the value twice where the record is too short for one."""
+    """The ends of a score's interval; the value twice where the record is too short for an
+    interval."""
     low, high = row[f"{score}_low"], row[f"{score}_high"]
     return (row[score], row[score]) if np.isnan(low) or np.isnan(high) else (low, high)

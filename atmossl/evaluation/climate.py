@@ -1,4 +1,4 @@
-"""What scores know of the climate: means, quantiles and rain of the training record.
+"""The climate that scores refer to: means, quantiles and rain of the training record.
 
 Training segments only, read in blocks of times, so that a score never sees the target's own date
 and memory does not grow with the length of the record.
@@ -21,7 +21,7 @@ _TO_MM = {"m": 1000.0, "mm": 1.0, "kg m-2": 1.0, "kg m**-2": 1.0}
 
 @dataclass(frozen=True)
 class RainClimate:
-    """How often a cell is dry, and what separates light from heavy rain there, for SEEPS.
+    """How often each cell is dry, and what separates light from heavy rain there, for SEEPS.
 
     Attributes:
         dry: probability of at most 0.2 mm.
@@ -57,8 +57,8 @@ class Climate:
         prepare: Prepare = lambda block: block,
         mean: xr.Dataset | None = None,
     ) -> "Climate":
-        """The mean, if it is not given, is by month if the record covers every month, else over
-        all times.
+        """The climate of the training record. A mean that is not given is worked out, by month if
+        the record covers every month, else over all times.
 
         What is read goes through `prepare` (such as regridding) before anything is worked out.
         """
@@ -84,7 +84,7 @@ def is_precipitation(variable: str) -> bool:
 
 
 def rain_factor(variable: str, units: object) -> float:
-    """From the units of precipitation to mm.
+    """The factor from the units of precipitation to mm.
 
     Raises:
         ValueError: units that are not known.
@@ -112,7 +112,8 @@ def _quantiles(record: xr.DataArray, quantiles: Sequence[float]) -> xr.DataArray
 
 
 def _rain(record: xr.DataArray) -> RainClimate:
-    """Sources: Rodwell et al. (2010), QJRMS 136, 1344-1363; dry as in the library `scores`."""
+    """The rain climate of a record. Sources: Rodwell et al. (2010), QJRMS 136, 1344-1363; dry as
+    in the library `scores`."""
     to_mm = rain_factor(str(record.name), record.attrs.get("units"))
     millimetres = record * to_mm
     wet = millimetres.where(millimetres > _DRY_MM)

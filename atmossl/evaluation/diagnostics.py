@@ -1,4 +1,4 @@
-"""What is looked at rather than ranked: rank histograms, reliability and spectra.
+"""Diagnostics, which are looked at rather than ranked: rank histograms, reliability and spectra.
 
 Like a score, a diagnostic gives area means for each case that can be recombined; its value has
 dimensions of its own (`rank`, `bin`, `wavenumber`).

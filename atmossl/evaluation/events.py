@@ -1,4 +1,4 @@
-"""Scores of events, tails and quantiles: what a user who acts on thresholds asks for.
+"""Scores of events, tails and quantiles, for users who act on thresholds.
 
 Events are exceedances of a quantile of the training record at every cell, so that they are as
 rare everywhere. Pointwise scores come from the library `scores`.

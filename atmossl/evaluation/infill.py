@@ -1,4 +1,4 @@
-"""Answers to inpainting that need no model: harmonic infill, and ridge regression on neighbours.
+"""Baselines for inpainting: harmonic infill, and ridge regression on neighbouring cells.
 
 Both fill the same hidden cells at every time, from the visible cells of the same variable and
 level at the same time alone.
@@ -23,7 +23,8 @@ _BATCH_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class HarmonicInfill:
-    """The smoothest surface through the visible cells: Laplace's equation in the hidden ones.
+    """Fills hidden cells with the smoothest surface through the visible cells: Laplace's equation
+    holds in the hidden ones.
 
     Raises:
         ValueError: nothing is visible.
@@ -36,8 +37,9 @@ class HarmonicInfill:
         require_visible(self.hidden)
 
     def __call__(self, fields: xr.Dataset) -> xr.Dataset:
-        """Fields [..., latitude, longitude] whose hidden cells are filled, never looked at. The
-        surface goes through missing cells as through hidden ones, but they stay missing."""
+        """Fill the hidden cells of fields [..., latitude, longitude]; their values are not read.
+        The surface goes through missing cells as through hidden ones, but missing cells stay
+        missing."""
         grid, inside = self.grid, self.hidden.ravel()
         matrix = laplacian(
             grid.latitude, grid.shape[1], grid.longitude_spacing, periodic=grid.periodic
@@ -57,7 +59,7 @@ class HarmonicInfill:
 def _alike(
     lacking: Bool[np.ndarray, "field cell"],
 ) -> Iterator[tuple[np.ndarray, Bool[np.ndarray, " cell"]]]:
-    """Numbers of the fields that lack the same cells, and those cells."""
+    """Groups of fields that lack the same cells, by their numbers, with these cells."""
     packed = np.packbits(lacking, axis=1)
     if not packed.any():  # as most do
         yield np.arange(len(lacking)), lacking[0]
@@ -69,7 +71,8 @@ def _alike(
 
 @dataclass(frozen=True)
 class LocalRidge:
-    """Each hidden cell from its nearest visible ones, fitted on the training record.
+    """Predicts each hidden cell from its nearest visible ones, by a ridge regression fitted on the
+    training record.
 
     Simple kriging with the record's own covariances instead of a model of them (Cressie 1993,
     section 3.2), and a ridge for what the record is too short to tell.
@@ -94,9 +97,9 @@ class LocalRidge:
         num_neighbours: int = 24,
         held_out: float = 0.25,
     ) -> "LocalRidge":
-        """The strength of each variable and level is the one with the least error at the end of
-        every run, `held_out` of it; slopes are then fitted again to all of it. Of a long record at
-        most some 2000 evenly spaced times are used."""
+        """Fit the regression. The strength for each variable and level is the one with the least
+        error at the end of every run, a share `held_out` of it; slopes are then fitted to the
+        whole run. Of a long record at most some 2000 evenly spaced times are used."""
         require_visible(hidden)
         grid = grid_of(history[0])
         neighbour = nearest_visible(grid, hidden, num_neighbours)
@@ -114,7 +117,7 @@ class LocalRidge:
         return cls(grid, hidden, neighbour, slope, intercept)
 
     def __call__(self, fields: xr.Dataset) -> xr.Dataset:
-        """Fields [time, ..., latitude, longitude] whose hidden cells are filled."""
+        """Fill the hidden cells of fields [time, ..., latitude, longitude]."""
         inside = self.hidden.ravel()
         filled = {}
         for name in map(str, fields.data_vars):
@@ -131,7 +134,8 @@ class LocalRidge:
 def nearest_visible(
     grid: Grid, hidden: Bool[np.ndarray, "lat lon"], count: int
 ) -> Int[np.ndarray, "hidden neighbour"]:
-    """Flat cells of the visible neighbours of every hidden cell, nearest first on the sphere."""
+    """The visible neighbours of every hidden cell as flat cell numbers, nearest first on the
+    sphere."""
     lat, lon = np.meshgrid(np.deg2rad(grid.latitude), np.deg2rad(grid.longitude), indexing="ij")
     place = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
     place, inside = place.reshape(-1, 3), hidden.ravel()
@@ -147,7 +151,7 @@ def _fit_level(
     neighbour: Int[np.ndarray, "hidden neighbour"],
     held_out: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Slope [hidden, neighbour] and intercept [hidden] of one variable on one level."""
+    """The slope [hidden, neighbour] and intercept [hidden] of one variable on one level."""
     cut = [round(len(run) * (1.0 - held_out)) for run in runs]
     first = np.concatenate([run[:n] for run, n in zip(runs, cut, strict=True)])
     rest = np.concatenate([run[n:] for run, n in zip(runs, cut, strict=True)])
@@ -166,7 +170,8 @@ def _solve(
     neighbour: Int[np.ndarray, "hidden neighbour"],
     strength: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge of every hidden cell on its neighbours; the strength is a share of their variance."""
+    """The ridge regression of every hidden cell on its neighbours. The strength is a share of
+    their variance."""
     mean = record.mean(axis=0)
     anomaly = record - mean
     target = anomaly[:, inside]
@@ -185,13 +190,13 @@ def _solve(
 
 
 def require_visible(hidden: np.ndarray) -> None:
-    """Raise ValueError if nothing is left to fill from."""
+    """Raise ValueError if no visible cell is left to fill from."""
     if hidden.all():
         raise ValueError("inpainting hides every cell; there is nothing to fill from")
 
 
 def _flat(field: xr.DataArray) -> Float[np.ndarray, "level time cell"]:
-    """A copy in float64; a surface variable has one level."""
+    """A field as a copy in float64 with flat cells; a surface variable has one level."""
     if "level" not in field.dims:
         field = field.expand_dims("level")
     values = field.transpose("level", "time", "latitude", "longitude").to_numpy()

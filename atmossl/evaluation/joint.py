@@ -1,4 +1,5 @@
-"""Scores of the joint distribution: whether members are right together, not only cell by cell.
+"""Scores of the joint distribution: they tell whether members are right together, not only cell by
+cell.
 
 An ensemble can be well calibrated in every cell while its members are no weather at all: cells that
 should vary together vary on their own, or the other way round. What shows it are quantities made of
@@ -25,8 +26,8 @@ _CELL = ("latitude", "longitude")
 
 @dataclass(frozen=True)
 class AreaMeans:
-    """Means over boxes of `size` x `size` cells by their area. Boxes that do not fit whole are left
-    out; one with a missing cell is missing."""
+    """Area-weighted means over boxes of `size` x `size` cells. Boxes that do not fit whole are
+    left out; a box with a missing cell is missing."""
 
     size: int
 
@@ -52,8 +53,9 @@ class AreaMeans:
 
 @dataclass(frozen=True)
 class AreaMaxima(AreaMeans):
-    """Largest values of boxes of `size` x `size` cells. Of quantiles it takes the largest too, so
-    that the event "above the quantile" of a box is the exceedance of its largest threshold."""
+    """The largest values of boxes of `size` x `size` cells. Of quantiles, too, the largest is
+    taken, so that the event "above the quantile" of a box is the exceedance of its largest
+    threshold."""
 
     @property
     def name(self) -> str:
@@ -66,8 +68,8 @@ class AreaMaxima(AreaMeans):
 
 @dataclass(frozen=True)
 class Differences:
-    """Differences between neighbours along one axis: what fronts, shear, stability and tendencies
-    are made of. Longitude closes where the grid does."""
+    """Differences between neighbours along one axis, of which fronts, shear, stability and
+    tendencies are made. Longitude closes where the grid does."""
 
     axis: Axis
 
@@ -86,7 +88,7 @@ class Differences:
         return values.diff(self.axis, label="lower")
 
     def weights(self, weights: xr.DataArray) -> xr.DataArray:
-        """Those of the first of two cells, 0 unless both are in the region."""
+        """The weights of the first of the two cells; 0 unless both are in the region."""
         if self.axis not in _CELL:
             return weights
         if self._closes(weights):
@@ -108,7 +110,7 @@ Derived = AreaMeans | Differences
 
 
 def of_quantity(case: Case, quantity: Derived) -> Case:
-    """Prediction and truth of a derived quantity, which all scores of a case share."""
+    """The prediction and truth of a derived quantity, which all scores of a case share."""
 
     def derive(case: Case) -> Case:
         quantiles = case.quantiles
@@ -122,7 +124,7 @@ def of_quantity(case: Case, quantity: Derived) -> Case:
 
 @dataclass(frozen=True)
 class OfDerived:
-    """A score or diagnostic of single values, taken of derived quantities."""
+    """A score or diagnostic of single values, applied to a derived quantity."""
 
     score: Score | RankHistogram
     derived: Derived
@@ -206,7 +208,7 @@ class VariogramScore:
 
 
 def quantities_of(statistic: object) -> list[Derived]:
-    """Derived quantities that a score or diagnostic looks at, by name; none for most."""
+    """The derived quantities that a score or diagnostic looks at, by name; none for most scores."""
     match statistic:
         case OfDerived(derived=quantity):
             return [quantity]
@@ -226,11 +228,11 @@ JOINT_SCORES: tuple[Score, ...] = (
 
 
 def area_event_scores(level: float) -> tuple[Score, ...]:
-    """Brier scores of events over areas: a box's mean, or its maximum, above the record's quantile
-    (of the means: above the mean of its cells' quantiles)."""
+    """Brier scores of events over areas: a box's mean or its maximum is above the record's
+    quantile (for means: above the mean of its cells' quantiles)."""
     return tuple(OfDerived(Brier(level), derived) for derived in (AreaMeans(4), AreaMaxima(4)))
 
 
 def joint_rank_histograms() -> tuple[OfDerived, ...]:
-    """Of box means and of differences between neighbours."""
+    """Rank histograms of box means and of differences between neighbours."""
     return tuple(OfDerived(RankHistogram(), derived) for derived in (BOXES[0], *DIFFERENCES[:2]))

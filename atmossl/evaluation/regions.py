@@ -1,4 +1,4 @@
-"""Named regions, boxes, and the mean over their area."""
+"""Regions for scores: named belts and boxes, and means over their area."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ def area_weights_like(field: xr.DataArray | xr.Dataset, region: ScoreRegion) -> 
 def stacked_weights(
     field: xr.DataArray | xr.Dataset, regions: Sequence[ScoreRegion]
 ) -> xr.DataArray:
-    """Area weights of several regions, [region, latitude] or with boxes [.., longitude].
+    """Area weights of several regions, [region, latitude], with boxes [.., longitude].
 
     A belt that the grid does not reach is left out; a box without cells is a ValueError.
     """
@@ -126,8 +126,8 @@ def stacked_weights(
 
 
 def weighted_mean(field: xr.DataArray, weights: xr.DataArray) -> xr.DataArray:
-    """Mean over latitude and longitude, with the dims of the weights beyond them at the end;
-    missing values are left out.
+    """The mean over latitude and longitude, with the other dims of the weights at the end; missing
+    values are left out.
 
     Plain numpy: xarray's own weighted mean takes ten times as long on fields of this size.
     """

@@ -77,7 +77,7 @@ def coarsest(grids: Sequence[Grid]) -> Grid:
 
 
 def covered(grids: Mapping[str, Grid]) -> Grid:
-    """The cells of the coarsest grid that lie in all others.
+    """The cells of the coarsest grid that lie in all other grids.
 
     Raises:
         ValueError: there are none, or fewer than two rows or columns.
@@ -117,6 +117,6 @@ def _longitude_edges(grid: Grid) -> np.ndarray:
 
 
 def regridder(fields: xr.Dataset, target: Grid) -> ConservativeRegridder | None:
-    """How to bring a dataset onto a grid; None if it is there already."""
+    """A function that brings a dataset onto a grid; None if the dataset lies on it already."""
     source = grid_of(fields)
     return None if source.matches(target) else ConservativeRegridder(source, target)

@@ -1,4 +1,4 @@
-"""Rows of the score table by their labels."""
+"""Selects rows of the score table by their labels."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ def rows_where(table: pd.DataFrame, **labels: Any) -> Any:
 
 
 def rows_of_prefix(table: pd.DataFrame, prefix: str) -> Any:
-    """The rows (a data frame) whose score begins with `prefix`, what follows it as `baseline`."""
+    """The rows (a data frame) whose score begins with `prefix`; the rest of the score's name is
+    the column `baseline`."""
     scores: Any = table["score"]
     rows: Any = table[scores.str.startswith(prefix)]
     return rows.assign(baseline=rows["score"].str.removeprefix(prefix))

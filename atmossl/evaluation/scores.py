@@ -23,7 +23,7 @@ _CELL = ["latitude", "longitude"]
 
 
 def as_array(score: object) -> xr.DataArray:
-    """The library's answer, which is an array if its inputs are."""
+    """The result of the library `scores`, which is an array if its inputs are."""
     assert isinstance(score, xr.DataArray), type(score)
     return score
 
@@ -48,13 +48,13 @@ class Case:
     _derived: dict[Hashable, "Case"] = field(default_factory=dict, repr=False, compare=False)
 
     def derived(self, quantity: Hashable, derive: Callable[["Case"], "Case"]) -> "Case":
-        """The case of a derived quantity, worked out when it is asked for first and then kept."""
+        """The case of a derived quantity, computed at the first request and then kept."""
         if quantity not in self._derived:
             self._derived[quantity] = derive(self)
         return self._derived[quantity]
 
     def forget(self, quantities: Iterable[Hashable]) -> None:
-        """Keep these derived quantities no longer: they are as large as the fields."""
+        """Drop these derived quantities, which are as large as the fields."""
         for quantity in quantities:
             self._derived.pop(quantity, None)
 
@@ -64,12 +64,12 @@ class Case:
 
     @cached_property
     def whole(self) -> xr.DataArray:
-        """The times, lead times and levels at which no cell is missing."""
+        """True at the times, lead times and levels at which no cell is missing."""
         return self.truth.notnull().all(_CELL)
 
     @cached_property
     def members(self) -> xr.DataArray:
-        """Prediction in double precision, with a dimension `member` in any case."""
+        """The prediction in double precision, always with a dimension `member`."""
         members = self.prediction.astype(np.float64)
         return members if "member" in members.dims else members.expand_dims("member")
 
@@ -127,11 +127,11 @@ class Score(Protocol):
         ...
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        """Area means per time, lead time, level and whatever dims the weights have more."""
+        """Area means per time, lead time and level; further dims are those of the weights."""
         ...
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
-        """The score from the mean over times of what `per_time` gave."""
+        """The score, from the mean over times of the results of `per_time`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Coarsening by area and interpolation back: the trivial answers to downscaling.
+"""Area-weighted coarsening and interpolation back: the baselines of downscaling.
 
 `conservative` repeats the block mean (its area mean over a block is exact); `bilinear` and
 `bicubic` are Lagrange polynomials through the 2 or 4 nearest block centres along each axis, which
@@ -55,7 +55,7 @@ class Coarsening:
     def block_mean(
         self, fields: Float[np.ndarray, "*batch lat lon"]
     ) -> Float[np.ndarray, "*batch block_lat block_lon"]:
-        """Mean over the cells of every block that are there, by their area, in float64."""
+        """The area-weighted mean over the cells of every block that are not missing, in float64."""
         weights = rearrange(
             area_weights(self.fine.latitude), "(block cell) -> block cell", cell=self.factor
         )

@@ -1,4 +1,4 @@
-"""Neighbours beyond the edge of a grid: across the pole and around the circle.
+"""Neighbours beyond the edge of a grid, across the pole and around the circle.
 
 Past a pole the next row is the same row turned by half the circle, and the eastward and northward
 components of a vector change sign there. Longitudes wrap. A grid that does not reach a pole, or

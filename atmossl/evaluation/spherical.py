@@ -20,8 +20,9 @@ _TOLERANCE_DEG = 1e-2
 
 
 def geometry_of(latitude: np.ndarray, longitude: np.ndarray) -> Geometry | None:
-    """Which latitudes these are, degrees ascending: rows of equal height (F1), the same with rows
-    on the poles (CC), or Gaussian (GL). None: others, or longitudes that are not the circle."""
+    """The kind of grid that latitudes (degrees, ascending) form: rows of equal height (F1), the
+    same with rows on the poles (CC), or Gaussian (GL). None: another grid, or longitudes that do
+    not close the circle."""
     count, spacing = len(latitude), 360.0 / len(longitude)
     if np.abs(np.diff(longitude) - spacing).max() > _TOLERANCE_DEG:
         return None

@@ -1,4 +1,5 @@
-"""Predictions and baselines against truth, a few cases at a time, as one tidy table.
+"""Verifies predictions and baselines against truth, a few cases at a time, and makes one tidy
+table.
 
 A `Tally` takes cases as they come and keeps only their area means, so memory does not grow with
 the size of the fields; the table and the diagnostics are worked out at the end.
@@ -84,7 +85,7 @@ class Tally:
         climate: Climate | None = None,
         series: str = "",
     ) -> None:
-        """Take some cases of some variables; all sources are scored on the predictions' cases.
+        """Add some cases of some variables; all sources are scored on the predictions' cases.
 
         series: the record that the cases are from; those of one record come one after another.
         Where the truth or a source is missing nothing of it is scored. Without a climate, the
@@ -116,8 +117,8 @@ class Tally:
                 self._add_case(name, source, case, weights)
 
     def _add_case(self, variable: str, source: str, case: Case, weights: xr.DataArray) -> None:
-        """Scores of the same derived quantity follow one another, so that it is worked out once and
-        no more than two are in memory."""
+        """Add the scores of one case. Scores of the same derived quantity follow one another, so
+        that it is computed once and no more than two are in memory."""
         chosen = [s for s in (*self.scores, *self.diagnostics) if s.applies(case)]
         in_order = sorted(chosen, key=lambda s: [q.name for q in quantities_of(s)])
         last = {q: number for number, s in enumerate(in_order) for q in quantities_of(s)}
@@ -130,8 +131,8 @@ class Tally:
             self._parts.setdefault(key, []).append(means[statistic.name])
 
     def table(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
-        """Every score of every source with its interval, and the ratios of the model's RMSE and
-        CRPS to its baselines'; all share the draws of the bootstrap.
+        """A table of every score of every source with its interval, and the ratios of the model's
+        RMSE and CRPS to those of its baselines. All share the draws of the bootstrap.
 
         Level is NaN for surface variables, lead_hours for tasks without lead time. Scores that a
         source cannot have (spread of one member) have no row. Seasons have rows of their own if
@@ -152,7 +153,8 @@ class Tally:
         return table.loc[:, list(COLUMNS)]
 
     def _draws(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Of every variable; those of the same cases share them."""
+        """The draws of the bootstrap for every variable. Variables with the same cases share
+        their draws."""
         drawn: dict[tuple[int, ...], np.ndarray] = {}
         for lengths in self._lengths.values():
             key = tuple(lengths.values())
@@ -176,9 +178,9 @@ class Tally:
                 yield frame.assign(source=self.model_name, score=prefix + baseline)
 
     def overall(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
-        """The model in one number a score, with its interval (columns score, baseline, value, low,
-        high, p_value): means over variables, levels and lead times on the globe. Scores are
-        `rmse_ratio` and `crps_ratio` to each baseline, and `spread_skill` of an ensemble."""
+        """The model in one number per score, with its interval (columns score, baseline, value,
+        low, high, p_value): means over variables, levels and lead times on the globe. The scores
+        are `rmse_ratio` and `crps_ratio` to each baseline, and `spread_skill` of an ensemble."""
         draws = self._draws(bootstrap, rng)
         parts: dict[tuple[str, str], list[_Samples]] = {}
         for variable in self._units:
@@ -267,13 +269,14 @@ def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None
 
 
 def _mean_of_globe(ratio: xr.DataArray) -> xr.DataArray:
-    """Mean over levels and lead times of the first region."""
+    """The mean of a ratio over levels and lead times, in the first region."""
     globe = ratio.isel(region=0, drop=True)
     return globe.mean([dim for dim in globe.dims if dim != "resample"])
 
 
 def _seasons(months: xr.DataArray) -> dict[str, xr.DataArray | None]:
-    """Which cases belong to each season; None are all of them. One season has no rows."""
+    """The cases of each season, and None for all cases. If there is one season only, it is left
+    out."""
     cases_of = {name: months.isin(of_season) for name, of_season in SEASONS.items()}
     present = {name: chosen for name, chosen in cases_of.items() if bool(chosen.any())}
     return {WHOLE_YEAR: None} | (present if len(present) > 1 else {})
@@ -281,7 +284,7 @@ def _seasons(months: xr.DataArray) -> dict[str, xr.DataArray | None]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which cases count, and how they are drawn again."""
+    """The cases that count, and the draws of the bootstrap."""
 
     dim: str
     chosen: xr.DataArray | None
@@ -303,13 +306,13 @@ class _Plan:
         return self._frame(value, self.bootstrap.limits(samples), None)
 
     def score(self, score: Score, per_time: xr.Dataset) -> _Samples:
-        """A score, and the same in every resample."""
+        """A score over all cases, and the same score in every resample."""
         per_time = self._only_chosen(per_time)
         samples = score.value(resampled_means(per_time, self.dim, self.counts))
         return score.value(per_time.mean(self.dim)), samples
 
     def ratio(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> _Samples:
-        """Our score over theirs, and the same in every resample."""
+        """Our score over that of a baseline, and the same in every resample."""
         ours, theirs = self._only_chosen(ours), self._only_chosen(theirs)
         error = score.value(theirs.mean(self.dim))
         value = score.value(ours.mean(self.dim)) / error.where(error > 0)
@@ -326,7 +329,8 @@ class _Plan:
         limits: tuple[xr.DataArray, xr.DataArray],
         p_value: xr.DataArray | None,
     ) -> pd.DataFrame:
-        """Rows over level, lead time and region; what needs draws is NaN in a short record."""
+        """Rows over level, lead time and region. Values that need draws are NaN in a short
+        record."""
         nothing = xr.full_like(value, np.nan)
         low, high = limits
         p_value = nothing if p_value is None else p_value

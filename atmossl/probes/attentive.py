@@ -24,7 +24,7 @@ _WEIGHT_DECAY = 0.1
 
 
 class AttentivePool(nn.Module):
-    """Means of tokens with attention as weights, one for each head, and a linear map of them.
+    """A linear map of weighted means of tokens; the weights of each head are its attention.
 
     The query begins at 0, where every mean is that over the sphere. area: of every token.
     """

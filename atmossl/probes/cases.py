@@ -36,7 +36,8 @@ class Run:
 def chosen_runs(
     records: Mapping[str, Sequence[Segment]], *, window_steps: int, every: int
 ) -> list[Run]:
-    """Of every record each n-th date that has a window and one day of fields on both sides.
+    """The cases of every record: each n-th date that has a window, and one day of fields on both
+    sides.
 
     records: by split. window_steps: of which a date is the last.
     Raises:
@@ -134,7 +135,7 @@ class Cases:
     states: Mapping[int, xr.Dataset]
 
     def of(self, split: str) -> np.ndarray:
-        """Which cases belong to a split."""
+        """True for the cases of a split."""
         return self.split == split
 
 
@@ -155,7 +156,7 @@ def read_cases(runs: Sequence[Run], levels: Mapping[str, Sequence[int]]) -> Case
 
 
 def _state(run: Run, hours: int, levels: Mapping[str, Sequence[int]]) -> xr.Dataset:
-    """The fields some hours from every date of a run."""
+    """The fields at some hours from every date of a run."""
     segment = run.segment
     steps = run.steps + round(hours / segment.step_hours)
     dataset = xr.Dataset(

@@ -21,9 +21,8 @@ from atmossl.probes.cases import Cases, Run, TokenPlaces, hours_of_day_and_year
 
 @dataclass(frozen=True)
 class Features:
-    """What a probe sees. layer: of the encoder; None for features that have none. tokens: of the
-    last layer, those of the whole sphere, or evenly spread ones of them.
-    """
+    """The features that a probe sees. layer: of the encoder; None for features without one.
+    tokens: of the last layer, those of the whole sphere, or evenly spread ones of them."""
 
     source: str
     layer: int | None
@@ -57,7 +56,7 @@ def encoded(
     source: str,
     advance: Callable[[float], object] = float,  # of no consequence
 ) -> list[Features]:
-    """Latents of every layer, from 0 on, at all cases. embedders: of every run."""
+    """The latents of every layer, from 0 on, at all cases. embedders: one for every run."""
     dates = [
         (embedder, time)
         for embedder, run in zip(embedders, runs, strict=True)
@@ -96,7 +95,7 @@ def _last_step(stream: StreamField) -> Float[np.ndarray, "level lat lon feature"
 
 
 def _pooled(latents: np.ndarray, stream: StreamField) -> np.ndarray:
-    """Mean over the sphere and over levels, one vector."""
+    """The mean of a stream's latents over the sphere and over levels, as one vector."""
     weight = np.cos(np.deg2rad(stream.latitude)).clip(0.0)
     rows = latents.mean(axis=(0, 2))
     return np.average(rows, axis=0, weights=weight)
@@ -114,8 +113,9 @@ def _nearest(
 
 
 def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[int]]) -> Features:
-    """Fields of the date and of the day before, in units of their spread over training: means over
-    all tokens, pooled; every cell of a place's token and the means of the eight around, local."""
+    """The fields of the date and of the day before, in units of their spread over training.
+    Pooled features are means over tokens; local features are all cells of the place's token and
+    the means of the eight tokens around."""
     pooled, local = [], []
     train = cases.of("train")
     for hours in (-24, 0):
@@ -134,8 +134,8 @@ def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[
 
 
 def _around(means: Float[np.ndarray, "case row column"]) -> np.ndarray:
-    """The eight neighbours of every token, last axis; the outermost rows are their own neighbours
-    towards the pole."""
+    """The eight neighbours of every token, along the last axis. The outermost rows are their own
+    neighbours towards the pole."""
     padded = np.pad(means, ((0, 0), (1, 1), (0, 0)), mode="edge")
     rows = means.shape[1]
     shifted = [
@@ -148,8 +148,8 @@ def _around(means: Float[np.ndarray, "case row column"]) -> np.ndarray:
 
 
 def principal_components(raw: Features, cases: Cases, like: Features) -> Features:
-    """Principal components of the raw values, fitted on the training cases, as many as the latents
-    have features, or as there can be."""
+    """Principal components of the raw values, fitted on the training cases: as many as the
+    latents have features, or as many as there are."""
     train = cases.of("train")
     parts = []
     for values, latents in ((raw.pooled, like.pooled), (raw.local, like.local)):
@@ -164,8 +164,8 @@ def principal_components(raw: Features, cases: Cases, like: Features) -> Feature
 
 
 def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
-    """Where and when alone: harmonics of the time of day and year; of latitude and longitude and
-    of the local solar time too for places."""
+    """Features that tell time and place alone: harmonics of the time of day and year; for places
+    also of latitude, longitude and local solar time."""
     day, year = (2 * np.pi * share for share in hours_of_day_and_year(cases.times))
     clock = [f(k * angle) for angle in (day, year) for k in (1, 2) for f in (np.sin, np.cos)]
     pooled = np.stack(clock, axis=-1)

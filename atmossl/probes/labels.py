@@ -1,4 +1,4 @@
-"""What probes are asked: labels of atmospheric states, each a pure function of fields.
+"""The labels that probes predict: properties of atmospheric states, each a pure function of fields.
 
 A field has dims (case, level, latitude, longitude), latitudes ascending in degrees, CF units. A
 label is either one number per case, or one per case and cell; cells are averaged over tokens later.
@@ -20,7 +20,7 @@ Kind = Literal["number", "class", "extreme"]
 
 @dataclass(frozen=True)
 class Label:
-    """What one probe is asked.
+    """One label: what one probe predicts.
 
     of: label of (state, state one day before), dims (case) or (case, latitude, longitude); the
         label of an angle has a last dim `part`.
@@ -40,7 +40,7 @@ class Label:
     local: bool = False
 
     def check(self, name: str, levels: Mapping[str, Sequence[int]]) -> None:
-        """Raise ValueError if a checkpoint has not the variables and levels that it needs."""
+        """Raise ValueError if a checkpoint lacks the variables and levels that the label needs."""
         lacking = [
             f"{v} at {level} hPa" for v, level in self.needs if level not in levels.get(v, ())
         ]
@@ -52,9 +52,9 @@ class Label:
 
 
 def jet_latitude(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
-    """Latitude in degrees of the strongest zonal-mean westerly wind at 850 hPa between 15 and 75
-    degrees north, refined by a parabola through the maximum and its two neighbours (after Woollings
-    et al. 2010, QJRMS 136, who average over the North Atlantic alone)."""
+    """The latitude in degrees of the strongest zonal-mean westerly wind at 850 hPa between 15
+    and 75 degrees north, refined by a parabola through the maximum and its two neighbours (after
+    Woollings et al. 2010, QJRMS 136, who average over the North Atlantic alone)."""
     del before
     wind = now["u_component_of_wind"].sel(level=850).mean("longitude")
     wind = wind.sel(latitude=slice(15, 75)).transpose("case", "latitude")
@@ -134,7 +134,7 @@ def _everywhere(now: xr.Dataset, values: np.ndarray) -> xr.DataArray:
 
 
 def latitude_belt(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
-    """Which of six belts of 30 degrees a place is in, 0 the southernmost; a state's place alone."""
+    """The belt of a place: which of six belts of 30 degrees it lies in, 0 the southernmost."""
     del before
     belt = np.floor((now["latitude"].to_numpy() + 90.0) / (180.0 / NUM_BELTS)).clip(
         0, NUM_BELTS - 1

@@ -24,7 +24,7 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of features with their targets, and the run and time that each is of."""
+    """Rows of features with their targets, and the run and time of each row."""
 
     features: Float[np.ndarray, "row feature"]
     targets: Float[np.ndarray, "row target"]
@@ -84,8 +84,9 @@ def nearest_neighbours(
     neighbours: int = NEIGHBOURS,
     excluded_days: float = EXCLUDED_DAYS,
 ) -> Float[np.ndarray, "row target"]:
-    """Mean target of the training rows with the largest cosine, each state within some days in the
-    same run left out (as weather lasts, such a row would be the same weather again).
+    """The mean target of the training rows whose features have the largest cosine with those of a
+    test row. Training rows within some days in the same run are left out: weather lasts, so such a
+    row would be the same weather again.
 
     A row that has fewer neighbours has the mean of those that it has; without any, that of all.
     """

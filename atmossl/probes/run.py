@@ -1,4 +1,5 @@
-"""All probes of one checkpoint: reads, encodes, fits, scores, compares with the baselines."""
+"""Runs all probes of one checkpoint: reads fields, encodes them, fits, scores, and compares with
+the baselines."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probes of one checkpoint found.
+    """The results of the probes of one checkpoint.
 
     outcomes: of every probe, source, layer and method. headlines: by probe, of linear probes on the
     layer of the latents that validation chose. rank: RankMe of the pooled latents' departures from
@@ -250,7 +251,7 @@ def _embedder(trained: TrainedModel, segment: Segment, options: ProbeOptions) ->
 
 
 def _places(embedder: Embedder, run: Run, num_cases: int, options: ProbeOptions) -> TokenPlaces:
-    """Drawn from the tokens of the first stream."""
+    """The places of local labels, drawn from the tokens of the first stream."""
     stream = next(iter(embedder.fields(run.times[0]).values()))
     return draw_places(
         stream.latitude, stream.longitude, num_cases, options.places,

@@ -27,7 +27,7 @@ EXTREME_QUANTILE = 0.95
 
 @dataclass(frozen=True)
 class Question:
-    """One label as rows that a probe is fitted on.
+    """One label as rows on which a probe is fitted.
 
     case: that a row belongs to. persistence: the label of a day earlier. pairs: earlier and later
     case of a row, for labels of two dates.
@@ -46,7 +46,8 @@ class Question:
         return not self.local and self.pairs is None
 
     def inputs(self, features: Features) -> Float[np.ndarray, "row feature"]:
-        """What a probe sees in every row: of two dates, the distance of every feature."""
+        """The features that a probe sees in every row; for labels of two dates, the distance of
+        every feature."""
         if self.pairs is not None:
             first, second = self.pairs
             return np.abs(features.pooled[first] - features.pooled[second])
@@ -112,7 +113,7 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
 
 
 def _by_place(cells: xr.DataArray, places: TokenPlaces) -> np.ndarray:
-    """Means over tokens, [case row column part]."""
+    """The means of cells over tokens, [case row column part]."""
     if "part" not in cells.dims:
         cells = cells.expand_dims("part", axis=-1)
     cells = cells.transpose("case", "latitude", "longitude", "part")
@@ -127,10 +128,11 @@ def _as_targets(
     train: np.ndarray,
     places: TokenPlaces,
 ) -> Float[np.ndarray, "case place target"]:
-    """Numbers as departures from the training mean (of every place), classes as one column each.
-    The limit of an extreme is of the drawn places, which are evenly spread over the sphere.
+    """The targets of a label. Numbers are departures from the training mean (of every place),
+    classes have one column each. The limit of an extreme is that of the drawn places, which are
+    evenly spread over the sphere.
 
-    asked: what mean and limit are taken of, at the cases `train`.
+    asked_values: values of which mean and limit are taken, at the cases `train`.
     """
     if label.kind == "number":
         values = values - asked_values[train].mean(axis=0)
@@ -295,6 +297,6 @@ class Scorer:
 
 
 def best_by_validation(outcomes: Sequence[Outcome], source: str, method: str) -> Outcome:
-    """Of all layers of a source."""
+    """The best outcome of a source over all its layers, by the skill on validation."""
     of_source = [o for o in outcomes if o.source == source and o.method == method]
     return max(of_source, key=lambda outcome: outcome.validation)

@@ -92,7 +92,7 @@ class ModelConfig(Strict):
 
     @property
     def target(self) -> str:
-        """Its name in `atmossl.model.kinds`."""
+        """The name of the network in `atmossl.model.kinds`."""
         return "multiformer"
 
     @property
@@ -102,14 +102,14 @@ class ModelConfig(Strict):
 
 @dataclass(frozen=True)
 class NetworkOfCheckpoint:
-    """Another network than the package's own, with the arguments that a checkpoint records."""
+    """A network other than the package's own, with the arguments that a checkpoint records."""
 
     target: str
     plain_arguments: dict[str, Any]
 
 
 def _choose_model(node: Any) -> Any:
-    """The network of a plugin or of a checkpoint where the node has a `_target_`, else the
+    """The network of a plugin or of a checkpoint if the node has a `_target_`; else the
     package's own."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return ModelConfig.model_validate(node)
@@ -129,7 +129,7 @@ class PathsConfig(Strict):
 
 
 def _named(streams: Any) -> Any:
-    """Streams that know their names, by which they stand in the configuration."""
+    """The streams, each with the name under which it stands in the configuration."""
     if not isinstance(streams, Mapping) or not streams:
         raise ValueError("needed: keys and values of at least one stream, by its name")
     for name, stream in streams.items():
@@ -145,7 +145,7 @@ Streams = Annotated[dict[str, StreamSpec], BeforeValidator(_named)]
 
 
 class TrainConfig(Strict):
-    """Everything that `atmossl train` obeys. seed: of first weights, masks and order of samples."""
+    """All settings of `atmossl train`. seed: of first weights, masks and order of samples."""
 
     seed: NotNegative
     resume: str | None
@@ -178,7 +178,7 @@ class TrainConfig(Strict):
 
 
 def _tuning_faults(config: TrainConfig) -> list[str]:
-    """Parts of a network that are trained alone."""
+    """Faults of settings that train only parts of a network."""
     only, rank = config.objective.train_only, config.warm_start.low_rank.rank
     chosen = [] if only is None else [f"objective.train_only={only}"]
     chosen += [f"warm_start.low_rank.rank={rank}"] if rank else []
@@ -198,8 +198,8 @@ def _tuning_faults(config: TrainConfig) -> list[str]:
 
 
 def _comparison_faults(config: TrainConfig) -> list[str]:
-    """Keywords of the objective that do not fit together, and what an objective that compares the
-    samples of a batch cannot take."""
+    """Faults of the objective's keywords together, and of settings with which an objective
+    cannot compare the samples of a batch."""
     objective = config.objective
     faults = objective.faults(config.data.batch_size)
     if not objective.compares_samples:
@@ -219,8 +219,8 @@ def _comparison_faults(config: TrainConfig) -> list[str]:
 
 
 class StatsConfig(TrainConfig):
-    """Everything that `atmossl data stats` obeys: a training run's data, and what is wanted of
-    them. See `atmossl.data.climatology.write_climatology`."""
+    """All settings of `atmossl data stats`: the data of a training run, and which statistics to
+    compute. See `atmossl.data.climatology.write_climatology`."""
 
     climatologies: tuple[Kind, ...]
     output: Path | None
@@ -235,7 +235,7 @@ class StatsConfig(TrainConfig):
 
 
 def _stream_faults(config: TrainConfig) -> list[str]:
-    """Streams against catalog and window."""
+    """Faults of streams that fit neither catalog nor window."""
     faults = []
     for name, stream in config.stream.items():
         if "." in name or hasattr(ModuleDict, name):
@@ -264,7 +264,7 @@ def _stream_faults(config: TrainConfig) -> list[str]:
 
 
 def _entry_faults(stream: StreamSpec, entry: CatalogEntry) -> list[str]:
-    """A stream against its catalog entry."""
+    """Faults of a stream that does not fit its catalog entry."""
     faults, name = [], stream.name
     computed = sorted(set(stream.variables) & set(FORCINGS))
     if computed and stream.role == "predict":
@@ -303,7 +303,7 @@ def _transform_faults(config: TrainConfig) -> list[str]:
 
 
 def _joint_faults(config: TrainConfig) -> list[str]:
-    """Members that are fields, and losses that look at fields."""
+    """Faults of an ensemble whose members are no fields, under a loss that looks at fields."""
     faults, window, model = [], config.data.window, config.model
     is_own = isinstance(model, ModelConfig)
     if is_own and model.ensemble == "noise" and model.num_members < 2:
@@ -337,7 +337,8 @@ def _schedule_faults(config: TrainConfig) -> list[str]:
 
 
 def _model_faults(config: TrainConfig) -> list[str]:
-    """Sizes of the package's own network against each other; others check their own."""
+    """Faults of sizes of the package's own network that do not fit together; other networks
+    check their own."""
     faults, model = [], config.model
     if not isinstance(model, ModelConfig):
         return []
@@ -373,7 +374,8 @@ def _model_faults(config: TrainConfig) -> list[str]:
 
 
 def _causal_faults(config: TrainConfig) -> list[str]:
-    """What predicts every step from those before needs a network that sees no later ones."""
+    """Faults of settings that predict every step from earlier ones with a network that sees
+    later steps."""
     model = config.model
     if not isinstance(model, ModelConfig):
         return []
@@ -406,7 +408,8 @@ CHECKS = (
 
 
 class CheckpointConfig(Strict):
-    """What every command that runs a checkpoint on a store obeys.
+    """The settings of every command that runs a checkpoint on a store. every: of all possible
+    times, each n-th.
 
     split: part of the catalog entry whose dates are used. every: of all possible times, each n-th.
     overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
@@ -427,7 +430,8 @@ class CheckpointConfig(Strict):
 
 
 def _dates(times: Any) -> Any:
-    """Dates as texts; those without separators, such as 19590112 or 1959011206, are numbers."""
+    """Dates as texts. YAML reads those without separators, such as 19590112 or 1959011206, as
+    numbers."""
     if isinstance(times, Sequence) and not isinstance(times, str):
         return tuple(map(_dates, times))
     digits = re.fullmatch(r"(\d{4})(\d\d)(\d\d)T?(\d\d)?", str(times))
@@ -443,7 +447,7 @@ Times = Annotated[str | tuple[str, ...], BeforeValidator(_dates)]
 
 
 def _members(members: Any) -> int | tuple[int, ...] | None:
-    """How many members, or the numbers of some."""
+    """The number of members, or the numbers of some members."""
     if members is None:
         return None
     listed = isinstance(members, Sequence) and not isinstance(members, str)
@@ -462,7 +466,7 @@ ChosenMembers = Annotated[int | tuple[int, ...] | None, BeforeValidator(_members
 
 
 class PredictConfig(CheckpointConfig):
-    """Everything that `atmossl predict` obeys. Times are ISO dates, or `all`."""
+    """All settings of `atmossl predict`. Times are ISO dates, or `all`."""
 
     task: ChosenTask
     init_time: Times
@@ -475,14 +479,14 @@ class PredictConfig(CheckpointConfig):
 
 
 class EmbedConfig(CheckpointConfig):
-    """Everything that `atmossl embed` obeys. Times are ISO dates, or `all`."""
+    """All settings of `atmossl embed`. Times are ISO dates, or `all`."""
 
     init_time: Times
     layer: int
 
 
 def _as_list(names: Any) -> Any:
-    """One path, or several as `[a.ckpt,b.ckpt]`, which the command line takes for one path."""
+    """One path, or several as `[a.ckpt,b.ckpt]`, which the command line passes as one text."""
     if not isinstance(names, str):
         return names
     listed = names.startswith("[") and names.endswith("]") and not Path(names).exists()
@@ -500,7 +504,7 @@ class FinetuneConfig(Strict):
 
 
 class ProbeConfig(Strict):
-    """Everything that `atmossl probe` obeys.
+    """All settings of `atmossl probe`.
 
     checkpoint: one or several. probes: names, empty for all that the checkpoint's fields allow.
         layers: of the encoder, empty for all. every: of all dates, each n-th. places: per date, for
@@ -545,7 +549,7 @@ def _is_tails(tails: tuple[float, float]) -> tuple[float, float]:
 
 
 class EvaluateConfig(CheckpointConfig):
-    """Everything that `atmossl evaluate` obeys.
+    """All settings of `atmossl evaluate`.
 
     forecasts: stores to score instead of the checkpoint's tasks; the first is compared with the
         others. boxes: name -> south, north, west, east in degrees. tails: quantiles of the

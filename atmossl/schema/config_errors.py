@@ -1,4 +1,5 @@
-"""What is wrong with a configuration, one line for each fault, in the words of the user."""
+"""Turns pydantic's errors of a configuration into one line for each fault, in the words of the
+user."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,9 +36,9 @@ _OF_TYPE = re.compile(r"(int|float|bool|string|path|tuple|list|dict|none)_(?!too
 def lines_of(
     faults: Sequence[Any], within: tuple[str, ...] = (), values: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """A line for each of pydantic's errors, but for lists that are too short since an item of
-    theirs has an error of its own. values: what was validated, whose keys are suggested for those
-    that are misspelt."""
+    """A line for each of pydantic's errors. Lists that are too short because one of their items
+    has an error of its own get no line. values: what was validated; its keys are suggested for
+    misspelt ones."""
     places = [fault["loc"] for fault in faults]
 
     def follows(fault: Any) -> bool:
@@ -61,7 +62,8 @@ def lines_of(
 
 
 def _alternatives(messages: Sequence[str]) -> str:
-    """What is valid, of the types that a value may have: `valid: above 0, or 'auto'`."""
+    """The valid values, joined over the types that a value may have: `valid: above 0, or
+    'auto'`."""
     first, *rest = dict.fromkeys(messages)
     if all(message.startswith("valid: ") for message in (first, *rest)):
         return ", or ".join([first, *(message.removeprefix("valid: ") for message in rest)])
@@ -80,7 +82,8 @@ def _keys_of(fault: Any, within: tuple[str, ...]) -> list[str]:
 def line_of(
     fault: Any, within: tuple[str, ...] = (), values: Mapping[str, Any] | None = None
 ) -> str:
-    """Key, value and what would be valid, of one of pydantic's errors.
+    """The line for one of pydantic's errors: key, value, and what would be valid. within: the keys
+    that lead to the validated part.
 
     within: the keys that lead to what was validated.
     """
@@ -100,7 +103,7 @@ def line_of(
 
 
 def _in_plain_words(fault: Any, message: str) -> str:
-    """What is valid, where pydantic's own words are for programmers."""
+    """The valid values in plain words, where pydantic's are for programmers."""
     match = _OF_TYPE.fullmatch(fault["type"])
     words = _WORDS.get(match[1] if match else fault["type"])
     if words is None:
@@ -113,7 +116,7 @@ def _in_plain_words(fault: Any, message: str) -> str:
 
 
 def _beside(fault: Any, values: Any) -> list[str]:
-    """The keys beside an unknown one: all keys of a configuration are there."""
+    """The keys that stand beside an unknown one."""
     *path, unknown = _keys_of(fault, ())
     for part in path:
         inner = values[int(part)] if isinstance(values, list | tuple) else (values or {}).get(part)
@@ -122,7 +125,7 @@ def _beside(fault: Any, values: Any) -> list[str]:
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> str:
-    """What to say of a key that is none of those that are valid at its place."""
+    """A sentence on a key that is unknown at its place, with the valid ones."""
     place, dot, name = key.rpartition(".")
     close = get_close_matches(name, list(valid), n=2)
     if close:

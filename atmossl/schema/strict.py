@@ -1,10 +1,11 @@
-"""What every part of the configuration obeys."""
+"""The base class of the configuration's parts, and the error for all that is wrong with a
+configuration."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class ConfigError(ValueError):
-    """All that is wrong with a configuration, one line per fault."""
+    """A configuration has faults; the message has one line for each."""
 
 
 class Strict(BaseModel):

@@ -1,4 +1,5 @@
-"""Parts of a configuration that are objects of a class of one's choice: masks, tasks, objectives.
+"""Parts of a configuration that are objects of a class that the user chooses: masks, tasks,
+objectives.
 
 Such a part is a mapping with the key `_target_`, which names the class: by the name of the class in
 small letters with underscores, such as `temporal_interpolation`, or with its module in front. The
@@ -74,7 +75,7 @@ def choose(node: Any, kinds: Kinds, base: type) -> Any:
 
 
 def _kind_of(node: Any, kinds: Kinds, base: type) -> tuple[Any, dict[str, Any]]:
-    """The class that a node names, and the node's other keys."""
+    """The class that a node names, and the other keys of the node."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ValueError(f"needs keys and values, with _target_ among them; valid: {sorted(kinds)}")
     values = dict(node)
@@ -82,7 +83,7 @@ def _kind_of(node: Any, kinds: Kinds, base: type) -> tuple[Any, dict[str, Any]]:
 
 
 def _with_parts(hint: Any) -> Any:
-    """An annotation, in which what takes such a part takes its mapping as well."""
+    """An annotation that accepts a mapping wherever the original takes such a part."""
     if not isinstance(hint, Hashable):  # arguments of a Callable
         return hint
     if hint in _PARTS:
@@ -100,8 +101,9 @@ def _with_parts(hint: Any) -> Any:
 def trained_sampler(
     record: Mapping[str, Any], plugins: Sequence[str]
 ) -> MaskingSampler | str | None:
-    """The sampler of the masks that a checkpoint was trained under, as its record has it; None if
-    it has none, and a text that says so if its code is of a package that is not in `plugins`."""
+    """The sampler of the masks under which a checkpoint was trained, from its record. None if
+    the record has none; a text that says so if its code is of a package that is not in
+    `plugins`."""
     masking = record.get("config", {}).get("masking")
     if masking is None:
         return None

@@ -1,4 +1,4 @@
-"""Types and bounds of how a run trains: trainer, warm start, loggers."""
+"""Types and bounds of the settings of training: trainer, warm start, loggers."""
 
 import importlib
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from atmossl.setting_types import NotNegative, Positive
 
 
 def _of_lightning(name: str) -> Any:
-    """A class of Lightning, which takes seconds to import and is only waited for where needed."""
+    """A class of Lightning. Lightning takes seconds to import, so this happens only where the
+    class is needed."""
     return getattr(importlib.import_module("lightning.pytorch"), name)
 
 
@@ -56,7 +57,8 @@ _OURS = {
 
 
 def _check_extra(extra: Any) -> Any:
-    """Keywords of Lightning's Trainer that have no key of ours, with values of their types."""
+    """Check keywords of Lightning's Trainer that have no key of ours, and the types of their
+    values."""
     if not isinstance(extra, Mapping):
         raise ValueError("valid: keywords of Lightning's Trainer and their values")
     for name in extra:
@@ -111,7 +113,8 @@ class TrainerConfig(Strict):
 
 
 class LowRankConfig(Strict):
-    """rank: of the matrices that alone are trained; 0: all weights are."""
+    """Low-rank adaptation. rank: of the matrices that alone are trained; 0: all weights are
+    trained."""
 
     rank: NotNegative
     layers: tuple[str, ...] = Field(min_length=1)
@@ -146,7 +149,7 @@ class LoggerConfig(Strict):
 
 
 def trainer_faults(trainer: TrainerConfig) -> list[str]:
-    """Strategy against precision and checkpoints."""
+    """Faults of a strategy that does not go with the precision or the form of checkpoints."""
     faults = []
     if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
         faults.append("trainer.precision=16-mixed with strategy=fsdp; valid: 32-true, bf16-mixed")

@@ -1,4 +1,5 @@
-"""Predictions to report: zero-shot tasks or forecast stores, scored against baselines."""
+"""The scorecard: zero-shot tasks of a checkpoint, or forecast stores, scored against baselines
+for a report."""
 
 from atmossl.scorecard.forecasts import compare_forecasts
 from atmossl.scorecard.task_report import provenance_of

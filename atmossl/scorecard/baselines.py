@@ -1,4 +1,5 @@
-"""What a model has to beat in each task, from the same inputs; fitted on training segments only.
+"""The baselines of each task. They use the same inputs as the model, and are fitted on training
+segments only.
 
 A builder makes a task's baselines once (a ridge regression is fitted then); they answer chunk by
 chunk, from the predictions, of which they take the labels, and the record that these are of. A new
@@ -27,7 +28,7 @@ Baselines = Callable[[xr.Dataset, xr.Dataset], Answers]
 
 @dataclass(frozen=True)
 class Setting:
-    """What baselines may know: the task, the grid of the truth, the training record.
+    """What baselines may use: the task, the grid of the truth, the training record.
 
     Attributes:
         task: its mask, with the choices that were made.
@@ -85,15 +86,16 @@ class Setting:
 
 
 def beside_missing(answer: xr.Dataset, predicted: xr.Dataset) -> xr.Dataset:
-    """An answer, missing for the variables that are predicted and that it lacks."""
+    """A baseline's answer, with missing values for variables that are predicted but that it
+    lacks."""
     member = predicted.isel(member=0, drop=True) if "member" in predicted.dims else predicted
     lacking = [name for name in member.data_vars if name not in answer]
     return answer.assign({name: xr.full_like(member[name], np.nan) for name in lacking})
 
 
 def problem_of(setting: Setting) -> ridge.RidgeTask | None:
-    """The regression that a task is compared with: for a forecast on the last three states, for a
-    single hidden step on its neighbours, for coarse cells on those around them, for hidden
+    """The regression that a task is compared with: for a forecast on the last three states, for
+    a single hidden step on its neighbours, for coarse cells on those around them, for hidden
     variables and levels on the given ones; None for other tasks and without complete variables."""
     around = min(1, setting.reference)
     match setting.task:
@@ -113,7 +115,7 @@ def problem_of(setting: Setting) -> ridge.RidgeTask | None:
 
 
 def _hidden_channels(setting: Setting) -> tuple[int, ...]:
-    """Numbers of the variables at levels that a task hides, among all of them."""
+    """The positions of the channels (variables on levels) that a task hides, among all channels."""
     task = setting.task
     channels = [(name, level) for name, levels in setting.levels.items() for level in levels]
     return tuple(
@@ -125,7 +127,8 @@ def _hidden_channels(setting: Setting) -> tuple[int, ...]:
 
 
 def forecast(setting: Setting) -> Baselines:
-    """Persistence, climatology, and a ridge regression on the last three states."""
+    """Baselines of forecasts: persistence, climatology, and a ridge regression on the last three
+    states."""
     regression = setting.fitted()
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
@@ -135,7 +138,7 @@ def forecast(setting: Setting) -> Baselines:
 
 
 def hindcast(setting: Setting) -> Baselines:
-    """Persistence backwards, and climatology."""
+    """Baselines of hindcasts: persistence backwards, and climatology."""
     return partial(_persisting, setting)
 
 
@@ -145,7 +148,8 @@ def _persisting(setting: Setting, predicted: xr.Dataset, truth: xr.Dataset) -> A
 
 
 def temporal_interpolation(setting: Setting) -> Baselines:
-    """The line in time between the known states, climatology, and a ridge regression."""
+    """Baselines of temporal interpolation: the line in time between the known states,
+    climatology, and a ridge regression."""
     count = len(setting.offsets)
     regression = setting.fitted()
 
@@ -168,7 +172,8 @@ def temporal_interpolation(setting: Setting) -> Baselines:
 
 
 def downscaling(setting: Setting) -> Baselines:
-    """Three interpolations of the coarse cells, and a ridge regression on their neighbourhoods."""
+    """Baselines of downscaling: three interpolations of the coarse cells, and a ridge regression
+    on their neighbourhoods."""
     factor = setting.task.factor
     regression = setting.fitted()
 
@@ -189,7 +194,8 @@ def downscaling(setting: Setting) -> Baselines:
 
 
 def inpainting(setting: Setting) -> Baselines:
-    """Harmonic infill, climatology, and a ridge regression on the nearest visible cells."""
+    """Baselines of inpainting: harmonic infill, climatology, and a ridge regression on the
+    nearest visible cells."""
     hidden = setting.task.hidden_cells(setting.grid)
     assert hidden is not None, setting.task
     harmonic = HarmonicInfill(setting.grid, hidden)
@@ -207,7 +213,8 @@ def inpainting(setting: Setting) -> Baselines:
 
 
 def cross_variable(setting: Setting) -> Baselines:
-    """Climatology, and a ridge regression on the variables and levels that were given."""
+    """Baselines of cross-variable tasks: climatology, and a ridge regression on the given
+    variables and levels."""
     regression = setting.fitted()
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
@@ -217,8 +224,8 @@ def cross_variable(setting: Setting) -> Baselines:
 
 
 def combined(setting: Setting) -> Baselines:
-    """Persistence, of a state with its gaps filled, for a union with a forecast; harmonic infill
-    for a union of gaps; climatology."""
+    """Baselines of unions. With a forecast: persistence of the state with its gaps filled. Of
+    gaps alone: harmonic infill. Always: climatology."""
     gaps = [part.hidden_cells(setting.grid) for part in setting.task.parts]
     gaps = [gap for gap in gaps if gap is not None]
     hidden = setting.task.hidden_cells(setting.grid)  # of a union of gaps alone
@@ -240,7 +247,7 @@ def combined(setting: Setting) -> Baselines:
 
 
 def climatology(setting: Setting) -> Baselines:
-    """The least that any task has to beat."""
+    """The baseline of all other tasks: climatology."""
     return lambda predicted, truth: {"climatology": setting.climatology(predicted)}  # noqa: ARG005
 
 

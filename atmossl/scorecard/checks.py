@@ -1,4 +1,5 @@
-"""What stands against a comparison, from the records' dates and coordinates: before any is read."""
+"""Checks that a comparison is possible, from the records' dates and coordinates, before any
+field is read."""
 
 from collections.abc import Sequence
 
@@ -14,8 +15,8 @@ from atmossl.scorecard.task_report import check_regions
 def check_records(
     config: EvaluateConfig, test: Sequence[Segment], training: Sequence[Segment]
 ) -> None:
-    """Raise ValueError unless the records of the split can be scored beside the training record,
-    cell by cell."""
+    """Raise ValueError unless the records of the split can be scored, cell by cell, beside the
+    training record."""
     first = training[0]
     check_regions(config, test[0].grid)
     for segment in test:
@@ -46,7 +47,8 @@ def check_rain(training: Segment) -> None:
 
 
 def check_baselines(setting: Setting, name: str, training: Sequence[Segment]) -> None:
-    """Raise ValueError if a task's baselines cannot be worked out of the training record.
+    """Raise ValueError if a task's baselines cannot be computed from the training record. name: of
+    the task, for messages.
 
     name: of the task, for messages.
     """
@@ -64,7 +66,8 @@ def check_baselines(setting: Setting, name: str, training: Sequence[Segment]) ->
 
 
 def _check_steps(setting: Setting, training: Segment) -> None:
-    """A regression of the training's steps is of no use for others."""
+    """Raise ValueError if the training record has another time step: a regression fitted to it
+    would be of no use."""
     if training.step != setting.step:
         raise ValueError(
             f"split=train, {training.location}, has steps of {training.step_hours:g} h, the record "

@@ -1,4 +1,4 @@
-"""Records as datasets: in memory if they are small, else read where and when they are needed."""
+"""Records as datasets: small ones in memory, large ones read where and when values are needed."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ _BLOCK_BYTES = 32 * 2**20
 
 
 def chosen_segments(segments: Sequence[Segment], config: EvaluateConfig) -> list[Segment]:
-    """Those that the configuration scores: all of the split, or the one that it names.
+    """The segments that the configuration scores: all of the split, or the named one.
 
     Raises:
         ValueError: there is none of that name.
@@ -39,8 +39,8 @@ def _step_bytes(segment: Segment) -> int:
 
 
 def record_of(segment: Segment) -> xr.Dataset:
-    """The record in canonical form, dims (time, level, latitude, longitude). A large one consists
-    of blocks of times, of which what is asked for is read and checked, and nothing is kept."""
+    """The record in canonical form, dims (time, level, latitude, longitude). A large record
+    consists of blocks of times that are read and checked on demand; nothing is kept."""
     if is_small(segment):
         return segment.to_dataset()
     step = max(1, _BLOCK_BYTES // _step_bytes(segment))

@@ -1,4 +1,4 @@
-"""A checkpoint's zero-shot tasks on held-out dates."""
+"""Scores a checkpoint's zero-shot tasks on held-out dates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class _Run:
-    """A task on one record: the dates that are scored."""
+    """A task on one record, and the dates that are scored."""
 
     plan: Plan
     times: np.ndarray
@@ -53,7 +53,7 @@ def score_tasks(
     device: str,
     tell: Callable[[Plan, np.ndarray], object] | None = None,
 ) -> list[TaskReport]:
-    """Every task of the configuration against its baselines, a few dates at a time.
+    """Score every task of the configuration against its baselines, a few dates at a time.
 
     tell: called with the plan and the dates of every task and record before any is scored.
     All segments of the split are scored, or the one that the configuration names: each by itself,
@@ -88,7 +88,7 @@ def score_tasks(
 def _runs(
     config: EvaluateConfig, trained: TrainedModel, segments: Sequence[Segment], device: str
 ) -> list[list[_Run]]:
-    """Of every task, the dates of every record that are scored; ValueError for a task that fits
+    """The dates of every record that are scored, for every task. ValueError for a task that fits
     neither store nor model."""
     options = Options(
         overlap=config.overlap,
@@ -119,8 +119,8 @@ def check_tasks(tasks: Sequence[Task]) -> None:
 
 
 def scored_runs(plans: Sequence[Plan], every: int, name: str) -> list[_Run]:
-    """Of each plan every n-th time that has its truth in the store; without those that have
-    none.
+    """For each plan every n-th time for which the store holds the truth; plans without such times
+    are left out.
 
     Raises:
         ValueError: all have none.
@@ -135,7 +135,7 @@ def scored_runs(plans: Sequence[Plan], every: int, name: str) -> list[_Run]:
 
 
 def _setting(config: EvaluateConfig, plan: Plan, name: str, training: Sequence[Segment]) -> Setting:
-    """What a task's baselines may know, but for the training record.
+    """What a task's baselines may use, apart from the training record.
 
     Raises:
         ValueError: records that the task's baselines cannot use.
@@ -237,8 +237,8 @@ def _given(visible: VisibleInput, example: Example) -> Given:
 
 
 def only_hidden(task: Task, predicted: xr.Dataset) -> xr.Dataset:
-    """A prediction without the variables and levels that were given, and, for a union of a
-    forecast and others, without lead time 0, where most of the field was."""
+    """A prediction without the variables and levels that were given. For a union of a forecast
+    and other tasks lead time 0 is left out as well, since most of the field was given there."""
     variables, levels = task.scored_variables, task.scored_levels
     if variables:
         predicted = predicted[[name for name in predicted.data_vars if name in variables]]
@@ -250,7 +250,8 @@ def only_hidden(task: Task, predicted: xr.Dataset) -> xr.Dataset:
 
 
 def where_hidden(truth: xr.Dataset, hidden: np.ndarray | None) -> xr.Dataset:
-    """The truth, missing where cells were given, so that nothing is scored there."""
+    """The truth where cells were hidden, and missing values elsewhere, so that given cells are
+    not scored."""
     if hidden is None:
         return truth
     return truth.where(xr.DataArray(hidden, dims=("latitude", "longitude")))

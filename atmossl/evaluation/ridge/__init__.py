@@ -1,4 +1,5 @@
-"""Ridge regression on neighbourhoods of all fields: the linear baseline a network must beat."""
+"""Ridge regression on neighbourhoods of all fields: the linear baseline that a network must
+beat."""
 
 from atmossl.evaluation.ridge.channels import Channels
 from atmossl.evaluation.ridge.model import RidgeModel, check_runs, fit_ridge

@@ -1,4 +1,5 @@
-"""Datasets as arrays [time, channel, lat, lon] and back; a channel is a variable on one level."""
+"""Converts datasets to arrays [time, channel, lat, lon] and back. A channel is a variable on one
+level."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Channels:
         return len(self.signs)
 
     def stack(self, dataset: xr.Dataset) -> Float[np.ndarray, "time channel lat lon"]:
-        """Values in float64.
+        """The dataset as an array in float64.
 
         Raises:
             ValueError: a variable or level is missing, or a value is not finite.

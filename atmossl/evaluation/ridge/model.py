@@ -1,4 +1,4 @@
-"""Fit and use one ridge regression per latitude row, on the neighbourhood of all fields.
+"""Fits and applies one ridge regression per latitude row, on the neighbourhood of all fields.
 
 Hoerl and Kennard (1970), Technometrics 12: slopes minimise mean squared error + strength * sum of
 squared slopes of standardised inputs. The strength of each output is the one with the least error
@@ -30,7 +30,7 @@ _HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class _Frame:
-    """How one task looks on one grid: shapes, halos and the residual in cell layout."""
+    """One task on one grid: shapes, halos, and the residual in the layout of cells."""
 
     task: RidgeTask
     grid: Grid
@@ -55,7 +55,8 @@ class _Frame:
         )
 
     def _seen(self, fields: np.ndarray) -> np.ndarray:
-        """Fields [anchor, channel, ...] with hidden channels zero, which takes no slope."""
+        """Fields [anchor, channel, ...] with zeros in hidden channels, to which the regression
+        gives no slope."""
         hidden = list(self.task.hidden_channels)
         if not hidden:
             return fields
@@ -99,7 +100,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class RidgeModel:
-    """A fitted regression.
+    """A fitted ridge regression.
 
     Attributes:
         centre: taken off the inputs, for every halo row and input channel.
@@ -165,7 +166,8 @@ def fit_ridge(
     strengths: Sequence[float] = STRENGTHS,
     held_out: float = _HELD_OUT,
 ) -> RidgeModel:
-    """Fit on training runs only; `held_out` is the share at each run's end that picks strengths.
+    """Fit the regression on training runs only. held_out: the share at each run's end that chooses
+    strengths.
 
     Raises:
         ValueError: no segments, different or non-global grids, or runs that are too short.
@@ -192,7 +194,7 @@ def fit_ridge(
 def check_runs(
     grid: Grid, num_times: Sequence[int], task: RidgeTask, *, held_out: float = _HELD_OUT
 ) -> None:
-    """Raise ValueError for training runs, of so many steps each, that `fit_ridge` cannot use."""
+    """Raise ValueError if `fit_ridge` cannot use training runs with these numbers of steps."""
     if not grid.periodic:
         raise ValueError("longitude: ridge regression needs a grid that closes the circle")
     counts = [len(_anchors(task, count, with_targets=True)) for count in num_times]
@@ -210,7 +212,7 @@ def check_runs(
 
 
 def _anchors(task: RidgeTask, num_times: int, *, with_targets: bool) -> np.ndarray:
-    """Steps of a run around which all inputs, and all targets, lie inside it."""
+    """The steps of a run around which all inputs, and with targets all targets, lie inside it."""
     offsets = task.input_offsets
     offsets = (*offsets, *task.target_offsets) if with_targets else offsets
     return np.arange(max(0, -min(offsets)), num_times - max(0, *offsets))
@@ -235,7 +237,7 @@ def _require_run(segment: xr.Dataset, grid: Grid) -> None:
 
 
 def _first_block_mean(frame: _Frame, segment: xr.Dataset) -> np.ndarray:
-    """Rough centre of the inputs [channel, halo_row], so that sums of squares lose no digits."""
+    """A rough centre of the inputs [channel, halo_row], so that sums of squares lose no digits."""
     anchors = frame.anchors(segment.sizes["time"], with_targets=True)
     block = next(frame.blocks(segment, anchors, with_targets=True))
     return frame.inputs(block).mean(axis=(0, -1))
@@ -244,7 +246,7 @@ def _first_block_mean(frame: _Frame, segment: xr.Dataset) -> np.ndarray:
 def _accumulate(
     frame: _Frame, segments: Sequence[xr.Dataset], centre: np.ndarray, held_out: float
 ) -> tuple[RidgeMoments, RidgeMoments]:
-    """Moments of the fitted and of the held-out part."""
+    """The moments of the fitted and of the held-out part."""
     task = frame.task
     num_targets = len(task.target_offsets) * len(frame.channels)
     parts = [
@@ -278,7 +280,7 @@ class _Standardised:
         self.cross = (row.cross - np.outer(row.mean_x, row.mean_y)) / self.scale[:, None]
 
     def solve(self, strength: float, outputs: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slope [feature, output] and intercept [output] in the inputs' units."""
+        """The slope [feature, output] and intercept [output] in the inputs' units."""
         penalised = self.gram + strength * np.eye(len(self.gram))
         solution = cho_solve(cho_factor(penalised, lower=True), self.cross[:, outputs])
         slope = solution / self.scale[:, None]

@@ -1,4 +1,4 @@
-"""What a ridge regression sees and what it corrects, for each task.
+"""The inputs and targets of a ridge regression, for each task.
 
 A sample is anchored at one time index of a run. Inputs lie at `input_offsets` steps from it and
 targets at `target_offsets`; the regression learns target minus `trivial`, so that a strong penalty
@@ -56,7 +56,7 @@ class RidgeTask(Protocol):
 
     @property
     def hidden_channels(self) -> tuple[int, ...]:
-        """Channels that are targets only."""
+        """The channels that are targets only."""
         ...
 
     def trivial(self, block: Block) -> Targets:
@@ -66,7 +66,8 @@ class RidgeTask(Protocol):
 
 @dataclass(frozen=True)
 class RidgeForecast:
-    """States `leads` steps ahead from `history` steps that end now; trivially, persistence."""
+    """Predicts states `leads` steps ahead from `history` steps that end now; its trivial answer
+    is persistence."""
 
     history: int = 3
     leads: tuple[int, ...] = (1, 2)
@@ -95,7 +96,8 @@ class RidgeForecast:
 
 @dataclass(frozen=True)
 class TemporalInterpolation:
-    """One hidden step from `neighbours` steps on each side; trivially, the mean of the nearest."""
+    """Predicts one hidden step from `neighbours` steps on each side; its trivial answer is the
+    mean of the nearest two."""
 
     neighbours: int = 2
     factor: int = field(default=1, init=False)
@@ -120,7 +122,7 @@ class TemporalInterpolation:
 
 
 class _Around:
-    """The anchor's own step, from itself and `neighbours` steps on each side."""
+    """Predicts the anchor's own step from this step and `neighbours` steps on each side."""
 
     neighbours: int
 
@@ -135,7 +137,8 @@ class _Around:
 
 @dataclass(frozen=True)
 class RidgeDownscaling(_Around):
-    """All fine values of a block from block means, `neighbours` steps on each side and now.
+    """Predicts all fine values of a block from block means, at the step itself and `neighbours`
+    steps on each side.
 
     Trivially, bicubic interpolation of the block means. Every dataset handed in is at full
     resolution: the block means are taken here and nothing else of it is an input.
@@ -161,7 +164,8 @@ class RidgeDownscaling(_Around):
 
 @dataclass(frozen=True)
 class CrossVariable(_Around):
-    """Hidden channels from the others around the cell, `neighbours` steps on each side and now.
+    """Predicts hidden channels from the other channels around the cell, at the step itself and
+    `neighbours` steps on each side.
 
     Trivially, nothing: a strong penalty falls back to the mean of the latitude row.
     """
