@@ -1,4 +1,5 @@
-"""Forecast stores of anyone in one form, and what several of them have in common.
+"""Brings forecast stores of any origin into one form, and finds what several of them have in
+common.
 
 Read are this program's own predictions, WeatherBench-X (`init_time`, `lead_time`) and
 WeatherBench 2 (`time` is the init time, `prediction_timedelta` the lead time; Rasp et al. 2024,
@@ -90,15 +91,16 @@ def canonical_forecast(
 def _check_statements(
     name: str, array: xr.DataArray, whole: xr.Dataset, where: str, pressure_levels: bool
 ) -> None:
-    """As where stores are opened; geopotential height is converted afterwards."""
+    """Check what the file says of a variable, as where stores are opened; geopotential height is
+    converted afterwards."""
     if (factor := height_factor(name, array)) is not None:
         array = as_geopotential(name, array.chunk(), factor)
     check_statements(name, array, whole, where, pressure_levels=pressure_levels)
 
 
 def _check_coordinates(dataset: xr.Dataset, names: Mapping[str, str], where: str) -> None:
-    """Raise ValueError unless dates are dates, places and levels numbers: counted from 0 without
-    coordinates, they would be compared with what is elsewhere."""
+    """Raise ValueError unless dates are dates, and places and levels are numbers. A dimension
+    without coordinates would count from 0, and be compared with the wrong cells."""
     for old, new in {**{str(dim): str(dim) for dim in dataset.dims}, **names}.items():
         kinds = {"init_time": "M", "time": "M", "lead_time": "miuf"}.get(new, "iuf")
         if new not in ("init_time", "time", "lead_time", "level", "latitude", "longitude"):
@@ -127,7 +129,8 @@ def _check_labels(dataset: xr.Dataset, where: str) -> None:
 
 
 def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
-    """The field, unread, in its variable's own units, if it states others that are known."""
+    """The field in its variable's canonical units, unread, if it states other units that are
+    known."""
     name, units = str(field.name), field.attrs.get("units")
     height = height_factor(name, field)
     if height is not None:
@@ -143,7 +146,7 @@ def _in_usual_units(field: xr.DataArray, time: str, where: str) -> xr.DataArray:
 
 
 def without_further_dims(dataset: xr.Dataset, where: str) -> xr.Dataset:
-    """A canonical forecast without dimensions of one label that are not known here.
+    """A canonical forecast without unknown dimensions of a single label.
 
     Raises:
         ValueError: a variable has several labels along such a dimension, members under another
@@ -214,8 +217,8 @@ def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every:
 
 
 def check_same_units(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset) -> None:
-    """Raise ValueError for a variable of which a forecast states other units than the truth, or
-    means over time where the truth has values at its dates."""
+    """Raise ValueError for a variable of which a forecast and the truth state different units,
+    or the forecast means over time and the truth values at dates."""
     for name, forecast in forecasts.items():
         for variable in forecast.data_vars:
             if variable not in truth:
@@ -237,7 +240,7 @@ def check_same_units(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset) -> 
 
 
 def _spelled(units: str) -> str:
-    """Units without what differs in spelling alone, such as `m s**-1` and `m s-1`."""
+    """Units in one spelling, for example `m s**-1` as `m s-1`."""
     return "".join(character for character in units if character not in " *^.")
 
 
@@ -261,7 +264,8 @@ def _span(values: np.ndarray) -> str:
 def _checkable(
     cases: np.ndarray, leads: np.ndarray | None, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The cases all of whose valid times the truth has; lead times without any case go first."""
+    """The cases whose valid times the truth has all. Lead times without any such case are
+    removed first."""
     has_truth = _known(cases, leads, times)
     reached = has_truth.any(axis=0)
     whole = has_truth[:, reached].all(axis=1)
@@ -274,14 +278,14 @@ def _checkable(
 
 
 def _known(cases: np.ndarray, leads: np.ndarray | None, times: np.ndarray) -> np.ndarray:
-    """Which valid times [case lead] are among some times."""
+    """Which valid times [case lead] are among the given times."""
     offsets = np.array([0], "timedelta64[ns]") if leads is None else leads
     return np.isin(cases[:, None] + offsets[None, :], times)
 
 
 def cases_within(common: Common, times: np.ndarray, elsewhere: np.ndarray) -> np.ndarray:
-    """The cases all of whose valid times are among the given ones; not those that start at a time
-    of another record, `elsewhere`, and run into this one."""
+    """The cases whose valid times are all among the given ones. A case that starts at a time of
+    another record, `elsewhere`, and runs into this one does not count."""
     inside = _known(common.cases, common.lead_times, times).all(axis=1)
     return common.cases[inside & ~np.isin(common.cases, np.setdiff1d(elsewhere, times))]
 
@@ -295,7 +299,7 @@ class Part:
 
 
 def parts_of(forecasts: Mapping[str, xr.Dataset], common: Common) -> list[Part]:
-    """All that is to be compared, variable by variable."""
+    """All parts to be compared, variable by variable."""
     parts = []
     for variable in common.variables:
         chosen = [on_labels(forecast[[variable]], common) for forecast in forecasts.values()]
@@ -330,7 +334,7 @@ def on_labels(dataset: xr.Dataset, common: Common) -> xr.Dataset:
 
 
 def on_grid(dataset: xr.Dataset, grid: Grid) -> xr.Dataset:
-    """In memory and on the grid, with its very labels."""
+    """A dataset in memory on a grid, with exactly the labels of that grid."""
     regrid = regridder(dataset, grid)
     dataset = dataset.load()
     if regrid is not None:

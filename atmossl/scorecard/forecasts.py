@@ -1,4 +1,5 @@
-"""Forecast stores of several models on what they have in common."""
+"""Compares forecast stores of several models on the cases, levels and cells that they have in
+common."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +52,7 @@ _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 def open_forecasts(
     locations: tuple[str, ...], *, pressure_levels: bool = True
 ) -> dict[str, xr.Dataset]:
-    """Forecast stores by their file's name, in one form, unread.
+    """The forecast stores in one form, unread, by the names of their files.
 
     Raises:
         ValueError: no such store, two of one name, or no forecast in it.
@@ -71,8 +72,9 @@ def open_forecasts(
 
 
 def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport:
-    """Every configured forecast on the common cases, levels and grid, against the truth of a
-    catalog entry; the first is compared with the rest, and with persistence and climatology.
+    """Score every configured forecast on the common cases, levels and grid, against the truth of a
+    catalog entry. The first forecast is compared with the others, and with persistence and
+    climatology.
 
     Raises:
         ValueError: a store that cannot be read, or nothing in common.
@@ -120,7 +122,7 @@ def score_forecasts(
     truth: Sequence[Segment],
     training: Sequence[Segment],
 ) -> TaskReport:
-    """A tally of all forecasts, part by part; every case against one segment of the truth.
+    """Score all forecasts, part by part, and every case against one segment of the truth.
 
     Raises:
         ValueError: segments of the truth that overlap in time, or nothing in common.
@@ -197,7 +199,8 @@ def _check_some_scored(forecasts: Iterable[str], empty: Iterable[str]) -> None:
 
 
 def _about(common: Common, first: str, lacking: Mapping[str, float]) -> str:
-    """What is compared. lacking: by variable, the share that some forecast lacks."""
+    """A sentence on what is compared. lacking: by variable, the share of values that some
+    forecast lacks."""
     num_lat, num_lon = common.grid.shape
     said = (
         f"Forecasts on what they have in common, on {num_lat} x {num_lon} cells; {first} is "
@@ -210,7 +213,7 @@ def _about(common: Common, first: str, lacking: Mapping[str, float]) -> str:
 
 
 def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
-    """Records of the truth, which are in order, as one."""
+    """The records of the truth, which are in order, as one dataset."""
     ends = [(record["time"].to_numpy()[0], record["time"].to_numpy()[-1]) for record in records]
     if any(start <= end for (_, end), (start, _) in pairwise(ends)):
         raise ValueError(
@@ -227,7 +230,7 @@ def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
 def _series(
     records: Sequence[xr.Dataset], common: Common, times: np.ndarray
 ) -> list[tuple[xr.Dataset, np.ndarray]]:
-    """Records of the truth, each with the cases that lie in it. times: of all of them."""
+    """The records of the truth, each with the cases that lie in it. times: of all records."""
     series = [
         (record, cases)
         for record in records
@@ -239,7 +242,8 @@ def _series(
 
 
 def _check_climate(training: Sequence[Segment], grid: Grid) -> None:
-    """Raise ValueError unless a climatology on the cells of a comparison can be worked out."""
+    """Raise ValueError unless the training record gives a climatology on the cells of the
+    comparison."""
     first = training[0]  # whose cells all of them have
     check_rain(first)
     try:
@@ -257,8 +261,8 @@ def _on_common(dataset: xr.Dataset, common: Common) -> xr.Dataset:
 def _where_all_have(
     ours: xr.Dataset, baselines: dict[str, xr.Dataset]
 ) -> tuple[xr.Dataset, dict[str, xr.Dataset], float]:
-    """All forecasts of a variable where each of them has values in all members, since their scores
-    are paired; and the share that is left out."""
+    """The forecasts of a variable where every one of them has values in all members, since their
+    scores are paired; and the share of values that is left out."""
     (name,) = ours.data_vars
     there = True
     for dataset in (ours, *baselines.values()):
@@ -274,7 +278,8 @@ def _where_all_have(
 def _trivial(
     ours: xr.Dataset, truth: xr.Dataset, climate: Climate, *, persists: bool
 ) -> dict[str, xr.Dataset]:
-    """Persistence, where the truth has the init times, and climatology."""
+    """The baselines that need no model: climatology, and persistence where the truth has the
+    init times."""
     mean = climate.mean[[str(name) for name in ours.data_vars]]
     if "init_time" not in ours.dims:
         return {"climatology": base.climatology_at(mean, ours["time"])}
