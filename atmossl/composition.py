@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atmossl.data.catalog import catalog_entry, find_file
+from atmossl.data.catalog import catalog_entry, find_file, is_location
 from atmossl.extras import missing_plugin
 from atmossl.overrides import (
     PATHS,
@@ -65,6 +65,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     with _hydra_takes(name, overrides) as words:
         config, faults, fitting = compose_all(name, words, find_file("conf"))
         values = to_plain(config)
+    faults += _unknown_entry(values)
     if faults:
         # the schema imports torch: not for a typo beside which nothing else can be wrong
         other_faults = _other_faults(name, values, faults) if any(map(_sets_value, fitting)) else []
@@ -72,11 +73,26 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def _unknown_entry(values: dict[str, Any]) -> list[str]:
+    """What is wrong with a name of no catalog entry; paths of stores are looked at later."""
+    data = values.get("data") or {}
+    name, catalog = data.get("name"), data.get("catalog")
+    if not isinstance(name, str) or is_location(name):
+        return []
+    try:
+        catalog_entry(name, Path(catalog) if catalog else None)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def _sets_value(word: str) -> bool:
     """Whether a word sets a value that may be wrong: neither a path nor a choice of a file."""
     key = word.lstrip("+~").partition("=")[0]
     return (
-        key not in PATHS and not key.startswith("hydra.") and not (find_file("conf") / key).is_dir()
+        key not in (*PATHS, "data.name")
+        and not key.startswith("hydra.")
+        and not (find_file("conf") / key).is_dir()
     )
 
 
@@ -111,6 +127,7 @@ def _other_faults(name: str, values: dict[str, Any], faults: Sequence[str]) -> l
     except ValueError as error:
         refused_keys = {fault.partition(":")[0] for fault in faults}
         lines = str(error).splitlines()
+        lines = [line for line in lines if line not in faults]
         return [line for line in lines if re.split("[=:]", line)[0] not in refused_keys]
     return []
 

@@ -224,6 +224,7 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "+model.dim=32": "model.dim is there already; leave out the",
     "model=tinny": r"model=tinny: no such choice; did you mean tiny\? valid: atmorep, ",
     "tasks=nope": "tasks=nope: no such choice; .*valid: standard, or a list of tasks",
+    "data=sampel": r"data.name='sampel' is not in the catalog .*; did you mean sample\? valid: ",
     "model.dim=1,2": "several values; write model.dim=.1,2. for a list, or -m for",
     "model.dim": "model.dim: needs a value; valid: model.dim=VALUE",
     "--foo": "no option --foo; valid: --help",

@@ -7,6 +7,7 @@ store does as well: its entry is then what `atmossl.data.proposal` makes of it.
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -181,8 +182,10 @@ def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
         from atmossl.data.proposal import propose  # opens stores, which names need not
 
         return propose(name).entry
+    close = get_close_matches(name, entries, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
     raise ValueError(
-        f"data.name={name!r} is not in the catalog and no store lies there; valid: "
+        f"data.name={name!r} is not in the catalog and no store lies there; {meant}valid: "
         f"{sorted(entries)}, or the path of a store"
     )
 
