@@ -31,7 +31,7 @@ from atmossl.composition import (
     with_fitting_store,
 )
 from atmossl.data.catalog import find_file, is_location
-from atmossl.data.variables import show_in_one_line
+from atmossl.data.variables import OneLineNotes
 from atmossl.extras import naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import (
@@ -436,7 +436,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 with one line for bad input, 1 for a fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _quieten()
-    show_in_one_line()
     console = Console(stderr=True)
     if not arguments or {"-h", "--help", "--version"} & set(arguments):
         _print(__version__ if "--version" in arguments else _help(arguments))
@@ -448,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"atmossl: no command {command!r}{meant}", highlight=False, soft_wrap=True)
         return 2
     try:
-        with answering(command), naming_extras():
+        with OneLineNotes(), answering(command), naming_extras():
             _run(command, rest)
     except ValueError as error:
         text, code = str(error), 2

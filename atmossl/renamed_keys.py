@@ -18,8 +18,12 @@ _KEYS = {  # whole key: its last part now
     "logger.wandb_project": "project",
 }
 _VALUES = {("objective.weighting", "departure"): "residual"}
-# durations were numbers inside masks, and texts with a unit in tasks
-_HOURS = {f"{what}_hours": f"{what}_time" for what in ("lead", "rollout", "hidden", "shift")}
+# durations that were numbers, in the unit of their name; now they have it with them
+_UNITS = {
+    **{f"{n}_hours": (f"{n}_time", "h") for n in ("lead", "rollout", "hidden", "shift", "lag")},
+    "no_negatives_within_days": ("no_negatives_within", "d"),
+    "retry_wait_s": ("retry_wait", "s"),
+}
 _NOTE = "{old} is now {new}; the next release has the new one alone"
 _TASKS = ("task", "tasks", "parts")  # the keys that hold tasks
 
@@ -97,8 +101,9 @@ def _present(path: tuple[str, ...], key: str, value: Any, notes: list[str]) -> t
         return key, target_name(value) if isinstance(value, str) else value
     holder = next((part for part in reversed(path) if not part.isdigit()), "")
     new_key, new_value = _KEYS.get(dotted, key), value
-    if key in _HOURS:
-        new_key, new_value = _HOURS[key], value if value is None else f"{value}h"
+    if key in _UNITS:
+        new_key, unit = _UNITS[key]
+        new_value = _with_unit(value, unit)
     elif key == "name" and holder in _TASKS:
         new_key = "_target_"
     elif isinstance(value, str):
@@ -107,3 +112,13 @@ def _present(path: tuple[str, ...], key: str, value: Any, notes: list[str]) -> t
         was, now = ("", "") if new_value == value else (f"={value}", f"={new_value}")
         notes.append(_NOTE.format(old=dotted + was, new=".".join((*path, new_key)) + now))
     return new_key, new_value
+
+
+def _with_unit(value: Any, unit: str) -> Any:
+    """A number or a list of them as durations, also as the command line writes a list."""
+    if isinstance(value, list | tuple):
+        return [_with_unit(item, unit) for item in value]
+    if isinstance(value, str) and value.startswith("["):
+        items = (item.strip() for item in value[1:-1].split(",") if item.strip())
+        return f"[{','.join(f'{item}{unit}' for item in items)}]"
+    return value if value is None else f"{value}{unit}"

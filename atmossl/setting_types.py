@@ -36,8 +36,14 @@ def hours(text: str) -> float:
     return value
 
 
-# Hours in code, a number and its unit in a configuration: `12h`
+def seconds(text: str) -> float:
+    """Seconds of a duration that is not negative; ValueError if it is none."""
+    return round(3600 * hours(text), 9)
+
+
+# Hours or seconds in code, a number and its unit in a configuration: `12h`
 Hours = Annotated[float, BeforeValidator(hours)]
+Seconds = Annotated[float, BeforeValidator(seconds)]
 SignedHours = Annotated[float, BeforeValidator(signed_hours)]
 
 

@@ -111,9 +111,9 @@ def test_keys_of_another_objective_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective.lag_hours=[]", "objective.lag_hours"),
-        ("objective.lag_hours=[0,6]", "objective.lag_hours.0=0: valid: above 0"),
-        ("objective.lag_hours=[12,6]", "objective.lag_hours=.*the shortest first"),
+        ("objective.lag_time=[]", "objective.lag_time"),
+        ("objective.lag_time=[0h,6h]", "objective.lag_time.0=.0h.: valid: above 0"),
+        ("objective.lag_time=[12h,6h]", "objective.lag_time=.*the shortest first"),
         ("objective.loss=triplet", "objective.loss='triplet'.*nt_xent"),
         ("data.batch_size=1", "data.batch_size=1 but objective=contrastive compares .* at least 2"),
         ("data.unreadable=skip", "data.unreadable=skip but objective=contrastive"),
@@ -125,8 +125,8 @@ def test_pairs_that_do_not_fit_are_named(override: str, message: str) -> None:
 
 
 def test_one_lag_cannot_be_told_apart() -> None:
-    with pytest.raises(ConfigError, match=r"objective.lag_hours=\[6\].* at least 2"):
-        composed("experiment=atmodist", "objective.lag_hours=[6]")
+    with pytest.raises(ConfigError, match=r"objective.lag_time=\['6h'\].* at least 2"):
+        composed("experiment=atmodist", "objective.lag_time=[6h]")
 
 
 def test_temporal_attention_wants_convolutions_beside_it() -> None:

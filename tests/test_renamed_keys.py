@@ -17,6 +17,9 @@ OLD = {
     "task.task.name=forecast": "task.task._target_=forecast",
     "catalog=my.yaml": "data.catalog=my.yaml",
     "masking.samplers.2.hidden_hours=6": "masking.samplers.2.hidden_time=6h",
+    "objective.lag_hours=[6, 12]": "objective.lag_time=[6h,12h]",
+    "objective.no_negatives_within_days=2.5": "objective.no_negatives_within=2.5d",
+    "data.read.retry_wait_s=0.5": "data.read.retry_wait=0.5s",
 }
 PRESENT = ("data.name=sample", "-m", "--force", "NAME", "stream.s.variables=[a=b]", "a..b=c", "~x")
 
@@ -96,3 +99,18 @@ def test_a_task_file_with_old_names_is_noted_once(tmp_path, caplog, capsys) -> N
     assert [line.partition(";")[0] for line in caplog.messages] == [
         "note: task.name is now task._target_"
     ]
+
+
+def test_durations_that_were_numbers_are_the_same_with_their_unit(caplog) -> None:
+    objective = ("experiment=contrastive", "objective.lag_time=[6h,1d]")
+    present = compose_config("train", [*objective, "data.read.retry_wait=1.5s"])
+    old = {**present, "data": {**present["data"], "read": {**present["data"]["read"]}}}
+    old["objective"] = {**present["objective"], "lag_hours": [6, 24], "no_negatives_within_days": 5}
+    del old["objective"]["lag_time"], old["objective"]["no_negatives_within"]
+    old["data"]["read"]["retry_wait_s"] = float(old["data"]["read"].pop("retry_wait")[:-1])
+    parsed = parse(TrainConfig, old)
+    assert parsed == parse(TrainConfig, present)
+    assert parsed.objective.arguments["lag_hours"] == (6.0, 24.0)
+    assert parsed.objective.arguments["no_negatives_hours"] == 120.0
+    assert parsed.data.read.retry_wait_s == 1.5
+    assert len(caplog.messages) == 3

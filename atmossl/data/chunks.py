@@ -15,13 +15,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numcodecs.blosc
 import numcodecs.zstd
 import numpy as np
 import xarray as xr
 import zarr
+from pydantic import Field
 from xarray.conventions import decode_cf_variable
 from zarr.codecs import BytesCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -29,7 +30,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from atmossl.data.variables import InputLimits, Notices
-from atmossl.setting_types import NotNegative, NotNegativeFloat, Positive
+from atmossl.setting_types import NotNegative, Positive, Seconds
 
 # One way to try again what a remote store failed at: opening it, its metadata, its chunks.
 
@@ -308,13 +309,13 @@ class ReadSettings:
         from local zarr folders only; `auto` takes the first of files, tensorstore and zarr that can
         read the store. threads: chunks of one process in flight at once.
     retries: further tries of whatever a remote store fails at, its opening, metadata or chunks;
-        the first after `retry_wait_s` seconds, then twice as long each time.
+        the first after `retry_wait`, then twice as long each time.
     """
 
     engine: Engine = "auto"
     threads: Positive = 4
     retries: NotNegative = 3
-    retry_wait_s: NotNegativeFloat = 0.5
+    retry_wait_s: Annotated[Seconds, Field(alias="retry_wait")] = 0.5
 
 
 @dataclass(frozen=True)

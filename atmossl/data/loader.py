@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from atmossl.batch import Batch, Movable, collate_views
-from atmossl.data.variables import show_in_one_line
+from atmossl.data.variables import OneLineNotes
 from atmossl.data.windows import lent
 from atmossl.process_lifetime import end_with_creator
 from atmossl.stops import leave_to_creator, start_worker_server
@@ -214,7 +214,7 @@ def _start_worker(number: int) -> None:
     looks at the server that forked the worker instead, every 5 seconds."""
     del number
     end_with_creator()
-    show_in_one_line()
+    OneLineNotes().__enter__()  # for as long as the process lives
     leave_to_creator()
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -331,17 +331,23 @@ def _ranges(
     return low, high, (float(low.max()), float(high.min()))
 
 
-def show_in_one_line() -> None:
-    """Print the warnings of this module as a note of one line, without a place in the source."""
-    usual = warnings.showwarning
+class OneLineNotes:
+    """While it is entered, the warnings of this module are printed as a note of one line, without a
+    place in the source; all others as before."""
 
-    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+    def __enter__(self) -> Self:
+        self._usual = warnings.showwarning
+        warnings.showwarning = self._show
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        warnings.showwarning = self._usual
+
+    def _show(self, message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, InputWarning):
             sys.stderr.write(f"note: {message}\n")
         else:
-            usual(message, category, *place, **more)
-
-    warnings.showwarning = show
+            self._usual(message, category, *place, **more)
 
 
 # Invertible transforms of skewed variables, before normalisation.

@@ -390,7 +390,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         if not self._lag_hours:
             return window_words
         lags, reach = show_hours(self._lag_hours), self._reach(0)
-        return f"{window_words} and objective.lag_hours={lags}, together {reach} steps,"
+        return f"{window_words} and objective.lag_time={lags}, together {reach} steps,"
 
     def tell_short_segments(self) -> None:
         """Say how many parts of a record are too short for a sample."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 import xarray as xr
 from einops import rearrange, repeat
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from atmossl.evaluation.alignment import grid_of
 from atmossl.evaluation.sphere import Halo, polar_sign
 from atmossl.geometry import Grid, area_weights
+from atmossl.masking.base import coarsen as coarsened
 
 _LINEAR, _CUBIC = 2, 4
 _NOTHING = 1e-9  # of a sum of weights that is 1
@@ -56,21 +58,16 @@ class Coarsening:
         self, fields: Float[np.ndarray, "*batch lat lon"]
     ) -> Float[np.ndarray, "*batch block_lat block_lon"]:
         """The area-weighted mean over the cells of every block that are not missing, in float64."""
-        weights = rearrange(
-            area_weights(self.fine.latitude), "(block cell) -> block cell", cell=self.factor
-        )
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        blocks = rearrange(
-            fields.astype(np.float64),
-            "... (block_lat lat) (block_lon lon) -> ... block_lat lat block_lon lon",
-            lat=self.factor,
-            lon=self.factor,
-        )
-        there = np.isfinite(blocks)
+        values = fields.astype(np.float64)
+        there = np.isfinite(values)
+        weights = torch.from_numpy(area_weights(self.fine.latitude))
+
+        def mean(cells: np.ndarray) -> np.ndarray:
+            return coarsened(torch.from_numpy(cells), weights, self.factor).numpy()
+
         if there.all():
-            return np.einsum("...ijkl,ij->...ik", blocks, weights / self.factor)
-        total = np.einsum("...ijkl,ij->...ik", np.where(there, blocks, 0.0), weights / self.factor)
-        share = np.einsum("...ijkl,ij->...ik", there.astype(float), weights / self.factor)
+            return mean(values)
+        total, share = mean(np.where(there, values, 0.0)), mean(there.astype(np.float64))
         return np.divide(total, share, out=np.full_like(total, np.nan), where=share > 0)
 
     def repeat_blocks(

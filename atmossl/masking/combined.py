@@ -4,6 +4,7 @@ another date, level or place."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from operator import attrgetter
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout, points_of
-from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
+from atmossl.masking.tasks import Points, Task, TimePlan, given_steps, union
 from atmossl.model_levels import standard_pressure
 from atmossl.setting_types import Positive, SignedHours
 
@@ -145,6 +146,10 @@ def _told_levels(window: StreamWindow, others: Mapping[int, int]) -> list[float]
     return levels
 
 
+def _of_task(name: str) -> Any:
+    return property(attrgetter(f"task.{name}"))
+
+
 @dataclass(frozen=True)
 class Counterfactual(Task):
     """A task on the same fields at a false date, level or place: only what the network is told of
@@ -161,53 +166,19 @@ class Counterfactual(Task):
     shift_lon: float = 0.0
     levels: Annotated[tuple[tuple[Positive, Positive], ...], BeforeValidator(_pairs)] = ()
 
-    @property
-    def kind(self) -> str:
-        return self.task.kind
-
-    @property
-    def components(self) -> tuple[Task, ...]:
-        return self.task.components
-
-    @property
-    def true_task(self) -> Task:
-        return self.task.true_task
-
-    @property
-    def time_refinement(self) -> int:
-        return self.task.time_refinement
-
-    @property
-    def coarse_factor(self) -> int:
-        return self.task.coarse_factor
-
-    @property
-    def hides_whole_fields(self) -> bool:
-        return self.task.hides_whole_fields
-
-    @property
-    def scored_variables(self) -> tuple[str, ...]:
-        return self.task.scored_variables
-
-    @property
-    def scored_levels(self) -> tuple[int, ...]:
-        return self.task.scored_levels
-
-    @property
-    def scores_init_time(self) -> bool:
-        return self.task.scores_init_time
-
-    @property
-    def align(self) -> int:
-        return self.task.align
-
-    @property
-    def downscaling(self) -> Downscaling | None:
-        return self.task.downscaling
-
-    @property
-    def fills_missing(self) -> bool:
-        return self.task.fills_missing
+    # all that does not ask what the model is told is as the task says
+    kind = _of_task("kind")
+    components = _of_task("components")
+    true_task = _of_task("true_task")
+    time_refinement = _of_task("time_refinement")
+    coarse_factor = _of_task("coarse_factor")
+    hides_whole_fields = _of_task("hides_whole_fields")
+    scored_variables = _of_task("scored_variables")
+    scored_levels = _of_task("scored_levels")
+    scores_init_time = _of_task("scores_init_time")
+    align = _of_task("align")
+    downscaling = _of_task("downscaling")
+    fills_missing = _of_task("fills_missing")
 
     def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> Task:
         return replace(self, task=self.task.with_gaps_of(windows))

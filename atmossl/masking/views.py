@@ -75,7 +75,7 @@ def lag_steps(spec: ViewSpec, step_hours: float, location: str) -> tuple[int, ..
     steps = [lag / step_hours for lag in spec.lag_hours] or [0.0]
     if any(abs(step - round(step)) > 1e-6 for step in steps):
         raise ValueError(
-            f"objective.lag_hours={show_hours(spec.lag_hours)} are no multiples of the time step "
+            f"objective.lag_time={show_hours(spec.lag_hours)} are no multiples of the time step "
             f"of {step_hours:g} h of {location}; give multiples of it"
         )
     return tuple(round(step) for step in steps)
@@ -83,7 +83,7 @@ def lag_steps(spec: ViewSpec, step_hours: float, location: str) -> tuple[int, ..
 
 def show_hours(hours: Sequence[float]) -> str:
     """A list of hours as a user writes it."""
-    return f"[{', '.join(f'{value:g}' for value in hours)}]"
+    return f"[{', '.join(f'{value:g}h' for value in hours)}]"
 
 
 def make_views(

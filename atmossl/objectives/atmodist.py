@@ -43,7 +43,7 @@ class AtmoDist(Objective):
         self,
         *,
         network: Network,
-        lag_hours: Annotated[LagHours, Field(min_length=2)],
+        lag_hours: Annotated[LagHours, Field(min_length=2, alias="lag_time")],
         compare_dim: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from atmossl.masking.views import ViewSpec
 from atmossl.model.network import Network
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.pairs import LagHours, PairMeasures, close_in_time, pair_views, perceptron
+from atmossl.setting_types import Hours
 
 PairLoss = Literal["nt_xent", "vicreg", "simsiam", "barlow_twins"]
 Projected = Float[Tensor, "sample feature"]
@@ -28,7 +29,7 @@ class Contrastive(Objective):
     loss: `nt_xent` tells the partner from all other samples of the batch, at `temperature`;
         `vicreg` and `barlow_twins` keep features apart instead of samples; `simsiam` predicts one
         projection from the other, which gets no gradient.
-    no_negatives_within_days: samples of `nt_xent` that are closer in time do not count as
+    no_negatives_hours: samples of `nt_xent` that are closer in time do not count as
         different, whatever their run.
     projection_dim: width of the projection, and of the hidden layers before it.
     """
@@ -44,14 +45,14 @@ class Contrastive(Objective):
         lag_hours: LagHours,
         loss: PairLoss,
         temperature: Annotated[float, Field(gt=0.0)] = 0.5,
-        no_negatives_within_days: Annotated[float, Field(ge=0.0)] = 5.0,
+        no_negatives_hours: Annotated[Hours, Field(alias="no_negatives_within")] = 120.0,
         projection_dim: Annotated[int, Field(gt=0)] = 128,
     ) -> None:
         super().__init__()
         del lag_hours  # `views_of` reads it
         self.loss: PairLoss = loss
         self.temperature = temperature
-        self.no_negatives_within_days = no_negatives_within_days
+        self.no_negatives_hours = no_negatives_hours
         self.projector = perceptron(network.num_pooled, projection_dim, projection_dim)
         if loss == "simsiam":
             self.predictor = perceptron(projection_dim, projection_dim, projection_dim)
@@ -76,6 +77,6 @@ class Contrastive(Objective):
             return (simsiam(ahead, second) + simsiam(back, first)) / 2
         with torch.autocast(first.device.type, enabled=False):  # sums over features in float32
             if self.loss == "nt_xent":
-                close = close_in_time(batch, self.no_negatives_within_days)
+                close = close_in_time(batch, self.no_negatives_hours)
                 return nt_xent(first, second, temperature=self.temperature, no_negatives=close)
             return (vicreg if self.loss == "vicreg" else barlow_twins)(first, second)

@@ -16,6 +16,7 @@ from atmossl.latent_losses import alignment, gathered, rankme
 from atmossl.losses import Losses
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.views import ViewSpec
+from atmossl.setting_types import Hours
 
 
 def _ascending(hours: tuple[float, ...]) -> tuple[float, ...]:
@@ -25,7 +26,9 @@ def _ascending(hours: tuple[float, ...]) -> tuple[float, ...]:
 
 
 LagHours = Annotated[
-    tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1), AfterValidator(_ascending)
+    tuple[Annotated[Hours, Field(gt=0.0)], ...],
+    Field(min_length=1, alias="lag_time"),
+    AfterValidator(_ascending),
 ]
 
 
@@ -50,14 +53,14 @@ def perceptron(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def close_in_time(batch: Batch, days: float) -> Bool[Tensor, "sample sample"]:
-    """Which samples of all ranks have views less than `days` apart, whatever their run and
+def close_in_time(batch: Batch, hours: float) -> Bool[Tensor, "sample sample"]:
+    """Which samples of all ranks have views less than `hours` apart, whatever their run and
     place."""
     starts = [view.start_hours for view in batch.views]
     assert all(start is not None for start in starts), "the views are of one time"
     times = gathered(torch.stack(starts, dim=1))  # type: ignore[arg-type]  # [sample view]
     apart = (times[:, None, :, None] - times[None, :, None, :]).abs().amin(dim=(2, 3))
-    return apart < 24.0 * days
+    return apart < hours
 
 
 class PairMeasures:

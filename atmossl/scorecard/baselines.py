@@ -19,8 +19,6 @@ from atmossl.evaluation import ridge, spatial
 from atmossl.evaluation.climate import NO_CLIMATE, Climate
 from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
 from atmossl.geometry import Grid
-from atmossl.masking import tasks
-from atmossl.masking.places import CrossVariable
 
 Answers = dict[str, xr.Dataset]
 Baselines = Callable[[xr.Dataset, xr.Dataset], Answers]
@@ -94,24 +92,38 @@ def beside_missing(answer: xr.Dataset, predicted: xr.Dataset) -> xr.Dataset:
 
 
 def problem_of(setting: Setting) -> ridge.RidgeTask | None:
-    """The regression that a task is compared with: for a forecast on the last three states, for
-    a single hidden step on its neighbours, for coarse cells on those around them, for hidden
-    variables and levels on the given ones; None for other tasks and without complete variables."""
-    around = min(1, setting.reference)
-    match setting.task:
-        case _ if not setting.regresses:
-            return None
-        case tasks.Forecast():
-            return ridge.RidgeForecast(history=min(3, setting.reference + 1), leads=setting.offsets)
-        case tasks.TemporalInterpolation() if len(setting.offsets) == 1:
-            neighbours = min(2, setting.num_steps - setting.reference - 1)
-            return ridge.TemporalInterpolation(neighbours=neighbours)
-        case tasks.Downscaling(factor=factor):
-            return ridge.RidgeDownscaling(factor=factor, neighbours=around)
-        case CrossVariable():
-            hidden = _hidden_channels(setting)
-            return ridge.CrossVariable(hidden, neighbours=around) if hidden else None
-    return None
+    """The regression that a task is compared with (`REGRESSIONS`); None for other tasks and without
+    complete variables."""
+    make = REGRESSIONS.get(setting.task.name)
+    return make(setting) if make is not None and setting.regresses else None
+
+
+def _from_last_states(setting: Setting) -> ridge.RidgeTask:
+    return ridge.RidgeForecast(history=min(3, setting.reference + 1), leads=setting.offsets)
+
+
+def _from_neighbours_in_time(setting: Setting) -> ridge.RidgeTask | None:
+    if len(setting.offsets) > 1:  # the answers of a regression would differ from step to step
+        return None
+    neighbours = min(2, setting.num_steps - setting.reference - 1)
+    return ridge.TemporalInterpolation(neighbours=neighbours)
+
+
+def _from_coarse_cells_around(setting: Setting) -> ridge.RidgeTask:
+    return ridge.RidgeDownscaling(factor=setting.task.factor, neighbours=min(1, setting.reference))
+
+
+def _from_given_channels(setting: Setting) -> ridge.RidgeTask | None:
+    hidden = _hidden_channels(setting)
+    return ridge.CrossVariable(hidden, neighbours=min(1, setting.reference)) if hidden else None
+
+
+REGRESSIONS: dict[str, Callable[[Setting], ridge.RidgeTask | None]] = {  # by the name of a task
+    "forecast": _from_last_states,
+    "temporal_interpolation": _from_neighbours_in_time,
+    "downscaling": _from_coarse_cells_around,
+    "cross_variable": _from_given_channels,
+}
 
 
 def _hidden_channels(setting: Setting) -> tuple[int, ...]:

@@ -91,8 +91,8 @@ def test_samples_end_where_the_longest_lag_does(record: tuple[Segment, Normalise
 @pytest.mark.parametrize(
     ("lags", "message"),
     [
-        ((6.0, 9.0), r"objective.lag_hours=\[6, 9\] are no multiples of the time step of 6 h"),
-        ((66.0,), r"data.window.time=2 steps and objective.lag_hours=\[66\], together 13 steps, "
+        ((6.0, 9.0), r"objective.lag_time=\[6h, 9h\] are no multiples of the time step of 6 h"),
+        ((66.0,), r"data.window.time=2 steps and objective.lag_time=\[66h\], together 13 steps, "
                   "are longer than the longest unbroken part of memory with 12 steps"),
     ],
 )  # fmt: skip

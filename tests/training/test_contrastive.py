@@ -127,7 +127,7 @@ def test_samples_that_are_close_in_time_do_not_count_as_different() -> None:
         chances = likeness[anchor, partner] + likeness[anchor, others].sum()
         total -= float((likeness[anchor, partner] / chances).log()) / 12
     assert loss == pytest.approx(total, rel=1e-5)
-    close = close_in_time(batch, 28.0)  # from the later view of one pair to the next pair
+    close = close_in_time(batch, 24 * 28.0)  # from the later view of one pair to the next pair
     assert close.tolist() == [[n // 2 == m // 2 for n in range(6)] for m in range(6)]
     assert close_in_time(batch, 0.0).sum() == 0
 
@@ -183,8 +183,8 @@ def test_collapsed_latents_have_no_rank() -> None:
 def test_a_lag_that_the_record_does_not_have_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    arguments = training(tmp_path / "run", "objective=contrastive", "objective.lag_hours=[7]")
+    arguments = training(tmp_path / "run", "objective=contrastive", "objective.lag_time=[7h]")
     assert main(arguments) == 2
-    assert "objective.lag_hours=[7] are no multiples of the time step of 6 h" in (
+    assert "objective.lag_time=[7h] are no multiples of the time step of 6 h" in (
         capsys.readouterr().err
     )
