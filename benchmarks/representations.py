@@ -51,7 +51,7 @@ from atmossl.cli import main as atmossl
 from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
 from atmossl.evaluation.rows import rows_where
-from atmossl.probes.run import Probed
+from atmossl.probes.run import Baselines, Probed
 from atmossl.probes.summary import Summary, shares_beaten
 from atmossl.schema import ProbeConfig, parse
 from benchmarks.report import finish
@@ -175,6 +175,7 @@ def tables_of(
     """Tables of all checkpoints, by their names; what was found of each is kept in `runs`. words:
     of `atmossl probe`; tuned: more of them, by name."""
     results: dict[str, Probed] = {}
+    shared: dict[str, Baselines] = {}
     for name, path in checkpoints.items():
         all_words = [*words, *tuned.get(name, [])]
         asked = hashlib.sha256(json.dumps([path, *all_words]).encode()).hexdigest()[:8]
@@ -182,7 +183,8 @@ def tables_of(
         if not kept.exists():
             values = compose_config("probe", [*all_words, "output=unused"])
             values.pop("hydra", None)
-            (found,) = probed(parse(ProbeConfig, {**values, "checkpoint": path})).values()
+            config = parse(ProbeConfig, {**values, "checkpoint": path})
+            (found,) = probed(config, shared).values()
             kept.write_bytes(pickle.dumps(found))
         results[name] = pickle.loads(kept.read_bytes())
     return summary_of(results)
