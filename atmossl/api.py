@@ -221,7 +221,11 @@ class Model:
             needs = StoreRequest.of([s for s in self.trained.specs_for(task) if s.data == data])
             segment = open_segment(
                 "dataset",
-                OpenedStore(dataset, pressure_levels=self.trained.pressure_levels),
+                OpenedStore(
+                    dataset,
+                    pressure_levels=self.trained.pressure_levels,
+                    model_levels=not self.trained.pressure_levels,
+                ),
                 "the dataset" if data == PRIMARY else f"others[{data!r}]",
                 variables=needs.variables,
                 levels=needs.levels,

@@ -32,7 +32,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 # commands of others, which are not run here
 OTHERS = (
     "apptainer", "cd", "docker", "git", "hf", "jupyter", "lint-imports", "mkdocs", "pyright",
-    "ruff", "source", "tar",
+    "ruff", "source", "tar", "wget",
 )  # fmt: skip
 # files of the reader's own, and what stands for them here; a network is not read from a checkpoint
 STAND_INS = {

@@ -1,0 +1,1 @@
+"""Checkpoints behind the interfaces of other frameworks, which are not needed to import these."""
