@@ -4,6 +4,8 @@ import hashlib
 import json
 import pickle
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -202,9 +204,12 @@ def ask(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def serve(folder: Path, asked: list[str]) -> ThreadingHTTPServer:
-    """A hub with one model, `owner/name`, and a file in it that no checkpoint has."""
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub with one model, `owner/name`, and a file in it that no checkpoint has.
+    The value lists what it was asked for."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()} | {"evil.pkl": b"evil"}
+    asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -237,17 +242,19 @@ def serve(folder: Path, asked: list[str]) -> ThreadingHTTPServer:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    ask(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    try:
+        yield asked
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.filterwarnings("default")  # the hub's client warns of its own doings
 def test_model_of_a_hub_is_fetched_once_and_kept(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    server = serve(folder, asked)
-    ask(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    try:
+    with serving(folder, monkeypatch) as asked:
         model = atmossl.load("hf://owner/name", device="cpu")
         assert model.trained.digest == load_checkpoint(str(folder)).digest
         assert model.trained.record["hub"] == f"hf://owner/name@{COMMIT}"
@@ -256,9 +263,6 @@ def test_model_of_a_hub_is_fetched_once_and_kept(
         assert not [path for path in asked if "evil" in path]
         with pytest.raises(ValueError, match="hf://owner/name@none could not be fetched"):
             downloaded("hf://owner/name@none")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert downloaded("hf://owner/name") == pinned  # nobody answers any more
     (cache / "models--owner--name" / "blobs" / WEIGHTS).write_bytes(b"changed")
     with pytest.raises(ValueError, match="checkpoint=.* is damaged"):
@@ -279,11 +283,8 @@ def test_no_network_and_no_copy_is_told_in_one_line(capsys) -> None:
 def test_offline_mode_asks_nobody(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    server = serve(folder, asked)
-    ask(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    try:
+    with serving(folder, monkeypatch) as asked:
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(ValueError, match="hf://owner/name could not be fetched"):
             downloaded("hf://owner/name")
         snapshot = cache / "models--owner--name" / "snapshots" / COMMIT
@@ -293,6 +294,3 @@ def test_offline_mode_asks_nobody(
         (cache / "models--owner--name" / "refs" / "main").write_text(COMMIT)
         assert load_checkpoint("hf://owner/name").record["hub"].endswith(COMMIT)
         assert asked == []
-    finally:
-        server.shutdown()
-        server.server_close()

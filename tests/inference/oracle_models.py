@@ -1,6 +1,6 @@
 """Networks whose prediction is known, and predictors that use them on travelling waves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -82,6 +82,25 @@ def segment(
     )
 
 
+def trained_on(
+    records: Mapping[str, Segment],
+    model: nn.Module,
+    specs: tuple[StreamSpec, ...],
+    window: tuple[int, int, int],
+) -> TrainedModel:
+    """A network as if it was trained on records, by the `data` of its streams."""
+    return TrainedModel(
+        model=model,
+        specs=specs,
+        normaliser=Normaliser({data: Statistics.compute([r]) for data, r in records.items()}),
+        window=WindowSize(*window),
+        first_guess=True,
+        data="waves",
+        record={},
+        digest="0",
+    )
+
+
 def predictor(
     task: Task,
     model: nn.Module,
@@ -93,16 +112,7 @@ def predictor(
     others: tuple[Segment, ...] = (),
     **changes,
 ) -> Plan:
-    trained = TrainedModel(
-        model=model,
-        specs=specs,
-        normaliser=Normaliser({PRIMARY: Statistics.compute([segment(statistics)])}),
-        window=WindowSize(*window),
-        first_guess=True,
-        data="waves",
-        record={},
-        digest="0",
-    )
+    trained = trained_on({PRIMARY: segment(statistics)}, model, specs, window)
     options = Options(**{"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes)
     missing = [spec for spec in trained.specs_for(task) if spec.missing == "mask"]
     record = segment(store, tuple(name for spec in missing for name in spec.variables))

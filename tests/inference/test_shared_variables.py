@@ -19,15 +19,14 @@ import atmossl
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, shared_fields
 from atmossl.cli import main
 from atmossl.data.sources import paired
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import WindowSize
-from atmossl.inference.checkpoint import TrainedModel, load_checkpoint, spec_to_dict
+from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.inference.predict import predict_fields
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.model.multiformer import Multiformer
-from tests.inference.oracle_models import NAMES, Known, predictor, run_at, segment
+from tests.inference.oracle_models import NAMES, Known, predictor, run_at, segment, trained_on
 from tests.inference.test_command import MODEL
 from tests.synthetic import catalog, dataset, spec
 
@@ -84,17 +83,7 @@ def test_streams_of_two_stores_roll_out_whatever_their_levels(
         data: open_segment("waves", store, "memory", variables=list(store), levels=levels)
         for data, store, levels in ((PRIMARY, FINE, fine), ("reduced", COARSE, coarse))
     }
-    statistics = {data: Statistics.compute([record]) for data, record in records.items()}
-    trained = TrainedModel(
-        model=Known(attrgetter("guess")),
-        specs=specs,
-        normaliser=Normaliser(statistics),
-        window=WindowSize(6, 8, 8),
-        first_guess=True,
-        data="waves",
-        record={},
-        digest="0",
-    )
+    trained = trained_on(records, Known(attrgetter("guess")), specs, (6, 8, 8))
     (own,) = paired({data: [record] for data, record in records.items()})
     options = Options(overlap=0.5, batch_size=8, device="cpu")
     used = plan_prediction(trained, Forecast(24, 12), [own], options)

@@ -13,16 +13,13 @@ from torch import nn
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, View, detokenise
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.sources import paired
-from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import WindowSize
-from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Options, Plan, plan_prediction
 from atmossl.inference.predict import predict_fields
 from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.oracle_models import NAMES, Known, Oracle, run_at
+from tests.inference.oracle_models import NAMES, Known, Oracle, run_at, trained_on
 from tests.synthetic import dataset
 
 LEVELS = (300, 850)
@@ -45,18 +42,8 @@ def opened(store: xr.Dataset) -> Segment:
 def predictor(
     task: Task, model: nn.Module, fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE, **changes
 ) -> Plan:
-    statistics = {name: Statistics.compute([opened(s)]) for name, s in
-                  ((PRIMARY, FINE), ("reduced", COARSE))}  # fmt: skip
-    trained = TrainedModel(
-        model=model,
-        specs=changes.pop("specs", SPECS),
-        normaliser=Normaliser(statistics),
-        window=WindowSize(6, 8, 8),
-        first_guess=True,
-        data="waves",
-        record={},
-        digest="0",
-    )
+    records = {PRIMARY: opened(FINE), "reduced": opened(COARSE)}
+    trained = trained_on(records, model, changes.pop("specs", SPECS), (6, 8, 8))
     (segment,) = paired({PRIMARY: [opened(fine)], "reduced": [opened(coarse)]})
     options = Options(**{"overlap": 0.5, "batch_size": 3, "device": "cpu"} | changes)
     return plan_prediction(trained, task, [segment], options)

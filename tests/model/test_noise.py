@@ -8,7 +8,7 @@ import torch
 from einops import reduce
 from scipy import stats
 
-from atmossl.batch import TokenGrid, collate_views, detokenise
+from atmossl.batch import Batch, TokenGrid, collate_views, detokenise
 from atmossl.losses import FIELD_LOSSES, Ensemble, almost_fair_crps
 from atmossl.masking.tasks import Forecast
 from atmossl.masking.views import make_view
@@ -83,15 +83,22 @@ def test_a_tile_has_the_noise_of_the_globe() -> None:
 STREAM = spec("temperature", variables=("temperature",))
 
 
-def test_a_member_is_the_same_field_whichever_others_are_drawn() -> None:
+def small_network(*, num_decoder_layers: int, num_members: int) -> Multiformer:
     torch.manual_seed(0)
-    model = Multiformer(
-        streams=(STREAM,), dim=16, num_layers=1, num_decoder_layers=2, num_heads=2, num_members=2,
-        ensemble="noise", noise_lengths_km=(2000.0,),
+    return Multiformer(
+        streams=(STREAM,), dim=16, num_layers=1, num_decoder_layers=num_decoder_layers,
+        num_heads=2, num_members=num_members, ensemble="noise", noise_lengths_km=(2000.0,),
     )  # fmt: skip
-    windows = (window(STREAM, seed=1),)
-    view = make_view(windows, Forecast(12), np.random.default_rng(0))
-    (view,) = collate_views([(view,)], [0]).views
+
+
+def forecast_batch() -> Batch:
+    view = make_view((window(STREAM, seed=1),), Forecast(12), np.random.default_rng(0))
+    return collate_views([(view,)], [0])
+
+
+def test_a_member_is_the_same_field_whichever_others_are_drawn() -> None:
+    model = small_network(num_decoder_layers=2, num_members=2)
+    (view,) = forecast_batch().views
     all_of_them = model(view, members=range(4)).streams[0].members
     torch.testing.assert_close(
         model(view, members=[2]).streams[0].members[:, :, 0], all_of_them[:, :, 2]
@@ -115,13 +122,8 @@ def areas(field: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", sorted(FIELD_LOSSES))
 def test_losses_of_fields_train_the_network(name: str) -> None:
     """Finite gradients; and a forecast, which hides whole steps, has the fields that are scored."""
-    torch.manual_seed(0)
-    model = Multiformer(
-        streams=(STREAM,), dim=16, num_layers=1, num_decoder_layers=1, num_heads=2, num_members=3,
-        ensemble="noise", noise_lengths_km=(2000.0,),
-    )  # fmt: skip
-    windows = (window(STREAM, seed=1),)
-    batch = collate_views([(make_view(windows, Forecast(12), np.random.default_rng(0)),)], [0])
+    model = small_network(num_decoder_layers=1, num_members=3)
+    windows, batch = (window(STREAM, seed=1),), forecast_batch()
     objective = MaskedModelling(losses={name: 1.0}, latitude_weighted=False)
     losses = objective(model, batch)
     losses.total.backward()
