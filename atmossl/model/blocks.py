@@ -73,29 +73,25 @@ def attend(
 
     order: which keys each query may see, for every sample or the same for all of them.
     """
-    if valid is None and order is None:
-        return _softmax_attention(query, key, value, None)
     visible = None if valid is None else valid[:, None, None, :]
     if order is not None:
         visible = order[:, None] if visible is None else visible & order[:, None]
-    assert visible is not None
-    some = visible.any(dim=-1, keepdim=True)
-    visible = visible | ~some  # an empty row would give NaN, and NaN gradients
-    out = _softmax_attention(query, key, value, visible)
-    return torch.where(some, out, torch.zeros_like(out))
-
-
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    some = None
+    if visible is not None:
+        some = visible.any(dim=-1, keepdim=True)
+        visible = visible | ~some  # an empty row would give NaN, and NaN gradients
     if key.shape[-2] <= _FEW_KEYS:
         score = query @ key.mT * query.shape[-1] ** -0.5
         if visible is not None:
             score = score.masked_fill(~visible, -torch.inf)
-        return score.softmax(dim=-1).to(value.dtype) @ value
-    if len(query) <= _MOST_ROWS:
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-    masks = repeat(None) if visible is None else visible.split(_MOST_ROWS)
-    parts = zip(*(x.split(_MOST_ROWS) for x in (query, key, value)), masks, strict=False)
-    return torch.cat([functional.scaled_dot_product_attention(*part) for part in parts])
+        out = score.softmax(dim=-1).to(value.dtype) @ value
+    elif len(query) <= _MOST_ROWS:
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    else:
+        masks = repeat(None) if visible is None else visible.split(_MOST_ROWS)
+        parts = zip(*(x.split(_MOST_ROWS) for x in (query, key, value)), masks, strict=False)
+        out = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts])
+    return out if some is None else torch.where(some, out, torch.zeros_like(out))
 
 
 def _may_see(query: Tensor, key: Tensor, steps: Steps) -> Tensor:
@@ -121,42 +117,32 @@ def _step_of_tokens(x: Latent) -> Int[Tensor, "batch token"]:
     return x.place.chosen.index // (num_lat * num_lon) % num_times
 
 
-def attend_factorised(
-    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
-) -> Tensor:
-    """Attention in which half of the heads see all levels and times of a token's place, and half
-    see all places of its level and time (factorised dot-product attention, Arnab et al. 2021,
-    ViViT, model 4). The cost grows with tokens times (levels x times + places). Grids of
-    different shapes attend fully."""
-    return _attend_along_axes(query, key, value, x, context, query.shape[1] // 2, steps)
-
-
-def attend_temporally(
-    query: Tensor, key: Tensor, value: Tensor, x: Latent, context: Latent, steps: Steps = "any"
-) -> Tensor:
-    """Attention of every token to all levels and times of its place; space is left to the
-    convolutions. The cost grows with tokens times (levels x times). Grids of different shapes
-    attend fully."""
-    return _attend_along_axes(query, key, value, x, context, query.shape[1], steps)
-
-
 # heads of the whole grid, and the same with one sequence per column or per plane
 _GRID = "b h (level nt nlat nlon) f"
 _COLUMNS = "(b nlat nlon) h (level nt) f"
 _PLANES = "(b level nt) h (nlat nlon) f"
 
 
-def _attend_along_axes(
+def attend_factorised(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     x: Latent,
     context: Latent,
-    num_columns: int,
-    steps: Steps,
+    steps: Steps = "any",
+    *,
+    in_planes: bool = True,
 ) -> Tensor:
-    """Attention within columns for the first `num_columns` heads and within planes for the
-    others. Where heads may see earlier steps alone, they see the planes of the step before."""
+    """Attention in which half of the heads see all levels and times of a token's place, and half
+    see all places of its level and time (factorised dot-product attention, Arnab et al. 2021,
+    ViViT, model 4). The cost grows with tokens times (levels x times + places). Grids of
+    different shapes attend fully.
+
+    in_planes: whether there is the second half; else all heads see the token's place alone, and
+        space is left to the convolutions. Where heads may see earlier steps alone, they see the
+        places of the step before.
+    """
+    num_columns = query.shape[1] // 2 if in_planes else query.shape[1]
     if x.place.shape != context.place.shape:
         return attend_fully(query, key, value, x, context, steps)
     sizes = _sizes(x.place.shape)
@@ -184,6 +170,9 @@ def _attend_along_axes(
         attended.append(rearrange(attend(q, k, v, valid, order), f"{axes} -> {_GRID}", **sizes))
     out = torch.cat(attended, dim=1)
     return split_heads(gather(merge_heads(out), x.place.chosen), out.shape[1])
+
+
+attend_temporally = partial(attend_factorised, in_planes=False)
 
 
 def _one_step_later(

@@ -69,16 +69,15 @@ def _limit_kernels() -> None:
         os.environ.setdefault(name, "128")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias by oneDNN, in float32 on CPUs."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+_multiply: Any = torch.ops.mkldnn._linear_pointwise if AVAILABLE else None  # x @ weight.T + bias
+_PLAIN = ("none", [], "")  # no function of the products after them
 
 
 class _OneDnn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x.contiguous(), weight, bias)
+        return _multiply(x.contiguous(), weight, bias, *_PLAIN)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,9 +85,9 @@ class _OneDnn(torch.autograd.Function):
         gradient = gradients[0].flatten(0, -2).contiguous()
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = _product(gradient, weight.T).view_as(x)
+            for_x = _multiply(gradient, weight.T, None, *_PLAIN).view_as(x)
         if ctx.needs_input_grad[1]:
-            for_weight = _product(gradient.T, x.flatten(0, -2).T)
+            for_weight = _multiply(gradient.T, x.flatten(0, -2).T, None, *_PLAIN)
         if ctx.needs_input_grad[2]:
             for_bias = gradient.sum(dim=0)
         return for_x, for_weight, for_bias
