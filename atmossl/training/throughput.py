@@ -22,7 +22,7 @@ from atmossl.model.linear import AVAILABLE as BY_ONEDNN
 from atmossl.model.linear import half_is_fast
 
 _COUNTED_BATCHES = 4
-_BACKWARD_COST = 2  # of a forward pass, in matrix products
+PASSES_OF_A_STEP = 3  # forward, and backward that costs two of these in matrix products
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -78,7 +78,7 @@ def model_flops(model: nn.Module, view: View) -> int:
     that for backward. Activations that are computed again do not count."""
     with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
         model(view)
-    return (1 + _BACKWARD_COST) * counter.get_total_flops()
+    return PASSES_OF_A_STEP * counter.get_total_flops()
 
 
 class Throughput(L.Callback):
