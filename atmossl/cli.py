@@ -375,7 +375,7 @@ def _help(arguments: Sequence[str]) -> str:
     overview."""
     from atmossl.help import help_of, overview
 
-    words = [word for word in arguments if not word.startswith("-")]
+    words = [word for word in arguments if not word.startswith("-") and word != "help"]
     if not words or words[0] not in _COMMANDS:
         return overview()
     return help_of(words[0], "".join(words[1:2]))
@@ -439,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _quieten()
     console = Console(stderr=True)
-    if not arguments or {"-h", "--help", "--version"} & set(arguments):
+    if not arguments or "help" in arguments[:2] or {"-h", "--help", "--version"} & set(arguments):
         _print(__version__ if "--version" in arguments else _help(arguments))
         return 0
     command, *rest = map(renamed_override, joined(arguments))

@@ -51,11 +51,13 @@ def for_hydra(override: str, *, sweep: bool = False) -> str:
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
-    """The words of the command line, with `--config-dir FOLDER` as one word."""
+    """The words of the command line, with `--config-dir FOLDER` and `KEY = VALUE` as one word."""
     words: list[str] = []
-    for word in arguments:
+    for before, word in zip(["", *arguments], arguments, strict=False):
         if words and words[-1] in ("--config-dir", "-cd"):
             words[-1] = f"{_FOLDER}{word}"
+        elif words and "=" in (before, word):
+            words[-1] += word
         else:
             words.append(word)
     return words

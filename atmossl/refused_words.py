@@ -17,18 +17,32 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from atmossl.extras import missing_plugin
-from atmossl.overrides import is_readable
+from atmossl.overrides import PATHS, is_readable
 
 _REFUSED = (
     r"Could not override '(?P<key>[^']+)'",
     r"Could not append to config\. An item is already at '(?P<there>[^']+)'",
     r"Could not delete from config\. '(?P<absent>[^']+)' does not exist",
     r"Could not delete from config\. The value of '(?P<differs>[^']+)'",
-    r"Could not find '(?P<choice>[^']+)'",
+    r"Could not (?:find|load) '(?P<choice>[^']+)'",
     r"Ambiguous value for argument '(?P<several>[^']+)'",
     r"Error merging override (?P<within>.+)",
 )
 _UNKNOWN = ("key", "absent")
+_ELSEWHERE = {  # what other programs call a key
+    "lr": "optimizer.learning_rate",
+    "steps": "trainer.max_steps",
+    "epochs": "trainer.max_steps",
+    "max_epochs": "trainer.max_steps",
+    "gpus": "trainer.devices",
+    "device": "accelerator",
+    "workers": "data.num_workers",
+    "date": "init_time",
+    "time": "init_time",
+    "ckpt": "checkpoint",
+    "model": "checkpoint",
+    "out": "output",
+}
 _LISTS = ("members", "init_time")  # which take a list though their default is none
 
 
@@ -40,7 +54,7 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
         HydraException: what no word is to blame for, such as a file of the user's own.
     """
     words = list(_whole(words))
-    faults = [fault for word in words if (fault := _unreadable(word))]
+    faults = [fault for word in words if (fault := _unreadable(word) or _empty(word))]
     words = [word for word in words if is_readable(word)]
     refused: list[tuple[str, str, str]] = []
     while True:
@@ -57,11 +71,14 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
                 continue
             refused.append((*blamed, str(error)))
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
+    groups = groups if name in ("train", "stats") else []
     keys = {**dict.fromkeys(groups), **OmegaConf.to_container(config)}  # pyright: ignore
     inner = [word for kind, word, _ in refused if kind == "key" and _has_place(word, keys)]
     if inner:  # a mapping with further keys, which the schema looks at
         config = compose(name, [*words, *(f"++{word}" for word in inner)])
-    faults += [_line(kind, word, text, keys) for kind, word, text in refused if word not in inner]
+    faults += [
+        _line(kind, word, text, keys, conf) for kind, word, text in refused if word not in inner
+    ]
     for key in sorted(OmegaConf.missing_keys(config)):
         faults.append(f"{key}: is missing; give {key}=VALUE")
         OmegaConf.update(config, key, "_")
@@ -93,6 +110,12 @@ def _whole(words: Sequence[str]) -> Iterator[str]:
         yield part
 
 
+def _empty(word: str) -> str | None:
+    """What to say of a path that is empty, as of a variable of the shell that is not set."""
+    key, _, value = word.partition("=")
+    return f"{word}: is empty; valid: {key}=PATH" if key in PATHS and not value.strip("'") else None
+
+
 def _unreadable(word: str) -> str | None:
     """What to say of a word that is no override."""
     if is_readable(word):
@@ -100,7 +123,13 @@ def _unreadable(word: str) -> str | None:
     word = word.lstrip("+")
     key, equals, value = word.partition("=")
     if word.startswith("-"):
-        return f"no option {key}; valid: --help, --config-dir FOLDER, --cfg job, --info"
+        name = key.strip("-")
+        return (
+            f"no option {key}; valid: --help, --config-dir FOLDER, --cfg job, --info; keys have no "
+            f"dashes, as in {name}=VALUE"
+        )
+    if not equals and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", word):
+        return f"{word}: is no key; every word is KEY=VALUE"
     if not equals:
         return f"{word}: needs a value; valid: {key}=VALUE"
     return (
@@ -153,7 +182,7 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any]) -> str:
+def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: Path) -> str:
     """What to say of a word that does not fit."""
     key, _, value = word.lstrip("+~").partition("=")
     if kind in _UNKNOWN:
@@ -162,11 +191,13 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any]) -> str
         return f"{word}: {key} exists already; leave out the +"
     if kind == "choice":
         options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
+        options = options or sorted(file.stem for file in (conf / key).glob("*.yaml"))
         family = value.partition("_")[0]  # of a plugin of Hydra, such as submitit_slurm
         absent = missing_plugin(text)
         if absent is not None and not any(option.startswith(family) for option in options):
             return f"{word}: {absent}"
-        close = get_close_matches(value, options, n=2)
+        (wrong,) = re.findall(r"Could not \w+ '(?:[^']*/)?([^']+)'", text)[:1] or [value]
+        close = get_close_matches(wrong, options, n=2)
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""
         return f"{word}: no such choice; {meant}valid: {', '.join(options)}{more}"
@@ -174,11 +205,17 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any]) -> str
         return f"{word}: several values; write {key}=[{value}] for a list, or -m for a run of each"
     if kind == "differs":
         return f"{word}: {key} has another value; leave out ={value}"
+    inner = _at(valid_keys, key)
+    if isinstance(inner, Mapping):
+        return f"{word}: {key} has keys of its own; valid: {key}.KEY=VALUE with {', '.join(inner)}"
     return f"{word}: {key.rpartition('.')[0] or key} takes one value and has no further keys"
 
 
 def of_unknown(key: str, valid_keys: Mapping[str, Any]) -> str:
     """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
+    name = key.rpartition(".")[2]
+    if name in _ELSEWHERE and _at(valid_keys, _ELSEWHERE[name]) is not None:
+        return f"unknown key {key}; did you mean {_ELSEWHERE[name]}?"
     corrected, values = list[str](), valid_keys
     for part in key.split("."):
         if not isinstance(values, Mapping) or not values:
@@ -189,7 +226,6 @@ def of_unknown(key: str, valid_keys: Mapping[str, Any]) -> str:
         corrected, values = [*corrected, *close], values[close[0]]
     else:
         return f"unknown key {key}; did you mean {'.'.join(corrected)}?"
-    name = key.rpartition(".")[2]
     everywhere = list(_all_keys(valid_keys))
     same = [full for full in everywhere if full.rpartition(".")[2] == name]
     if same:

@@ -44,6 +44,8 @@ def test_every_command_is_in_the_overview(capsys: Any) -> None:
     assert max(map(len, told.splitlines())) <= 80
     assert all(f"  {name} " in told for name in _COMMANDS)
     assert set(_COMMANDS) == {name for name in COMMANDS if " " not in name}
+    assert printed(capsys, "help") == told
+    assert printed(capsys, "predict", "help").startswith("atmossl predict: ")
     assert printed(capsys, "--version") == f"{atmossl.__version__}\n"
 
 

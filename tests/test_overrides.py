@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from atmossl.cli import compose_config, main
-from atmossl.overrides import PATHS, for_hydra, split, unquoted
+from atmossl.overrides import PATHS, for_hydra, joined, split, unquoted
 from atmossl.schema import EvaluateConfig, PredictConfig, StatsConfig
 from atmossl.schema.data import IngestConfig, InspectConfig
 from tests.inference.test_command import save_tiny
@@ -161,3 +161,9 @@ def test_what_cannot_be_read_says_how_to_quote(capsys: pytest.CaptureFixture) ->
     # what a shell has cut at spaces is one word again
     assert main(["config", "validate", "model.dims={strange:", "64}", "seed=-1"]) == 2
     assert capsys.readouterr().err == "atmossl config: seed=-1: valid: 0 or above\n"
+
+
+def test_spaces_around_the_equals_sign_are_taken() -> None:
+    words = ["predict", "output", "=", "o.zarr", "seed=1", "--config-dir", "mine"]
+    assert joined(words) == ["predict", "output=o.zarr", "seed=1", "--config-dir=mine"]
+    assert joined(["checkpoint=", "output=o.zarr"]) == ["checkpoint=", "output=o.zarr"]

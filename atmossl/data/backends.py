@@ -151,6 +151,8 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
             f"store {location} does not exist; valid: a zarr store, a NetCDF file, a folder or a "
             "pattern of such files, or a URL"
         )
+    if entry.format == "auto":
+        _check_folder(Path(location))
     kind = _format_of(location) if entry.format == "auto" else entry.format
     try:
         retries = access.retries_of(location)
@@ -163,6 +165,20 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
         raise ValueError(
             f"store {location} cannot be opened as {kind} ({type(error).__name__}: {why})"
         ) from error
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ValueError for a folder that is neither a store nor holds files of data."""
+    if not path.is_dir():
+        return
+    names = sorted(entry.name for entry in path.iterdir())
+    holds_files = any(kind in (NETCDF, GRIB) for kind in _kinds_in(path))
+    if not is_zarr(path) and not holds_files:
+        shown = ", ".join(names[:3]) or "nothing"
+        raise ValueError(
+            f"store {path}: the folder holds {shown}, and neither zarr nor files of NetCDF; valid: "
+            "the folder of a zarr store, or one with .nc files"
+        )
 
 
 def _format_of(location: str) -> str:

@@ -43,6 +43,7 @@ from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.schema.training import (
     Callback,
     LoggerConfig,
+    Resume,
     TrainerConfig,
     WarmStartConfig,
     trainer_faults,
@@ -148,7 +149,7 @@ class TrainConfig(Strict):
     """All settings of `atmossl train`. seed: of first weights, masks and order of samples."""
 
     seed: NotNegative
-    resume: str | None
+    resume: Resume
     input_limits: InputLimits
     warm_start: WarmStartConfig
     data: DataConfig

@@ -9,7 +9,7 @@ from typing import Any
 # What pydantic calls the types among which a value may choose; it adds them to the key.
 _KIND = re.compile(
     r"(constrained-|literal\[|function-|nullable|is-instance|tuple\[|list\[|dict\[|lax-or-strict)"
-    r"|^(str|int|float|bool|none|path)$"
+    r"|^(str|int|float|bool|none|path|\[key\])$"
 )
 _WORDS = {  # by pydantic's kind of error, with the limits that it knows
     "greater_than": "above {gt}",

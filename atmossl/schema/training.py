@@ -28,6 +28,15 @@ def _choose_logger(node: Any) -> Part:
 Callback = Annotated[Part, BeforeValidator(_choose_callback)]
 Logger = Annotated[Part, BeforeValidator(_choose_logger)]
 
+
+def _checkpoint(value: Any) -> Any:
+    if isinstance(value, str) or value is None:
+        return value
+    raise ValueError("valid: null, auto, or the path of a checkpoint")
+
+
+Resume = Annotated[str | None, BeforeValidator(_checkpoint)]
+
 # What a run gives to Lightning's Trainer by itself, and the key that changes it
 _OURS = {
     "accelerator": "trainer.accelerator",
