@@ -1,6 +1,7 @@
 """One HTML page that holds everything, pictures included, and reads well on a phone."""
 
 import base64
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,8 +163,9 @@ def _diagnostic_groups(report: TaskReport) -> list[dict[str, Any]]:
         if not any(values.notnull().any() for values in chosen.data_vars.values()):
             continue  # such as means of boxes, of a task that hides single cells
         if diagnostic.startswith("rank_histogram"):
-            of = diagnostic.removeprefix("rank_histogram").replace("_", " ").replace("x", " x ")
-            group = f"Rank histograms of{of}s" if of else "Rank histograms"
+            of = diagnostic.removeprefix("rank_histogram").replace("_", " ")
+            of = re.sub(r"mean (\d+)x(\d+)$", r"means over \1 x \2 cells", of)
+            group = f"Rank histograms{f' of{of}'.removesuffix('s') + 's' if of else ''}"
             figure = rank_panel(chosen, title)
         elif diagnostic.startswith("reliability"):
             event = diagnostic.removeprefix("reliability_above_p")

@@ -105,5 +105,5 @@ def _finished(figure: Figure, axes: Axes, legend: bool = True) -> Figure:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_fontsize(9)
     if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return figure
