@@ -1,4 +1,4 @@
-"""The command line: train, predict, embed, probe, calibrate, evaluate, data, config, info."""
+"""The command line: a function for every command, which composes and checks its configuration."""
 
 import logging
 import os
@@ -141,6 +141,13 @@ def _probe(arguments: Sequence[str]) -> None:
     from atmossl.commands.probe import probe
 
     probe(values)
+
+
+def _features(arguments: Sequence[str]) -> None:
+    values = valid("FeaturesConfig", compose_config("features", arguments))
+    from atmossl.commands.features import features
+
+    features(values, shlex.join(["atmossl", "features", *arguments]))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
@@ -358,6 +365,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "predict": _predict,
     "embed": _embed,
     "probe": _probe,
+    "features": _features,
     "evaluate": _evaluate,
     "calibrate": _calibrate,
     "export": _export,

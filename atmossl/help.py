@@ -71,6 +71,15 @@ COMMANDS = {
             "atmossl probe checkpoint=[a.ckpt,b.ckpt] every=5 output=report",
         ), "probe", "ProbeConfig",
     ),
+    "features": Command(
+        "Shows what a checkpoint's encoder sees: attention, components, analogues.",
+        "[KEY=VALUE ...]",
+        (
+            "atmossl features checkpoint=default output=page",
+            "atmossl features checkpoint=runs/mine init_time=1959-02-12T00 output=page",
+            "atmossl features places=[europe,[35,139]] layers=[0,-1] output=page",
+        ), "features", "FeaturesConfig",
+    ),
     "calibrate": Command(
         "Fits the spread of a checkpoint's ensemble for a task, on the validation split.",
         "[KEY=VALUE ...]",

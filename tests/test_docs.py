@@ -119,6 +119,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "commands.predict": module("", predict=nothing, calibrate=nothing),
         "commands.embed": module("", embed=nothing),
         "commands.probe": module("", probe=nothing),
+        "commands.features": module("", features=nothing),
         "commands.evaluate": module("", evaluate=nothing),
         "commands.cost": module("", show_estimate=nothing),
         "commands.info": module("", show_checkpoint=nothing),

@@ -21,7 +21,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 
 from atmossl import __version__
-from atmossl.batch import StreamSpec, TokenGrid, View, collate_views
+from atmossl.batch import StreamSpec, TokenGrid, TokenSize, View, collate_views
 from atmossl.checkpoint_files import write_atomically
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, TilePlan
@@ -51,7 +51,9 @@ class StreamField:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class TileView:
+    """A tile of the globe: its cells, their blending weights, and what the encoder is shown."""
+
     box: Box
     weight: np.ndarray
     view: View
@@ -68,13 +70,13 @@ class _Blend:
     latents: np.ndarray | None = None
     coordinates: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, latents: np.ndarray, tile: _Tile, grid: TokenGrid, number: int) -> None:
+    def add(self, latents: np.ndarray, tile: TileView, grid: TokenGrid, number: int) -> None:
         """Add the latents [level nt nlat nlon feature] of one tile, which is sample `number` of
         a batch."""
         size = self.spec.token_size
-        rows = tile.box.lat_start // size.lat + np.arange(latents.shape[2])
-        first = (tile.box.lon_start - self.first_lon) // size.lon
-        places = (first + np.arange(latents.shape[3])) % (self.num_lon // size.lon)
+        rows, places = _rows_and_columns(
+            tile.box, size, latents.shape[2:4], self.num_lon, self.first_lon
+        )
         shape = (*latents.shape[:2], self.num_lat // size.lat, self.num_lon // size.lon)
         if self.latents is None:
             self.latents = np.zeros((*shape, latents.shape[-1]), np.float32)
@@ -161,11 +163,18 @@ class Embedder:
             window_size if 0 < window_size <= have else have
             for window_size, have in zip((window.lat, window.lon), grid.shape, strict=True)
         )
-        return TilePlan(grid, lat, lon, self.overlap, (self._first_lon,), align)
+        return TilePlan(grid, lat, lon, self.overlap, (self.first_lon,), align)
 
     @property
-    def _first_lon(self) -> int:
+    def first_lon(self) -> int:
         return self.segment.alignment.lon_shift
+
+    def rows_and_columns(
+        self, box: Box, spec: StreamSpec, counts: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tokens of a tile, so many rows and columns, are among those of the grid."""
+        num_lon = self.segment.grid.shape[1]
+        return _rows_and_columns(box, spec.token_size, counts, num_lon, self.first_lon)
 
     def possible_times(self) -> np.ndarray:
         """Reference times with a whole window before them, in order."""
@@ -197,13 +206,10 @@ class Embedder:
         """The same as `fields` for several layers, from one pass of the encoder."""
         source, (num_lat, num_lon) = self.find(time), self.segment.grid.shape
         blends = [
-            {
-                spec.name: _Blend(spec, num_lat, num_lon, self._first_lon)
-                for spec in self.shown_specs
-            }
+            {spec.name: _Blend(spec, num_lat, num_lon, self.first_lon) for spec in self.shown_specs}
             for _ in layers
         ]
-        tiles = self._tiles(source)
+        tiles = self.tile_views(source)
         while batch := list(islice(tiles, self.batch_size)):
             (view,) = collate_views([(t.view,) for t in batch], list(range(len(batch)))).views
             with torch.inference_mode():
@@ -219,23 +225,23 @@ class Embedder:
 
     def whole_view(self, time: np.datetime64) -> View:
         """The window that ends at a reference time, of a window that is the whole grid."""
-        (tile,) = self._tiles(self.find(time))
+        (tile,) = self.tile_views(self.find(time))
         return tile.view
 
-    def _tiles(self, source: Source) -> Iterator[_Tile]:
+    def tile_views(self, source: Source) -> Iterator[TileView]:
         """All tiles of a window; each band of latitude is read once."""
         plan, grid, used = self.tiles, self.segment.grid, self.trained
         all_steps = TimePlan(self._steps - 1, (0,), tuple(range(self._steps)))
         reader, rng = WindowReader(used, all_steps, grid), np.random.default_rng(0)  # never used
         for numbers in plan.rows():
             south = plan.tiles[numbers[0]].lat_start
-            around = Box(south, self._first_lon, plan.lat_size, grid.shape[1])
+            around = Box(south, self.first_lon, plan.lat_size, grid.shape[1])
             band = reader.read(source, around)
             for number in numbers:
                 windows = columns(band, source.segment, around, plan.tiles[number])
                 windows = tuple(w for w in windows if w.spec.name not in self.withheld)
                 view = make_view(windows, hide_nothing, rng, first_guess=used.first_guess)
-                yield _Tile(plan.tiles[number], plan.weights[number], view)
+                yield TileView(plan.tiles[number], plan.weights[number], view)
 
     def dataset(
         self, times: np.ndarray, fields: dict[str, StreamField] | None = None
@@ -282,7 +288,15 @@ class Embedder:
         return {**dict(zip(dims, values, strict=False)), time_name: valid_times}
 
 
-def _add_batch(blend: _Blend, stream: StreamLatents, layer: int, batch: Sequence[_Tile]) -> None:
+def _rows_and_columns(
+    box: Box, size: TokenSize, counts: Sequence[int], num_lon: int, first_lon: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = box.lat_start // size.lat + np.arange(counts[0])
+    first = (box.lon_start - first_lon) // size.lon
+    return rows, (first + np.arange(counts[1])) % (num_lon // size.lon)
+
+
+def _add_batch(blend: _Blend, stream: StreamLatents, layer: int, batch: Sequence[TileView]) -> None:
     """One stream's latents of a batch of tiles, after one layer."""
     level, steps, nlat, nlon = stream.grid.shape
     latents = rearrange(

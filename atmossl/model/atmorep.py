@@ -166,17 +166,25 @@ class FieldAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch token width"], other_fields: list[Tensor]
     ) -> Float[Tensor, "batch token width"]:
+        parts = self.projected(x, other_fields)
+        attended = [_merged(F.scaled_dot_product_attention(*part)) for part in parts]
+        return x + self.out(torch.cat(attended, dim=-1))
+
+    def projected(
+        self, x: Float[Tensor, "batch token width"], other_fields: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values [batch head token feature] of the field itself, then of every
+        coupled field."""
         normed = _norm(x) if self.normed else x
         query, key, value = _heads(self.own(normed), 3, self.num_heads)
-        query, key = self._normed_head(query), self._normed_head(key)
-        outputs = [_merged(F.scaled_dot_product_attention(query, key, value))]
+        parts = [(self._normed_head(query), self._normed_head(key), value)]
         if self.queries is not None:
             queries = _heads(self.queries(normed), 1, len(other_fields))[0].split(1, dim=1)
             for query, project, other in zip(queries, self.coupled, other_fields, strict=True):
                 key, value = _heads(project(_norm(other) if self.normed else other), 2, 1)
-                key = self._normed_head(key)  # the query is not: so in the public code
-                outputs.append(_merged(F.scaled_dot_product_attention(query, key, value)))
-        return x + self.out(torch.cat(outputs, dim=-1))
+                # the query is not normed: so in the public code
+                parts.append((query, self._normed_head(key), value))
+        return parts
 
     def _normed_head(self, x: Tensor) -> Tensor:
         return _norm(x) if self.normed_heads else x

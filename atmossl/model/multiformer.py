@@ -131,7 +131,7 @@ class Multiformer(Network):
         self.specs = {spec.name: spec for spec in streams}
         widths = {spec.name: (dims or {}).get(spec.name, dim) for spec in streams}
         _check_sizes(widths, num_heads, (*embedding_stencil, kernel_size), dims or {})
-        self.widths, self.causal = widths, causal
+        self.widths, self.causal, self.attention = widths, causal, (attention, attention_window)
         attends = _attends(streams, attention, attention_window, causal=causal)
         sizes = BlockSizes(num_heads, feedforward_ratio, attends[0], kernel_size, *attends[1:])
         self.register_buffer("told", told_features(told), persistent=False)

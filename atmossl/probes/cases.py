@@ -144,7 +144,7 @@ def read_cases(runs: Sequence[Run], levels: Mapping[str, Sequence[int]]) -> Case
     surface."""
     states = {}
     for hours in (-_DAY_HOURS, 0, _DAY_HOURS):
-        parts = [_state(run, hours, levels) for run in runs]
+        parts = [state_of(run, hours, levels) for run in runs]
         states[hours] = xr.concat(parts, "case", combine_attrs="override")
     counts = [len(run.steps) for run in runs]
     return Cases(
@@ -155,8 +155,9 @@ def read_cases(runs: Sequence[Run], levels: Mapping[str, Sequence[int]]) -> Case
     )
 
 
-def _state(run: Run, hours: int, levels: Mapping[str, Sequence[int]]) -> xr.Dataset:
-    """The fields at some hours from every date of a run."""
+def state_of(run: Run, hours: int, levels: Mapping[str, Sequence[int]]) -> xr.Dataset:
+    """The fields at some hours from every date of a run, dims (case, level, latitude,
+    longitude)."""
     segment = run.segment
     steps = run.steps + round(hours / segment.step_hours)
     dataset = xr.Dataset(

@@ -4,7 +4,6 @@
 them the meaning.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -37,7 +36,8 @@ from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.data import ChosenStore, DataConfig
+from atmossl.schema.data import ChosenStore, DataConfig, Times
+from atmossl.schema.features import FeaturesConfig
 from atmossl.schema.strict import ConfigError, Strict
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.schema.training import (
@@ -55,6 +55,7 @@ __all__ = [
     "ConfigError",
     "EmbedConfig",
     "EvaluateConfig",
+    "FeaturesConfig",
     "PredictConfig",
     "ProbeConfig",
     "StatsConfig",
@@ -428,23 +429,6 @@ class CheckpointConfig(Strict):
     input_limits: InputLimits
     output: Path
     plugins: Plugins
-
-
-def _dates(times: Any) -> Any:
-    """Dates as texts. YAML reads those without separators, such as 19590112 or 1959011206, as
-    numbers."""
-    if isinstance(times, Sequence) and not isinstance(times, str):
-        return tuple(map(_dates, times))
-    digits = re.fullmatch(r"(\d{4})(\d\d)(\d\d)T?(\d\d)?", str(times))
-    if digits is not None:
-        year, month, day, hour = digits.groups()
-        return f"{year}-{month}-{day}" + (f"T{hour}" if hour else "")
-    if not isinstance(times, str):
-        raise ValueError("valid: all, an ISO date such as 1959-01-12T06, or a list of them")
-    return times
-
-
-Times = Annotated[str | tuple[str, ...], BeforeValidator(_dates)]
 
 
 def _members(members: Any) -> int | tuple[int, ...] | None:

@@ -1,5 +1,7 @@
 """Configuration of the data: which store, which windows, how they are read."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,3 +71,20 @@ class InspectConfig(Strict):
     window: WindowSize
     samples: Positive
     output: Path
+
+
+def read_dates(times: Any) -> Any:
+    """Dates as texts. YAML reads those without separators, such as 19590112 or 1959011206, as
+    numbers."""
+    if isinstance(times, Sequence) and not isinstance(times, str):
+        return tuple(map(read_dates, times))
+    digits = re.fullmatch(r"(\d{4})(\d\d)(\d\d)T?(\d\d)?", str(times))
+    if digits is not None:
+        year, month, day, hour = digits.groups()
+        return f"{year}-{month}-{day}" + (f"T{hour}" if hour else "")
+    if not isinstance(times, str):
+        raise ValueError("valid: all, an ISO date such as 1959-01-12T06, or a list of them")
+    return times
+
+
+Times = Annotated[str | tuple[str, ...], BeforeValidator(read_dates)]

@@ -1,0 +1,79 @@
+"""`atmossl features`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atmossl import __version__
+from atmossl.api import chosen_times
+from atmossl.commands.common import check_split, device_for, open_for
+from atmossl.data.segment import Segment
+from atmossl.evaluation.report.content import Provenance
+from atmossl.features.page import write_features
+from atmossl.features.run import FeatureOptions, FeatureRun
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.inference.embed import Embedder
+from atmossl.locks import owned
+from atmossl.probes.summary import check_output
+from atmossl.progress import telling
+from atmossl.schema import FeaturesConfig, parse
+from atmossl.stops import keeping
+
+
+def features(values: Mapping[str, Any], command: str = "atmossl features") -> Path:
+    """Write the page of a checkpoint's features; returns its folder.
+
+    command: the line that the page gives for making it again.
+    """
+    config: FeaturesConfig = parse(FeaturesConfig, values)
+    with owned(config.output, "output"), keeping("nothing was written"):
+        check_output(config.output)
+        run = _prepared(config)
+        with telling(f"latents, {run.num_dates} dates", run.num_dates) as advance:
+            found = run.run(advance)
+        write_features(found, _provenance(config, run.trained, command), config.output)
+    Console(markup=False).print(
+        f"page: {config.output / 'index.html'}", highlight=False, soft_wrap=True
+    )
+    return config.output
+
+
+def _prepared(config: FeaturesConfig) -> FeatureRun:
+    for split in config.splits:
+        check_split(config.data, split)
+    trained = load_checkpoint(config.checkpoint, config.plugins)
+    trained.require("embed")
+    records = {
+        split: open_for(trained, config.data, split, input_limits=config.input_limits)
+        for split in config.splits
+    }
+    options = FeatureOptions(
+        layer=config.layer,
+        layers=config.layers,
+        num_dates=config.num_dates,
+        places=config.places,
+        overlap=config.overlap,
+        batch_size=config.batch_size,
+        device=device_for(config.accelerator),
+    )
+    time = None
+    if config.init_time is not None:
+        segments: tuple[Segment, ...] = sum(map(tuple, records.values()), ())
+        served = Embedder(
+            trained=trained, segments=segments, layer=config.layer, overlap=config.overlap,
+            batch_size=config.batch_size, device=options.device,
+        )  # fmt: skip
+        (time, *others) = chosen_times(served, config.init_time)
+        if others:
+            raise ValueError(f"init_time={config.init_time} names several dates; valid: one")
+    return FeatureRun.prepare(trained, records, options, time)
+
+
+def _provenance(config: FeaturesConfig, trained: TrainedModel, command: str) -> Provenance:
+    """The command and what the page depends on."""
+    data = config.data.name or trained.data
+    summary = {"checkpoint": config.checkpoint, "data": f"{data}, {', '.join(config.splits)}"}
+    facts = {"checkpoint": trained.digest, "versions": f"atmossl {__version__}"}
+    return Provenance("Features", summary, command, facts)
