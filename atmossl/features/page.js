@@ -223,8 +223,7 @@ async function start() {
       const numbers = heads.filter((head) => head.reach === reach).map((head) => head.head + 1);
       const some = numbers.length === 1 ? `Head ${numbers}` :
         `Heads ${numbers[0]} to ${numbers[numbers.length - 1]}`;
-      const says = REACHES[reach];
-      return `${some}: each ${says}.`;
+      return `${some}${numbers.length > 1 ? ": each" : ""} ${REACHES[reach]}.`;
     });
     const cut = heads.some((head) => head.reach !== "column" && head.values.includes(OUTSIDE));
     find("reach").textContent = words.join(" ") + (cut ? " Grey is outside of the window." : "");
