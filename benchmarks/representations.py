@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--every", type=int, default=3)
+    parser.add_argument("--probe", nargs="*", default=[], metavar="KEY=VALUE", help="of the probes")
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--fractions", nargs="*", type=float, default=[0.01, 0.1, 1.0])
     parser.add_argument("--finetune-of", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
@@ -298,12 +300,16 @@ def measured(
         figures["resume_inexact"] = [name for name, same in exact.items() if not same]
     if not checkpoints:
         parser.error("name --checkpoints NAME=PATH or --train STEPS")
-    words = [f"every={arguments.every}"]
-    more = ["finetune.fractions=[0.01,0.1,1.0]", f"finetune.steps={arguments.finetune}"]
+    words = [f"every={arguments.every}", *arguments.probe]
+    more = [f"finetune.fractions={arguments.fractions}", f"finetune.steps={arguments.finetune}"]
     of = checkpoints if arguments.finetune_of is None else arguments.finetune_of
     tuned = {name: more for name in of if arguments.finetune}
     figures = figures_of(tables_of(checkpoints, words, runs, tuned)) | figures
-    figures |= {"every": arguments.every, "finetuning_steps": arguments.finetune}
+    figures |= {
+        "every": arguments.every,
+        "probe_changes": arguments.probe,
+        "finetuning_steps": arguments.finetune,
+    }
     if not arguments.no_cost:
         known = [name for name in checkpoints if name in EXPERIMENTS]
         figures["cost_vs_masked"], figures["cost_failed"] = costs(known, arguments.set, runs)
