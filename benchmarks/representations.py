@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
     parser.add_argument("--fractions", nargs="*", type=float, default=[0.01, 0.1, 1.0])
     parser.add_argument("--finetune-of", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--probed", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -300,18 +301,22 @@ def measured(
         figures["resume_inexact"] = [name for name, same in exact.items() if not same]
     if not checkpoints:
         parser.error("name --checkpoints NAME=PATH or --train STEPS")
+    known = [name for name in checkpoints if name in EXPERIMENTS]
+    counts = {"objectives_trained": len(checkpoints)}
+    if arguments.probed is not None:
+        checkpoints = {name: checkpoints[name] for name in arguments.probed}
+    counts["objectives_probed"] = len(checkpoints)
     words = [f"every={arguments.every}", *arguments.probe]
     more = [f"finetune.fractions={arguments.fractions}", f"finetune.steps={arguments.finetune}"]
     of = checkpoints if arguments.finetune_of is None else arguments.finetune_of
     tuned = {name: more for name in of if arguments.finetune}
     figures = figures_of(tables_of(checkpoints, words, runs, tuned)) | figures
-    figures |= {
+    figures |= counts | {
         "every": arguments.every,
         "probe_changes": arguments.probe,
         "finetuning_steps": arguments.finetune,
     }
     if not arguments.no_cost:
-        known = [name for name in checkpoints if name in EXPERIMENTS]
         figures["cost_vs_masked"], figures["cost_failed"] = costs(known, arguments.set, runs)
     return figures
 
