@@ -26,6 +26,7 @@ L137_HPA = (
 
 
 def is_model_level(number: float) -> bool:
+    """Whether a number is that of one of the 137 model levels."""
     return number == int(number) and 1 <= number <= len(L137_HPA)
 
 

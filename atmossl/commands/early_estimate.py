@@ -30,6 +30,7 @@ def check_free(output: Path, num_bytes: float, smaller: str) -> None:
 
 
 def free_bytes(output: Path) -> int:
+    """Bytes that are free on the disk of an output."""
     return shutil.disk_usage(output.absolute().parent).free
 
 

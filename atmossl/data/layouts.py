@@ -125,6 +125,7 @@ def dates_in(group: zarr.Group, name: str) -> np.ndarray:
 
 
 def array_in(group: zarr.Group, name: str) -> zarr.Array:
+    """The array of a group by its name; ValueError if there is none."""
     member = group.get(name)
     if not isinstance(member, zarr.Array):
         raise ValueError(f"array {name} is missing; there are {sorted(group.array_keys())}")
