@@ -39,6 +39,7 @@ from atmossl.inference.writer import (
 )
 from atmossl.locks import owned
 from atmossl.masking.tasks import Task
+from atmossl.model.latent_distance import distance as distance  # offered as atmossl.distance
 from atmossl.model.latent_distance import squared_difference
 from atmossl.plugins import check_plugins
 from atmossl.renamed_keys import with_present_names

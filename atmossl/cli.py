@@ -347,16 +347,18 @@ def _import(arguments: Sequence[str]) -> None:
             (more[key],) = _keyword([item], [key])
             overrides.remove(item)
     output, data = _keyword(overrides, ["output", "data"])
-    months = more.get("normalisation.months", "climatology")
+    months: Any = more.get("normalisation.months", "climatology")
     alone = "normalisation.months" in more and "normalisation" not in more
     if months not in get_args(Months) or alone:
         raise ValueError(
             f"normalisation.months={months}: valid: {' or '.join(get_args(Months))}, beside "
             "normalisation=FOLDER"
         )
-    paths = [Path(more[key]) if key in more else None for key in ("data.catalog", "normalisation")]
+    catalog, statistics = (
+        Path(more[key]) if key in more else None for key in ("data.catalog", "normalisation")
+    )
     with owned(Path(output), "output"), keeping("nothing is kept"):
-        import_atmorep(Path(folder), Path(output), data, *paths, months)
+        import_atmorep(Path(folder), Path(output), data, catalog, statistics, months)
 
 
 COMPLETION = ("-sc", "--shell-completion")  # options in the place of a command

@@ -440,7 +440,7 @@ def _canonical(
             where, levels = f"input {file}", reading.pressure_levels
             check_statements(canonical, array, dataset, where, pressure_levels=levels)
             if not levels and "level" in array.dims:
-                check_model_levels(array["level"].values, where)
+                check_model_levels(array["level"].values.tolist(), where)
             if conflict := reading.statements.add(canonical, array, Path(file).name):
                 raise ValueError(f"input {file}: {conflict}")
             array = _canonical_array(array, file)

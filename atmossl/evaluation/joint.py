@@ -164,7 +164,7 @@ class EnergyScore:
         truth, count = case.truth.astype(np.float64), case.num_members
         rest = [dim for dim in truth.dims if dim not in _CELL]
         departures = (case.members - truth).transpose(*rest, "member", *_CELL).to_numpy()
-        there = np.isfinite(departures).all(axis=-3)
+        there = np.asarray(np.isfinite(departures).all(axis=-3))
         flat = np.where(there[..., None, :, :], departures, 0.0).reshape(*departures.shape[:-2], -1)
         weights = weights.broadcast_like(truth.isel(dict.fromkeys(rest, 0), drop=True))
         weight = weights.transpose("region", *_CELL).to_numpy().reshape(weights.sizes["region"], -1)

@@ -127,7 +127,7 @@ class TaskModel:
         self, fields: Float[np.ndarray, "lead variable lat lon"], last: np.datetime64
     ) -> Float[np.ndarray, "lead variable lat lon"]:
         """last: the date of the last step that is given."""
-        choices = {} if self.member is None else {"members": [self.member]}
+        choices: dict[str, Any] = {} if self.member is None else {"members": [self.member]}
         reference = last + self.reference
         predicted = self.model.predict(
             self.task, self._dataset(fields, last), reference, input_limits="off", **choices

@@ -264,7 +264,7 @@ class Multiformer(Network):
         assert view.noise_seed is not None, "noise-conditioned members need View.noise_seed"
         if members is None:
             least = 0 if self.training else EVALUATED_MEMBERS
-            members = range(max(self.num_members, least))
+            members = range(max(self.num_members or 0, least))
         for member in members:
             noise = noise_field(stream.grid, view.noise_seed, member, self.noise_lengths_km)
             yield gather(noise, _queries(stream))
