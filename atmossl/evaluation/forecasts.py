@@ -291,14 +291,14 @@ def cases_within(common: Common, times: np.ndarray, elsewhere: np.ndarray) -> np
 
 
 @dataclass(frozen=True)
-class Part:
+class ForecastPart:
     """One variable of a few cases, small enough for memory in all stores at once."""
 
     variable: str
     cases: np.ndarray
 
 
-def parts_of(forecasts: Mapping[str, xr.Dataset], common: Common) -> list[Part]:
+def parts_of(forecasts: Mapping[str, xr.Dataset], common: Common) -> list[ForecastPart]:
     """All parts to be compared, variable by variable."""
     parts = []
     for variable in common.variables:
@@ -306,14 +306,14 @@ def parts_of(forecasts: Mapping[str, xr.Dataset], common: Common) -> list[Part]:
         case_bytes = max(4 * f[variable].size // f.sizes[common.dim] for f in chosen)
         size = max(1, _CHUNK_BYTES // case_bytes)
         parts += [
-            Part(variable, common.cases[start : start + size])
+            ForecastPart(variable, common.cases[start : start + size])
             for start in range(0, len(common.cases), size)
         ]
     return parts
 
 
 def read_part(
-    forecasts: Mapping[str, xr.Dataset], common: Common, part: Part
+    forecasts: Mapping[str, xr.Dataset], common: Common, part: ForecastPart
 ) -> dict[str, xr.Dataset]:
     """The part in every store, in memory, on the common grid and labels."""
     datasets = {}

@@ -34,7 +34,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Part:
+class CropPart:
     """The part of a window that a crop takes, counted in blocks of tokens that all streams have
     in common: along time, lat and lon (first block, number of blocks, blocks of the window)."""
 
@@ -48,7 +48,7 @@ class Part:
         return (torch.arange(count * size) + first * size) % num_points
 
 
-def draw_part(windows: tuple[StreamWindow, ...], crop: Crop, rng: np.random.Generator) -> Part:
+def draw_part(windows: tuple[StreamWindow, ...], crop: Crop, rng: np.random.Generator) -> CropPart:
     """Draw a place for a crop, anywhere along a circle of longitude that the window closes.
 
     Raises:
@@ -61,7 +61,7 @@ def draw_part(windows: tuple[StreamWindow, ...], crop: Crop, rng: np.random.Gene
         count = min(total, max(2, round(share * total)))
         room = total if periodic and axis == 2 and count < total else total - count + 1
         blocks.append((int(rng.integers(room)), count, total))
-    return Part(tuple(blocks))
+    return CropPart(tuple(blocks))
 
 
 def _common_blocks(windows: tuple[StreamWindow, ...], factor: int) -> tuple[int, ...]:
@@ -82,12 +82,14 @@ def _common_blocks(windows: tuple[StreamWindow, ...], factor: int) -> tuple[int,
     return tuple(math.gcd(*axis) for axis in zip(*counts, strict=True))
 
 
-def cropped(windows: tuple[StreamWindow, ...], crop: Crop, part: Part) -> tuple[StreamWindow, ...]:
+def cropped(
+    windows: tuple[StreamWindow, ...], crop: Crop, part: CropPart
+) -> tuple[StreamWindow, ...]:
     """The part of a window for all streams, coarsened if the crop is coarse."""
     return tuple(_coarse(_cut(window, part), crop.coarsen) for window in windows)
 
 
-def _cut(window: StreamWindow, part: Part) -> StreamWindow:
+def _cut(window: StreamWindow, part: CropPart) -> StreamWindow:
     sizes = window.fields.shape[-3:]
     time, lat, lon = (part.points(axis, size) for axis, size in enumerate(sizes))
 

@@ -39,7 +39,7 @@ from atmossl.masking.base import (
     repeat_coarse,
     share_known,
 )
-from atmossl.masking.crops import Crop, Part, cropped, draw_part
+from atmossl.masking.crops import Crop, CropPart, cropped, draw_part
 
 SURROUNDINGS = "surroundings"
 # Of hidden values: none, which is the climatological mean; from other steps of the same place; or
@@ -97,7 +97,7 @@ def make_views(
     """All views of one sample from its windows. sampler: masks the views that have no sampler of
     their own."""
     views: list[View] = []
-    parts: dict[Crop, Part] = {}  # equal crops of a sample show the same place
+    parts: dict[Crop, CropPart] = {}  # equal crops of a sample show the same place
     for streams, spec in zip(windows, specs, strict=True):
         if spec.crop is not None:
             if spec.crop not in parts:

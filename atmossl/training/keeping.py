@@ -40,7 +40,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TidyPlan:
     """What to do once a checkpoint is on the disk. link: the checkpoint to which `last.ckpt`
     shall point."""
 
@@ -60,7 +60,7 @@ def to_set_aside(present: Collection[Kept], start: Kept | None) -> tuple[str, ..
     )
 
 
-def to_keep(steps: Collection[int], start: tuple[int, str] | None, keep: int) -> Plan | None:
+def to_keep(steps: Collection[int], start: tuple[int, str] | None, keep: int) -> TidyPlan | None:
     """The newest `keep` of a line's steps stay. Its newest one must be known to be good: it was
     compared with memory when it was written, or training went on from it.
 
@@ -69,11 +69,11 @@ def to_keep(steps: Collection[int], start: tuple[int, str] | None, keep: int) ->
     """
     newest_first = sorted(steps, reverse=True)
     if start is not None and (not newest_first or newest_first[0] < start[0]):
-        return Plan(start[1], ())
+        return TidyPlan(start[1], ())
     if not newest_first:
         return None
     names = [f"step-{step}.ckpt" for step in newest_first]
-    return Plan(names[0], tuple(names[max(1, keep) :]))
+    return TidyPlan(names[0], tuple(names[max(1, keep) :]))
 
 
 def tidy(folder: Path, start: tuple[int, str] | None, keep: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atmossl.training import keeping, resume
 from atmossl.training.keeping import (
     Kept,
-    Plan,
+    TidyPlan,
     leave_branch,
     renew_last,
     tidy,
@@ -181,10 +181,10 @@ def test_what_is_set_aside() -> None:
     ("steps", "start", "keep", "expected"),
     [
         ((), None, 1, None),
-        ((), (3, "best.ckpt"), 1, Plan("best.ckpt", ())),
-        ((2,), (3, "best.ckpt"), 1, Plan("best.ckpt", ())),
-        ((2, 4), (3, "best.ckpt"), 1, Plan("step-4.ckpt", ("step-2.ckpt",))),
-        ((2, 10, 4), None, 2, Plan("step-10.ckpt", ("step-2.ckpt",))),
+        ((), (3, "best.ckpt"), 1, TidyPlan("best.ckpt", ())),
+        ((2,), (3, "best.ckpt"), 1, TidyPlan("best.ckpt", ())),
+        ((2, 4), (3, "best.ckpt"), 1, TidyPlan("step-4.ckpt", ("step-2.ckpt",))),
+        ((2, 10, 4), None, 2, TidyPlan("step-10.ckpt", ("step-2.ckpt",))),
     ],
 )
 def test_what_is_kept(steps, start, keep, expected) -> None:
