@@ -265,7 +265,7 @@ def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) 
 
 
 def _chosen_members(members: Any) -> int | tuple[int, ...] | None:
-    """As `members=` of the command line takes them."""
+    """The choice of members in the form that `members=` has on the command line."""
     try:
         return TypeAdapter(ChosenMembers).validate_python(members)
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""What travels between the rooms: stream specs, token grids, windows, views, batches, predictions;
-and fields to tokens and exactly back.
+"""The data classes that rooms hand to each other: stream specs, token grids, windows, views,
+batches, predictions; and the conversion of fields to tokens and exactly back.
 
 Axis legend, used in every shape of the package:
     batch     samples of a batch          variable  fields of a stream, in the spec's order
@@ -253,7 +253,7 @@ class StreamWindow(Movable):
 
 @dataclass(frozen=True)
 class StreamMask(Movable):
-    """What one stream hides: `corruption` is `Corruption.VISIBLE` where nothing is hidden.
+    """The mask of one stream: `corruption` is `Corruption.VISIBLE` where nothing is hidden.
 
     `coarsen_factor`: cells of the fine grid that one coarse cell averages, along lat and lon.
     `noise_std`: of the noise on `NOISE` tokens, in units of the normalised field.

@@ -74,7 +74,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _unknown_entry(values: dict[str, Any]) -> list[str]:
-    """What is wrong with a name of no catalog entry; paths of stores are looked at later."""
+    """The fault of a name that is no catalog entry; paths of stores are checked later."""
     data = values.get("data") or {}
     name, catalog = data.get("name"), data.get("catalog")
     if not isinstance(name, str) or is_location(name):

@@ -36,7 +36,7 @@ EXTRAS = {
 
 
 def missing_extra(error: BaseException | None) -> str | None:
-    """What to install, if an error or one of its causes is a package of an extra that is missing.
+    """The package to install, if an error or one of its causes is a missing package of an extra.
 
     Some libraries only say in words what they lack, as fsspec does of the one for a store's URL.
     """
@@ -58,7 +58,7 @@ _PLUGINS = ("hydra/launcher/submitit", "hydra/sweeper/optuna")
 
 
 def missing_plugin(text: str) -> str | None:
-    """What to install, if Hydra says in words that it finds no launcher or sweeper."""
+    """The package to install, if Hydra says in words that it finds no launcher or sweeper."""
     if "Could not find" in text and any(part in text for part in _PLUGINS):
         return "needs plugins of Hydra that are not installed; pip install 'atmossl[sweep]'"
     return None

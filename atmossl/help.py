@@ -23,7 +23,8 @@ _WIDTH, _LEFT = 79, 33
 
 @dataclass(frozen=True)
 class Command:
-    """What a command does, the words after its name, its file in conf/ and examples.
+    """The help of a command: what it does, the words after its name, its file in conf/, and
+    examples.
 
     keys: of a command without a file, with their meaning.
     """

@@ -114,7 +114,8 @@ def _sources(name: str, words: Sequence[str]) -> str:
 
 
 def completion(words: Sequence[str]) -> str:
-    """What `atmossl -sc install=SHELL` prints, and what a shell asks for with `-sc query=SHELL`.
+    """The text that `atmossl -sc install=SHELL` prints, or the completions for which a shell asks
+    with `-sc query=SHELL`.
 
     Raises:
         ValueError: another shell or another word.

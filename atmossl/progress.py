@@ -62,7 +62,7 @@ class Pace:
         return self._clock() - self._since
 
     def seconds_left(self, done: float, total: float) -> float | None:
-        """None as long as nothing has been done since `start`."""
+        """The seconds until all is done; None as long as nothing has been done since `start`."""
         if done <= self._done:
             return None
         return self.seconds() / (done - self._done) * (total - done)

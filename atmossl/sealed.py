@@ -32,7 +32,8 @@ _SHOWN_DIGITS = 16
 
 
 class UnsoundError(ValueError):
-    """What is wrong with a checkpoint, as the end of a sentence that begins with its name."""
+    """A checkpoint is damaged, incomplete or foreign. The message is the end of a sentence that
+    begins with its name."""
 
 
 def seal_file(path: Path) -> None:
@@ -136,7 +137,8 @@ def _check_manifest(folder: Path) -> None:
 
 
 def _digest_of_all(folder: Path) -> str:
-    """Of a folder without a manifest: of the bytes of all files in the order of their names."""
+    """The digest of a folder without a manifest: of the bytes of all files in the order of their
+    names."""
     digest = hashlib.sha256()
     for file in _files(folder):
         digest.update(file.read_bytes())

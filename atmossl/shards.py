@@ -75,7 +75,8 @@ class ShardReader(FileSystemReader):
 
 
 def read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is no tensor of model or optimiser, and what is.
+    """The contents of a folder of shards: values that are no tensors of model or optimiser, and
+    those tensors.
 
     Raises:
         UnsoundError: a part is missing or damaged; torch's own exception is no `Exception`.

@@ -135,8 +135,8 @@ def start_worker_server() -> None:
 
 
 def leave_to_creator() -> None:
-    """Of the signals that end a command, a loading process obeys one: SIGTERM of the process that
-    asked for it."""
+    """Let a loading process ignore the signals that end a command, except SIGTERM from the
+    process that asked for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_GROUPS)
     creator = multiprocessing.parent_process()
     if creator is not None:

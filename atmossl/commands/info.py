@@ -43,7 +43,7 @@ def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
 
 
 def _objective(record: dict[str, Any]) -> dict[str, str]:
-    """What the model learned to do, and what it can be asked for."""
+    """Lines on what the model learned to do, and what it can be asked for."""
     objective = record.get("objective")
     if objective is None:  # an imported network
         return {}

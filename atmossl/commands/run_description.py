@@ -57,8 +57,8 @@ def name_of(logger: Any) -> str:
 def described(
     values: Mapping[str, Any], module: TrainingModule, statistics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What every logger is told of a run: the resolved configuration, and by `run` what does not
-    stand there.
+    """The description of a run for its loggers: the resolved configuration, and under `run` facts
+    that the configuration does not hold.
 
     statistics: of the training data, as a checkpoint's record has them.
     """

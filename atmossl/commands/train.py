@@ -43,9 +43,8 @@ from atmossl.training.resume import (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run ends with: its last checkpoint, and the best value of the objective's monitor that
-    a validation saw, None without one. Lower is better: a monitor that should be high is negated.
-    """
+    """The result of a run: its last checkpoint, and the best value of the objective's monitor in
+    any validation, or None. Lower is better: a monitor that should be high has its sign changed."""
 
     checkpoint: Path
     score: float | None
@@ -177,7 +176,7 @@ note_once = rank_zero_only(note)
 
 
 def _check_start(start: Start, config: TrainConfig, values: Mapping[str, Any]) -> None:
-    """That this run can go on from the checkpoint."""
+    """Check that this run can continue from the checkpoint."""
     specs = [spec_to_dict(spec) for spec in config.specs]
     network = {"_target_": config.model.target, **config.model.plain_arguments}
     check_same_run(start.path, start.record, values, network, specs)

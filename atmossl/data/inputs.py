@@ -65,7 +65,7 @@ class Origin:
         self.notes[variable] = scalars | keys
 
     def differing(self, other: "Origin", variable: str) -> str:
-        """In which notes two files differ for a variable, in words; empty if in none."""
+        """The notes in which two files differ for a variable, in words; empty if there are none."""
         notes, other_notes = self.notes[variable], other.notes[variable]
         keys = [key for key in notes if key in other_notes and notes[key] != other_notes[key]]
         pairs = [f"{key} ({notes[key]} and {other_notes[key]})" for key in keys]

@@ -66,7 +66,7 @@ class Arena:
     """Places for the tensors of one batch, in one segment."""
 
     def __init__(self, size: int) -> None:
-        """size: bytes of the tensors, each rounded up to the alignment."""
+        """Allocate a segment. size: bytes of the tensors, each rounded up to the alignment."""
         self.segment = _segments.take(_ALIGNMENT + size)
         self._used = _ALIGNMENT
 
@@ -112,7 +112,8 @@ class Arena:
 
 @dataclass(frozen=True)
 class Packed(Generic[T]):
-    """form: a batch without its values. starts: the first byte of each of its tensors in `memory`.
+    """A batch whose tensors lie in shared memory. form: the batch without its values. starts: the
+    first byte of each of its tensors in `memory`.
 
     Whoever unpickles it has the memory on loan; see above.
     """

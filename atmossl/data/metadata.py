@@ -1,4 +1,4 @@
-"""What a file says of its variables and coordinates, compared with what it is taken for.
+"""Compares what a file says of its variables and coordinates with what these are taken for.
 
 A catalog, a mapping of names or a usual short name says that `z` is geopotential, that `level` is
 pressure in hPa, that `lat` is a geographic latitude and that `time` is the date at which a field is

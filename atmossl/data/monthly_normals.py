@@ -122,8 +122,9 @@ def local_units(
     std: Float[Tensor, "variable level"],
     place: tuple[Tensor, Tensor, Tensor],
 ) -> LocalUnits | None:
-    """From units of one mean and standard deviation to those of the months and places; None for a
-    stream without such. place: hours since 1970-01-01T00, latitudes and longitudes."""
+    """The conversion from units of one mean and standard deviation to those of the months and
+    places; None for a stream without such normals. place: hours since 1970-01-01T00, latitudes
+    and longitudes."""
     if not any(name in normals for name in spec.variables):
         return None
     shape = (spec.num_levels, *map(len, place))

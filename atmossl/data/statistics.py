@@ -503,7 +503,8 @@ class Normaliser:
         return self.statistics[spec.data].select(spec, field)[:, :, None, None, None]
 
     def local(self, spec: StreamSpec, hours: Tensor, lat: Tensor, lon: Tensor) -> LocalUnits | None:
-        """Of a stream's points, at hours since 1970-01-01T00; None if it has no such variables."""
+        """The local normals of a stream's points, at hours since 1970-01-01T00; None if it has
+        no such variables."""
         known = self.statistics[spec.data]
         mean, std = known.select(spec, "mean"), known.select(spec, "std")
         return local_units(known.normals, spec, mean, std, (hours, lat, lon))

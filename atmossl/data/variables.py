@@ -1,5 +1,5 @@
-"""What the package knows of variables: ERA5 names, CF standard names, units, physical limits and
-transforms."""
+"""The variables that the package knows: ERA5 names, CF standard names, units, physical limits
+and transforms."""
 
 import math
 import sys

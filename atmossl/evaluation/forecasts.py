@@ -183,7 +183,7 @@ class Common:
 
 
 def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every: int = 1) -> Common:
-    """What can be compared: the labels that all forecasts have and the truth can check.
+    """The labels that all forecasts have and the truth can check.
 
     The grid is the coarsest among them, or it would ask more of one model than of another, as far
     as all of them cover it.

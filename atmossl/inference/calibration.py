@@ -47,7 +47,7 @@ class SpreadInflation:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a checkpoint's record says of the spread of one task.
+    """The calibrated spread of one task, from a checkpoint's record.
 
     A union takes at each cell the largest factor of those parts that hide something there, and
     what it was calibrated for itself on top of it.

@@ -325,8 +325,8 @@ def partial_of(output: Path) -> Path:
 
 @dataclass
 class _Progress:
-    """What has been written, kept beside the partial store. squares: per variable, the sum over
-    parts of rows times the mean square departure from the coarse cells."""
+    """The progress of writing, kept beside the partial store. squares: per variable, the sum
+    over parts of rows times the mean square departure from the coarse cells."""
 
     path: Path
     request: dict[str, str]

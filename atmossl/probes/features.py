@@ -1,4 +1,4 @@
-"""What a probe may see of every case: frozen latents, or what a baseline sees instead.
+"""The features of every case that a probe sees: frozen latents, or those of a baseline.
 
 Latents are normalised over their features (LayerNorm without scale and shift), for the last step of
 the window: pooled over the sphere by area for labels of a date, token by token for labels of a

@@ -86,7 +86,8 @@ class TunedNetwork(nn.Module):
         self.head.bias.copy_(mean / self.scale)
 
     def features(self, view: View, cases: np.ndarray) -> Float[Tensor, "case place feature"]:
-        """Of the places of every case, or one row for the sphere. cases: numbers of the samples."""
+        """The features of the places of every case, or one row for the sphere. cases: numbers of
+        the samples."""
         encoded = self.network.encode(view)
         streams = [encoded[name] for name in self.names]
         if not self.question.local:
@@ -212,7 +213,7 @@ class Finetuner:
         )
 
     def _batches(self, used: np.ndarray) -> list[np.ndarray]:
-        """Of all steps: permutation after permutation of the dates that are used."""
+        """The batches of all steps: permutation after permutation of the dates that are used."""
         rng, size = np.random.default_rng(self.seed), min(self.settings.batch_size, len(used))
         wanted = size * self.settings.steps
         order = np.concatenate([rng.permutation(used) for _ in range(-(-wanted // len(used)))])

@@ -182,7 +182,8 @@ class ProbeRun:
         return [*trained, *random, raw, components, position]
 
     def _tuned(self, advance: Callable[[float], object]) -> Iterator[Tuned]:
-        """Of every probe first the network that starts from random weights and has all labels."""
+        """The fine-tuned networks of every probe; the first one starts from random weights and
+        has all labels."""
         options, whole = self.options, replace(self.trained.window, lat=0, lon=0)
         trained = replace(self.trained, window=whole)
         embedders = [_embedder(trained, run.segment, options) for run in self.runs]

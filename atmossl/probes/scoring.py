@@ -219,7 +219,7 @@ class Scorer:
     def outcome(
         self, source: str, method: str, predict: Callable[[str], np.ndarray], **more: object
     ) -> Outcome:
-        """Of predictions, by split."""
+        """The outcome of predictions, which are given by split."""
         test = predict("test")
         return Outcome(
             probe=self.question.name, source=source, method=method,
@@ -278,7 +278,8 @@ class Scorer:
         )  # fmt: skip
 
     def with_refits(self, outcome: Outcome, features: Features) -> Outcome:
-        """With the skills of fits that each lack one training run, the penalty as it was chosen."""
+        """An outcome with the skills of fits that each lack one training run, with the chosen
+        penalty."""
         assert outcome.strength is not None
         rows = self._by_split(features)
         train, skills = rows["train"], []

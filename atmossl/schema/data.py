@@ -34,7 +34,7 @@ ChosenStore = Annotated[StoreChoice, BeforeValidator(_by_name)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(LoaderSettings):
-    """What a training run reads and how, `data`.
+    """The data of a training run and how they are read, `data`.
 
     name: a catalog entry, or the path of a store; catalog: a YAML file with further entries; null:
     the catalog of the package and ./data_catalog.yaml. in_memory: hold all data, once per process.

@@ -130,8 +130,9 @@ class LowRankConfig(Strict):
 
 
 class WarmStartConfig(Strict):
-    """checkpoints: whose weights a new run starts from; rename: their streams to the run's;
-    network: whether network, streams, window and normalisation are those of the first of them."""
+    """The trained models that a new run starts from. checkpoints: whose weights a new run starts
+    from; rename: their streams to the run's; network: whether network, streams, window and
+    normalisation are those of the first of them."""
 
     checkpoints: tuple[str, ...]
     network: bool

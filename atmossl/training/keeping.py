@@ -41,8 +41,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class TidyPlan:
-    """What to do once a checkpoint is on the disk. link: the checkpoint to which `last.ckpt`
-    shall point."""
+    """What to do in the folder once a checkpoint is on the disk. link: the checkpoint to which
+    `last.ckpt` shall point."""
 
     link: str
     remove: tuple[str, ...]

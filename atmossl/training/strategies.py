@@ -48,8 +48,8 @@ CheckpointFormat = Literal["file", "sharded"]
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2: weights, gradients and optimiser states are spread over all devices, and gathered
-    block by block for the computation.
+    """A strategy for models that one device cannot hold (FSDP2): weights, gradients and optimiser
+    states are spread over all devices, and gathered block by block for the computation.
 
     compute_dtype: of the gathered weights; gradients are reduced in float32, and the shards, hence
         the optimiser, stay float32.
