@@ -82,9 +82,9 @@ def _with_present_keys(values: Mapping[str, Any], notes: list[str]) -> dict[str,
             name = str(key)
             if not keeps_keys:
                 name, value = _present(path, name, value, notes)
-            kept = name if isinstance(key, str) else key
-            parts[kept] = value  # here for the order of the keys
-            pending.append((parts, kept, value, (*path, name)))
+            new_key = name if isinstance(key, str) else key
+            parts[new_key] = value  # here for the order of the keys
+            pending.append((parts, new_key, value, (*path, name)))
     return whole[""]
 
 

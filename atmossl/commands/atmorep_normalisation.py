@@ -81,8 +81,8 @@ def _chosen(
     location: Path,
 ) -> dict[int, list[int]]:
     """Months that are averaged, by what they are known by: themselves, or a month of any year."""
-    first, *others = (set(of_level) for of_level in rows.values())
-    common = sorted(first.intersection(*others))
+    first, *further = (set(of_level) for of_level in rows.values())
+    common = sorted(first.intersection(*further))
     where = f"normalisation={location}: {field.name}"
     if not common:
         raise ValueError(f"{where}: no month that all of its levels have")
@@ -118,16 +118,16 @@ def _months_since_1970(year: int, month: int, where: str) -> int:
 
 def _cut(lats: np.ndarray, lons: np.ndarray, segment: Segment, where: str) -> tuple:
     """Index of the grid points of a store among those of the statistics."""
-    grid, found = segment.grid, []
-    for name, wanted, have in (
+    grid, slices = segment.grid, []
+    for name, needed, have in (
         ("latitude", grid.latitude, lats), ("longitude", grid.longitude % 360, lons % 360),
     ):  # fmt: skip
-        apart = np.abs(wanted[:, None] - have)
+        apart = np.abs(needed[:, None] - have)
         if apart.min(axis=1).max() > 1e-3:
-            lost = wanted[apart.min(axis=1).argmax()]
+            lost = needed[apart.min(axis=1).argmax()]
             raise ValueError(f"{where}: no {name} {lost:g}, which the data have")
-        found.append(apart.argmin(axis=1))
-    return np.ix_(*found)
+        slices.append(apart.argmin(axis=1))
+    return np.ix_(*slices)
 
 
 class _Store:
@@ -147,9 +147,9 @@ class _Store:
                 f"fields{end}"
             )
         levels = self.group.attrs.get("levels", []) if level else [level]
-        for key, wanted, have in (("field", self.field, fields), ("level", level, levels)):
-            if not isinstance(have, list) or wanted not in have:
-                raise ValueError(f"normalisation={self.location}: no {key} {wanted}; have {have}")
+        for key, label, have in (("field", self.field, fields), ("level", level, levels)):
+            if not isinstance(have, list) or label not in have:
+                raise ValueError(f"normalisation={self.location}: no {key} {label}; have {have}")
         assert isinstance(levels, list)
         place = (fields.index(self.field), *([levels.index(level)] if level else []))
         grid = [len(axis) for axis in self._axes()] if local else []

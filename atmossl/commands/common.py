@@ -81,14 +81,14 @@ def note(text: str) -> None:
     console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def note_out_of_training(plan: Plan, times: np.ndarray, told: set[str] | None = None) -> None:
-    """Note what the checkpoint was not trained for. told: notes that were printed before, and
+def note_out_of_training(plan: Plan, times: np.ndarray, printed: set[str] | None = None) -> None:
+    """Note what the checkpoint was not trained for. printed: notes that were printed before, and
     are not repeated."""
-    told = set() if told is None else told
+    printed = set() if printed is None else printed
     sampler = trained_sampler(plan.trained.record, plan.trained.plugins)
     for caution in out_of_training_warnings(plan, times, sampler):
-        if caution not in told:
-            told.add(caution)
+        if caution not in printed:
+            printed.add(caution)
             note(f"this checkpoint was not trained for {caution}")
 
 

@@ -85,7 +85,7 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
                 test,
                 training,
                 device,
-                functools.partial(note_out_of_training, told=set()),
+                functools.partial(note_out_of_training, printed=set()),
             )
         write_report(reports, provenance_of(config, trained, command, reports), partial)
         partial.replace(config.output)

@@ -135,10 +135,10 @@ def _about_data(trained: TrainedModel, entry: CatalogEntry | None) -> Iterator[s
         levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
         variables = ", ".join(stream["variables"])
         yield f"- Stream `{stream['name']}` ({stream['role']}): {variables}, {levels}"
-    for seen in seen_in_training(trained).values():
-        if seen.cell is not None:
-            box = f"latitudes {seen.latitudes}, longitudes (first one, extent) {seen.longitudes}"
-            yield f"- Grid: cells of {seen.cell} degrees; {box}"
+    for place in seen_in_training(trained).values():
+        if place.cell is not None:
+            box = f"latitudes {place.latitudes}, longitudes (first one, extent) {place.longitudes}"
+            yield f"- Grid: cells of {place.cell} degrees; {box}"
     steps = f"{record['step_hours']:g} h" if record.get("step_hours") else "not recorded"
     size = record["window"]
     rows, columns = (size[key] or "all" for key in ("lat", "lon"))

@@ -20,13 +20,13 @@ def blocks_of_time(lengths: Sequence[int], fraction: float, seed: int) -> dict[i
     A smaller fraction of the same seed lies within a larger one.
     """
     rng = np.random.default_rng(seed)
-    left, blocks = max(1, round(fraction * sum(lengths))), {}
+    steps_left, blocks = max(1, round(fraction * sum(lengths))), {}
     for number in rng.permutation(len(lengths)).tolist():
-        length, place = min(left, lengths[number]), rng.random()
+        length, place = min(steps_left, lengths[number]), rng.random()
         if length:
             start = int(place * (lengths[number] - length + 1))
             blocks[number] = range(start, start + length)
-        left -= length
+        steps_left -= length
     return dict(sorted(blocks.items()))
 
 
@@ -59,12 +59,12 @@ def part_of_records(
     return used
 
 
-def _within(others: Sequence[Segment], primary: Sequence[Segment]) -> list[Segment]:
+def _within(segments: Sequence[Segment], primary: Sequence[Segment]) -> list[Segment]:
     """The parts of another source's records within the periods of the primary records: of those of
     the same name where there are such, as pairing does."""
-    by_name = bool({o.record_name for o in others} & {s.record_name for s in primary})
+    by_name = bool({o.record_name for o in segments} & {s.record_name for s in primary})
     parts = []
-    for other in others:
+    for other in segments:
         for segment in primary:
             if by_name and other.record_name != segment.record_name:
                 continue

@@ -81,9 +81,9 @@ class MonthlyNormals:
     def _places_of_months(self, hours: Tensor) -> Int[Tensor, "time"]:
         minutes = (hours.double() * _MINUTES_PER_HOUR).round().long().numpy()
         dates = minutes.astype("datetime64[m]").astype("datetime64[M]")
-        wanted = dates.astype(np.int64) % (_MONTHS if self.any_year else _NO_YEAR_ENDS)
-        places = np.searchsorted(self.months, wanted).clip(max=len(self.months) - 1)
-        absent = np.asarray(self.months)[places] != wanted
+        months = dates.astype(np.int64) % (_MONTHS if self.any_year else _NO_YEAR_ENDS)
+        places = np.searchsorted(self.months, months).clip(max=len(self.months) - 1)
+        absent = np.asarray(self.months)[places] != months
         if absent.any():
             raise ValueError(
                 f"the checkpoint's statistics have none of {dates[absent][0]}; import it with "

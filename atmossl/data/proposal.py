@@ -302,8 +302,8 @@ def _told(dataset: xr.Dataset, entry: CatalogEntry, time: TimeAxis) -> Iterator[
     window = entry.training.window
     yield f"window: {window['time']} steps x {window['lat']} x {window['lon']} points"
     lead, hidden = entry.training.lead_time, entry.training.hidden_time
-    given = {"tasks.0.lead_time": lead, "tasks.1.hidden_time": hidden}
-    words = " ".join(f"{key}={value}" for key, value in given.items() if value)
+    durations = {"tasks.0.lead_time": lead, "tasks.1.hidden_time": hidden}
+    words = " ".join(f"{key}={value}" for key, value in durations.items() if value)
     if words:
         yield (
             f"steps of {time.step_hours:g} h: training has {words}; give evaluate these words, too"

@@ -505,9 +505,9 @@ class Normaliser:
     def local(self, spec: StreamSpec, hours: Tensor, lat: Tensor, lon: Tensor) -> LocalUnits | None:
         """The local normals of a stream's points, at hours since 1970-01-01T00; None if it has
         no such variables."""
-        known = self.statistics[spec.data]
-        mean, std = known.select(spec, "mean"), known.select(spec, "std")
-        return local_units(known.normals, spec, mean, std, (hours, lat, lon))
+        statistics = self.statistics[spec.data]
+        mean, std = statistics.select(spec, "mean"), statistics.select(spec, "std")
+        return local_units(statistics.normals, spec, mean, std, (hours, lat, lon))
 
     def local_of(self, window: StreamWindow) -> LocalUnits | None:
         return self.local(window.spec, window.time_hours, window.lat, window.lon)

@@ -422,10 +422,10 @@ def _checked_levels(
 
 def check_model_levels(levels: Sequence[float], location: str) -> None:
     """Raise ValueError for levels that are no numbers of model levels."""
-    others = [f"{level:g}" for level in levels if not is_model_level(level)]
-    if others:
+    odd_levels = [f"{level:g}" for level in levels if not is_model_level(level)]
+    if odd_levels:
         raise ValueError(
-            f"{location}: levels [{', '.join(others)}] are no numbers of model levels, 1 to "
+            f"{location}: levels [{', '.join(odd_levels)}] are no numbers of model levels, 1 to "
             f"{len(L137_HPA)}; leave `levels_are: model` out if they are pressures"
         )
 

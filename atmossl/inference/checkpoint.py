@@ -305,13 +305,15 @@ def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any
     return {"state_dict": weights, "atmossl": record}
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(first: Any, second: Any) -> bool:
     """Whether plain values, with tensors in them, are equal."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return one == other
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(
+            _same(first[key], second[key]) for key in first
+        )
+    return first == second
 
 
 def export(names: Sequence[str], output: Path, plugins: Sequence[str] = ()) -> None:

@@ -530,8 +530,8 @@ def _fields(
     local = [tile.local[n] for n, tile in zip(number, batch, strict=True)]
     fields = torch.stack(
         [
-            one if units is None else units.at_steps(steps).out_of(one)
-            for one, units in zip(fields.cpu(), local, strict=True)
+            field if units is None else units.at_steps(steps).out_of(field)
+            for field, units in zip(fields.cpu(), local, strict=True)
         ]
     )
     values = plan.trained.normaliser.inverse(fields, spec).numpy()

@@ -134,15 +134,15 @@ def _pairs(levels: Any) -> Any:
     return tuple(levels.items()) if isinstance(levels, Mapping) else levels
 
 
-def _told_levels(window: StreamWindow, others: Mapping[int, int]) -> list[float]:
+def _told_levels(window: StreamWindow, new_levels: Mapping[int, int]) -> list[float]:
     """Levels of a window, some told as others: hPa, or numbers of model levels, which windows hold
     by their pressure."""
     levels = []
-    for number, told in zip(window.spec.level_values, window.level_hpa.tolist(), strict=True):
-        other = others.get(number, number)
+    for number, level in zip(window.spec.level_values, window.level_hpa.tolist(), strict=True):
+        other = new_levels.get(number, number)
         if other != number:
-            told = float(other) if told == number else standard_pressure(other)
-        levels.append(told)
+            level = float(other) if level == number else standard_pressure(other)
+        levels.append(level)
     return levels
 
 

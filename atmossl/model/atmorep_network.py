@@ -269,12 +269,12 @@ def token_info(
     return torch.stack(entries, dim=-1).float()
 
 
-def _level_numbers(told: Float[Tensor, "batch level"]) -> Float[Tensor, "batch level"]:
+def _level_numbers(levels: Float[Tensor, "batch level"]) -> Float[Tensor, "batch level"]:
     """Numbers of model levels from their pressures in the standard atmosphere; whole numbers, which
     none of these is, are numbers already."""
-    pressures = torch.tensor(L137_HPA, dtype=told.dtype).to(told.device, non_blocking=True)
-    nearest = (told[..., None] - pressures).abs().argmin(dim=-1) + 1
-    return torch.where(told == told.round(), told, nearest.to(told.dtype))
+    pressures = torch.tensor(L137_HPA, dtype=levels.dtype).to(levels.device, non_blocking=True)
+    nearest = (levels[..., None] - pressures).abs().argmin(dim=-1) + 1
+    return torch.where(levels == levels.round(), levels, nearest.to(levels.dtype))
 
 
 def dates_of(hours: Float[Tensor, "batch nt"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,9 +215,9 @@ class Finetuner:
     def _batches(self, used: np.ndarray) -> list[np.ndarray]:
         """The batches of all steps: permutation after permutation of the dates that are used."""
         rng, size = np.random.default_rng(self.seed), min(self.settings.batch_size, len(used))
-        wanted = size * self.settings.steps
-        order = np.concatenate([rng.permutation(used) for _ in range(-(-wanted // len(used)))])
-        return list(order[:wanted].reshape(-1, size))
+        num_dates = size * self.settings.steps
+        order = np.concatenate([rng.permutation(used) for _ in range(-(-num_dates // len(used)))])
+        return list(order[:num_dates].reshape(-1, size))
 
     def _views(self, cases: np.ndarray) -> View:
         samples = [(self.views[case],) for case in cases]
