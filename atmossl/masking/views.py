@@ -162,8 +162,7 @@ def corrupt(
     *,
     first_guess: FirstGuess = True,
 ) -> StreamTokens:
-    """Apply a mask to a window: what the encoder sees (`source`), the first guess, and the truth
-    (`target`).
+    """Apply a mask: what the encoder sees (`source`), the first guess, and the truth (`target`).
 
     A token that is masked or dropped shows its first guess, never its values, and so does a value
     that was never observed. Without `first_guess` the guess is 0, the climatological mean; of what
