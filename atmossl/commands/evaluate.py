@@ -29,10 +29,9 @@ from atmossl.stops import keeping
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
-    """Score tasks or forecast stores on held-out dates; returns the report's folder. command: the
-    command line that the report shows, with which it can be repeated.
+    """Score tasks or forecast stores on held-out dates; returns the report's folder.
 
-    command: the line that the report gives for making it again.
+    command: the command line that the report shows, with which it can be repeated.
     """
     config: EvaluateConfig = parse(EvaluateConfig, values)
     with owned(config.output, "output"), keeping("nothing is kept of the scores"):

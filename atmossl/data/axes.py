@@ -9,7 +9,7 @@ by a hundredth of the spacing and a hundred-thousandth of the largest value at m
 
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cftime
@@ -54,15 +54,15 @@ class Calendar:
     """A calendar of the CF conventions by its name.
 
     plain: its times are `datetime64` of the standard calendar, and nothing has to be translated.
+    year_hours: the mean length of a year in hours, which follows from the name.
     """
 
     name: str
     plain: bool = False
+    year_hours: float = field(init=False, repr=False, compare=False)
 
-    @property
-    def year_hours(self) -> float:
-        """The mean length of a year in hours."""
-        return _YEAR_HOURS.get(self.name, YEAR_HOURS)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "year_hours", _YEAR_HOURS.get(self.name, YEAR_HOURS))
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Calendar | None":

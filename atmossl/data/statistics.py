@@ -506,6 +506,8 @@ class Normaliser:
         """The local normals of a stream's points, at hours since 1970-01-01T00; None if it has
         no such variables."""
         statistics = self.statistics[spec.data]
+        if not statistics.normals:
+            return None
         mean, std = statistics.select(spec, "mean"), statistics.select(spec, "std")
         return local_units(statistics.normals, spec, mean, std, (hours, lat, lon))
 

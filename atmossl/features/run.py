@@ -149,6 +149,7 @@ class Found:
 
 
 def name_of(of: tuple[str, int]) -> str:
+    """The name of a variable on a level [hPa], as in `geopotential_500`."""
     return f"{of[0]}_{of[1]}"
 
 
@@ -316,6 +317,7 @@ def degrees_of(place: Place) -> tuple[float, float]:
 
 
 def shown_name(place: Place) -> str:
+    """A place as the page shows it: its name, or its latitude and longitude."""
     if isinstance(place, str):
         return place.replace("_", " ")
     north, east = place
