@@ -14,6 +14,7 @@ import yaml
 
 import atmossl
 import atmossl.help as help_page
+from atmossl import composition
 from atmossl.cli import _COMMANDS, main
 from atmossl.composition import compose_config
 from atmossl.help import COMMANDS, help_of
@@ -98,6 +99,7 @@ def test_examples_of_the_help_can_be_composed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(composition, "_unknown_entry", lambda _: [])  # the user's own entries
     Path("my_task.yaml").write_text("{_target_: forecast, lead_time: 12h}")
     Path("my_conf/masking").mkdir(parents=True)
     Path("my_conf/masking/mine.yaml").write_text("{_target_: random_masking, rate: 0.5}")

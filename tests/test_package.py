@@ -121,8 +121,12 @@ def test_a_missing_launcher_is_named_with_its_extra() -> None:
     """As Hydra tells it where the plugin is not installed, and where only its choice is wrong."""
     text = "Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options:\n\tbasic\n"
     word = "hydra/launcher=submitit_slurm"
-    assert _line("choice", word, text, {}).endswith("pip install 'atmossl[sweep]'")
-    assert "valid: basic, submitit_local" in _line("choice", word, text + "\tsubmitit_local\n", {})
+    told, listed = (
+        _line("choice", word, choices, {}, find_file("conf"))
+        for choices in (text, text + "\tsubmitit_local\n")
+    )
+    assert told.endswith("pip install 'atmossl[sweep]'")
+    assert "valid: basic, submitit_local" in listed
 
 
 def test_a_missing_package_behind_another_error_is_found() -> None:

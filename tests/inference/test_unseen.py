@@ -4,7 +4,6 @@ line, and nothing is told where all is as in training or its record does not say
 import warnings
 from dataclasses import replace
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -28,7 +27,6 @@ from atmossl.inference.plan import Options, plan_prediction
 from atmossl.masking.tasks import Forecast
 from atmossl.schema.targets import trained_sampler
 from tests.synthetic import dataset
-from tests.test_api import DOCS
 
 TIME = np.datetime64("1959-02-12T00", "ns")
 
@@ -108,12 +106,6 @@ def test_the_summer_and_the_levels_of_a_counterfactual_are_told(model, sample) -
     assert any("dates in August; training had January, February" in line for line in summer)
     levels = told(model, sample, task=Counterfactual(Forecast(12), levels=((850, 700),)))
     assert any("levels of" in line for line in levels)
-
-
-def test_the_notebook_shows_the_note_on_its_summer() -> None:
-    notebook = nbformat.read(DOCS / "notebooks" / "zero_shot.ipynb", as_version=4)
-    text = "".join(cell["source"] for cell in notebook.cells)
-    assert "dates in August" in text
 
 
 def test_checkpoints_that_lack_the_record_tell_what_follows_from_their_period(
