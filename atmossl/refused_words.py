@@ -202,6 +202,8 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: 
         more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""
         return f"{word}: no such choice; {meant}valid: {', '.join(options)}{more}"
     if kind == "several":
+        if _at(valid_keys, key) is None and not _has_place(word, valid_keys):
+            return of_unknown(key, valid_keys)
         return f"{word}: several values; write {key}=[{value}] for a list, or -m for a run of each"
     if kind == "differs":
         return f"{word}: {key} has another value; leave out ={value}"

@@ -171,7 +171,8 @@ class FeatureRun:
         options: FeatureOptions,
         time: np.datetime64 | None = None,
     ) -> "FeatureRun":
-        """records: by split. time: of the date that is shown; the middle one of the last split.
+        """records: by split. time: of the date that is shown; else the middle one of the dates of
+        the last split.
 
         Raises:
             ValueError: a checkpoint that cannot embed, no such layer, a place outside of the globe,

@@ -60,9 +60,13 @@ def _against(baseline: str, ratio: Mapping[str, float]) -> str:
 
 
 def _of_ensemble(report: TaskReport) -> str:
-    """Of how many variables, levels and lead times the model's ensemble is calibrated."""
-    verdict = rows_where(calibration_table(report.table), source=report.model_name)["verdict"]
-    if verdict.empty:
+    """The number of variables, levels and lead times whose ensemble is calibrated, in words.
+
+    Nothing where the cases are too few for intervals.
+    """
+    rows = rows_where(calibration_table(report.table), source=report.model_name)
+    verdict = rows["verdict"]
+    if rows["spread_skill_low"].isna().all():
         return ""
     faults = verdict[verdict != CALIBRATED]
     if faults.empty:
