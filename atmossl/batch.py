@@ -87,7 +87,7 @@ class StreamSpec:
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(
-                    f"stream.{self.name}.{key}={list(values)} names {twice} twice; name each once"
+                    f"stream.{self.name}.{key}={list(values)} has {twice} twice; give each once"
                 )
         if self.num_levels % self.token_size.level:
             raise ValueError(

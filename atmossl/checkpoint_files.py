@@ -234,7 +234,7 @@ def _checked(path: Path, contents: Any) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"checkpoint={path} cannot be read: {error}") from error
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"checkpoint={path} is damaged: its record has an odd form") from error
+        raise ValueError(f"checkpoint={path} is damaged: its record has an unknown form") from error
 
 
 def _read_shards(path: Path) -> dict[str, Any]:

@@ -316,7 +316,9 @@ def _export(arguments: Sequence[str]) -> None:
     rest = [item for item in arguments if item not in more.values()]
     key = "hub" if any(item.startswith("hub=") for item in rest) else "output"
     if more and key == "output":
-        raise ValueError(f"{' '.join(more.values())}: of hub=FOLDER alone; leave it out")
+        raise ValueError(
+            f"{' '.join(more.values())}: belongs to hub=FOLDER; leave it out without hub"
+        )
     checkpoint, output = _keyword(rest, ["checkpoint", key])
     alone = Path(checkpoint).exists()  # commas in it are its own
     checkpoints = [checkpoint] if alone else [*map(unquoted, split(checkpoint))]

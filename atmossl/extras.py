@@ -25,7 +25,6 @@ EXTRAS = {
     "dask_jobqueue": "ingest",
     "distributed": "ingest",
     "huggingface_hub": "hub",
-    "tensorstore": "fast",
     "icechunk": "stores",
     "kerchunk": "stores",
     "virtualizarr": "stores",

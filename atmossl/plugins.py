@@ -135,7 +135,7 @@ def _check_trust(name: str, packages: Iterable[str]) -> None:
     if not any(name.startswith(f"{package}.") for package in packages):
         package = package_of(name)
         raise UntrustedError(
-            f"{name} is code of the package {package}, which runs only if you trust it and say "
+            f"{name} is code of the package {package}, which runs only if you trust it and give "
             f"plugins=[{package}]"
         )
 

@@ -188,7 +188,7 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: 
     if kind in _UNKNOWN:
         return of_unknown(key, valid_keys)
     if kind == "there":
-        return f"{word}: {key} is there already; leave out the +"
+        return f"{word}: {key} exists already; leave out the +"
     if kind == "choice":
         options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
         options = options or sorted(file.stem for file in (conf / key).glob("*.yaml"))

@@ -17,7 +17,10 @@ _KEYS = {  # whole key: its last part now
     "model.details": "gradient_features",
     "logger.wandb_project": "project",
 }
-_VALUES = {("objective.weighting", "departure"): "residual"}
+_VALUES = {
+    ("objective.weighting", "departure"): "residual",
+    ("data.read.engine", "tensorstore"): "auto",
+}
 # durations that were numbers, in the unit of their name; now they have it with them
 _UNITS = {
     **{f"{n}_hours": (f"{n}_time", "h") for n in ("lead", "rollout", "hidden", "shift", "lag")},

@@ -33,9 +33,8 @@ sample. `cpu_seconds`: of the training, validation and start included.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -52,7 +51,7 @@ from atmossl.cli import main as atmossl
 from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
 from atmossl.evaluation.rows import rows_where
-from atmossl.probes.run import Probed
+from atmossl.probes.run import Baselines, Probed
 from atmossl.probes.summary import Summary, shares_beaten
 from atmossl.schema import ProbeConfig, parse
 from benchmarks.report import finish
@@ -65,6 +64,7 @@ EXPERIMENTS = {
     "dino": "dino", "combined": "combined",
 }  # fmt: skip
 COLLAPSED_BELOW = 2.0
+_FORK = multiprocessing.get_context("fork")  # no second is lost on imports
 _EQUAL = ("model=small", "data.window={time: 4, lon: 0}", "data.batch_size=4")
 
 
@@ -83,28 +83,28 @@ def cost_of(name: str, changes: list[str], repeats: int = 3) -> dict[str, float]
     }
 
 
-def costs(
-    names: list[str], changes: list[str], runs: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Ratios to `masked`, each measured in a process of its own; and why some have none."""
-    found, failed = {}, {}
+def costs(names: list[str], changes: list[str], runs: Path) -> tuple[dict[str, Any], list[str]]:
+    """Ratios to `masked`, each measured in a process of its own; and which objectives failed."""
+    found, failed = {}, []
     for name in dict.fromkeys(["masked", *names]):
         kept = runs / f"{name}.cost.json"
         if not kept.exists():
-            command = [sys.executable, "-m", "benchmarks.representations", "--cost-of", name]
-            words = [*command, "--set", *changes]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                failed[name] = done.stderr.strip().splitlines()[-1]
-                continue
-            kept.write_text(done.stdout.strip().splitlines()[-1])
-        found[name] = json.loads(kept.read_text())
-    reference = found["masked"]
+            process = _FORK.Process(target=_write_cost, args=(name, changes, kept))
+            process.start()
+            process.join()
+        if kept.exists():
+            found[name] = json.loads(kept.read_text())
+        else:
+            failed.append(name)
     ratios = {
-        name: {key: round(value / reference[key], 3) for key, value in cost.items()}
+        name: {key: round(value / found["masked"][key], 3) for key, value in cost.items()}
         for name, cost in found.items()
     }
     return ratios, failed
+
+
+def _write_cost(name: str, changes: list[str], path: Path) -> None:
+    path.write_text(json.dumps(cost_of(name, changes)))
 
 
 def training(name: str, steps: int, folder: Path, changes: list[str]) -> list[str]:
@@ -175,6 +175,7 @@ def tables_of(
     """Tables of all checkpoints, by their names; what was found of each is kept in `runs`. words:
     of `atmossl probe`; tuned: more of them, by name."""
     results: dict[str, Probed] = {}
+    shared: dict[str, Baselines] = {}
     for name, path in checkpoints.items():
         all_words = [*words, *tuned.get(name, [])]
         asked = hashlib.sha256(json.dumps([path, *all_words]).encode()).hexdigest()[:8]
@@ -182,7 +183,8 @@ def tables_of(
         if not kept.exists():
             values = compose_config("probe", [*all_words, "output=unused"])
             values.pop("hydra", None)
-            (found,) = probed(parse(ProbeConfig, {**values, "checkpoint": path})).values()
+            config = parse(ProbeConfig, {**values, "checkpoint": path})
+            (found,) = probed(config, shared).values()
             kept.write_bytes(pickle.dumps(found))
         results[name] = pickle.loads(kept.read_bytes())
     return summary_of(results)
@@ -272,11 +274,7 @@ def main() -> None:
     parser.add_argument("--finetune-of", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--probed", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--no-cost", action="store_true")
-    parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.cost_of:
-        print(json.dumps(cost_of(arguments.cost_of, arguments.set)))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         figures = measured(parser, arguments, arguments.runs or Path(scratch))
     finish("representations", figures)

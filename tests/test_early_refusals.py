@@ -221,7 +221,7 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "data.window={tmie: 3}": r"unknown key data.window.tmie; did you mean data.window.time\?$",
     "model.zzzz=3": "unknown key model.zzzz; valid: model.attention, ",
     "model.dim.x=3": "unknown key model.dim.x: model.dim takes a value and has no further keys",
-    "+model.dim=32": "model.dim is there already; leave out the",
+    "+model.dim=32": "model.dim exists already; leave out the",
     "model=tinny": r"model=tinny: no such choice; did you mean tiny\? valid: atmorep, ",
     "tasks=nope": "tasks=nope: no such choice; .*valid: standard, or a list of tasks",
     "data=sampel": r"data.name='sampel' is not in the catalog .*; did you mean sample\? valid: ",

@@ -187,7 +187,7 @@ def test_a_package_that_is_not_listed_is_not_even_imported(
     monkeypatch.chdir(tmp_path)
     path = with_record(tmp_path / "nosy.ckpt", network="nosy_plugin.Net")
     for plugins in ((), ("nosy",), ("atmossl",)):
-        with pytest.raises(ValueError, match=r"say plugins=\[nosy_plugin\]"):
+        with pytest.raises(ValueError, match=r"give plugins=\[nosy_plugin\]"):
             load_checkpoint(str(path), plugins)
     assert "nosy_plugin" not in sys.modules and not (tmp_path / "seen").exists()
     with pytest.raises(ValueError, match="nosy_plugin has no Net"):

@@ -21,6 +21,7 @@ OLD = {
     "objective.lag_hours=[6, 12]": "objective.lag_time=[6h,12h]",
     "objective.no_negatives_within_days=2.5": "objective.no_negatives_within=2.5d",
     "data.read.retry_wait_s=0.5": "data.read.retry_wait=0.5s",
+    "data.read.engine=tensorstore": "data.read.engine=auto",
 }
 PRESENT = ("data.name=sample", "-m", "--force", "NAME", "stream.s.variables=[a=b]", "a..b=c", "~x")
 

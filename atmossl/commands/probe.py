@@ -15,6 +15,7 @@ from atmossl.locks import owned
 from atmossl.probes.cases import SPLITS
 from atmossl.probes.finetuning import FinetuneSettings
 from atmossl.probes.run import (
+    Baselines,
     Probed,
     ProbeOptions,
     ProbeRun,
@@ -41,8 +42,9 @@ def probe(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def probed(config: ProbeConfig) -> dict[str, Probed]:
-    """The results of the probes of every checkpoint.
+def probed(config: ProbeConfig, shared: dict[str, Baselines] | None = None) -> dict[str, Probed]:
+    """The results of the probes of every checkpoint. shared: baselines that are there already,
+    see `ProbeRun.run`.
 
     Raises:
         ValueError: whatever is wrong with any of the checkpoints, before the first is encoded.
@@ -51,12 +53,13 @@ def probed(config: ProbeConfig) -> dict[str, Probed]:
         check_split(config.data, split)
     prepared = {name: _prepared(name, config) for name in dict.fromkeys(config.checkpoint)}
     results: dict[str, Probed] = {}
+    shared = {} if shared is None else shared
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         for name in list(prepared):
             run = prepared.pop(name)  # its fields are not kept in memory
             shown = bar.add_task(f"probes of {name}", total=run.num_windows)
-            results[name] = run.run(lambda done, task=shown: bar.advance(task, done))
+            results[name] = run.run(lambda done, task=shown: bar.advance(task, done), shared)
     return results
 
 

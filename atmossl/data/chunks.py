@@ -1,5 +1,5 @@
 """Reads stored arrays chunk by chunk, through one of several engines: our own decoder of chunk
-files, tensorstore, zarr, or whatever xarray opened.
+files, zarr, or whatever xarray opened.
 
 `chunked_array` chooses the engine. Where to cut windows, and what values mean, is not known here.
 """
@@ -289,15 +289,9 @@ _DECODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
 }
 
 
-Engine = Literal["auto", "files", "tensorstore", "zarr"]
+Engine = Literal["auto", "files", "zarr"]
 Region = tuple[slice, ...]
 _PACKING = ("_FillValue", "missing_value", "scale_factor", "add_offset", "dtype", "_Unsigned")
-_FASTEST_FIRST: tuple[Engine, ...] = ("files", "tensorstore", "zarr")
-_NEEDS = {
-    "files": "reads local zarr folders with blosc, zstd or no compression and without shards only",
-    "tensorstore": "reads local zarr folders with codecs that tensorstore knows, where it is "
-    "installed",
-}
 _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 
 
@@ -305,9 +299,9 @@ _UNCHUNKED_STEPS = 32  # time steps read at once where a file has no chunks
 class ReadSettings:
     """How stores are read, `data.read` of a configuration.
 
-    engine: `files` decodes chunks where they are wanted, `tensorstore` those of any codec, both
-        from local zarr folders only; `auto` takes the first of files, tensorstore and zarr that can
-        read the store. threads: chunks of one process in flight at once.
+    engine: `files` decodes chunks where they are wanted, from local zarr folders of usual codecs;
+        `auto` takes it where it can read the store, and else `zarr`.
+    threads: chunks of one process in flight at once.
     retries: further tries of whatever a remote store fails at, its opening, metadata or chunks;
         the first after `retry_wait`, then twice as long each time.
     """
@@ -460,45 +454,6 @@ class FileChunks(ZarrChunks):
 
 
 @dataclass(frozen=True)
-class TensorstoreChunks(ZarrChunks):
-    """Reads through tensorstore, which decodes and cuts out in C++, from local zarr folders.
-
-    The handle is opened on first use, and again in every process.
-    """
-
-    threads: int
-
-    @cached_property
-    def handle(self) -> Any:
-        """The array as tensorstore opens it; ValueError if it does not know its codec or type."""
-        import tensorstore
-
-        assert isinstance(self.array.store, LocalStore)
-        folder = Path(self.array.store.root) / self.array.path
-        driver = "zarr" if self.array.metadata.zarr_format == 2 else "zarr3"
-        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/"}}
-        context = tensorstore.Context(
-            {
-                "data_copy_concurrency": {"limit": self.threads},
-                "cache_pool": {"total_bytes_limit": 0},
-            }
-        )
-        return tensorstore.open(spec, context=context, open=True, read=True).result()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "handle"}
-
-    def _decoded(self, region: Region) -> np.ndarray:
-        import tensorstore
-
-        source = self.handle[region]
-        values = _scratch.array(source.shape, source.dtype.numpy_dtype)
-        target = tensorstore.array(values, copy=False)[tensorstore.d[:].translate_to[source.origin]]
-        target.write(source).result()
-        return values
-
-
-@dataclass(frozen=True)
 class XarrayChunks:
     """Reads through xarray: NetCDF, GRIB, kerchunk references, and arrays in memory."""
 
@@ -544,37 +499,15 @@ def chunked_array(
     if stored is None:
         return XarrayChunks(array)
     packing = Packing.of(array)
-    for engine in _FASTEST_FIRST if access.engine == "auto" else (access.engine,):
-        reader = _reader(engine, stored, packing, access.threads)
-        if reader is not None:
-            return reader
-    readable = [e for e in _FASTEST_FIRST if _reader(e, stored, packing, access.threads)]
-    raise ValueError(
-        f"data.read.engine={access.engine} {_NEEDS[access.engine]}, and the store is {location}; "
-        f"valid: {', '.join(['auto', *readable])}"
-    )
-
-
-def _reader(
-    engine: Engine, stored: zarr.Array, packing: Packing | None, threads: int
-) -> ZarrChunks | None:
-    """The reader of one engine; None if the engine cannot read this array."""
-    if engine == "zarr":
-        return ZarrChunks(stored, packing)
-    if engine == "files":
-        files = ChunkFiles.of(stored)
-        return None if files is None else FileChunks(stored, packing, files)
-    reader = TensorstoreChunks(stored, packing, threads)
-    return reader if isinstance(stored.store, LocalStore) and _opens(reader) else None
-
-
-def _opens(reader: TensorstoreChunks) -> bool:
-    """Whether tensorstore is installed and knows the codec, the type and the format of the
-    array."""
-    try:
-        return reader.handle is not None
-    except Exception:  # of many types, none of them documented; another engine reads the array
-        return False
+    files = None if access.engine == "zarr" else ChunkFiles.of(stored)
+    if files is not None:
+        return FileChunks(stored, packing, files)
+    if access.engine == "files":
+        raise ValueError(
+            "data.read.engine=files reads local zarr folders with blosc, zstd or no compression "
+            f"and without shards only, and the store is {location}; valid: auto, zarr"
+        )
+    return ZarrChunks(stored, packing)
 
 
 def zarr_array_of(array: ChunkedArray) -> zarr.Array | None:

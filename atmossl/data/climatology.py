@@ -186,10 +186,10 @@ def _is_current(output: Path, segments: Sequence[Segment], now: str, force: bool
         written = zarr.open_group(output, mode="r").attrs.get("fingerprint")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{output} is there and is no climatology; choose another output"
+            f"{output} exists and is not a climatology; choose another output"
         ) from error
     if written is None:
-        raise ValueError(f"{output} is there and is no climatology; choose another output")
+        raise ValueError(f"{output} exists and is not a climatology; choose another output")
     current = agree(str(written), now)
     if not current and not force:
         raise ValueError(stale_message(output, segments, str(written), now))

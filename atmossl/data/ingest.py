@@ -393,7 +393,7 @@ def write_region(job: Job) -> str:
     checksum = hashlib.sha256(values.tobytes()).hexdigest()
     back = np.ascontiguousarray(np.asarray(target[place]))
     if hashlib.sha256(back.tobytes()).hexdigest() != checksum:
-        raise OSError(f"{store}: {region} reads back different from what was written")
+        raise OSError(f"{store}: {region} differs from what was written when it is read again")
     missing = int(np.isnan(values).sum())
     _write(Path(job.journal) / region.note, json.dumps({"sha256": checksum, "missing": missing}))
     return region.note

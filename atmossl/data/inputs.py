@@ -306,7 +306,7 @@ def _check_found(reading: _Reading, have: set[str], location: str, files: Sequen
                 f"{sorted(reading.have)}"
             )
     if not have:
-        raise ValueError(f"input={location}: select={reading.selection} leaves nothing")
+        raise ValueError(f"input={location}: select={reading.selection} leaves no data")
     unknown = sorted(set(reading.selection) - reading.selected)
     if unknown:
         raise ValueError(

@@ -126,9 +126,7 @@ def _boxes(values: Any) -> Any:
         return tuple(box if isinstance(box, LatLonBox) else LatLonBox(*map(float, box))
                      for box in values)  # fmt: skip
     except TypeError as error:
-        raise ValueError(
-            "needed: boxes [south, north, west, east] in degrees, in a list"
-        ) from error
+        raise ValueError("needed: a list of boxes [south, north, west, east] in degrees") from error
 
 
 def inpainting(

@@ -469,7 +469,7 @@ def _begun(partial: Path, request: dict[str, str]) -> _Progress:
         if before.get(key) != now:
             raise ValueError(
                 f"resume=true: {partial} was begun with {key}={before.get(key)}, now it is {now}; "
-                "ask for the same, or remove it"
+                "use the same settings, or remove it"
             )
     return begun
 

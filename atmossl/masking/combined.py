@@ -36,8 +36,8 @@ class Combined(Task):
         for key in ("consistent", "coarse_input"):
             if any(getattr(part, key) for part in downscalings):
                 raise ValueError(
-                    f"task.parts: {key}=true of a downscaling is not for unions; valid: false, or "
-                    "the downscaling on its own"
+                    f"task.parts: {key}=true of a downscaling cannot be in a union; valid: false, "
+                    "or the downscaling on its own"
                 )
 
     @property

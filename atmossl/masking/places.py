@@ -335,5 +335,7 @@ class CrossVariable(Task):
                 corruption[:, shown] = int(Corruption.VISIBLE)
             masks.append(StreamMask(corruption))
         if all(bool(mask.hidden.all()) for mask in masks):
-            raise ValueError("task.variables hides all that there is; leave a stream to read from")
+            raise ValueError(
+                "task.variables hides every stream; leave at least one of them visible"
+            )
         return tuple(masks)

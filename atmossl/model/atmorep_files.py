@@ -154,7 +154,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(contents, dict) or not all(
         isinstance(value, Tensor) for value in contents.values()
     ):
-        raise ValueError(f"{file.name}: holds something else than tensors by name")
+        raise ValueError(f"{file.name}: holds other things than tensors by name")
     # a model that was saved while it was wrapped for several devices has one more name in front
     return {key.removeprefix("module."): value.float() for key, value in contents.items()}
 

@@ -92,6 +92,15 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class Baselines:
+    """Features that do not depend on what a network has learned, and, by probe, what was made of
+    them."""
+
+    features: list[Features]
+    outcomes: dict[str, list[Outcome]]
+
+
+@dataclass(frozen=True)
 class ProbeRun:
     """A checkpoint, its dates and its questions, all checked; `run` does the long work.
 
@@ -148,14 +157,28 @@ class ProbeRun:
         fits = (len(tuned.fractions) + 1) * len(tuned.probes) if tuned.fractions else 0
         return 2 * len(self.cases.times) + fits * tuned.steps
 
-    def run(self, advance: Callable[[float], object] = float) -> Probed:
-        """Encode all dates with the trained and a random network, fit and score."""
-        sources = self._features(advance)
-        outcomes, headlines = [], {}
+    def run(
+        self,
+        advance: Callable[[float], object] = float,
+        shared: dict[str, Baselines] | None = None,
+    ) -> Probed:
+        """Encode all dates with the trained and a random network, fit and score.
+
+        shared: baselines of other checkpoints, of which those with the same architecture and dates
+        are not fitted again; those of this one are added.
+        """
+        shared, key = {} if shared is None else shared, self._key_of_baselines()
+        trained = self._encoded(self.trained, "latents", advance)
+        if key in shared:
+            advance(float(len(self.cases.times)))
+        else:
+            shared[key] = Baselines(self._features_of_baselines(trained[-1], advance), {})
+        baselines, outcomes, headlines = shared[key], [], {}
         for question in self.questions:
-            answers, headline = self._answers(question, sources)
+            answers, headline = self._answers(question, trained, baselines)
             outcomes += answers
             headlines[question.name] = headline
+        sources = [*trained, *baselines.features]
         test = self.cases.of("test")
         latents = {s.layer: s.pooled[test] for s in sources if s.source == "latents"}
         return Probed(
@@ -168,18 +191,31 @@ class ProbeRun:
             tuned=tuple(self._tuned(advance)) if self.options.finetune.fractions else (),
         )  # fmt: skip
 
-    def _features(self, advance: Callable[[float], object]) -> list[Features]:
-        def latents(trained: TrainedModel, source: str) -> list[Features]:
-            embedders = [_embedder(trained, run.segment, self.options) for run in self.runs]
-            return encoded(embedders, self.runs, self.layers, self.places, source, advance)
+    def _key_of_baselines(self) -> str:
+        """The same for checkpoints that differ in what they have learned alone."""
+        record = self.trained.record
+        statistics = [found["fingerprint"] for found in record["statistics"].values()]
+        keys = ("network", "model", "streams", "window", "first_guess")
+        records = [(run.segment.location, run.segment.period) for run in self.runs]
+        names = [question.name for question in self.questions]
+        return repr([[record[key] for key in keys], statistics, records, names, self.options])
 
-        trained = latents(self.trained, "latents")
-        random = latents(random_network(self.trained, self.options.seed), "random")
+    def _encoded(
+        self, trained: TrainedModel, source: str, advance: Callable[[float], object]
+    ) -> list[Features]:
+        embedders = [_embedder(trained, run.segment, self.options) for run in self.runs]
+        return encoded(embedders, self.runs, self.layers, self.places, source, advance)
+
+    def _features_of_baselines(
+        self, like: Features, advance: Callable[[float], object]
+    ) -> list[Features]:
+        """like: latents, of which principal components have as many features."""
+        random = random_network(self.trained, self.options.seed)
         levels = levels_by_variable(self.embedders[0].shown_specs)
         raw = raw_values(self.cases, self.places, levels)
-        components = principal_components(raw, self.cases, like=trained[-1])
+        components = principal_components(raw, self.cases, like=like)
         position = position_and_calendar(self.cases, self.places)
-        return [*trained, *random, raw, components, position]
+        return [*self._encoded(random, "random", advance), raw, components, position]
 
     def _tuned(self, advance: Callable[[float], object]) -> Iterator[Tuned]:
         """The fine-tuned networks of every probe; the first one starts from random weights and
@@ -213,16 +249,22 @@ class ProbeRun:
         return Scorer(question, self.cases, bootstrap, self.options.seed)
 
     def _answers(
-        self, question: Question, sources: Sequence[Features]
+        self, question: Question, trained: Sequence[Features], baselines: Baselines
     ) -> tuple[list[Outcome], Outcome]:
         scorer = self._scorer(question)
-        outcomes = scorer.references()
-        for features in sources:
-            outcomes += [scorer.linear(features), scorer.neighbours(features)]
-            if question.is_of_a_date and features.tokens is not None:
-                outcomes.append(scorer.attentive(features, self.places))
+
+        def fits(sources: Sequence[Features]) -> Iterator[Outcome]:
+            for features in sources:
+                yield from (scorer.linear(features), scorer.neighbours(features))
+                if question.is_of_a_date and features.tokens is not None:
+                    yield scorer.attentive(features, self.places)
+
+        if question.name not in baselines.outcomes:
+            own = [*scorer.references(), *fits(baselines.features)]
+            baselines.outcomes[question.name] = own
+        outcomes = [*fits(trained), *baselines.outcomes[question.name]]
         best = best_by_validation(outcomes, "latents", "linear")
-        features = next(s for s in sources if (s.source, s.layer) == ("latents", best.layer))
+        features = next(source for source in trained if source.layer == best.layer)
         headline = scorer.with_refits(best, features)
         return [headline if outcome is best else outcome for outcome in outcomes], headline
 

@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
-from atmossl.data.chunks import Access, FileChunks, TensorstoreChunks, ZarrChunks
+from atmossl.data.chunks import Access, FileChunks, ZarrChunks
 from atmossl.data.layouts import atmorep
 from atmossl.data.segment import Segment, UnreadableChunk
 from atmossl.data.statistics import Normaliser, Statistics
@@ -26,7 +26,7 @@ from tests.synthetic import dataset, spec
 NAMES = ("temperature", "u_component_of_wind")
 LEVELS = (300, 500, 850)
 CHUNKS = (4, 3, 4, 16)
-ENGINES = ("auto", "files", "tensorstore", "zarr")
+ENGINES = ("auto", "files", "zarr")
 # zarr's version, the encoding, and what the absent chunk of steps 4 to 7, rows 4 to 7 reads as.
 # zarr v2 has no fill value where it is null; v3 always has one, and xarray's is beside it
 PACKED = {"dtype": "int16", "scale_factor": 0.01, "add_offset": 2.0}
@@ -88,7 +88,7 @@ def test_an_absent_chunk_is_missing_unless_the_store_tells_its_values(tmp_path, 
 
 def test_a_shard_that_is_absent_is_missing_data(tmp_path) -> None:
     path = written(tmp_path, 3, UNDECLARED, shards=(4, 3, 8, 16))
-    for engine in ("auto", "tensorstore", "zarr"):
+    for engine in ("auto", "zarr"):
         missing = np.isnan(values(opened(path, engine)))
         assert missing[:, 4:8].all() and missing.sum() == 3 * 4 * 8 * 16, engine
 
@@ -171,23 +171,22 @@ def test_auto_reads_what_zarr_reads(tmp_path, codec: str) -> None:
     )
     automatic, by_zarr = (opened(path, engine) for engine in ("auto", "zarr"))
     np.testing.assert_array_equal(values(automatic), values(by_zarr))
-    classes = {"zstd": FileChunks, "blosc": FileChunks, "gzip": TensorstoreChunks}
+    classes = {"zstd": FileChunks, "blosc": FileChunks}
     assert type(automatic.stored["temperature"].array) is classes.get(codec, ZarrChunks)
     if codec not in classes:
-        with pytest.raises(ValueError, match=r"engine=tensorstore.*valid: auto, zarr"):
-            opened(path, "tensorstore")
+        with pytest.raises(ValueError, match=r"engine=files.*valid: auto, zarr"):
+            opened(path, "files")
 
 
 @pytest.mark.parametrize("compressor", [None, ZstdCodec(), BloscCodec(), GzipCodec()])
-@pytest.mark.parametrize("engine", ["auto", "tensorstore"])
-def test_a_chunk_is_corrupt_only_where_zarr_cannot_read_it(tmp_path, engine, compressor) -> None:
+def test_a_chunk_is_corrupt_only_where_zarr_cannot_read_it(tmp_path, compressor) -> None:
     """An engine that fails leaves the chunk to zarr, unless zarr would not notice the damage."""
     path = tmp_path / "waves.zarr"
     encoding = {"chunks": CHUNKS, "compressors": compressor}
     dataset(steps=12).to_zarr(
         path, zarr_format=3, encoding=dict.fromkeys(NAMES, encoding), consolidated=False
     )
-    segment = opened(path, engine)
+    segment = opened(path, "auto")
     array = segment.stored["temperature"].array
     region = (slice(4, 8), slice(0, 3), slice(4, 8), slice(0, 16))
     whole = np.array(array.read(region))

@@ -236,7 +236,7 @@ def test_filters_and_selections_that_mean_nothing_are_refused(tmp_path) -> None:
         ({}, {"stepRange": "6-12"}, "filters.stepRange=6-12: valid: 0"),
         ({}, {"steprange": "0"}, "no message has that key"),
         ({"nubmer": 0}, {}, "select.nubmer=0: no variable has nubmer"),
-        ({"step": "6h"}, {}, "leaves nothing"),
+        ({"step": "6h"}, {}, "leaves no data"),
     ):
         with pytest.raises(ValueError, match=words):
             open_input(place, {}, select, filters)

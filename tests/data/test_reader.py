@@ -76,7 +76,7 @@ def test_any_layout_reads_as_xarray_does(tmp_path_factory, data: st.DataObject) 
     stored.to_zarr(
         path, zarr_format=version, encoding=dict.fromkeys(NAMES, encoding), consolidated=False
     )
-    engine = data.draw(st.sampled_from(["auto", "zarr", "tensorstore"]))
+    engine = data.draw(st.sampled_from(["auto", "zarr"]))
     segment = opened(path, access=Access(engine=engine, threads=data.draw(st.integers(1, 3))))
     read_here = isinstance(segment.stored[NAMES[0]].array, FileChunks)
     own = "shards" not in encoding and compressor in ("blosc", "zstd", "none")
@@ -194,7 +194,7 @@ def damaged(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("engine", ["files", "zarr", "tensorstore"])
+@pytest.mark.parametrize("engine", ["files", "zarr"])
 def test_an_unreadable_chunk_is_named(tmp_path, engine: str) -> None:
     path = damaged(tmp_path)
     segment = opened(path, access=Access(engine=engine))
@@ -277,16 +277,16 @@ def test_levels_must_suit_the_variable() -> None:
         segment.read("u_component_of_wind", (0,), 0, 2, segment.whole())
 
 
-def test_tensorstore_is_refused_where_it_cannot_read() -> None:
+def test_files_are_refused_where_there_are_none() -> None:
     group = zarr.open_group(zarr.storage.MemoryStore(), mode="w")
     dataset().to_zarr(group.store, mode="w", consolidated=False)
     store = OpenedStore(xr.open_zarr(group.store, consolidated=False), group)
-    with pytest.raises(ValueError, match="data.read.engine=tensorstore"):
+    with pytest.raises(ValueError, match="data.read.engine=files .* valid: auto, zarr"):
         open_segment(
             "waves",
             store,
             "memory",
             variables=NAMES,
             levels=LEVELS,
-            access=Access(engine="tensorstore"),
+            access=Access(engine="files"),
         )

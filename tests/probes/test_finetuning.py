@@ -14,9 +14,9 @@ from atmossl.cli import compose_config, main
 from atmossl.commands.common import open_for
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.probes.cases import SPLITS
-from atmossl.probes.features import encoded
+from atmossl.probes.features import encoded, random_network
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings, TunedNetwork, dates_used
-from atmossl.probes.run import ProbeOptions, ProbeRun, tunings
+from atmossl.probes.run import Baselines, ProbeOptions, ProbeRun, tunings
 from atmossl.probes.scoring import Question
 from atmossl.schema import ProbeConfig, parse
 from tests.probes.test_probes import cases
@@ -122,3 +122,16 @@ def test_a_probe_that_is_not_asked_is_refused(tmp_path: Path, capsys) -> None:
     assert "finetune.probes=['anomaly_24h'" in capsys.readouterr().err
     assert main([*words, "finetune.fractions=[0]"]) == 2
     assert "finetune.fractions.0=0" in capsys.readouterr().err
+
+
+def test_baselines_are_fitted_once_for_checkpoints_that_differ_in_weights(run: ProbeRun) -> None:
+    frozen = replace(run, options=replace(run.options, finetune=FinetuneSettings()))
+    other = replace(frozen, trained=random_network(run.trained, seed=5))
+    shared: dict[str, Baselines] = {}
+    first, second = frozen.run(shared=shared), other.run(shared=shared)
+    assert len(shared) == 1
+    for found, alone in ((first, frozen.run()), (second, other.run())):
+        for one, same in zip(found.outcomes, alone.outcomes, strict=True):
+            assert (one.source, one.layer, one.method) == (same.source, same.layer, same.method)
+            np.testing.assert_array_equal(one.samples, same.samples)
+    assert first.outcomes[0].skill != second.outcomes[0].skill
