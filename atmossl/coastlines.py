@@ -3,9 +3,10 @@
 
 from functools import cache
 from importlib import resources
-from typing import Any
 
 import numpy as np
+
+from atmossl.geometry import degrees_east_of
 
 
 @cache
@@ -19,12 +20,7 @@ def coastlines(middle: float = 0.0) -> tuple[np.ndarray, ...]:
     ends = np.cumsum(lengths)[:-1]
     longitude = degrees[:, 0]
     if middle:
-        longitude = from_middle(longitude, middle)
+        longitude = degrees_east_of(middle, longitude)
         seam = np.flatnonzero(np.abs(np.diff(longitude)) > 180.0) + 1
         ends = np.union1d(ends, seam)
     return tuple(np.split(np.stack([longitude, degrees[:, 1]], axis=-1), ends))
-
-
-def from_middle(longitude: Any, middle: float) -> Any:
-    """Degrees east of the middle of a map, from -180 to 180."""
-    return (longitude - middle + 180.0) % 360.0 - 180.0

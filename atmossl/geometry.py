@@ -64,6 +64,25 @@ def ascending_longitudes(longitude_deg: np.ndarray) -> tuple[np.ndarray, np.ndar
     return order, ordered
 
 
+def degrees_east_of(meridian: Any, longitude_deg: Any) -> Any:
+    """Degrees by which longitudes lie east of a meridian, from -180 to below 180 (numbers, arrays
+    or tensors)."""
+    return (longitude_deg - meridian + 180.0) % 360.0 - 180.0
+
+
+def nearest_cells(
+    latitude_deg: np.ndarray, longitude_deg: np.ndarray, lat: np.ndarray, lon: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the cells of a grid whose centres are nearest to places.
+
+    latitude_deg, longitude_deg: the centres [row], [column]; lat, lon: of the places, of any
+    shape, which their rows and columns then have. The nearest is that of each axis by itself.
+    """
+    rows = np.abs(latitude_deg - np.asarray(lat)[..., None]).argmin(axis=-1)
+    apart = np.abs(degrees_east_of(np.asarray(lon)[..., None], longitude_deg))
+    return rows, apart.argmin(axis=-1)
+
+
 def within_longitudes(longitude_deg: Any, west: float, east: float) -> Any:
     """True for longitudes from west eastwards to east, also for centres that miss an edge by
     rounding."""

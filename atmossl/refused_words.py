@@ -171,14 +171,18 @@ def _prefixes(key: str) -> Iterator[str]:
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
+_ABSENT = object()  # not None, which is the value of many keys
+
+
 def _at(values: Any, key: str) -> Any:
+    """The value of a key, or `_ABSENT`."""
     for part in key.split("."):
         if isinstance(values, list) and part.isdigit() and int(part) < len(values):
             values = values[int(part)]
         elif isinstance(values, Mapping) and part in values:
             values = values[part]
         else:
-            return None
+            return _ABSENT
     return values
 
 
@@ -202,7 +206,7 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: 
         more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""
         return f"{word}: no such choice; {meant}valid: {', '.join(options)}{more}"
     if kind == "several":
-        if _at(valid_keys, key) is None and not _has_place(word, valid_keys):
+        if _at(valid_keys, key) is _ABSENT and not _has_place(word, valid_keys):
             return of_unknown(key, valid_keys)
         return f"{word}: several values; write {key}=[{value}] for a list, or -m for a run of each"
     if kind == "differs":
@@ -216,7 +220,7 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: 
 def of_unknown(key: str, valid_keys: Mapping[str, Any]) -> str:
     """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
     name = key.rpartition(".")[2]
-    if name in _ELSEWHERE and _at(valid_keys, _ELSEWHERE[name]) is not None:
+    if name in _ELSEWHERE and _at(valid_keys, _ELSEWHERE[name]) is not _ABSENT:
         return f"unknown key {key}; did you mean {_ELSEWHERE[name]}?"
     corrected, values = list[str](), valid_keys
     for part in key.split("."):

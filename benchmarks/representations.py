@@ -33,8 +33,9 @@ sample. `cpu_seconds`: of the training, validation and start included.
 import argparse
 import hashlib
 import json
-import multiprocessing
 import pickle
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -64,7 +65,6 @@ EXPERIMENTS = {
     "dino": "dino", "combined": "combined",
 }  # fmt: skip
 COLLAPSED_BELOW = 2.0
-_FORK = multiprocessing.get_context("fork")  # no second is lost on imports
 _EQUAL = ("model=small", "data.window={time: 4, lon: 0}", "data.batch_size=4")
 
 
@@ -83,28 +83,28 @@ def cost_of(name: str, changes: list[str], repeats: int = 3) -> dict[str, float]
     }
 
 
-def costs(names: list[str], changes: list[str], runs: Path) -> tuple[dict[str, Any], list[str]]:
-    """Ratios to `masked`, each measured in a process of its own; and which objectives failed."""
-    found, failed = {}, []
+def costs(
+    names: list[str], changes: list[str], runs: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Ratios to `masked`, each measured in a process of its own; and why some have none."""
+    found, failed = {}, {}
     for name in dict.fromkeys(["masked", *names]):
         kept = runs / f"{name}.cost.json"
         if not kept.exists():
-            process = _FORK.Process(target=_write_cost, args=(name, changes, kept))
-            process.start()
-            process.join()
-        if kept.exists():
-            found[name] = json.loads(kept.read_text())
-        else:
-            failed.append(name)
+            command = [sys.executable, "-m", "benchmarks.representations", "--cost-of", name]
+            done = subprocess.run(
+                [*command, "--set", *changes], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                failed[name] = done.stderr.strip().splitlines()[-1]
+                continue
+            kept.write_text(done.stdout.strip().splitlines()[-1])
+        found[name] = json.loads(kept.read_text())
     ratios = {
         name: {key: round(value / found["masked"][key], 3) for key, value in cost.items()}
         for name, cost in found.items()
     }
     return ratios, failed
-
-
-def _write_cost(name: str, changes: list[str], path: Path) -> None:
-    path.write_text(json.dumps(cost_of(name, changes)))
 
 
 def training(name: str, steps: int, folder: Path, changes: list[str]) -> list[str]:
@@ -274,7 +274,11 @@ def main() -> None:
     parser.add_argument("--finetune-of", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--probed", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--no-cost", action="store_true")
+    parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.cost_of:
+        print(json.dumps(cost_of(arguments.cost_of, arguments.set)))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         figures = measured(parser, arguments, arguments.runs or Path(scratch))
     finish("representations", figures)

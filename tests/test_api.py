@@ -62,7 +62,11 @@ def test_times_are_all_possible_ones_by_default() -> None:
         ("forecast", {"lead_time": "soon"}, "task.lead_time='soon'"),
         ({"_target_": "oracle"}, {}, "task._target_='oracle': .*valid: .*forecast"),
         ({"lead_time": "6h"}, {}, "task: .*_target_ among them; valid: .*forecast"),
-        ({"_target_": "inpainting", "boxes": [50, 20, 0, 9]}, {}, r"task.boxes=\[50.*in a list"),
+        (
+            {"_target_": "inpainting", "boxes": [50, 20, 0, 9]},
+            {},
+            r"task.boxes=\[50.*a list of boxes",
+        ),
         (
             {"_target_": "combined", "parts": [{"_target_": "forecast"}]},
             {},

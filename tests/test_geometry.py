@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy import special
 
 from atmossl.geometry import (
@@ -11,7 +12,9 @@ from atmossl.geometry import (
     TilePlan,
     area_weights,
     check_window_fits,
+    degrees_east_of,
     latitude_edges,
+    nearest_cells,
     random_box,
 )
 from atmossl.masking.places import LatLonBox
@@ -149,3 +152,21 @@ def test_what_does_not_fit_is_refused() -> None:
         Grid(np.arange(3.0), np.array([0.0, 1.0, 3.0]))
     with pytest.raises(ValueError, match="overlap"):
         TilePlan(global_grid(8, 12), 4, 4, 1.0)
+
+
+@given(
+    hnp.arrays(np.float64, st.integers(1, 9), elements=st.floats(-180, 360)),
+    st.floats(-90, 90),
+    st.floats(-180, 360),
+)
+def test_the_nearest_cell_has_the_least_angle_along_each_axis(meridians, latitude, longitude):
+    """The angle between directions is that of the complex numbers exp(i longitude)."""
+    parallels = np.linspace(-80.0, 80.0, len(meridians))
+    row, column = nearest_cells(parallels, meridians, np.array(latitude), np.array(longitude))
+    turned = np.exp(1j * np.deg2rad(meridians)) / np.exp(1j * np.deg2rad(longitude))
+    angles = np.rad2deg(np.abs(np.angle(turned)))
+    assert angles[column] <= angles.min() + 1e-6
+    assert abs(parallels[row] - latitude) == np.abs(parallels - latitude).min()
+    east = degrees_east_of(longitude, meridians)
+    assert ((east >= -180) & (east < 180)).all()
+    np.testing.assert_allclose(np.exp(1j * np.deg2rad(east)), turned, atol=1e-9)

@@ -32,8 +32,8 @@ def features(values: Mapping[str, Any], command: str = "atmossl features") -> Pa
         check_output(config.output)
         run = _prepared(config)
         with telling(f"latents, {run.num_dates} dates", run.num_dates) as advance:
-            found = run.run(advance)
-        write_features(found, _provenance(config, run.trained, command), config.output)
+            results = run.run(advance)
+        write_features(results, _provenance(config, run.trained, command), config.output)
     Console(markup=False).print(
         f"page: {config.output / 'index.html'}", highlight=False, soft_wrap=True
     )

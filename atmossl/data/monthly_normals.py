@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atmossl.batch import StreamSpec
+from atmossl.geometry import degrees_east_of
 
 _MONTHS = 12
 _NO_YEAR_ENDS = 2**40  # more months than there are
@@ -99,7 +100,7 @@ class MonthlyNormals:
     def _columns(self, lon: Tensor) -> Int[Tensor, "lon"]:
         if not len(self.lon):
             return torch.zeros(len(lon), dtype=torch.int64)
-        apart = (lon.double()[:, None] - self.lon.double() + 180.0) % 360.0 - 180.0
+        apart = degrees_east_of(self.lon.double(), lon.double()[:, None])
         return _nearest(apart.abs(), self.lon, "longitude")
 
 

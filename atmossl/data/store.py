@@ -150,8 +150,8 @@ def check_names(names: Mapping[str, str], location: str) -> None:
     for stored, canonical in names.items():
         if canonical == "time" and START_NAMES.search(stored):
             raise ValueError(
-                f"{location}: {stored} has the name of a forecast's start; needed for time: the "
-                "dates at which fields are valid, which are these plus the lead time"
+                f"{location}: {stored} has the name of the start of forecasts; needed for time: "
+                "the dates at which fields are valid, which are these plus the lead time"
             )
 
 

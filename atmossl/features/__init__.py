@@ -2,5 +2,5 @@
 
 `attention` recomputes the attention of every head for chosen places, `latents` has principal
 components of tokens, cosines and analogues, `filters` the patterns that the embedding reads.
-`gather` runs them all for a checkpoint, `figures` draws them, `page` puts them onto one page.
+`run` makes them all for a checkpoint, `figures` draws them, `page` puts them onto one page.
 """

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from atmossl.batch import TokenGrid, collate_views
+from atmossl.geometry import nearest_cells
 from atmossl.inference.embed import Embedder, StreamField, TileView
 from atmossl.model.atmorep import FieldAttention
 from atmossl.model.atmorep_network import AtmoRepNetwork
@@ -298,7 +299,7 @@ class _Taker:
             return
         grids = {stream.spec.name: stream.grid for stream in self.tile.view.streams}
         grid, other = grids[pair.stream], grids[pair.other]
-        found = self.parts.setdefault(
+        part = self.parts.setdefault(
             (pair.layer, pair.stream, pair.other), self._empty(pair, query.shape[1], other)
         )
         rows_of_place = self._rows(grid)
@@ -314,26 +315,24 @@ class _Taker:
             uniform = seen / seen.sum(axis=-1, keepdims=True)
             for name, share in (("distance", weights), ("uniform_distance", uniform)):
                 means = mean_distance(share, apart)
-                found[name][:, :, numbers] = reduce(
+                part[name][:, :, numbers] = reduce(
                     means, "head unit (place level) -> head unit place", "mean", place=len(chunk)
                 )
             mean = reduce(
                 weights, "head (place level) key -> head place key", "mean", place=len(chunk)
             )
-            self._add(found, pair.other, mean, numbers, other)
+            self._add(part, pair.other, mean, numbers, other)
 
     def _rows(self, grid: TokenGrid) -> Int[np.ndarray, "place level"]:
         """Flat numbers of the tokens at every asked place, at the last step and all levels."""
         latitude, longitude = (
             values[self.asked] for values in (self.places.latitude, self.places.longitude)
         )
-        row = np.abs(grid.lat.numpy() - latitude[:, None]).argmin(axis=1)
-        apart = np.abs((grid.lon.numpy() - longitude[:, None] + 180.0) % 360.0 - 180.0)
+        row, column = nearest_cells(grid.lat.numpy(), grid.lon.numpy(), latitude, longitude)
         levels, steps, num_lat, num_lon = grid.shape
         level = np.arange(levels)
-        return ((level * steps + steps - 1) * num_lat + row[:, None]) * num_lon + apart.argmin(
-            axis=1
-        )[:, None]
+        row_of_level = (level * steps + steps - 1) * num_lat + row[:, None]
+        return row_of_level * num_lon + column[:, None]
 
     def _empty(self, pair: Pair, num_heads: int, other: TokenGrid) -> dict[str, Any]:
         stream, count = self.streams[pair.other], len(self.places)
@@ -349,7 +348,7 @@ class _Taker:
 
     def _add(
         self,
-        found: dict[str, Any],
+        part: dict[str, Any],
         name: str,
         mean: Float[np.ndarray, "head place key"],
         numbers: Int[np.ndarray, "place"],
@@ -363,8 +362,8 @@ class _Taker:
         spec = next(spec for spec in self.embedder.shown_specs if spec.name == name)
         rows, columns = self.embedder.rows_and_columns(self.tile.box, spec, (num_lat, num_lon))
         maps = reduce(axes, "head place level nt nlat nlon -> head place nlat nlon", "sum")
-        found["by_place"][:, numbers[:, None, None], rows[:, None], columns] = maps
-        found["by_time"][:, numbers] = reduce(
+        part["by_place"][:, numbers[:, None, None], rows[:, None], columns] = maps
+        part["by_time"][:, numbers] = reduce(
             axes, "head place level nt nlat nlon -> head place level nt", "sum"
         )
 
@@ -375,7 +374,7 @@ def _datasets(
     places: Places,
     time: np.datetime64,
 ) -> dict[tuple[str, str], xr.Dataset]:
-    found = {}
+    datasets = {}
     for stream, other in dict.fromkeys((of[1], of[2]) for of in parts):
         layers = sorted(of[0] for of in parts if of[1:] == (stream, other))
         by_layer = [parts[layer, stream, other] for layer in layers]
@@ -390,7 +389,7 @@ def _datasets(
             "distance": ("unit", "place"),
             "uniform_distance": ("unit", "place"),
         }
-        found[stream, other] = xr.Dataset(
+        datasets[stream, other] = xr.Dataset(
             {name: (("layer", "head", *own), stacked(name)) for name, own in dims.items()},
             coords={
                 "layer": layers,
@@ -405,4 +404,4 @@ def _datasets(
             },
             attrs={"stream": stream, "other": other, "init_time": str(time)},
         )  # fmt: skip
-    return found
+    return datasets

@@ -48,11 +48,11 @@ def first_layer(trained: TrainedModel, count: int = 3) -> list[Filters]:
     Raises:
         ValueError: a network whose embedding is not known here.
     """
-    found = []
+    groups = []
     for spec in trained.own_specs:
         for reads, (weight, unit) in _weights(trained, spec).items():
-            found.append(_filters(trained, spec, reads, weight, unit, count))
-    return found
+            groups.append(_filters(trained, spec, reads, weight, unit, count))
+    return groups
 
 
 def _weights(trained: TrainedModel, spec: StreamSpec) -> dict[str, tuple[Pattern, Pattern]]:

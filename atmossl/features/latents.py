@@ -164,9 +164,9 @@ def planes_of_days(pooled: Float[np.ndarray, "date feature"]) -> dict[str, np.nd
     rows = standardised(pooled)
     fitted = PCA(2, random_state=0).fit(rows)
     share = fitted.explained_variance_ratio_
-    found = {f"PCA ({share[0]:.0%} and {share[1]:.0%} of the variance)": fitted.transform(rows)}
+    planes = {f"PCA ({share[0]:.0%} and {share[1]:.0%} of the variance)": fitted.transform(rows)}
     try:
         from umap import UMAP  # type: ignore[import-not-found]
     except ImportError:
-        return found
-    return {**found, "UMAP": np.asarray(UMAP(random_state=0, n_jobs=1).fit_transform(rows))}
+        return planes
+    return {**planes, "UMAP": np.asarray(UMAP(random_state=0, n_jobs=1).fit_transform(rows))}

@@ -30,8 +30,8 @@ from atmossl.evaluation.report.maps import Panel, field_scale, panel_map, symmet
 from atmossl.evaluation.report.page import Picture, map_picture, svg_picture
 from atmossl.features import figures, latents
 from atmossl.features.attention import AXES
-from atmossl.features.run import FIELDS, Found, at_tokens, name_of
-from atmossl.geometry import ascending_longitudes, latitude_edges
+from atmossl.features.run import FIELDS, FeatureResults, at_tokens, name_of
+from atmossl.geometry import ascending_longitudes, latitude_edges, nearest_cells
 from atmossl.inference.checkpoint import TrainedModel
 
 _OUTSIDE = 255  # of one byte, where a window does not reach
@@ -41,7 +41,7 @@ _NUM_DAYS = 8  # in the colours of their components
 _COLOURS = ("red", "green", "blue")
 
 
-def features_page(found: Found, provenance: Provenance) -> str:
+def features_page(results: FeatureResults, provenance: Provenance) -> str:
     """The whole page as one file without any reference to another."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atmossl.features", "."),
@@ -49,31 +49,31 @@ def features_page(found: Found, provenance: Provenance) -> str:
     )  # fmt: skip
     return environment.get_template("page.html.jinja").render(
         style=_style_of_reports(),
-        found=found,
-        layer=found.options.layer % found.trained.model.num_encoder_layers,
-        shown=found.title(found.shown),
-        left_out=found.left_out,
-        data=json.dumps(interactive(found)),
-        distances=_distances(found),
-        components=_components(found),
-        analogues=_analogues(found),
-        planes=_planes(found),
-        filters=_filter_groups(found),
+        results=results,
+        layer=results.options.layer % results.trained.model.num_encoder_layers,
+        shown=results.title(results.shown),
+        left_out=results.left_out,
+        data=json.dumps(interactive(results)),
+        distances=_distances(results),
+        components=_components(results),
+        analogues=_analogues(results),
+        planes=_planes(results),
+        filters=_filter_groups(results),
         provenance=provenance,
     )
 
 
-def write_features(found: Found, provenance: Provenance, output: Path) -> None:
+def write_features(results: FeatureResults, provenance: Provenance, output: Path) -> None:
     """index.html, dates.csv, attention_distance.csv and analogues.csv in a folder that appears when
     it is whole."""
 
     def fill(folder: Path) -> None:
         folder.mkdir()
-        (folder / "index.html").write_text(features_page(found, provenance), encoding="utf-8")
-        dates_table(found).to_csv(folder / "dates.csv", index=False)
-        distance_table(found.attention).to_csv(folder / "attention_distance.csv", index=False)
-        if found.height is not None:
-            analogue_table(found).to_csv(folder / "analogues.csv", index=False)
+        (folder / "index.html").write_text(features_page(results, provenance), encoding="utf-8")
+        dates_table(results).to_csv(folder / "dates.csv", index=False)
+        distance_table(results.attention).to_csv(folder / "attention_distance.csv", index=False)
+        if results.height is not None:
+            analogue_table(results).to_csv(folder / "analogues.csv", index=False)
 
     write_atomically(output, fill)
 
@@ -89,15 +89,15 @@ def _style_of_reports() -> str:
 # What the page's script draws.
 
 
-def interactive(found: Found) -> dict[str, Any]:
+def interactive(results: FeatureResults) -> dict[str, Any]:
     """Numbers for the maps that change with the place that is clicked."""
-    latitude, longitude = found.token_latitude, found.token_longitude
+    latitude, longitude = results.token_latitude, results.token_longitude
     order, grid = _grid(latitude, longitude)
-    places = _nearest_tokens(found)
+    places = _nearest_tokens(results)
     cosines = {}
     for name, vectors in (
-        ("latents", found.tokens[found.shown]),
-        ("anomalies", found.anomalies[found.shown]),
+        ("latents", results.tokens[results.shown]),
+        ("anomalies", results.anomalies[results.shown]),
     ):
         rows = latents.cosines(vectors, places)
         rows = rows.reshape(len(rows), len(latitude), -1)[:, :, order]
@@ -107,15 +107,15 @@ def interactive(found: Found) -> dict[str, Any]:
         "coast": _packed(np.round(100 * np.concatenate(lines)).astype(np.int16)),
         "coastLengths": _packed(np.array([len(line) for line in lines], np.int16)),
         "palettes": {name: _palette(name) for name in ("viridis", "RdBu_r")},
-        "background": _background(found),
+        "background": _background(results),
         "places": {
-            "latitude": found.places.latitude.round(2).tolist(),
-            "longitude": found.places.longitude.round(2).tolist(),
-            "names": list(found.names),
+            "latitude": results.places.latitude.round(2).tolist(),
+            "longitude": results.places.longitude.round(2).tolist(),
+            "names": list(results.names),
         },
-        "spread": _spread_grid(found),
+        "spread": _spread_grid(results),
         "cosines": {**grid, **cosines},
-        "pairs": [_pair(found, dataset) for dataset in found.attention.values()],
+        "pairs": [_pair(results, dataset) for dataset in results.attention.values()],
     }
 
 
@@ -159,22 +159,22 @@ def _bytes_of(values: np.ndarray, high: float) -> dict[str, str]:
     return _packed(np.where(np.isnan(whole), _OUTSIDE, whole).astype(np.uint8))
 
 
-def _background(found: Found) -> dict[str, Any]:
+def _background(results: FeatureResults) -> dict[str, Any]:
     """The field that the map to click on shows: 500 hPa height, or the first that there is."""
-    name = str(next(iter(found.fields)))
-    height = found.height
+    name = str(next(iter(results.fields)))
+    height = results.height
     if height is not None:
         field, title, units = height, "height at 500 hPa", "m"
     else:
         variable, _, level = name.rpartition("_")
         field, units = (
-            found.fields[name],
+            results.fields[name],
             VARIABLES[variable].units if variable in VARIABLES else "",
         )
         title = readable(variable) + ("" if level == "0" else f" at {level} hPa")
     every = -(-field.sizes["latitude"] // _MOST_ROWS)
     field = field.isel(
-        case=found.shown, latitude=slice(None, None, every), longitude=slice(None, None, every)
+        case=results.shown, latitude=slice(None, None, every), longitude=slice(None, None, every)
     )
     scale = field_scale(field)
     order, grid = _grid(field["latitude"].to_numpy(), field["longitude"].to_numpy())
@@ -185,28 +185,31 @@ def _background(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _nearest_tokens(found: Found) -> np.ndarray:
+def _nearest_tokens(results: FeatureResults) -> np.ndarray:
     """Number of the token of the layer's latents that is nearest to every place."""
-    rows = np.abs(found.token_latitude - found.places.latitude[:, None]).argmin(axis=1)
-    apart = found.token_longitude - found.places.longitude[:, None]
-    columns = np.abs((apart + 180.0) % 360.0 - 180.0).argmin(axis=1)
-    return rows * len(found.token_longitude) + columns
+    rows, columns = nearest_cells(
+        results.token_latitude,
+        results.token_longitude,
+        results.places.latitude,
+        results.places.longitude,
+    )
+    return rows * len(results.token_longitude) + columns
 
 
-def _spread_grid(found: Found) -> dict[str, Any]:
+def _spread_grid(results: FeatureResults) -> dict[str, Any]:
     """The evenly spread places as a grid of their own, by their numbers from west to east."""
-    count = len(found.places) - len(found.names)
-    latitude = found.places.latitude[:count]
+    count = len(results.places) - len(results.names)
+    latitude = results.places.latitude[:count]
     columns = int((latitude == latitude[0]).sum())
-    order, grid = _grid(latitude[::columns], found.places.longitude[:columns])
+    order, grid = _grid(latitude[::columns], results.places.longitude[:columns])
     numbers = np.arange(count).reshape(-1, columns)[:, order]
     return {**grid, "numbers": _packed(numbers.astype(np.int16))}
 
 
-def _pair(found: Found, dataset: xr.Dataset) -> dict[str, Any]:
+def _pair(results: FeatureResults, dataset: xr.Dataset) -> dict[str, Any]:
     """Heads by which one stream sees another, layer by layer."""
     order, grid = _grid(dataset["latitude"].to_numpy(), dataset["longitude"].to_numpy())
-    spec = next(s for s in found.trained.own_specs if s.name == dataset.attrs["other"])
+    spec = next(s for s in results.trained.own_specs if s.name == dataset.attrs["other"])
     heads = []
     for layer, head in np.ndindex(dataset.sizes["layer"], dataset.sizes["head"]):
         chosen = dataset.isel(layer=layer, head=head)
@@ -233,7 +236,7 @@ def _pair(found: Found, dataset: xr.Dataset) -> dict[str, Any]:
         **grid,
         "stream": readable(dataset.attrs["stream"]),
         "other": readable(dataset.attrs["other"]),
-        "levels": level_names(spec, found.trained),
+        "levels": level_names(spec, results.trained),
         "offsets": dataset["offset"].to_numpy().round(2).tolist(),
         "heads": heads,
     }
@@ -252,34 +255,34 @@ def level_names(spec: StreamSpec, trained: TrainedModel, size: int | None = None
 # Pictures that stay as they are.
 
 
-def _distances(found: Found) -> list[Picture]:
+def _distances(results: FeatureResults) -> list[Picture]:
     """By kilometres, hours and pressure, as far as there is a head that can look further than 0."""
-    table = distance_table(found.attention)
+    table = distance_table(results.attention)
     return [
         svg_picture(
-            figures.attention_distance(found.attention, unit), f"attention distance, {unit}"
+            figures.attention_distance(results.attention, unit), f"attention distance, {unit}"
         )
         for unit in AXES
         if table.loc[table["unit"] == unit, "uniform_distance"].any()
     ]
 
 
-def _components(found: Found) -> dict[str, Any]:
+def _components(results: FeatureResults) -> dict[str, Any]:
     """Days in the colours of the token components, and what the colours go with."""
-    latitude, _ = found.token_places
-    components = latents.token_components(found.anomalies, latitude)
+    latitude, _ = results.token_places
+    components = latents.token_components(results.anomalies, latitude)
     colours = components.colours()
-    axes = found.token_latitude, found.token_longitude
-    days = np.linspace(0, len(found.times) - 1, _NUM_DAYS).round().astype(int)
-    days = np.union1d(days[np.abs(days - found.shown) > 1], [found.shown])
+    axes = results.token_latitude, results.token_longitude
+    days = np.linspace(0, len(results.times) - 1, _NUM_DAYS).round().astype(int)
+    days = np.union1d(days[np.abs(days - results.shown) > 1], [results.shown])
     pictures = [
-        map_picture(figures.colour_map(colours[day], *axes, found.title(day)), found.title(day))
-        for day in (found.shown, *days[days != found.shown])
+        map_picture(figures.colour_map(colours[day], *axes, results.title(day)), results.title(day))
+        for day in (results.shown, *days[days != results.shown])
     ]
     table = []
     for variable, level in FIELDS:
-        if name_of((variable, level)) in found.fields:
-            field = at_tokens(found, name_of((variable, level)))
+        if name_of((variable, level)) in results.fields:
+            field = at_tokens(results, name_of((variable, level)))
             values = latents.correlations(components.scores, field, latitude)
             title = f"{readable(variable)}, {level} hPa"
             table.append((title, [f"{value:+.2f}" for value in values]))
@@ -288,12 +291,12 @@ def _components(found: Found) -> dict[str, Any]:
     return {"pictures": pictures, "table": table, "shares": ", ".join(shares)}
 
 
-def _analogues(found: Found) -> dict[str, Any] | None:
+def _analogues(results: FeatureResults) -> dict[str, Any] | None:
     """The shown date, its analogues in latents and in height, and how good they are on average."""
-    height = found.height
+    height = results.height
     if height is None:
         return None
-    apart = found.distances["height"]
+    apart = results.distances["height"]
     departure = height - height.mean("case")
     scale = symmetric_scale(departure)
 
@@ -302,41 +305,43 @@ def _analogues(found: Found) -> dict[str, Any] | None:
         return map_picture(figure, f"departure of height at 500 hPa from its mean, {title}")
 
     groups, means = [], {}
-    for name, nearest in found.analogues.items():
+    for name, nearest in results.analogues.items():
         asked = np.flatnonzero(nearest.number[:, 0] >= 0)
         means[name] = float(apart[asked, nearest.number[asked, 0]].mean())
         pictures = [
-            picture(n, f"{found.title(n)}: {apart[found.shown, n]:.0f} m")
-            for n in map(int, nearest.number[found.shown])
+            picture(n, f"{results.title(n)}: {apart[results.shown, n]:.0f} m")
+            for n in map(int, nearest.number[results.shown])
             if n >= 0
         ]
         groups.append({"name": name, "pictures": pictures})
-    allowed = latents.admissible(found.times, found.run)
+    allowed = latents.admissible(results.times, results.run)
     means["any"] = float(apart[allowed].mean())
-    own = picture(found.shown, found.title(found.shown))
+    own = picture(results.shown, results.title(results.shown))
     return {"shown": own, "groups": groups, "means": means}
 
 
-def _planes(found: Found) -> list[Picture]:
-    colourings = {"run": np.array(found.run_names)[found.run], "date": found.times}
-    if found.jet is not None:
-        colourings["jet latitude"] = found.jet
+def _planes(results: FeatureResults) -> list[Picture]:
+    colourings = {"run": np.array(results.run_names)[results.run], "date": results.times}
+    if results.jet is not None:
+        colourings["jet latitude"] = results.jet
     return [
-        svg_picture(figures.plane(points, values, found.shown, plane, by), f"days in {plane}, {by}")
-        for plane, points in found.planes.items()
+        svg_picture(
+            figures.plane(points, values, results.shown, plane, by), f"days in {plane}, {by}"
+        )
+        for plane, points in results.planes.items()
         for by, values in colourings.items()
     ]
 
 
-def _filter_groups(found: Found) -> Iterator[dict[str, Any]]:
-    for filters in found.filters:
-        spec = next(s for s in found.trained.own_specs if s.name == filters.stream)
-        levels = level_names(spec, found.trained, 1)
+def _filter_groups(results: FeatureResults) -> Iterator[dict[str, Any]]:
+    for filters in results.filters:
+        spec = next(s for s in results.trained.own_specs if s.name == filters.stream)
+        levels = level_names(spec, results.trained, 1)
         if filters.patterns.shape[2] < len(levels):
             levels = [""]
         pictures = [
             map_picture(
-                figures.filter_picture(filters, number, levels, found.step_hours),
+                figures.filter_picture(filters, number, levels, results.step_hours),
                 f"pattern {number + 1} of {filters.reads} of {filters.stream}",
             )
             for number in range(len(filters.patterns))
@@ -355,13 +360,13 @@ def _filter_groups(found: Found) -> Iterator[dict[str, Any]]:
 # Tables beside the page.
 
 
-def dates_table(found: Found) -> pd.DataFrame:
+def dates_table(results: FeatureResults) -> pd.DataFrame:
     """Every date with its run, its place in the planes of days, and its jet latitude."""
-    table = {"run": np.array(found.run_names)[found.run], "date": found.times}
-    for name, points in found.planes.items():
+    table = {"run": np.array(results.run_names)[results.run], "date": results.times}
+    for name, points in results.planes.items():
         key = name.split()[0].lower()
         table |= {f"{key}_{number + 1}": points[:, number] for number in range(2)}
-    return pd.DataFrame(table if found.jet is None else {**table, "jet_latitude": found.jet})
+    return pd.DataFrame(table if results.jet is None else {**table, "jet_latitude": results.jet})
 
 
 def distance_table(attended: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFrame:
@@ -375,15 +380,15 @@ def distance_table(attended: Mapping[tuple[str, str], xr.Dataset]) -> pd.DataFra
     return pd.concat(rows).reindex(columns=columns) if rows else pd.DataFrame(columns=columns)
 
 
-def analogue_table(found: Found) -> pd.DataFrame:
+def analogue_table(results: FeatureResults) -> pd.DataFrame:
     """For every date its nearest ones by each distance, with the RMSE of 500 hPa height."""
     rows = [
         {
-            "by": name, "date": found.title(date), "rank": rank + 1,
-            "analogue": found.title(int(other)), "distance": nearest.distance[date, rank],
-            "height_rmse_m": found.distances["height"][date, other],
+            "by": name, "date": results.title(date), "rank": rank + 1,
+            "analogue": results.title(int(other)), "distance": nearest.distance[date, rank],
+            "height_rmse_m": results.distances["height"][date, other],
         }
-        for name, nearest in found.analogues.items()
+        for name, nearest in results.analogues.items()
         for (date, rank), other in np.ndenumerate(nearest.number)
         if other >= 0
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from atmossl.data.segment import Segment
 from atmossl.features import latents
 from atmossl.features.attention import Places, attention, check_attention
 from atmossl.features.filters import Filters, first_layer
+from atmossl.geometry import degrees_east_of
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.embed import Embedder, StreamField
 from atmossl.probes.cases import Run, TokenPlaces, state_of
@@ -60,7 +61,7 @@ class FeatureOptions:
 
 
 @dataclass(frozen=True)
-class Found:
+class FeatureResults:
     """What was found, for figures and the page.
 
     shown: number of the date that maps are of. run: number of every date's run, of `run_names`.
@@ -128,13 +129,13 @@ class Found:
         """How far all dates are from each other: their `latents`, root mean square of the
         standardised features, and their `height` at 500 hPa, RMSE by area in metres."""
         rows = latents.standardised(self.pooled)
-        found = {"latents": latents.root_mean_squares(rows, np.ones(rows.shape[1]))}
+        apart = {"latents": latents.root_mean_squares(rows, np.ones(rows.shape[1]))}
         if self.height is not None:
             area = np.cos(np.deg2rad(self.height["latitude"].to_numpy())).clip(0.0)
             cells = self.height.to_numpy().reshape(len(self.times), -1)
             area = np.repeat(area, self.height.sizes["longitude"])
-            found["height"] = latents.root_mean_squares(cells, area)
-        return found
+            apart["height"] = latents.root_mean_squares(cells, area)
+        return apart
 
     @property
     def analogues(self) -> dict[str, latents.Analogues]:
@@ -203,7 +204,7 @@ class FeatureRun:
     def num_dates(self) -> int:
         return sum(len(run.steps) for run in self.runs)
 
-    def run(self, advance: Callable[[float], object] = float) -> Found:
+    def run(self, advance: Callable[[float], object] = float) -> FeatureResults:
         """Encode all dates, and the shown one once more for its attention."""
         embedders = [self._embedder(run) for run in self.runs]
         numbers = np.repeat(np.arange(len(self.runs)), [len(run.steps) for run in self.runs])
@@ -222,7 +223,7 @@ class FeatureRun:
         assert features.tokens is not None
         latitude, longitude = grid.spread_out()
         columns = int((latitude == latitude[0]).sum())
-        return Found(
+        return FeatureResults(
             trained=self.trained, options=self.options, times=times, run=numbers,
             run_names=tuple(run_names(self.runs)), shown=shown, names=names, places=places,
             attention=attended, token_latitude=latitude[::columns],
@@ -322,7 +323,7 @@ def shown_name(place: Place) -> str:
     if isinstance(place, str):
         return place.replace("_", " ")
     north, east = place
-    east = (east + 180.0) % 360.0 - 180.0
+    east = degrees_east_of(0.0, east)
     return f"{abs(north):g}° {'SN'[north >= 0]}, {abs(east):g}° {'WE'[east >= 0]}"
 
 
@@ -334,7 +335,7 @@ def _token_of(place: Place, stream: StreamField) -> tuple[int, int]:
     """
     latitude, longitude = degrees_of(place)
     south = np.abs(stream.latitude - latitude)
-    east = np.abs((stream.longitude - longitude + 180.0) % 360.0 - 180.0)
+    east = np.abs(degrees_east_of(longitude, stream.longitude))
     row, column = int(south.argmin()), int(east.argmin())
     steps = [float(np.diff(np.sort(x)).min()) if len(x) > 1 else 360.0
              for x in (stream.latitude, stream.longitude)]  # fmt: skip
@@ -362,8 +363,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def at_tokens(found: Found, name: str) -> Float[np.ndarray, "date token"]:
+def at_tokens(results: FeatureResults, name: str) -> Float[np.ndarray, "date token"]:
     """A field at the cells nearest to the tokens."""
-    nearest = {"latitude": found.token_latitude, "longitude": found.token_longitude}
-    values = found.fields[name].sel(nearest, method="nearest").to_numpy()
+    nearest = {"latitude": results.token_latitude, "longitude": results.token_longitude}
+    values = results.fields[name].sel(nearest, method="nearest").to_numpy()
     return rearrange(values, "date row column -> date (row column)")

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
-from atmossl.geometry import TOLERANCE_DEG, Grid, within_longitudes
+from atmossl.geometry import TOLERANCE_DEG, Grid, nearest_cells, within_longitudes
 from atmossl.masking.base import (
     Points,
     TokenLayout,
@@ -84,9 +84,9 @@ class CellMask:
         return described(self.source, self.hidden)
 
     def contains(self, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-        rows = np.abs(self.grid.latitude - np.asarray(lat)[:, None]).argmin(axis=1)
-        distance = (self.grid.longitude - np.asarray(lon)[:, None] + 180.0) % 360.0 - 180.0
-        return self.hidden[np.ix_(rows, np.abs(distance).argmin(axis=1))]
+        return self.hidden[
+            np.ix_(*nearest_cells(self.grid.latitude, self.grid.longitude, lat, lon))
+        ]
 
     def check(self, grid: Grid) -> None:
         if not self.grid.matches(grid):

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 
+from atmossl.geometry import nearest_cells
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.embed import Embedder, StreamField
 from atmossl.model.kinds import build_network
@@ -105,11 +106,8 @@ def _nearest(
     latents: np.ndarray, stream: StreamField, latitude: np.ndarray, longitude: np.ndarray
 ) -> np.ndarray:
     """Latents of all levels of the token whose centre is nearest, [place (level feature)]."""
-    rows = np.abs(stream.latitude - latitude[:, None]).argmin(axis=1)
-    apart = np.abs((stream.longitude - longitude[:, None] + 180.0) % 360.0 - 180.0)
-    return rearrange(
-        latents[:, rows, apart.argmin(axis=1)], "level place feature -> place (level feature)"
-    )
+    rows, columns = nearest_cells(stream.latitude, stream.longitude, latitude, longitude)
+    return rearrange(latents[:, rows, columns], "level place feature -> place (level feature)")
 
 
 def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[int]]) -> Features:

@@ -21,6 +21,7 @@ from torch.nn.functional import layer_norm
 
 from atmossl.batch import View, collate_views
 from atmossl.data.fraction import blocks_of_time
+from atmossl.geometry import nearest_cells
 from atmossl.model.network import Network, StreamLatents
 from atmossl.probes.cases import Cases, TokenPlaces
 from atmossl.probes.scoring import Question
@@ -123,11 +124,10 @@ def _nearest(
     """Latents of all levels of the tokens whose centres are nearest to [case place]."""
     grid = _last_step(stream)
     centres, meridians = (axis[0].cpu().numpy() for axis in (stream.grid.lat, stream.grid.lon))
-    rows = np.abs(centres - latitude[..., None]).argmin(axis=-1)
-    apart = np.abs((meridians - longitude[..., None] + 180.0) % 360.0 - 180.0)
+    rows, columns = nearest_cells(centres, meridians, latitude, longitude)
     case = torch.arange(len(grid))[:, None]
     chosen = rearrange(grid, "case level row column f -> case row column level f")[
-        case, torch.from_numpy(rows), torch.from_numpy(apart.argmin(axis=-1))
+        case, torch.from_numpy(rows), torch.from_numpy(columns)
     ]
     return rearrange(chosen, "case place level f -> case place (level f)")
 

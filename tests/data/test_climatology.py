@@ -133,7 +133,7 @@ def test_another_state_of_the_store_is_refused(tmp_path) -> None:
         write_climatology(segments, "month", output, memory_bytes=2**20)
     assert write_climatology(segments, "month", output, memory_bytes=2**20, force=True)
     (tmp_path / "notes.zarr").mkdir()
-    with pytest.raises(ValueError, match="no climatology"):
+    with pytest.raises(ValueError, match="is not a climatology"):
         write_climatology(segments, "month", tmp_path / "notes.zarr", memory_bytes=2**20)
 
 

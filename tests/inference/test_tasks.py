@@ -122,7 +122,7 @@ def test_cross_variable_hides_one_stream_and_needs_no_value_of_it() -> None:
         (CrossVariable(variables=NAMES[:1]), "share tokens of stream air with other variables"),
         (CrossVariable(variables=("ozone",)), "ozone"),
         (CrossVariable(levels=(400,)), "400"),
-        (CrossVariable(variables=NAMES), "leave a stream"),
+        (CrossVariable(variables=NAMES), "leave at least one of them visible"),
         (Forecast(9), "no multiple of the data's step of 6 h"),
         (Forecast(30), "hides every one of the window's 5 steps"),
         (Forecast(48, 30), "rollout_time"),

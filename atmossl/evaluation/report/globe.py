@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import Polygon
 
-from atmossl.coastlines import coastlines, from_middle
-from atmossl.geometry import ascending_longitudes, latitude_edges
+from atmossl.coastlines import coastlines
+from atmossl.geometry import ascending_longitudes, degrees_east_of, latitude_edges
 
 _EDGE = 179.999  # a longitude of 180 could end up on either side
 _ROWS = 96
@@ -97,10 +97,10 @@ def _seam_at_date_line(longitude: np.ndarray, values: np.ndarray) -> tuple[np.nd
     spacing = (longitude[-1] - longitude[0]) / (len(longitude) - 1)
     west = longitude[0] - spacing / 2
     if abs(len(longitude) * spacing - 360.0) > 0.01 * spacing:
-        west = (west + 180.0) % 360.0 - 180.0
+        west = degrees_east_of(0.0, west)
         return west + spacing * np.arange(len(longitude) + 1), values
     first = int(np.ceil((180.0 + west) / spacing - 1e-6)) % len(longitude)
-    edges = (west - first * spacing + 360.0 + 180.0) % 360.0 - 180.0
+    edges = degrees_east_of(0.0, west - first * spacing + 360.0)
     edges = edges + spacing * np.arange(len(longitude) + 1)
     rolled = np.roll(values, first, axis=1)
     if edges[0] < -180.0 + 1e-6 or edges[0] > -180.0 + spacing - 1e-6:
@@ -121,7 +121,7 @@ def _outline() -> np.ndarray:
 @cache
 def _graticule(middle: float) -> tuple[np.ndarray, ...]:
     along = np.linspace(-90.0, 90.0, 91)
-    degrees = [from_middle(float(lon), middle) for lon in range(-180, 180, 60)]
+    degrees = [degrees_east_of(middle, float(lon)) for lon in range(-180, 180, 60)]
     meridians = [project(np.full(91, lon), along) for lon in degrees if abs(lon) < _EDGE]
     parallels = [project(2 * along, np.full(91, float(lat))) for lat in range(-60, 61, 30)]
     return (*meridians, *parallels)
