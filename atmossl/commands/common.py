@@ -2,7 +2,7 @@
 devices, folders."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from atmossl.model.kinds import network_class
 from atmossl.model.network import Network
 from atmossl.plugins import check_plugins
 from atmossl.schema import CheckpointConfig
-from atmossl.schema.data import StoreChoice
+from atmossl.schema.data import EncodingConfig, StoreChoice
 from atmossl.schema.targets import trained_sampler
 
 
@@ -131,6 +131,16 @@ def open_checkpoint(
         task=task,
     )
     return trained, segments
+
+
+def open_splits(
+    trained: TrainedModel, config: EncodingConfig, splits: Sequence[str]
+) -> dict[str, tuple[Segment, ...]]:
+    """The segments of several splits that a checkpoint encodes; see `open_for`."""
+    return {
+        split: open_for(trained, config.data, split, input_limits=config.input_limits)
+        for split in splits
+    }
 
 
 def entries_for(trained: TrainedModel, data: StoreChoice) -> dict[str, CatalogEntry]:

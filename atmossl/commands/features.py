@@ -8,7 +8,7 @@ from rich.console import Console
 
 from atmossl import __version__
 from atmossl.api import chosen_times
-from atmossl.commands.common import check_split, device_for, open_for
+from atmossl.commands.common import check_split, device_for, open_splits
 from atmossl.data.segment import Segment
 from atmossl.evaluation.report.content import Provenance
 from atmossl.features.page import write_features
@@ -45,10 +45,7 @@ def _prepared(config: FeaturesConfig) -> FeatureRun:
         check_split(config.data, split)
     trained = load_checkpoint(config.checkpoint, config.plugins)
     trained.require("embed")
-    records = {
-        split: open_for(trained, config.data, split, input_limits=config.input_limits)
-        for split in config.splits
-    }
+    records = open_splits(trained, config, config.splits)
     options = FeatureOptions(
         layer=config.layer,
         layers=config.layers,

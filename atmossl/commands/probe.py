@@ -1,16 +1,15 @@
 """`atmossl probe`: fits small models on frozen latents, and writes a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-from atmossl.commands.common import check_split, device_for, open_for
-from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.commands.common import check_split, device_for, open_splits
+from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.locks import owned
 from atmossl.probes.cases import SPLITS
 from atmossl.probes.finetuning import FinetuneSettings
@@ -25,6 +24,7 @@ from atmossl.probes.run import (
     tunings,
 )
 from atmossl.probes.summary import Summary, check_output, headline_table, write_summary
+from atmossl.progress import telling
 from atmossl.schema import ProbeConfig, parse
 from atmossl.stops import keeping
 
@@ -54,12 +54,10 @@ def probed(config: ProbeConfig, shared: dict[str, Baselines] | None = None) -> d
     prepared = {name: _prepared(name, config) for name in dict.fromkeys(config.checkpoint)}
     results: dict[str, Probed] = {}
     shared = {} if shared is None else shared
-    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        for name in list(prepared):
-            run = prepared.pop(name)  # its fields are not kept in memory
-            shown = bar.add_task(f"probes of {name}", total=run.num_windows)
-            results[name] = run.run(lambda done, task=shown: bar.advance(task, done), shared)
+    for name in list(prepared):
+        run = prepared.pop(name)  # its fields are not kept in memory
+        with telling(f"probes of {name}", run.num_windows) as advance:
+            results[name] = run.run(advance, shared)
     return results
 
 
@@ -78,14 +76,7 @@ def summary_of(results: Mapping[str, Probed]) -> Summary:
 def _prepared(name: str, config: ProbeConfig) -> ProbeRun:
     trained = load_checkpoint(name, config.plugins)
     trained.require("embed")
-    return ProbeRun.prepare(trained, _records(trained, config), _options(config))
-
-
-def _records(trained: TrainedModel, config: ProbeConfig) -> dict[str, Sequence[Any]]:
-    return {
-        split: open_for(trained, config.data, split, input_limits=config.input_limits)
-        for split in SPLITS
-    }
+    return ProbeRun.prepare(trained, open_splits(trained, config, SPLITS), _options(config))
 
 
 def _options(config: ProbeConfig) -> ProbeOptions:

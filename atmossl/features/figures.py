@@ -61,8 +61,8 @@ def _dots(axes: Axes, means: xr.Dataset, colour: str, label: str) -> None:
 
 
 def attention_map(dataset: xr.Dataset, layer: int, head: int, place: int) -> Figure:
-    """Where one head looks from one place, which is marked: share of its attention by token in
-    per cent, at all levels and times together."""
+    """Where one head looks from one place, which the title names: share of its attention by token
+    in per cent, at all levels and times together."""
     chosen = dataset.sel(layer=layer).isel(head=head, place=place)
     share = 100.0 * chosen["by_place"]
     high = max(float(share.max()), 1e-9)

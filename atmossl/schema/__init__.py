@@ -36,7 +36,7 @@ from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.data import ChosenStore, DataConfig, Times
+from atmossl.schema.data import DataConfig, EncodingConfig, Times
 from atmossl.schema.features import FeaturesConfig
 from atmossl.schema.strict import ConfigError, Strict
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
@@ -409,26 +409,16 @@ CHECKS = (
 )
 
 
-class CheckpointConfig(Strict):
-    """The settings of every command that runs a checkpoint on a store. every: of all possible
-    times, each n-th.
+class CheckpointConfig(EncodingConfig):
+    """The settings of every command that runs a checkpoint on a store.
 
     split: part of the catalog entry whose dates are used. every: of all possible times, each n-th.
-    overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
-    the network; fewer need less memory. accelerator: auto takes a GPU if there is one.
     """
 
     checkpoint: str
-    data: ChosenStore
     split: Literal["train", "validation", "test"]
     segment: str | None
     every: Positive
-    overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
-    batch_size: Positive
-    accelerator: Literal["auto", "cpu", "gpu"]
-    input_limits: InputLimits
-    output: Path
-    plugins: Plugins
 
 
 def _members(members: Any) -> int | tuple[int, ...] | None:
@@ -488,19 +478,16 @@ class FinetuneConfig(Strict):
     learning_rate: PositiveFloat
 
 
-class ProbeConfig(Strict):
+class ProbeConfig(EncodingConfig):
     """All settings of `atmossl probe`.
 
     checkpoint: one or several. probes: names, empty for all that the checkpoint's fields allow.
         layers: of the encoder, empty for all. every: of all dates, each n-th. places: per date, for
         labels of a place. withheld: streams that the encoder is not shown. block_days, bootstrap:
-        length of a block and number of draws. overlap: share of a tile that its neighbour covers
-        as well. batch_size: tiles in one call of the network; fewer need less memory. accelerator:
-        auto takes a GPU if there is one.
+        length of a block and number of draws.
     """
 
     checkpoint: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
-    data: ChosenStore
     probes: tuple[str, ...]
     layers: tuple[int, ...]
     every: Positive
@@ -509,13 +496,7 @@ class ProbeConfig(Strict):
     finetune: FinetuneConfig
     block_days: Annotated[float, Field(gt=0.0)]
     bootstrap: Positive
-    overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
-    batch_size: Positive
-    accelerator: Literal["auto", "cpu", "gpu"]
-    input_limits: InputLimits
     seed: NotNegative
-    output: Path
-    plugins: Plugins
 
 
 def _is_box(limits: Any) -> Any:

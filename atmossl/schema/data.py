@@ -4,14 +4,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from atmossl.data.chunks import ReadSettings
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers
-from atmossl.data.variables import Transform
+from atmossl.data.variables import InputLimits, Transform
 from atmossl.data.windows import LoaderSettings, WindowSize
+from atmossl.plugins import Plugins
 from atmossl.schema.strict import Strict
 from atmossl.setting_types import NonZeroShare, Positive
 
@@ -30,6 +31,22 @@ def _by_name(data: Any) -> Any:
 
 
 ChosenStore = Annotated[StoreChoice, BeforeValidator(_by_name)]
+
+
+class EncodingConfig(Strict):
+    """The settings of every command that encodes a store tile by tile.
+
+    overlap: share of a tile that its neighbour covers as well. batch_size: tiles in one call of
+    the network; fewer need less memory. accelerator: auto takes a GPU if there is one.
+    """
+
+    data: ChosenStore
+    overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
+    batch_size: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
+    input_limits: InputLimits
+    output: Path
+    plugins: Plugins
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from einops import rearrange
 from pyproj import Geod
 
@@ -340,6 +341,26 @@ def test_colours_on_a_map_are_those_of_their_tokens() -> None:
     east = drawn.shape[1] // 2  # the first column east of Greenwich, the southernmost row
     np.testing.assert_allclose(drawn[0, east], colours[0])
     np.testing.assert_allclose(drawn[-1, 0], colours[6])
+
+
+def test_maps_of_a_head_and_of_cosines_show_their_values_and_name_what_they_are_of() -> None:
+    latitude, longitude = np.array([-45.0, 45.0]), np.array([0.0, 90.0, 180.0, 270.0])
+    share = np.arange(8.0).reshape(2, 4) / 28.0
+    dims = ("layer", "head", "place", "latitude", "longitude")
+    head = xr.Dataset(
+        {"by_place": (dims, share[None, None, None])},
+        coords={"layer": [3], "latitude": latitude, "longitude": longitude,
+                "place_latitude": ("place", [45.0]), "place_longitude": ("place", [90.0])},
+    )  # fmt: skip
+    cosine = np.linspace(-1.0, 1.0, 8)
+    for figure, values, title in (
+        (figures.attention_map(head, 3, 0, 0), 100.0 * share, "layer 3, head 0, from 45 N, 90 E"),
+        (figures.cosine_map(cosine, latitude, longitude, "cosines"), cosine, "cosines"),
+    ):
+        (axes, *_) = figure.axes
+        assert axes.get_title() == title
+        drawn = {round(float(v), 6) for v in np.ma.compressed(axes.collections[0].get_array())}
+        assert drawn == {round(float(v), 6) for v in values.ravel()}
 
 
 def unpacked(packed: dict[str, str]) -> np.ndarray:
