@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.evaluation.regions import weighted_mean
-from atmossl.evaluation.scores import Case
+from atmossl.evaluation.scores import Case, unlabelled
 
 _NUM_BINS = 10
 
@@ -29,13 +29,13 @@ class RankHistogram:
         return case.num_members > 1
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        valid = case.truth.notnull()
-        below = (case.members < case.truth).sum("member")
-        ties = (case.members == case.truth).sum("member")
+        below = (case.members < case.observed).sum("member")
+        ties = (case.members == case.observed).sum("member")
         rank = _axis("rank", case.num_members + 1)
         is_open = (rank >= below) & (rank <= below + ties)
-        frequency = weighted_mean((is_open / (ties + 1.0)).where(valid), weights)
-        return xr.Dataset({"frequency": frequency})
+        share = (is_open / (ties + 1.0)).where(case.valid)
+        frequency = weighted_mean(share, weights.variable)
+        return xr.Dataset({"frequency": frequency}, {"rank": rank})
 
     def value(self, means: xr.Dataset) -> xr.Dataset:
         return means
@@ -54,12 +54,11 @@ class Outliers:
         return case.num_members > 1
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        outside = (case.truth < case.members.min("member")) | (
-            case.truth > case.members.max("member")
-        )
+        below = case.observed < case.members.min("member")
+        above = case.observed > case.members.max("member")
         expected = 2.0 / (case.num_members + 1)
-        share = (outside / expected).where(case.truth.notnull())
-        return xr.Dataset({"outlier_ratio": weighted_mean(share, weights)})
+        share = ((below | above) / expected).where(case.valid)
+        return xr.Dataset({"outlier_ratio": weighted_mean(share, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["outlier_ratio"]
@@ -84,18 +83,19 @@ class Reliability:
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         threshold = case.quantile(self.level)
-        valid = case.truth.notnull()
         probability = (case.members > threshold).mean("member")
-        happens = (case.truth > threshold).astype(np.float64)
+        happens = (case.observed > threshold).astype(np.float64)
         last = min(case.num_members, _NUM_BINS)
         nearest = (probability * last).round()
-        chosen = (nearest == _axis("bin", last + 1)).where(valid)
+        number = _axis("bin", last + 1)
+        chosen = (nearest == number).where(case.valid)
         fields = {
             "share": chosen,
             "forecast": chosen * probability,
             "observed": chosen * happens,
         }
-        return xr.Dataset({name: weighted_mean(x, weights) for name, x in fields.items()})
+        means = {name: weighted_mean(x, weights.variable) for name, x in fields.items()}
+        return xr.Dataset(means, {"bin": number})
 
     def value(self, means: xr.Dataset) -> xr.Dataset:
         share = means["share"].where(means["share"] > 0)
@@ -127,26 +127,29 @@ class ZonalSpectrum:
         return closed and bool(case.whole.any())
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        if "longitude" in weights.dims:
-            closed = (weights > 0).any("latitude").all("longitude")
-            weights = weights.mean("longitude").where(closed)  # a box: missing
+        area = weights.variable
+        if "longitude" in area.dims:
+            closed = (area > 0).any("latitude").all("longitude")
+            area = area.mean("longitude").where(closed)  # a box: missing
 
-        def power(field: xr.DataArray) -> xr.DataArray:
-            return xr.dot(zonal_power(field), weights, dim="latitude") / weights.sum("latitude")
+        def power(field: xr.Variable) -> xr.Variable:
+            summed = xr.dot(unlabelled(zonal_power(field)), unlabelled(area), dim="latitude")
+            return summed.variable / area.sum("latitude")
 
-        return xr.Dataset(
-            {
-                "members": power(case.members).mean("member"),
-                "ensemble_mean": power(case.ensemble_mean),
-                "truth": power(case.truth),
-            }
-        ).where(case.whole)
+        power_of = {
+            "members": power(case.members).mean("member"),
+            "ensemble_mean": power(case.ensemble_mean),
+            "truth": power(case.observed),
+        }
+        wavenumber = _axis("wavenumber", power_of["truth"].sizes["wavenumber"])
+        spectra = {name: power.where(case.whole) for name, power in power_of.items()}
+        return xr.Dataset(spectra, {"wavenumber": wavenumber})
 
     def value(self, means: xr.Dataset) -> xr.Dataset:
         return means
 
 
-def zonal_power(field: xr.DataArray) -> xr.DataArray:
+def zonal_power(field: xr.Variable) -> xr.Variable:
     """Power [.., wavenumber] on every latitude circle; over k >= 1 it sums to the variance."""
     values = field.transpose(..., "longitude")
     num_lon = field.sizes["longitude"]
@@ -154,10 +157,8 @@ def zonal_power(field: xr.DataArray) -> xr.DataArray:
     power[..., 1:] *= 2.0
     if num_lon % 2 == 0:
         power[..., -1] /= 2.0  # the wave of two cells has no partner
-    coords = {k: v for k, v in values.coords.items() if "longitude" not in v.dims}
-    coords["wavenumber"] = np.arange(power.shape[-1])
-    return xr.DataArray(power, coords, (*values.dims[:-1], "wavenumber"))
+    return xr.Variable((*values.dims[:-1], "wavenumber"), power)
 
 
-def _axis(name: str, size: int) -> xr.DataArray:
-    return xr.DataArray(np.arange(size), {name: np.arange(size)}, (name,))
+def _axis(name: str, size: int) -> xr.Variable:
+    return xr.Variable((name,), np.arange(size))

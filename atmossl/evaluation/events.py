@@ -8,14 +8,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import xarray as xr
 from scores.categorical import seeps
 from scores.continuous import quantile_score
 from scores.probability import brier_score_for_ensemble, tail_tw_crps_for_ensemble
 
 from atmossl.evaluation.regions import weighted_mean
-from atmossl.evaluation.scores import Case, Score, as_array
+from atmossl.evaluation.scores import Case, Score, as_variable, unlabelled
 
 Tail = Literal["upper", "lower"]
 
@@ -29,6 +28,9 @@ class _OneMean:
     """A score whose value is the mean of one pointwise field."""
 
     level: float
+
+    def _mean(self, pointwise: xr.Variable, weights: xr.DataArray) -> xr.Dataset:
+        return xr.Dataset({"mean": weighted_mean(pointwise, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["mean"]
@@ -55,16 +57,14 @@ class Brier(_OneMean):
         threshold = case.quantile(self.level)
         zero: Any = 0.0  # floats are Real, but not to the type checker
         brier = brier_score_for_ensemble(
-            sign * (case.members - threshold),
-            sign * (case.truth - threshold),
+            unlabelled(sign * (case.members - threshold)),
+            unlabelled(sign * (case.observed - threshold)),
             "member",
             zero,
             fair_correction=case.num_members > 1,
             preserve_dims="all",
         )
-        return xr.Dataset(
-            {"mean": weighted_mean(as_array(brier).squeeze("threshold", drop=True), weights)}
-        )
+        return self._mean(as_variable(brier).squeeze("threshold"), weights)
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ class TailCrps(_OneMean):
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         score = tail_tw_crps_for_ensemble(
-            case.members,
-            case.truth.astype(np.float64),
+            unlabelled(case.members),
+            unlabelled(case.observed),
             "member",
-            case.quantile(self.level),
+            unlabelled(case.quantile(self.level)),
             tail=self.tail,
             method="fair" if case.num_members > 1 else "ecdf",
             preserve_dims="all",
         )
-        return xr.Dataset({"mean": weighted_mean(as_array(score), weights)})
+        return self._mean(as_variable(score), weights)
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class QuantileScore(_OneMean):
         return True
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        predicted = case.ensemble_quantile(self.level)
-        loss = quantile_score(predicted, case.truth, self.level, preserve_dims="all")
-        return xr.Dataset({"mean": weighted_mean(as_array(loss), weights)})
+        predicted = unlabelled(case.ensemble_quantile(self.level))
+        loss = quantile_score(predicted, unlabelled(case.observed), self.level, preserve_dims="all")
+        return self._mean(as_variable(loss), weights)
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,13 @@ class Seeps:
             # such cells have no score, which is meant
             warnings.filterwarnings("ignore", "`prob_dry` contains values that are exactly equal")
             penalty = seeps(
-                case.ensemble_mean * rain.to_mm,
-                case.truth * rain.to_mm,
-                rain.dry,
-                rain.heavy_mm,
+                unlabelled(case.ensemble_mean * rain.to_mm),
+                unlabelled(case.truth.variable * rain.to_mm),
+                unlabelled(rain.dry),
+                unlabelled(rain.heavy_mm),
                 preserve_dims="all",
             )
-        return xr.Dataset({"mean": weighted_mean(penalty, weights)})
+        return xr.Dataset({"mean": weighted_mean(penalty.variable, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["mean"]

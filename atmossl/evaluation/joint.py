@@ -8,6 +8,7 @@ boxes, differences between neighbours, levels or times), and every score of sing
 taken of them. `EnergyScore` and `VariogramScore` look at whole fields.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import xarray as xr
 from atmossl.evaluation.diagnostics import RankHistogram
 from atmossl.evaluation.events import Brier
 from atmossl.evaluation.regions import weighted_mean
-from atmossl.evaluation.scores import Case, FairCrps, Score, SpreadSkill
+from atmossl.evaluation.scores import Case, FairCrps, Score, SpreadSkill, unlabelled
 from atmossl.geometry import area_weights
 
 Axis = Literal["longitude", "latitude", "level", "lead_time"]
@@ -39,16 +40,17 @@ class AreaMeans:
         return min(case.truth.sizes[dim] for dim in _CELL) >= self.size
 
     def derive(self, values: xr.DataArray) -> xr.DataArray:
-        latitude = values["latitude"]
-        area = latitude.copy(data=area_weights(latitude.to_numpy().astype(np.float64)))
-        return self._blocks(values * area) / self._blocks(area * xr.ones_like(values["longitude"]))
+        rows = area_weights(values["latitude"].to_numpy().astype(np.float64))
+        area = xr.Variable("latitude", rows)
+        cells = area * xr.Variable("longitude", np.ones(values.sizes["longitude"]))
+        means = self._blocks(values.variable * area, np.sum) / self._blocks(cells, np.sum)
+        return _with_quantiles(means, values)
 
     def weights(self, weights: xr.DataArray) -> xr.DataArray:
-        return self._blocks(weights)
+        return unlabelled(self._blocks(weights.variable, np.sum))
 
-    def _blocks(self, values: xr.DataArray) -> xr.DataArray:
-        coarse = values.coarsen(dict.fromkeys(_CELL, self.size), boundary="trim")
-        return coarse.reduce(np.sum)  # type: ignore[attr-defined]
+    def _blocks(self, values: xr.Variable, function: Callable[..., Any]) -> xr.Variable:
+        return values.coarsen(dict.fromkeys(_CELL, self.size), function, boundary="trim")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class AreaMaxima(AreaMeans):
         return f"max_{self.size}x{self.size}"
 
     def derive(self, values: xr.DataArray) -> xr.DataArray:
-        coarse = values.coarsen(dict.fromkeys(_CELL, self.size), boundary="trim")
-        return coarse.reduce(np.max)  # type: ignore[attr-defined]
+        return _with_quantiles(self._blocks(values.variable, np.max), values)
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,25 @@ class Differences:
         return case.truth.sizes.get(self.axis, 1) > 1
 
     def derive(self, values: xr.DataArray) -> xr.DataArray:
+        field = values.variable
         if self._closes(values):
-            return values.roll({self.axis: -1}, roll_coords=False) - values
-        # labelled by the first of the two
-        return values.diff(self.axis, label="lower")
+            return _with_quantiles(field.roll({self.axis: -1}) - field, values)
+        first, second = slice(None, -1), slice(1, None)
+        differences = field.isel({self.axis: second}) - field.isel({self.axis: first})
+        return _with_quantiles(differences, values)
 
     def weights(self, weights: xr.DataArray) -> xr.DataArray:
         """The weights of the first of the two cells; 0 unless both are in the region."""
         if self.axis not in _CELL:
             return weights
+        first = after = weights.variable
         if self._closes(weights):
-            after = weights.roll({self.axis: -1}, roll_coords=False)
+            after = after.roll({self.axis: -1})
         else:
-            after = weights.shift({self.axis: -1}, fill_value=0.0)
-            after = after.isel({self.axis: slice(None, -1)})
-        first = weights.sel({self.axis: after[self.axis]})
-        return first.where(after > 0, 0.0)
+            first = first.isel({self.axis: slice(None, -1)})
+            after = after.isel({self.axis: slice(1, None)})
+        nowhere: Any = 0.0  # a number is what there is elsewhere, but not to the type checker
+        return unlabelled(first.where(after > 0, nowhere))
 
     def _closes(self, values: xr.DataArray) -> bool:
         if self.axis != "longitude":
@@ -116,10 +120,27 @@ def of_quantity(case: Case, quantity: Derived) -> Case:
         quantiles = case.quantiles
         if quantiles is not None and isinstance(quantity, AreaMeans):
             quantiles = quantity.derive(quantiles)
-        truth = quantity.derive(case.truth.astype(np.float64))
-        return Case(quantity.derive(case.members), truth, quantiles=quantiles)
+        truth = quantity.derive(case.on_cells(case.observed))
+        members = quantity.derive(case.on_cells(case.members))
+        return Case(members, truth, quantiles=quantiles)
 
     return case.derived(quantity, derive)
+
+
+def _with_quantiles(derived: xr.Variable, values: xr.DataArray) -> xr.DataArray:
+    """A derived quantity; one of quantiles has their levels, by which they are found."""
+    levels = {"quantile": values["quantile"]} if "quantile" in values.dims else {}
+    return xr.DataArray(derived.data, levels, derived.dims)
+
+
+def _by_cell(weights: xr.DataArray, case: Case) -> xr.DataArray:
+    """Weights with a value for every cell, and the longitudes, of which some quantities ask whether
+    they close the circle."""
+    if "longitude" in weights.dims:
+        return weights
+    longitude = case.truth["longitude"]
+    cells = weights.variable * xr.Variable("longitude", np.ones(longitude.size))
+    return xr.DataArray(cells.data, {"longitude": longitude}, cells.dims)
 
 
 @dataclass(frozen=True)
@@ -137,9 +158,8 @@ class OfDerived:
         return self.score.applies(case) and self.derived.applies(case)
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        if "longitude" not in weights.dims:
-            weights = weights * xr.ones_like(case.truth["longitude"], dtype=np.float64)
-        return self.score.per_time(of_quantity(case, self.derived), self.derived.weights(weights))
+        weights = self.derived.weights(_by_cell(weights, case))
+        return self.score.per_time(of_quantity(case, self.derived), weights)
 
     def value(self, means: xr.Dataset) -> Any:
         return self.score.value(means)
@@ -161,13 +181,14 @@ class EnergyScore:
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         """All distances come from products of departures from the truth, which are small, so that
         nothing is lost in |a - b|^2 = |a|^2 + |b|^2 - 2 ab, and M^2 fields are never written."""
-        truth, count = case.truth.astype(np.float64), case.num_members
-        rest = [dim for dim in truth.dims if dim not in _CELL]
-        departures = (case.members - truth).transpose(*rest, "member", *_CELL).to_numpy()
+        count = case.num_members
+        rest = [dim for dim in case.truth.dims if dim not in _CELL]
+        departures = case.members - case.observed
+        departures = departures.transpose(*rest, "member", *_CELL).to_numpy()
         there = np.asarray(np.isfinite(departures).all(axis=-3))
         flat = np.where(there[..., None, :, :], departures, 0.0).reshape(*departures.shape[:-2], -1)
-        weights = weights.broadcast_like(truth.isel(dict.fromkeys(rest, 0), drop=True))
-        weight = weights.transpose("region", *_CELL).to_numpy().reshape(weights.sizes["region"], -1)
+        cells = _by_cell(weights, case).variable.transpose("region", *_CELL)
+        weight = cells.to_numpy().reshape(cells.sizes["region"], -1)
         covered = there.reshape(*there.shape[:-2], -1) @ weight.T
         scores = np.full(covered.shape, np.nan)
         for region, of_region in enumerate(weight):
@@ -177,9 +198,7 @@ class EnergyScore:
             apart = squares[..., :, None] + squares[..., None, :] - 2.0 * products
             spread = np.sqrt(np.maximum(apart, 0.0)).sum((-2, -1)) / 2.0
             scores[..., region] = np.sqrt(squares).mean(-1) - spread / (count * (count - 1))
-        coords = {name: truth[name] for name in rest if name in truth.coords}
-        labelled = xr.DataArray(scores, coords, (*rest, "region"))
-        return xr.Dataset({"energy": labelled.assign_coords(region=weights["region"])})
+        return xr.Dataset({"energy": ((*rest, "region"), scores)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["energy"]
@@ -202,14 +221,14 @@ class VariogramScore:
         return case.num_members > 1 and all(axis.applies(case) for axis in self.axes)
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        if "longitude" not in weights.dims:
-            weights = weights * xr.ones_like(case.truth["longitude"], dtype=np.float64)
+        weights = _by_cell(weights, case)
         parts = []
         for axis in self.axes:
             differences = of_quantity(case, axis)
             predicted = (abs(differences.members) ** 0.5).mean("member")
-            observed = abs(differences.truth) ** 0.5
-            parts.append(weighted_mean((predicted - observed) ** 2, axis.weights(weights)))
+            observed = abs(differences.observed) ** 0.5
+            of_axis = axis.weights(weights).variable
+            parts.append(weighted_mean((predicted - observed) ** 2, of_axis))
         return xr.Dataset({"variogram": sum(parts[1:], start=parts[0]) / len(parts)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:

@@ -125,7 +125,7 @@ def stacked_weights(
     return xr.concat(layers, dim=pd.Index(list(weights), name="region"))
 
 
-def weighted_mean(field: xr.DataArray, weights: xr.DataArray) -> xr.DataArray:
+def weighted_mean(field: xr.Variable, weights: xr.Variable) -> xr.Variable:
     """The mean over latitude and longitude, with the other dims of the weights at the end; missing
     values are left out.
 
@@ -146,15 +146,11 @@ def weighted_mean(field: xr.DataArray, weights: xr.DataArray) -> xr.DataArray:
         cells = ([-2, -1], [-2, -1])
     weighted, covered = (np.tensordot(x, weight, cells) for x in (total, counts))
     mean = np.divide(weighted, covered, out=np.full_like(weighted, np.nan), where=covered > 0)
-    coords = {
-        name: coord
-        for source in (field, weights)
-        for name, coord in source.coords.items()
-        if not set(_CELL) & {name, *coord.dims}
-    }
-    return xr.DataArray(mean, coords, (*rest, *more))
+    return xr.Variable((*rest, *more), mean)
 
 
 def area_mean(field: xr.DataArray, region: ScoreRegion) -> xr.DataArray:
     """Mean over the area of one region; missing values are left out."""
-    return weighted_mean(field, area_weights_like(field, region))
+    mean = weighted_mean(field.variable, area_weights_like(field, region).variable)
+    labels = {dim: field[dim] for dim in mean.dims if dim in field.coords}
+    return xr.DataArray(mean.data, labels, mean.dims)

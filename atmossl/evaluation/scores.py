@@ -4,6 +4,10 @@ A score has two steps, so that a bootstrap over times can stand between them:
 `per_time` gives area means for each case (squared errors, not their root), and `value` turns
 their mean over cases into the score. RMSE is thus the root of the mean over times of the
 area-weighted squared error (as in WeatherBench 2), not a mean of roots.
+
+Prediction and truth of a case have the same labels (times, levels, cells). All that is worked out
+from them has dimensions but no labels (`xarray.Variable`): to compare the same labels again at
+every step would take most of the time on small grids. `verify.Tally` labels the results.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -13,7 +17,6 @@ from typing import Protocol
 
 import numpy as np
 import xarray as xr
-from scores.continuous import mae, mean_error, mse
 from scores.probability import crps_for_ensemble
 
 from atmossl.evaluation.climate import RainClimate
@@ -22,10 +25,15 @@ from atmossl.evaluation.regions import weighted_mean
 _CELL = ["latitude", "longitude"]
 
 
-def as_array(score: object) -> xr.DataArray:
+def unlabelled(field: xr.DataArray | xr.Variable) -> xr.DataArray:
+    """What the library `scores` takes: an array with dimensions alone."""
+    return xr.DataArray(field.data, dims=field.dims)
+
+
+def as_variable(score: object) -> xr.Variable:
     """The result of the library `scores`, which is an array if its inputs are."""
     assert isinstance(score, xr.DataArray), type(score)
-    return score
+    return score.variable
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Case:
 
     Attributes:
         prediction: [time or init_time, ..., latitude, longitude], `member` if an ensemble.
-        truth: the same without `member`, on the same labels.
+        truth: the same without `member`, on the same labels in the same order.
         climatology: like truth, for the same valid times; only the anomaly correlation needs it.
         quantiles: of the training record at every cell, [quantile, ...]; events need them.
         rain: what SEEPS needs to know of precipitation.
@@ -58,62 +66,77 @@ class Case:
         for quantity in quantities:
             self._derived.pop(quantity, None)
 
+    def on_cells(self, field: xr.Variable) -> xr.DataArray:
+        """A field of this case with the labels of its cells alone."""
+        labels = {dim: self.truth[dim] for dim in _CELL if dim in self.truth.coords}
+        return xr.DataArray(field.data, labels, field.dims)
+
     @property
     def num_members(self) -> int:
         return self.prediction.sizes.get("member", 1)
 
     @cached_property
-    def whole(self) -> xr.DataArray:
+    def observed(self) -> xr.Variable:
+        """The truth in double precision."""
+        return self.truth.variable.astype(np.float64)
+
+    @cached_property
+    def valid(self) -> xr.Variable:
+        """True where the truth is known."""
+        return self.truth.variable.notnull()
+
+    @cached_property
+    def whole(self) -> xr.Variable:
         """True at the times, lead times and levels at which no cell is missing."""
-        return self.truth.notnull().all(_CELL)
+        return self.valid.all(_CELL)
 
     @cached_property
-    def members(self) -> xr.DataArray:
+    def members(self) -> xr.Variable:
         """The prediction in double precision, always with a dimension `member`."""
-        members = self.prediction.astype(np.float64)
-        return members if "member" in members.dims else members.expand_dims("member")
+        members = self.prediction
+        members = members if "member" in members.dims else members.expand_dims("member")
+        return members.variable.astype(np.float64)
 
     @cached_property
-    def ensemble_mean(self) -> xr.DataArray:
+    def ensemble_mean(self) -> xr.Variable:
         return self.members.mean("member")
 
     @cached_property
-    def squared_error(self) -> xr.DataArray:
-        return as_array(mse(self.ensemble_mean, self.truth, preserve_dims="all"))
+    def squared_error(self) -> xr.Variable:
+        return self.error * self.error
 
     @cached_property
-    def absolute_error(self) -> xr.DataArray:
-        return as_array(mae(self.ensemble_mean, self.truth, preserve_dims="all"))
+    def absolute_error(self) -> xr.Variable:
+        return abs(self.error)
 
     @cached_property
-    def error(self) -> xr.DataArray:
-        return as_array(mean_error(self.ensemble_mean, self.truth, preserve_dims="all"))
+    def error(self) -> xr.Variable:
+        return self.ensemble_mean - self.observed
 
     @cached_property
-    def ensemble_variance(self) -> xr.DataArray:
+    def ensemble_variance(self) -> xr.Variable:
         """Unbiased variance over members (needs two or more), at the truth's valid cells."""
-        variance = self.members.var("member", ddof=1)
-        return variance.where(self.truth.notnull())
+        return self.members.var("member", ddof=1).where(self.valid)
 
     @cached_property
-    def fair_crps(self) -> xr.DataArray:
+    def fair_crps(self) -> xr.Variable:
         if self.num_members == 1:
             return self.absolute_error
-        return as_array(
-            crps_for_ensemble(
-                self.members, self.truth, "member", method="fair", preserve_dims="all"
-            )
+        members, observed = unlabelled(self.members), unlabelled(self.observed)
+        return as_variable(
+            crps_for_ensemble(members, observed, "member", method="fair", preserve_dims="all")
         )
 
-    def ensemble_quantile(self, level: float) -> xr.DataArray:
+    def ensemble_quantile(self, level: float) -> xr.Variable:
         if self.num_members == 1:
             return self.ensemble_mean
-        return self.members.quantile(level, "member", skipna=False).drop_vars("quantile")
+        return self.members.quantile(level, "member", skipna=False)
 
-    def quantile(self, level: float) -> xr.DataArray:
-        """The training record's quantile at every cell, without a label that could clash."""
+    def quantile(self, level: float) -> xr.Variable:
+        """The training record's quantile at every cell."""
         assert self.quantiles is not None, "events need quantiles, got None"
-        return self.quantiles.sel(quantile=level, method="nearest", tolerance=1e-6, drop=True)
+        nearest = self.quantiles.sel(quantile=level, method="nearest", tolerance=1e-6)
+        return nearest.variable
 
 
 class Score(Protocol):
@@ -127,7 +150,8 @@ class Score(Protocol):
         ...
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        """Area means per time, lead time and level; further dims are those of the weights."""
+        """Area means per time, lead time and level, without labels; further dims are those of the
+        weights."""
         ...
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
@@ -149,7 +173,7 @@ class Rmse(_Deterministic):
     name: str = "rmse"
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"squared_error": weighted_mean(case.squared_error, weights)})
+        return xr.Dataset({"squared_error": weighted_mean(case.squared_error, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["squared_error"] ** 0.5
@@ -162,7 +186,7 @@ class Mae(_Deterministic):
     name: str = "mae"
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"absolute_error": weighted_mean(case.absolute_error, weights)})
+        return xr.Dataset({"absolute_error": weighted_mean(case.absolute_error, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["absolute_error"]
@@ -175,7 +199,7 @@ class Bias(_Deterministic):
     name: str = "bias"
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"error": weighted_mean(case.error, weights)})
+        return xr.Dataset({"error": weighted_mean(case.error, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["error"]
@@ -191,7 +215,7 @@ class FairCrps(_Deterministic):
     name: str = "crps"
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"crps": weighted_mean(case.fair_crps, weights)})
+        return xr.Dataset({"crps": weighted_mean(case.fair_crps, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["crps"]
@@ -214,8 +238,9 @@ class SpreadSkill:
         finite_size = (case.num_members + 1) / case.num_members
         return xr.Dataset(
             {
-                "squared_spread": finite_size * weighted_mean(case.ensemble_variance, weights),
-                "squared_error": weighted_mean(case.squared_error, weights),
+                "squared_spread": finite_size
+                * weighted_mean(case.ensemble_variance, weights.variable),
+                "squared_error": weighted_mean(case.squared_error, weights.variable),
             }
         )
 
@@ -240,17 +265,17 @@ class AnomalyCorrelation:
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         assert case.climatology is not None, "acc needs a climatology, got None"
-        predicted = case.ensemble_mean - case.climatology
-        observed = case.truth.astype(np.float64) - case.climatology
+        normal, area = case.climatology.variable, weights.variable
+        predicted, observed = case.ensemble_mean - normal, case.observed - normal
         valid = predicted.notnull() & observed.notnull()  # means and products of the same cells
         predicted, observed = predicted.where(valid), observed.where(valid)
         # Rounding leaves a prediction equal to the climatology with anomalies of about 1e-5.
-        noise = 1e-6 * abs(case.climatology).mean(_CELL)
+        noise = 1e-6 * abs(normal).mean(_CELL)
         flat = predicted.std(_CELL) <= noise
-        centre = [weighted_mean(anomaly, weights) for anomaly in (predicted, observed)]
-        covariance = weighted_mean(predicted * observed, weights) - centre[0] * centre[1]
+        centre = [weighted_mean(anomaly, area) for anomaly in (predicted, observed)]
+        covariance = weighted_mean(predicted * observed, area) - centre[0] * centre[1]
         variances = [
-            weighted_mean(anomaly**2, weights) - mean**2
+            weighted_mean(anomaly**2, area) - mean**2
             for anomaly, mean in zip((predicted, observed), centre, strict=True)
         ]
         product = variances[0] * variances[1]

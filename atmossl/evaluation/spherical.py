@@ -37,7 +37,7 @@ def geometry_of(latitude: np.ndarray, longitude: np.ndarray) -> Geometry | None:
     return None
 
 
-def spherical_power(field: xr.DataArray, geometry: Geometry) -> xr.DataArray:
+def spherical_power(field: xr.Variable, geometry: Geometry) -> xr.Variable:
     """Power [.., wavenumber] by total wavenumber, in squared units; summed from wavenumber 1 on it
     is the variance over the globe (Parseval)."""
     values = field.transpose(..., "latitude", "longitude")
@@ -46,10 +46,8 @@ def spherical_power(field: xr.DataArray, geometry: Geometry) -> xr.DataArray:
     largest = min(num_lat - (2 if geometry == "CC" else 1), (num_lon - 1) // 2)
     flat = rows.reshape(-1, num_lat, num_lon)
     power = np.stack([_power(rows_of_field, geometry, largest) for rows_of_field in flat])
-    dims = values.dims[:-2]
-    coords = {k: v for k, v in values.coords.items() if set(v.dims) <= set(dims)}
-    coords["wavenumber"] = np.arange(largest + 1)
-    return xr.DataArray(power.reshape(*rows.shape[:-2], -1), coords, (*dims, "wavenumber"))
+    dims = (*values.dims[:-2], "wavenumber")
+    return xr.Variable(dims, power.reshape(*rows.shape[:-2], -1))
 
 
 def _power(
@@ -86,9 +84,11 @@ class SphericalSpectrum:
         power = {
             "members": spherical_power(case.members, geometry).mean("member"),
             "ensemble_mean": spherical_power(case.ensemble_mean, geometry),
-            "truth": spherical_power(case.truth, geometry),
+            "truth": spherical_power(case.observed, geometry),
         }
-        return xr.Dataset(power).where(case.whole).expand_dims(region=["global"])
+        spectra = {name: x.where(case.whole).expand_dims("region") for name, x in power.items()}
+        wavenumber = np.arange(power["truth"].sizes["wavenumber"])
+        return xr.Dataset(spectra, {"region": ["global"], "wavenumber": wavenumber})
 
     def value(self, means: xr.Dataset) -> xr.Dataset:
         return means

@@ -7,6 +7,8 @@ the size of the fields; the table and the diagnostics are worked out at the end.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +28,15 @@ from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.joint import OfDerived, quantities_of
 from atmossl.evaluation.regions import REGIONS, ScoreRegion, stacked_weights
-from atmossl.evaluation.scores import DEFAULT_SCORES, Case, FairCrps, Rmse, Score, SpreadSkill
+from atmossl.evaluation.scores import (
+    DEFAULT_SCORES,
+    Case,
+    FairCrps,
+    Rmse,
+    Score,
+    SpreadSkill,
+    unlabelled,
+)
 from atmossl.evaluation.spherical import SphericalSpectrum
 
 COLUMNS = (
@@ -72,6 +82,7 @@ class Tally:
     scores: Sequence[Score] = _SCORES
     diagnostics: Sequence[Diagnostic] = ()
     _parts: dict[tuple[str, str, str], list[xr.Dataset]] = field(default_factory=dict)
+    _labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     _units: dict[str, str] = field(default_factory=dict)
     _months: dict[str, list[xr.DataArray]] = field(default_factory=dict)
     _lengths: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -106,9 +117,10 @@ class Tally:
         }
         self._dim = time_dim(predictions)
         weights = stacked_weights(beside, self.regions)
-        month = case_times(predictions).dt.month
+        month = unlabelled(case_times(predictions).dt.month)
         for name in map(str, predictions.data_vars):
             self._units[name] = str(beside[name].attrs.get("units", ""))
+            self._labels[name] = _labels_of(beside[name], weights)
             self._months.setdefault(name, []).append(month)
             lengths = self._lengths.setdefault(name, {})
             lengths[series] = lengths.get(series, 0) + month.sizes[self._dim]
@@ -142,15 +154,12 @@ class Tally:
         draws = self._draws(bootstrap, rng)
         for variable, units in self._units.items():
             months = xr.concat(self._months[variable], self._dim)
+            means = self._means(variable)
             for season, chosen in _seasons(months).items():
-                plan = _Plan(self._dim, chosen, draws[variable], bootstrap)
-                parts = [
-                    frame.assign(variable=variable, units=units, season=season)
-                    for frame in self._frames(plan, variable)
-                ]
-                frames += parts
-        table = pd.concat(frames, ignore_index=True).assign(task=self.task)
-        return table.loc[:, list(COLUMNS)]
+                plan = _Plan(self._dim, chosen, draws[variable], bootstrap, self._labels[variable])
+                same = {"task": self.task, "variable": variable, "units": units, "season": season}
+                frames += [rows | same for rows in self._rows(plan, means)]
+        return _as_table(frames)
 
     def _draws(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The draws of the bootstrap for every variable. Variables with the same cases share
@@ -162,20 +171,22 @@ class Tally:
                 drawn[key] = bootstrap.draw(key, rng)
         return {name: drawn[tuple(counts.values())] for name, counts in self._lengths.items()}
 
-    def _frames(self, plan: "_Plan", variable: str) -> Iterator[pd.DataFrame]:
-        means = self._means(variable)
+    def _rows(
+        self, plan: "_Plan", means: Mapping[tuple[str, str], xr.Dataset]
+    ) -> Iterator["_Columns"]:
         scores = {score.name: score for score in self.scores}
         for (source, name), per_time in means.items():
             if name in scores:
-                yield plan.score_frame(scores[name], per_time).assign(source=source, score=name)
+                rows = plan.score_rows(scores[name], per_time)
+                yield rows | {"source": source, "score": name}
         baselines = [s for s in dict.fromkeys(s for s, _ in means) if s != self.model_name]
         for prefix, score in _COMPARED:
             ours = means.get((self.model_name, score.name))
             if ours is None:
                 continue
             for baseline in baselines:
-                frame = plan.ratio_frame(score, ours, means[baseline, score.name])
-                yield frame.assign(source=self.model_name, score=prefix + baseline)
+                rows = plan.ratio_rows(score, ours, means[baseline, score.name])
+                yield rows | {"source": self.model_name, "score": prefix + baseline}
 
     def overall(self, bootstrap: BlockBootstrap, rng: np.random.Generator) -> pd.DataFrame:
         """The model in one number per score, with its interval (columns score, baseline, value,
@@ -184,7 +195,7 @@ class Tally:
         draws = self._draws(bootstrap, rng)
         parts: dict[tuple[str, str], list[_Samples]] = {}
         for variable in self._units:
-            plan = _Plan(self._dim, None, draws[variable], bootstrap)
+            plan = _Plan(self._dim, None, draws[variable], bootstrap, self._labels[variable])
             for key, samples in self._overall_of(plan, variable):
                 parts.setdefault(key, []).append(samples)
         enough = bootstrap.is_possible(min(counts.shape[1] for counts in draws.values()))
@@ -216,7 +227,7 @@ class Tally:
     def _means(self, variable: str) -> dict[tuple[str, str], xr.Dataset]:
         """Area means of all cases by source and score."""
         return {
-            (source, name): xr.concat(parts, self._dim)
+            (source, name): _joined(parts, self._dim)
             for (owner, source, name), parts in self._parts.items()
             if owner == variable
         }
@@ -227,8 +238,13 @@ class Tally:
         for diagnostic in self.diagnostics:
             for (variable, source, name), parts in self._parts.items():
                 if name == diagnostic.name:
-                    value = diagnostic.value(xr.concat(parts, self._dim).mean(self._dim))
-                    value = value.expand_dims(source=[source])
+                    value = diagnostic.value(_joined(parts, self._dim).mean(self._dim))
+                    labels = {
+                        dim: values[: value.sizes[dim]]
+                        for dim, values in self._labels[variable].items()
+                        if dim in value.dims and dim not in value.coords
+                    }
+                    value = value.assign_coords(labels).expand_dims(source=[source])
                     datasets.setdefault((name, variable), []).append(value)
         return {key: xr.concat(parts, "source", join="outer") for key, parts in datasets.items()}
 
@@ -282,28 +298,71 @@ def _seasons(months: xr.DataArray) -> dict[str, xr.DataArray | None]:
     return {WHOLE_YEAR: None} | (present if len(present) > 1 else {})
 
 
+def _labels_of(truth: xr.DataArray, weights: xr.DataArray) -> dict[str, np.ndarray]:
+    """The lead times and levels of a variable, and the regions."""
+    labels = {dim: truth[dim].to_numpy() for dim in ("lead_time", "level") if dim in truth.dims}
+    return labels | {"region": weights["region"].to_numpy().astype(object)}
+
+
+def _joined(parts: Sequence[xr.Dataset], dim: str) -> xr.Dataset:
+    """The area means of all cases, in the order in which they came."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    fields = {
+        name: xr.Variable.concat([part.variables[name] for part in parts], dim)
+        for name in first.data_vars
+    }
+    return xr.Dataset(fields, first.coords)
+
+
+_Columns = dict[str, Any]  # of some rows: an array each, or what all of them share
+
+
+def _as_table(parts: Sequence[_Columns]) -> pd.DataFrame:
+    """The rows one after another. One array for each column: a DataFrame for every score would
+    take longer than the scores."""
+    lengths = [len(part["value"]) for part in parts]
+
+    def column(name: str) -> np.ndarray:
+        values = [
+            np.full(length, part[name], dtype=object) if isinstance(part[name], str)
+            else np.broadcast_to(part[name], (length,))
+            for part, length in zip(parts, lengths, strict=True)
+        ]  # fmt: skip
+        return np.concatenate(values)
+
+    return pd.DataFrame({name: column(name) for name in COLUMNS})
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """The cases that count, and the draws of the bootstrap."""
+    """The cases that count, the draws of the bootstrap, and the labels of lead times, levels and
+    regions."""
 
     dim: str
     chosen: xr.DataArray | None
     counts: np.ndarray
     bootstrap: BlockBootstrap
+    labels: Mapping[str, np.ndarray]
 
     def _only_chosen(self, per_time: xr.Dataset) -> xr.Dataset:
-        return per_time if self.chosen is None else per_time.where(self.chosen)
+        """Differences between lead times are fewer than those; each belongs to its first one."""
+        if self.chosen is None:
+            return per_time
+        sizes = {str(dim): slice(per_time.sizes[dim]) for dim in self.chosen.dims}
+        return per_time.where(self.chosen.isel(sizes))
 
-    @property
+    @cached_property
     def num_times(self) -> int:
         if self.chosen is None:
             return self.counts.shape[1]
         other_dims = [dim for dim in self.chosen.dims if dim != self.dim]
         return int(self.chosen.any(other_dims).sum())
 
-    def score_frame(self, score: Score, per_time: xr.Dataset) -> pd.DataFrame:
+    def score_rows(self, score: Score, per_time: xr.Dataset) -> _Columns:
         value, samples = self.score(score, per_time)
-        return self._frame(value, self.bootstrap.limits(samples), None)
+        return self._rows(value, self.bootstrap.limits(samples), None)
 
     def score(self, score: Score, per_time: xr.Dataset) -> _Samples:
         """A score over all cases, and the same score in every resample."""
@@ -318,32 +377,30 @@ class _Plan:
         value = score.value(ours.mean(self.dim)) / error.where(error > 0)
         return value, ratio_samples(ours, theirs, score.value, self.dim, self.counts)
 
-    def ratio_frame(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> pd.DataFrame:
+    def ratio_rows(self, score: Score, ours: xr.Dataset, theirs: xr.Dataset) -> _Columns:
         value, samples = self.ratio(score, ours, theirs)
         limits = self.bootstrap.limits(samples)
-        return self._frame(value, limits, self.bootstrap.p_value(samples, null=1.0))
+        return self._rows(value, limits, self.bootstrap.p_value(samples, null=1.0))
 
-    def _frame(
+    def _rows(
         self,
         value: xr.DataArray,
         limits: tuple[xr.DataArray, xr.DataArray],
         p_value: xr.DataArray | None,
-    ) -> pd.DataFrame:
+    ) -> _Columns:
         """Rows over level, lead time and region. Values that need draws are NaN in a short
         record."""
-        nothing = xr.full_like(value, np.nan)
-        low, high = limits
-        p_value = nothing if p_value is None else p_value
+        numbers: dict[str, xr.DataArray | None] = {"low": limits[0], "high": limits[1]}
+        numbers["p_value"] = p_value
         if not self.bootstrap.is_possible(self.num_times):
-            low, high, p_value = nothing, nothing, nothing
-        numbers = {"value": value, "low": low, "high": high, "p_value": p_value}
-        columns = {
-            name: array.transpose(*value.dims).values.ravel() for name, array in numbers.items()
+            numbers = dict.fromkeys(numbers)
+        columns: _Columns = {
+            name: np.nan if array is None else array.transpose(*value.dims).to_numpy().ravel()
+            for name, array in numbers.items()
         }
-        labels = pd.MultiIndex.from_product([value[dim].to_numpy() for dim in value.dims])
-        frame = labels.to_frame(index=False, name=list(value.dims)).assign(**columns)
-        hours = np.nan
-        if "lead_time" in frame:
-            hours = frame["lead_time"].to_numpy() / np.timedelta64(1, "h")
-        level = frame["level"].astype(float) if "level" in frame else np.nan
-        return frame.assign(num_times=self.num_times, level=level, lead_hours=hours)
+        labels = dict(zip(value.dims, np.indices(value.shape), strict=True))
+        of_row = {str(dim): self.labels[str(dim)][at.ravel()] for dim, at in labels.items()}
+        level, lead = of_row.get("level", np.nan), of_row.get("lead_time")
+        columns["lead_hours"] = np.nan if lead is None else lead / np.timedelta64(1, "h")
+        columns |= {"level": np.asarray(level, dtype=np.float64), "region": of_row["region"]}
+        return columns | {"value": value.to_numpy().ravel(), "num_times": self.num_times}

@@ -105,6 +105,6 @@ def test_a_box_has_no_zonal_spectrum_and_a_gap_none_at_all():
     case = exchangeable(num_times=2)
     regions = [REGIONS["global"], *boxes({"pacific": (-30, 30, 150, 250)})]
     found = ZonalSpectrum().per_time(case, stacked_weights(case.truth, regions))
-    assert found["truth"].sel(region="pacific").isnull().all()
-    assert found["truth"].sel(region="global").notnull().all()
+    assert found["truth"].isel(region=1).isnull().all()
+    assert found["truth"].isel(region=0).notnull().all()
     assert not ZonalSpectrum().applies(Case(case.prediction, case.truth.where(case.truth > 0)))
