@@ -8,7 +8,7 @@ from rich.console import Console
 
 from atmossl import __version__
 from atmossl.api import chosen_times
-from atmossl.commands.common import check_split, device_for, open_splits
+from atmossl.commands.common import check_split, device_for, note, open_splits
 from atmossl.data.segment import Segment
 from atmossl.evaluation.report.content import Provenance
 from atmossl.features.page import write_features
@@ -31,6 +31,8 @@ def features(values: Mapping[str, Any], command: str = "atmossl features") -> Pa
     with owned(config.output, "output"), keeping("nothing was written"):
         check_output(config.output)
         run = _prepared(config)
+        if run.warning is not None:
+            note(run.warning)
         with telling(f"latents, {run.num_dates} dates", run.num_dates) as advance:
             results = run.run(advance)
         write_features(results, _provenance(config, run.trained, command), config.output)

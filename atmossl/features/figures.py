@@ -67,8 +67,20 @@ def attention_map(dataset: xr.Dataset, layer: int, head: int, place: int) -> Fig
     share = 100.0 * chosen["by_place"]
     high = max(float(share.max()), 1e-9)
     where = f"{float(chosen['place_latitude']):.0f} N, {float(chosen['place_longitude']):.0f} E"
-    title = f"layer {layer}, head {head}, from {where}"
+    title = f"layer {layer}, head {head + 1}, from {where}"
     return panel_map(Panel(title, share, Scale("viridis", 0.0, high), "%"))
+
+
+def lag_map(dataset: xr.Dataset, layer: int, head: int) -> Figure:
+    """How far back in time one head looks on average, at every place of a grid of places."""
+    chosen = dataset.sel(layer=layer).isel(head=head)
+    latitude, longitude = (chosen[f"place_{n}"].to_numpy() for n in ("latitude", "longitude"))
+    columns = int((latitude == latitude[0]).sum())
+    hours = chosen["distance"].sel(unit="h").to_numpy().reshape(-1, columns)
+    high = float(np.ptp(dataset["offset"].to_numpy())) or 1.0
+    title = f"layer {layer}, head {head + 1}, mean lag"
+    field = _field(hours, latitude[::columns], longitude[:columns])
+    return panel_map(Panel(title, field, Scale("viridis", 0.0, high), "h"))
 
 
 def cosine_map(

@@ -14,10 +14,12 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from atmossl.data.segment import Segment, hours_since_1970
+from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.probes.cases import Run
 from atmossl.probes.models import EXCLUDED_DAYS
 
 FEWEST_DATES = 8
+STEADY_DATES = 40  # with fewer, means, components and analogues change with the choice of dates
 _MOST_ROWS = 60_000  # that principal components of tokens are fitted on
 
 
@@ -156,6 +158,47 @@ def analogues(
     nearest = np.take_along_axis(apart, number, axis=1)
     there = np.isfinite(nearest)
     return Analogues(np.where(there, number, -1), np.where(there, nearest, np.nan))
+
+
+@dataclass(frozen=True)
+class AgainstChance:
+    """How much farther the nearest dates are than a date drawn at random: mean over dates, and its
+    95 % interval, whose ends are NaN where there are too few dates. Below 0 they are nearer."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def against_chance(
+    apart: Float[np.ndarray, "date date"],
+    nearest: Analogues,
+    times: np.ndarray,
+    run: Int[np.ndarray, "date"],
+) -> AgainstChance:
+    """Compares the first analogue of every date with the mean over all dates that could have been
+    its analogue. The interval is of a block bootstrap over the dates of every run, in blocks of
+    `EXCLUDED_DAYS`.
+
+    apart: the distance that is compared, which need not be the one that `nearest` was found by.
+    """
+    allowed = admissible(times, run)
+    asked = np.flatnonzero(nearest.number[:, 0] >= 0)
+    if not len(asked):
+        return AgainstChance(np.nan, np.nan, np.nan)
+    by_chance = np.where(allowed, apart, 0.0).sum(axis=1)[asked] / allowed[asked].sum(axis=1)
+    differences = apart[asked, nearest.number[asked, 0]] - by_chance
+    days, runs = hours_since_1970(times)[asked] / 24.0, run[asked]
+    steps = np.diff(days)[runs[1:] == runs[:-1]]
+    dates_in_block = EXCLUDED_DAYS / np.median(steps) if len(steps) else 1.0
+    bootstrap = BlockBootstrap(max(1, round(dates_in_block)), 500)
+    mean = float(differences.mean())
+    if not bootstrap.is_possible(len(asked)):
+        return AgainstChance(mean, np.nan, np.nan)
+    lengths = [int((runs == number).sum()) for number in np.unique(runs)]
+    counts = bootstrap.draw(lengths, np.random.default_rng(0))
+    low, high = np.quantile(counts @ differences / len(asked), [0.025, 0.975])
+    return AgainstChance(mean, float(low), float(high))
 
 
 def planes_of_days(pooled: Float[np.ndarray, "date feature"]) -> dict[str, np.ndarray]:

@@ -192,6 +192,7 @@ async function start() {
 
   function drawBackground(mark) {
     const field = data.background, palette = data.palettes[field.palette];
+    find("background-still")?.remove();
     drawMap(find("background"), data, field, (n) => ofPalette(palette, field.values[n]), mark);
     find("background-title").textContent = `${field.title} on the date of the maps`;
     const units = (value) => `${rounded(value)} ${field.units}`;

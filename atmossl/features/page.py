@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.figure import Figure
 
 from atmossl.batch import StreamSpec
 from atmossl.checkpoint_files import write_atomically
@@ -30,7 +31,7 @@ from atmossl.evaluation.report.maps import Panel, field_scale, panel_map, symmet
 from atmossl.evaluation.report.page import Picture, map_picture, svg_picture
 from atmossl.features import figures, latents
 from atmossl.features.attention import AXES
-from atmossl.features.run import FIELDS, FeatureResults, at_tokens, name_of
+from atmossl.features.run import FIELDS, FeatureResults, at_tokens, few_dates, name_of
 from atmossl.geometry import ascending_longitudes, latitude_edges, nearest_cells
 from atmossl.inference.checkpoint import TrainedModel
 
@@ -53,6 +54,8 @@ def features_page(results: FeatureResults, provenance: Provenance) -> str:
         layer=results.options.layer % results.trained.model.num_encoder_layers,
         shown=results.title(results.shown),
         left_out=results.left_out,
+        few=few_dates(len(results.times)),
+        stills=_stills(results),
         data=json.dumps(interactive(results)),
         distances=_distances(results),
         components=_components(results),
@@ -159,8 +162,9 @@ def _bytes_of(values: np.ndarray, high: float) -> dict[str, str]:
     return _packed(np.where(np.isnan(whole), _OUTSIDE, whole).astype(np.uint8))
 
 
-def _background(results: FeatureResults) -> dict[str, Any]:
-    """The field that the map to click on shows: 500 hPa height, or the first that there is."""
+def _background_field(results: FeatureResults) -> tuple[xr.DataArray, str, str]:
+    """The field that the map to click on shows, its title and its units: 500 hPa height, or the
+    first that there is."""
     name = str(next(iter(results.fields)))
     height = results.height
     if height is not None:
@@ -173,9 +177,14 @@ def _background(results: FeatureResults) -> dict[str, Any]:
         )
         title = readable(variable) + ("" if level == "0" else f" at {level} hPa")
     every = -(-field.sizes["latitude"] // _MOST_ROWS)
-    field = field.isel(
-        case=results.shown, latitude=slice(None, None, every), longitude=slice(None, None, every)
-    )
+    thinned = slice(None, None, every)
+    field = field.isel(case=results.shown, latitude=thinned, longitude=thinned)
+    return field, title, units
+
+
+def _background(results: FeatureResults) -> dict[str, Any]:
+    """The map to click on."""
+    field, title, units = _background_field(results)
     scale = field_scale(field)
     order, grid = _grid(field["latitude"].to_numpy(), field["longitude"].to_numpy())
     values = field.to_numpy()[:, order] - scale.low
@@ -252,6 +261,45 @@ def level_names(spec: StreamSpec, trained: TrainedModel, size: int | None = None
     return [f"{g[0]}{unit}" if size == 1 else f"{g.min()} to {g.max()}{unit}" for g in groups]
 
 
+# Pictures of what the script draws, for the time before it has run and for pages without scripts.
+
+
+def _stills(results: FeatureResults) -> dict[str, Any]:
+    """The maps with which the page begins: of the first named place, or the middle one, and of the
+    first layer's heads."""
+    count, named = len(results.places), len(results.names)
+    place = count - named if named else count // 2
+    field, title, units = _background_field(results)
+    panel = Panel(f"{title} on the date of the maps", field, field_scale(field), units)
+    heads = []
+    for dataset in list(results.attention.values())[:1]:
+        layer = int(dataset["layer"][0])
+        heads = [
+            map_picture(_still_of_head(results, dataset, layer, head, place), f"head {head + 1}")
+            for head in range(dataset.sizes["head"])
+        ]
+    token = _nearest_tokens(results)[[place]]
+    cosines = []
+    for name, vectors in (
+        ("latents as they are", results.tokens),
+        ("anomalies", results.anomalies),
+    ):
+        (row,) = latents.cosines(vectors[results.shown], token)
+        axes = results.token_latitude, results.token_longitude
+        cosines.append(map_picture(figures.cosine_map(row, *axes, name), f"cosines, {name}"))
+    return {"background": map_picture(panel_map(panel), title), "heads": heads, "cosines": cosines}
+
+
+def _still_of_head(
+    results: FeatureResults, dataset: xr.Dataset, layer: int, head: int, place: int
+) -> Figure:
+    """Attention from a place; of a head that sees its own place alone, the lags of all places."""
+    if str(dataset["reach"].sel(layer=layer).isel(head=head).to_numpy()) != "column":
+        return figures.attention_map(dataset, layer, head, place)
+    count = len(results.places) - len(results.names)
+    return figures.lag_map(dataset.isel(place=slice(count)), layer, head)
+
+
 # Pictures that stay as they are.
 
 
@@ -317,7 +365,26 @@ def _analogues(results: FeatureResults) -> dict[str, Any] | None:
     allowed = latents.admissible(results.times, results.run)
     means["any"] = float(apart[allowed].mean())
     own = picture(results.shown, results.title(results.shown))
-    return {"shown": own, "groups": groups, "means": means}
+    compared = latents.against_chance(
+        apart, results.analogues["latents"], results.times, results.run
+    )
+    return {"shown": own, "groups": groups, "means": means, "verdict": chance_verdict(compared)}
+
+
+def chance_verdict(compared: latents.AgainstChance) -> str:
+    """Whether analogues by latents are nearer in height than dates drawn at random."""
+    if not np.isfinite(compared.low):
+        return "There are too few dates to say whether the latents do better than chance."
+    by = (
+        f"by {abs(compared.difference):.0f} m (95 % interval of the difference "
+        f"{compared.low:+.0f} to {compared.high:+.0f} m)"
+    )
+    if compared.high < 0:
+        return f"Analogues by latents are nearer than dates drawn at random, {by}."
+    if compared.low > 0:
+        return f"Analogues by latents are worse than dates drawn at random, {by}: do not use them."
+    side = "nearer" if compared.difference < 0 else "farther"
+    return f"Analogues by latents cannot be told from dates drawn at random: {side} {by}."
 
 
 def _planes(results: FeatureResults) -> list[Picture]:

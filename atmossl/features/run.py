@@ -149,6 +149,17 @@ class FeatureResults:
         return f"{self.run_names[self.run[date]]}, {when} UTC"
 
 
+def few_dates(count: int) -> str | None:
+    """A sentence where there are fewer dates than `latents.STEADY_DATES`."""
+    if count >= latents.STEADY_DATES:
+        return None
+    return (
+        f"the page compares {count} dates alone: means of places, components, analogues and planes "
+        f"of days change with the choice of so few; take {latents.STEADY_DATES} or more, by a "
+        "larger num_dates, more splits or longer data"
+    )
+
+
 def name_of(of: tuple[str, int]) -> str:
     """The name of a variable on a level [hPa], as in `geopotential_500`."""
     return f"{of[0]}_{of[1]}"
@@ -203,6 +214,11 @@ class FeatureRun:
     @property
     def num_dates(self) -> int:
         return sum(len(run.steps) for run in self.runs)
+
+    @property
+    def warning(self) -> str | None:
+        """What few dates do to the page; None where there are enough."""
+        return few_dates(self.num_dates)
 
     def run(self, advance: Callable[[float], object] = float) -> FeatureResults:
         """Encode all dates, and the shown one once more for its attention."""

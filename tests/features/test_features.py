@@ -33,7 +33,8 @@ from atmossl.features.attention import (
     handed_over,
     mean_distance,
 )
-from atmossl.features.run import FeatureOptions, FeatureRun, degrees_of
+from atmossl.features.page import chance_verdict
+from atmossl.features.run import FeatureOptions, FeatureRun, degrees_of, few_dates
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.views import make_view
@@ -254,6 +255,55 @@ def test_analogues_are_those_of_a_search_by_hand_without_the_same_situation() ->
     assert (alone.number == -1).all() and np.isnan(alone.distance).all()
 
 
+def many_dates(per_run: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Two runs of dates a day apart."""
+    hours = np.tile(np.arange(per_run) * 24, 2)
+    times = np.datetime64("2001-01-01", "ns") + hours * np.timedelta64(3_600_000_000_000, "ns")
+    return times, np.repeat([0, 1], per_run)
+
+
+def test_analogues_are_compared_with_chance() -> None:
+    times, run = many_dates()
+    allowed, weights = latents.admissible(times, run), np.ones(6)
+
+    def rows(seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal((len(times), 6))
+
+    apart = latents.root_mean_squares(rows(0), weights)
+    for by, words in ((apart, "are nearer than"), (-apart, "are worse than")):
+        found = latents.against_chance(apart, latents.analogues(by, allowed), times, run)
+        differences = [
+            apart[date, np.where(allowed[date], by[date], np.inf).argmin()]
+            - apart[date, allowed[date]].mean()
+            for date in range(len(times))
+        ]
+        assert found.difference == pytest.approx(np.mean(differences))
+        assert found.low < found.difference < found.high
+        assert f"Analogues by latents {words} dates drawn at random" in chance_verdict(found)
+    told_apart = 0
+    for seed in range(1, 41):  # what has nothing to do with height: 5 % are told apart by chance
+        by = latents.root_mean_squares(rows(seed), weights)
+        found = latents.against_chance(apart, latents.analogues(by, allowed), times, run)
+        told_apart += "cannot be told" not in chance_verdict(found)
+    assert told_apart <= 8
+
+
+def test_too_few_dates_say_nothing_of_analogues() -> None:
+    times, run = many_dates(4)
+    apart = latents.root_mean_squares(np.arange(8.0)[:, None], np.ones(1))
+    nearest = latents.analogues(apart, latents.admissible(times, run))
+    found = latents.against_chance(apart, nearest, times, run)
+    assert np.isfinite(found.difference) and np.isnan(found.low)
+    assert "too few dates" in chance_verdict(found)
+    alone = latents.analogues(apart[:4, :4], latents.admissible(times[:4], run[:4]))
+    assert np.isnan(latents.against_chance(apart[:4, :4], alone, times[:4], run[:4]).difference)
+
+
+def test_few_dates_are_told() -> None:
+    assert few_dates(latents.STEADY_DATES) is None
+    assert "compares 39 dates alone" in str(few_dates(39))
+
+
 def test_days_lie_in_the_plane_of_their_variance_and_in_that_of_umap_if_there_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -354,7 +404,7 @@ def test_maps_of_a_head_and_of_cosines_show_their_values_and_name_what_they_are_
     )  # fmt: skip
     cosine = np.linspace(-1.0, 1.0, 8)
     for figure, values, title in (
-        (figures.attention_map(head, 3, 0, 0), 100.0 * share, "layer 3, head 0, from 45 N, 90 E"),
+        (figures.attention_map(head, 3, 0, 0), 100.0 * share, "layer 3, head 1, from 45 N, 90 E"),
         (figures.cosine_map(cosine, latitude, longitude, "cosines"), cosine, "cosines"),
     ):
         (axes, *_) = figure.axes
@@ -374,10 +424,19 @@ def test_the_command_writes_a_page_once(tmp_path: Path, capsys: pytest.CaptureFi
         return main(["features", *words, f"output={tmp_path / output}", "accelerator=cpu", *more])
 
     assert command("page") == 0
+    assert "note: the page compares 8 dates alone" in capsys.readouterr().err
     page = (tmp_path / "page" / "index.html").read_text()
     assert "Left out: the checkpoint&#39;s fields lack geopotential at 500 hPa" in page
     assert "left out: the checkpoint&#39;s fields lack zonal wind at 850 hPa" in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "the page refers to other files"
+    assert "Few dates:" in page
+    still = '<img class="still"'  # panels have pictures before their script has run
+    panels = (
+        page.split('id="heads"')[1].split('<h2 id="distance"')[0],
+        (page.split('id="cosines"')[1].split('<h2 id="components"')[0]),
+    )
+    assert [panel.count(still) for panel in panels] == [2, 2]
+    assert page.split('id="background-title"')[1].split("<canvas")[0].count(still) == 1
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     data = json.loads(text)
     assert data["places"]["names"] == ["europe", "30° S, 60° W"]
