@@ -52,6 +52,7 @@ from atmossl.cli import main as atmossl
 from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
 from atmossl.evaluation.rows import rows_where
+from atmossl.probes.labels import PROBES, blind_of
 from atmossl.probes.run import Baselines, Probed
 from atmossl.probes.summary import Summary, shares_beaten
 from atmossl.schema import ProbeConfig, parse
@@ -195,7 +196,9 @@ def figures_of(summary: Summary) -> dict[str, Any]:
     skills: dict[str, dict[str, Any]] = {}
     for row in rows_where(summary.scores, headline=True).to_dict("records"):
         name, probe = row["checkpoint"], row["probe"]
-        baselines = rows_where(summary.comparisons, checkpoint=name, probe=probe)["baseline_skill"]
+        compared = rows_where(summary.comparisons, checkpoint=name, probe=probe)
+        is_rival = (compared["baseline"] != "position") | (not _solved_by_position(probe))
+        baselines = compared.loc[is_rival, "baseline_skill"]
         skills.setdefault(name, {})[probe] = {
             "skill": round(row["skill"], 3),
             "interval": [round(row["low"], 3), round(row["high"], 3)],
@@ -218,11 +221,17 @@ def figures_of(summary: Summary) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _solved_by_position(probe: str) -> bool:
+    return probe in PROBES and blind_of(probe).position
+
+
 def _shares(comparisons: pd.DataFrame) -> dict[str, float]:
     """Shares of probes with more skill than a baseline, see the module."""
     beaten, shares = shares_beaten(comparisons), {}
-    for baseline in ("random", "pca"):
+    for baseline in ("random", "pca", "eofs"):
         of_baseline = rows_where(beaten, baseline=baseline)
+        if of_baseline.empty:  # no label of a date was asked
+            continue
         shares[f"probes_beating_{baseline}"] = of_baseline["higher"].max()
         shares[f"probes_beating_{baseline}_certain"] = of_baseline["certain"].max()
     raw = rows_where(comparisons, baseline="raw")
@@ -291,8 +300,8 @@ def measured(
     checkpoints = dict(item.split("=", 1) for item in arguments.checkpoints)
     names, steps = arguments.objectives or list(EXPERIMENTS), arguments.train
     figures: dict[str, Any] = {"training_steps": steps, "training_changes": arguments.set}
+    runs.mkdir(parents=True, exist_ok=True)
     if steps:
-        runs.mkdir(parents=True, exist_ok=True)
         checkpoints |= trained(names, steps, runs, arguments.set)
         spent = {name: runs / f"{name}_{steps}" / "cpu_seconds.json" for name in names}
         figures["cpu_seconds"] = {

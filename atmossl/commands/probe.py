@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from atmossl.commands.common import check_split, device_for, open_splits
+from atmossl.commands.common import check_split, device_for, note, open_splits
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.locks import owned
 from atmossl.probes.cases import SPLITS
@@ -52,6 +52,9 @@ def probed(config: ProbeConfig, shared: dict[str, Baselines] | None = None) -> d
     for split in SPLITS:
         check_split(config.data, split)
     prepared = {name: _prepared(name, config) for name in dict.fromkeys(config.checkpoint)}
+    for warning in dict.fromkeys(run.warning for run in prepared.values()):
+        if warning is not None:
+            note(warning)
     results: dict[str, Probed] = {}
     shared = {} if shared is None else shared
     for name in list(prepared):

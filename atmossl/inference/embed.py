@@ -7,7 +7,7 @@ blended as predictions are: with weights that sum to one.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 
 from atmossl import __version__
-from atmossl.batch import StreamSpec, TokenGrid, TokenSize, View, collate_views
+from atmossl.batch import StreamSpec, StreamWindow, TokenGrid, TokenSize, View, collate_views
 from atmossl.checkpoint_files import write_atomically
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, TilePlan
@@ -104,7 +104,9 @@ class Embedder:
     """The latents of one encoder layer over records of one grid and time step.
 
     The reference time (`init_time`) is the last step of a window. layer: 0 the first, -1 the last.
-    overlap, batch_size: as of `Options`. withheld: streams that the encoder is not shown.
+    overlap, batch_size: as of `Options`. withheld: streams that the encoder is not shown. blank:
+    variables of which it is shown their training mean everywhere.
+
     Streams with data of their own are shown to the encoder, but their latents, which lie on other
     cells, are not given.
 
@@ -120,6 +122,7 @@ class Embedder:
     batch_size: int
     device: str
     withheld: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.trained.require("embed")
@@ -239,7 +242,9 @@ class Embedder:
             band = reader.read(source, around)
             for number in numbers:
                 windows = columns(band, source.segment, around, plan.tiles[number])
-                windows = tuple(w for w in windows if w.spec.name not in self.withheld)
+                windows = tuple(
+                    _blanked(w, self.blank) for w in windows if w.spec.name not in self.withheld
+                )
                 view = make_view(windows, hide_nothing, rng, first_guess=used.first_guess)
                 yield TileView(plan.tiles[number], plan.weights[number], view)
 
@@ -286,6 +291,16 @@ class Embedder:
         values = (offset.astype("timedelta64[ns]"), stream.level, stream.latitude, stream.longitude)
         valid_times = (("init_time", dims[0]), valid.reshape(len(times), -1))
         return {**dict(zip(dims, values, strict=False)), time_name: valid_times}
+
+
+def _blanked(window: StreamWindow, variables: Sequence[str]) -> StreamWindow:
+    """A window in which some variables are their training mean, which is 0 in normalised units."""
+    numbers = [n for n, name in enumerate(window.spec.variables) if name in variables]
+    if not numbers:
+        return window
+    fields = window.fields.clone()
+    fields[numbers] = 0.0
+    return replace(window, fields=fields)
 
 
 def _rows_and_columns(

@@ -4,6 +4,7 @@ tail per predicted stream.
 After AtmoRep's multiformer (Lessig et al. 2023, arXiv 2308.13280, section on the architecture).
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -184,6 +185,11 @@ class Multiformer(Network):
     def wide_parts(self) -> tuple[nn.Module, ...]:
         kinds = (Feedforward, GatedConvolution)
         return tuple(module for module in self.modules() if isinstance(module, kinds))
+
+    def without_position(self) -> Network:
+        network = copy.deepcopy(self)
+        network.told.copy_(told_features(()))
+        return network
 
     def depth(self, name: str) -> int | None:
         layer = _LAYER.match(name)

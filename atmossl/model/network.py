@@ -233,6 +233,11 @@ class Network(nn.Module):
             means.append((stream.last * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-12))
         return torch.cat(means, dim=-1)
 
+    def without_position(self) -> "Network":
+        """A copy whose encoder is not told where on the globe and when a token is, or the network
+        itself where that cannot be withheld."""
+        return self
+
     @property
     def num_pooled(self) -> int:
         """The number of features that `pool` gives if no stream is absent."""

@@ -18,6 +18,7 @@ from atmossl.data.segment import HOUR, Segment
 SPLITS = ("train", "validation", "test")
 FEWEST = {"train": 8, "validation": 3, "test": 3}
 _DAY_HOURS = 24
+_MOST_TOKENS = 512  # that an attentive probe and a page of features see
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,14 @@ class TokenPlaces:
     columns: Int[np.ndarray, "case place"]
     first_column: int = 0
 
-    def spread_out(self, most: int = 512) -> tuple[np.ndarray, np.ndarray]:
-        """Latitude and longitude of all tokens, or of each n-th row and column so that there are
-        no more than `most`."""
-        every = int(np.ceil(np.sqrt(len(self.latitude) * len(self.longitude) / most)))
+    @property
+    def every(self) -> int:
+        """Each n-th row and column of tokens are `spread_out`, so that there are 512 at most."""
+        return int(np.ceil(np.sqrt(len(self.latitude) * len(self.longitude) / _MOST_TOKENS)))
+
+    def spread_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Latitude and longitude of all tokens, or of each n-th row and column."""
+        every = self.every
         grid = np.meshgrid(self.latitude[::every], self.longitude[::every], indexing="ij")
         return grid[0].ravel(), grid[1].ravel()
 

@@ -1,12 +1,14 @@
 """The features of every case that a probe sees: frozen latents, or those of a baseline.
 
 Latents are normalised over their features (LayerNorm without scale and shift), for the last step of
-the window: pooled over the sphere by area for labels of a date, token by token for labels of a
-place. The baselines see the raw fields of the date and of the day before.
+the window. A label of a place is asked of the token there. A label of a date is asked of means over
+bands of latitude, side by side: a mean over the whole sphere could not tell the latitude of a jet,
+and all tokens together are too many features for some hundred dates. The baselines see the raw
+fields of the date and of the day before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,17 +21,26 @@ from atmossl.inference.embed import Embedder, StreamField
 from atmossl.model.kinds import build_network
 from atmossl.probes.cases import Cases, Run, TokenPlaces, hours_of_day_and_year
 
+MOST_BANDS = 16  # of latitude, over which tokens are averaged for labels of a date
+
 
 @dataclass(frozen=True)
 class Features:
     """The features that a probe sees. layer: of the encoder; None for features without one.
-    tokens: of the last layer, those of the whole sphere, or evenly spread ones of them."""
+
+    of_date: for labels of one or two dates. local: for labels of a place. departures: the same from
+    every token's mean over the training cases, for labels that are such departures themselves.
+    tokens: of the last layer, those of the whole sphere, or evenly spread ones of them. pooled:
+    means over the sphere, by which latents are compared with each other.
+    """
 
     source: str
     layer: int | None
-    pooled: Float[np.ndarray, "case feature"]
-    local: Float[np.ndarray, "case place feature"]
+    of_date: Float[np.ndarray, "case feature"]
+    local: Float[np.ndarray, "case place feature"] | None = None
+    departures: Float[np.ndarray, "case place feature"] | None = None
     tokens: Float[np.ndarray, "case token feature"] | None = None
+    pooled: Float[np.ndarray, "case feature"] | None = None
 
 
 def layer_normalised(latents: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
@@ -38,14 +49,28 @@ def layer_normalised(latents: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
 
 
+def band_weights(latitude: np.ndarray) -> Float[np.ndarray, "band row"]:
+    """What every row of tokens counts in the mean over each band of latitude: its area. A band is
+    one row, or several where there are more than `MOST_BANDS`."""
+    area = np.cos(np.deg2rad(latitude)).clip(1e-6)
+    bands, rows = min(MOST_BANDS, len(latitude)), np.arange(len(latitude))
+    weights = np.zeros((bands, len(latitude)))
+    weights[rows * bands // len(latitude), rows] = area
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 def random_network(trained: TrainedModel, seed: int) -> TrainedModel:
-    """The same architecture with weights as before the first step of training."""
+    """The same architecture with weights as before the first step of training. Buffers, such as the
+    typical size of tendencies, are those of the trained network, since they come from the data."""
     record = trained.record
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(
             record["network"], trained.plugins, streams=trained.specs, **record["model"]
         )
+    buffers = dict(trained.model.named_buffers())
+    for name, values in network.named_buffers():
+        values.copy_(buffers[name])
     return replace(trained, model=network.eval())
 
 
@@ -58,41 +83,58 @@ def encoded(
     advance: Callable[[float], object] = float,  # of no consequence
 ) -> list[Features]:
     """The latents of every layer, from 0 on, at all cases. embedders: one for every run."""
-    dates = [
-        (embedder, time)
-        for embedder, run in zip(embedders, runs, strict=True)
-        for time in run.times
-    ]
-    pooled: list[list[np.ndarray]] = [[] for _ in layers]
-    local: list[list[np.ndarray]] = [[] for _ in layers]
-    tokens: list[np.ndarray] = []
-    for case, (embedder, time) in enumerate(dates):
-        for number, streams in enumerate(embedder.fields_of_layers(time, layers)):
-            last = [_last_step(stream) for stream in streams.values()]
-            grids = list(zip(last, streams.values(), strict=True))
-            pooled[number].append(np.concatenate([_pooled(*pair) for pair in grids]))
-            rows, columns = places.rows[case], places.columns[case]
-            at = places.latitude[rows], places.longitude[columns]
-            local[number].append(np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1))
-            if layers[number] == max(layers):
-                at = places.spread_out()
-                everywhere = np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1)
-                tokens.append(everywhere.astype(np.float16))
-        advance(1.0)
-    return [
-        Features(
-            source,
-            layer,
-            np.stack(pooled[number]),
-            np.stack(local[number]),
-            np.stack(tokens) if layer == max(layers) else None,
+    collected = [_Collected(places, layer == max(layers)) for layer in layers]
+    for embedder, run in zip(embedders, runs, strict=True):
+        for time in run.times:
+            of_layers = embedder.fields_of_layers(time, layers)
+            for layer, streams in zip(collected, of_layers, strict=True):
+                layer.add(list(streams.values()), is_training=run.split == "train")
+            advance(1.0)
+    return [found.features(source, layer) for found, layer in zip(collected, layers, strict=True)]
+
+
+@dataclass
+class _Collected:
+    """The latents of one layer, case after case. total: of every token's latents over the training
+    cases, of which there are `count`."""
+
+    places: TokenPlaces
+    keeps_tokens: bool
+    pooled: list[np.ndarray] = field(default_factory=list)
+    of_date: list[np.ndarray] = field(default_factory=list)
+    local: list[np.ndarray] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    total: np.ndarray | float = 0.0
+    count: int = 0
+
+    def add(self, streams: Sequence[StreamField], *, is_training: bool) -> None:
+        places, case = self.places, len(self.local)
+        grids = [(layer_normalised(stream.latents[-1]), stream) for stream in streams]
+        self.pooled.append(np.concatenate([_pooled(*pair) for pair in grids]))
+        self.of_date.append(np.concatenate([_by_band(*pair).ravel() for pair in grids]))
+        at = places.latitude[places.rows[case]], places.longitude[places.columns[case]]
+        self.local.append(np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1))
+        if self.keeps_tokens:
+            at = places.spread_out()
+            everywhere = np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1)
+            self.tokens.append(everywhere.astype(np.float16))
+        if is_training:
+            rows, columns = np.meshgrid(places.latitude, places.longitude, indexing="ij")
+            parts = [_nearest(*pair, rows.ravel(), columns.ravel()) for pair in grids]
+            self.total = self.total + np.concatenate(parts, axis=1).astype(np.float64)
+            self.count += 1
+
+    def features(self, source: str, layer: int) -> Features:
+        places, local = self.places, np.stack(self.local)
+        departures = None
+        if self.count:
+            mean = (np.asarray(self.total) / self.count).astype(local.dtype)
+            token = (places.rows * len(places.longitude) + places.columns)[: len(local)]
+            departures = local - mean[token]
+        return Features(
+            source, layer, np.stack(self.of_date), local, departures,
+            np.stack(self.tokens) if self.tokens else None, np.stack(self.pooled),
         )  # fmt: skip
-        for number, layer in enumerate(layers)
-    ]
-
-
-def _last_step(stream: StreamField) -> Float[np.ndarray, "level lat lon feature"]:
-    return layer_normalised(stream.latents[-1])
 
 
 def _pooled(latents: np.ndarray, stream: StreamField) -> np.ndarray:
@@ -100,6 +142,11 @@ def _pooled(latents: np.ndarray, stream: StreamField) -> np.ndarray:
     weight = np.cos(np.deg2rad(stream.latitude)).clip(0.0)
     rows = latents.mean(axis=(0, 2))
     return np.average(rows, axis=0, weights=weight)
+
+
+def _by_band(latents: np.ndarray, stream: StreamField) -> Float[np.ndarray, "band feature"]:
+    """Means of a stream's latents over bands of latitude and over levels."""
+    return (band_weights(stream.latitude) @ latents.mean(axis=(0, 2))).astype(latents.dtype)
 
 
 def _nearest(
@@ -110,25 +157,51 @@ def _nearest(
     return rearrange(latents[:, rows, columns], "level place feature -> place (level feature)")
 
 
-def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[int]]) -> Features:
-    """The fields of the date and of the day before, in units of their spread over training.
-    Pooled features are means over tokens; local features are all cells of the place's token and
-    the means of the eight tokens around."""
-    pooled, local = [], []
+@dataclass(frozen=True)
+class RawValues:
+    """The fields of the date and of the day before, in units of their spread over training. What a
+    token has are all its cells and the means of the eight tokens around.
+
+    features: of a date the means of all tokens, which are a map of every field. bands: means over
+    bands of latitude of what tokens have. levels: of every variable.
+    """
+
+    features: Features
+    bands: Float[np.ndarray, "case band feature"]
+    levels: Mapping[str, Sequence[int]]
+
+
+def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[int]]) -> RawValues:
+    """The raw values of all cases. levels: of the variables that are shown."""
+    train, weights = cases.of("train"), band_weights(places.latitude)
+    maps, bands, local, departures = [], [], [], []
+    for of_tokens, num_cells in _values_of_tokens(cases, places, levels):
+        cells_mean = of_tokens[..., :num_cells].mean(axis=-1)
+        maps.append(cells_mean.reshape(len(cells_mean), -1))
+        bands.append(np.einsum("br,crk->cbk", weights, of_tokens.mean(axis=2)))
+        local.append(places.at_places(of_tokens))
+        departures.append(places.at_places(of_tokens - of_tokens[train].mean(axis=0)))
+    joined = (np.concatenate(parts, axis=2) for parts in (local, departures))
+    return RawValues(
+        Features("raw", None, np.concatenate(maps, 1), *joined), np.concatenate(bands, 2), levels
+    )
+
+
+def _values_of_tokens(
+    cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Float[np.ndarray, "case row column value"], int]]:
+    """What tokens have of one field after another, and how many of the values are its cells."""
     train = cases.of("train")
     for hours in (-24, 0):
         for name, variable_levels in levels.items():
             for level in variable_levels:
-                field = cases.states[hours][name].sel(level=level)
-                cells = field.transpose("case", "latitude", "longitude").to_numpy()
+                of_level = cases.states[hours][name].sel(level=level)
+                cells = of_level.transpose("case", "latitude", "longitude").to_numpy()
                 spread = float(cells[train].std()) or 1.0
                 cells = (cells - float(cells[train].mean())) / spread
-                means = places.token_means(cells)
-                pooled.append(means.reshape(len(means), -1))
                 token_cells = rearrange(places.blocks(cells), "case r y c x -> case r c (y x)")
-                around = np.concatenate([token_cells, _around(means)], axis=-1)
-                local.append(places.at_places(around))
-    return Features("raw", None, np.concatenate(pooled, 1), np.concatenate(local, 2))
+                around = _around(places.token_means(cells))
+                yield np.concatenate([token_cells, around], axis=-1), token_cells.shape[-1]
 
 
 def _around(means: Float[np.ndarray, "case row column"]) -> np.ndarray:
@@ -145,20 +218,50 @@ def _around(means: Float[np.ndarray, "case row column"]) -> np.ndarray:
     return np.stack(shifted, axis=-1)
 
 
-def principal_components(raw: Features, cases: Cases, like: Features) -> Features:
-    """Principal components of the raw values, fitted on the training cases: as many as the
-    latents have features, or as many as there are."""
-    train = cases.of("train")
-    parts = []
-    for values, latents in ((raw.pooled, like.pooled), (raw.local, like.local)):
-        rows = values[train].reshape(-1, values.shape[-1]).astype(np.float64)
-        mean = rows.mean(axis=0)
-        if rows.shape[0] >= rows.shape[1]:
-            axes = np.linalg.eigh((rows - mean).T @ (rows - mean))[1][:, ::-1].T
-        else:
-            axes = np.linalg.svd(rows - mean, full_matrices=False)[2][:-1]
-        parts.append((values - mean) @ axes[: latents.shape[-1]].T)
-    return Features("pca", None, *parts)
+def principal_components(
+    raw: RawValues, cases: Cases, places: TokenPlaces, like: Features
+) -> Features:
+    """Principal components of what tokens have of the raw values, fitted on the training cases: the
+    best linear encoder of a token with as many features as the latents have, which is averaged
+    over bands and attended to as they are."""
+    train, given = cases.of("train"), raw.features
+    assert given.local is not None and given.departures is not None
+    assert like.local is not None and like.tokens is not None
+    mean, axes = leading_axes(given.local[train].reshape(-1, given.local.shape[-1]))
+    anomalies = given.departures[train].reshape(-1, given.departures.shape[-1])
+    anomaly_mean, anomaly_axes = leading_axes(anomalies)
+    width = like.local.shape[-1]
+    bands = (raw.bands - mean) @ axes[: like.of_date.shape[-1] // raw.bands.shape[1]].T
+    of_tokens, first = np.zeros((), np.float32), 0
+    chosen, every = axes[: like.tokens.shape[-1]].astype(np.float32), places.every
+    for values, _ in _values_of_tokens(cases, places, raw.levels):
+        part = slice(first, first + values.shape[-1])
+        centred = values[:, ::every, ::every].astype(np.float32) - mean[part].astype(np.float32)
+        of_tokens, first = of_tokens + centred @ chosen[:, part].T, part.stop
+    return Features(
+        "pca", None, bands.reshape(len(bands), -1), (given.local - mean) @ axes[:width].T,
+        (given.departures - anomaly_mean) @ anomaly_axes[:width].T,
+        rearrange(of_tokens, "case row column feature -> case (row column) feature"),
+    )  # fmt: skip
+
+
+def whole_map_components(raw: RawValues, cases: Cases, like: Features) -> Features:
+    """Principal components of maps of all raw values (empirical orthogonal functions), fitted on
+    the training cases: as many as the latents have features of a date, or as many as there are."""
+    maps = raw.features.of_date
+    mean, axes = leading_axes(maps[cases.of("train")])
+    return Features("eofs", None, (maps - mean) @ axes[: like.of_date.shape[-1]].T)
+
+
+def leading_axes(
+    rows: Float[np.ndarray, "row feature"],
+) -> tuple[Float[np.ndarray, "feature"], Float[np.ndarray, "component feature"]]:
+    """The mean of rows, and the principal axes of their departures from it, the first one first."""
+    rows = rows.astype(np.float64)
+    mean = rows.mean(axis=0)
+    if rows.shape[0] >= rows.shape[1]:
+        return mean, np.linalg.eigh((rows - mean).T @ (rows - mean))[1][:, ::-1].T
+    return mean, np.linalg.svd(rows - mean, full_matrices=False)[2][:-1]
 
 
 def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
@@ -166,7 +269,7 @@ def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
     also of latitude, longitude and local solar time."""
     day, year = (2 * np.pi * share for share in hours_of_day_and_year(cases.times))
     clock = [f(k * angle) for angle in (day, year) for k in (1, 2) for f in (np.sin, np.cos)]
-    pooled = np.stack(clock, axis=-1)
+    of_date = np.stack(clock, axis=-1)
     latitude = np.deg2rad(places.latitude[places.rows])
     longitude = np.deg2rad(places.longitude[places.columns])
     hour = day[:, None] + longitude
@@ -174,5 +277,6 @@ def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
     meridional = [f(k * latitude) for k in (1, 2, 3) for f in (np.sin, np.cos)]
     mixed = [np.cos(latitude) * part for part in zonal[:2]]
     place_features = np.stack([*zonal, *meridional, *mixed], axis=-1)
-    clocks = np.broadcast_to(pooled[:, None], (*place_features.shape[:2], pooled.shape[-1]))
-    return Features("position", None, pooled, np.concatenate([place_features, clocks], axis=-1))
+    clocks = np.broadcast_to(of_date[:, None], (*place_features.shape[:2], of_date.shape[-1]))
+    local = np.concatenate([place_features, clocks], axis=-1)
+    return Features("position", None, of_date, local, local)

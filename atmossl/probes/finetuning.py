@@ -24,6 +24,7 @@ from atmossl.data.fraction import blocks_of_time
 from atmossl.geometry import nearest_cells
 from atmossl.model.network import Network, StreamLatents
 from atmossl.probes.cases import Cases, TokenPlaces
+from atmossl.probes.features import band_weights
 from atmossl.probes.scoring import Question
 
 _VALIDATIONS = 5
@@ -59,8 +60,8 @@ class TunedNetwork(nn.Module):
     """Predictions of a label from the last layer of an encoder, for the last step of a window.
 
     Features are those of the linear probes (`features.encoded`): normalised over themselves, and
-    of a date the mean over the sphere and over levels. The linear map begins at 0, and its bias at
-    the mean of the training labels that are used, or at the frequencies of classes.
+    of a date the means over bands of latitude and over levels. The linear map begins at 0, and its
+    bias at the mean of the training labels that are used, or at the frequencies of classes.
     """
 
     scale: Tensor
@@ -92,7 +93,7 @@ class TunedNetwork(nn.Module):
         encoded = self.network.encode(view)
         streams = [encoded[name] for name in self.names]
         if not self.question.local:
-            return torch.cat([_pooled(stream) for stream in streams], dim=-1)[:, None]
+            return torch.cat([_by_band(stream) for stream in streams], dim=-1)[:, None]
         latitude = self.places.latitude[self.places.rows[cases]]
         longitude = self.places.longitude[self.places.columns[cases]]
         return torch.cat([_nearest(stream, latitude, longitude) for stream in streams], dim=-1)
@@ -112,10 +113,11 @@ def _last_step(stream: StreamLatents) -> Float[Tensor, "case level row column fe
     return layer_norm(latents, latents.shape[-1:])
 
 
-def _pooled(stream: StreamLatents) -> Float[Tensor, "case feature"]:
-    weight = torch.deg2rad(stream.grid.lat[0]).cos().clamp_min(0.0)
+def _by_band(stream: StreamLatents) -> Float[Tensor, "case feature"]:
+    weights = torch.from_numpy(band_weights(stream.grid.lat[0].cpu().numpy()))
     rows = reduce(_last_step(stream), "case level row column f -> case row f", "mean")
-    return torch.einsum("crf,r->cf", rows, weight / weight.sum())
+    bands = torch.einsum("crf,br->cbf", rows, weights.to(rows))
+    return rearrange(bands, "case band f -> case (band f)")
 
 
 def _nearest(

@@ -19,6 +19,18 @@ Kind = Literal["number", "class", "extreme"]
 
 
 @dataclass(frozen=True)
+class Blind:
+    """What a probe's encoder is not shown, since the label would follow from it without learning.
+
+    position: latitude, longitude, date and hour, as far as the network is told them. variables: the
+    encoder sees their training mean, and the baselines of raw values lack them.
+    """
+
+    position: bool = False
+    variables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Label:
     """One label: what one probe predicts.
 
@@ -29,7 +41,9 @@ class Label:
     needs: variables and levels in hPa that `of` reads.
     lead_hours: from the encoded state to the one that the label is computed from.
     persists: the label of one day earlier is a baseline.
-    local: one label per place, from the latents there; else one per date, from pooled latents.
+    local: one label per place, from the latents there; else one per date, from latents that are
+        averaged over bands of latitude.
+    blind: what the encoder is not shown.
     """
 
     of: Callable[[xr.Dataset, xr.Dataset], xr.DataArray]
@@ -38,6 +52,7 @@ class Label:
     lead_hours: int = 0
     persists: bool = False
     local: bool = False
+    blind: Blind = Blind()
 
     def check(self, name: str, levels: Mapping[str, Sequence[int]]) -> None:
         """Raise ValueError if a checkpoint lacks the variables and levels that the label needs."""
@@ -162,13 +177,19 @@ LABELS: Mapping[str, Label] = {
         (("u_component_of_wind", 850), ("v_component_of_wind", 850)), persists=True, local=True,
     ),
     "humidity": Label(
-        humidity_850, "number", (("specific_humidity", 850),), persists=True, local=True
+        humidity_850, "number", (("specific_humidity", 850),), persists=True, local=True,
+        blind=Blind(variables=("specific_humidity",)),
     ),
-    "latitude_belt": Label(latitude_belt, "class", local=True),
-    "local_hour": Label(local_hour, "number", local=True),
+    "latitude_belt": Label(latitude_belt, "class", local=True, blind=Blind(position=True)),
+    "local_hour": Label(local_hour, "number", local=True, blind=Blind(position=True)),
 }  # fmt: skip
 DISTANCE = "temporal_distance"  # of pairs of dates, not of a state
 PROBES = (*LABELS, DISTANCE)
+
+
+def blind_of(probe: str) -> Blind:
+    """What the encoder is not shown where a probe of this name is asked."""
+    return Blind(position=True) if probe == DISTANCE else LABELS[probe].blind
 
 
 def check_probes(names: Sequence[str], levels: Mapping[str, Sequence[int]]) -> None:

@@ -2,7 +2,7 @@
 the baselines."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -31,12 +31,15 @@ from atmossl.probes.features import (
     principal_components,
     random_network,
     raw_values,
+    whole_map_components,
 )
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings
-from atmossl.probes.labels import PROBES, check_probes
+from atmossl.probes.labels import PROBES, Blind, check_probes
 from atmossl.probes.scoring import Outcome, Question, Scorer, ask, best_by_validation
 
-BASELINES = ("climatology", "persistence", "position", "random", "pca", "raw")
+STEADY_TRAIN_DATES, STEADY_TEST_BLOCKS = 50, 8  # with fewer, the scores come with a warning
+_SEES_ALL = Blind()
+BASELINES = ("climatology", "persistence", "position", "random", "pca", "eofs", "raw")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Baselines:
     them."""
 
     features: list[Features]
-    outcomes: dict[str, list[Outcome]]
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,31 @@ class ProbeRun:
         return cls(trained, options, layers, embedders, tuple(runs), cases, places, questions)
 
     @property
+    def warning(self) -> str | None:
+        """What few dates do to the scores; None where there are enough."""
+        train, test = (int(self.cases.of(split).sum()) for split in ("train", "test"))
+        blocks = test / self._bootstrap.block_length
+        if train >= STEADY_TRAIN_DATES and blocks >= STEADY_TEST_BLOCKS:
+            return None
+        return (
+            f"probes are fitted on {train} dates and scored on {test}, that is {blocks:.1f} blocks "
+            f"of {self.options.block_days:g} days: with fewer than {STEADY_TRAIN_DATES} dates or "
+            f"{STEADY_TEST_BLOCKS} blocks skills are mostly chance and intervals too narrow; take "
+            "more by a smaller every or longer data"
+        )
+
+    @property
+    def blinds(self) -> tuple[Blind, ...]:
+        """What the encoder is not shown, in turn; all dates are encoded once for each."""
+        asked = dict.fromkeys(question.blind for question in self.questions)
+        return tuple(sorted(asked, key=lambda blind: (blind.position, blind.variables)))
+
+    @property
     def num_windows(self) -> int:
         """Passes over the globe that `run` makes, each step of fine-tuning one of them."""
         tuned = self.options.finetune
         fits = (len(tuned.fractions) + 1) * len(tuned.probes) if tuned.fractions else 0
-        return 2 * len(self.cases.times) + fits * tuned.steps
+        return 2 * len(self.blinds) * len(self.cases.times) + fits * tuned.steps
 
     def run(
         self,
@@ -167,86 +190,124 @@ class ProbeRun:
         shared: baselines of other checkpoints, of which those with the same architecture and dates
         are not fitted again; those of this one are added.
         """
-        shared, key = {} if shared is None else shared, self._key_of_baselines()
-        trained = self._encoded(self.trained, "latents", advance)
-        if key in shared:
-            advance(float(len(self.cases.times)))
-        else:
-            shared[key] = Baselines(self._features_of_baselines(trained[-1], advance), {})
-        baselines, outcomes, headlines = shared[key], [], {}
-        for question in self.questions:
-            answers, headline = self._answers(question, trained, baselines)
-            outcomes += answers
-            headlines[question.name] = headline
-        sources = [*trained, *baselines.features]
+        shared = {} if shared is None else shared
+        answers: dict[str, tuple[list[Outcome], Outcome]] = {}
+        sources: list[Features] = []  # of the first encoding, with which most is shown
+        for blind in self.blinds:
+            trained = self._encoded(self.trained, "latents", blind, advance)
+            key = self._key_of_baselines(blind)
+            if key in shared:
+                advance(float(len(self.cases.times)))
+            else:
+                shared[key] = Baselines(self._features_of_baselines(trained[-1], blind, advance))
+            sources = sources or [*trained, *shared[key].features]
+            for question in self.questions:
+                if question.blind == blind:
+                    answers[question.name] = self._answers(question, trained, shared[key])
         test = self.cases.of("test")
-        latents = {s.layer: s.pooled[test] for s in sources if s.source == "latents"}
+        pooled = {
+            (source.source, source.layer): source.pooled[test]
+            for source in sources
+            if source.layer is not None and source.pooled is not None
+        }
+        ordered = {question.name: answers[question.name] for question in self.questions}
         return Probed(
-            outcomes=tuple(outcomes),
-            headlines=headlines,
-            rank={(s.source, s.layer): _rank(s.pooled[test]) for s in sources
-                  if s.layer is not None},
-            test_latents={layer: rows for layer, rows in latents.items() if layer is not None},
+            outcomes=tuple(outcome for outcomes, _ in ordered.values() for outcome in outcomes),
+            headlines={name: headline for name, (_, headline) in ordered.items()},
+            rank={key: _rank(rows) for key, rows in pooled.items()},
+            test_latents={layer: rows for (name, layer), rows in pooled.items()
+                          if name == "latents"},
             num_cases={name: int(self.cases.of(name).sum()) for name in SPLITS},
             tuned=tuple(self._tuned(advance)) if self.options.finetune.fractions else (),
         )  # fmt: skip
 
-    def _key_of_baselines(self) -> str:
+    def _key_of_baselines(self, blind: Blind) -> str:
         """The same for checkpoints that differ in what they have learned alone."""
         record = self.trained.record
         statistics = [found["fingerprint"] for found in record["statistics"].values()]
         keys = ("network", "model", "streams", "window", "first_guess")
         records = [(run.segment.location, run.segment.period) for run in self.runs]
         names = [question.name for question in self.questions]
-        return repr([[record[key] for key in keys], statistics, records, names, self.options])
+        depends = [[record[key] for key in keys], statistics, records, names, self.options, blind]
+        return repr(depends)
+
+    def _blinded(self, trained: TrainedModel, blind: Blind) -> TrainedModel:
+        if not blind.position:
+            return trained
+        return replace(trained, model=trained.model.without_position())
 
     def _encoded(
-        self, trained: TrainedModel, source: str, advance: Callable[[float], object]
+        self,
+        trained: TrainedModel,
+        source: str,
+        blind: Blind,
+        advance: Callable[[float], object],
     ) -> list[Features]:
-        embedders = [_embedder(trained, run.segment, self.options) for run in self.runs]
+        seeing = self._blinded(trained, blind)
+        embedders = [_embedder(seeing, run.segment, self.options, blind) for run in self.runs]
         return encoded(embedders, self.runs, self.layers, self.places, source, advance)
 
     def _features_of_baselines(
-        self, like: Features, advance: Callable[[float], object]
+        self, like: Features, blind: Blind, advance: Callable[[float], object]
     ) -> list[Features]:
         """like: latents, of which principal components have as many features."""
         random = random_network(self.trained, self.options.seed)
-        levels = levels_by_variable(self.embedders[0].shown_specs)
+        levels = {
+            name: levels
+            for name, levels in levels_by_variable(self.embedders[0].shown_specs).items()
+            if name not in blind.variables
+        }
         raw = raw_values(self.cases, self.places, levels)
-        components = principal_components(raw, self.cases, like=like)
-        position = position_and_calendar(self.cases, self.places)
-        return [*self._encoded(random, "random", advance), raw, components, position]
+        return [
+            *self._encoded(random, "random", blind, advance),
+            raw.features,
+            principal_components(raw, self.cases, self.places, like),
+            whole_map_components(raw, self.cases, like),
+            position_and_calendar(self.cases, self.places),
+        ]
 
     def _tuned(self, advance: Callable[[float], object]) -> Iterator[Tuned]:
         """The fine-tuned networks of every probe; the first one starts from random weights and
         has all labels."""
+        starts = {
+            "random": random_network(self.trained, self.options.seed),
+            "latents": self.trained,
+        }
+        settings = self.options.finetune
+        fits = [("random", 1.0), *(("latents", part) for part in settings.fractions)]
+        for question in self.questions:
+            if question.name not in settings.probes:
+                continue
+            tuner = self._finetuner(question.blind)
+            for source, fraction in fits:
+                model = self._blinded(starts[source], question.blind).model
+                predicted, used = tuner.fitted(model, question, fraction, advance)
+                outcome = self._scorer(question).outcome(source, "finetuned", predicted.__getitem__)
+                yield Tuned(outcome, fraction, used)
+
+    def _finetuner(self, blind: Blind) -> Finetuner:
+        """Fits labels to windows on the whole grid."""
         options, whole = self.options, replace(self.trained.window, lat=0, lon=0)
         trained = replace(self.trained, window=whole)
-        embedders = [_embedder(trained, run.segment, options) for run in self.runs]
+        embedders = [_embedder(trained, run.segment, options, blind) for run in self.runs]
         views = [
             embedder.whole_view(time)
             for embedder, run in zip(embedders, self.runs, strict=True)
             for time in run.times
         ]
         names = [spec.name for spec in self.embedders[0].shown_specs]
-        tuner = Finetuner(
+        return Finetuner(
             self.cases, self.places, views, names, options.finetune, options.seed, options.device
         )
-        starts = {"random": random_network(self.trained, options.seed), "latents": self.trained}
-        fits = [("random", 1.0), *(("latents", part) for part in options.finetune.fractions)]
-        for question in self.questions:
-            if question.name not in options.finetune.probes:
-                continue
-            for source, fraction in fits:
-                predicted, used = tuner.fitted(starts[source].model, question, fraction, advance)
-                outcome = self._scorer(question).outcome(source, "finetuned", predicted.__getitem__)
-                yield Tuned(outcome, fraction, used)
+
+    @property
+    def _bootstrap(self) -> BlockBootstrap:
+        steps_a_day = 24.0 / (self.runs[0].segment.step_hours * self.options.every)
+        dates_in_block = max(1, round(self.options.block_days * steps_a_day))
+        return BlockBootstrap(dates_in_block, self.options.resamples)
 
     def _scorer(self, question: Question) -> Scorer:
-        steps_a_day = 24.0 / (self.runs[0].segment.step_hours * self.options.every)
-        blocks = max(1, round(self.options.block_days * steps_a_day))
-        bootstrap = BlockBootstrap(blocks, self.options.resamples)
-        return Scorer(question, self.cases, bootstrap, self.options.seed)
+        return Scorer(question, self.cases, self._bootstrap, self.options.seed)
 
     def _answers(
         self, question: Question, trained: Sequence[Features], baselines: Baselines
@@ -254,7 +315,7 @@ class ProbeRun:
         scorer = self._scorer(question)
 
         def fits(sources: Sequence[Features]) -> Iterator[Outcome]:
-            for features in sources:
+            for features in filter(question.can_be_asked_of, sources):
                 yield from (scorer.linear(features), scorer.neighbours(features))
                 if question.is_of_a_date and features.tokens is not None:
                     yield scorer.attentive(features, self.places)
@@ -286,10 +347,13 @@ def _check_finetuned(settings: FinetuneSettings, questions: Sequence[Question]) 
         )
 
 
-def _embedder(trained: TrainedModel, segment: Segment, options: ProbeOptions) -> Embedder:
+def _embedder(
+    trained: TrainedModel, segment: Segment, options: ProbeOptions, blind: Blind = _SEES_ALL
+) -> Embedder:
     return Embedder(
         trained=trained, segments=(segment,), layer=-1, overlap=options.overlap,
         batch_size=options.batch_size, device=options.device, withheld=options.withheld,
+        blank=blind.variables,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from atmossl.evaluation.bootstrap import BlockBootstrap, resampled_means
 from atmossl.probes.attentive import fit_attentive
 from atmossl.probes.cases import Cases, TokenPlaces
 from atmossl.probes.features import Features
-from atmossl.probes.labels import DISTANCE, LABELS, Label, date_pairs
+from atmossl.probes.labels import DISTANCE, LABELS, Blind, Label, blind_of, date_pairs
 from atmossl.probes.models import Rows, chosen_strength, fit_linear, nearest_neighbours
 
 EXTREME_QUANTILE = 0.95
@@ -30,7 +30,7 @@ class Question:
     """One label as rows on which a probe is fitted.
 
     case: that a row belongs to. persistence: the label of a day earlier. pairs: earlier and later
-    case of a row, for labels of two dates.
+    case of a row, for labels of two dates. blind: what the encoder is not shown.
     """
 
     name: str
@@ -40,20 +40,27 @@ class Question:
     case: Int[np.ndarray, "row"]
     persistence: Float[np.ndarray, "row target"] | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None
+    blind: Blind = Blind()
 
     @property
     def is_of_a_date(self) -> bool:
         return not self.local and self.pairs is None
 
+    def can_be_asked_of(self, features: Features) -> bool:
+        return not self.local or features.local is not None
+
     def inputs(self, features: Features) -> Float[np.ndarray, "row feature"]:
-        """The features that a probe sees in every row; for labels of two dates, the distance of
-        every feature."""
+        """The features that a probe sees in every row. For labels of two dates, the distance of
+        every feature; for numbers of a place, which are departures from its mean, departures too,
+        so that no probe has to learn the climate of every place first."""
         if self.pairs is not None:
             first, second = self.pairs
-            return np.abs(features.pooled[first] - features.pooled[second])
+            return np.abs(features.of_date[first] - features.of_date[second])
         if self.local:
-            return rearrange(features.local, "case place feature -> (case place) feature")
-        return features.pooled
+            of_places = features.local if self.classes else features.departures
+            assert of_places is not None, "ask can_be_asked_of first"
+            return rearrange(of_places, "case place feature -> (case place) feature")
+        return features.of_date
 
     def rows(self, features: Features, cases: Cases) -> Rows:
         return Rows(
@@ -82,7 +89,10 @@ def ask(name: str, cases: Cases, places: TokenPlaces) -> Question:
 
 def _of_pairs(cases: Cases) -> Question:
     first, second, hours = date_pairs(cases.times, cases.run)
-    return Question(DISTANCE, False, False, hours[:, None], first, pairs=(first, second))
+    return Question(
+        DISTANCE, False, False, hours[:, None], first, pairs=(first, second),
+        blind=blind_of(DISTANCE),
+    )  # fmt: skip
 
 
 def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Question:
@@ -109,6 +119,7 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
         targets=asked_targets,
         case=np.repeat(np.arange(len(cases.times)), len(asked_targets) // len(cases.times)),
         persistence=targets(label.lead_hours - 24) if label.persists else None,
+        blind=label.blind,
     )
 
 

@@ -52,7 +52,7 @@ def test_features_are_those_of_the_frozen_probes(run: ProbeRun) -> None:
     tuner = Finetuner(run.cases, run.places, views, names, SETTINGS, 0, "cpu")
     for question, expected in (
         (run.questions[0], frozen.local),
-        (about_dates(run), frozen.pooled[:, None]),
+        (about_dates(run), frozen.of_date[:, None]),
     ):
         tuned = TunedNetwork(run.trained.model, question, run.places, names)
         with torch.no_grad():

@@ -16,13 +16,16 @@ from atmossl.cli import main
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.probes import labels
-from atmossl.probes.cases import Cases, chosen_runs, draw_places
+from atmossl.probes.cases import Cases, TokenPlaces, chosen_runs, draw_places
 from atmossl.probes.features import (
     Features,
+    band_weights,
+    leading_axes,
     position_and_calendar,
     principal_components,
     random_network,
     raw_values,
+    whole_map_components,
 )
 from atmossl.probes.models import Rows, nearest_neighbours
 from atmossl.probes.run import ProbeOptions, ProbeRun, linear_cka
@@ -122,8 +125,8 @@ def question(of: Cases, targets: np.ndarray, *, classes: bool = False) -> Questi
     return Question("made", classes, False, targets, np.arange(len(of.times)))
 
 
-def features(pooled: np.ndarray, layer: int | None = 0) -> Features:
-    return Features("latents", layer, pooled, pooled[:, None])
+def features(of_date: np.ndarray, layer: int | None = 0) -> Features:
+    return Features("latents", layer, of_date, of_date[:, None], of_date[:, None])
 
 
 BOOTSTRAP = BlockBootstrap(4, 200)
@@ -240,24 +243,89 @@ def test_all_statistics_are_of_the_training_dates() -> None:
         train = made.of("train")[one.case]
         np.testing.assert_array_equal(one.targets[train], other.targets[train])
         assert (one.targets[~train] != other.targets[~train]).any()
-    like = features(np.zeros((40, 5)))
+    like = latents_like(places, num_features=5)
     raw = [raw_values(one, places, LEVELS) for one in (made, changed)]
-    parts = [principal_components(one, made, like) for one in raw]
-    for one, other in (raw, parts):
-        np.testing.assert_allclose(one.pooled[:20], other.pooled[:20], atol=1e-5)
-        np.testing.assert_allclose(one.local[:20], other.local[:20], atol=1e-5)
-        assert not np.allclose(one.pooled[20:], other.pooled[20:], atol=1e-2)
-    assert parts[0].pooled.shape == (40, 5)
+    parts = [
+        principal_components(of_raw, one, places, like)
+        for of_raw, one in zip(raw, (made, changed), strict=True)
+    ]
+    maps = [whole_map_components(one, made, like) for one in raw]
+    for one, other in ([of_raw.features for of_raw in raw], parts, maps):
+        for name in ("of_date", "local", "departures", "tokens"):
+            found, again = getattr(one, name), getattr(other, name)
+            if found is not None:
+                np.testing.assert_allclose(found[:20], again[:20], atol=1e-4)
+                assert not np.allclose(found[20:], again[20:], atol=1e-2)
+    assert parts[0].of_date.shape == (40, 16 * 5) and parts[0].local.shape == (40, 6, 5)
+    assert maps[0].of_date.shape == (40, 19) and maps[0].local is None
+
+
+def latents_like(places: TokenPlaces, num_features: int) -> Features:
+    """Latents without any meaning, of so many features in a token."""
+    count, num_places = places.rows.shape
+    rng = np.random.default_rng(0)
+    local = rng.standard_normal((count, num_places, num_features))
+    tokens = rng.standard_normal((count, len(places.spread_out()[0]), num_features))
+    bands = rng.standard_normal((count, 16 * num_features))
+    return Features("latents", 0, bands, local, local, tokens)
 
 
 def test_principal_components_are_those_of_scikit_learn() -> None:
     from sklearn.decomposition import PCA
 
     made = cases(10)
-    pooled = np.random.default_rng(5).standard_normal((40, 7)) * np.arange(1, 8)
-    found = principal_components(features(pooled), made, like=features(np.zeros((40, 3))))
-    expected = PCA(3).fit(pooled[:20]).transform(pooled)
-    np.testing.assert_allclose(np.abs(found.pooled), np.abs(expected), atol=1e-6)
+    places = draw_places(LATITUDE, LONGITUDE, 40, 6, np.random.default_rng(0))
+    raw = raw_values(made, places, LEVELS)
+    found = principal_components(raw, made, places, latents_like(places, 3))
+    for name in ("local", "departures"):
+        rows = getattr(raw.features, name)
+        width = rows.shape[-1]
+        fitted = PCA(3).fit(rows[:20].reshape(-1, width).astype(float))
+        expected = fitted.transform(rows.reshape(-1, width).astype(float)).reshape(40, 6, 3)
+        np.testing.assert_allclose(np.abs(getattr(found, name)), np.abs(expected), atol=1e-4)
+    rows = raw.features.local[:20].reshape(120, -1)
+    mean, axes = rows.mean(axis=0), leading_axes(rows)[1][:3]
+    for place in range(6):  # a token's components are the same wherever they are shown
+        row, column = places.rows[0, place], places.columns[0, place]
+        number = row // places.every * -(-len(LONGITUDE) // places.every) + column // places.every
+        if row % places.every == column % places.every == 0:
+            expected = (raw.features.local[0, place] - mean) @ axes.T
+            np.testing.assert_allclose(found.tokens[0, number], expected, atol=1e-4)
+    whole = whole_map_components(raw, made, latents_like(places, 3))
+    maps = raw.features.of_date
+    expected = PCA(19).fit(maps[:20].astype(float)).transform(maps.astype(float))
+    np.testing.assert_allclose(np.abs(whole.of_date), np.abs(expected), atol=1e-3)
+
+
+def test_means_over_bands_tell_the_latitude_that_the_mean_over_the_sphere_hides() -> None:
+    """A jet that wanders between bands, which are of equal area in this made-up field."""
+    latitude = np.degrees(np.arcsin(np.linspace(-1, 1, 33)[1:] - 1 / 32))
+    weights = band_weights(latitude)
+    assert weights.shape == (16, 32)
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+    area = np.cos(np.deg2rad(latitude))
+    np.testing.assert_allclose(weights[3, 6:8], area[6:8] / area[6:8].sum())
+    assert (weights > 0).sum() == 32
+    jets = np.eye(32)[:, None]  # in one row after another
+    np.testing.assert_array_equal((jets[:, 0] @ weights.T).argmax(axis=1), np.arange(32) // 2)
+    assert band_weights(latitude[:5]).shape == (5, 5)
+
+
+def test_departures_are_from_every_tokens_mean_over_the_training_dates() -> None:
+    made = cases(10)
+    places = draw_places(LATITUDE, LONGITUDE, 40, 6, np.random.default_rng(0))
+    for hours in made.states:  # every place has a climate of its own
+        made.states[hours] = made.states[hours] + 100.0 * np.arange(32.0)[:, None]
+    raw = raw_values(made, places, {"geopotential": (500,)}).features
+    cells = made.states[0]["geopotential"].isel(level=0).to_numpy()
+    cells = (cells - cells[:20].mean()) / cells[:20].std()
+    expected = places.at_places((cells - cells[:20].mean(axis=0))[..., None])[..., 0]
+    first = raw.local.shape[-1] // 2  # the day before comes first; tokens of one cell
+    np.testing.assert_allclose(raw.departures[..., first], expected, atol=1e-4)
+    question = ask("anomaly_24h", made, places)
+    np.testing.assert_array_equal(question.inputs(raw), raw.departures.reshape(240, -1))
+    belts = ask("latitude_belt", made, places)
+    np.testing.assert_array_equal(belts.inputs(raw), raw.local.reshape(240, -1))
 
 
 def test_places_are_drawn_by_area_and_tokens_average_their_cells() -> None:
@@ -301,6 +369,15 @@ def test_the_random_network_is_the_same_architecture_untrained() -> None:
     assert any(not torch.equal(random[0][name], random[2][name]) for name in random[0])
 
 
+def test_the_random_network_measures_tendencies_as_the_trained_one_does() -> None:
+    """The typical sizes of tendencies are of the data, not of training."""
+    trained = load_checkpoint("default")
+    random = dict(random_network(trained, 0).model.named_buffers())
+    scales = {name: b for name, b in trained.model.named_buffers() if name.endswith("scale")}
+    assert scales and all(torch.equal(random[name], values) for name, values in scales.items())
+    assert any((values != 1).any() for values in scales.values())
+
+
 def test_too_few_dates_and_odd_time_steps_are_named() -> None:
     short = segment()
     with pytest.raises(ValueError, match="every=3 leaves 2 dates of split train.*needed: 8"):
@@ -325,6 +402,10 @@ def test_the_command_writes_a_report_once(tmp_path: Path, capsys: pytest.Capture
                      "bootstrap=50", "places=8", f"output={tmp_path / output}", *more])  # fmt: skip
 
     assert command("report", both) == 0
+    (line,) = [t for t in capsys.readouterr().err.splitlines() if t.startswith("note: ")]
+    assert line.startswith(
+        "note: probes are fitted on 12 dates and scored on 3, that is 3.0 blocks"
+    )
     table = pd.read_csv(tmp_path / "report" / "scores.csv")
     assert set(table["source"]) == {"latents", "random", "pca", "raw", "position", "climatology"}
     assert (table.query("source == 'climatology'")["skill"] == 0).all()
