@@ -6,6 +6,14 @@ python -m benchmarks.zero_shot --checkpoint PATH --specialists  # trains and sco
 With `--checkpoint default`, what the reference checkpoint cannot be asked is asked of the other one
 of the package, `default_streams`, whose digest then stands beside the task's figures.
 
+python -m benchmarks.zero_shot --examples 0 1 2                  # in-context examples alone
+
+With `--examples` nothing else is scored, and the figures are kept as `zero_shot_examples`.
+`downscaling_examples_K_over_0`: RMSE of downscaling with K whole steps shown before the coarse one,
+over that without; root of the ratio of mean squares, each variable and level in units of its mean
+without examples, and its interval (block bootstrap over the same dates). `trained_with_examples`:
+whether the masks of the checkpoint's training had such windows.
+
 A specialist has the checkpoint's size and step budget and is trained with one task's mask alone.
 That takes as long as the checkpoint's own training, for each task. Its progress is on disk, under
 --runs, and the same command goes on where it stopped; specialists that are finished are only
@@ -17,8 +25,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import xarray as xr
 
+import atmossl
 from atmossl.api import find_task
 from atmossl.cli import compose_config
 from atmossl.commands.common import open_for
@@ -29,6 +40,7 @@ from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.inference.tiles import first_view
 from atmossl.schema.data import StoreChoice
+from benchmarks.finetune import fields_of, ratio, square_error
 from benchmarks.report import finish
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -183,6 +195,37 @@ def against_baselines(found: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
+def examples_figures(checkpoint: str, counts: list[int], every: int) -> dict[str, Any]:
+    """Downscaling with so many examples against none, see the module."""
+    model = atmossl.load(checkpoint, device="cpu")
+    (truth,) = fields_of("test").values()
+    names = [name for spec in model.trained.specs for name in spec.variables]
+    steps, choices = model.trained.window.time, TASKS["downscaling"]
+    times = truth["time"].to_numpy()[steps : len(truth["time"]) - steps : every]
+    valid = truth[names].sel(time=times)
+    errors: dict[int, xr.Dataset] = {}
+    for count in sorted({0, *counts}):
+        dates = times.astype(str).tolist()
+        found = model.predict("downscaling", truth[names], dates, examples=count, **choices)
+        errors[count] = square_error(found[names].mean("member"), valid)
+    unit = errors[0].mean("time")
+
+    def losses(count: int) -> np.ndarray:
+        by_field = (errors[count] / unit).to_dataarray("variable")
+        return by_field.mean(("variable", "level")).transpose("time").to_numpy()
+
+    masks = json.dumps(model.trained.record["config"]["masking"])
+    figures: dict[str, Any] = {
+        "checkpoint": model.trained.digest, "every": every, "dates": len(times),
+        "trained_with_examples": '"examples"' in masks,
+    }  # fmt: skip
+    for count in (n for n in errors if n):
+        compared = ratio(losses(count), losses(0))
+        figures[f"downscaling_examples_{count}_over_0"] = compared["value"]
+        figures[f"downscaling_examples_{count}_over_0_interval"] = compared["interval"]
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,7 +246,12 @@ def main() -> None:
         help="with --specialists: also tune the checkpoint for a tenth of the budget",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_zero_shot"))
+    parser.add_argument("--examples", nargs="+", type=int, metavar="K", help="only these")
     arguments = parser.parse_args()
+    if arguments.examples:
+        figures = examples_figures(arguments.checkpoint, arguments.examples, arguments.every)
+        finish("zero_shot_examples", figures)
+        return
     digest = load_checkpoint(arguments.checkpoint).digest
     runs: Path = arguments.runs / digest
     name = report_name(arguments)
