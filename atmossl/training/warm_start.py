@@ -25,11 +25,12 @@ class PretrainedStreams:
 @dataclass
 class Report:
     """What happened to each weight, by name. `loaded`: taken as it is. `grown`: taken in part,
-    where tokens have other values than before. `initialised`: new. `left`: weights of the
-    trained model that have no place."""
+    where tokens have other values than before. `averaged`: the mean of the weights of several
+    members. `initialised`: new. `left`: weights of the trained model that have no place."""
 
     loaded: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
+    averaged: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
@@ -68,7 +69,9 @@ def warm_start(
 
     Coupling between streams that were trained apart starts shut (its last layer is 0), so every
     stream predicts what it did alone. A new variable or level is not looked at at first (its
-    embedding is 0), and its tail is new. Widths that differ are initialised.
+    embedding is 0), and its tail is new. A tail of one member, such as that of a network whose
+    members are draws of noise, starts as the mean of the trained members. Other widths that differ
+    are initialised.
     Raises:
         ValueError: no weight of a source has a place in the model.
     """
@@ -99,17 +102,18 @@ def _place(
 ) -> bool:  # fmt: skip
     """Copy one weight where it fits; returns whether it did."""
     stream = next((part for part in key.split(".")[1:] if part in source.specs), None)
-    axis = model.patch_axis(key)
+    axis, kind = model.patch_axis(key), "loaded"
     if axis is not None and stream in specs and stream is not None:
         index = patch_index(source.specs[stream], specs[stream])
-        if index != list(range(source.specs[stream].patch)) or len(index) != specs[stream].patch:
-            blank = key.split(".")[0] not in model.ends
-            old_patch = source.specs[stream].patch
-            return _grow(target, value, key, axis, index, old_patch, placed, blank=blank)
+        old_patch, is_end = source.specs[stream].patch, key.split(".")[0] in model.ends
+        if is_end and value.shape[axis] > old_patch and target.shape[axis] == len(index):
+            value, kind = value.unflatten(axis, (-1, old_patch)).mean(dim=axis), "averaged"
+        if index != list(range(old_patch)):
+            return _grow(target, value, key, axis, index, old_patch, placed, blank=not is_end)
     if target.shape != value.shape:
         return False
     target.copy_(value)
-    placed[key] = "loaded"
+    placed[key] = kind
     return True
 
 

@@ -94,3 +94,22 @@ def test_other_widths_are_initialised_and_named() -> None:
     report = warm_start(wider, (AIR,), [source])
     assert report.initialised == ["tail.air.project.bias", "tail.air.project.weight"]
     assert report.left == ["old: tail.air.project.bias", "old: tail.air.project.weight"]
+
+
+@pytest.mark.parametrize("variables", [AIR.variables, ("u_component_of_wind", "temperature")])
+def test_a_network_of_noise_starts_as_the_mean_of_the_trained_members(variables) -> None:
+    """Without noise's gains and shifts every draw is the ensemble mean of the trained tail."""
+    target, old = spec("air", variables=variables), network(AIR, seed=1)
+    torch.manual_seed(2)
+    noise = Multiformer(streams=(target,), **SIZES, ensemble="noise", noise_lengths_km=(1000.0,))
+    report = warm_start(noise, (target,), [renamed("old", [AIR], dict(old.named_parameters()), {})])
+    assert all(".modulation." in name for name in report.initialised) and not report.left
+    with torch.no_grad():
+        for name, parameter in noise.named_parameters():
+            if ".modulation." in name:
+                parameter.zero_()
+    wide, narrow = window(target, seed=3), window(AIR)
+    narrow = type(narrow)(**{**vars(narrow), "fields": wide.fields[-1:]})
+    expected = members(old, (narrow,))["air"].mean(dim=2, keepdim=True)
+    found = members(noise, (wide,))["air"][..., -AIR.patch :]
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-5, atol=1e-6)
