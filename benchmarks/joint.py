@@ -2,6 +2,7 @@
 
 python -m benchmarks.joint --checkpoint PATH --against default     # minutes each
 python -m benchmarks.joint --checkpoint PATH --rollout --every 48  # ten days: some minutes a date
+python -m benchmarks.joint --cost [KEY=VALUE ...]                  # a minute
 
 Keys of TASK (forecast at +6 h and +12 h, interpolation, downscaling, inpainting):
 `_box_mean_spread_skill`: spread over error of means over 4 x 4 and 8 x 8 cells, where 1 is
@@ -19,22 +20,34 @@ RMSE, worst of the variables; `rollout_member_power_ratio_worst`, as above;
 `rollout_acc_z500_hours_above_0.6`, the last lead time before the anomaly correlation of 500 hPa
 geopotential falls to 0.6, of the checkpoint and of persistence;
 `rollout_crps_below_climatology_hours`, the last one before its CRPS reaches climatology's.
+
+Keys of --cost, which takes further settings of both trainings: `samples_per_s_noise_over_tail`, of
+a training step of experiment=joint over one of experiment=quickstart, the same network with eight
+outputs of a tail; `seconds_per_member_noise_over_tail`, of their predictions of a window with eight
+members. CPU seconds (GPU: seconds), the least of several in turns.
 """
 
 import argparse
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import xarray as xr
 
+from atmossl.batch import View
 from atmossl.cli import compose_config
 from atmossl.commands.evaluate import evaluate
+from atmossl.cost_estimate import sample_batch
 from atmossl.evaluation.joint import BOXES, DIFFERENCES
 from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.model.network import Network
 from benchmarks.report import finish
+from benchmarks.train_step import configuration, in_turns, step_of_run
 from benchmarks.zero_shot import TASKS
 
 CHOSEN = ("forecast", "temporal_interpolation", "downscaling", "inpainting")
@@ -168,6 +181,31 @@ def rollout_figures(report: Path) -> dict[str, Any]:
     return figures
 
 
+def cost_figures(changes: Sequence[str], repeats: int = 3) -> dict[str, Any]:
+    """What members that are draws of noise cost beside those of a tail."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps, predictions, members = {}, {}, range(8)
+    for kind, experiment in (("tail", "quickstart"), ("noise", "joint")):
+        config = configuration([f"experiment={experiment}", *changes])
+        batch = sample_batch(config).to(device)
+        network, step = step_of_run(config, {}, device)
+        steps[kind] = partial(step, batch)
+        asked = members if network.any_member else None
+        predictions[kind] = partial(_predict, network, batch.views[0], asked)
+    training = in_turns(steps, repeats)
+    prediction = in_turns(predictions, repeats)
+    return {
+        "samples_per_s_noise_over_tail": round(training["tail"] / training["noise"], 3),
+        "seconds_per_member_noise_over_tail": round(prediction["noise"] / prediction["tail"], 3),
+        "changes": list(changes),
+    }
+
+
+@torch.no_grad()
+def _predict(network: Network, view: View, members: Sequence[int] | None) -> None:
+    network.reconstruct(network.encode(view), view, members)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -177,7 +215,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=12, help="score every n-th date")
     parser.add_argument("--rollout", action="store_true", help="score forecasts of ten days")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_joint"))
+    parser.add_argument("--cost", nargs="*", metavar="KEY=VALUE", help="measure what members cost")
     arguments = parser.parse_args()
+    if arguments.cost is not None:
+        finish("joint_cost", cost_figures(arguments.cost))
+        return
     report = report_of(arguments.checkpoint, arguments)
     figures: dict[str, Any] = {"checkpoint": load_checkpoint(arguments.checkpoint).digest}
     figures["every"] = arguments.every
