@@ -23,9 +23,8 @@ from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.fingerprint import Transforms
 from atmossl.data.fraction import part_of_records
-from atmossl.data.seen import Seen
 from atmossl.data.segment import Segment
-from atmossl.data.sources import entries_of, open_records, paired
+from atmossl.data.sources import Seen, entries_of, open_records, paired
 from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict

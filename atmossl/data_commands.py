@@ -32,7 +32,7 @@ from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.locks import owned
-from atmossl.names import check_name, file_name
+from atmossl.names import file_name
 from atmossl.schema import StatsConfig, parse
 from atmossl.schema.data import IngestConfig, InspectConfig
 from atmossl.stops import keeping

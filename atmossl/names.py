@@ -39,11 +39,3 @@ def file_name(name: str) -> str:
 
 def _quoted(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match.group().encode(errors="surrogatepass"))
-
-
-def check_name(name: str, key: str) -> None:
-    """Raise ValueError for a name that neither zarr nor NetCDF can hold."""
-    if not name.strip() or "/" in name or name in (".", "..") or not name.isprintable():
-        raise ValueError(
-            f"{key}: {name!r} cannot be a name in a store; valid: printable characters without /"
-        )

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atmossl.cli import main
-from atmossl.data.catalog import load_catalog
-from atmossl.names import check_name, file_name
+from atmossl.data.catalog import check_name, load_catalog
+from atmossl.names import file_name
 from tests.synthetic import catalog, dataset
 
 HOSTILE = [

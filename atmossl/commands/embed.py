@@ -8,11 +8,10 @@ from rich.console import Console
 
 from atmossl.checkpoint_files import partial_path, size_on_disk
 from atmossl.commands.common import device_for, open_checkpoint
-from atmossl.commands.early_estimate import EarlyEstimate
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.inference.plan import chosen_times
 from atmossl.locks import owned
-from atmossl.progress import telling
+from atmossl.progress import EarlyEstimate, telling
 from atmossl.schema import EmbedConfig, parse
 from atmossl.stops import keeping
 
@@ -37,8 +36,7 @@ def _embed(config: EmbedConfig) -> None:
         batch_size=config.batch_size,
         device=device_for(config.accelerator),
     )
-    dates = None if config.init_time == "all" else config.init_time
-    times = chosen_times(embedder, dates, config.every)
+    times = chosen_times(embedder, config.dates, config.every)
     partial = partial_path(config.output)
     with telling(f"latents, {len(times)} times", len(times)) as advance:
         estimate = EarlyEstimate(

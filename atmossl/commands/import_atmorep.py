@@ -16,9 +16,8 @@ from atmossl.checkpoint_files import FORMAT, check_room, size_on_disk, write_out
 from atmossl.commands.atmorep_normalisation import Months, with_atmorep_normalisation
 from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD
-from atmossl.data.seen import DAYS, Seen
 from atmossl.data.segment import Segment
-from atmossl.data.sources import entries_of, open_records
+from atmossl.data.sources import DAYS, Seen, entries_of, open_records
 from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings

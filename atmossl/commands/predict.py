@@ -1,7 +1,8 @@
 """`atmossl predict` and `atmossl calibrate`: write a prediction, or a checkpoint with calibrated
 spread."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from rich.console import Console
 
 from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
 from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
-from atmossl.commands.early_estimate import EarlyEstimate, NoRoomError, check_free
 from atmossl.inference.calibration import (
     Calibration,
     SpreadInflation,
@@ -28,7 +28,14 @@ from atmossl.inference.writer import (
     write,
 )
 from atmossl.locks import owned
-from atmossl.progress import console_of_output, size_text, telling
+from atmossl.progress import (
+    EarlyEstimate,
+    NoRoomError,
+    check_free,
+    console_of_output,
+    size_text,
+    telling,
+)
 from atmossl.schema import PredictConfig, parse
 from atmossl.stops import keeping
 
@@ -38,11 +45,16 @@ def predict(values: Mapping[str, Any]) -> Path:
     config: PredictConfig = parse(PredictConfig, values)
     with owned(config.output, "output"), keeping("nothing was predicted"):
         check_output(config.output, resume=config.resume)
-        plan = _plan(config)
-        times = _times(config, plan)
+        trained, segments = open_checkpoint(config, config.task)
+        plan = plan_prediction(trained, config.task, segments, _options(config))
+        times = chosen_times(plan, config.dates, config.every)
         size = check_request(plan, times, config.output, config.layout)
         note_out_of_training(plan, times)
-        _write(config, plan, times, size)
+        with _estimated(config, plan, times, size) as advance:
+            write(
+                plan, times, config.output,
+                names=config.layout, resume=config.resume, advance=advance,
+            )  # fmt: skip
     Console(markup=False).print(
         f"checkpoint: {config.checkpoint} (digest {plan.trained.digest})\n"
         f"prediction: {config.output}",
@@ -51,8 +63,12 @@ def predict(values: Mapping[str, Any]) -> Path:
     return config.output
 
 
-def _write(config: PredictConfig, plan: Plan, times: np.ndarray, size: int) -> None:
-    """Write the prediction; before a long one, tell what it will take. size: bytes of the fields.
+@contextmanager
+def _estimated(
+    config: PredictConfig, plan: Plan, times: np.ndarray, size: int
+) -> Iterator[EarlyEstimate]:
+    """A context for the writing of a prediction, which tells how far it is and, before a long one,
+    what it will take. size: bytes of the fields.
 
     Raises:
         NoRoomError: the disk cannot hold it; nothing stays of what this call has begun.
@@ -65,13 +81,10 @@ def _write(config: PredictConfig, plan: Plan, times: np.ndarray, size: int) -> N
         console_of_output().print(_extent(plan, times, size))
     partial, parts = partial_of(output), passes if passes > 1 else len(plan.tiles.rows())
     with telling(f"{config.task.name}, {len(times)} times", len(times)) as advance:
-        estimate = EarlyEstimate(
-            advance, output, len(times), parts, lambda: size_on_disk(partial), smaller,
-            first_differs=passes > 1, at_end=at_end,
-        )  # fmt: skip
         try:
-            write(
-                plan, times, output, names=config.layout, resume=config.resume, advance=estimate
+            yield EarlyEstimate(
+                advance, output, len(times), parts, lambda: size_on_disk(partial), smaller,
+                first_differs=passes > 1, at_end=at_end,
             )  # fmt: skip
         except NoRoomError:
             if not config.resume:
@@ -90,8 +103,8 @@ def _extent(plan: Plan, times: np.ndarray, size: int) -> str:
     )
 
 
-def _plan(config: PredictConfig) -> Plan:
-    options = Options(
+def _options(config: PredictConfig) -> Options:
+    return Options(
         overlap=config.overlap,
         tilings=config.tilings,
         batch_size=config.batch_size,
@@ -100,13 +113,6 @@ def _plan(config: PredictConfig) -> Plan:
         members=config.members,
         fill_missing=config.missing == "fill",
     )
-    trained, segments = open_checkpoint(config, config.task)
-    return plan_prediction(trained, config.task, segments, options)
-
-
-def _times(config: PredictConfig, plan: Plan) -> np.ndarray:
-    times = None if config.init_time == "all" else config.init_time
-    return chosen_times(plan, times, config.every)
 
 
 def calibrate(values: Mapping[str, Any]) -> Path:
@@ -134,12 +140,13 @@ def calibrate(values: Mapping[str, Any]) -> Path:
 
 def _calibrate(config: PredictConfig) -> SpreadInflation:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
-    requested = _plan(config)
+    trained, segments = open_checkpoint(config, config.task)
+    requested = plan_prediction(trained, config.task, segments, _options(config))
     task = requested.task.one_pass()
     record = Calibration(requested.trained.record, task).without_own()
     uncalibrated = replace(requested.trained, record=record)
     plan = plan_prediction(uncalibrated, task, requested.segments, requested.options)
-    times = plan.with_truth(_times(config, plan))
+    times = plan.with_truth(chosen_times(plan, config.dates, config.every))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     inflation = estimate_inflation(plan, times, predict_parts(plan, list(times)))

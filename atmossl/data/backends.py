@@ -229,13 +229,23 @@ def _check_zip(path: Path) -> None:
 
 def _open_zarr(location: str, options: dict[str, Any]) -> OpenedStore:
     """A zarr store as a dataset, also one of a layout that needs an adapter."""
-    from atmossl.data.layouts import layout_of
-
     plain = {key: value for key, value in options.items() if key != "number"}
     store = zarr_store(location, plain)
     group = zarr.open_group(store, mode="r")
-    kind = layout_of(group)
+    kind = _layout_of(group)
     return _as_dataset(store, group) if kind == "zarr" else _OPENERS[kind](location, options)
+
+
+def _layout_of(group: zarr.Group) -> str:
+    """The layout of a zarr group: `anemoi`, `atmorep`, or `zarr` for a plain dataset. Attributes
+    decide, as far as they can: each further look into a remote store takes time."""
+    for layout, attribute, arrays in (
+        ("anemoi", "variables", ("data", "dates", "latitudes", "longitudes")),
+        ("atmorep", "fields", ("data", "time", "lats", "lons")),
+    ):
+        if attribute in group.attrs and all(name in group for name in arrays):
+            return layout
+    return "zarr"
 
 
 def zarr_store(location: str, options: dict[str, Any]) -> Store:

@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from atmossl.names import check_name
-
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
 LevelKind = Literal["pressure", "model"]
@@ -28,6 +26,14 @@ _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_name(name: str, key: str) -> None:
+    """Raise ValueError for a name that neither zarr nor NetCDF can hold."""
+    if not name.strip() or "/" in name or name in (".", "..") or not name.isprintable():
+        raise ValueError(
+            f"{key}: {name!r} cannot be a name in a store; valid: printable characters without /"
+        )
 
 
 class SegmentEntry(_Strict):

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from atmossl.batch import Batch, StreamSpec
 from atmossl.data.loader import Collate, WindowLoader, worker_context
-from atmossl.data.seen import seen_by_data
 from atmossl.data.segment import Segment, UnreadableChunk
+from atmossl.data.sources import seen_by_data
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import LoaderSettings, SampleOrder, WindowDataset, WindowSize
 from atmossl.masking.base import MaskingSampler, TokenLayout

@@ -41,7 +41,7 @@ from atmossl.data.fingerprint import (
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
-from atmossl.names import check_name, file_name
+from atmossl.names import file_name
 from atmossl.setting_types import NotNegative, Positive
 
 Engine = Literal["threads", "local_cluster", "slurm"]

@@ -132,18 +132,6 @@ def array_in(group: zarr.Group, name: str) -> zarr.Array:
     return member
 
 
-def layout_of(group: zarr.Group) -> str:
-    """The layout of a zarr group: `anemoi`, `atmorep`, or `zarr` for a plain dataset. Attributes
-    decide, as far as they can: each further look into a remote store takes time."""
-    for layout, attribute, arrays in (
-        ("anemoi", "variables", ("data", "dates", "latitudes", "longitudes")),
-        ("atmorep", "fields", ("data", "time", "lats", "lons")),
-    ):
-        if attribute in group.attrs and all(name in group for name in arrays):
-            return layout
-    return "zarr"
-
-
 @dataclass(frozen=True)
 class AnemoiField(SharedChunks):
     """One parameter of an anemoi dataset, [time level lat lon] or [time lat lon].

@@ -24,7 +24,7 @@ from atmossl.data.axes import (
     with_regular_axes,
 )
 from atmossl.data.backends import OpenedStore, open_store
-from atmossl.data.catalog import CatalogEntry, Gaps, Period, Split, resolve_location
+from atmossl.data.catalog import CatalogEntry, Gaps, Split, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.metadata import (
@@ -513,11 +513,23 @@ def open_split(
     unknown = sorted(set(variables) - set(valid))
     if unknown:
         raise ValueError(f"stream variables {unknown} are not in the catalog entry; valid: {valid}")
-    segments = tuple(
-        segment
-        for period in entry.splits[split]
-        for segment in _open_period(entry, period, variables, levels, access, may_miss)
-    )
+    segments: list[Segment] = []
+    for period in entry.splits[split]:
+        parts = open_parts(
+            period.segment,
+            open_entry(entry, period.segment, access),
+            resolve_location(entry.segments[period.segment].location),
+            variables=variables,
+            levels=levels,
+            variable_names=entry.variables,
+            coordinates=entry.coordinates,
+            access=access,
+            may_miss=may_miss,
+            gaps=entry.gaps,
+        )
+        overlapping = [part for part in parts if len(part.inside(period.start, period.end)) > 1]
+        for part in overlapping or parts[:1]:  # the first one says what it covers
+            segments.append(part.between(period.start, period.end))
     for segment in segments[1:]:
         first = segments[0]
         alike = segment.step == first.step and segment.calendar == first.calendar
@@ -527,7 +539,7 @@ def open_split(
                 f"{segment.location} has another grid, time step or calendar than {first.location}"
                 + (f": {differs}" if differs else "")
             )
-    return tuple(segment.loaded() for segment in segments) if in_memory else segments
+    return tuple(segment.loaded() if in_memory else segment for segment in segments)
 
 
 def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> Segment:
@@ -549,28 +561,3 @@ def open_entry(entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCE
     if entry.levels_are == "model":
         return replace(opened, pressure_levels=False, model_levels=True)
     return opened
-
-
-def _open_period(
-    entry: CatalogEntry,
-    period: Period,
-    variables: Sequence[str],
-    levels: Sequence[int],
-    access: Access,
-    may_miss: Sequence[str],
-) -> list[Segment]:
-    """The unbroken parts of one segment in a period."""
-    parts = open_parts(
-        period.segment,
-        open_entry(entry, period.segment, access),
-        resolve_location(entry.segments[period.segment].location),
-        variables=variables,
-        levels=levels,
-        variable_names=entry.variables,
-        coordinates=entry.coordinates,
-        access=access,
-        may_miss=may_miss,
-        gaps=entry.gaps,
-    )
-    overlapping = [part for part in parts if len(part.inside(period.start, period.end)) > 1]
-    return [part.between(period.start, period.end) for part in overlapping or parts[:1]]

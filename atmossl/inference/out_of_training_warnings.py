@@ -4,21 +4,18 @@ places, dates, levels or values."""
 import calendar
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 
 from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamWindow, TokenGrid, View
-from atmossl.data.catalog import catalog_entry
-from atmossl.data.seen import DAYS, Seen, days_of, eastward_extent
+from atmossl.data.sources import DAYS, Seen, days_of, eastward_extent
 from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import open_split
 from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import WindowSize, read_window
 from atmossl.geometry import Grid, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Plan
-from atmossl.inference.tiles import first_view
+from atmossl.inference.tiles import views
 from atmossl.masking.base import MaskingSampler, TokenLayout
 from atmossl.model_levels import standard_pressure
 
@@ -241,7 +238,6 @@ def _unseen_range(window: StreamWindow, row: int, statistics: Statistics) -> str
 
 # A prediction's places, dates and values against those of the training of its checkpoint.
 
-_SAMPLE = "sample"  # the only data in the package, of which older checkpoints have no record
 _NUM_READ = 3  # times whose values are looked at beforehand
 _HOUR_US = 3.6e9
 
@@ -267,23 +263,12 @@ def unseen_by_training(plan: Plan, times: np.ndarray, view: View) -> list[str]:
 
 def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:
     """Dates and places of training, by the streams' `data`. Checkpoints before version 0.2 tell
-    the period alone; for the package's own data, which do not change, the rest is known."""
+    the period alone."""
     record = trained.record
     if record.get("seen"):
         return {data: Seen.from_dict(values) for data, values in record["seen"].items()}
     period = str(record.get("statistics", {}).get(PRIMARY, {}).get("period", ""))
-    if trained.data == _SAMPLE:
-        of_sample, training = _sample(trained.variables, trained.levels)
-        if of_sample == period:
-            return {PRIMARY: training}
     return {PRIMARY: Seen.of_period(period)}
-
-
-@cache
-def _sample(variables: tuple[str, ...], levels: tuple[int, ...]) -> tuple[str, Seen]:
-    """The period and places of the sample's training split."""
-    segments = open_split(catalog_entry(_SAMPLE), "train", variables=variables, levels=levels)
-    return "; ".join(f"{s.name} {s.period}" for s in segments), Seen.of(segments)
 
 
 def _told_days(plan: Plan, times: np.ndarray, view: View) -> list[int]:
@@ -320,7 +305,7 @@ def out_of_training_warnings(
     sampler: of the training's masks; None if it is not recorded, or a text that says why it may not
         be built.
     """
-    record, view = plan.trained.record, first_view(plan, times[0])
+    record, (_, view) = plan.trained.record, next(views(plan, times[0]))
     step_hours = float(plan.step / np.timedelta64(1, "h"))
     lines = untrained_step(step_hours, record.get("step_hours"))
     lines += untrained_window(plan.tiles, plan.trained.window)

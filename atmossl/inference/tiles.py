@@ -25,7 +25,7 @@ from atmossl.batch import (
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.monthly_normals import LocalUnits
 from atmossl.data.segment import HOUR, Segment, hours_since_1970
-from atmossl.data.windows import read_window
+from atmossl.data.windows import read_windows
 from atmossl.geometry import Box, Grid
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
@@ -64,13 +64,12 @@ class WindowReader:
             box.lat_size // factor,
             box.lon_size // factor,
         )
-        windows = read_window(
+        (windows,) = read_windows(
             segment,
             self.trained.specs_for(self.task),
             self.trained.normaliser,
-            source.start,
             len(plan.read),
-            cells,
+            [(source.start, cells)],
         )
         return tuple(
             replace(
@@ -344,14 +343,22 @@ def first_view(plan: Plan, time: np.datetime64) -> View:
 def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
     """Blended bands of latitude of one source after another, for the steps of one pass. Streams
     with data of their own come before the others."""
+    model = plan.trained.model.to(plan.options.device)
     tiles, blenders = _tiles(plan, sources), _blenders(plan)
-    while batch := list(islice(tiles, plan.options.batch_size)):
-        predicted = _predicted(plan, sources, batch)
+    while batch := list(islice(tiles, plan.options.batch_size)):  # reads windows and hides
+        view, members = _batched(plan, sources, batch)
+        with torch.inference_mode():
+            prediction = model(view) if members is None else model(view, members)
+        streams = [stream for stream in view.streams if stream.spec.role == "predict"]
+        fields = [
+            (stream.spec, _windows(plan, sources, stream, predicted, batch))
+            for stream, predicted in zip(streams, prediction.streams, strict=True)
+        ]
         for number, tile in enumerate(batch):
-            for spec, values in predicted:
-                if values[number].shape[1] > 0:
+            for spec, windows in fields:
+                if windows[number].shape[1] > 0:
                     placed = _placed(plan, spec.data, tile)
-                    blenders[spec.data].add(spec, values[number], *placed)
+                    blenders[spec.data].add(spec, windows[number], *placed)
             if tile.complete is not None:
                 completes = tile.complete == plan.grid.shape[0]
                 source = sources[tile.case]
@@ -359,24 +366,16 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
                 blenders = _blenders(plan) if completes else blenders
 
 
-def _predicted(
+def _batched(
     plan: Plan, sources: Sequence[Source], batch: list[_Tile]
-) -> list[tuple[StreamSpec, list[Float[np.ndarray, "variable step member level lat lon"]]]]:
-    """The predicted steps of every predicted stream, for every tile."""
-    device = plan.options.device
+) -> tuple[View, list[int | Tensor] | None]:
+    """The views of some tiles as one batch on the device; and the members that a network of noise
+    draws, None for one without."""
     views = collate_views([(tile.view,) for tile in batch], [tile.case for tile in batch])
-    view = views.to(device).views[0]
-    model = plan.trained.model.to(device)
-    with torch.inference_mode():
-        if model.any_member:
-            prediction = model(*_with_noise(plan, view, [sources[tile.case] for tile in batch]))
-        else:
-            prediction = model(view)
-    streams = [stream for stream in view.streams if stream.spec.role == "predict"]
-    return [
-        (stream.spec, _windows(plan, sources, stream, predicted, batch))
-        for stream, predicted in zip(streams, prediction.streams, strict=True)
-    ]
+    view = views.to(plan.options.device).views[0]
+    if not plan.trained.model.any_member:
+        return view, None
+    return _with_noise(plan, view, [sources[tile.case] for tile in batch])
 
 
 def _with_noise(

@@ -338,11 +338,15 @@ class _Progress:
         values = {k: v for k, v in vars(self).items() if k != "path"}
         write_sealed(self.path, values)
 
-    def add(self, part: BlendedPart) -> None:
+    def add(self, part: BlendedPart, case: int) -> None:
+        """Count a part of a case that is in the store."""
         count = part.rows.stop - part.rows.start
         for name, mean_square in part.departure.items():
             self.squares[name] = self.squares.get(name, 0.0) + count * mean_square
             self.rows += count if name == next(iter(part.departure)) else 0
+        if part.completes:
+            self.cases = case + 1
+            self.save()
 
 
 def write(
@@ -364,12 +368,20 @@ def write(
     check_request(plan, times, output, names)
     partial = partial_of(output)
     progress = _begun(partial, _request(plan, times, names))
-    advance(float(progress.cases))
+    done, layouts, groups = progress.cases, {}, {}
+    advance(float(done))
     try:
-        for part in _written(plan, times, partial, names, progress):
-            rows = (part.rows.stop - part.rows.start) / plan.grid.shape[0]
-            share = rows * len(part.leads) / len(plan.leads)
-            advance(share if part.data == PRIMARY else 0.0)
+        for part in predict_parts(plan, list(times[done:])):
+            if not layouts:  # the first part tells the number of members
+                num_members = next(iter(part.fields.values())).shape[1]
+                layouts = _layouts(plan, times, num_members, names)
+                if done == 0:
+                    _make_empty(partial, layouts)
+                    progress.save()
+                groups = {data: _opened_group(partial, data) for data in layouts}
+            _put(groups[part.data], layouts[part.data], part, done + part.case)
+            progress.add(part, done + part.case)
+            advance(_share_of_case(plan, part))
         _finish(partial, output, progress)
     except OSError as error:
         words, remains = error.strerror or error, _kept(progress, times, partial)
@@ -378,6 +390,19 @@ def write(
         stop.remains = f"output={output}: after {_kept(progress, times, partial)}"
         raise
     progress.path.unlink()
+
+
+def _opened_group(partial: Path, data: str) -> zarr.Group:
+    """The group of the unfinished store that holds the streams of a source."""
+    return zarr.open_group(partial, path=group_of(data), mode="r+")
+
+
+def _share_of_case(plan: Plan, part: BlendedPart) -> float:
+    """The share of a case's work that a part is; 0 for streams that are written beside others."""
+    if part.data != PRIMARY:
+        return 0.0
+    rows = (part.rows.stop - part.rows.start) / plan.grid.shape[0]
+    return rows * len(part.leads) / len(plan.leads)
 
 
 def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName = "cf") -> int:
@@ -472,31 +497,6 @@ def _begun(partial: Path, request: dict[str, str]) -> _Progress:
                 "use the same settings, or remove it"
             )
     return begun
-
-
-def _written(
-    plan: Plan, times: np.ndarray, partial: Path, names: LayoutName, progress: _Progress
-) -> Iterator[BlendedPart]:
-    """Write the parts; yields each one once it is in the store."""
-    done = progress.cases
-    layouts: dict[str, OutputLayout] = {}
-    groups: dict[str, zarr.Group] = {}
-    for part in predict_parts(plan, list(times[done:])):
-        if not layouts:
-            num_members = next(iter(part.fields.values())).shape[1]
-            layouts = _layouts(plan, times, num_members, names)
-            if done == 0:
-                _make_empty(partial, layouts)
-                progress.save()
-            groups = {
-                data: zarr.open_group(partial, path=group_of(data), mode="r+") for data in layouts
-            }
-        _put(groups[part.data], layouts[part.data], part, done + part.case)
-        progress.add(part)
-        if part.completes:
-            progress.cases = done + part.case + 1
-            progress.save()
-        yield part
 
 
 def _layouts(

@@ -248,13 +248,14 @@ def _first_guess(
     else:
         size = window.spec.token_size
         guess = detokenise(guess_tokens(tokenise(source, size), tokens, size), window.spec)
-    if kind != SURROUNDINGS:
+    shown_at_some_step = shown.any(dim=-3)
+    if kind != SURROUNDINGS or bool(shown_at_some_step.all()):
         return guess
     from atmossl.masking.infill import fill_from_surroundings  # loads SciPy's solvers
 
     return fill_from_surroundings(
         guess,
-        shown.any(dim=-3),
+        shown_at_some_step,
         lat=window.lat,
         lon_spacing=float(grid.lon_extent) / window.spec.token_size.lon,
         periodic=grid.periodic,

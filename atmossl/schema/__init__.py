@@ -440,11 +440,21 @@ _VALID_MEMBERS = "valid: null, how many (8), or their numbers from 0, each once 
 ChosenMembers = Annotated[int | tuple[int, ...] | None, BeforeValidator(_members)]
 
 
-class PredictConfig(CheckpointConfig):
-    """All settings of `atmossl predict`. Times are ISO dates, or `all`."""
+class DatedConfig(CheckpointConfig):
+    """Settings of a command that runs a checkpoint at chosen times: ISO dates, or `all`."""
+
+    init_time: Times
+
+    @property
+    def dates(self) -> str | tuple[str, ...] | None:
+        """The chosen times; None for all of them."""
+        return None if self.init_time == "all" else self.init_time
+
+
+class PredictConfig(DatedConfig):
+    """All settings of `atmossl predict`."""
 
     task: ChosenTask
-    init_time: Times
     tilings: Positive
     members: ChosenMembers
     seed: NotNegative
@@ -453,10 +463,9 @@ class PredictConfig(CheckpointConfig):
     missing: Literal["keep", "fill"]
 
 
-class EmbedConfig(CheckpointConfig):
-    """All settings of `atmossl embed`. Times are ISO dates, or `all`."""
+class EmbedConfig(DatedConfig):
+    """All settings of `atmossl embed`."""
 
-    init_time: Times
     layer: int
 
 

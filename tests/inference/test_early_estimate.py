@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from atmossl import progress
 from atmossl.cli import main
-from atmossl.commands import early_estimate
-from atmossl.commands.early_estimate import EarlyEstimate, NoRoomError
+from atmossl.progress import EarlyEstimate, NoRoomError
 from tests.inference.test_command import arguments
 from tests.inference.test_command import folder as folder  # a fixture
 
@@ -32,7 +32,7 @@ def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
         assert Path(path).is_dir()
         return shutil._ntuple_diskusage(2**60, 0, num_bytes)  # pyright: ignore
 
-    monkeypatch.setattr(early_estimate.shutil, "disk_usage", usage)
+    monkeypatch.setattr(progress.shutil, "disk_usage", usage)
 
 
 def told(calls: list[tuple[float, float]], tmp_path: Path, **changes: Any) -> list[str]:

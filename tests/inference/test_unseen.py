@@ -13,8 +13,7 @@ import atmossl
 from atmossl.api import Model
 from atmossl.batch import PRIMARY
 from atmossl.data.axes import STANDARD
-from atmossl.data.seen import Seen, days_of
-from atmossl.data.sources import StoreRequest
+from atmossl.data.sources import Seen, StoreRequest, days_of
 from atmossl.data.store import open_segment
 from atmossl.geometry import Grid
 from atmossl.inference.out_of_training_warnings import (
