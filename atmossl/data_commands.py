@@ -15,7 +15,7 @@ from rich.table import Table
 
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import write_atomically
-from atmossl.data.catalog import OWN_CATALOG, catalog_entry, load_catalog
+from atmossl.data.catalog import OWN_CATALOG, catalog_entry, check_name, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import IngestInput, ingest, missing_shares, verify
 from atmossl.data.inspect import (

@@ -28,7 +28,7 @@ from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
 from atmossl.data.axes import Calendar, integer_units
-from atmossl.data.catalog import LevelKind
+from atmossl.data.catalog import LevelKind, check_name
 from atmossl.data.fingerprint import (
     UnequalError,
     changes,
