@@ -29,11 +29,10 @@ from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, out
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
 from atmossl.masking.random import Mixture
-from atmossl.model.kinds import build_network
 from atmossl.model.linear import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
-from atmossl.plugins import Part, classes_outside, package_of
+from atmossl.plugins import classes_outside, package_of
 from atmossl.progress import telling
 from atmossl.schema import TrainConfig
 from atmossl.schema.targets import builtin_names
@@ -168,11 +167,7 @@ def _warn(lines: Sequence[str]) -> None:
 def build_model(config: TrainConfig, scales: Mapping[str, Tensor]) -> Network:
     """The network of a configuration, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    choice, of_the_run = config.model, {"streams": config.specs, "scales": scales}
-    if isinstance(choice, Part):
-        model = choice.build(**of_the_run)
-    else:
-        model = build_network(choice.target, **of_the_run, **choice.plain_arguments)
+    model = config.model.build(streams=config.specs, scales=scales)
     if config.trainer.compile:
         model.compile_blocks()
     return model

@@ -318,8 +318,9 @@ class _Meanings:
         kind, name = self.kind, holder
         hint = _hints(kind).get(holder)
         chosen = yaml.safe_load(file.read_text())
-        if path and isinstance(chosen, Mapping) and "_target_" in chosen:
-            kind, hint = _class_of(holder, str(chosen["_target_"])), None
+        target = chosen.get("_target_", _DEFAULTS.get(holder)) if path else None
+        if target is not None:
+            kind, hint = _class_of(holder, str(target)), None
             hint, name, path = _hints(kind).get(path[0]), path[0], path[1:]
         for part in path:
             if _values_of(hint) is not None:  # the name of a stream, say
@@ -332,11 +333,16 @@ class _Meanings:
         return "; ".join(filter(None, (meaning, valid)))
 
 
+_DEFAULTS = {"model": "multiformer"}  # the class of a group whose files name none
+
+
 def _class_of(group: str, target: str) -> Any:
+    from atmossl.model.kinds import NETWORKS
     from atmossl.schema.targets import MASKS, objectives
     from atmossl.setting_types import target_name
 
-    return {**MASKS, **(objectives() if group == "objective" else {})}.get(target_name(target))
+    kinds = {"objective": objectives, "model": lambda: NETWORKS}.get(group, lambda: MASKS)()
+    return kinds.get(target_name(target))
 
 
 def _hints(kind: Any) -> dict[str, Any]:

@@ -177,6 +177,18 @@ def checked_keywords(
     return arguments | (checked.model_extra or {})
 
 
+def with_defaults(
+    kind: Callable[..., Any], keywords: Mapping[str, Any], of_the_run: Collection[str] = ()
+) -> dict[str, Any]:
+    """All keywords of a constructor, in its order: the given values, else the defaults."""
+    return {
+        parameter.name: keywords.get(parameter.name, parameter.default)
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.name not in of_the_run
+        and (parameter.name in keywords or parameter.default is not parameter.empty)
+    }
+
+
 @cache
 def _keywords_of(
     kind: Callable[..., Any], of_the_run: tuple[str, ...], as_written: Callable[[Any], Any]

@@ -1,13 +1,15 @@
 """Finds and builds networks by the name that a checkpoint records: networks of the package, and
 classes of plugins."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from atmossl.model.atmorep_network import AtmoRepNetwork
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network
-from atmossl.plugins import Part, choose_part, find_class
+from atmossl.plugins import Part, checked_keywords, choose_part, find_class, with_defaults
+from atmossl.setting_types import target_name
 
 NETWORKS: dict[str, type[Network]] = {
     "multiformer": Multiformer,
@@ -26,10 +28,41 @@ def network_class(kind: str, plugins: Sequence[str] = ()) -> type[Network]:
     return find_class(kind, Network, NETWORKS, plugins)
 
 
+@dataclass(frozen=True)
+class PackagedNetwork(Part):
+    """A network of the package and its keywords. name: of the network in `NETWORKS`, which
+    checkpoints record."""
+
+    name: str
+
+    @property
+    def target(self) -> str:
+        return self.name
+
+    @property
+    def plain_arguments(self) -> dict[str, Any]:
+        return dict(self.arguments)
+
+
 def choose_network(node: Any) -> Part:
-    """The class of a plugin that `model._target_` names, with its keywords; ValueError if they
-    do not fit."""
-    return choose_part(node, Network, _OF_THE_RUN)
+    """The class of network that `model` of a configuration means, with its keywords: the package's
+    own multi-stream transformer, or the class that `_target_` names.
+
+    Raises:
+        ValueError: no such class, or keywords that do not fit.
+    """
+    if isinstance(node, Part):
+        return node
+    if not isinstance(node, Mapping):
+        raise ValueError("valid: a mapping of keys and values")
+    values = dict(node)
+    name = target_name(str(values.pop("_target_", "multiformer")))
+    if name not in NETWORKS:
+        return choose_part(node, Network, _OF_THE_RUN)
+    kind = NETWORKS[name]
+    if kind is Multiformer:
+        values = with_defaults(kind, checked_keywords(kind, values, _OF_THE_RUN), _OF_THE_RUN)
+    return PackagedNetwork(kind, values, name)  # others are those of a checkpoint, as it has them
 
 
 def build_network(kind: str, plugins: Sequence[str] = (), **arguments: Any) -> Network:
@@ -39,5 +72,4 @@ def build_network(kind: str, plugins: Sequence[str] = (), **arguments: Any) -> N
     if kind in NETWORKS:
         return network(**arguments)
     of_the_run = {name: arguments.pop(name) for name in _OF_THE_RUN if name in arguments}
-    chosen = choose_network({"_target_": kind, **arguments})
-    return chosen.build(**of_the_run)
+    return choose_network({"_target_": kind, **arguments}).build(**of_the_run)

@@ -8,11 +8,12 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -59,6 +60,7 @@ from atmossl.model.network import (
     scatter,
 )
 from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
+from atmossl.setting_types import Positive, PositiveFloat
 
 
 def _flatten(tokens: Tensor) -> Tensor:
@@ -79,25 +81,32 @@ _PATCH_AXES = {
 
 
 class Multiformer(Network):
-    """Encoder, decoder and tail of every stream.
+    """Encoder, decoder and tail of every stream; the keywords are those of `model` in a
+    configuration.
 
-    dim: latent width; `dims` overrides it by stream name. Decoder layer j reads an encoder layer,
-    the last one first, evenly spread over them.
-    attention, kernel_size: kind of attention and reach of a feedforward layer (`BlockSizes`).
-    attention_window: (time, lat, lon) tokens of a window of `windowed` attention.
+    dim: features of a latent, an even multiple of num_heads. dims: other widths, by stream.
+    num_layers: of the encoder. num_decoder_layers: of the decoder, each of which reads a layer of
+        the encoder. The first reads the last one, the others those below, evenly spread.
+    num_heads: of attention, in every layer.
+    num_members: of the ensemble; with ensemble=noise those that are drawn in training.
+    feedforward_ratio: width of a feedforward layer over dim.
+    attention: among which tokens: all, those of an axis in turn, those of a column in time, those
+        of a box around. attention_window: (time, lat, lon) tokens of that box.
+    kernel_size: tokens that a feedforward layer sees along latitude and longitude (`BlockSizes`).
     embedding_stencil: (nt, nlat, nlon) neighbouring tokens that enter an embedding, odd numbers.
     gradient_features: embed tendencies and spatial gradients as well (`Embedding`).
+    ensemble: `tail` gives `num_members` fixed functions of the input, whose values in every cell
+        are a distribution (AtmoRep); a member of `noise` is one draw of noise that conditions the
+        decoder, one field from cell to cell, and there may be any number of them.
+    noise_lengths_km: correlation lengths of that noise (`model.noise`).
     told: what the encoder is told of a token's absolute place and time (`told_features`).
     causal: every token sees its own time step and those before it alone, and a prediction what
         lies before its step, so that one pass predicts every step from those before. Streams must
         have tokens of one duration.
     scales: per stream, [level, patch] typical residual, the truth minus the first guess.
-    ensemble: `tail` gives `num_members` fixed functions of the input, whose values in every cell
-        are a distribution (AtmoRep); a member of `noise` is one draw of noise that conditions the
-        decoder, one field from cell to cell, and there may be any number of them. Then
-        `num_members` are drawn in training.
-    noise_lengths_km: correlation lengths of that noise (`model.noise`).
-    Raises ValueError if the sizes do not fit together.
+
+    Raises:
+        ValueError: sizes that do not fit together.
     """
 
     ends = ("tail",)
@@ -107,23 +116,23 @@ class Multiformer(Network):
         self,
         *,
         streams: tuple[StreamSpec, ...],
-        dim: int,
-        num_layers: int,
-        num_decoder_layers: int,
-        num_heads: int,
-        num_members: int,
-        feedforward_ratio: float = 4.0,
+        dim: Positive,
+        dims: Mapping[str, Positive] | None = None,
+        num_layers: Positive,
+        num_decoder_layers: Positive,
+        num_heads: Positive,
+        num_members: Positive,
+        feedforward_ratio: PositiveFloat = 4.0,
         attention: Attention = "full",
-        attention_window: tuple[int, int, int] = (4, 4, 4),
-        kernel_size: int = 1,
-        embedding_stencil: tuple[int, int, int] = (1, 1, 1),
+        attention_window: tuple[Positive, Positive, Positive] = (4, 4, 4),
+        kernel_size: Positive = 1,
+        embedding_stencil: tuple[Positive, Positive, Positive] = (1, 1, 1),
         gradient_features: bool = False,
-        dims: Mapping[str, int] | None = None,
-        told: Sequence[Coordinate] = COORDINATES,
+        ensemble: Literal["tail", "noise"] = "tail",
+        noise_lengths_km: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (),
+        told: tuple[Coordinate, ...] = COORDINATES,
         causal: bool = False,
         scales: Mapping[str, Tensor] | None = None,
-        ensemble: Literal["tail", "noise"] = "tail",
-        noise_lengths_km: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         self.any_member, self.num_members = ensemble == "noise", num_members
@@ -163,6 +172,39 @@ class Multiformer(Network):
         self.absent = nn.ModuleDict(
             {s.name: nn.Linear(s.patch, widths[s.name], bias=False) for s in _gappy(streams)}
         )
+
+    @classmethod
+    def faults_of(cls, arguments: Mapping[str, Any], streams: Sequence[StreamSpec]) -> list[str]:
+        stencil, kernel_size = arguments["embedding_stencil"], arguments["kernel_size"]
+        attention, num_heads = arguments["attention"], arguments["num_heads"]
+        faults = []
+        if any(size % 2 == 0 for size in stencil):
+            faults.append(f"model.embedding_stencil={list(stencil)} must be odd along every axis")
+        if kernel_size % 2 == 0:
+            faults.append(f"model.kernel_size={kernel_size} must be odd")
+        if attention in ("factorised", "windowed") and num_heads % 2:
+            faults.append(
+                f"model.num_heads={num_heads} must be even for model.attention={attention}: its "
+                "two kinds of heads share them"
+            )
+        if attention == "temporal" and kernel_size == 1:
+            faults.append(
+                "model.attention=temporal leaves space to the convolutions of model.kernel_size, "
+                "which is 1; set it to 3 or more, or choose full or factorised attention"
+            )
+        for stream in streams:
+            width = (arguments["dims"] or {}).get(stream.name, arguments["dim"])
+            if width % num_heads or (width // num_heads) % 2:
+                faults.append(
+                    f"model.dim={width} of stream {stream.name} must be an even multiple of "
+                    f"model.num_heads={num_heads}"
+                )
+        if arguments["ensemble"] == "noise" and arguments["num_members"] < 2:
+            faults.append(
+                f"model.ensemble=noise with model.num_members={arguments['num_members']}: training "
+                "compares members, so it needs at least 2"
+            )
+        return faults
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block and tail on its own: one graph serves all blocks of equal shape.

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from atmossl.batch import Prediction, TokenGrid, TokenIndex, View
+from atmossl.batch import Prediction, StreamSpec, TokenGrid, TokenIndex, View
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,13 @@ class Network(nn.Module):
     any_member: bool = False
     num_members: int | None = None
     low_rank_layers: ClassVar[tuple[str, ...]] = ("encoder.*", "decoder.*")
+
+    @classmethod
+    def faults_of(cls, arguments: Mapping[str, Any], streams: Sequence[StreamSpec]) -> list[str]:
+        """Keywords of a configuration that do not fit together or with the streams, one line each.
+        arguments: checked one by one, defaults included."""
+        del arguments, streams
+        return []
 
     def encode(self, view: View) -> Latents:
         """The latents of all tokens that the encoder gets."""

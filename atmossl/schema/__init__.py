@@ -5,7 +5,6 @@ them the meaning.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,8 +29,8 @@ from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
 from atmossl.masking.random import Autoregression
-from atmossl.model.kinds import NETWORKS, choose_network
-from atmossl.model.multiformer import check_causal
+from atmossl.model.kinds import choose_network
+from atmossl.model.multiformer import Multiformer, check_causal
 from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
@@ -62,66 +61,6 @@ __all__ = [
     "TrainConfig",
     "parse",
 ]
-
-
-class ModelConfig(Strict):
-    """The network, `model`; see `atmossl.model.multiformer.Multiformer`.
-
-    dim: features of a latent, an even multiple of num_heads. dims: other widths, by stream.
-    num_layers: of the encoder. num_decoder_layers: of the decoder, each of which reads a layer of
-    the encoder. num_heads: of attention, in every layer. num_members: of the ensemble; with
-    ensemble=noise those that are drawn in training. feedforward_ratio: width of a feedforward
-    layer over dim. attention: among which tokens: all, those of an axis in turn, those of a column
-    in time, those of a box around.
-    """
-
-    dim: Positive
-    dims: dict[str, Positive]
-    num_layers: Positive
-    num_decoder_layers: Positive
-    num_heads: Positive
-    num_members: Positive
-    feedforward_ratio: float = Field(gt=0.0)
-    attention: Literal["full", "factorised", "temporal", "windowed"]
-    attention_window: tuple[Positive, Positive, Positive]
-    kernel_size: Positive
-    embedding_stencil: tuple[Positive, Positive, Positive]
-    gradient_features: bool
-    ensemble: Literal["tail", "noise"]
-    noise_lengths_km: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=1)
-    told: tuple[Literal["latitude", "longitude", "date", "hour"], ...]
-    causal: bool
-
-    @property
-    def target(self) -> str:
-        """The name of the network in `atmossl.model.kinds`."""
-        return "multiformer"
-
-    @property
-    def plain_arguments(self) -> dict[str, Any]:
-        return self.model_dump()
-
-
-@dataclass(frozen=True)
-class NetworkOfCheckpoint:
-    """A network other than the package's own, with the arguments that a checkpoint records."""
-
-    target: str
-    plain_arguments: dict[str, Any]
-
-
-def _choose_model(node: Any) -> Any:
-    """The network of a plugin or of a checkpoint if the node has a `_target_`; else the
-    package's own."""
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        return ModelConfig.model_validate(node)
-    values = dict(node)
-    target = values.pop("_target_")
-    if target == "multiformer":
-        return ModelConfig.model_validate(values)
-    if target in NETWORKS:
-        return NetworkOfCheckpoint(target, values)
-    return choose_network(node)
 
 
 class PathsConfig(Strict):
@@ -157,7 +96,7 @@ class TrainConfig(Strict):
     stream: Streams
     masking: ChosenMask
     tasks: tuple[ChosenTask, ...] = Field(min_length=1)
-    model: Annotated[ModelConfig | NetworkOfCheckpoint | Part, BeforeValidator(_choose_model)]
+    model: Annotated[Part, BeforeValidator(choose_network)]
     objective: ChosenObjective
     optimizer: OptimizerChoice
     trainer: TrainerConfig
@@ -305,14 +244,8 @@ def _transform_faults(config: TrainConfig) -> list[str]:
 
 
 def _joint_faults(config: TrainConfig) -> list[str]:
-    """Faults of an ensemble whose members are no fields, under a loss that looks at fields."""
-    faults, window, model = [], config.data.window, config.model
-    is_own = isinstance(model, ModelConfig)
-    if is_own and model.ensemble == "noise" and model.num_members < 2:
-        faults.append(
-            f"model.ensemble=noise with model.num_members={model.num_members}: training compares "
-            "members, so it needs at least 2"
-        )
+    """Faults of losses that look at whole fields, which the window does not hold."""
+    faults, window = [], config.data.window
     losses = config.objective.arguments.get("losses", ())
     smallest = min((n for n in (window.lat, window.lon) if n), default=None)  # 0: the whole grid
     for name, size in AREAS.items():
@@ -339,52 +272,26 @@ def _schedule_faults(config: TrainConfig) -> list[str]:
 
 
 def _model_faults(config: TrainConfig) -> list[str]:
-    """Faults of sizes of the package's own network that do not fit together; other networks
-    check their own."""
-    faults, model = [], config.model
-    if not isinstance(model, ModelConfig):
-        return []
+    """Faults of the network's keywords together, and of an ensemble that losses do not fit."""
+    model = config.model
+    faults = model.kind.faults_of(model.arguments, config.specs)
     needs_ensemble = sorted(
         set(config.objective.arguments.get("losses", ())) - {"ensemble_mse", "mean_mse"}
     )
-    if needs_ensemble and model.num_members < 2:
+    if needs_ensemble and model.arguments.get("num_members", 2) < 2:
         faults.append(f"model.num_members=1 but objective.losses={needs_ensemble} need at least 2")
-    if any(size % 2 == 0 for size in model.embedding_stencil):
-        faults.append(
-            f"model.embedding_stencil={list(model.embedding_stencil)} must be odd along every axis"
-        )
-    if model.kernel_size % 2 == 0:
-        faults.append(f"model.kernel_size={model.kernel_size} must be odd")
-    if model.attention in ("factorised", "windowed") and model.num_heads % 2:
-        faults.append(
-            f"model.num_heads={model.num_heads} must be even for "
-            f"model.attention={model.attention}: its two kinds of heads share them"
-        )
-    if model.attention == "temporal" and model.kernel_size == 1:
-        faults.append(
-            "model.attention=temporal leaves space to the convolutions of model.kernel_size, "
-            "which is 1; set it to 3 or more, or choose full or factorised attention"
-        )
-    for name in config.stream:
-        width = model.dims.get(name, model.dim)
-        if width % model.num_heads or (width // model.num_heads) % 2:
-            faults.append(
-                f"model.dim={width} of stream {name} must be an even multiple of "
-                f"model.num_heads={model.num_heads}"
-            )
     return faults
 
 
 def _causal_faults(config: TrainConfig) -> list[str]:
     """Faults of settings that predict every step from earlier ones with a network that sees
     later steps."""
-    model = config.model
-    if not isinstance(model, ModelConfig):
+    if config.model.kind is not Multiformer:  # others check their own
         return []
-    causal = model.causal
+    causal = config.model.arguments["causal"]
     if causal:
         try:
-            check_causal(config.specs, model.attention)
+            check_causal(config.specs, config.model.arguments["attention"])
         except ValueError as error:
             return [str(error)]
     samplers = [config.masking, *getattr(config.masking, "samplers", ())]

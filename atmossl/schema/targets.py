@@ -9,7 +9,6 @@ such a part again. A class of a plugin is named by its package, see `atmossl.plu
 """
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,14 @@ from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, Tempora
 from atmossl.masking.views import ViewSpec
 from atmossl.model.kinds import NETWORKS
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
-from atmossl.plugins import Part, UntrustedError, check_listed, checked_keywords, find_class
+from atmossl.plugins import (
+    Part,
+    UntrustedError,
+    check_listed,
+    checked_keywords,
+    find_class,
+    with_defaults,
+)
 from atmossl.setting_types import snake_case
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
@@ -178,12 +184,7 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     if train_only not in (None, *_ENDS):
         raise ValueError(f"train_only={train_only!r}; valid: null or one of {list(_ENDS)}")
     keywords = checked_keywords(kind, values, _OF_THE_RUN, as_written=_with_parts)
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(kind).parameters.items()
-        if parameter.default is not parameter.empty and name not in _OF_THE_RUN
-    }
-    return ObjectiveChoice(kind, defaults | keywords, train_only)
+    return ObjectiveChoice(kind, with_defaults(kind, keywords, _OF_THE_RUN), train_only)
 
 
 ChosenObjective = Annotated[ObjectiveChoice, BeforeValidator(choose_objective)]
