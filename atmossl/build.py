@@ -227,7 +227,7 @@ def build_module(
         "network": config.model.target,
         "model": config.model.plain_arguments,
         "plugins": outside,
-        "statistics": {data: moments.to_dict() for data, moments in statistics.items()},
+        "statistics": {data: of_source.to_dict() for data, of_source in statistics.items()},
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,

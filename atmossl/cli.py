@@ -35,11 +35,15 @@ from atmossl.data.variables import OneLineNotes
 from atmossl.extras import naming_extras
 from atmossl.locks import owned
 from atmossl.overrides import (
+    Word,
     as_searchpath,
+    as_values_of,
     first_of_sweep,
     for_hydra,
     is_readable,
     joined,
+    keywords,
+    sets,
     split,
     unquoted,
     value_of,
@@ -168,11 +172,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _named_catalog(arguments: Sequence[str]) -> Path | None:
     """The file of `data.catalog=PATH`, the only key of `atmossl data list`."""
-    unknown = [item for item in arguments if not item.startswith("data.catalog=")]
+    unknown = [word for word in arguments if not sets(word, "data.catalog")]
     if unknown:
         raise ValueError(f"data list: {unknown[0]} is unknown; valid: data.catalog=PATH")
-    paths = [item.removeprefix("data.catalog=") for item in arguments]
-    return Path(paths[-1]) if paths else None
+    (path,) = keywords(arguments[-1:], ["data.catalog"]) if arguments else (None,)
+    return Path(path) if path else None
 
 
 _OF_ADD = ("name", "data.catalog", "output")
@@ -181,8 +185,8 @@ _OF_ADD = ("name", "data.catalog", "output")
 def _add(arguments: Sequence[str]) -> None:
     """`atmossl data add STORE`: files of GRIB, and others where an output is named, become one
     zarr store first."""
-    stores = [word for word in arguments if word.partition("=")[0] not in _OF_ADD]
-    unknown = [word for word in stores if "=" in word and not is_location(word)]
+    stores = [word for word in arguments if not sets(word, *_OF_ADD)]
+    unknown = [word for word in stores if Word.of(word).value is not None and not is_location(word)]
     if unknown or len(stores) != 1:
         fault = f"{unknown[0]} is unknown" if unknown else f"got {len(stores)} stores"
         raise ValueError(
@@ -226,8 +230,7 @@ def _data(arguments: Sequence[str]) -> None:
 
         run_ingest(values)
     elif action == "inspect":
-        overrides = [item if "=" in item else f"data.name={item}" for item in overrides]
-        values = compose_config("inspect", overrides)
+        values = compose_config("inspect", as_values_of("data.name", overrides))
         from atmossl.data_commands import show_inspection
 
         show_inspection(values)
@@ -268,30 +271,23 @@ def _check_checkpoints(values: dict[str, Any]) -> None:
 
 def _without_plugins(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The packages of `plugins=[...]`, and all other words."""
-    named = [item for item in arguments if item.startswith("plugins=")]
-    rest = [item for item in arguments if item not in named]
-    packages = named[-1].removeprefix("plugins=").strip("[]") if named else ""
+    named = [word for word in arguments if sets(word, "plugins")]
+    rest = [word for word in arguments if word not in named]
+    packages = str(Word.of(named[-1]).value).strip("[]") if named else ""
     return [*map(unquoted, split(packages))] if packages else [], rest
 
 
-def _keyword(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    values = dict(item.split("=", 1) for item in arguments if "=" in item)
-    if sorted(values) != sorted(names) or len(values) != len(arguments):
-        raise ValueError(f"got {list(arguments)}; needed: {' '.join(f'{n}=VALUE' for n in names)}")
-    return [unquoted(values[name]) for name in names]
-
-
 def _info(arguments: Sequence[str]) -> None:
-    if any(item.startswith("checkpoint=") for item in arguments):
+    if any(sets(word, "checkpoint") for word in arguments):
         from atmossl.commands.info import show_checkpoint
 
         plugins, arguments = _without_plugins(arguments)
-        (checkpoint,) = _keyword(arguments, ["checkpoint"])
+        (checkpoint,) = keywords(arguments, ["checkpoint"])
         show_checkpoint(checkpoint, plugins)
         return
-    memory_words = [item for item in arguments if item.startswith("memory=")]
-    overrides = [item for item in arguments if item != "--check" and item not in memory_words]
-    memory = _gib(memory_words[-1].removeprefix("memory=")) if memory_words else None
+    memory_words = [word for word in arguments if sets(word, "memory")]
+    overrides = [word for word in arguments if word != "--check" and word not in memory_words]
+    memory = _gib(str(Word.of(memory_words[-1]).value)) if memory_words else None
     values = valid("TrainConfig", _compose_training(overrides))
     from atmossl.commands.cost import show_estimate
 
@@ -312,14 +308,14 @@ def _export(arguments: Sequence[str]) -> None:
     named, arguments = _without_plugins(arguments)
     plugins = check_plugins(named)
     optional = ("report", "data.catalog", "licence")
-    more = {key: item for item in arguments for key in optional if item.startswith(f"{key}=")}
-    rest = [item for item in arguments if item not in more.values()]
-    key = "hub" if any(item.startswith("hub=") for item in rest) else "output"
+    more = {Word.of(word).key: word for word in arguments if sets(word, *optional)}
+    rest = [word for word in arguments if word not in more.values()]
+    key = "hub" if any(sets(word, "hub") for word in rest) else "output"
     if more and key == "output":
         raise ValueError(
             f"{' '.join(more.values())}: belongs to hub=FOLDER; leave it out without hub"
         )
-    checkpoint, output = _keyword(rest, ["checkpoint", key])
+    checkpoint, output = keywords(rest, ["checkpoint", key])
     alone = Path(checkpoint).exists()  # commas in it are its own
     checkpoints = [checkpoint] if alone else [*map(unquoted, split(checkpoint))]
     with owned(Path(output), key), keeping("nothing is kept"):
@@ -327,7 +323,7 @@ def _export(arguments: Sequence[str]) -> None:
             export(checkpoints, Path(output), plugins)
         else:
             settings = {
-                name.removeprefix("data."): _keyword([item], [name])[0]
+                name.removeprefix("data."): keywords([item], [name])[0]
                 for name, item in more.items()
             }
             export_folder(checkpoints, Path(output), plugins=plugins, **settings)
@@ -338,17 +334,17 @@ def _import(arguments: Sequence[str]) -> None:
     from atmossl.commands.import_atmorep import import_atmorep
 
     kind, folder, *overrides = [*arguments, "", ""][: max(2, len(arguments))]
-    if kind != "atmorep" or not folder or "=" in folder:
+    if kind != "atmorep" or not folder or Word.of(folder).value is not None:
         raise ValueError(
             f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME "
             "[data.catalog=PATH] [normalisation=FOLDER [normalisation.months=own]]"
         )
     more: dict[str, str] = {}
     for key in ("data.catalog", "normalisation", "normalisation.months"):
-        for item in [item for item in overrides if item.startswith(f"{key}=")]:
-            (more[key],) = _keyword([item], [key])
-            overrides.remove(item)
-    output, data = _keyword(overrides, ["output", "data"])
+        for word in [word for word in overrides if sets(word, key)]:
+            (more[key],) = keywords([word], [key])
+            overrides.remove(word)
+    output, data = keywords(overrides, ["output", "data"])
     months: Any = more.get("normalisation.months", "climatology")
     alone = "normalisation.months" in more and "normalisation" not in more
     if months not in get_args(Months) or alone:

@@ -23,10 +23,12 @@ from atmossl.extras import missing_plugin
 from atmossl.overrides import (
     PATHS,
     SEARCH_WORDS,
+    Word,
     as_searchpath,
     fitting_store,
     for_hydra,
     key_and_value,
+    sets,
     split,
     unquoted,
     value_of,
@@ -86,9 +88,9 @@ def _unknown_entry(values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _sets_value(word: str) -> bool:
+def _sets_value(text: str) -> bool:
     """Whether a word sets a value that may be wrong: neither a path nor a choice of a file."""
-    key = word.lstrip("+~").partition("=")[0]
+    key = Word.of(text).key
     return (
         key not in (*PATHS, "data.name")
         and not key.startswith("hydra.")
@@ -164,12 +166,13 @@ def in_one_line(overrides: Sequence[str]) -> Iterator[None]:
 def as_entry(override: str, name: str) -> str:
     """The override in which `data=NAME` names a catalog entry, as in every command. For a
     training run it also chooses the file conf/data/NAME.yaml, where there is one."""
-    key, _, value = override.partition("=")
-    if key != "data":
+    word = Word.of(override)
+    if word.key != "data" or word.sign:
         return override
-    files = [find_file("conf") / "data" / f"{unquoted(part)}.yaml" for part in split(value)]
+    names = split(word.value or "")
+    files = [find_file("conf") / "data" / f"{unquoted(part)}.yaml" for part in names]
     chooses_file = name in ("train", "stats") and any(file.is_file() for file in files)
-    return override if chooses_file else f"data.name={value}"
+    return override if chooses_file else f"data.name={word.value or ''}"
 
 
 def with_fitting_store(overrides: Sequence[str], name: str) -> list[str]:
@@ -211,12 +214,12 @@ def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own."""
-    tasks = [unquoted(item[len("task=") :]) for item in arguments if item.startswith("task=")]
+    tasks = [unquoted(str(Word.of(text).value)) for text in arguments if sets(text, "task")]
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     if not files:
         return compose_config("predict", arguments)
     task_words = [a for a in arguments if a.startswith("task.")]
-    rest = [a for a in arguments if a not in task_words and not a.startswith("task=")]
+    rest = [a for a in arguments if a not in task_words and not sets(a, "task")]
     from atmossl.api import read_task
 
     content = read_task(files[-1])
@@ -238,7 +241,7 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Like `compose_config`, but `tasks` may be a task of conf/task, a YAML file, or a list of
     these; any other value is a file of conf/tasks."""
     folders = [word for word in arguments if word.startswith(SEARCH_WORDS)]
-    listed = [word for word in arguments if word.startswith("tasks=") and _lists(word, folders)]
+    listed = [word for word in arguments if sets(word, "tasks") and _lists(word, folders)]
     changes = [word for word in arguments if word.startswith("tasks.")]
     if not listed and not changes:
         return compose_config(name, arguments)
@@ -249,7 +252,7 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _listed_tasks(word: str, folders: Sequence[str]) -> list[dict[str, Any]]:
     """The tasks that `tasks=[NAME,...]` lists by name or file."""
-    text = word.removeprefix("tasks=")
+    text = str(Word.of(word).value)
     names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
     if not all(names):
         raise ValueError(f"{word}: needed: names of tasks or files, such as [forecast]")
@@ -287,10 +290,10 @@ def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
 
 def _lists(word: str, folders: Sequence[str]) -> bool:
     """Whether `tasks=...` lists tasks, of which there may be one."""
-    text = word.removeprefix("tasks=")
+    text = str(Word.of(word).value)
     if text.startswith("[") or len(list(split(text))) > 1:
         return True
-    places = [find_file("conf"), *(Path(folder.partition("=")[2]) for folder in folders)]
+    places = [find_file("conf"), *(Path(str(Word.of(folder).value)) for folder in folders)]
     name = unquoted(text)
     return name.endswith((".yaml", ".yml")) or any(
         (place / "task" / f"{name}.yaml").is_file() for place in places

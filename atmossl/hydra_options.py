@@ -18,7 +18,7 @@ from atmossl.composition import (
 )
 from atmossl.data.catalog import find_file
 from atmossl.help import COMMANDS
-from atmossl.overrides import split
+from atmossl.overrides import Word, as_values_of, split
 
 _MISSING = "__missing__"
 _SCRIPTS = {
@@ -70,13 +70,13 @@ def explained(command: str, words: Sequence[str], package_part: str) -> str:
     if command in _ACTIONS:
         command, words = f"{command} {''.join(words[:1])}", words[1:]
     if command == "data inspect":
-        words = [word if "=" in word else f"data.name={word}" for word in words]
+        words = as_values_of("data.name", words)
     name = _conf_of(command)
     if name is None:
         commands = [command for command, entry in COMMANDS.items() if entry.conf]
         raise ValueError(f"{command} has no configuration; valid: {', '.join(commands)}")
     values = yaml.safe_load((find_file("conf") / f"{name}.yaml").read_text())
-    given_keys = {word.partition("=")[0] for word in words}
+    given_keys = {word.key for word in map(Word.of, words) if not word.sign}
     missing = [key for key, value in values.items() if value == "???" and key not in given_keys]
     words = [*words, *(f"{key}={_MISSING}" for key in missing)]
     if package_part == "info":
@@ -120,11 +120,11 @@ def completion(words: Sequence[str]) -> str:
     Raises:
         ValueError: another shell or another word.
     """
-    action, _, shell = "".join(words[:1]).partition("=")
-    if action not in ("install", "query") or shell not in _SCRIPTS:
+    asked = Word.of("".join(words[:1]))
+    if asked.key not in ("install", "query") or asked.value not in _SCRIPTS:
         raise ValueError(f"-sc {' '.join(words)}: valid: install=SHELL, with {', '.join(_SCRIPTS)}")
-    if action == "install":
-        return _SCRIPTS[shell]
+    if asked.key == "install":
+        return _SCRIPTS[asked.value]
     return "\n".join(_candidates(os.environ.get("COMP_LINE", "")))
 
 

@@ -30,7 +30,7 @@ class Ensemble:
     once, on first use."""
 
     # not cached properties, whose lock no compiler follows
-    _moments: tuple[Values, Values] | None = None
+    _mean_and_variance: tuple[Values, Values] | None = None
     _gap: Values | None = None
 
     def __init__(self, members: Members) -> None:
@@ -38,21 +38,21 @@ class Ensemble:
         self.count = members.shape[-2]
 
     @property
-    def moments(self) -> tuple[Values, Values]:
+    def mean_and_variance(self) -> tuple[Values, Values]:
         """Mean, and mean square of the departures from it."""
-        if self._moments is None:
-            self._moments = _Moments.apply(self.members)  # type: ignore[assignment]
-        return self._moments  # type: ignore[return-value]
+        if self._mean_and_variance is None:
+            self._mean_and_variance = _MeanAndVariance.apply(self.members)  # type: ignore[assignment]
+        return self._mean_and_variance  # type: ignore[return-value]
 
     @property
     def mean(self) -> Values:
-        return self.moments[0]
+        return self.mean_and_variance[0]
 
     @property
     def std(self) -> Values:
         """Standard deviation (n - 1), bounded from below."""
         self._needs_two()
-        variance = self.moments[1] * (self.count / (self.count - 1))
+        variance = self.mean_and_variance[1] * (self.count / (self.count - 1))
         return (variance + _SMALLEST_STD**2).sqrt()
 
     @property
@@ -74,7 +74,7 @@ class Ensemble:
             raise ValueError("this loss needs an ensemble: set model.num_members to at least 2")
 
 
-class _Moments(torch.autograd.Function):
+class _MeanAndVariance(torch.autograd.Function):
     """Mean and mean square departure over members, with few passes over them and none of their
     size kept: x_i's gradient is g_mean / m + g_square 2 (x_i - mean) / m, for the departures sum
     to 0. On CPUs torch.var is ten times as slow."""
@@ -98,7 +98,7 @@ Loss = Callable[[Ensemble, Values], Values]
 def ensemble_mse(ensemble: Ensemble, target: Values) -> Values:
     """The squared error of every member, averaged over members (the ensemble term of AtmoRep).
     It equals the squared error of the mean plus the mean square departure from the mean."""
-    return mean_mse(ensemble, target) + ensemble.moments[1]
+    return mean_mse(ensemble, target) + ensemble.mean_and_variance[1]
 
 
 def mean_mse(ensemble: Ensemble, target: Values) -> Values:

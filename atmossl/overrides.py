@@ -1,4 +1,5 @@
-"""The words of the command line as Hydra takes them: paths may hold any character.
+"""The words of the command line: what each of them says (`Word`), and the form in which Hydra takes
+them, in which paths may hold any character.
 
 Hydra gives `=`, commas, brackets, spaces and more a meaning of their own, so that a path such as
 `runs/lr=0.1/last.ckpt` has to stand in quotes inside those of the shell. Here the quotes are added:
@@ -7,8 +8,9 @@ not read. What Hydra can read keeps its meaning: lists, mappings, sweeps, quotes
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -36,17 +38,68 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _NO_TEXT = ("", "null", "true", "false")
 
 
+@dataclass(frozen=True)
+class Word:
+    """One word of the command line: `KEY=VALUE`, an option, or a name that stands alone.
+
+    sign: `+`, `++` or `~` before the key, by which Hydra adds or removes it; else empty. key: what
+    stands before the first `=`, without the sign. value: what stands after it, as it was written;
+    None if there is no `=`.
+    """
+
+    sign: str
+    key: str
+    value: str | None
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The parts of a word."""
+        place, equals, value = text.partition("=")
+        key = place.lstrip("+~")
+        return cls(place[: len(place) - len(key)], key, value if equals else None)
+
+    @property
+    def is_option(self) -> bool:
+        """Whether it begins with a dash, as `--config-dir=FOLDER` does."""
+        return self.key.startswith("-")
+
+
+def sets(text: str, *keys: str) -> bool:
+    """Whether a word is `KEY=VALUE` with one of the keys."""
+    word = Word.of(text)
+    return not word.sign and word.value is not None and word.key in keys
+
+
+def keywords(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The values of a command that takes just these keys, each once, in the order of the names.
+
+    Raises:
+        ValueError: another key, none, or a word that is not KEY=VALUE.
+    """
+    values = {word.key: word.value for word in map(Word.of, words)}
+    fits = len(values) == len(words) and all(sets(word, *names) for word in words)
+    if sorted(values) != sorted(names) or not fits:
+        raise ValueError(f"got {list(words)}; needed: {' '.join(f'{n}=VALUE' for n in names)}")
+    return [unquoted(str(values[name])) for name in names]
+
+
+def as_values_of(key: str, words: Sequence[str]) -> list[str]:
+    """The words, with names that stand alone as values of a key."""
+    return [text if Word.of(text).value is not None else f"{key}={text}" for text in words]
+
+
 def for_hydra(override: str, *, sweep: bool = False) -> str:
     """One word of the command line, with quotes where Hydra needs them. sweep: of a multirun, where
     commas stand between values."""
-    key, equals, value = override.partition("=")
-    if not equals or key.startswith(("-", "~")):
+    word = Word.of(override)
+    if word.value is None or word.is_option or word.sign == "~":
         return override
-    values = list(split(value)) if sweep else [value]
-    is_path = key.lstrip("+") in PATHS
+    values = list(split(word.value)) if sweep else [word.value]
+    is_path = word.key in PATHS
     if (sweep or not is_path) and is_readable(override):
         return override
-    quoted = f"{key}=" + ",".join(map(_quoted if is_path else _element, values))
+    form = _quoted if is_path else _element
+    quoted = f"{word.sign}{word.key}={','.join(map(form, values))}"
     return quoted if is_readable(quoted) else override
 
 
@@ -142,7 +195,8 @@ def first_of_sweep(override: str) -> str | None:
         return override
     if not (parsed.is_choice_sweep() or parsed.is_range_sweep()):
         return None
-    return f"{override.partition('=')[0]}={next(iter(parsed.sweep_string_iterator()))}"
+    word = Word.of(override)
+    return f"{word.sign}{word.key}={next(iter(parsed.sweep_string_iterator()))}"
 
 
 def is_readable(override: str) -> bool:
@@ -195,7 +249,7 @@ def fitting_store(
 def value_of(key: str, overrides: Sequence[str]) -> str | None:
     """The value that the last override of a key gives; None if there is none, or several values
     for a sweep."""
-    values = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
+    values = [str(Word.of(text).value) for text in overrides if sets(text, key)]
     return unquoted(values[-1]) if values and len([*split(values[-1])]) == 1 else None
 
 

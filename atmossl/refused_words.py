@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from atmossl.extras import missing_plugin
-from atmossl.overrides import PATHS, is_readable
+from atmossl.overrides import PATHS, Word, is_readable
 
 _REFUSED = (
     r"Could not override '(?P<key>[^']+)'",
@@ -87,7 +87,7 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
 
 def _takes_list(name: str, word: str, words: Sequence[str]) -> bool:
     """Whether `KEY=a,b` can only mean a list."""
-    key = word.partition("=")[0].lstrip("+")
+    key = Word.of(word).key
     if key in _LISTS:
         return True
     try:
@@ -110,27 +110,28 @@ def _whole(words: Sequence[str]) -> Iterator[str]:
         yield part
 
 
-def _empty(word: str) -> str | None:
+def _empty(text: str) -> str | None:
     """What to say of a path that is empty, as of a variable of the shell that is not set."""
-    key, _, value = word.partition("=")
-    return f"{word}: is empty; valid: {key}=PATH" if key in PATHS and not value.strip("'") else None
+    word = Word.of(text)
+    is_empty = word.key in PATHS and not (word.value or "").strip("'")
+    return f"{text}: is empty; valid: {word.key}=PATH" if is_empty else None
 
 
 def _unreadable(word: str) -> str | None:
     """What to say of a word that is no override."""
     if is_readable(word):
         return None
-    word = word.lstrip("+")
-    key, equals, value = word.partition("=")
-    if word.startswith("-"):
+    parts, word = Word.of(word), word.lstrip("+")
+    key, value = parts.key, parts.value
+    if parts.is_option:
         name = key.strip("-")
         return (
             f"no option {key}; valid: --help, --config-dir FOLDER, --cfg job, --info; keys have no "
             f"dashes, as in {name}=VALUE"
         )
-    if not equals and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", word):
+    if value is None and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", word):
         return f"{word}: is no key; every word is KEY=VALUE"
-    if not equals:
+    if value is None:
         return f"{word}: needs a value; valid: {key}=VALUE"
     return (
         f"{word}: cannot be read; put quotes inside of quotes around a value with special "
@@ -146,7 +147,8 @@ def _blamed(error: HydraException, words: Sequence[str]) -> tuple[str, str] | No
             continue
         ((kind, text),) = match.groupdict().items()
         for word in reversed(words):
-            key, _, value = word.lstrip("+~").partition("=")
+            parts = Word.of(word)
+            key, value = parts.key, parts.value or ""
             is_choice = kind == "choice" and _chooses(key, value, text)
             if is_choice or (kind != "choice" and text.strip() in (key, word, f"{key}={value}")):
                 return kind, word
@@ -160,9 +162,9 @@ def _chooses(group: str, value: str, choice: str) -> bool:
 
 def _has_place(word: str, valid_keys: Mapping[str, Any]) -> bool:
     """Whether a key may get further keys: it is a mapping, or stands in one that is empty."""
-    key, _, value = word.partition("=")
-    place, _, _ = key.rpartition(".")
-    is_mapping = isinstance(_at(valid_keys, key), Mapping) and value.lstrip().startswith("{")
+    parts = Word.of(word)
+    place, value = parts.key.rpartition(".")[0], parts.value or ""
+    is_mapping = isinstance(_at(valid_keys, parts.key), Mapping) and value.lstrip().startswith("{")
     return is_mapping or any(_at(valid_keys, part) == {} for part in _prefixes(place))
 
 
@@ -188,7 +190,8 @@ def _at(values: Any, key: str) -> Any:
 
 def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: Path) -> str:
     """What to say of a word that does not fit."""
-    key, _, value = word.lstrip("+~").partition("=")
+    parts = Word.of(word)
+    key, value = parts.key, parts.value or ""
     if kind in _UNKNOWN:
         return of_unknown(key, valid_keys)
     if kind == "there":

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from atmossl.overrides import Word
 from atmossl.setting_types import target_name
 
 _LOGGER = logging.getLogger(__name__)
@@ -53,18 +54,17 @@ def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def renamed_override(override: str) -> str:
     """One word of the command line, `KEY=VALUE`, by the key's present name; says what changed."""
-    key, equals, value = override.partition("=")
-    prefix = key[: len(key) - len(key.lstrip("+~"))]
-    if not equals or key.startswith("-"):
+    word = Word.of(override)
+    if word.value is None or word.is_option:
         return override
-    nested: Any = value
-    for part in reversed(key[len(prefix) :].split(".")):
+    nested: Any = word.value
+    for part in reversed(word.key.split(".")):
         nested = {part: nested}
     present, parts = with_present_names(nested), list[str]()
     while isinstance(present, Mapping):
         ((part, present),) = present.items()
         parts.append(part)
-    return f"{prefix}{'.'.join(parts)}={present}"
+    return f"{word.sign}{'.'.join(parts)}={present}"
 
 
 def _with_present_keys(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from atmossl.overrides import key_and_value, value_of
+from atmossl.overrides import Word, key_and_value, value_of
 from atmossl.refused_words import of_unknown
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]
@@ -33,10 +33,10 @@ def stored_config(
         return None
     values = _with_new_keys(_plain(OmegaConf.load(file)), compose([]))
     changes: list[str] = []
-    words = [word for word in overrides if "=" in word]
-    chosen = [word for word in words if (groups / word.partition("=")[0]).is_dir()]
+    words = [text for text in overrides if Word.of(text).value is not None]
+    chosen = [text for text in words if (groups / Word.of(text).key).is_dir()]
     for word in chosen:
-        key = word.partition("=")[0]
+        key = Word.of(word).key
         node = compose([word]).get(key)
         if key in values and node != values[key]:
             changes.append(word)

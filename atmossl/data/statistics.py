@@ -34,7 +34,7 @@ from atmossl.names import file_name
 from atmossl.process_lifetime import is_first_rank
 from atmossl.sealed import read_sealed, write_sealed
 
-# Area-weighted moments of stored variables in one streaming pass, which can be taken up again.
+# Area-weighted sums over stored variables in one streaming pass, which can be taken up again.
 #
 # Blocks of steps are summed up in float64 about their own mean and merged pairwise (Chan, Golub
 # and LeVeque 1983), so that neither the length of the record nor a large mean costs precision.
@@ -43,7 +43,7 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Moments:
+class RunningSums:
     """Sums over the observed values of one variable, one number per level each.
 
     weight: sum of area weights. square: weighted squared departures from `mean`. step_square,
@@ -63,7 +63,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: np.ndarray, area: np.ndarray, before: np.ndarray | None) -> Self:
-        """The moments of values [level time lat lon], NaN where missing. area: weights [lat].
+        """The sums of values [level time lat lon], NaN where missing. area: weights [lat].
         before: the field [level lat lon] of the step before the first, if there is one."""
         axes = (1, 2, 3)
         observed = np.isfinite(values)
@@ -88,7 +88,7 @@ class Moments:
         )
 
     def merged(self, other: Self) -> Self:
-        """The moments of both sets of values together."""
+        """The sums of both sets of values together."""
         weight = self.weight + other.weight
         share = other.weight / np.maximum(weight, np.finfo(float).tiny)
         apart = other.mean - self.mean
@@ -137,19 +137,19 @@ def read_block(
     return transform.forward(values) if transform else values
 
 
-def segment_moments(
+def segment_sums(
     segment: Segment,
     variable: str,
     transform: Transform | None,
     partial: Path | None,
     progress: Callable[[int], object],
-) -> Moments:
-    """The moments of one variable over a segment, by level.
+) -> RunningSums:
+    """The sums of one variable over a segment, by level.
 
     partial: the folder that keeps what is done after every block, so that a stopped pass can
         continue. progress: is called with the number of steps of every block.
     """
-    moments, done = _resume(partial)
+    sums, done = _resume(partial)
     for start, count in blocks(segment, variable):
         progress(count)
         if start + count <= done:
@@ -157,19 +157,19 @@ def segment_moments(
         ahead = 1 if start else 0  # one step more, for the change into this block
         values = read_block(segment, variable, start - ahead, count + ahead, transform)
         before = values[:, 0] if ahead else None
-        block = Moments.of(values[:, ahead:], segment.grid.weights, before)
-        moments = block if moments is None else moments.merged(block)
-        _save(partial, {"done": start + count, "moments": moments.to_dict()})
-    assert moments is not None, f"segment {segment.name} has no steps"
-    return moments
+        block = RunningSums.of(values[:, ahead:], segment.grid.weights, before)
+        sums = block if sums is None else sums.merged(block)
+        _save(partial, {"done": start + count, "moments": sums.to_dict()})
+    assert sums is not None, f"segment {segment.name} has no steps"
+    return sums
 
 
-def _resume(partial: Path | None) -> tuple[Moments | None, int]:
+def _resume(partial: Path | None) -> tuple[RunningSums | None, int]:
     if partial is None or not partial.exists():
         return None, 0
     try:
         state = read_sealed(partial)
-        return Moments.from_dict(state["moments"]), int(state["done"])
+        return RunningSums.from_dict(state["moments"]), int(state["done"])
     except (ValueError, KeyError, TypeError):  # damaged: it is only work that is done again
         return None, 0
 
@@ -180,10 +180,10 @@ def _save(partial: Path | None, state: dict) -> None:
     write_sealed(partial, state)
 
 
-def pooled(moments: Sequence[Moments]) -> Moments:
-    """The moments of several segments together; no step leads from one into the next."""
-    total = moments[0]
-    for other in moments[1:]:
+def pooled(sums: Sequence[RunningSums]) -> RunningSums:
+    """The sums of several segments together; no step leads from one into the next."""
+    total = sums[0]
+    for other in sums[1:]:
         total = total.merged(other)
     return total
 
@@ -235,7 +235,7 @@ class Statistics:
         rows = []
         for name in first.variables:
             parts = [
-                segment_moments(
+                segment_sums(
                     segment,
                     name,
                     transforms.get(name),
@@ -248,7 +248,7 @@ class Statistics:
             _check_changes(rows[-1], first, name)
         columns = len(first.levels or (0,))
 
-        def table(values: Callable[[Moments], np.ndarray]) -> np.ndarray:
+        def table(values: Callable[[RunningSums], np.ndarray]) -> np.ndarray:
             return np.stack([np.broadcast_to(values(row), (columns,)) for row in rows])
 
         return cls(
@@ -349,17 +349,17 @@ def _outside_line(name: str, extremes: np.ndarray, ranges: np.ndarray) -> str:
     )
 
 
-def _check_changes(moments: Moments, segment: Segment, name: str) -> None:
+def _check_changes(sums: RunningSums, segment: Segment, name: str) -> None:
     """Raise ValueError if a variable is constant, so that nothing can be normalised by its
     spread."""
     where = f"{segment.location}: {name}"
     levels = segment.levels_of(name)
     for column, level in enumerate(levels):
         at = f" at {level} hPa" if level else ""
-        if moments.weight[column] == 0:
+        if sums.weight[column] == 0:
             raise ValueError(f"{where}{at} has no values in the training period")
-        std = np.sqrt(moments.square[column] / moments.weight[column])
-        if std <= 1e-7 * abs(moments.mean[column]):  # rounding of a sum
+        std = np.sqrt(sums.square[column] / sums.weight[column])
+        if std <= 1e-7 * abs(sums.mean[column]):  # rounding of a sum
             raise ValueError(f"{where}{at} never changes")
 
 

@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_hold_the_statistics_is_named_before_the_pass(tmp_p
 
 def compute_and_note(cache: Path) -> None:
     """In a process of its own: note a line for every variable of which statistics are computed."""
-    compute = module.segment_moments
+    compute = module.segment_sums
 
     def noted(*arguments: Any) -> Any:
         time.sleep(0.1)
@@ -255,7 +255,7 @@ def compute_and_note(cache: Path) -> None:
             file.write("x")
         return compute(*arguments)
 
-    module.segment_moments = noted
+    module.segment_sums = noted
     found = load_or_compute([segment(dataset())], cache)
     (cache / f"{os.getpid()}.json").write_text(json.dumps(found.to_dict()))
 
