@@ -320,21 +320,21 @@ def test_predict_refuses_before_weights_are_loaded(line, folder, monkeypatch, ca
 
 @pytest.mark.parametrize("line", PREDICT_BEFORE_READING)
 def test_predict_refuses_before_the_model_runs(line, folder, monkeypatch, capsys) -> None:
-    forbid(monkeypatch, (tiles, "_predicted"))
+    forbid(monkeypatch, (tiles, "_batched"))
     arguments = with_defaults(line, output="DIR/o.zarr", **COMMON)
     refused(["predict", *arguments], folder, PREDICT_BEFORE_READING[line], capsys)
 
 
 @pytest.mark.parametrize("line", CALIBRATE)
 def test_calibrate_refuses_before_the_model_runs(line, folder, monkeypatch, capsys) -> None:
-    forbid(monkeypatch, (tiles, "_predicted"))
+    forbid(monkeypatch, (tiles, "_batched"))
     arguments = with_defaults(line, output="DIR/o.ckpt", **COMMON)
     refused(["calibrate", *arguments], folder, CALIBRATE[line], capsys)
 
 
 @pytest.mark.parametrize("line", EVALUATE)
 def test_evaluate_refuses_before_any_record_is_read(line, folder, monkeypatch, capsys) -> None:
-    forbid(monkeypatch, (tiles, "_predicted"), (Climate, "of"), (Segment, "loaded"),
+    forbid(monkeypatch, (tiles, "_batched"), (Climate, "of"), (Segment, "loaded"),
            (Segment, "to_dataset"), (zero_shot, "record_of"))  # fmt: skip
     arguments = with_defaults(line, output="DIR/report", data="waves", **COMMON)
     refused(["evaluate", *arguments], folder, EVALUATE[line], capsys)
