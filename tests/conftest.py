@@ -15,3 +15,7 @@ def pytest_collection_finish() -> None:
     """Before any test."""
     if "tests.processes" in sys.modules:
         sys.modules["tests.processes"].start_server()
+    if "lightning" in sys.modules:
+        from tests.lean import lean_runs
+
+        lean_runs()

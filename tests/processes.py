@@ -16,7 +16,6 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 HANGS_AFTER_SECONDS = 900.0  # far above any test, however busy the machine
-_COMMANDS = [f"atmossl.commands.{name}" for name in ("train", "predict", "evaluate", "info")]
 
 
 def start_server() -> None:
@@ -24,7 +23,7 @@ def start_server() -> None:
 
     There is one in a process, so this comes before a loader starts one that knows less.
     """
-    CONTEXT.set_forkserver_preload(["atmossl.cli", *_COMMANDS])
+    CONTEXT.set_forkserver_preload(["tests.preloaded"])
     forkserver.ensure_running()
 
 

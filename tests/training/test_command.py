@@ -22,6 +22,7 @@ from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.masking.tasks import Forecast
 from atmossl.masking.views import make_view
 from atmossl.training.curves import read_metrics
+from tests.lean import whole_runs
 from tests.processes import run
 from tests.synthetic import catalog, dataset, window
 
@@ -51,11 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = ("logger=[csv,tensorboard,wandb]", "logger.tags=[blue]", "logger.group=colours",
             "trainer.pictures=true", "trainer.profiler=torch",
             "trainer.profile_steps=[0,2]")  # fmt: skip
-    assert train(folder, "u", U, *told, OUTPUT=str(folder / "said")) == 0
+    more = {"OUTPUT": str(folder / "said"), "before": (whole_runs, ())}
+    assert train(folder, "u", U, *told, **more) == 0
     return folder
 
 
-def train(folder: Path, name: str, *more: str, grid: str = "coarse", **environment: str) -> int:
+def train(folder: Path, name: str, *more: str, grid: str = "coarse", **environment: Any) -> int:
     """A tiny run of two steps and a validation."""
     arguments = [
         "train", "experiment=quickstart", "model=tiny", "optimizer=adamw", "~stream.atmosphere",
