@@ -6,6 +6,7 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts the cores
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
@@ -19,3 +20,13 @@ def pytest_collection_finish() -> None:
         from tests.lean import lean_runs
 
         lean_runs()
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` writes all numbers of a report, but draws no maps and no page, which takes longer
+    than to score a small store."""
+    from atmossl.evaluation.report import write
+
+    monkeypatch.setattr(write, "save_figure", lambda *_: None)
+    monkeypatch.setattr(write, "html_page", lambda *_: "")

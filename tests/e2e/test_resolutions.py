@@ -55,6 +55,7 @@ def training(catalog: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_resolutions_train_and_predict(catalog: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ATMOSSL_CACHE", str(tmp_path))
     assert main(training(catalog, tmp_path / "run")) == 0

@@ -138,6 +138,7 @@ def test_missing_values_are_filled(gappy: Path, tmp_path: Path, capsys) -> None:
     assert "has no truth" in line
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_fields_with_missing_values_are_scored(gappy: Path, tmp_path: Path, capsys) -> None:
     """Against all baselines that can answer; only what is never missing has a regression."""
     save_tiny(tmp_path / "gaps.ckpt", missing="mask")
@@ -182,6 +183,7 @@ def test_a_split_of_several_segments(gappy: Path, tmp_path: Path, capsys) -> Non
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("kind", ["mask_file", "stations"])
 def test_regions_from_files_are_predicted_and_scored(
     folder: Path, tmp_path: Path, capsys, kind: str

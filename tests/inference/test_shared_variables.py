@@ -182,6 +182,7 @@ def test_checkpoints_of_such_streams_are_refused(tmp_path: Path, changes: Any, c
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_variable_of_two_streams_through_every_command(tmp_path: Path) -> None:
     """Written on all levels in every format, calibrated, rolled out, scored, and from Python."""
     file = catalog(tmp_path, train=STORE, validation=STORE, test=STORE)

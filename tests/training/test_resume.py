@@ -28,13 +28,13 @@ from tests.processes import (
 )
 
 pytestmark = pytest.mark.e2e
-STEPS, ACCUMULATE, INTERVAL = 14, 2, 3
+STEPS, ACCUMULATE, INTERVAL = 9, 2, 2
 
 
 def arguments(output: Path, *more: str) -> list[str]:
     changed = (
         f"trainer.max_steps={STEPS}", f"trainer.accumulate={ACCUMULATE}",
-        f"trainer.checkpoint_interval={INTERVAL}", "trainer.validation_interval=6",
+        f"trainer.checkpoint_interval={INTERVAL}", f"trainer.validation_interval={2 * INTERVAL}",
         "optimizer.ema_decay=0.9", "optimizer.schedule=cosine",
     )  # fmt: skip
     return training(output, *changed, *more)
@@ -73,7 +73,7 @@ def test_a_run_killed_at_random_steps_ends_as_the_unbroken_one(tmp_path: Path) -
         assert newest.name == f"step-{(number + 1) * INTERVAL}.ckpt"
         if number == 1:
             tear(newest)  # the run goes back to the one before, which was kept
-            (broken / "checkpoints" / ".partial-step-7.ckpt").write_bytes(b"half")
+            (broken / "checkpoints" / ".partial-step-5.ckpt").write_bytes(b"half")
             assert run(arguments(broken, "resume=auto"), cache=tmp_path, before=before) < 0
     assert run(arguments(broken, "resume=auto"), cache=tmp_path) == 0
 
@@ -81,8 +81,8 @@ def test_a_run_killed_at_random_steps_ends_as_the_unbroken_one(tmp_path: Path) -
 
 
 def test_a_run_killed_while_shards_are_written_ends_as_the_unbroken_one(tmp_path: Path) -> None:
-    """SIGKILL between the last byte of the checkpoint of step 6, written beside training, and its
-    name; the first two are those of step 3 and of the validation."""
+    """SIGKILL between the last byte of the checkpoint of step 4, written beside training, and its
+    name; the first two are those of step 2 and of the validation."""
     beside = ("trainer.strategy=fsdp", "trainer.checkpoint_format=sharded",
               "trainer.async_checkpoint=true", f"trainer.max_steps={2 * INTERVAL + 1}")  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -106,7 +106,7 @@ def test_a_run_that_ends_between_a_save_and_its_log_has_the_whole_log(
     before: Any, code: int, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    steps = "trainer.max_steps=7"
+    steps = "trainer.max_steps=5"
     assert run(arguments(whole, steps), cache=tmp_path) == 0
     assert run(arguments(broken, steps), cache=tmp_path, before=before) == code
     saved = read_contents(checkpoints_in(broken / "checkpoints")[0])["global_step"]
