@@ -106,12 +106,12 @@ def test_a_run_that_ends_between_a_save_and_its_log_has_the_whole_log(
     before: Any, code: int, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    steps = "trainer.max_steps=5"
-    assert run(arguments(whole, steps), cache=tmp_path) == 0
-    assert run(arguments(broken, steps), cache=tmp_path, before=before) == code
+    steps = ("trainer.max_steps=7", "trainer.validation_interval=6")  # after it goes on
+    assert run(arguments(whole, *steps), cache=tmp_path) == 0
+    assert run(arguments(broken, *steps), cache=tmp_path, before=before) == code
     saved = read_contents(checkpoints_in(broken / "checkpoints")[0])["global_step"]
     assert read_metrics(broken / "metrics.csv")["step"].max() == saved - 2  # steps count from 0
-    assert run(arguments(broken, steps, "resume=auto"), cache=tmp_path) == 0
+    assert run(arguments(broken, *steps, "resume=auto"), cache=tmp_path) == 0
     assert_same_end(whole, broken)
 
 
