@@ -16,8 +16,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_QUIET_SECONDS = 5.0  # of work that is over sooner, a log file learns nothing
-_LINE_SECONDS = 30.0
+QUIET_SECONDS = 5.0  # of work that is over sooner, a log file learns nothing
+LINE_SECONDS = 30.0  # from line to line in a log file
 _LEAST_SECONDS = 20.0  # of a whole output, for a line to be worth reading
 
 
@@ -125,7 +125,7 @@ class _Lines:
 
     def __init__(self, description: str, total: float, console: Console) -> None:
         self._what, self._total, self._console = description, total, console
-        self._done, self._pace, self._due = 0.0, Pace(), _QUIET_SECONDS
+        self._done, self._pace, self._due = 0.0, Pace(), QUIET_SECONDS
         self.say = console.print
 
     def __call__(self, count: float) -> None:
@@ -133,7 +133,7 @@ class _Lines:
         seconds = self._pace.seconds()
         if seconds < self._due:
             return
-        self._due = seconds + _LINE_SECONDS
+        self._due = seconds + LINE_SECONDS
         seconds_left = self._pace.seconds_left(self._done, self._total)
         estimate = "" if seconds_left is None else f", {duration_text(seconds_left)} left"
         share = self._done / max(self._total, 1)

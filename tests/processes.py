@@ -129,6 +129,23 @@ def signal_at_batch(number: int, sent: int, children: Path | None = None) -> Non
     TrainingModule.training_step = counted  # type: ignore[method-assign]
 
 
+def signal_in_validation(sent: int, record: Path) -> None:
+    """Send a signal to this process in the first batch of its first validation. record: gets a
+    letter for every validation batch."""
+    from atmossl.training.module import TrainingModule
+
+    step = TrainingModule.validation_step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with record.open("a") as file:
+            file.write("v")
+        if record.read_text() == "v":
+            os.kill(os.getpid(), sent)
+        return step(self, *args, **kwargs)
+
+    TrainingModule.validation_step = counted  # type: ignore[method-assign]
+
+
 def _main(
     arguments: Sequence[str], environment: dict[str, str], before: tuple[Callable, tuple] | None
 ) -> None:

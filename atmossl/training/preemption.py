@@ -29,8 +29,8 @@ class Interrupted(InterruptedError):
 
 
 class SaveOnSignal(L.Callback):
-    """At SIGINT, SIGHUP, SIGTERM, SIGUSR1 or SIGUSR2: finishes the optimiser step, saves, and
-    leaves; under Slurm it requeues the job.
+    """At SIGINT, SIGHUP, SIGTERM, SIGUSR1 or SIGUSR2: finishes the optimiser step, or the batch of
+    a validation, saves, and leaves; under Slurm it requeues the job.
 
     SIGUSR1 is what scripts/slurm/train.sbatch asks for before the time limit, SIGUSR2 what
     submitit does. SIGTERM may also mean that the user cancelled the job, or that Slurm preempts
@@ -70,8 +70,23 @@ class SaveOnSignal(L.Callback):
         if (idx + 1) % trainer.accumulate_grad_batches:
             return  # half an accumulated step cannot be saved
         number = self._agreed()
-        if not number or trainer.global_step >= trainer.max_steps:
-            return
+        if number and trainer.global_step < trainer.max_steps:
+            self._leave(trainer, number)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """A validation that a signal meets is left. The weights are those of the step before it,
+        and all ranks validate as many batches, so that they agree here as after a step."""
+        del pl_module, outputs, batch, batch_idx, dataloader_idx
+        number = self._agreed()
+        if number:
+            # or the run that goes on would finish the half validation with other batches
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
+            self._leave(trainer, number)
+
+    def _leave(self, trainer: L.Trainer, number: int) -> None:
         self.checkpoints.save(trainer)
         self.checkpoints.settle(trainer)
         trainer.strategy.barrier()

@@ -1,33 +1,46 @@
 """Shows how far a run is: one bar on a terminal, one plain line for each log elsewhere."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from atmossl.progress import Pace, console_of_output, duration_text
+from atmossl.progress import LINE_SECONDS, QUIET_SECONDS, Pace, console_of_output, duration_text
 
 
 class RunProgress(L.Callback):
     """Shows step, loss, learning rate, samples per second and the time that is left.
 
     The first rank tells them at every log, and the result of every validation in a line of its own.
+    Where logs are far apart, and while a validation goes on, a log file gets a line after some
+    seconds and every half a minute that says how far the run is.
     The time that is left counts validations and checkpoints, but not the start of the run.
 
     every: batches from log to log.
     """
 
-    def __init__(self, *, every: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        every: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.every = every
         self.console = console or console_of_output()
-        self._pace = Pace()
+        self._pace = Pace(clock)
+        self._clock = clock
+        self._due = 0.0  # when a log file gets its next line
+        self._num_validated = 0  # batches of the present validation
         self._first_step = 0
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
+        self._due = self._clock() + QUIET_SECONDS
         self._first_step = trainer.global_step
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = _new_bar(self.console)
@@ -39,15 +52,36 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
     ) -> None:
         del pl_module, outputs, batch
-        if not trainer.is_global_zero or (idx + 1) % trainer.accumulate_grad_batches:
+        if not trainer.is_global_zero:
             return
-        step = trainer.global_step
+        step, batches = trainer.global_step, trainer.accumulate_grad_batches
+        if (idx + 1) % batches:
+            self._tell_between(
+                trainer, f"batch {(idx + 1) % batches} of {batches} of the next step"
+            )
+            return
         if step == self._first_step + 1:
             self._pace.start(step)  # what a start costs does not come again
         if (idx + 1) % self.every == 0:
             self._tell_log(trainer, step)
         elif self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
+        else:
+            seconds_left = self._pace.seconds_left(step, trainer.max_steps)
+            left = "" if seconds_left is None else f"{duration_text(seconds_left)} left"
+            self._tell_between(trainer, left)
+
+    def _tell_between(self, trainer: L.Trainer, text: str) -> None:
+        """Tell a log file how far the run is, if it has heard nothing for a while."""
+        if self._bar is not None or self._clock() < self._due:
+            return
+        self._print(
+            ", ".join(filter(None, [f"step {trainer.global_step}/{trainer.max_steps}", text]))
+        )
+
+    def _print(self, line: str) -> None:
+        self._due = self._clock() + LINE_SECONDS
+        self.console.print(line)
 
     def _tell_log(self, trainer: L.Trainer, step: int) -> None:
         parts = log_parts(trainer.callback_metrics)
@@ -55,10 +89,27 @@ class RunProgress(L.Callback):
         if seconds_left is not None and step < trainer.max_steps:
             parts["left"] = f"{duration_text(seconds_left)} left"
         if self._bar is None:
-            self.console.print(", ".join([f"step {step}/{trainer.max_steps}", *parts.values()]))
+            self._print(", ".join([f"step {step}/{trainer.max_steps}", *parts.values()]))
             return
         parts.pop("learning rate", None)  # the line is short
         self._bar.update(self._bar.task_ids[0], completed=step, told="  ".join(parts.values()))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del trainer, pl_module
+        self._num_validated = 0
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        del pl_module, outputs, batch, batch_idx, dataloader_idx
+        self._num_validated += 1
+        if not trainer.is_global_zero:
+            return
+        text = f"validation, batch {self._num_validated} of {sum(trainer.num_val_batches):.0f}"
+        self._tell_between(trainer, text)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], told=text)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module

@@ -9,7 +9,15 @@ import pytest
 
 from atmossl.checkpoint_files import checkpoints_in, read_contents
 from atmossl.training.preemption import wants_requeue
-from tests.processes import run, run_ranks, signal_at_batch, stub, training
+from tests.processes import (
+    run,
+    run_ranks,
+    signal_at_batch,
+    signal_in_validation,
+    stub,
+    training,
+)
+from tests.training.test_resume import differing
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = {
@@ -44,6 +52,25 @@ def test_sigterm_to_one_rank_ends_all_ranks_after_the_same_step(tmp_path: Path) 
     assert codes == [128 + signal.SIGTERM] * 2
     (saved,) = checkpoints_in(tmp_path / "run" / "checkpoints")
     assert saved.name == "step-3.ckpt"
+
+
+@pytest.mark.e2e
+def test_sigterm_in_a_validation_leaves_after_its_batch_and_loses_nothing(tmp_path: Path) -> None:
+    """The run that goes on ends with the weights and moments of the unbroken one."""
+    more = ("trainer.validation_interval=3", "trainer.validation_batches=4")
+    assert run(training(tmp_path / "whole", *more), cache=tmp_path) == 0
+    arguments = training(tmp_path / "broken", *more, "resume=auto")
+    before = (signal_in_validation, (signal.SIGTERM, tmp_path / "batches"))
+    assert run(arguments, cache=tmp_path, before=before) == 128 + signal.SIGTERM
+    assert (tmp_path / "batches").read_text() == "v"
+    (saved,) = checkpoints_in(tmp_path / "broken" / "checkpoints")
+    assert saved.name == "step-3.ckpt"
+    assert run(arguments, cache=tmp_path) == 0
+    ends = [
+        read_contents(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "broken")
+    ]
+    kept = [{key: end[key] for key in ("state_dict", "optimizer_states")} for end in ends]
+    assert differing(*kept) == []
 
 
 @pytest.mark.parametrize(

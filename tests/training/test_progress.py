@@ -70,6 +70,32 @@ def test_a_log_file_gets_one_plain_line_a_log() -> None:
     assert validation == "step 3/8, validation: rmse_ratio forecast 0.9, mean 0.95"
 
 
+def test_a_log_file_learns_of_slow_steps_and_of_a_long_validation() -> None:
+    """One line after some seconds, and one each half a minute, though a log is far away."""
+    clock = Clock()
+    console = Console(file=io.StringIO(), width=40, soft_wrap=True)
+    callback, module = RunProgress(every=100, console=console, clock=clock), SimpleNamespace()
+    callback.on_train_start(trainer(0), module)
+    for idx in (1, 3, 5):
+        clock.now += 20.0
+        callback.on_train_batch_end(trainer((idx + 1) // 2), module, None, None, idx)
+    validating = trainer(3)
+    validating.num_val_batches = [2, 1]
+    callback.on_validation_start(validating, module)
+    for number, task in ((0, 0), (1, 0), (0, 1)):
+        clock.now += 15.0
+        callback.on_validation_batch_end(validating, module, None, None, number, task)
+    clock.now += 20.0
+    callback.on_train_batch_end(trainer(3), module, None, None, 6)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "step 1/8",
+        "step 3/8, 2 min left",
+        "step 3/8, validation, batch 2 of 3",
+        "step 3/8, batch 1 of 2 of the next step",
+    ]
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_terminal_gets_one_line_with_a_bar(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
