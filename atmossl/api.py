@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore
-from atmossl.data.catalog import Split, catalog_entry, find_file
+from atmossl.data.catalog import Split, catalog_entry, find_file, yaml_fault
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
 from atmossl.data.sources import StoreRequest, paired
@@ -348,7 +348,7 @@ def read_task(task: str) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"task={path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"task={path} is no YAML: {yaml_fault(error)}") from error
 
 
 def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Task:

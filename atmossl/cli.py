@@ -194,6 +194,9 @@ def _add(arguments: Sequence[str]) -> None:
             "and if you like name=NAME data.catalog=FILE.yaml output=STORE.zarr"
         )
     name, catalog, output = (value_of(key, arguments) for key in _OF_ADD)
+    for key, value in zip(_OF_ADD, (name, catalog, output), strict=True):
+        if value == "":
+            raise ValueError(f"data add: {key}= is empty; give {key}=VALUE, or leave it out")
     place = Path(stores[0])
     stem = (place.parent if "*" in place.name else place).absolute().name.partition(".")[0]
     name = name or re.sub(r"\W+", "_", stem) or "mine"
@@ -230,22 +233,32 @@ def _data(arguments: Sequence[str]) -> None:
 
         run_ingest(values)
     elif action == "inspect":
+        stores = [text for text in overrides if Word.of(text).value is None]
+        if len(stores) > 1:
+            raise ValueError(f"inspect {' '.join(stores)}: one store at a time")
         values = compose_config("inspect", as_values_of("data.name", overrides))
         from atmossl.data_commands import show_inspection
 
         show_inspection(values)
     else:
-        raise ValueError(f"data {action!r} is no action; valid: add, list, inspect, ingest, stats")
+        raise ValueError(_no_action(action, ("add", "list", "inspect", "ingest", "stats")))
+
+
+def _no_action(word: str, valid: Sequence[str]) -> str:
+    close = get_close_matches(word, valid, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    start = f"{word}: no such action; {meant}" if word else "an action is missing; "
+    return f"{start}valid: {', '.join(valid)}"
 
 
 def _config(arguments: Sequence[str]) -> None:
     action, *overrides = arguments or [""]
     if action not in ("show", "validate"):
-        raise ValueError(f"config {action!r} is no action; valid: show, validate")
+        raise ValueError(_no_action(action, ("show", "validate")))
     values = _compose_training(overrides)
     if action == "show":
         Console().print(OmegaConf.to_yaml(OmegaConf.create(values)), markup=False)
-    valid("TrainConfig", values)
+    values = valid("TrainConfig", values)
     if action == "validate":
         _check_checkpoints(values)
         Console().print("the configuration is valid")
@@ -296,9 +309,12 @@ def _info(arguments: Sequence[str]) -> None:
 
 def _gib(text: str) -> float:
     try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"memory={text}: valid: a number of GiB, such as 80") from error
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0.0 < gib < float("inf"):
+        raise ValueError(f"memory={text}: valid: a number of GiB above 0, such as 80")
+    return gib
 
 
 def _export(arguments: Sequence[str]) -> None:
@@ -334,6 +350,8 @@ def _import(arguments: Sequence[str]) -> None:
     from atmossl.commands.import_atmorep import import_atmorep
 
     kind, folder, *overrides = [*arguments, "", ""][: max(2, len(arguments))]
+    if kind and kind != "atmorep" and Word.of(kind).value is None:
+        raise ValueError(f"{kind}: no such kind of model; valid: atmossl import atmorep FOLDER")
     if kind != "atmorep" or not folder or Word.of(folder).value is not None:
         raise ValueError(
             f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME "

@@ -52,6 +52,7 @@ MAPPINGS = {  # keys under which any key goes, by configuration
     "train": _OF_TRAIN,
     "stats": _OF_TRAIN,
     "predict": ("task.levels",),
+    "evaluate": ("boxes",),
     "ingest": ("variables", "select", "filters", "coordinates", "workers.slurm"),
 }
 
@@ -206,10 +207,11 @@ def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     from atmossl import schema
     from atmossl.schema import data
 
-    values = with_present_names(values)
     checked = getattr(schema, kind, None) or getattr(data, kind)
-    schema.parse(checked, {key: values[key] for key in values if key != "hydra"})
-    return values
+    named = with_present_names(values)
+    listed = schema.with_lists(checked, {key: named[key] for key in named if key != "hydra"})
+    schema.parse(checked, listed)
+    return named | listed
 
 
 def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
@@ -256,8 +258,15 @@ def _listed_tasks(word: str, folders: Sequence[str]) -> list[dict[str, Any]]:
     names = [unquoted(name) for name in split(text.removeprefix("[").removesuffix("]"))]
     if not all(names):
         raise ValueError(f"{word}: needed: names of tasks or files, such as [forecast]")
-    words = ["output=_", *folders]
-    return [compose_with_task_file([f"task={name}", *words])["task"] for name in names]
+    return [_listed_task(name, ["output=_", *folders]) for name in names]
+
+
+def _listed_task(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """One task of a list; what is wrong is told of the key `tasks`, which the user wrote."""
+    try:
+        return compose_with_task_file([f"task={name}", *words])["task"]
+    except ValueError as error:
+        raise type(error)(re.sub(r"^task\b", "tasks", str(error), flags=re.M)) from error
 
 
 def _by_number(word: str, tasks: Sequence[Mapping[str, Any]]) -> str:

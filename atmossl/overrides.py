@@ -77,9 +77,14 @@ def keywords(words: Sequence[str], names: Sequence[str]) -> list[str]:
         ValueError: another key, none, or a word that is not KEY=VALUE.
     """
     values = {word.key: word.value for word in map(Word.of, words)}
-    fits = len(values) == len(words) and all(sets(word, *names) for word in words)
-    if sorted(values) != sorted(names) or not fits:
-        raise ValueError(f"got {list(words)}; needed: {' '.join(f'{n}=VALUE' for n in names)}")
+    needed = f"needed: {' '.join(f'{name}=VALUE' for name in names)}"
+    for text in (text for text in words if not sets(text, *names)):
+        what = text if Word.of(text).value is None else f"unknown key {Word.of(text).key}"
+        raise ValueError(f"{what}; {needed}")
+    for name in (name for name in names if name not in values):
+        raise ValueError(f"{name}: is missing; {needed}")
+    if len(values) < len(words):
+        raise ValueError(f"got {list(words)}, a key twice; {needed}")
     return [unquoted(str(values[name])) for name in names]
 
 

@@ -42,6 +42,7 @@ _ELSEWHERE = {  # what other programs call a key
     "ckpt": "checkpoint",
     "model": "checkpoint",
     "out": "output",
+    "checkpoint": "warm_start.checkpoints",
 }
 _LISTS = ("members", "init_time")  # which take a list though their default is none
 

@@ -12,7 +12,7 @@ import xarray as xr
 import atmossl.build
 import atmossl.commands.common
 from atmossl.cli import main
-from atmossl.composition import compose_with_tasks
+from atmossl.composition import compose_with_tasks, valid
 from atmossl.data.segment import Segment
 from atmossl.evaluation.climate import Climate
 from atmossl.inference import tiles
@@ -71,6 +71,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     xr.Dataset({"mask": (("latitude", "longitude"), mask)}, places).to_netcdf(folder / "all.nc")
     (folder / "three.yaml").write_text("_target_: downscaling\nfactor: 3")
     (folder / "bad.yaml").write_text("_target_: forecast\nlead_time: soon")
+    (folder / "torn.yaml").write_text("a: [1,\n b")
+    (folder / "list.yaml").write_text("- a\n- b\n")
+    (folder / "misspelt.yaml").write_text("mine:\n  descripton: x\n")
+    store.isel(time=[0]).to_netcdf(folder / "one_time.nc")
+    store.isel(latitude=[0]).to_netcdf(folder / "one_latitude.nc")
     return folder
 
 
@@ -124,10 +129,23 @@ PREDICT_BEFORE_WEIGHTS = {
     "checkpoint=DIR/empty": "empty: the folder is empty; valid: ",
     "task.lead_tmie=3h": "unknown key task.lead_tmie; did you mean task.lead_time",
     "output=???": "output: is missing; give output=VALUE",
+    "members=0": "members=0: valid: null for all, a number from 1 on, or some by their numbers",
+    "members=all": "members='all': valid: null for all, ",
+    "members=1,1": "members=.1, 1.: valid: null for all, ",
+    "task=inpainting task.boxes=europe": "task.boxes='europe': needed: a list of boxes",
+    "task=inpainting task.boxes=[[a,b,c,d]]": "task.boxes=.*: needed: a list of boxes",
+    "task=DIR/torn.yaml": "torn.yaml is no YAML: line 2, column 3: expected",
+    "data.catalog=DIR/torn.yaml data=mine": "torn.yaml: not a catalog .line 2, column 3: expected",
+    "data.catalog=DIR/list.yaml data=mine": "list.yaml: not a catalog .needed: NAME: KEY: VALUE",
+    "data.catalog=DIR/misspelt.yaml data=mine": "mine.descripton: unknown key; did you mean descri",
 }
 PREDICT_BEFORE_READING = {
     "init_time=2002-01-01": "not in segment",
-    "init_time=yesterday": "yesterday",
+    "init_time=yesterday": "init_time=yesterday: 'yesterday' is no date .*ISO dates, or all",
+    "init_time=2001-13-01": "init_time=2001-13-01: .*no calendar has such a month",
+    "init_time=2001-01-03/2001-01-01/6h": "2001-01-03 lies after 2001-01-01; valid: START/END",
+    "init_time=2001-01-03,soon": r"init_time=\[2001-01-03,soon\]: 'soon' is no date",
+    "task=cross_variable task.variables=ozone": "task.variables=.*ozone.* not predicted; valid: ",
     "init_time=[]": "names no date",
     "init_time=20020101": "init_time=2002-01-01T00 is not in segment",
     "init_time=[2002010106]": "init_time=2002-01-01T06 is not in segment",
@@ -157,7 +175,13 @@ EVALUATE = {
     "boxes={x: [1,2,0,1]}": "no cell",
     "tails=[0.9,0.1]": "low < high",
     "tasks=[forecast,forecast]": "twice",
-    "tasks=[DIR/bad.yaml]": "soon",
+    "tasks=[DIR/bad.yaml]": "^atmossl evaluate: tasks.0.lead_time=.soon",
+    "tasks=[forcast]": "^atmossl evaluate: tasks=forcast: no such choice; did you mean forecast",
+    "tasks=forecast,forcast": "^atmossl evaluate: tasks=forcast: no such choice; did you mean fo",
+    "regions=arctic": "regions=arctic: unknown; valid: .*tropics",
+    "boxes.x=[35,75]": "boxes.x=.*: needed: south, north, west, east in degrees",
+    "tails=0.9": "tails=.0.9.: valid: 2 values",
+    "forecasts=DIR/none.zarr": "none.zarr does not exist",
     "split=tset": "split",
     "segment=north": "north",
     "climatology=DIR/none.zarr": "none.zarr",
@@ -208,9 +232,36 @@ TRAIN = {
     "data.window.time=5 tasks.0.lead_time=5h": "no multiple",
     "data.window.time=5 tasks.0.lead_time=10d": "hides every",
     "warm_start.checkpoints=[DIR/none.ckpt]": "none.ckpt",
+    "warm_start.checkpoints=DIR/none.ckpt": "checkpoint.*=.*none.ckpt: no such file",
+    "warm_start.checkpoints=DIR/none.ckpt warm_start.network=true": "=.*/none.ckpt: no such file",
+    "checkpoint=default": r"unknown key checkpoint; did you mean warm_start.checkpoints\?$",
     "resume=DIR/none.ckpt": "none.ckpt",
     "trainer.precision=16-mixed trainer.accelerator=cpu": "needs a GPU",
     "data.catalog=DIR/none.yaml": "none.yaml",
+}
+
+
+OTHER_COMMANDS = {
+    "data": "data: an action is missing; valid: add, list, inspect, ingest, stats$",
+    "data inspct waves": r"inspct: no such action; did you mean inspect\? valid: add, ",
+    "data inspect sample local": "inspect sample local: one store at a time$",
+    "data add DIR/one_time.nc": "one_time.nc: one time step; needed: a record",
+    "data add DIR/one_latitude.nc": "one_latitude.nc: one latitude; needed: a grid",
+    "data add DIR/good.zarr name=": "name= is empty; give name=VALUE, or leave it out$",
+    "data stats data=sample output=DIR/o": "output=.*/o: .*a folder is for climatologies",
+    "config": "config: an action is missing; valid: show, validate$",
+    "config valdate": r"valdate: no such action; did you mean validate\? valid: show, validate$",
+    "info memory=-1": "memory=-1: valid: a number of GiB above 0, such as 80$",
+    "info memory=nan": "memory=nan: valid: a number of GiB above 0, such as 80$",
+    "info memory=80GB": "memory=80GB: valid: a number of GiB above 0, such as 80$",
+    "export checkpoint=default": "output: is missing; needed: checkpoint=VALUE output=VALUE$",
+    "export checkpoint=default hub=DIR/hub format=onnx": "unknown key format; needed: checkpoint=",
+    "import aurora DIR/empty output=DIR/a.ckpt": "aurora: no such kind of model; valid: .*atmorep",
+    "import atmorep DIR/empty output=DIR/a.ckpt": "data: is missing; needed: output=VALUE data=V",
+    "probe checkpoint=default output=DIR/p probes=linear": "probes=linear: unknown; valid: jet_",
+    "probe checkpoint=DIR/tiny.ckpt output=DIR/p layers=last": "layers.0='last': valid: a whole",
+    "embed checkpoint=DIR/tiny.ckpt output=DIR/l.zarr layer=last": "layer='last': valid: a whole",
+    "embed checkpoint=DIR/tiny.ckpt output=DIR/l.zarr pool=mean": "unknown key pool; valid: ",
 }
 
 
@@ -272,6 +323,22 @@ COMMON = {
     "data.catalog": "DIR/waves/catalog.yaml",
     "accelerator": "cpu",
 }
+
+
+@pytest.mark.parametrize("line", OTHER_COMMANDS)
+def test_every_other_command_says_what_is_wrong(line, folder, capsys) -> None:
+    refused(words(line), folder, OTHER_COMMANDS[line], capsys)
+
+
+def test_a_single_word_is_a_list_of_one_where_a_list_is_needed() -> None:
+    values = compose_with_tasks(
+        "evaluate", ["output=o", "regions=tropics", "tasks=cross_variable", "tasks.0.variables=x"]
+    )
+    listed = valid("EvaluateConfig", values)
+    assert listed["regions"] == ["tropics"] and listed["tasks"][0]["variables"] == ["x"]
+    assert values["regions"] == "tropics"  # what came in is as it was
+    with pytest.raises(ValueError, match="bootstrap='many': valid: a whole number"):
+        valid("EvaluateConfig", {**values, "bootstrap": "many"})
 
 
 @pytest.mark.parametrize("line", CONFIG)

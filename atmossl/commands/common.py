@@ -46,6 +46,9 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
             "warm_start.network=true takes the network of the first of warm_start.checkpoints, "
             "which names none"
         )
+    if isinstance(warm["checkpoints"], str):
+        warm = {**warm, "checkpoints": [warm["checkpoints"]]}
+        values["warm_start"] = warm
     record = read_checkpoint(warm["checkpoints"][0])["atmossl"]
     streams = {stream["name"]: stream for stream in record["streams"]}
     values["stream"] = {

@@ -211,9 +211,16 @@ def _plain_date(text: str) -> np.datetime64:
             raise ValueError("needed: year-month-day")
         if not _FIRST_YEAR <= int(text[:4]) <= _LAST_YEAR:  # numpy overflows without a word
             raise ValueError(f"years from {_FIRST_YEAR} to {_LAST_YEAR} are known")
-        return np.datetime64(text, "ns")
+        return _numpy_date(text)
     except ValueError as error:
         raise ValueError(f"{text!r} is no date ({error}); valid: such as 2001-01-31T06") from error
+
+
+def _numpy_date(text: str) -> np.datetime64:
+    try:
+        return np.datetime64(text, "ns")
+    except ValueError as error:  # numpy speaks of its own strings
+        raise ValueError("no calendar has such a month, day or time of day") from error
 
 
 STANDARD = Calendar("standard", plain=True)

@@ -160,19 +160,40 @@ def _read(path: Path) -> dict[str, CatalogEntry]:
         raise ValueError(f"data.catalog={path}: no such file")
     try:
         raw = yaml.safe_load(path.read_text())
-        return {name: _entry(name, entry, path) for name, entry in raw.items()}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a catalog ({why})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a catalog ({yaml_fault(error)})") from error
+    entries = raw if isinstance(raw, dict) else {None: raw}
+    wrong = [name for name, entry in entries.items() if not isinstance(entry, dict)]
+    if wrong:
+        place = "" if wrong[0] is None else f" for {wrong[0]}"
+        raise ValueError(f"{path}: not a catalog (needed{place}: NAME: KEY: VALUE)")
+    return {name: _entry(name, entry, path) for name, entry in entries.items()}
+
+
+def yaml_fault(error: Exception) -> str:
+    """What is wrong with a YAML file, and where, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _entry(name: str, values: dict[str, Any], path: Path) -> CatalogEntry:
     try:
         return CatalogEntry(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (name, *first["loc"]))
-        raise ValueError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+        faults = [_fault(name, fault) for fault in error.errors()]
+        raise ValueError(f"{path}: {'; '.join(dict.fromkeys(faults))}") from error
+
+
+def _fault(name: str, fault: Any) -> str:
+    key = ".".join(str(part) for part in (name, *fault["loc"]))
+    if fault["type"] == "missing":
+        return f"{key}: is missing"
+    if fault["type"] == "extra_forbidden":
+        close = get_close_matches(key.rpartition(".")[2], CatalogEntry.model_fields, n=1)
+        return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else ''}"
+    return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:

@@ -194,6 +194,13 @@ def _settings(
     """A window of whole tokens, and a stream for each group of variables: `atmosphere` has levels,
     `surface` none, `_with_gaps` missing values. A token has some 2.25 degrees, at least two cells,
     and all levels; the window at most 16 x 8 of them, and 36 h of hourly data or five steps."""
+    for axis in ("latitude", "longitude"):
+        if dataset.sizes[axis] < 2:
+            raise ValueError(
+                f"one {axis}; needed: a grid with several, to learn from windows of it"
+            )
+    if not step_hours:
+        raise ValueError("one time step; needed: a record for training, validation, test")
     spacing = abs(float(np.diff(dataset["latitude"].values[:2])[0]))
     cells = next((size for size in (8, 4) if size * spacing <= _TOKEN_DEGREES), 2)
     time = round(_LONG_HOURS / step_hours) if step_hours <= 3 else _NUM_STEPS

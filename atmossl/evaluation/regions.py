@@ -63,7 +63,8 @@ def find_regions(names: Iterable[str]) -> list[ScoreRegion]:
     names = list(names)
     unknown = [name for name in names if name not in REGIONS]
     if unknown:
-        raise ValueError(f"regions: unknown {unknown}; choices are {sorted(REGIONS)}")
+        valid = ", ".join(sorted(REGIONS))
+        raise ValueError(f"regions={','.join(unknown)}: unknown; valid: {valid}")
     if len(set(names)) < len(names):
         raise ValueError(f"regions={names} names one twice")
     return [REGIONS[name] for name in names]

@@ -414,7 +414,8 @@ def chosen_times(plan: HasTimes, times: Times, every: int = 1) -> np.ndarray:
         dates = [date for name in names for date in _dates_of(name, plan)]
         chosen = np.unique(np.array(dates, plan.segment.times.dtype))
     except ValueError as error:
-        raise ValueError(f"init_time={names}: {error}; needed: ISO dates, or all") from error
+        shown = f"[{','.join(map(str, names))}]" if len(names) > 1 else names[0]
+        raise ValueError(f"init_time={shown}: {error}; needed: ISO dates, or all") from error
     if len(chosen) == 0:
         raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
     for time in chosen:
@@ -437,6 +438,8 @@ def _dates_of(name: Any, plan: HasTimes) -> list[np.datetime64]:
     if len(step) > 1:
         raise ValueError("valid: START/END or START/END/STEP, such as 2020-01-01/2020-03-31/12h")
     first, last = calendar.parse(start), calendar.parse_end(end)
+    if last < first:
+        raise ValueError(f"{start} lies after {end}; valid: START/END, the earlier date first")
     if step:
         seconds = round(3600 * hours(step[0]))
         if seconds == 0:

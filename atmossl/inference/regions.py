@@ -123,9 +123,11 @@ def read_stations(path: Path) -> AllButListed:
 
 def _boxes(values: Any) -> Any:
     try:
-        return tuple(box if isinstance(box, LatLonBox) else LatLonBox(*map(float, box))
-                     for box in values)  # fmt: skip
-    except TypeError as error:
+        limits = [box if isinstance(box, LatLonBox) else [*map(float, box)] for box in values]
+        return tuple(box if isinstance(box, LatLonBox) else LatLonBox(*box) for box in limits)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "float" not in str(error):  # the box says itself why
+            raise
         raise ValueError("needed: a list of boxes [south, north, west, east] in degrees") from error
 
 

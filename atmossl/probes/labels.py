@@ -199,7 +199,8 @@ def check_probes(names: Sequence[str], levels: Mapping[str, Sequence[int]]) -> N
     """
     unknown = [name for name in names if name not in PROBES]
     if unknown:
-        raise ValueError(f"probes={unknown}: unknown; valid: {list(PROBES)}")
+        valid = ", ".join(PROBES)
+        raise ValueError(f"probes={','.join(unknown)}: unknown; valid: {valid}")
     for name in names:
         if name in LABELS:
             LABELS[name].check(name, levels)

@@ -34,7 +34,7 @@ from atmossl.model.multiformer import Multiformer, check_causal
 from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
 from atmossl.renamed_keys import with_present_names
-from atmossl.schema.config_errors import lines_of
+from atmossl.schema.config_errors import lines_of, with_single_items_listed
 from atmossl.schema.data import DataConfig, EncodingConfig, Times
 from atmossl.schema.features import FeaturesConfig
 from atmossl.schema.strict import ConfigError, Strict
@@ -172,6 +172,11 @@ class StatsConfig(TrainConfig):
     def _has_a_place(self) -> "StatsConfig":
         if self.climatologies and self.output is None:
             raise ValueError("climatologies need output=FOLDER")
+        if self.output is not None and not self.climatologies:
+            raise ValueError(
+                f"output={self.output}: statistics go beside the store or into the cache; a folder "
+                "is for climatologies, such as climatologies=[month]"
+            )
         return self
 
 
@@ -343,7 +348,7 @@ def _members(members: Any) -> int | tuple[int, ...] | None:
     return chosen if listed else chosen[0]
 
 
-_VALID_MEMBERS = "valid: null, how many (8), or their numbers from 0, each once ([0,1])"
+_VALID_MEMBERS = "valid: null for all, a number from 1 on, or some by their numbers, such as [0,2]"
 ChosenMembers = Annotated[int | tuple[int, ...] | None, BeforeValidator(_members)]
 
 
@@ -468,13 +473,23 @@ class EvaluateConfig(CheckpointConfig):
         return self
 
 
+def with_lists(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a list of one in place of each single word or number where a list is
+    needed."""
+    try:
+        TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        return with_single_items_listed(error.errors(), values)
+    return values
+
+
 def parse(kind: type, values: Mapping[str, Any]) -> Any:
     """Validate a composed configuration.
 
     Raises:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
     """
-    values = with_present_names(values)
+    values = with_lists(kind, with_present_names(values))
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

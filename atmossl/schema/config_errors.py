@@ -3,6 +3,7 @@ user."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
@@ -59,6 +60,30 @@ def lines_of(
             value, colon, message = line_of(fault, within, values).partition(": ")
             messages.setdefault(value + colon, []).append(message)
     return [value + _alternatives(alternatives) for value, alternatives in messages.items()]
+
+
+def with_single_items_listed(faults: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values that were validated, with a list of one in place of each single word or number
+    whose only fault is that it is no list."""
+    places: dict[tuple[str, ...], set[str]] = {}
+    for fault in faults:
+        single = isinstance(fault["input"], str | int | float) and fault["input"] != ""
+        kind = fault["type"] if single and fault["input"] is not True else "other"
+        places.setdefault(tuple(_keys_of(fault, ())), set()).add(kind)
+    listed = deepcopy(values)
+    for keys in (keys for keys, kinds in places.items() if kinds <= {"tuple_type", "list_type"}):
+        inner: Any = listed
+        for key in keys[:-1]:
+            inner = _item(inner, key)
+        if isinstance(inner, dict) and keys[-1] in inner:
+            inner[keys[-1]] = [inner[keys[-1]]]
+    return listed
+
+
+def _item(values: Any, key: str) -> Any:
+    if isinstance(values, list):
+        return values[int(key)] if key.isdigit() and int(key) < len(values) else None
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _alternatives(messages: Sequence[str]) -> str:

@@ -133,7 +133,11 @@ ENTRY = """waves:
             "coordinates: {lattitude: y}\n  variables:",
             r"\['lattitude'\] do not exist",
         ),
-        ("licence:", "license:", "waves.licence: Field required"),
+        (
+            "licence:",
+            "license:",
+            "waves.licence: is missing; waves.license: unknown key; did you mean licence?",
+        ),
         ("segments: {", "segments: {[", "not a catalog"),
         ("licence:", "\udcff:", "not a catalog"),  # a byte that is no text
     ],

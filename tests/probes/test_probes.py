@@ -417,7 +417,7 @@ def test_the_command_writes_a_report_once(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert command("report", both) == 2 and "exists" in capsys.readouterr().err
     for more, text in (
-        ("probes=[jets]", "probes=['jets']: unknown; valid: ['jet_latitude',"),
+        ("probes=[jets]", "probes=jets: unknown; valid: jet_latitude,"),
         ("probes=[blocking]", "blocking needs geopotential at 500 hPa; the checkpoint has"),
         ("layers=[4]", "layers=[4]; valid: -1 to 0"),
         ("every=80", "every=80 leaves"),
