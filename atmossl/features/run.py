@@ -236,7 +236,7 @@ class FeatureRun:
             embedders, self.runs, (self.options.layer % self.trained.model.num_encoder_layers,),
             grid, "latents", advance,
         )  # fmt: skip
-        assert features.tokens is not None
+        assert features.tokens is not None and features.pooled is not None
         latitude, longitude = grid.spread_out()
         columns = int((latitude == latitude[0]).sum())
         return FeatureResults(

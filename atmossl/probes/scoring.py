@@ -23,6 +23,7 @@ from atmossl.probes.labels import DISTANCE, LABELS, Blind, Label, blind_of, date
 from atmossl.probes.models import Rows, chosen_strength, fit_linear, nearest_neighbours
 
 EXTREME_QUANTILE = 0.95
+_ROUNDING = 1e-9  # of the largest label; a smaller departure from the mean is none
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _as_targets(
     """
     if label.kind == "number":
         values = values - asked_values[train].mean(axis=0)
+        values = np.where(np.abs(values) > _ROUNDING * np.abs(asked_values).max(), values, 0.0)
     elif label.kind == "extreme":
         limit = np.quantile(places.at_places(asked_values)[train], EXTREME_QUANTILE)
         values = np.eye(2)[(values[..., 0] > limit).astype(int)]

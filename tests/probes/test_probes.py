@@ -230,6 +230,18 @@ def test_a_constant_label_is_refused_by_name() -> None:
         ask("blocking", made, places)
 
 
+def test_a_label_that_varies_by_rounding_errors_alone_is_constant() -> None:
+    """The local hour, if all dates are of the same hour."""
+    made = cases(6)
+    days = np.datetime64("2001-01-01T06", "ns") + np.arange(6) * np.timedelta64(48, "h")
+    for hours, dataset in made.states.items():
+        moved = np.tile(days + np.timedelta64(hours, "h"), 4)
+        made.states[hours] = dataset.assign_coords(time=("case", moved))
+    places = draw_places(LATITUDE, LONGITUDE, 24, 4, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="label local_hour is constant over the 12 training dates"):
+        ask("local_hour", made, places)
+
+
 def test_all_statistics_are_of_the_training_dates() -> None:
     made = cases(10)
     places = draw_places(LATITUDE, LONGITUDE, 40, 6, np.random.default_rng(0))
