@@ -8,12 +8,12 @@ With --train every experiment of EXPERIMENTS is trained for that many steps on t
 another. Whatever is in --runs already is not done again, so that a run that was stopped goes on.
 Probes are those of `atmossl probe`, on the sample's held-out run; `skill`, its interval and what
 `certain` means are defined in docs/probes.md. `loss_over_best_baseline`: (1 - skill) over that of
-the best baseline.
+the best baseline; `position` is none where positions are withheld from the latents.
 
 Summary: `objectives_trained`; `objectives_collapsed` (RankMe of the last layer's pooled anomalies
-below 2); `probes_beating_random` and `_pca`: share of probes, of the objective with the most;
-`probes_beating_raw_ridge`: share of probes at which the best objective beats ridge on raw values;
-each also with `_certain`, where the interval of the difference has to lie above 0.
+below 2); `probes_beating_random`, `_pca` and `_eofs`: share of probes, of the objective with the
+most; `probes_beating_raw_ridge`: share of probes at which the best objective beats ridge on raw
+values; each also with `_certain`, where the interval of the difference has to lie above 0.
 
 `resume_exact`: objectives whose last steps, taken again from the checkpoint before the last after
 all others were trained, end with the same weights, optimiser, objective's state and generators, bit
