@@ -413,6 +413,24 @@ def test_maps_of_a_head_and_of_cosines_show_their_values_and_name_what_they_are_
         assert drawn == {round(float(v), 6) for v in values.ravel()}
 
 
+def test_a_map_of_lags_shows_the_hours_of_every_place() -> None:
+    north, east = np.meshgrid([-45.0, 45.0], [0.0, 90.0, 180.0, 270.0], indexing="ij")
+    hours = np.arange(8.0) * 3
+    apart = np.stack([hours, 100.0 + hours], axis=-1)[None, None]  # h, km
+    dataset = xr.Dataset(
+        {"distance": (("layer", "head", "place", "unit"), apart)},
+        coords={"layer": [1], "unit": ["h", "km"], "offset": [-24.0, 0.0],
+                "place_latitude": ("place", north.ravel()),
+                "place_longitude": ("place", east.ravel())},
+    )  # fmt: skip
+    (axes, *_) = figures.lag_map(dataset, 1, 0).axes
+    assert axes.get_title() == "layer 1, head 1, mean lag"
+    (cells,) = axes.collections[:1]
+    drawn = np.ma.compressed(cells.get_array())
+    assert {float(v) for v in drawn} == set(hours) and cells.get_clim() == (0.0, 24.0)
+    assert float(np.asarray(cells.get_array())[0, 0]) in hours[:4]  # south at the bottom
+
+
 def unpacked(packed: dict[str, str]) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(packed["bytes"])), packed["type"])
 

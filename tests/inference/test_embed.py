@@ -110,6 +110,18 @@ def test_latents_lie_where_their_tokens_are(lat: int, lon: int, overlap: float) 
     assert (found["offset"].values / np.timedelta64(1, "h")).tolist() == [-15.0, -3.0]
 
 
+def test_of_a_blank_variable_the_encoder_sees_its_training_mean() -> None:
+    """Which is 0 in normalised units, whatever the values."""
+    shown = model(TWO, 4, 8).trained
+    embedder = Embedder(shown, (segment(),), 0, 0.5, 3, "cpu")
+    time = STORE["time"].values[7]
+    before = embedder.fields(time)
+    blank = replace(embedder, blank=("temperature", "specific_humidity")).fields(time)
+    assert np.abs(before["air"].latents[..., 1]).max() > 0.1
+    assert not blank["air"].latents[..., 1].any()
+    np.testing.assert_array_equal(blank["wind"].latents, before["wind"].latents)
+
+
 def test_one_pass_gives_the_latents_of_several_layers() -> None:
     used = model(TWO, 4, 8).trained
     embedder = Embedder(used, (segment(),), -1, 0.5, 3, "cpu")

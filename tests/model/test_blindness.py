@@ -205,3 +205,8 @@ def test_an_encoder_is_told_what_it_is_to_be_told() -> None:
         model.told[:] = 1.0
         one, two = (model.encode(seen([w], nothing, True))["air"].last for w in (here, there))
         assert (one - two).abs().max() > 0.1
+        blind = model.without_position()
+        first, second = (blind.encode(seen([w], nothing, True))["air"].last for w in (here, there))
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+        again = model.encode(seen([here], nothing, True))["air"].last  # which is told as before
+        torch.testing.assert_close(again, one, rtol=0, atol=0)
