@@ -117,7 +117,7 @@ class Model:
         if output is not None:
             check_output(Path(output))
             check_request(plan, chosen, Path(output), layout)
-        sampler = trained_sampler(self.trained.record, self.trained.plugins)
+        sampler = trained_sampler(self.trained.checkpoint_record, self.trained.plugins)
         for caution in out_of_training_warnings(plan, chosen, sampler):
             warnings.warn(f"this checkpoint was not trained for {caution}", stacklevel=2)
         if output is not None:

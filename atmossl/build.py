@@ -101,8 +101,10 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
     for data, of_source in statistics.items():
         _warn(limits_told(of_source, train[data][0], config.input_limits))
     if config.warm_start.network:  # what the network takes its values in
-        record = read_checkpoint(config.warm_start.checkpoints[0])["atmossl"]
-        statistics = {d: Statistics.from_dict(s) for d, s in record["statistics"].items()}
+        checkpoint_record = read_checkpoint(config.warm_start.checkpoints[0])["atmossl"]
+        statistics = {
+            d: Statistics.from_dict(s) for d, s in checkpoint_record["statistics"].items()
+        }
     datamodule = WindowDataModule(
         train=paired_train,
         validation=paired_validation,
@@ -218,7 +220,7 @@ def build_module(
     warm = bool(config.warm_start.checkpoints) and not resumed
     outside = classes_outside(resolved, builtin_names())
     entries = entries_of(config.specs, config.data.name, config.data.catalog)
-    record: dict[str, Any] = {
+    checkpoint_record: dict[str, Any] = {
         "format": FORMAT,
         "atmossl": __version__,
         "torch": torch.__version__.split("+")[0],
@@ -231,7 +233,7 @@ def build_module(
         "window": asdict(config.data.window),
         "first_guess": config.data.first_guess,
         "step_hours": step_hours,
-        "seen": {data: record.to_dict() for data, record in (seen or {}).items()},
+        "seen": {data: of_source.to_dict() for data, of_source in (seen or {}).items()},
         "data": config.data.name,
         "levels_are": entries[PRIMARY].levels_are,
         "catalog": _remembered(config, entries),
@@ -240,7 +242,7 @@ def build_module(
     }
     apply_lora(config, model)
     objective = build_objective(config, scales, model)
-    record["objective"] = {
+    checkpoint_record["objective"] = {
         "kind": config.objective.target,
         "provides": sorted(objective.provides),
     }
@@ -249,7 +251,7 @@ def build_module(
         model=model,
         objective=objective,
         optimizer=optimizer_settings(config, model.ends),
-        record=record,
+        checkpoint_record=checkpoint_record,
         task_names=names,
     )
     checkpoint_activations(config, model)

@@ -4,9 +4,10 @@ of a model hub (`atmossl.hub`), and brought into the present format.
 Every read compares the checksums (`atmossl.sealed`) first, and says in one line what is wrong
 with a file that is damaged, incomplete or not ours, whatever torch makes of it.
 
-A record says what a checkpoint is: streams, statistics, window, the network and the objective it
-was trained by. Its `format` is a whole number. Whoever changes what a record means adds one to
-`FORMAT`, a function to `_MIGRATIONS`, and a tiny file of the old format to `tests/checkpoints/`.
+A checkpoint record says what a checkpoint is: streams, statistics, window, the network and the
+objective it was trained by. Its `format` is a whole number. Whoever changes what a record means
+adds one to `FORMAT`, a function to `_MIGRATIONS`, and a tiny file of the old format to
+`tests/checkpoints/`.
 """
 
 import os
@@ -191,10 +192,10 @@ def read_record_to_go_on(path: Path) -> dict[str, Any]:
     contents = _checked(path, contents)
     if missing := [key for key in _TO_GO_ON if key not in contents]:
         raise ValueError(f"{path} holds weights alone: it has no {', '.join(missing)}")
-    record = contents["atmossl"]
-    if missing := [key for key in _IN_RECORD if key not in record]:
+    checkpoint_record = contents["atmossl"]
+    if missing := [key for key in _IN_RECORD if key not in checkpoint_record]:
         raise ValueError(f"checkpoint={path} is incomplete: its record has no {', '.join(missing)}")
-    return record
+    return checkpoint_record
 
 
 @contextmanager
@@ -306,36 +307,45 @@ def is_hub_folder(path: Path) -> bool:
 FORMAT = 4
 
 
-def _with_kinds(record: dict[str, Any]) -> dict[str, Any]:
+def _with_kinds(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
     """A record of format 1 in format 2. Format 1 knew one network and one objective, and did not
     name them."""
     objective = {
         "kind": "atmossl.objectives.masked.MaskedModelling",
         "provides": ["embed", "reconstruct"],
     }
-    return {**record, "network": "multiformer", "objective": objective}
+    return {**checkpoint_record, "network": "multiformer", "objective": objective}
 
 
-def _with_present_names(record: dict[str, Any]) -> dict[str, Any]:
+def _with_present_names(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
     """A record of format 2 in format 3. Format 2 had other names for some keys of the
     configuration."""
-    config, _ = renamed(record.get("config", {}))
-    model, _ = renamed({key: record[key] for key in ("model",) if key in record})
-    return {**record, **model, "config": config}
+    config, _ = renamed(checkpoint_record.get("config", {}))
+    model, _ = renamed(
+        {key: checkpoint_record[key] for key in ("model",) if key in checkpoint_record}
+    )
+    return {**checkpoint_record, **model, "config": config}
 
 
-def _with_named_sources(record: dict[str, Any]) -> dict[str, Any]:
+def _with_named_sources(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
     """A record of format 3 in format 4. Format 3 named no primary source: its streams had no
     `data`, or '', and its statistics held those of the other sources."""
-    named = dict(record)  # a record may lack keys, which whoever needs them says
-    if "streams" in record:
-        streams = record["streams"]
+    named = dict(checkpoint_record)  # a record may lack keys, which whoever needs them says
+    if "streams" in checkpoint_record:
+        streams = checkpoint_record["streams"]
         named["streams"] = [{**spec, "data": spec.get("data") or PRIMARY} for spec in streams]
-    if "seen" in record:
-        named["seen"] = {data or PRIMARY: values for data, values in record["seen"].items()}
-    if "statistics" in record:
-        primary = {key: value for key, value in record["statistics"].items() if key != "others"}
-        named["statistics"] = {PRIMARY: primary, **record["statistics"].get("others", {})}
+    if "seen" in checkpoint_record:
+        named["seen"] = {
+            data or PRIMARY: values for data, values in checkpoint_record["seen"].items()
+        }
+    if "statistics" in checkpoint_record:
+        primary = {
+            key: value for key, value in checkpoint_record["statistics"].items() if key != "others"
+        }
+        named["statistics"] = {
+            PRIMARY: primary,
+            **checkpoint_record["statistics"].get("others", {}),
+        }
     return named
 
 
@@ -346,18 +356,18 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def migrated(record: dict[str, Any]) -> dict[str, Any]:
+def migrated(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
     """The record in the present format.
 
     Raises:
         ValueError: a format of a later version than this.
     """
-    version = record.get("format", 1)  # the first format did not say so
+    version = checkpoint_record.get("format", 1)  # the first format did not say so
     if version not in (*_MIGRATIONS, FORMAT):
         raise ValueError(
             f"its format {version} is newer than this atmossl reads (up to {FORMAT}), or none; it "
-            f"was written by atmossl {record.get('atmossl', 'of an unknown version')}"
+            f"was written by atmossl {checkpoint_record.get('atmossl', 'of an unknown version')}"
         )
     for number in range(version, FORMAT):
-        record = _MIGRATIONS[number](record)
-    return {**record, "format": FORMAT}
+        checkpoint_record = _MIGRATIONS[number](checkpoint_record)
+    return {**checkpoint_record, "format": FORMAT}

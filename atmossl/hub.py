@@ -74,10 +74,15 @@ def write_folder(folder: Path, contents: dict[str, Any]) -> dict[str, str]:
         for key, value in contents["state_dict"].items()
         if key.startswith(AVERAGED)
     }
-    record = _to_json(contents["atmossl"], tensors)
+    checkpoint_record = _to_json(contents["atmossl"], tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     about = {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": _sha256(folder / WEIGHTS)}
-    values = {"library": "atmossl", "format": HUB_FORMAT, "weights": about, "record": record}
+    values = {
+        "library": "atmossl",
+        "format": HUB_FORMAT,
+        "weights": about,
+        "record": checkpoint_record,
+    }
     write_sealed(folder / CONFIG, values)
     # safetensors hides its file from others
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
@@ -102,10 +107,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], str]:
     tensors = _tensors(folder / WEIGHTS)
     weights = {f"{AVERAGED}{k}": v for k, v in tensors.items() if not k.startswith(_OF_RECORD)}
     try:
-        record = _from_json(values["record"], tensors)
+        checkpoint_record = _from_json(values["record"], tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UnsoundError(f"has a {CONFIG} of another form ({in_one_line(error)})") from error
-    return {"state_dict": weights, "atmossl": record}, _sha256(folder / CONFIG)[:16]
+    return {"state_dict": weights, "atmossl": checkpoint_record}, _sha256(folder / CONFIG)[:16]
 
 
 def _check(folder: Path, values: dict[str, Any]) -> None:

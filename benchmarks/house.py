@@ -4,8 +4,9 @@ python -m benchmarks.house
 
 `files_*` are the package's files that are entered, `depth_*` the deepest stack of its own functions
 (comprehensions, which have frames of their own before Python 3.12, are not counted), once from the
-reading of one training sample to its loss, and once from the prediction of one date to the written
-file. The other keys count lines and public names without a docstring.
+reading of one training sample to its loss, and once from the settings of `atmossl predict` to the
+written file of one date. `files_plan_to_file` leaves out what opens the checkpoint and the store,
+as the training sample does. The other keys count lines and public names without a docstring.
 """
 
 import ast
@@ -97,6 +98,27 @@ def one_written_date() -> Trace:
     return trace
 
 
+def one_written_plan() -> Trace:
+    """The same date from a plan on: checkpoint and store are open, and their settings checked."""
+    from atmossl.api import find_task, load, open_data
+    from atmossl.data.sources import StoreRequest
+    from atmossl.data.store import open_segment
+    from atmossl.inference.plan import Options, plan_prediction
+    from atmossl.inference.writer import write
+
+    trained = load("default", device="cpu").trained
+    needs = StoreRequest.of(trained.specs)
+    segment = open_segment(
+        "sample", open_data("sample"), "sample", variables=needs.variables, levels=needs.levels
+    )
+    options = Options(overlap=0.5, batch_size=16, device="cpu")
+    plan = plan_prediction(trained, find_task("forecast", {}), [segment], options)
+    times = np.array(["1959-02-12T00"], segment.times.dtype)
+    with tempfile.TemporaryDirectory() as folder, traced() as trace:
+        write(plan, times, Path(folder) / "one.zarr")
+    return trace
+
+
 def modules() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -128,8 +150,10 @@ def undocumented(trees: dict[Path, ast.Module]) -> list[str]:
 
 def main() -> None:
     sample, written, trees = one_training_sample(), one_written_date(), modules()
+    from_plan = one_written_plan()
     lengths, bare = function_lengths(trees), undocumented(trees)
-    for name, trace in (("store to loss", sample), ("predict to file", written)):
+    traces = {"store to loss": sample, "predict to file": written, "plan to file": from_plan}
+    for name, trace in traces.items():
         sys.stderr.write(f"{name}: {sorted(trace.files)}\n  {' < '.join(trace.deepest)}\n")
     sys.stderr.write(f"without docstring: {bare}\n")
     lines = {path: len(path.read_text().splitlines()) for path in trees}
@@ -140,6 +164,7 @@ def main() -> None:
             "depth_store_to_loss": len(sample.deepest),
             "files_predict_to_file": len(written.files),
             "depth_predict_to_file": len(written.deepest),
+            "files_plan_to_file": len(from_plan.files),
             "function_p90": float(np.percentile(lengths, 90)),
             "function_longest": max(lengths),
             "module_longest": max(lines.values()),

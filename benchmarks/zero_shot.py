@@ -115,7 +115,7 @@ def specialist_values(
 
 def train_specialist(task: str, checkpoint: str, folder: Path, *, tuned: bool) -> str:
     """Train, or go on training where it stopped; returns the path of the result."""
-    record = load_checkpoint(checkpoint).record["config"]
+    record = load_checkpoint(checkpoint).checkpoint_record["config"]
     generalist = checkpoint if tuned else None
     return str(train(specialist_values(task, record, folder, generalist=generalist)).checkpoint)
 
@@ -214,7 +214,7 @@ def examples_figures(checkpoint: str, counts: list[int], every: int) -> dict[str
         by_field = (errors[count] / unit).to_dataarray("variable")
         return by_field.mean(("variable", "level")).transpose("time").to_numpy()
 
-    masks = json.dumps(model.trained.record["config"]["masking"])
+    masks = json.dumps(model.trained.checkpoint_record["config"]["masking"])
     figures: dict[str, Any] = {
         "checkpoint": model.trained.digest, "every": every, "dates": len(times),
         "trained_with_examples": '"examples"' in masks,

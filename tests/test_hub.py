@@ -38,7 +38,10 @@ def test_folder_loads_as_the_exported_file_does(folder: Path, tmp_path: Path) ->
         load_checkpoint(str(folder)),
         load_checkpoint(str(tmp_path / "small.ckpt")),
     )
-    assert from_folder.record == from_file.record and from_folder.specs == from_file.specs
+    assert (
+        from_folder.checkpoint_record == from_file.checkpoint_record
+        and from_folder.specs == from_file.specs
+    )
     for name, value in from_file.model.state_dict().items():
         assert torch.equal(from_folder.model.state_dict()[name], value), name
     again = tmp_path / "again"  # from a folder to a folder
@@ -102,10 +105,10 @@ def test_checkpoint_of_the_package_is_a_folder_for_a_hub(name: str, tmp_path: Pa
     card = (folder / CARD).read_text()
     for file in (CONFIG, WEIGHTS):
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() in card, file
-    entry, config = catalog_entry(trained.data), trained.record["config"]
+    entry, config = catalog_entry(trained.data), trained.checkpoint_record["config"]
     for text in (
         "license: apache-2.0", entry.licence.strip(), entry.citation.strip(), *trained.variables,
-        str(list(trained.levels)), trained.record["statistics"]["primary"]["period"],
+        str(list(trained.levels)), trained.checkpoint_record["statistics"]["primary"]["period"],
         "(5.625, 5.625) degrees", json.dumps(config["masking"]), "## Citation",
     ):  # fmt: skip
         assert text in card, text
@@ -257,7 +260,7 @@ def test_model_of_a_hub_is_fetched_once_and_kept(
     with serving(folder, monkeypatch) as asked:
         model = atmossl.load("hf://owner/name", device="cpu")
         assert model.trained.digest == load_checkpoint(str(folder)).digest
-        assert model.trained.record["hub"] == f"hf://owner/name@{COMMIT}"
+        assert model.trained.checkpoint_record["hub"] == f"hf://owner/name@{COMMIT}"
         pinned = downloaded(f"hf://owner/name@{COMMIT}")
         assert sorted(path.name for path in pinned.iterdir()) == [CARD, CONFIG, WEIGHTS]
         assert not [path for path in asked if "evil" in path]
@@ -292,5 +295,5 @@ def test_offline_mode_asks_nobody(
         folder.rename(snapshot)
         (cache / "models--owner--name" / "refs").mkdir()
         (cache / "models--owner--name" / "refs" / "main").write_text(COMMIT)
-        assert load_checkpoint("hf://owner/name").record["hub"].endswith(COMMIT)
+        assert load_checkpoint("hf://owner/name").checkpoint_record["hub"].endswith(COMMIT)
         assert asked == []

@@ -49,27 +49,31 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(warm["checkpoints"], str):
         warm = {**warm, "checkpoints": [warm["checkpoints"]]}
         values["warm_start"] = warm
-    record = read_checkpoint(warm["checkpoints"][0])["atmossl"]
-    streams = {stream["name"]: stream for stream in record["streams"]}
+    checkpoint_record = read_checkpoint(warm["checkpoints"][0])["atmossl"]
+    streams = {stream["name"]: stream for stream in checkpoint_record["streams"]}
     values["stream"] = {
         name: {key: value for key, value in stream.items() if key != "name"}
         for name, stream in streams.items()
     }
     plugins = check_plugins(values.get("plugins", ()))
     with naming_network(warm["checkpoints"][0]):  # the run will build what its record names
-        network = network_class(record["network"], plugins)
+        network = network_class(checkpoint_record["network"], plugins)
     parameters = inspect.signature(network).parameters
     later = {  # keywords that the checkpoint's version did not have yet; () is one out of use
         name: setting if parameters[name].default == () else parameters[name].default
         for name, setting in values["model"].items()
-        if name in parameters and name not in record["model"]
+        if name in parameters and name not in checkpoint_record["model"]
     }
-    values["model"] = {**later, **record["model"], "_target_": record["network"]}
-    window_settings = {key: record[key] for key in ("window", "first_guess")}
+    values["model"] = {
+        **later,
+        **checkpoint_record["model"],
+        "_target_": checkpoint_record["network"],
+    }
+    window_settings = {key: checkpoint_record[key] for key in ("window", "first_guess")}
     values["data"] = {
         **values["data"],
         **window_settings,
-        "transforms": record["statistics"][PRIMARY].get("transforms", {}),
+        "transforms": checkpoint_record["statistics"][PRIMARY].get("transforms", {}),
     }
     tuned, layers = warm.get("low_rank", {}), list(Network.low_rank_layers)
     if tuned.get("layers") == layers:
@@ -88,7 +92,7 @@ def note_out_of_training(plan: Plan, times: np.ndarray, printed: set[str] | None
     """Note what the checkpoint was not trained for. printed: notes that were printed before, and
     are not repeated."""
     printed = set() if printed is None else printed
-    sampler = trained_sampler(plan.trained.record, plan.trained.plugins)
+    sampler = trained_sampler(plan.trained.checkpoint_record, plan.trained.plugins)
     for caution in out_of_training_warnings(plan, times, sampler):
         if caution not in printed:
             printed.add(caution)
@@ -153,7 +157,7 @@ def entries_for(trained: TrainedModel, data: StoreChoice) -> dict[str, CatalogEn
     Raises:
         ValueError: an unknown entry, or a store that is not where it was.
     """
-    remembered = trained.record.get("catalog", {}) if data.catalog is None else {}
+    remembered = trained.checkpoint_record.get("catalog", {}) if data.catalog is None else {}
     names = {PRIMARY: data.name or trained.data}
     names |= {spec.data: spec.data for spec in trained.specs if spec.data != PRIMARY}
     chosen = {PRIMARY} if data.name is not None else set()

@@ -41,15 +41,15 @@ def export_folder(
         raise ValueError(f"hub={folder} exists; choose another folder or remove it")
     check_room(folder, 1, "hub")
     contents = exported(names, plugins)
-    record = contents["atmossl"]
+    checkpoint_record = contents["atmossl"]
     trained = load_checkpoint(names[-1], plugins)
-    entry = _entry(record["data"], catalog)
+    entry = _entry(checkpoint_record["data"], catalog)
     scores = [] if report is None else _scores(Path(report), names, plugins)
 
     def fill(partial: Path) -> None:
         hashes = write_folder(partial, contents)
         count = sum(value.numel() for value in contents["state_dict"].values())
-        text = "\n".join(_card(trained, record, count, entry, scores, licence, hashes))
+        text = "\n".join(_card(trained, checkpoint_record, count, entry, scores, licence, hashes))
         (partial / CARD).write_text(f"{text}\n")
 
     write_atomically(folder, fill)
@@ -94,7 +94,7 @@ def _scores(report: Path, names: Sequence[str], plugins: Sequence[str]) -> list[
 
 def _card(
     trained: TrainedModel,
-    record: Mapping[str, Any],
+    checkpoint_record: Mapping[str, Any],
     num_weights: int,
     entry: CatalogEntry | None,
     scores: Sequence[str],
@@ -104,34 +104,44 @@ def _card(
     """The model card, line by line. trained: the only checkpoint, or the last one."""
     yield from ["---", "library_name: atmossl", f"license: {licence}"]
     yield from ["tags: [weather, climate, self-supervised-learning]", "---", ""]
-    origin = record.get("imported_from")
-    kind = f"imported from {origin}" if origin else f"trained by atmossl {record['atmossl']}"
+    origin = checkpoint_record.get("imported_from")
+    kind = (
+        f"imported from {origin}"
+        if origin
+        else f"trained by atmossl {checkpoint_record['atmossl']}"
+    )
     yield f"# A model of the atmosphere ({kind})\n"
-    yield f"{num_weights:,} weights; network `{record['network']}`, {record['step']} steps.\n"
+    network, steps = checkpoint_record["network"], checkpoint_record["step"]
+    yield f"{num_weights:,} weights; network `{network}`, {steps} steps.\n"
     yield f"{_FENCE}python\nimport atmossl\n"
-    named = record.get("plugins", {}).get("model")
+    named = checkpoint_record.get("plugins", {}).get("model")
     plugins = f', plugins=["{named.partition(".")[0]}"]' if named else ""
     yield f'model = atmossl.load("hf://OWNER/NAME"{plugins})  # pip install "atmossl[hub]"'
     yield f"{_FENCE}\n"
     yield from _about_data(trained, entry)
-    yield from ["## Training", *_about_training(record)]
+    yield from ["## Training", *_about_training(checkpoint_record)]
     yield from ["", "## Scores", *(scores or ["None were given to `atmossl export report=...`."])]
-    yield from ["", "## Citation", "", *_citation(record)]
+    yield from ["", "## Citation", "", *_citation(checkpoint_record)]
     yield from ["", "## Files", "", "| file | sha256 |", "| --- | --- |"]
     yield from (f"| `{name}` | `{value}` |" for name, value in hashes.items())
 
 
 def _about_data(trained: TrainedModel, entry: CatalogEntry | None) -> Iterator[str]:
-    record = trained.record
+    checkpoint_record = trained.checkpoint_record
     yield "## Data\n"
     licence, citation, description = "not in the catalog", "not in the catalog", ""
     if entry is not None:
         licence, citation = entry.licence.strip(), entry.citation.strip()
         description = f": {entry.description.strip()}"
-    yield f"- Data: `{record['data']}`{description}"
-    yield f"- Period of training and statistics: {record['statistics'][PRIMARY]['period']}"
-    unit = "hPa" if record.get("levels_are", "pressure") == "pressure" else "of the model levels"
-    for stream in record["streams"]:
+    yield f"- Data: `{checkpoint_record['data']}`{description}"
+    period = checkpoint_record["statistics"][PRIMARY]["period"]
+    yield f"- Period of training and statistics: {period}"
+    unit = (
+        "hPa"
+        if checkpoint_record.get("levels_are", "pressure") == "pressure"
+        else "of the model levels"
+    )
+    for stream in checkpoint_record["streams"]:
         levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
         variables = ", ".join(stream["variables"])
         yield f"- Stream `{stream['name']}` ({stream['role']}): {variables}, {levels}"
@@ -139,18 +149,22 @@ def _about_data(trained: TrainedModel, entry: CatalogEntry | None) -> Iterator[s
         if place.cell is not None:
             box = f"latitudes {place.latitudes}, longitudes (first one, extent) {place.longitudes}"
             yield f"- Grid: cells of {place.cell} degrees; {box}"
-    steps = f"{record['step_hours']:g} h" if record.get("step_hours") else "not recorded"
-    size = record["window"]
+    steps = (
+        f"{checkpoint_record['step_hours']:g} h"
+        if checkpoint_record.get("step_hours")
+        else "not recorded"
+    )
+    size = checkpoint_record["window"]
     rows, columns = (size[key] or "all" for key in ("lat", "lon"))
     yield f"- Time step: {steps}; window: {size['time']} steps, {rows} rows, {columns} columns"
     yield f"- Licence of the data: {licence}"
     yield f"- Citation of the data: {citation}\n"
 
 
-def _about_training(record: Mapping[str, Any]) -> Iterator[str]:
+def _about_training(checkpoint_record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
-    yield f"- Objective: `{record['objective']['kind'].rpartition('.')[2]}`"
-    config = record["config"]
+    yield f"- Objective: `{checkpoint_record['objective']['kind'].rpartition('.')[2]}`"
+    config = checkpoint_record["config"]
     for key, title in (("masking", "Masks"), ("seed", "Seed"), ("trainer", "Trainer")):
         if key in config:
             yield f"- {title}: `{json.dumps(config[key], default=str)}`"
@@ -158,10 +172,10 @@ def _about_training(record: Mapping[str, Any]) -> Iterator[str]:
         yield "- Its configuration is not known."
 
 
-def _citation(record: Mapping[str, Any]) -> Iterator[str]:
+def _citation(checkpoint_record: Mapping[str, Any]) -> Iterator[str]:
     yield "- The data as above."
-    yield f"- The software: atmossl {record['atmossl']}, <https://github.com/atmossl/atmossl>"
-    if record.get("imported_from"):
+    yield f"- The software: atmossl {checkpoint_record['atmossl']}, <https://github.com/atmossl/atmossl>"
+    if checkpoint_record.get("imported_from"):
         yield (
             "- The network: Lessig et al. (2023), AtmoRep: A stochastic model of atmosphere "
             "dynamics using large scale representation learning, arXiv:2308.13280"

@@ -78,10 +78,10 @@ def import_atmorep(
         fields = core.settings.fields
         statistics = with_atmorep_normalisation(statistics, fields, normalisation, segments, months)
         by = f"the {'climatology' if months == 'climatology' else 'months'} of {normalisation}"
-    record = _record(core.settings, specs, window, statistics)
-    record |= {"data": data, "imported_from": location.name}
+    checkpoint_record = _record(core.settings, specs, window, statistics)
+    checkpoint_record |= {"data": data, "imported_from": location.name}
     weights = {f"{AVERAGED}{name}": value for name, value in network.state_dict().items()}
-    write_output({"state_dict": weights, "atmossl": record}, output)
+    write_output({"state_dict": weights, "atmossl": checkpoint_record}, output)
     note(f"values are normalised by {by}{_TOLD[None if normalisation is None else months]}")
     line = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
     Console(markup=False).print(line, highlight=False, soft_wrap=True)

@@ -14,25 +14,25 @@ from atmossl.plugins import check_plugins
 def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
     """Print what is in a checkpoint. plugins: packages whose code it may run."""
     trained = load_checkpoint(checkpoint, check_plugins(plugins))
-    record = trained.record
+    checkpoint_record = trained.checkpoint_record
     table = Table("what", "value", show_header=False)
     count = sum(parameter.numel() for parameter in trained.model.parameters())
-    origin = record.get("imported_from")
+    origin = checkpoint_record.get("imported_from")
     imported = {} if origin is None else {"imported from": origin}
     rows = {
-        "written by": f"atmossl {record['atmossl']}, torch {record['torch']}",
-        "optimiser steps": str(record["step"]),
+        "written by": f"atmossl {checkpoint_record['atmossl']}, torch {checkpoint_record['torch']}",
+        "optimiser steps": str(checkpoint_record["step"]),
         "parameters": f"{count:,}",
-        "window (time, lat, lon)": str(tuple(record["window"].values())),
+        "window (time, lat, lon)": str(tuple(checkpoint_record["window"].values())),
         **imported,
         "normalised by" if imported else "trained on": (
-            f"{record['data']}: {record['statistics'][PRIMARY]['period']}"
+            f"{checkpoint_record['data']}: {checkpoint_record['statistics'][PRIMARY]['period']}"
         ),
-        **_objective(record),
+        **_objective(checkpoint_record),
         "digest": trained.digest,
-        **({"hub": record["hub"]} if "hub" in record else {}),
-        **{f"plugin of {key}": name for key, name in record.get("plugins", {}).items()},
-        **{f"model.{key}": str(value) for key, value in record["model"].items()},
+        **({"hub": checkpoint_record["hub"]} if "hub" in checkpoint_record else {}),
+        **{f"plugin of {key}": name for key, name in checkpoint_record.get("plugins", {}).items()},
+        **{f"model.{key}": str(value) for key, value in checkpoint_record["model"].items()},
     }
     for spec in trained.specs:
         unit = "hPa" if trained.pressure_levels else "of the model levels"
@@ -42,9 +42,9 @@ def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
     Console(markup=False).print(table)
 
 
-def _objective(record: dict[str, Any]) -> dict[str, str]:
+def _objective(checkpoint_record: dict[str, Any]) -> dict[str, str]:
     """Lines on what the model learned to do, and what it can be asked for."""
-    objective = record.get("objective")
+    objective = checkpoint_record.get("objective")
     if objective is None:  # an imported network
         return {}
     provides = f" (can {', '.join(objective['provides'])})" if objective["provides"] else ""

@@ -143,14 +143,14 @@ def _calibrate(config: PredictConfig) -> SpreadInflation:
     trained, segments = open_checkpoint(config, config.task)
     requested = plan_prediction(trained, config.task, segments, _options(config))
     task = requested.task.one_pass()
-    record = Calibration(requested.trained.record, task).without_own()
-    uncalibrated = replace(requested.trained, record=record)
+    checkpoint_record = Calibration(requested.trained.checkpoint_record, task).without_own()
+    uncalibrated = replace(requested.trained, checkpoint_record=checkpoint_record)
     plan = plan_prediction(uncalibrated, task, requested.segments, requested.options)
     times = plan.with_truth(chosen_times(plan, config.dates, config.every))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     inflation = estimate_inflation(plan, times, predict_parts(plan, list(times)))
     contents = read_checkpoint(config.checkpoint)
-    record = Calibration(contents["atmossl"], task).replaced(inflation)
-    write_output({**contents, "atmossl": record}, config.output)
+    checkpoint_record = Calibration(contents["atmossl"], task).replaced(inflation)
+    write_output({**contents, "atmossl": checkpoint_record}, config.output)
     return inflation

@@ -81,8 +81,10 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     datamodule, statistics = build_data(config)
     if start is not None:
         now = {data: moments.to_dict() for data, moments in statistics.items()}
-        check_same_statistics(start.path, start.record["statistics"], now)
-        datamodule.go_on(step=start.record["step"], samples=samples_seen(start.record))
+        check_same_statistics(start.path, start.checkpoint_record["statistics"], now)
+        datamodule.go_on(
+            step=start.checkpoint_record["step"], samples=samples_seen(start.checkpoint_record)
+        )
     module = build_module(
         config,
         statistics,
@@ -120,13 +122,13 @@ def _trainer(
 ) -> Trainer:
     """The trainer of a run whose folder is ready, once user and loggers are told what it is."""
     output, checkpoints = config.paths.output, config.paths.output / "checkpoints"
-    first_step = 0 if start is None else start.record["step"]
+    first_step = 0 if start is None else start.checkpoint_record["step"]
     steps_left = first_step < config.trainer.max_steps
     if steps_left:
         keep_metrics(output)
     normaliser, monitor = datamodule.train_set.normaliser, module.objective.monitor
     trainer = build_trainer(config, normaliser, monitor, logs=steps_left)
-    tell_warm_start(trainer, module.record["warm_start"], output)
+    tell_warm_start(trainer, module.checkpoint_record["warm_start"], output)
     if not trainer.is_global_zero:
         return trainer
     write_yaml(values, output / "config.yaml")
@@ -134,7 +136,7 @@ def _trainer(
         renew_last(checkpoints, start.path)
     if steps_left:
         console_of_output().print(banner(config, module, datamodule, trainer, first_step))
-        description = described(values, module, module.record["statistics"])
+        description = described(values, module, module.checkpoint_record["statistics"])
         describe_run(trainer.loggers, description)
     return trainer
 
@@ -179,10 +181,10 @@ def _check_start(start: Start, config: TrainConfig, values: Mapping[str, Any]) -
     """Check that this run can continue from the checkpoint."""
     specs = [spec_to_dict(spec) for spec in config.specs]
     network = {"_target_": config.model.target, **config.model.plain_arguments}
-    check_same_run(start.path, start.record, values, network, specs)
-    if start.record["step"] >= config.trainer.max_steps:
+    check_same_run(start.path, start.checkpoint_record, values, network, specs)
+    if start.checkpoint_record["step"] >= config.trainer.max_steps:
         note_once(
-            f"{start.path} has {start.record['step']} of trainer.max_steps="
+            f"{start.path} has {start.checkpoint_record['step']} of trainer.max_steps="
             f"{config.trainer.max_steps} steps; nothing is left to train"
         )
 

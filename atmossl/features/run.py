@@ -261,7 +261,7 @@ class FeatureRun:
         """Evenly spread tokens, as many as maps of attention leave room for; then the places that
         the user named."""
         shape = len(stream.latitude), len(stream.longitude)
-        model = self.trained.record["model"]
+        model = self.trained.checkpoint_record["model"]
         maps = len(self.layers) * model.get("num_heads", model.get("encoder_heads", 1))
         most = np.clip(_MAP_VALUES // (maps * shape[0] * shape[1]), 24, _MOST_PLACES)
         every = int(np.ceil(np.sqrt(shape[0] * shape[1] / most)))

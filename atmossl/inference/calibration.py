@@ -29,10 +29,10 @@ class SpreadInflation:
     factors: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
+    def of(cls, checkpoint_record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
         """The factors in a checkpoint's record; None if it was not calibrated for this kind of
         task."""
-        stored = record.get("spread", {}).get(kind)
+        stored = checkpoint_record.get("spread", {}).get(kind)
         if stored is None:
             return None
         factors = {name: np.array(values) for name, values in stored["factors"].items()}
@@ -53,7 +53,7 @@ class Calibration:
     what it was calibrated for itself on top of it.
     """
 
-    record: Mapping[str, Any]
+    checkpoint_record: Mapping[str, Any]
     task: Task
 
     def apply(self, fields: Fields, hours: np.ndarray, lat: np.ndarray, lon: np.ndarray) -> Fields:
@@ -61,7 +61,7 @@ class Calibration:
         and the given cell centres, degrees."""
         inflated = {}
         for name, values in fields.items():
-            factor = _factor(self.record, self.task, name, hours, lat, lon)
+            factor = _factor(self.checkpoint_record, self.task, name, hours, lat, lon)
             if factor is None:
                 inflated[name] = values
                 continue
@@ -71,9 +71,9 @@ class Calibration:
 
     def without_own(self) -> dict[str, Any]:
         """The record as if the task's kind had not been calibrated."""
-        spread = self.record.get("spread", {})
+        spread = self.checkpoint_record.get("spread", {})
         other_kinds = {kind: factors for kind, factors in spread.items() if kind != self.task.kind}
-        return {**self.record, "spread": other_kinds}
+        return {**self.checkpoint_record, "spread": other_kinds}
 
     def replaced(self, inflation: SpreadInflation) -> dict[str, Any]:
         """The record with these factors for the task's kind; factors of other kinds stay."""
@@ -81,11 +81,14 @@ class Calibration:
             "hours": inflation.hours.tolist(),
             "factors": {name: values.tolist() for name, values in inflation.factors.items()},
         }
-        return {**self.record, "spread": {**self.record.get("spread", {}), self.task.kind: stored}}
+        return {
+            **self.checkpoint_record,
+            "spread": {**self.checkpoint_record.get("spread", {}), self.task.kind: stored},
+        }
 
 
 def _factor(
-    record: Mapping[str, Any],
+    checkpoint_record: Mapping[str, Any],
     task: Task,
     name: str,
     hours: np.ndarray,
@@ -94,11 +97,11 @@ def _factor(
 ) -> Float[np.ndarray, "step level lat lon"] | None:
     """The factors of one variable [step level lat lon]; lat and lon have size 1 if factors are
     the same everywhere."""
-    inflation = SpreadInflation.of(record, task.kind)
+    inflation = SpreadInflation.of(checkpoint_record, task.kind)
     task_factor = None if inflation is None else inflation.at(name, hours)[:, :, None, None]
     largest = None
     for part in task.components:
-        factor = _factor(record, part, name, hours, lat, lon)
+        factor = _factor(checkpoint_record, part, name, hours, lat, lon)
         if factor is not None:
             there = np.where(part.cells(lat, lon), factor, -np.inf)
             largest = there if largest is None else np.maximum(largest, there)
@@ -144,7 +147,7 @@ def estimate_inflation(
         ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
     check_calibrated(plan.task)
-    if plan.trained.record.get("model", {}).get("num_members") == 1:
+    if plan.trained.checkpoint_record.get("model", {}).get("num_members") == 1:
         raise ValueError("calibrate: the checkpoint has one member, so no spread")
     leads = plan.leads
     hours = leads / HOUR

@@ -43,9 +43,10 @@ _MUST_AGREE = ("streams", "network", "model", "statistics", "window")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with averaged weights, and the record of its training.
+    """A model with averaged weights, and the record of its checkpoint.
 
-    record: streams, model arguments, statistics, window and resolved configuration, as saved.
+    checkpoint_record: streams, model arguments, statistics, window and resolved configuration, as
+        saved.
     provides: what its objective taught it, see `atmossl.objectives.base.Objective`.
     plugins: packages whose code the record may name, because the user says so.
     """
@@ -56,7 +57,7 @@ class TrainedModel:
     window: WindowSize
     first_guess: FirstGuess
     data: str
-    record: dict[str, Any]
+    checkpoint_record: dict[str, Any]
     digest: str
     provides: frozenset[str] = frozenset({"reconstruct", "embed"})
     plugins: tuple[str, ...] = ()
@@ -64,7 +65,7 @@ class TrainedModel:
     def require(self, ability: str) -> None:
         """Raise ValueError if the objective did not teach the model this ability."""
         if ability not in self.provides:
-            name = objective_name(self.record["objective"]["kind"])
+            name = objective_name(self.checkpoint_record["objective"]["kind"])
             raise ValueError(
                 f"the checkpoint was trained with objective={name}, from which it did not learn to "
                 f"{ability}; it can {' and '.join(sorted(self.provides))}"
@@ -73,7 +74,7 @@ class TrainedModel:
     @property
     def pressure_levels(self) -> bool:
         """Whether levels are pressures in hPa; else they are numbers of model levels."""
-        return self.record.get("levels_are", "pressure") == "pressure"
+        return self.checkpoint_record.get("levels_are", "pressure") == "pressure"
 
     def check_levels(self, segment: Segment) -> None:
         """Raise ValueError if a record has levels of pressure where numbers of model levels are
@@ -180,14 +181,16 @@ def load_checkpoint(name: str, plugins: Sequence[str] = ()) -> TrainedModel:
     """
     path = checkpoint_path(name)
     contents, digest = read_with_digest(path)
-    record = contents["atmossl"]
-    if missing := [key for key in _NEEDED if key not in record]:
+    checkpoint_record = contents["atmossl"]
+    if missing := [key for key in _NEEDED if key not in checkpoint_record]:
         raise ValueError(f"checkpoint={name} is incomplete: its record lacks {missing}")
     if name.startswith(SCHEME):
-        record = {**record, "hub": name.partition("@")[0] + commit_of(path)}
-    specs = _specs_of(record, name)
+        checkpoint_record = {**checkpoint_record, "hub": name.partition("@")[0] + commit_of(path)}
+    specs = _specs_of(checkpoint_record, name)
     with naming_network(name):
-        model = build_network(record["network"], plugins, streams=specs, **record["model"])
+        model = build_network(
+            checkpoint_record["network"], plugins, streams=specs, **checkpoint_record["model"]
+        )
     weights = {
         key.removeprefix(AVERAGED): value
         for key, value in contents["state_dict"].items()
@@ -202,14 +205,17 @@ def load_checkpoint(name: str, plugins: Sequence[str] = ()) -> TrainedModel:
         model=model.eval(),
         specs=specs,
         normaliser=Normaliser(
-            {data: Statistics.from_dict(values) for data, values in record["statistics"].items()}
+            {
+                data: Statistics.from_dict(values)
+                for data, values in checkpoint_record["statistics"].items()
+            }
         ),
-        window=WindowSize(**record["window"]),
-        first_guess=record["first_guess"],
-        data=record["data"],
-        record=record,
+        window=WindowSize(**checkpoint_record["window"]),
+        first_guess=checkpoint_record["first_guess"],
+        data=checkpoint_record["data"],
+        checkpoint_record=checkpoint_record,
         digest=digest,
-        provides=frozenset(record["objective"]["provides"]),
+        provides=frozenset(checkpoint_record["objective"]["provides"]),
         plugins=tuple(plugins),
     )
 
@@ -229,11 +235,11 @@ def naming_network(name: str) -> Generator[None]:
         raise ValueError(f"checkpoint={name}: its record makes no network: {words}") from error
 
 
-def _specs_of(record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
+def _specs_of(checkpoint_record: dict[str, Any], name: str) -> tuple[StreamSpec, ...]:
     """The streams of a record; ValueError for old checkpoints in which two streams predict a
     field."""
     try:
-        specs = tuple(spec_from_dict(values) for values in record["streams"])
+        specs = tuple(spec_from_dict(values) for values in checkpoint_record["streams"])
     except ValueError as error:
         raise ValueError(f"checkpoint={name}: {error}") from error
     faults = shared_fields(specs)
@@ -299,10 +305,10 @@ def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any
         for key in states[-1]
         if key.startswith(AVERAGED)
     }
-    record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
+    checkpoint_record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
     if len(names) > 1:
-        record["mean_of"] = [read[name][1] for name in names]
-    return {"state_dict": weights, "atmossl": record}
+        checkpoint_record["mean_of"] = [read[name][1] for name in names]
+    return {"state_dict": weights, "atmossl": checkpoint_record}
 
 
 def _same(first: Any, second: Any) -> bool:

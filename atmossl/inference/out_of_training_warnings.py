@@ -264,10 +264,10 @@ def unseen_by_training(plan: Plan, times: np.ndarray, view: View) -> list[str]:
 def seen_in_training(trained: TrainedModel) -> dict[str, Seen]:
     """Dates and places of training, by the streams' `data`. Checkpoints before version 0.2 tell
     the period alone."""
-    record = trained.record
-    if record.get("seen"):
-        return {data: Seen.from_dict(values) for data, values in record["seen"].items()}
-    period = str(record.get("statistics", {}).get(PRIMARY, {}).get("period", ""))
+    checkpoint_record = trained.checkpoint_record
+    if checkpoint_record.get("seen"):
+        return {data: Seen.from_dict(values) for data, values in checkpoint_record["seen"].items()}
+    period = str(checkpoint_record.get("statistics", {}).get(PRIMARY, {}).get("period", ""))
     return {PRIMARY: Seen.of_period(period)}
 
 
@@ -305,14 +305,14 @@ def out_of_training_warnings(
     sampler: of the training's masks; None if it is not recorded, or a text that says why it may not
         be built.
     """
-    record, (_, view) = plan.trained.record, next(views(plan, times[0]))
+    checkpoint_record, (_, view) = plan.trained.checkpoint_record, next(views(plan, times[0]))
     step_hours = float(plan.step / np.timedelta64(1, "h"))
-    lines = untrained_step(step_hours, record.get("step_hours"))
+    lines = untrained_step(step_hours, checkpoint_record.get("step_hours"))
     lines += untrained_window(plan.tiles, plan.trained.window)
     lines += unseen_by_training(plan, times, view)
     if sampler is None or isinstance(sampler, str):
         return lines if sampler is None else [*lines, sampler]
     task = plan.task.downscaling
     factor = None if task is None else task.factor
-    stretch = (record.get("step_hours") or step_hours) / step_hours
+    stretch = (checkpoint_record.get("step_hours") or step_hours) / step_hours
     return lines + unseen(view, sampler, factor, stretch=stretch)

@@ -178,7 +178,10 @@ class Plan:
         """The numbers of the draws of noise that are computed: the written ones, but whole
         ensembles for a calibrated checkpoint, whose spread is inflated around the ensemble mean."""
         assert self.members is not None, "a network of noise has any number"
-        if not isinstance(self.options.members, tuple) or "spread" not in self.trained.record:
+        if (
+            not isinstance(self.options.members, tuple)
+            or "spread" not in self.trained.checkpoint_record
+        ):
             return self.members
         return tuple(range(max(EVALUATED_MEMBERS, 1 + max(self.members))))
 

@@ -438,7 +438,7 @@ def _members_of(
     tiles would average out."""
     if data == PRIMARY:  # streams of other sources are not calibrated
         lat, lon = plan.grid.latitude[rows], plan.grid.longitude
-        calibration = Calibration(plan.trained.record, plan.task)
+        calibration = Calibration(plan.trained.checkpoint_record, plan.task)
         fields = calibration.apply(fields, leads / HOUR, lat, lon)
     if source.member is None:
         return plan.written(fields)

@@ -241,7 +241,7 @@ class OutputLayout:
                     "tilings": plan.options.tilings,
                     "seed": plan.options.seed,
                     "trained_on": trained.data,
-                    "torch": trained.record.get("torch", "unknown"),
+                    "torch": trained.checkpoint_record.get("torch", "unknown"),
                 }
             ),
         }

@@ -64,7 +64,7 @@ class TaskModel:
     ) -> None:
         self.model, self.member, trained = model, member, model.trained
         self.task = find_task(task, choices)
-        hours = trained.record.get("step_hours")
+        hours = trained.checkpoint_record.get("step_hours")
         if hours is None or any(spec.data != PRIMARY for spec in trained.specs):
             raise ValueError("the checkpoint needs a known time step, and data of one source")
         plan = self.task.plan(trained.window.time, hours)
@@ -185,7 +185,7 @@ class Prognostic(TaskModel):
     def __init__(
         self, model: Model, latitude: np.ndarray, longitude: np.ndarray, **choices: Any
     ) -> None:
-        hours = model.trained.record.get("step_hours") or 0.0
+        hours = model.trained.checkpoint_record.get("step_hours") or 0.0
         choices = {"lead_time": f"{hours:g}h", **choices}
         super().__init__(model, latitude, longitude, "forecast", **choices)
         self.front_hook: Hook = _as_it_is

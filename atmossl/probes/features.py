@@ -62,11 +62,14 @@ def band_weights(latitude: np.ndarray) -> Float[np.ndarray, "band row"]:
 def random_network(trained: TrainedModel, seed: int) -> TrainedModel:
     """The same architecture with weights as before the first step of training. Buffers, such as the
     typical size of tendencies, are those of the trained network, since they come from the data."""
-    record = trained.record
+    checkpoint_record = trained.checkpoint_record
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(
-            record["network"], trained.plugins, streams=trained.specs, **record["model"]
+            checkpoint_record["network"],
+            trained.plugins,
+            streams=trained.specs,
+            **checkpoint_record["model"],
         )
     buffers = dict(trained.model.named_buffers())
     for name, values in network.named_buffers():

@@ -223,12 +223,19 @@ class ProbeRun:
 
     def _key_of_baselines(self, blind: Blind) -> str:
         """The same for checkpoints that differ in what they have learned alone."""
-        record = self.trained.record
-        statistics = [found["fingerprint"] for found in record["statistics"].values()]
+        checkpoint_record = self.trained.checkpoint_record
+        statistics = [found["fingerprint"] for found in checkpoint_record["statistics"].values()]
         keys = ("network", "model", "streams", "window", "first_guess")
         records = [(run.segment.location, run.segment.period) for run in self.runs]
         names = [question.name for question in self.questions]
-        depends = [[record[key] for key in keys], statistics, records, names, self.options, blind]
+        depends = [
+            [checkpoint_record[key] for key in keys],
+            statistics,
+            records,
+            names,
+            self.options,
+            blind,
+        ]
         return repr(depends)
 
     def _blinded(self, trained: TrainedModel, blind: Blind) -> TrainedModel:

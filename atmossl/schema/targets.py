@@ -105,12 +105,12 @@ def _with_parts(hint: Any) -> Any:
 
 
 def trained_sampler(
-    record: Mapping[str, Any], plugins: Sequence[str]
+    checkpoint_record: Mapping[str, Any], plugins: Sequence[str]
 ) -> MaskingSampler | str | None:
     """The sampler of the masks under which a checkpoint was trained, from its record. None if
     the record has none; a text that says so if its code is of a package that is not in
     `plugins`."""
-    masking = record.get("config", {}).get("masking")
+    masking = checkpoint_record.get("config", {}).get("masking")
     if masking is None:
         return None
     try:

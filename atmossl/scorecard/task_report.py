@@ -174,6 +174,6 @@ def trained_on(trained: TrainedModel) -> str:
     parts = re.findall(r"(?:^|; )(\S+) \d{4}-", trained.normaliser.statistics[PRIMARY].period)
     named = f" ({', '.join(parts)})" if len(parts) > 1 else ""
     data = f"{trained.data}{named}, {first} to {last}"
-    if origin := trained.record.get("imported_from"):
+    if origin := trained.checkpoint_record.get("imported_from"):
         return f"{origin}; normalised by {data}"
     return data

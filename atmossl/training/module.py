@@ -45,8 +45,8 @@ _HYPERPARAMETERS = ("weight_decay", "betas")
 
 
 class TrainingModule(L.LightningModule):
-    """The training loop of one network and one objective. record: what a checkpoint must carry
-    so that inference needs nothing else."""
+    """The training loop of one network and one objective. checkpoint_record: what a checkpoint must
+    carry so that inference needs nothing else."""
 
     def __init__(
         self,
@@ -54,14 +54,14 @@ class TrainingModule(L.LightningModule):
         model: Network,
         objective: Objective,
         optimizer: OptimizerSettings,
-        record: dict[str, Any],
+        checkpoint_record: dict[str, Any],
         task_names: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.settings = optimizer
-        self.record = record
+        self.checkpoint_record = checkpoint_record
         freeze(self.trained, optimizer.freeze, only=optimizer.only)
         self.task_names = task_names
         self.ema = AveragedModel(model, use_buffers=False)
@@ -225,7 +225,7 @@ class TrainingModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer: Any = self.trainer
         checkpoint["atmossl"] = {
-            **self.record,
+            **self.checkpoint_record,
             "step": self.global_step,
             "samples": trainer.datamodule.samples_at(self.global_step),
             "rng": random_states(),

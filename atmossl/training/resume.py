@@ -28,7 +28,7 @@ class Start:
     """The checkpoint that a run continues from, its record, and why newer ones were passed over."""
 
     path: Path
-    record: dict[str, Any]
+    checkpoint_record: dict[str, Any]
     passed_over: tuple[str, ...] = ()
 
 
@@ -75,20 +75,20 @@ def newest_start(folder: Path) -> Start | None:
 
 def check_same_run(
     path: Path,
-    record: Mapping[str, Any],
+    checkpoint_record: Mapping[str, Any],
     config: Mapping[str, Any],
     model: Mapping[str, Any],
     streams: Sequence[Mapping[str, Any]],
 ) -> None:
     """Check that a run is the one whose checkpoint it continues from.
 
-    record: of the checkpoint. config, streams: what the record of this run will hold. model: the
-        arguments of its network, with the network's name as `_target_`.
+    config, streams: what the record of this run's checkpoints will hold. model: the arguments of
+        its network, with the network's name as `_target_`.
 
     Raises:
         ValueError: names every key that has changed though it may not.
     """
-    before = {stream["name"]: stream for stream in record["streams"]}
+    before = {stream["name"]: stream for stream in checkpoint_record["streams"]}
     now = {stream["name"]: stream for stream in streams}
     faults = []
     if set(before) != set(now):
@@ -96,8 +96,10 @@ def check_same_run(
     for name in sorted(set(before) & set(now)):
         free = {key: now[name][key] for key in _FREE_OF_STREAMS}
         faults += _differences(f"stream.{name}", {**before[name], **free}, now[name])
-    faults += _differences("model", {"_target_": record["network"], **record["model"]}, model)
-    old = record.get("config", {})
+    faults += _differences(
+        "model", {"_target_": checkpoint_record["network"], **checkpoint_record["model"]}, model
+    )
+    old = checkpoint_record.get("config", {})
     for group, keys in _FIXED:
         both = [key for key in keys if key in old.get(group, {}) and key in config[group]]
         faults += _differences(
@@ -159,14 +161,14 @@ def _check_same_numbers(
         )
 
 
-def samples_seen(record: Mapping[str, Any]) -> int:
+def samples_seen(checkpoint_record: Mapping[str, Any]) -> int:
     """How many samples of its sequence a run had learned from, on all ranks, when it saved this
     record. Older records do not hold the number; their batches had the size that the
     configuration names."""
-    if "samples" in record:
-        return record["samples"]
-    config, ranks = record["config"], len(record["rng"])
-    batches = record["step"] * config["trainer"].get("accumulate", 1) * ranks
+    if "samples" in checkpoint_record:
+        return checkpoint_record["samples"]
+    config, ranks = checkpoint_record["config"], len(checkpoint_record["rng"])
+    batches = checkpoint_record["step"] * config["trainer"].get("accumulate", 1) * ranks
     return batches * config["data"]["batch_size"]
 
 

@@ -153,7 +153,7 @@ def test_what_is_never_observed_is_missing_in_the_output(task, fill: bool) -> No
         window=WindowSize(5, 4, 8),
         first_guess=True,
         data="sea",
-        record={},
+        checkpoint_record={},
         digest="0",
     )
     options = Options(overlap=0.5, batch_size=4, device="cpu", fill_missing=fill)

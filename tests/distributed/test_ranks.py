@@ -143,7 +143,7 @@ def test_what_two_sharded_ranks_saved_goes_on_on_one_and_back(cache: Path) -> No
     parts = arguments(moved, 2, *shards, "trainer.max_steps=2")
     assert run_ranks(parts, 2, cache=cache) == [0, 0]
     assert (moved / "checkpoints" / "step-2.ckpt").is_dir()
-    assert load_checkpoint(str(moved / "checkpoints" / "last.ckpt")).record["step"] == 2
+    assert load_checkpoint(str(moved / "checkpoints" / "last.ckpt")).checkpoint_record["step"] == 2
     assert run(arguments(moved, 1, *common, "trainer.max_steps=4"), cache=cache) == 0
     assert (moved / "checkpoints" / "step-4.ckpt").is_file()
     parts = arguments(moved, 2, *shards, "trainer.max_steps=6")

@@ -17,7 +17,7 @@ def as_json(mask) -> str:
 
 @pytest.mark.parametrize("task", SPECIALISTS)
 def test_a_specialist_is_the_checkpoint_s_run_with_one_mask(task, tmp_path: Path):
-    record = load_checkpoint("default").record["config"]
+    record = load_checkpoint("default").checkpoint_record["config"]
     alone: TrainConfig = parse(
         TrainConfig, specialist_values(task, record, tmp_path, generalist=None)
     )

@@ -96,7 +96,7 @@ def trained_on(
         window=WindowSize(*window),
         first_guess=True,
         data="waves",
-        record={},
+        checkpoint_record={},
         digest="0",
     )
 

@@ -507,7 +507,7 @@ def test_training_goes_on_from_an_imported_network(folder: Path, tmp_path: Path)
     still = set(names) - moved_weights(folder, run)
     assert all("key_norm.bias" in name for name in still), still
     for key in ("network", "model", "window", "first_guess", "statistics", "levels_are"):
-        assert tuned.record[key] == imported.record[key], key
+        assert tuned.checkpoint_record[key] == imported.checkpoint_record[key], key
     output = tmp_path / "out.zarr"
     arguments = [item for item in arguments_of(folder, output) if "checkpoint" not in item]
     arguments += ["task=forecast", "task.lead_time=2h", "init_time=2004-03-01T01"]

@@ -46,12 +46,12 @@ def test_inflation_brings_spread_to_error() -> None:
         np.testing.assert_allclose(factors, expected, rtol=0.1)  # of 8 times 128 cells
     record = Calibration({"kept": 1}, used.task).replaced(found)
     assert record["kept"] == 1
-    trained = replace(used.trained, record=record)
+    trained = replace(used.trained, checkpoint_record=record)
     again = inflation(replace(used, trained=trained), times)
     for factors in again.factors.values():
         np.testing.assert_allclose(factors, 1.0, atol=1e-4)
     record = Calibration(record, used.task).without_own()
-    free = inflation(replace(used, trained=replace(trained, record=record)), times)
+    free = inflation(replace(used, trained=replace(trained, checkpoint_record=record)), times)
     np.testing.assert_allclose(free.factors["temperature"], found.factors["temperature"])
     assert SpreadInflation.of(record, "TemporalInterpolation") is None
 
@@ -108,7 +108,7 @@ def test_every_pass_of_a_rollout_is_inflated() -> None:
     used = predictor(Forecast(12, 6), Diffusing(6), window=(5, 8, 16), overlap=0.0)
     factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
     record = Calibration({}, used.task).replaced(SpreadInflation(np.array([6.0]), factors))
-    used = replace(used, trained=replace(used.trained, record=record))
+    used = replace(used, trained=replace(used.trained, checkpoint_record=record))
     scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     variance = (run_at(used, 6)["temperature"] / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(variance, [4, 8], rtol=0.15)

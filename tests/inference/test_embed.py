@@ -56,7 +56,7 @@ def model(specs: tuple[StreamSpec, ...], lat: int, lon: int, **changes) -> Model
         window=WindowSize(STEPS, lat, lon),
         first_guess=True,
         data="waves",
-        record={"objective": {"kind": "some.where.Reconstructing"}},
+        checkpoint_record={"objective": {"kind": "some.where.Reconstructing"}},
         digest="0",
         **changes,
     )

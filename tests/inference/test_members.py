@@ -123,7 +123,7 @@ def test_members_that_are_chosen_are_those_of_the_whole_ensemble(
     whole = predictor(task, MODELS[kind], seed=7)
     factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
     record = Calibration({}, task).replaced(SpreadInflation(np.zeros(1), factors))
-    trained = replace(whole.trained, record=record if calibrated else {})
+    trained = replace(whole.trained, checkpoint_record=record if calibrated else {})
     whole = replace(whole, trained=trained)
     some = replace(whole, options=replace(whole.options, members=(3, 1)))
     expected, found = run_at(whole, 6)["temperature"], run_at(some, 6)["temperature"]

@@ -222,7 +222,7 @@ def test_one_variable_of_two_streams_through_every_command(tmp_path: Path) -> No
         main(["calibrate", *common, "task=forecast", "task.lead_time=12h", f"output={calibrated}"])
         == 0
     )
-    factors = load_checkpoint(str(calibrated)).record["spread"]["Forecast"]["factors"]
+    factors = load_checkpoint(str(calibrated)).checkpoint_record["spread"]["Forecast"]["factors"]
     assert {name: np.shape(values) for name, values in factors.items()} == {
         name: (2, 3) for name in NAMES
     }

@@ -47,7 +47,7 @@ def told(model: Model, store: xr.Dataset, time=TIME, task=None) -> list[str]:
     )
     options = Options(overlap=0.0, batch_size=1, device="cpu")
     plan = plan_prediction(model.trained, task or Forecast(12), [segment], options)
-    sampler = trained_sampler(model.trained.record, model.trained.plugins)
+    sampler = trained_sampler(model.trained.checkpoint_record, model.trained.plugins)
     return out_of_training_warnings(plan, np.atleast_1d(time).astype(segment.times.dtype), sampler)
 
 
@@ -110,12 +110,16 @@ def test_the_summer_and_the_levels_of_a_counterfactual_are_told(model, sample) -
 def test_checkpoints_that_lack_the_record_tell_what_follows_from_their_period(
     model, sample
 ) -> None:
-    record = {k: v for k, v in model.trained.record.items() if k != "seen"}
-    other = replace(model, trained=replace(model.trained, record=record, data="elsewhere"))
+    record = {k: v for k, v in model.trained.checkpoint_record.items() if k != "seen"}
+    other = replace(
+        model, trained=replace(model.trained, checkpoint_record=record, data="elsewhere")
+    )
     assert not any("cells" in line for line in told(other, finer(sample)))
     later = sample.assign_coords(time=sample.time + SUMMER)
     assert any("dates in August" in line for line in told(other, later, TIME + SUMMER))
-    silent = replace(other, trained=replace(other.trained, record={**record, "statistics": {}}))
+    silent = replace(
+        other, trained=replace(other.trained, checkpoint_record={**record, "statistics": {}})
+    )
     assert not any("dates" in line for line in told(silent, later, TIME + SUMMER))
 
 

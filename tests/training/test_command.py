@@ -193,14 +193,14 @@ def test_a_tail_without_a_trained_network_is_refused(
 
 def test_a_prediction_at_another_time_step_than_the_trained_one_is_told(folder: Path) -> None:
     model = atmossl.load(checkpoint(folder, "t"), device="cpu")
-    assert model.trained.record["step_hours"] == 6.0
+    assert model.trained.checkpoint_record["step_hours"] == 6.0
     with pytest.warns(UserWarning, match="not trained for steps of 3 h; training had 6 h"):
         model.predict("forecast", dataset(step_hours=3, steps=8), ["2001-01-01T15"], lead_time="3h")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.predict("forecast", dataset(steps=8), ["2001-01-02"], lead_time="6h")
     assert not any("steps of" in str(one.message) for one in caught)
-    del model.trained.record["step_hours"]  # as in checkpoints before it was recorded
+    del model.trained.checkpoint_record["step_hours"]  # as in checkpoints before it was recorded
     model.predict("forecast", dataset(step_hours=3, steps=8), ["2001-01-01T15"], lead_time="3h")
 
 
@@ -246,7 +246,7 @@ def test_a_run_without_a_terminal_says_what_it_is_and_then_a_line_a_log(folder: 
 
 
 def test_every_logger_has_configuration_parameters_commit_and_fingerprint(folder: Path) -> None:
-    record = load(folder, "u").record
+    record = load(folder, "u").checkpoint_record
     told = yaml.safe_load((folder / "u" / "hparams.yaml").read_text())
     assert told["data"]["name"] == "waves" and told["logger"]["tags"] == ["blue"]
     facts, count = told["run"], sum(p.numel() for p in load(folder, "u").model.parameters())

@@ -66,7 +66,9 @@ def result(folder: Path, name: str) -> TrainedModel:
 
 def steps(trained: TrainedModel) -> float:
     """Time steps of the training data that a run says to have seen."""
-    first, last = trained.record["statistics"][PRIMARY]["period"].split(" ", 1)[1].split(" to ")
+    first, last = (
+        trained.checkpoint_record["statistics"][PRIMARY]["period"].split(" ", 1)[1].split(" to ")
+    )
     return (np.datetime64(last) - np.datetime64(first)) / np.timedelta64(6, "h") + 1
 
 
@@ -79,8 +81,10 @@ def test_another_climate_until_no_validation_is_better(folder: Path) -> None:
     line = "ended at step 6 of 9; rmse_ratio/mean was best at the step of"
     assert line in ended.stderr and "best.ckpt (trainer.patience=2)" in ended.stderr
     tuned, known = result(folder, "tuned"), result(folder, "start")
-    assert tuned.record["statistics"] == known.record["statistics"]  # what its network is used to
-    assert tuned.record["seen"] != known.record["seen"]
+    assert (
+        tuned.checkpoint_record["statistics"] == known.checkpoint_record["statistics"]
+    )  # what its network is used to
+    assert tuned.checkpoint_record["seen"] != known.checkpoint_record["seen"]
     for name, value in known.model.state_dict().items():
         torch.testing.assert_close(tuned.model.state_dict()[name], value)
 
@@ -88,7 +92,7 @@ def test_another_climate_until_no_validation_is_better(folder: Path) -> None:
 def test_another_resolution_by_thin_matrices(folder: Path) -> None:
     words = (start(folder), "warm_start.low_rank.rank=2", "trainer.max_steps=2")
     assert tune(folder, "fine_tuned", "fine", *words).returncode == 0
-    record = result(folder, "fine_tuned").record
+    record = result(folder, "fine_tuned").checkpoint_record
     assert record["warm_start"]["initialised"] == []
     old, new = (result(folder, name).model.state_dict() for name in ("start", "fine_tuned"))
     moved = {name for name, value in old.items() if not torch.equal(value, new[name])}
@@ -101,9 +105,11 @@ def test_a_variable_that_pretraining_never_saw_against_a_random_start(folder: Pa
     assert tune(folder, "wider", "climate", *words, start(folder)).returncode == 0
     scratch, wider = result(folder, "scratch"), result(folder, "wider")
     assert wider.specs[0].variables == VARIABLES
-    grown = wider.record["warm_start"]["grown"]
+    grown = wider.checkpoint_record["warm_start"]["grown"]
     assert {name.split(".")[0] for name in grown} == {"embedding", "query", "tail"}
-    assert wider.record["statistics"] == scratch.record["statistics"]  # of the part alone
+    assert (
+        wider.checkpoint_record["statistics"] == scratch.checkpoint_record["statistics"]
+    )  # of the part alone
     assert steps(wider) == 10 and steps(result(folder, "start")) == 40
 
 

@@ -133,7 +133,9 @@ def resumed(run: Run, rng: random.Random, keep: int) -> None:
     if not any(run.folder.glob(".leaving-*")):
         good = [p for p in here if p.read_text() != TORN]
         steps = [read(p)["step"] for p in good if p.name != "best.ckpt"]
-        assert start.record["step"] == max(steps, default=start.record["step"])
+        assert start.checkpoint_record["step"] == max(
+            steps, default=start.checkpoint_record["step"]
+        )
     run.go_on(start.path, keep=keep)
 
 

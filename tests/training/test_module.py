@@ -56,7 +56,9 @@ def module(steps: list[int]) -> TrainingModule:
 
     model = Network()
     model.weight = nn.Parameter(torch.zeros(1, 1))
-    return Counted(model=model, objective=Objective(), optimizer=SETTINGS, record={}, task_names=())  # pyright: ignore
+    return Counted(
+        model=model, objective=Objective(), optimizer=SETTINGS, checkpoint_record={}, task_names=()
+    )  # pyright: ignore
 
 
 def test_the_average_forgets_its_start() -> None:
@@ -281,7 +283,7 @@ def test_accumulated_batches_count_by_what_they_hide(monkeypatch) -> None:
     ]
     objective = MaskedModelling(losses={"fair_crps": 1.0})
     tested = TrainingModule(
-        model=network, objective=objective, optimizer=SETTINGS, record={}, task_names=()
+        model=network, objective=objective, optimizer=SETTINGS, checkpoint_record={}, task_names=()
     )
     monkeypatch.setattr(TrainingModule, "trainer", Trainer(), raising=False)
     batches = [collate_views([view], [0]) for view in views]
@@ -329,7 +331,7 @@ def test_heads_are_averaged_as_the_network_is_and_teachers_taken_as_they_are() -
     model = Network()
     model.weight, objective = nn.Parameter(torch.zeros(1, 1)), Taught()
     tested = TrainingModule(
-        model=model, objective=objective, optimizer=SETTINGS, record={}, task_names=()
+        model=model, objective=objective, optimizer=SETTINGS, checkpoint_record={}, task_names=()
     )
     assert "objective.head.weight" in tested.trained
     averaged = tested.averaged_objective
