@@ -25,7 +25,7 @@ def test_a_specialist_is_the_checkpoint_s_run_with_one_mask(task, tmp_path: Path
         TrainConfig, specialist_values(task, record, tmp_path, generalist="default")
     )
     assert alone.trainer.max_steps == record["trainer"]["max_steps"]
-    assert alone.model.dim == record["model"]["dim"]
+    assert alone.model.arguments["dim"] == record["model"]["dim"]
     assert list(alone.stream) == list(record["stream"])
     sampler = alone.tasks[0]
     assert type(alone.masking) is type(sampler)
