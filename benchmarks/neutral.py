@@ -12,8 +12,9 @@ test split. A digest is the sha256 of the float32 values in their order; 16 digi
 
 Sums of floating-point numbers depend on the order in which a processor's vector units and threads
 take them. One thread is used here. Digests therefore hold for one kind of processor and one
-version of torch and numpy, which are kept beside them; where these differ, `--check` refuses, and
-`--against` a worktree of the older commit compares on the same machine.
+version of torch and numpy. They are kept for every processor by its name, with these versions
+beside them. Where a processor or a version is new, `--check` says so before it computes anything,
+and how to compare all the same.
 """
 
 import argparse
@@ -89,19 +90,54 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": "."}
 
 
+def machine() -> dict[str, str]:
+    """What digests depend on beside the code."""
+    torch.set_num_threads(1)
+    return {
+        "processor": device_name(),
+        "vector_units": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
 def measure() -> dict[str, Any]:
     """All digests, and what they depend on beside the code."""
     with tempfile.TemporaryDirectory() as folder:
         digests = {**training_digests(Path(folder) / "run"), **prediction_digests()}
     return {
         "digests": {name: value[:16] for name, value in digests.items()},
-        "machine": {
-            "processor": device_name(),
-            "vector_units": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "machine": machine(),
     }
+
+
+def processor_of(machine: Mapping[str, str]) -> str:
+    """The name under which the digests of a processor are kept."""
+    return f"{machine['processor'].partition(',')[0]}, {machine['vector_units']}"
+
+
+def kept_for(here: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The digests that are kept for this machine.
+
+    Raises:
+        SystemExit: there are none, or those of other versions; says what to do.
+    """
+    processor = processor_of(here)
+    figures = kept.get(processor)
+    if figures is not None and figures["machine"] == here:
+        return figures
+    others = ", ".join(kept) or "none"
+    fault = (
+        f"no digests are kept for the processor {processor} (kept: {others})"
+        if figures is None
+        else f"the digests kept for {processor} are of {figures['machine']}, this is {dict(here)}"
+    )
+    raise SystemExit(
+        f"{fault}. To compare a change all the same: git worktree add ../before main, then "
+        "python -m benchmarks.neutral --against ../before. To keep digests of this processor: run "
+        "python -m benchmarks.neutral at a commit without the change and commit "
+        "benchmarks/results/neutral.json, in which those of the other processors stay"
+    )
 
 
 def measured_in(worktree: Path) -> dict[str, Any]:
@@ -114,16 +150,8 @@ def measured_in(worktree: Path) -> dict[str, Any]:
 
 
 def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Names of the digests that are not what they were.
-
-    Raises:
-        SystemExit: the digests before are another machine's.
-    """
-    if now["machine"] != before["machine"]:
-        raise SystemExit(
-            f"the digests kept are of {before['machine']}, this is {now['machine']}: compare "
-            "with --against a worktree of the older commit"
-        )
+    """Names of the digests that are not what they were, on one machine."""
+    assert now["machine"] == before["machine"], (now["machine"], before["machine"])
     ours, theirs = now["digests"], before["digests"]
     return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
 
@@ -137,16 +165,17 @@ def main() -> None:
     choice.add_argument("--against", type=Path, metavar="FOLDER", help="a worktree to compare with")
     choice.add_argument("--print", action="store_true", help="keep nothing")
     arguments = parser.parse_args()
+    kept = json.loads(_RESULT.read_text())["figures"]
+    before = kept_for(machine(), kept) if arguments.check else None
     figures = measure()
     if arguments.check or arguments.against:
-        kept = json.loads(_RESULT.read_text())["figures"] if arguments.check else None
-        changed = differing(figures, kept or measured_in(arguments.against))
+        changed = differing(figures, before or measured_in(arguments.against))
         print(json.dumps({"benchmark": "neutral", "changed": changed, "figures": figures}))
         raise SystemExit(f"changed: {', '.join(changed)}" if changed else 0)
     if arguments.print:
         print(json.dumps({"benchmark": "neutral", "figures": figures}))
         return
-    finish("neutral", figures)
+    finish("neutral", {**kept, processor_of(figures["machine"]): figures})
 
 
 if __name__ == "__main__":

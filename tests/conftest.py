@@ -27,6 +27,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """`evaluate` writes all numbers of a report, but draws no maps and no page, which takes longer
     than to score a small store."""
     from atmossl.evaluation.report import write
+    from atmossl.evaluation.report.maps import DrawnCase
 
-    monkeypatch.setattr(write, "save_figure", lambda *_: None)
+    monkeypatch.setattr(write, "draw_case", lambda *_, **__: DrawnCase(b"", {}))
     monkeypatch.setattr(write, "html_page", lambda *_: "")

@@ -86,6 +86,7 @@ def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
                 device,
                 functools.partial(note_out_of_training, printed=set()),
             )
+        Console(markup=False).print("scores are done; drawing the report", highlight=False)
         write_report(reports, provenance_of(config, trained, command, reports), partial)
         partial.replace(config.output)
     finally:

@@ -162,12 +162,12 @@ def _read(path: Path) -> dict[str, CatalogEntry]:
         raw = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a catalog ({yaml_fault(error)})") from error
-    entries = raw if isinstance(raw, dict) else {None: raw}
-    wrong = [name for name, entry in entries.items() if not isinstance(entry, dict)]
-    if wrong:
-        place = "" if wrong[0] is None else f" for {wrong[0]}"
-        raise ValueError(f"{path}: not a catalog (needed{place}: NAME: KEY: VALUE)")
-    return {name: _entry(name, entry, path) for name, entry in entries.items()}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: not a catalog (needed: NAME: KEY: VALUE)")
+    for name, entry in raw.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: not a catalog (needed for {name}: KEY: VALUE)")
+    return {name: _entry(name, entry, path) for name, entry in raw.items()}
 
 
 def yaml_fault(error: Exception) -> str:

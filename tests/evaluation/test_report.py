@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 import atmossl
@@ -20,9 +21,17 @@ from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.cards import RatioColours, colours_of
 from atmossl.evaluation.report.content import Example, Given, Provenance, Span, TaskReport
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
-from atmossl.evaluation.report.figures import save_figure, score_label, units_text
+from atmossl.evaluation.report.figures import pixels_of, save_figure, score_label, units_text
 from atmossl.evaluation.report.globe import Scale, draw_globe, project
-from atmossl.evaluation.report.maps import case_map, case_title, field_scale, symmetric_scale
+from atmossl.evaluation.report.maps import (
+    case_map,
+    case_panels,
+    case_title,
+    draw_case,
+    field_scale,
+    panel_map,
+    symmetric_scale,
+)
 from atmossl.evaluation.report.tables import (
     print_summary,
     summarise,
@@ -239,6 +248,26 @@ def test_every_cell_of_the_globe_is_drawn_at_its_place(west):
     assert np.abs(distance).max() <= 11.25 + 1e-3  # within the cell
     assert edges[0] == pytest.approx(-edges[-1])
     assert len(axes.collections) == 3  # cells, graticule, coastlines
+
+
+def test_colours_of_errors_grow_with_the_root_of_the_error() -> None:
+    norm = Scale("RdBu_r", -400.0, 400.0, rooted=True).norm()
+    values = np.array([-400.0, -100.0, 0.0, 100.0, 225.0, 400.0])
+    np.testing.assert_allclose(norm(values), [0.0, 0.25, 0.5, 0.75, 0.875, 1.0], atol=1e-12)
+    np.testing.assert_allclose(norm.inverse(norm(values)), values, atol=1e-9)
+
+
+def test_the_pictures_of_a_case_are_cut_out_of_one_drawing(example) -> None:
+    """Every panel of the page equals the panel drawn alone, up to the loss of WebP."""
+    drawn = draw_case("forecast", example, baseline="persistence")
+    panels = case_panels(example, "persistence")
+    assert list(drawn.panels) == [panel.title for panel in panels]
+    assert drawn.whole.startswith(b"\x89PNG")
+    for panel in panels:
+        alone = pixels_of(panel_map(panel), 120).astype(float)
+        cut = np.asarray(Image.open(io.BytesIO(drawn.panels[panel.title])).convert("RGB"), float)
+        assert cut.shape == alone.shape
+        assert np.abs(cut - alone).mean() < 6.0  # of 255
 
 
 def test_coastlines_lie_on_the_globe_and_jump_nowhere():

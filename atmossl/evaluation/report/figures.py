@@ -3,11 +3,15 @@
 import io
 import re
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
+import numpy as np
+from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from PIL import Image
 
 from atmossl.evaluation.report.files import write_atomically
 
@@ -21,6 +25,8 @@ _TITLES = {
     "outlier_ratio": "outliers over expected",
     "seeps": "SEEPS",
 }
+_QUALITY = 80  # of WebP
+_SVG_DPI = 72  # matplotlib writes SVG in points
 _WITHOUT_UNITS = ("acc", "spread_skill", "outlier_ratio", "seeps")
 
 
@@ -39,9 +45,31 @@ def save_figure(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int
 def svg_bytes(figure: Figure) -> bytes:
     """The figure as SVG, the same bytes for the same figure."""
     picture = io.BytesIO()
+    layout = figure.get_layout_engine()
+    if layout is not None:  # writing would lay it out twice, and draw it once more for that
+        figure.set_dpi(_SVG_DPI)
+        FigureCanvasAgg(figure)
+        layout.execute(figure)
+        figure.set_layout_engine(None)
     FigureCanvasSVG(figure)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "atmossl"}):
         figure.savefig(picture, format="svg", metadata={"Date": None})
+    return picture.getvalue()
+
+
+def pixels_of(figure: Figure, dpi: int) -> UInt8[np.ndarray, "row column colour"]:
+    """The figure as red, green and blue, drawn once."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def encoded(pixels: UInt8[np.ndarray, "row column colour"], kind: Literal["png", "webp"]) -> bytes:
+    """Pixels as a PNG file, or as a WebP file, which has a fifth of the size for fields of many
+    colours."""
+    picture = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(picture, kind, quality=_QUALITY)
     return picture.getvalue()
 
 
@@ -49,7 +77,7 @@ def webp_bytes(figure: Figure, dpi: int) -> bytes:
     """A fifth of the size of PNG for fields of many colours; every browser reads it."""
     picture = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(picture, format="webp", dpi=dpi, pil_kwargs={"quality": 80})
+    figure.savefig(picture, format="webp", dpi=dpi, pil_kwargs={"quality": _QUALITY})
     return picture.getvalue()
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.colors import FuncNorm, Normalize
 from matplotlib.patches import Polygon
 
 from atmossl.coastlines import coastlines
@@ -27,11 +28,30 @@ _PROJECTION = ccrs.Robinson()
 
 @dataclass(frozen=True)
 class Scale:
-    """Colour map and limits of a panel."""
+    """Colour map and limits of a panel.
+
+    rooted: colours grow with the square root of the distance from zero instead of the distance, so
+        that fields share a scale though one of them is far smaller than the other.
+    """
 
     colours: str
     low: float
     high: float
+    rooted: bool = False
+
+    def norm(self) -> Normalize:
+        """How values become colours."""
+        if not self.rooted:
+            return Normalize(self.low, self.high)
+        return FuncNorm((_signed_root, _signed_square), self.low, self.high)
+
+
+def _signed_root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _signed_square(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.square(values)
 
 
 def project(longitude: np.ndarray, latitude: np.ndarray) -> Float[np.ndarray, "*point xy"]:
@@ -62,8 +82,7 @@ def draw_globe(axes: Axes, field: xr.DataArray, scale: Scale) -> QuadMesh:
         corners[..., 1],
         np.repeat(values, finer, axis=0),
         cmap=colormaps[scale.colours].with_extremes(bad=_MISSING),
-        vmin=scale.low,
-        vmax=scale.high,
+        norm=scale.norm(),
         rasterized=True,
     )
     outline = _outline()

@@ -3,7 +3,7 @@ side by side on the globe. Fields that can be compared share their colours, and 
 from the smallest to the largest value that is drawn with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -13,13 +13,19 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from atmossl.evaluation.regions import REGIONS, area_mean
 from atmossl.evaluation.report.content import Example, Given
-from atmossl.evaluation.report.figures import readable, units_text
+from atmossl.evaluation.report.figures import (
+    encoded,
+    pixels_of,
+    readable,
+    units_text,
+)
 from atmossl.evaluation.report.globe import Scale, draw_globe
 
 _DIVERGING, _SEQUENTIAL, _SPREAD = "RdBu_r", "viridis", "magma_r"
 _NUM_MEMBERS = 2
 _COLUMNS = 3
 _WIDTH, _HEIGHT, _TOP = 3.6, 2.35, 0.62  # of a panel and of the titles, inches
+_DPI = 120  # at which panels begin and end between two pixels
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def case_panels(example: Example, baseline: str | None = None) -> list[Panel]:
     inputs = [] if example.given is None else [example.given]
     alike = [given.field for given in inputs if given.is_predicted]
     shared = field_scale(truth, *fields.values(), *members.values(), *alike)
-    of_errors = symmetric_scale(*errors.values())
+    of_errors = replace(symmetric_scale(*errors.values()), rooted=True)
     panels = [_given_panel(given, shared, units) for given in inputs]
     panels.append(Panel("truth", truth, shared, units))
     for name, field in fields.items():
@@ -89,7 +95,37 @@ def case_map(
     Raises:
         ValueError: arrays of other dims.
     """
+    return _figure_of(case_panels(example, baseline), case_title(task, example), about)
+
+
+@dataclass(frozen=True)
+class DrawnCase:
+    """The pictures of one case. whole: all panels, PNG. panels: each of them by its title, WebP."""
+
+    whole: bytes
+    panels: dict[str, bytes]
+
+
+def draw_case(
+    task: str, example: Example, *, baseline: str | None = None, about: str = ""
+) -> DrawnCase:
+    """Draw the figure of `case_map` once, and cut its panels out of it.
+
+    Raises:
+        ValueError: arrays of other dims.
+    """
     panels = case_panels(example, baseline)
+    pixels = pixels_of(_figure_of(panels, case_title(task, example), about), _DPI)
+    width, height = round(_WIDTH * _DPI), round(_HEIGHT * _DPI)
+    top = len(pixels) - height * -(-len(panels) // _COLUMNS)  # the titles stand above the rows
+    cut = {}
+    for number, panel in enumerate(panels):
+        y, x = top + number // _COLUMNS * height, number % _COLUMNS * width
+        cut[panel.title] = encoded(pixels[y : y + height, x : x + width], "webp")
+    return DrawnCase(encoded(pixels, "png"), cut)
+
+
+def _figure_of(panels: Sequence[Panel], title: str, about: str) -> Figure:
     rows = -(-len(panels) // _COLUMNS)
     size = (_COLUMNS * _WIDTH, rows * _HEIGHT + _TOP)
     figure = Figure(figsize=size)
@@ -98,7 +134,6 @@ def case_map(
         bottom = (rows - 1 - number // _COLUMNS) * _HEIGHT / size[1]
         _draw(figure, (west, bottom, _WIDTH / size[0], _HEIGHT / size[1]), panel)
     y = 1.0 - 0.2 / size[1]
-    title = case_title(task, example)
     figure.text(0.5, y, title, fontsize=12, ha="center", va="center", parse_math=False)
     figure.text(0.5, y - 0.24 / size[1], about, fontsize=9, ha="center", va="center",
                 parse_math=False)  # fmt: skip
@@ -186,8 +221,10 @@ def _draw(figure: Figure, box: tuple[float, float, float, float], panel: Panel) 
     bar = figure.colorbar(cells, cax=axes(0.1, 0.165, 0.8, 0.03), orientation="horizontal")
     digits = ScalarFormatter()
     digits.set_powerlimits((-2, 4))  # humidity's many zeros would overlap
-    bar.locator, bar.formatter = MaxNLocator(6), digits
+    # ticks of a rooted scale lie close together at its ends
+    bar.locator, bar.formatter = MaxNLocator(4 if panel.scale.rooted else 6), digits
     bar.update_ticks()
     bar.ax.tick_params(labelsize=8)
     bar.ax.xaxis.get_offset_text().set_fontsize(8)
-    bar.set_label(units_text(panel.units), fontsize=8)
+    explained = "  (colours by the square root)" if panel.scale.rooted else ""
+    bar.set_label(units_text(panel.units) + explained, fontsize=8)

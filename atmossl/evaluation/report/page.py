@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from atmossl.evaluation.report.cards import RatioColours, colours_of, region_car
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import readable, svg_bytes, webp_bytes
-from atmossl.evaluation.report.maps import case_panels, case_title, panel_map
+from atmossl.evaluation.report.maps import DrawnCase, case_title
 from atmossl.evaluation.report.panels import (
     pick,
     rank_panel,
@@ -66,8 +66,15 @@ def _data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def html_page(reports: Sequence[TaskReport], provenance: Provenance) -> str:
-    """The whole report as one file without any reference to another."""
+def html_page(
+    reports: Sequence[TaskReport],
+    provenance: Provenance,
+    drawn: Mapping[tuple[str, str], DrawnCase],
+) -> str:
+    """The whole report as one file without any reference to another.
+
+    drawn: the maps of every example, by task and variable.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atmossl.evaluation.report", "."),
         autoescape=True,
@@ -77,7 +84,7 @@ def html_page(reports: Sequence[TaskReport], provenance: Provenance) -> str:
     )
     page = environment.get_template("page.html.jinja")
     colours = colours_of(reports)
-    sections = [_section(report, colours) for report in reports]
+    sections = [_section(report, colours, drawn) for report in reports]
     first = next((example for section in sections for example in section["examples"]), None)
     return page.render(
         provenance=provenance,
@@ -88,7 +95,9 @@ def html_page(reports: Sequence[TaskReport], provenance: Provenance) -> str:
     )
 
 
-def _section(report: TaskReport, colours: RatioColours) -> dict[str, Any]:
+def _section(
+    report: TaskReport, colours: RatioColours, drawn: Mapping[tuple[str, str], DrawnCase]
+) -> dict[str, Any]:
     calibration = _calibration_rows(report.table)
     return {
         "task": report.task,
@@ -106,7 +115,10 @@ def _section(report: TaskReport, colours: RatioColours) -> dict[str, Any]:
         "faults": [row for row in calibration if row["verdict"] != CALIBRATED],
         "calibrated": [row for row in calibration if row["verdict"] == CALIBRATED],
         "groups": _diagnostic_groups(report),
-        "examples": [_example(report, example) for example in report.examples],
+        "examples": [
+            _example(report, example, drawn[report.task, example.variable])
+            for example in report.examples
+        ],
     }
 
 
@@ -210,13 +222,13 @@ def _interval(row: dict, score: str) -> str:
     return text if np.isnan(low) or np.isnan(high) else f"{text} [{low:.2f}, {high:.2f}]"
 
 
-def _example(report: TaskReport, example: Example) -> dict[str, Any]:
+def _example(report: TaskReport, example: Example, drawn: DrawnCase) -> dict[str, Any]:
     """Maps of one case; those of its input, truth, prediction and error are the `main` ones."""
     baseline = report.baseline_of(example)
     heading = f"{readable(report.task)}, {_heading(example)}"
     pictures = {
-        panel.title: map_picture(panel_map(panel), f"{panel.title}: {heading}")
-        for panel in case_panels(example, baseline)
+        title: Picture(_data_url(content, "image/webp"), f"{title}: {heading}")
+        for title, content in drawn.panels.items()
     }
     error = next(title for title in pictures if title.startswith("error of the prediction"))
     main = [*list(pictures)[: 2 if example.given is None else 3], error]

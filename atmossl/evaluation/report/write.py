@@ -11,9 +11,8 @@ import xarray as xr
 
 from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.report.content import Provenance, TaskReport
-from atmossl.evaluation.report.figures import save_figure
 from atmossl.evaluation.report.files import write_atomically
-from atmossl.evaluation.report.maps import case_map
+from atmossl.evaluation.report.maps import DrawnCase, draw_case
 from atmossl.evaluation.report.page import html_page
 from atmossl.evaluation.report.tables import summarise, to_markdown, write_csv
 from atmossl.evaluation.report.verdicts import verdicts
@@ -36,13 +35,15 @@ def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: 
     numbers = json.dumps(figures(reports), indent=1)
     write_atomically(numbers.encode(), folder / "figures.json")
     write_atomically(_markdown(reports, provenance).encode(), folder / "summary.md")
+    drawn: dict[tuple[str, str], DrawnCase] = {}
     for report in reports:
         for example in report.examples:
             name = f"{file_name(report.task)}_{file_name(example.variable)}.png"
             baseline = report.baseline_of(example)
-            drawn = case_map(report.task, example, baseline=baseline, about=report.about)
-            save_figure(drawn, folder / "maps" / name)
-    write_atomically(html_page(reports, provenance).encode(), folder / "index.html")
+            case = draw_case(report.task, example, baseline=baseline, about=report.about)
+            write_atomically(case.whole, folder / "maps" / name)
+            drawn[report.task, example.variable] = case
+    write_atomically(html_page(reports, provenance, drawn).encode(), folder / "index.html")
 
 
 def _markdown(reports: Sequence[TaskReport], provenance: Provenance) -> str:
