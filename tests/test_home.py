@@ -25,7 +25,12 @@ def test_a_user_without_name_and_home_needs_a_cache_alone(tmp_path: Path) -> Non
     environment = {
         "PATH": os.environ["PATH"], "ATMOSSL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = ["data", "stats", "experiment=quickstart"]
+    command = [
+        "data",
+        "stats",
+        "experiment=quickstart",
+        "stream.atmosphere.variables=[temperature]",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", CODE, *command], env=environment, capture_output=True, text=True
     )

@@ -7,7 +7,9 @@ store does as well: its entry is then what `atmossl.data.proposal` makes of it.
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -159,7 +161,7 @@ def _read(path: Path) -> dict[str, CatalogEntry]:
     if not path.exists():
         raise ValueError(f"data.catalog={path}: no such file")
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = deepcopy(_parsed(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a catalog ({yaml_fault(error)})") from error
     if not isinstance(raw, dict):
@@ -176,6 +178,12 @@ def yaml_fault(error: Exception) -> str:
     if mark is None or not problem:
         return " ".join(str(error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Any:
+    """What a catalog's text holds. A command asks several times, and parsing takes long."""
+    return yaml.safe_load(text)
 
 
 def _entry(name: str, values: dict[str, Any], path: Path) -> CatalogEntry:

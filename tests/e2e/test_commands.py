@@ -28,7 +28,7 @@ def training(output: Path, *more: str) -> tuple[str, ...]:
         "train", "experiment=quickstart", "model=tiny", f"paths.output={output}",
         "trainer.max_steps=4", "optimizer.warmup_steps=1", "trainer.checkpoint_interval=2",
         "trainer.validation_interval=4", "trainer.validation_batches=1", "data.num_workers=0",
-        "data.batch_size=2", "trainer.accelerator=cpu",
+        "data.batch_size=2", "trainer.accelerator=cpu", "trainer.pictures=false",
         f"stream.atmosphere.variables=[{','.join(VARIABLES)}]", *more,
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train(tmp_path: Path) -> None:
     more = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.precision=bf16-mixed",
             "optimizer=muon", "optimizer.warmup_steps=1", "trainer.max_steps=2",
-            "data.window={time: 5, lat: 8, lon: 16}", "trainer.pictures=false")  # fmt: skip
+            "data.window={time: 5, lat: 8, lon: 16}")  # fmt: skip
     arguments = [PROGRAM, *training(tmp_path / "run", *more)]
     environment = os.environ | {"ATMOSSL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
@@ -71,7 +71,7 @@ def test_a_prediction_is_complete_and_dated(run: Path, task: str, tmp_path: Path
 
 def test_an_evaluation_leaves_a_whole_report(run: Path, tmp_path: Path) -> None:
     arguments = (f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "every=70", "bootstrap=10",
-                 "tasks=[forecast]", "ridge=false",
+                 "tasks=[forecast]", "ridge=false", "overlap=0.0", "tilings=1",
                  f"output={tmp_path / 'report'}")  # fmt: skip
     done = command("evaluate", *arguments, cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
