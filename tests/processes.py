@@ -36,6 +36,7 @@ def training(output: Path, *more: str) -> list[str]:
         "trainer.validation_batches=1", "trainer.log_interval=1", "data.num_workers=0",
         "data.batch_size=2", "trainer.accelerator=cpu",
         "stream.atmosphere.variables=[temperature]", "trainer.pictures=false",
+        "logger.tensorboard=false",
         "data.window={time: 5, lat: 8, lon: 16}", *more,
     ]  # fmt: skip
 

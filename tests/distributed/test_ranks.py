@@ -170,7 +170,7 @@ def test_a_full_disk_on_one_rank_ends_all_of_them_with_its_words(
     folder = cache / f"full-{kind}"
     started = arguments(
         folder, 2, f"trainer.strategy={kind}", *sharded, "trainer.checkpoint_interval=1",
-        "trainer.max_steps=3", "logger.tensorboard=false",
+        "trainer.max_steps=3",
     )  # fmt: skip
     store = {"ATMOSSL_CACHE": str(cache)}
     codes = run_ranks(started, 2, cache=tmp_path, before=(full_disk, (50_000,)), **store)
