@@ -59,7 +59,7 @@ def save_tiny(path: Path, missing: str = "refuse") -> None:
 def arguments(folder: Path, output: Path, *more: str) -> list[str]:
     return [
         f"checkpoint={folder / 'tiny.ckpt'}", f"data.catalog={folder / 'catalog.yaml'}",
-        "accelerator=cpu", "batch_size=4", f"output={output}", *more,
+        "accelerator=cpu", "batch_size=4", "tilings=1", f"output={output}", *more,
     ]  # fmt: skip
 
 
