@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+import zarr
 
 from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.report.content import Provenance, TaskReport
@@ -72,7 +73,9 @@ def write_numbers(reports: Sequence[TaskReport], path: Path) -> None:
         tree[file_name(report.task)] = arrays.assign_attrs(model=report.model_name)
         for (diagnostic, variable), dataset in report.diagnosed.items():
             tree[f"{file_name(report.task)}/{diagnostic}/{file_name(variable)}"] = dataset
-    xr.DataTree.from_dict(_with_parents(tree)).to_zarr(path, zarr_format=2)
+    # xarray would consolidate the metadata of all groups again after each of them
+    xr.DataTree.from_dict(_with_parents(tree)).to_zarr(path, zarr_format=2, consolidated=False)
+    zarr.consolidate_metadata(path, zarr_format=2)
 
 
 def _with_parents(tree: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
