@@ -112,10 +112,12 @@ def _whole(words: Sequence[str]) -> Iterator[str]:
 
 
 def _empty(text: str) -> str | None:
-    """What to say of a path that is empty, as of a variable of the shell that is not set."""
+    """What to say of a path or store that is empty, as of a variable of the shell that is not
+    set."""
     word = Word.of(text)
-    is_empty = word.key in PATHS and not (word.value or "").strip("'")
-    return f"{text}: is empty; valid: {word.key}=PATH" if is_empty else None
+    kind = "NAME" if word.key == "data.name" else "PATH"
+    is_empty = word.key in (*PATHS, "data.name") and not (word.value or "").strip("'")
+    return f"{text}: is empty; valid: {word.key}={kind}" if is_empty else None
 
 
 def _unreadable(word: str) -> str | None:

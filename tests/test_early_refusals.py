@@ -289,6 +289,8 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "objective.losses={mse: 1}": "objective.losses.mse='mse': valid: 'ensemble_mse', ",
     "9x": "9x: is no key; every word is KEY=VALUE",
     "paths.output=": "paths.output=: is empty; valid: paths.output=PATH",
+    "data.name=": "data.name=: is empty; valid: data.name=NAME$",
+    "data=": "data.name=: is empty; valid: data.name=NAME$",
     "logger=[csv,tensorbord]": r"no such choice; did you mean tensorboard\? valid: csv, ",
     "warm_start.checkpoints=[DIR/none.ckpt]": "checkpoints.0=.*none.ckpt: no such file; valid: ",
     "resume=yes": "resume=yes: no such file; valid: .*auto",
