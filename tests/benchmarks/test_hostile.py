@@ -4,6 +4,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,13 @@ def test_a_flip_that_nobody_notices_is_counted(
 
 
 def slow_writer(arguments: Sequence[str]) -> int:
-    """Counts to 40 in a file, going on where it was; `forgetful` begins with what it finds there
+    """Counts to 12 in a file, going on where it was; `forgetful` begins with what it finds there
     twice."""
     path = Path("count")
     lines = path.read_text().split() if path.exists() else []
     if arguments[0] == "forgetful":
         lines += lines[-1:]
-    for number in range(len(lines), 40):
+    for number in range(len(lines), 12):
         partial = Path("partial")
         partial.write_text("\n".join([*lines, str(number)]))
         partial.replace(path)
@@ -149,7 +150,10 @@ def test_a_result_that_a_kill_has_changed_is_counted(
     monkeypatch.setattr(kills, "start", lambda *a, **k: start(*a, **k, main=slow_writer))
     scenario = kills.Scenario("count", [kind], "count", lines_of, 1)
     whole = kills.unbroken(scenario, tmp_path / "whole", 0)
-    assert whole.events >= 80  # every line is a file that is written and one that is renamed
-    results = [kills.break_off(scenario, whole, tmp_path / f"{n}", n, 0) for n in range(3)]
-    assert sum(result["kills"] for result in results) >= 3
+    assert whole.events >= 24  # every line is a file that is written and one that is renamed
+    # seeds whose first kill comes at an operation; one that comes after a time may come too late
+    at_event = (n for n in range(99) if random.Random(f"count-{n}").random() < 0.5)
+    seeds = list(islice(at_event, 3))
+    results = [kills.break_off(scenario, whole, tmp_path / f"{n}", n, 0) for n in seeds]
+    assert all(result["kills"] >= 1 for result in results)
     assert any(result["wrong"] for result in results) == (kind == "forgetful")
