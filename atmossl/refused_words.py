@@ -55,8 +55,10 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
         HydraException: what no word is to blame for, such as a file of the user's own.
     """
     words = list(_whole(words))
-    faults = [fault for word in words if (fault := _unreadable(word) or _empty(word))]
-    words = [word for word in words if is_readable(word)]
+    faults = [
+        fault for word in words if (fault := _unreadable(word) or _empty(word) or _tasks(word))
+    ]
+    words = [word for word in words if is_readable(word) and not _tasks(word)]
     refused: list[tuple[str, str, str]] = []
     while True:
         try:
@@ -109,6 +111,13 @@ def _whole(words: Sequence[str]) -> Iterator[str]:
         part = ""
     if part:
         yield part
+
+
+def _tasks(text: str) -> str | None:
+    """What to say of a list where one task is meant."""
+    word = Word.of(text)
+    is_list = word.key == "task" and (word.value or "").startswith("[")
+    return f"{text}: is a list; valid: one task, such as task=forecast" if is_list else None
 
 
 def _empty(text: str) -> str | None:

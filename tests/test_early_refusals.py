@@ -116,6 +116,7 @@ PREDICT_BEFORE_WEIGHTS = {
     "accelerator=tpu": "accelerator",
     "overlap=1": "overlap",
     "layout=grib": "layout",
+    "task=[forecast,downscaling]": r"task=.*: is a list; valid: one task, such as task=forecast$",
     "segment=a,b": r"segment=a,b: several values; write segment=.a,b. for a list",
     "segmnt=a,b": r"unknown key segmnt; did you mean segment\?$",
     "date=1959-02-12": r"unknown key date; did you mean init_time\?$",

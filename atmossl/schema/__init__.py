@@ -382,11 +382,14 @@ class EmbedConfig(DatedConfig):
 
 
 def _as_list(names: Any) -> Any:
-    """One path, or several as `[a.ckpt,b.ckpt]`, which the command line passes as one text."""
+    """One path, or several as `[a.ckpt,b.ckpt]` or `a.ckpt,b.ckpt`, which the command line passes
+    as one text."""
     if not isinstance(names, str):
         return names
-    listed = names.startswith("[") and names.endswith("]") and not Path(names).exists()
-    return [unquoted(name.strip()) for name in split(names[1:-1])] if listed else [names]
+    in_brackets = names.startswith("[") and names.endswith("]")
+    if Path(names).exists() or not (in_brackets or "," in names):
+        return [names]
+    return [unquoted(name.strip()) for name in split(names[1:-1] if in_brackets else names)]
 
 
 class FinetuneConfig(Strict):

@@ -17,6 +17,14 @@ def _as_place(place: Any) -> Any:
     return place
 
 
+def _one_date(time: Any) -> Any:
+    """A date as text, or None."""
+    date = None if time is None else read_dates(time)
+    if isinstance(date, tuple) and len(date) != 1:
+        raise ValueError("valid: one ISO date such as 1959-01-12T06, or null")
+    return date[0] if isinstance(date, tuple) else date
+
+
 class FeaturesConfig(EncodingConfig):
     """Everything that `atmossl features` obeys.
 
@@ -27,7 +35,7 @@ class FeaturesConfig(EncodingConfig):
 
     checkpoint: str
     splits: Annotated[tuple[Literal["train", "validation", "test"], ...], Field(min_length=1)]
-    init_time: Annotated[str | None, BeforeValidator(lambda time: time and read_dates(time))]
+    init_time: Annotated[str | None, BeforeValidator(_one_date)]
     num_dates: Positive
     places: tuple[Annotated[str | tuple[float, float], BeforeValidator(_as_place)], ...]
     layer: int
