@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from benchmarks.report import finish
+from benchmarks.report import finish, take_no_options
 
 SHORTER = (
     "model=tiny", "trainer.max_steps=20", "optimizer.warmup_steps=2", "trainer.pictures=false",
@@ -149,6 +149,7 @@ def walk(folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
+    take_no_options(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder / "era5")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import atmossl
-from benchmarks.report import finish
+from benchmarks.report import finish, take_no_options
 
 PACKAGE = Path(atmossl.__file__).parent
 
@@ -149,6 +149,7 @@ def undocumented(trees: dict[Path, ast.Module]) -> list[str]:
 
 
 def main() -> None:
+    take_no_options(__doc__)
     sample, written, trees = one_training_sample(), one_written_date(), modules()
     from_plan = one_written_plan()
     lengths, bare = function_lengths(trees), undocumented(trees)

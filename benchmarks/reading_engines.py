@@ -26,7 +26,7 @@ from atmossl.data.chunks import Access, Engine
 from atmossl.data.segment import Segment
 from atmossl.data.windows import read_windows
 from benchmarks.data_loader import timed
-from benchmarks.report import finish
+from benchmarks.report import finish, take_no_options
 from benchmarks.window_store import (
     CHUNK,
     NAMES,
@@ -93,6 +93,7 @@ def cpu_seconds(by_engine: dict[str, Segment], per_time: int) -> dict[str, float
 
 
 def main() -> None:
+    take_no_options(__doc__)
     warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """The last line of every benchmark, and the device it ran on."""
 
+import argparse
 import json
 import platform
 from pathlib import Path
@@ -17,6 +18,12 @@ def device_name() -> str:
             processor = line.split(":")[1].strip()
             break
     return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def take_no_options(description: str | None) -> None:
+    """Answer `--help` of a benchmark without options, and refuse every other word."""
+    shown = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=description, formatter_class=shown).parse_args()
 
 
 def finish(benchmark: str, figures: dict[str, Any]) -> None:

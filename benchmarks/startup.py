@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import finish
+from benchmarks.report import finish, take_no_options
 
 REPEATS = 3
 HEAVY = ("torch", "lightning", "xarray", "dask", "pandas", "scipy", "matplotlib", "cartopy", "zarr")
@@ -66,6 +66,7 @@ def measure(arguments: list[str]) -> tuple[float, dict[str, Any]]:
 
 
 def main() -> None:
+    take_no_options(__doc__)
     figures: dict[str, Any] = {}
     for name, arguments in COMMANDS.items():
         runs = [measure(arguments) for _ in range(REPEATS)]
