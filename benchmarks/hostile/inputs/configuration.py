@@ -70,7 +70,7 @@ TRAINING = [
     ("stream.air.missing=drop", "missing"),
     ("stream.air.loss_weight=-1", "loss_weight"),
     ("~stream.air", "stream"),
-    ("tasks=[{name:forecast}]", "tasks"),
+    ("tasks=[{nme:forecast}]", "tasks"),
     ("data.name=wave", "wave"),
     ("data.catalog=none.yaml", "none.yaml"),
     ("experiment=fastest", "fastest"),

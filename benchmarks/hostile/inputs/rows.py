@@ -19,7 +19,9 @@ from benchmarks.hostile.processes import Ended, call, run, start
 
 LATE_CPU_S = 5.0
 Program = Callable[[Sequence[str]], int]
-_FAULT_OF_A_KEY = re.compile(r"(atmossl \w+: )?[\w.'\[\]]+(=.*)?: ")  # one line for each of them
+_FAULT_OF_A_KEY = re.compile(
+    r"(atmossl \w+: )?(unknown key )?[\w./'\[\]]+(=.*)?[:;] "
+)  # one line for each of them
 _NOTE = re.compile(r"note:|warning|SIG\w+: ", re.IGNORECASE)
 COUNTERS = ("tracebacks", "late_refusals", "silent_wrong", "not_as_expected")
 

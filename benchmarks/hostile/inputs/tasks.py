@@ -98,7 +98,7 @@ def _files() -> list[Row]:
     masked = predict("task=inpainting task.boxes=[] task.mask_file=mask.nc")
     stations = predict("task=inpainting task.boxes=[] task.stations=places.csv")
     return [
-        Row("a task file without a name", "refused", own, ("name",),
+        Row("a task file without a name", "refused", own, ("_target_",),
             written("own.yaml", "lead_time: 6h\n")),
         Row("a task file with an unknown key", "refused", own, ("lead",),
             written("own.yaml", "_target_: forecast\nlead: 6h\n")),
