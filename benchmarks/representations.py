@@ -97,7 +97,8 @@ def costs(
                 [*command, "--set", *changes], capture_output=True, text=True, check=False
             )
             if done.returncode:
-                failed[name] = done.stderr.strip().splitlines()[-1]
+                words = done.stderr.strip().splitlines()
+                failed[name] = words[-1] if words else f"ended with code {done.returncode}"
                 continue
             kept.write_text(done.stdout.strip().splitlines()[-1])
         found[name] = json.loads(kept.read_text())

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Bool, Float, Int
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
@@ -197,7 +198,8 @@ def against_chance(
         return AgainstChance(mean, np.nan, np.nan)
     lengths = [int((runs == number).sum()) for number in np.unique(runs)]
     counts = bootstrap.draw(lengths, np.random.default_rng(0))
-    low, high = np.quantile(counts @ differences / len(asked), [0.025, 0.975])
+    samples = xr.DataArray(counts @ differences / len(asked), dims="resample")
+    low, high = bootstrap.limits(samples)
     return AgainstChance(mean, float(low), float(high))
 
 

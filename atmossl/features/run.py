@@ -137,7 +137,7 @@ class FeatureResults:
             apart["height"] = latents.root_mean_squares(cells, area)
         return apart
 
-    @property
+    @cached_property
     def analogues(self) -> dict[str, latents.Analogues]:
         """The nearest dates of other runs, or some days away, by each of the `distances`."""
         allowed = latents.admissible(self.times, self.run)
@@ -237,13 +237,11 @@ class FeatureRun:
             grid, "latents", advance,
         )  # fmt: skip
         assert features.tokens is not None and features.pooled is not None
-        latitude, longitude = grid.spread_out()
-        columns = int((latitude == latitude[0]).sum())
         return FeatureResults(
             trained=self.trained, options=self.options, times=times, run=numbers,
             run_names=tuple(run_names(self.runs)), shown=shown, names=names, places=places,
-            attention=attended, token_latitude=latitude[::columns],
-            token_longitude=longitude[:columns], tokens=features.tokens,
+            attention=attended, token_latitude=grid.latitude[:: grid.every],
+            token_longitude=grid.longitude[:: grid.every], tokens=features.tokens,
             pooled=features.pooled, fields=self._fields(left_out),
             filters=self._filters(left_out),
             step_hours=self.runs[0].segment.step_hours, calendar=self.runs[0].segment.calendar,

@@ -183,7 +183,8 @@ def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[
         maps.append(cells_mean.reshape(len(cells_mean), -1))
         bands.append(np.einsum("br,crk->cbk", weights, of_tokens.mean(axis=2)))
         local.append(places.at_places(of_tokens))
-        departures.append(places.at_places(of_tokens - of_tokens[train].mean(axis=0)))
+        means = of_tokens[train].mean(axis=0)
+        departures.append(local[-1] - means[places.rows, places.columns])
     joined = (np.concatenate(parts, axis=2) for parts in (local, departures))
     return RawValues(
         Features("raw", None, np.concatenate(maps, 1), *joined), np.concatenate(bands, 2), levels

@@ -144,7 +144,7 @@ class ProbeRun:
         layers = options.layers or tuple(range(count))
         if wrong := [layer for layer in layers if not -count <= layer < count]:
             raise ValueError(f"layers={wrong}; valid: {-count} to {count - 1}")
-        layers = tuple(dict.fromkeys(layer % count for layer in layers))
+        layers = tuple(sorted({layer % count for layer in layers}))
         runs = chosen_runs(records, window_steps=trained.window.time, every=options.every)
         embedders = tuple(_embedder(trained, run.segment, options) for run in runs)
         cases = read_cases(runs, levels)
@@ -282,13 +282,12 @@ class ProbeRun:
         }
         settings = self.options.finetune
         fits = [("random", 1.0), *(("latents", part) for part in settings.fractions)]
-        for question in self.questions:
-            if question.name not in settings.probes:
-                continue
-            tuner = self._finetuner(question.blind)
+        chosen = [question for question in self.questions if question.name in settings.probes]
+        tuners = {blind: self._finetuner(blind) for blind in {q.blind for q in chosen}}
+        for question in chosen:
             for source, fraction in fits:
                 model = self._blinded(starts[source], question.blind).model
-                predicted, used = tuner.fitted(model, question, fraction, advance)
+                predicted, used = tuners[question.blind].fitted(model, question, fraction, advance)
                 outcome = self._scorer(question).outcome(source, "finetuned", predicted.__getitem__)
                 yield Tuned(outcome, fraction, used)
 

@@ -19,6 +19,7 @@ from atmossl.probes.finetuning import Finetuner, FinetuneSettings, TunedNetwork,
 from atmossl.probes.run import Baselines, ProbeOptions, ProbeRun, tunings
 from atmossl.probes.scoring import Question
 from atmossl.schema import ProbeConfig, parse
+from atmossl.schema.data import StoreChoice
 from tests.probes.test_probes import cases
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "format_4.ckpt"
@@ -35,6 +36,18 @@ def run() -> ProbeRun:
     records = {split: open_for(trained, config.data, split) for split in SPLITS}
     options = ProbeOptions(("latitude_belt",), every=51, places=8, resamples=50, finetune=SETTINGS)
     return ProbeRun.prepare(trained, records, options)
+
+
+def test_layers_may_be_named_in_any_order() -> None:
+    """Tokens, which principal components are as wide as, are kept of the deepest layer."""
+    trained, options = (
+        load_checkpoint("default"),
+        ProbeOptions(("latitude_belt",), layers=(1, 0), every=51, places=8, resamples=50),
+    )
+    records = {split: open_for(trained, StoreChoice(name="sample"), split) for split in SPLITS}
+    run = ProbeRun.prepare(trained, records, options)
+    assert run.layers == (0, 1)
+    assert {layer for name, layer in run.run().rank if name == "latents"} == {0, 1}
 
 
 def about_dates(run: ProbeRun) -> Question:

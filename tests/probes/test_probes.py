@@ -297,12 +297,13 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
         np.testing.assert_allclose(np.abs(getattr(found, name)), np.abs(expected), atol=1e-4)
     rows = raw.features.local[:20].reshape(120, -1)
     mean, axes = rows.mean(axis=0), leading_axes(rows)[1][:3]
-    for place in range(6):  # a token's components are the same wherever they are shown
-        row, column = places.rows[0, place], places.columns[0, place]
-        number = row // places.every * -(-len(LONGITUDE) // places.every) + column // places.every
-        if row % places.every == column % places.every == 0:
-            expected = (raw.features.local[0, place] - mean) @ axes.T
-            np.testing.assert_allclose(found.tokens[0, number], expected, atol=1e-4)
+    spread = (places.rows % places.every == 0) & (places.columns % places.every == 0)
+    cases_of, places_of = np.nonzero(spread)  # places that are among the tokens shown everywhere
+    assert len(cases_of) > 9
+    in_row = -(-len(LONGITUDE) // places.every)
+    number = places.rows // places.every * in_row + places.columns // places.every
+    expected = (raw.features.local[spread] - mean) @ axes.T
+    np.testing.assert_allclose(found.tokens[cases_of, number[spread]], expected, atol=1e-4)
     whole = whole_map_components(raw, made, latents_like(places, 3))
     maps = raw.features.of_date
     expected = PCA(19).fit(maps[:20].astype(float)).transform(maps.astype(float))

@@ -73,14 +73,6 @@ def encoded(pixels: UInt8[np.ndarray, "row column colour"], kind: Literal["png",
     return picture.getvalue()
 
 
-def webp_bytes(figure: Figure, dpi: int) -> bytes:
-    """A fifth of the size of PNG for fields of many colours; every browser reads it."""
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(picture, format="webp", dpi=dpi, pil_kwargs={"quality": _QUALITY})
-    return picture.getvalue()
-
-
 def png_bytes(figure: Figure, dpi: int) -> bytes:
     """A figure as a PNG file in memory."""
     picture = io.BytesIO()

@@ -15,7 +15,7 @@ from atmossl.evaluation.calibration import CALIBRATED, calibration_table
 from atmossl.evaluation.report.cards import RatioColours, colours_of, region_card, score_cards
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
-from atmossl.evaluation.report.figures import readable, svg_bytes, webp_bytes
+from atmossl.evaluation.report.figures import encoded, pixels_of, readable, svg_bytes
 from atmossl.evaluation.report.maps import DrawnCase, case_title
 from atmossl.evaluation.report.panels import (
     pick,
@@ -59,7 +59,7 @@ def svg_picture(figure: Figure, alt: str) -> Picture:
 
 def map_picture(figure: Figure, alt: str) -> Picture:
     """A map as a WebP picture inside the page; `alt` is its text for readers who do not see it."""
-    return Picture(_data_url(webp_bytes(figure, _MAP_DPI), "image/webp"), alt)
+    return Picture(_data_url(encoded(pixels_of(figure, _MAP_DPI), "webp"), "image/webp"), alt)
 
 
 def _data_url(content: bytes, kind: str) -> str:
