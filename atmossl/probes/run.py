@@ -193,13 +193,18 @@ class ProbeRun:
         shared = {} if shared is None else shared
         answers: dict[str, tuple[list[Outcome], Outcome]] = {}
         sources: list[Features] = []  # of the first encoding, with which most is shown
+        of_fields: dict[tuple[str, ...], list[Features]] = {}  # by the variables that are withheld
         for blind in self.blinds:
             trained = self._encoded(self.trained, "latents", blind, advance)
             key = self._key_of_baselines(blind)
             if key in shared:
                 advance(float(len(self.cases.times)))
             else:
-                shared[key] = Baselines(self._features_of_baselines(trained[-1], blind, advance))
+                if blind.variables not in of_fields:
+                    of_fields[blind.variables] = self._features_of_fields(trained[-1], blind)
+                random = random_network(self.trained, self.options.seed)
+                untrained = self._encoded(random, "random", blind, advance)
+                shared[key] = Baselines([*untrained, *of_fields[blind.variables]])
             sources = sources or [*trained, *shared[key].features]
             for question in self.questions:
                 if question.blind == blind:
@@ -254,11 +259,9 @@ class ProbeRun:
         embedders = [_embedder(seeing, run.segment, self.options, blind) for run in self.runs]
         return encoded(embedders, self.runs, self.layers, self.places, source, advance)
 
-    def _features_of_baselines(
-        self, like: Features, blind: Blind, advance: Callable[[float], object]
-    ) -> list[Features]:
-        """like: latents, of which principal components have as many features."""
-        random = random_network(self.trained, self.options.seed)
+    def _features_of_fields(self, like: Features, blind: Blind) -> list[Features]:
+        """Baselines that see the fields that the encoder sees, and position and calendar. like:
+        latents, of which principal components have as many features."""
         levels = {
             name: levels
             for name, levels in levels_by_variable(self.embedders[0].shown_specs).items()
@@ -266,7 +269,6 @@ class ProbeRun:
         }
         raw = raw_values(self.cases, self.places, levels)
         return [
-            *self._encoded(random, "random", blind, advance),
             raw.features,
             principal_components(raw, self.cases, self.places, like),
             whole_map_components(raw, self.cases, like),

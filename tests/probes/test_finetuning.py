@@ -47,7 +47,6 @@ def test_layers_may_be_named_in_any_order() -> None:
     records = {split: open_for(trained, StoreChoice(name="sample"), split) for split in SPLITS}
     run = ProbeRun.prepare(trained, records, options)
     assert run.layers == (0, 1)
-    assert {layer for name, layer in run.run().rank if name == "latents"} == {0, 1}
 
 
 def about_dates(run: ProbeRun) -> Question:
