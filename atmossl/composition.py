@@ -207,11 +207,10 @@ def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     from atmossl import schema
     from atmossl.schema import data
 
-    checked = getattr(schema, kind, None) or getattr(data, kind)
-    named = with_present_names(values)
-    listed = schema.with_lists(checked, {key: named[key] for key in named if key != "hydra"})
-    schema.parse(checked, listed)
-    return named | listed
+    config_class = getattr(schema, kind, None) or getattr(data, kind)
+    own = {key: value for key, value in values.items() if key != "hydra"}
+    _, named = schema.checked(config_class, own)
+    return named | {key: values[key] for key in values.keys() - own.keys()}
 
 
 def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:

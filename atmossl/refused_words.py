@@ -125,8 +125,9 @@ def _empty(text: str) -> str | None:
     set."""
     word = Word.of(text)
     kind = "NAME" if word.key == "data.name" else "PATH"
-    is_empty = word.key in (*PATHS, "data.name") and not (word.value or "").strip("'")
-    return f"{text}: is empty; valid: {word.key}={kind}" if is_empty else None
+    if word.value is None or word.key not in (*PATHS, "data.name") or word.value.strip("'"):
+        return None
+    return f"{text}: is empty; valid: {word.key}={kind}"
 
 
 def _unreadable(word: str) -> str | None:
@@ -205,6 +206,8 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: 
     parts = Word.of(word)
     key, value = parts.key, parts.value or ""
     if kind in _UNKNOWN:
+        if parts.sign == "~" and _at(valid_keys, key) is None:
+            return f"{word}: {key} is null already; leave the word out"
         return of_unknown(key, valid_keys)
     if kind == "there":
         return f"{word}: {key} exists already; leave out the +"

@@ -8,7 +8,7 @@ from atmossl.build import build_model
 from atmossl.cli import compose_config
 from atmossl.commands.common import plain
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, parse
+from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, checked, parse
 from atmossl.setting_types import hours
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -168,3 +168,13 @@ def test_a_run_takes_network_streams_and_window_of_a_checkpoint_of_an_earlier_ve
     network = build_model(config, {})
     assert network.load_state_dict(trained.model.state_dict())
     assert [p.shape for p in network.parameters()] == [p.shape for p in trained.model.parameters()]
+
+
+def test_a_single_word_is_stored_as_the_list_that_it_means() -> None:
+    """Whatever calls `train`: a run that goes on compares its settings with the stored ones."""
+    words = ["experiment=quickstart", "optimizer.freeze=encoder.*", "paths.output=o"]
+    values = compose_config("train", words)
+    config, listed = checked(TrainConfig, {key: values[key] for key in values if key != "hydra"})
+    assert values["optimizer"]["freeze"] == "encoder.*"
+    assert listed["optimizer"]["freeze"] == ["encoder.*"] == list(config.optimizer.freeze)
+    assert checked(TrainConfig, listed)[1] == listed

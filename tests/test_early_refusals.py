@@ -291,6 +291,7 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "9x": "9x: is no key; every word is KEY=VALUE",
     "paths.output=": "paths.output=: is empty; valid: paths.output=PATH",
     "data.name=": "data.name=: is empty; valid: data.name=NAME$",
+    "~resume": "~resume: resume is null already; leave the word out$",
     "data=": "data.name=: is empty; valid: data.name=NAME$",
     "logger=[csv,tensorbord]": r"no such choice; did you mean tensorboard\? valid: csv, ",
     "warm_start.checkpoints=[DIR/none.ckpt]": "checkpoints.0=.*none.ckpt: no such file; valid: ",

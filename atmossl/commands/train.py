@@ -23,8 +23,7 @@ from atmossl.locks import owned
 from atmossl.model.linear import half_is_fast
 from atmossl.process_lifetime import is_first_rank
 from atmossl.progress import console_of_output
-from atmossl.renamed_keys import with_present_names
-from atmossl.schema import TrainConfig, parse
+from atmossl.schema import TrainConfig, checked
 from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
@@ -56,8 +55,7 @@ def train(values: Mapping[str, Any]) -> Trained:
     Raises:
         ValueError: anything wrong with the configuration, before any work.
     """
-    values = with_present_names(plain(values))
-    config: TrainConfig = parse(TrainConfig, values)
+    config, values = checked(TrainConfig, plain(values))
     _check_precision(config)
     check_loggers(config.logger.model_dump())
     first = is_first_rank(os.environ)

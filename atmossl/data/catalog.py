@@ -194,12 +194,18 @@ def _entry(name: str, values: dict[str, Any], path: Path) -> CatalogEntry:
         raise ValueError(f"{path}: {'; '.join(dict.fromkeys(faults))}") from error
 
 
+# The classes of what stands inside of an entry, by its key.
+_INNER = {"segments": SegmentEntry, "splits": Period, "training": TrainingSettings}
+
+
 def _fault(name: str, fault: Any) -> str:
     key = ".".join(str(part) for part in (name, *fault["loc"]))
     if fault["type"] == "missing":
         return f"{key}: is missing"
     if fault["type"] == "extra_forbidden":
-        close = get_close_matches(key.rpartition(".")[2], CatalogEntry.model_fields, n=1)
+        *place, unknown = fault["loc"]
+        kind = _INNER[place[0]] if place else CatalogEntry
+        close = get_close_matches(str(unknown), kind.model_fields, n=1)
         return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else ''}"
     return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
 

@@ -15,7 +15,7 @@ from atmossl.data.windows import WindowSize, read_window
 from atmossl.geometry import Grid, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Plan
-from atmossl.inference.tiles import views
+from atmossl.inference.tiles import first_view
 from atmossl.masking.base import MaskingSampler, TokenLayout
 from atmossl.model_levels import standard_pressure
 
@@ -305,7 +305,7 @@ def out_of_training_warnings(
     sampler: of the training's masks; None if it is not recorded, or a text that says why it may not
         be built.
     """
-    checkpoint_record, (_, view) = plan.trained.checkpoint_record, next(views(plan, times[0]))
+    checkpoint_record, view = plan.trained.checkpoint_record, first_view(plan, times[0])
     step_hours = float(plan.step / np.timedelta64(1, "h"))
     lines = untrained_step(step_hours, checkpoint_record.get("step_hours"))
     lines += untrained_window(plan.tiles, plan.trained.window)

@@ -25,7 +25,7 @@ from atmossl.batch import (
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.monthly_normals import LocalUnits
 from atmossl.data.segment import HOUR, Segment, hours_since_1970
-from atmossl.data.windows import read_windows
+from atmossl.data.windows import read_window
 from atmossl.geometry import Box, Grid
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
@@ -64,12 +64,13 @@ class WindowReader:
             box.lat_size // factor,
             box.lon_size // factor,
         )
-        (windows,) = read_windows(
+        windows = read_window(
             segment,
             self.trained.specs_for(self.task),
             self.trained.normaliser,
+            source.start,
             len(plan.read),
-            [(source.start, cells)],
+            cells,
         )
         return tuple(
             replace(

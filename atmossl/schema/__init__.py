@@ -59,6 +59,7 @@ __all__ = [
     "ProbeConfig",
     "StatsConfig",
     "TrainConfig",
+    "checked",
     "parse",
 ]
 
@@ -476,24 +477,24 @@ class EvaluateConfig(CheckpointConfig):
         return self
 
 
-def with_lists(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values with a list of one in place of each single word or number where a list is
-    needed."""
-    try:
-        TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        return with_single_items_listed(error.errors(), values)
-    return values
-
-
-def parse(kind: type, values: Mapping[str, Any]) -> Any:
-    """Validate a composed configuration.
+def checked(kind: type, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Validate a composed configuration. Returns it, and its values by their present names, with
+    a list of one in place of each single word or number where a list is needed.
 
     Raises:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
     """
-    values = with_lists(kind, with_present_names(values))
+    adapter, named = TypeAdapter(kind), with_present_names(values)
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return adapter.validate_python(named), named
     except ValidationError as error:
-        raise ConfigError("\n".join(lines_of(error.errors(), values=values))) from error
+        listed = with_single_items_listed(error.errors(), named)
+    try:
+        return adapter.validate_python(listed), listed
+    except ValidationError as error:
+        raise ConfigError("\n".join(lines_of(error.errors(), values=listed))) from error
+
+
+def parse(kind: type, values: Mapping[str, Any]) -> Any:
+    """The configuration alone; see `checked`."""
+    return checked(kind, values)[0]

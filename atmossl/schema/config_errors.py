@@ -31,6 +31,7 @@ _WORDS = {  # by pydantic's kind of error, with the limits that it knows
     "dataclass_type": "a mapping of keys and values",
     "string_too_short": "a text that is not empty",
 }
+_NO_LIST = {"tuple_type", "list_type", "sequence_str"}  # kinds of error of what is no list
 _OF_TYPE = re.compile(r"(int|float|bool|string|path|tuple|list|dict|none)_(?!too)(\w+)")
 
 
@@ -71,7 +72,7 @@ def with_single_items_listed(faults: Sequence[Any], values: dict[str, Any]) -> d
         kind = fault["type"] if single and fault["input"] is not True else "other"
         places.setdefault(tuple(_keys_of(fault, ())), set()).add(kind)
     listed = deepcopy(values)
-    for keys in (keys for keys, kinds in places.items() if kinds <= {"tuple_type", "list_type"}):
+    for keys in (keys for keys, kinds in places.items() if kinds <= _NO_LIST):
         inner: Any = listed
         for key in keys[:-1]:
             inner = _item(inner, key)

@@ -69,8 +69,7 @@ class SaveOnSignal(L.Callback):
         del pl_module, outputs, batch
         if (idx + 1) % trainer.accumulate_grad_batches:
             return  # half an accumulated step cannot be saved
-        number = self._agreed()
-        if number and trainer.global_step < trainer.max_steps:
+        if number := self._signal_to_obey(trainer):
             self._leave(trainer, number)
 
     def on_validation_batch_end(
@@ -80,11 +79,16 @@ class SaveOnSignal(L.Callback):
         """A validation that a signal meets is left. The weights are those of the step before it,
         and all ranks validate as many batches, so that they agree here as after a step."""
         del pl_module, outputs, batch, batch_idx, dataloader_idx
-        number = self._agreed()
-        if number:
+        if number := self._signal_to_obey(trainer):
             # or the run that goes on would finish the half validation with other batches
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             self._leave(trainer, number)
+
+    def _signal_to_obey(self, trainer: L.Trainer) -> int:
+        """The signal that any rank received, or 0, as in a run whose last step is done: it ends by
+        itself, with its last validation."""
+        number = self._agreed()
+        return number if trainer.global_step < trainer.max_steps else 0
 
     def _leave(self, trainer: L.Trainer, number: int) -> None:
         self.checkpoints.save(trainer)

@@ -138,6 +138,16 @@ ENTRY = """waves:
             "license:",
             "waves.licence: is missing; waves.license: unknown key; did you mean licence?",
         ),
+        (
+            "{location: run.zarr}",
+            "{locaton: run.zarr, location: run.zarr}",
+            "waves.segments.run.locaton: unknown key; did you mean location?",
+        ),
+        (
+            "[{segment: run}]",
+            "[{segment: run, strat: 2001-01-01}]",
+            "waves.splits.train.0.strat: unknown key; did you mean start?",
+        ),
         ("segments: {", "segments: {[", "not a catalog"),
         ("licence:", "\udcff:", "not a catalog"),  # a byte that is no text
     ],

@@ -5,6 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from atmossl.checkpoint_files import checkpoints_in, read_contents
@@ -71,6 +72,16 @@ def test_sigterm_in_a_validation_leaves_after_its_batch_and_loses_nothing(tmp_pa
     ]
     kept = [{key: end[key] for key in ("state_dict", "optimizer_states")} for end in ends]
     assert differing(*kept) == []
+
+
+@pytest.mark.e2e
+def test_sigterm_in_the_last_validation_lets_the_run_end(tmp_path: Path) -> None:
+    """Nothing would be left to go on with, so that its score would be lost."""
+    more = ("trainer.max_steps=3", "trainer.validation_interval=3", "trainer.validation_batches=4")
+    before = (signal_in_validation, (signal.SIGTERM, tmp_path / "batches"))
+    assert run(training(tmp_path / "run", *more), cache=tmp_path, before=before) == 0
+    table = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert table["rmse_ratio/mean"].notna().sum() == 1
 
 
 @pytest.mark.parametrize(
