@@ -39,6 +39,11 @@ def duration_text(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d} h"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 time`, `3 times`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def size_text(num_bytes: float) -> str:
     """A size for people: `12 MiB`, `3.4 GiB`."""
     mib = num_bytes / 2**20

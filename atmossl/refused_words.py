@@ -80,7 +80,9 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
     if inner:  # a mapping with further keys, which the schema looks at
         config = compose(name, [*words, *(f"++{word}" for word in inner)])
     faults += [
-        _line(kind, word, text, keys, conf) for kind, word, text in refused if word not in inner
+        _several(name, word, keys) if kind == "several" else _line(kind, word, text, keys, conf)
+        for kind, word, text in refused
+        if word not in inner
     ]
     for key in sorted(OmegaConf.missing_keys(config)):
         faults.append(f"{key}: is missing; give {key}=VALUE")
@@ -201,6 +203,17 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
+def _several(name: str, word: str, valid_keys: Mapping[str, Any]) -> str:
+    """What to say of `KEY=A,B` to a command: only training runs over several values of a key."""
+    key, values = Word.of(word).key, Word.of(word).value
+    if _at(valid_keys, key) is _ABSENT and not _has_place(word, valid_keys):
+        return of_unknown(key, valid_keys)
+    if key == "task":
+        return f"{word}: several values; valid: one task, such as task=forecast"
+    a_run_of_each = ", or -m for a run of each" if name == "train" else ""
+    return f"{word}: several values; write {key}=[{values}] for a list{a_run_of_each}"
+
+
 def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: Path) -> str:
     """What to say of a word that does not fit."""
     parts = Word.of(word)
@@ -223,10 +236,6 @@ def _line(kind: str, word: str, text: str, valid_keys: Mapping[str, Any], conf: 
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         more = ", or a list of tasks, such as [forecast]" if key == "tasks" else ""
         return f"{word}: no such choice; {meant}valid: {', '.join(options)}{more}"
-    if kind == "several":
-        if _at(valid_keys, key) is _ABSENT and not _has_place(word, valid_keys):
-            return of_unknown(key, valid_keys)
-        return f"{word}: several values; write {key}=[{value}] for a list, or -m for a run of each"
     if kind == "differs":
         return f"{word}: {key} has another value; leave out ={value}"
     inner = _at(valid_keys, key)

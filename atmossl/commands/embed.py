@@ -11,7 +11,7 @@ from atmossl.commands.common import device_for, open_checkpoint
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.inference.plan import chosen_times
 from atmossl.locks import owned
-from atmossl.progress import EarlyEstimate, telling
+from atmossl.progress import EarlyEstimate, counted, telling
 from atmossl.schema import EmbedConfig, parse
 from atmossl.stops import keeping
 
@@ -38,7 +38,7 @@ def _embed(config: EmbedConfig) -> None:
     )
     times = chosen_times(embedder, config.dates, config.every)
     partial = partial_path(config.output)
-    with telling(f"latents, {len(times)} times", len(times)) as advance:
+    with telling(f"latents, {counted(len(times), 'time')}", len(times)) as advance:
         estimate = EarlyEstimate(
             advance, config.output, len(times), 1, lambda: size_on_disk(partial),
             "choose fewer times (init_time=START/END/STEP, every=N), or make room",

@@ -33,6 +33,7 @@ from atmossl.progress import (
     NoRoomError,
     check_free,
     console_of_output,
+    counted,
     size_text,
     telling,
 )
@@ -80,7 +81,7 @@ def _estimated(
     if len(times) * passes > 1:
         console_of_output().print(_extent(plan, times, size))
     partial, parts = partial_of(output), passes if passes > 1 else len(plan.tiles.rows())
-    with telling(f"{config.task.name}, {len(times)} times", len(times)) as advance:
+    with telling(f"{config.task.name}, {counted(len(times), 'time')}", len(times)) as advance:
         try:
             yield EarlyEstimate(
                 advance, output, len(times), parts, lambda: size_on_disk(partial), smaller,

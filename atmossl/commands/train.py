@@ -11,7 +11,6 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from atmossl.build import build_data, build_module, build_trainer
 from atmossl.checkpoint_files import BEST, write_atomically
@@ -152,7 +151,7 @@ def tell_warm_start(trainer: Trainer, report: dict[str, list[str]], output: Path
     path = output / "warm_start.yaml"
     write_yaml(report, path)
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in report.items())
-    Console(markup=False).print(f"warm start: {counts}; see {path}", highlight=False)
+    console_of_output().print(f"warm start: {counts}; see {path}")
 
 
 def _start_of(resume: str | None, checkpoints: Path) -> Start | None:

@@ -20,7 +20,7 @@ from atmossl.inference.tiles import first_view
 from atmossl.inference.visible_input import VisibleInput, visible_inputs
 from atmossl.inference.writer import predictions
 from atmossl.masking.tasks import Task
-from atmossl.progress import telling
+from atmossl.progress import console_of_output, counted, telling
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
@@ -177,6 +177,11 @@ def _score_task(
     rng: np.random.Generator,
 ) -> TaskReport:
     plan, climate = runs[0].plan, setting.climate
+    if setting.regresses:
+        console_of_output().print(
+            f"{task.name}: fitting a ridge regression to the training record, which takes minutes "
+            "on a long one (ridge=false leaves it out)"
+        )
     baselines = build_baselines(task.name, setting)
     tally = empty_tally(config, task.name)
     examples = [_tallied(tally, run, baselines, climate, str(n)) for n, run in enumerate(runs)]
@@ -267,7 +272,7 @@ def _chunks(plan: Plan, times: np.ndarray, name: str) -> Iterator[tuple[int, xr.
     dim = "init_time" if plan.steps.is_forecast else "time"
     waiting: list[xr.Dataset] = []
     done = 0
-    with telling(f"{name}, {len(times)} times", len(times)) as advance:
+    with telling(f"{name}, {counted(len(times), 'time')}", len(times)) as advance:
         for predicted in predictions(plan, times):
             advance(1.0)
             waiting.append(predicted)
