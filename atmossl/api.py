@@ -42,7 +42,6 @@ from atmossl.masking.tasks import Task
 from atmossl.model.latent_distance import distance as distance  # offered as atmossl.distance
 from atmossl.model.latent_distance import squared_difference
 from atmossl.plugins import check_plugins
-from atmossl.renamed_keys import with_present_names
 from atmossl.schema import ChosenMembers
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.targets import ChosenTask, trained_sampler
@@ -361,10 +360,9 @@ def find_task(task: str | Mapping[str, Any], choices: Mapping[str, Any]) -> Task
         task = read_task(task)
     if not isinstance(task, Mapping):
         raise ValueError(f"task={task!r} has no keys; valid: _target_ and the choices of a task")
-    values = with_present_names({"task": {**task, **choices}})["task"]
     try:
         config = ConfigDict(arbitrary_types_allowed=True)
-        return TypeAdapter(ChosenTask, config=config).validate_python(values)
+        return TypeAdapter(ChosenTask, config=config).validate_python({**task, **choices})
     except ValidationError as error:
         lines = lines_of(error.errors(), within=("task",))
         raise ValueError("\n".join(lines)) from error

@@ -234,7 +234,7 @@ def _checked(path: Path, contents: Any) -> dict[str, Any]:
         return {**contents, "atmossl": migrated(contents["atmossl"])}
     except ValueError as error:
         raise ValueError(f"checkpoint={path} cannot be read: {error}") from error
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"checkpoint={path} is damaged: its record has an unknown form") from error
 
 
@@ -320,11 +320,9 @@ def _with_kinds(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
 def _with_present_names(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
     """A record of format 2 in format 3. Format 2 had other names for some keys of the
     configuration."""
-    config, _ = renamed(checkpoint_record.get("config", {}))
-    model, _ = renamed(
-        {key: checkpoint_record[key] for key in ("model",) if key in checkpoint_record}
-    )
-    return {**checkpoint_record, **model, "config": config}
+    model = {key: checkpoint_record[key] for key in ("model",) if key in checkpoint_record}
+    config = checkpoint_record.get("config", {})
+    return {**checkpoint_record, **renamed(model), "config": renamed(config)}
 
 
 def _with_named_sources(checkpoint_record: dict[str, Any]) -> dict[str, Any]:

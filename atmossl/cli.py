@@ -55,7 +55,6 @@ from atmossl.process_lifetime import (
     is_started_by_first_rank,
     lost_another_process,
 )
-from atmossl.renamed_keys import renamed_override
 from atmossl.stops import TERMINAL, Stopped, answering, keeping
 
 
@@ -466,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or "help" in arguments[:2] or {"-h", "--help", "--version"} & set(arguments):
         _print(__version__ if "--version" in arguments else _help(arguments))
         return 0
-    command, *rest = map(renamed_override, joined(arguments))
+    command, *rest = joined(arguments)
     if command not in (*_COMMANDS, *COMPLETION):
         close = get_close_matches(command, _COMMANDS, n=1)
         meant = f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(_COMMANDS)}"

@@ -35,7 +35,6 @@ from atmossl.overrides import (
 )
 from atmossl.process_lifetime import run_name
 from atmossl.refused_words import compose_all
-from atmossl.renamed_keys import with_present_names
 from atmossl.stored_config import stored_config
 
 _OF_TRAIN = (
@@ -293,7 +292,7 @@ def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
     more = f"; changed: {', '.join(changed)}" if changed else ""
     file = f"{value_of('paths.output', words)}/config.yaml"
     note = f"note: goes on with the configuration of {file}{more}"
-    return with_present_names(values), note
+    return values, note
 
 
 def _lists(word: str, folders: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from atmossl.overrides import Word, key_and_value, value_of
 from atmossl.refused_words import of_unknown
+from atmossl.renamed_keys import renamed
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]
 # words that say what a whole configuration is composed of
@@ -31,7 +32,7 @@ def stored_config(
     file = Path(folder) / "config.yaml"
     if not file.is_file():
         return None
-    values = _with_new_keys(_plain(OmegaConf.load(file)), compose([]))
+    values = _with_new_keys(renamed(_plain(OmegaConf.load(file))), compose([]))
     changes: list[str] = []
     words = [text for text in overrides if Word.of(text).value is not None]
     chosen = [text for text in words if (groups / Word.of(text).key).is_dir()]

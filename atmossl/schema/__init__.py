@@ -29,11 +29,10 @@ from atmossl.evaluation.regions import boxes, find_regions
 from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
 from atmossl.masking.random import Autoregression
-from atmossl.model.kinds import choose_network
 from atmossl.model.multiformer import Multiformer, check_causal
+from atmossl.model.network import choose_network
 from atmossl.overrides import split, unquoted
 from atmossl.plugins import Part, Plugins
-from atmossl.renamed_keys import with_present_names
 from atmossl.schema.config_errors import lines_of, with_single_items_listed
 from atmossl.schema.data import DataConfig, EncodingConfig, Times
 from atmossl.schema.features import FeaturesConfig
@@ -478,17 +477,17 @@ class EvaluateConfig(CheckpointConfig):
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Validate a composed configuration. Returns it, and its values by their present names, with
-    a list of one in place of each single word or number where a list is needed.
+    """Validate a composed configuration. Returns it, and its values with a list of one in place of
+    each single word or number where a list is needed.
 
     Raises:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
     """
-    adapter, named = TypeAdapter(kind), with_present_names(values)
+    adapter, values = TypeAdapter(kind), dict(values)
     try:
-        return adapter.validate_python(named), named
+        return adapter.validate_python(values), values
     except ValidationError as error:
-        listed = with_single_items_listed(error.errors(), named)
+        listed = with_single_items_listed(error.errors(), values)
     try:
         return adapter.validate_python(listed), listed
     except ValidationError as error:

@@ -34,7 +34,7 @@ from atmossl.masking.random import (
 )
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
-from atmossl.model.kinds import NETWORKS
+from atmossl.model.network import networks
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
 from atmossl.plugins import (
     Part,
@@ -166,7 +166,7 @@ def objectives() -> dict[str, Callable[..., Any]]:
 
 def builtin_names() -> frozenset[str]:
     """Names of all classes of the package that a `_target_` can name."""
-    return frozenset((*MASKS, *REGIONS, *objectives(), *NETWORKS))
+    return frozenset((*MASKS, *REGIONS, *objectives(), *networks()))
 
 
 def _subclasses(kind: type[Objective]) -> list[type[Objective]]:

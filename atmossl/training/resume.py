@@ -10,6 +10,7 @@ import numpy as np
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import checkpoints_in, marks_in, read_record_to_go_on
 from atmossl.data.fingerprint import agree
+from atmossl.setting_types import target_name
 from atmossl.training.keeping import ABANDONED
 
 # Keys of the configuration that weights and states of the optimiser depend on.
@@ -122,6 +123,8 @@ def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return target_name(value)  # a class may be named with its module
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -6,7 +6,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from atmossl.cli import compose_config
-from atmossl.renamed_keys import renamed_override
 from atmossl.schema import TrainConfig, parse
 from atmossl.training import loggers
 from atmossl.training.loggers import check_loggers, describe_run, log_picture, make_loggers
@@ -28,10 +27,6 @@ def chosen(*overrides: str) -> dict:
 def test_loggers_do_not_switch_each_other_off(override: str, names: set[str]) -> None:
     found = chosen(override)
     assert {name for name in ("tensorboard", "wandb", "mlflow") if found[name]} == names
-
-
-def test_the_former_name_of_the_project_still_counts() -> None:
-    assert chosen(renamed_override("logger.wandb_project=old"))["project"] == "old"
 
 
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(monkeypatch) -> None:
