@@ -200,16 +200,13 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values by their present names, validated by a class of `atmossl.schema`. A command
-    validates again; this is done first so that an error comes before the command's libraries are
-    imported."""
+    """The values, validated by a class of `atmossl.schema`. A command validates again; this is done
+    first so that an error comes before the command's libraries are imported."""
     from atmossl import schema
-    from atmossl.schema import data
 
-    config_class = getattr(schema, kind, None) or getattr(data, kind)
     own = {key: value for key, value in values.items() if key != "hydra"}
-    _, named = schema.checked(config_class, own)
-    return named | {key: values[key] for key in values.keys() - own.keys()}
+    _, listed = schema.checked(getattr(schema, kind), own)
+    return listed | {key: values[key] for key in values.keys() - own.keys()}
 
 
 def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:

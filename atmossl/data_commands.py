@@ -33,8 +33,7 @@ from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.locks import owned
 from atmossl.names import file_name
-from atmossl.schema import StatsConfig, parse
-from atmossl.schema.data import IngestConfig, InspectConfig
+from atmossl.schema import IngestConfig, InspectConfig, StatsConfig, parse
 from atmossl.stops import keeping
 
 

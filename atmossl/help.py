@@ -235,9 +235,8 @@ def help_of(command: str, action: str = "") -> str:
 
 def _schema(name: str | None) -> Any:
     from atmossl import schema
-    from atmossl.schema import data
 
-    return getattr(schema, str(name), None) or getattr(data, str(name), None)
+    return getattr(schema, str(name), None)
 
 
 def _keys_of(name: str, kind: Any) -> list[str]:

@@ -1,5 +1,5 @@
-"""Types of settings that carry their bounds: numbers, and durations as people write them; and names
-of classes as a configuration has them.
+"""Types of settings that carry their bounds: numbers, and durations as people write them; the base
+class of groups of settings, and names of classes as a configuration has them.
 
 The types annotate the classes that a configuration is validated against (`atmossl.schema`),
 wherever those classes are. Nothing is checked when such a class is made in code, without a
@@ -9,7 +9,7 @@ configuration.
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -18,6 +18,12 @@ NonZeroShare = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NotNegativeFloat = Annotated[float, Field(ge=0.0)]
 _HOURS = {"s": 1 / 3600, "min": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+class Strict(BaseModel):
+    """Settings that refuse unknown keys and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 def signed_hours(text: str) -> float:

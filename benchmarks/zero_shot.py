@@ -39,7 +39,7 @@ from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.inference.tiles import first_view
-from atmossl.schema.data import StoreChoice
+from atmossl.schema import StoreChoice
 from benchmarks.finetune import fields_of, ratio, square_error
 from benchmarks.report import finish
 

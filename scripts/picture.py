@@ -16,7 +16,7 @@ from atmossl.evaluation.report.content import Example, Given
 from atmossl.evaluation.report.figures import save_figure
 from atmossl.evaluation.report.maps import case_map
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.schema.data import StoreChoice
+from atmossl.schema import StoreChoice
 
 
 def main() -> None:

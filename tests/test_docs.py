@@ -22,8 +22,7 @@ import yaml
 import atmossl
 from atmossl import cli
 from atmossl.objectives.masked import hidden_values, predicted_streams
-from atmossl.schema import StatsConfig, parse
-from atmossl.schema.data import IngestConfig, InspectConfig
+from atmossl.schema import IngestConfig, InspectConfig, StatsConfig, parse
 from tests.model.test_compiled import batch, network
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,7 @@ from pydantic import BaseModel
 
 from atmossl.cli import compose_config, main
 from atmossl.overrides import PATHS, for_hydra, joined, split, unquoted
-from atmossl.schema import EvaluateConfig, PredictConfig, StatsConfig
-from atmossl.schema.data import IngestConfig, InspectConfig
+from atmossl.schema import EvaluateConfig, IngestConfig, InspectConfig, PredictConfig, StatsConfig
 from tests.inference.test_command import save_tiny
 
 ODD = (

@@ -27,8 +27,7 @@ from atmossl.inference.plan import Plan
 from atmossl.masking.tasks import Task
 from atmossl.model.network import Network, network_class
 from atmossl.plugins import check_plugins
-from atmossl.schema import CheckpointConfig
-from atmossl.schema.data import EncodingConfig, StoreChoice
+from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice
 from atmossl.schema.targets import trained_sampler
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from atmossl.setting_types import Strict
 
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
@@ -26,10 +28,6 @@ _SECRET = re.compile(r"key|secret|token|password|credential", re.I)
 _Date = Annotated[str, BeforeValidator(str)]  # YAML makes date objects of plain dates
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 def check_name(name: str, key: str) -> None:
     """Raise ValueError for a name that neither zarr nor NetCDF can hold."""
     if not name.strip() or "/" in name or name in (".", "..") or not name.isprintable():
@@ -38,7 +36,7 @@ def check_name(name: str, key: str) -> None:
         )
 
 
-class SegmentEntry(_Strict):
+class SegmentEntry(Strict):
     """One continuous record in the catalog. location: a path or URL; `package://` means the
     folder of the package; for NetCDF also a folder or a pattern. format: needed where `auto`
     cannot tell the format from the location."""
@@ -48,7 +46,7 @@ class SegmentEntry(_Strict):
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Period(_Strict):
+class Period(Strict):
     """Part of a segment, from `start` to `end`, both included; a day, month or year counts as a
     whole. Without them it is the whole segment."""
 
@@ -57,7 +55,7 @@ class Period(_Strict):
     end: _Date = ""
 
 
-class TrainingSettings(_Strict):
+class TrainingSettings(Strict):
     """The window and the streams with which a store is trained on by default: points of the
     window along each axis, and streams with the keys of conf/stream. lead_time, hidden_time: of the
     default masks and tasks, where the usual ones are no whole steps of the store."""
@@ -68,7 +66,7 @@ class TrainingSettings(_Strict):
     hidden_time: str | None = None
 
 
-class CatalogEntry(_Strict):
+class CatalogEntry(Strict):
     """A named collection of segments on one grid with one time step.
 
     variables: canonical name -> name in the store. levels: pressure levels in hPa, or numbers of

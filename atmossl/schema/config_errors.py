@@ -35,6 +35,10 @@ _NO_LIST = {"tuple_type", "list_type", "sequence_str"}  # kinds of error of what
 _OF_TYPE = re.compile(r"(int|float|bool|string|path|tuple|list|dict|none)_(?!too)(\w+)")
 
 
+class ConfigError(ValueError):
+    """A configuration has faults; the message has one line for each."""
+
+
 def lines_of(
     faults: Sequence[Any], within: tuple[str, ...] = (), values: Mapping[str, Any] | None = None
 ) -> list[str]:

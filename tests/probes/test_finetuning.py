@@ -18,8 +18,7 @@ from atmossl.probes.features import encoded, random_network
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings, TunedNetwork, dates_used
 from atmossl.probes.run import Baselines, ProbeOptions, ProbeRun, tunings
 from atmossl.probes.scoring import Question
-from atmossl.schema import ProbeConfig, parse
-from atmossl.schema.data import StoreChoice
+from atmossl.schema import ProbeConfig, StoreChoice, parse
 from tests.probes.test_probes import cases
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "format_4.ckpt"
