@@ -1,5 +1,5 @@
 """Files of checkpoints: written atomically, read as one file, as a folder of shards or as a folder
-of a model hub (`atmossl.hub`), and brought into the present format.
+of a model hub, and brought into the present format.
 
 Every read compares the checksums (`atmossl.sealed`) first, and says in one line what is wrong
 with a file that is damaged, incomplete or not ours, whatever torch makes of it.
@@ -8,8 +8,20 @@ A checkpoint record says what a checkpoint is: streams, statistics, window, the 
 objective it was trained by. Its `format` is a whole number. Whoever changes what a record means
 adds one to `FORMAT`, a function to `_MIGRATIONS`, and a tiny file of the old format to
 `tests/checkpoints/`.
+
+A folder of a model hub holds three files. `model.safetensors` has the averaged weights, and any
+tensors of the record. `config.json` has the version of this form, the size and the sha256 of the
+weights, the record and a sha256 of itself. `README.md` is the model card, which anyone may edit:
+nothing reads it. None of the three can hold code. The checkpoints of the package are such folders.
+
+`hf://OWNER/NAME`, with `@REVISION` for a branch, tag or commit, names a folder on a hub.
+`huggingface_hub` fetches and caches it, and follows its own settings (`HF_HUB_OFFLINE`, `HF_HOME`,
+`HF_ENDPOINT`); it comes with `pip install 'atmossl[hub]'`.
 """
 
+import hashlib
+import logging
+import math
 import os
 import pickle
 import re
@@ -20,19 +32,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from atmossl.batch import PRIMARY
-from atmossl.hub import CONFIG, WEIGHTS, read_folder
 from atmossl.renamed_keys import renamed
-from atmossl.sealed import MANIFEST, METADATA, UnsoundError, seal_file, verified_digest
+from atmossl.sealed import (
+    MANIFEST,
+    METADATA,
+    UnsoundError,
+    in_one_line,
+    read_sealed,
+    seal_file,
+    verified_digest,
+    write_sealed,
+)
 
 _PARTIAL = ".partial-"
-BEST = "best.ckpt"
-_STEP = re.compile(r"step-(\d+)\.ckpt")
-LEAVING = ".leaving-"  # and a step: checkpoints of later steps are being moved into this folder
 # What training cannot go on without, beside the weights.
 _TO_GO_ON = ("optimizer_states", "lr_schedulers", "loops", "global_step")
 _IN_RECORD = ("step", "rng", "streams", "model", "statistics")
+SCHEME = "hf://"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+HUB_FORMAT = 1
+AVERAGED = "ema.module."  # begins the names of averaged weights in a checkpoint
+_OF_RECORD = "record:"  # begins the names of tensors that belong to the record
+_HUB_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_TUPLE, _ITEMS, _TENSOR, _FLOAT = "__tuple__", "__items__", "__tensor__", "__float__"
+_KINDS = {_TUPLE, _ITEMS, _TENSOR, _FLOAT}
 
 
 def partial_path(path: Path) -> Path:
@@ -142,14 +169,6 @@ def _sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def link_atomically(link: Path, target: str) -> None:
-    """Point a symbolic link to a neighbour, by one rename."""
-    partial = partial_path(link)
-    remove(partial)
-    partial.symlink_to(target)
-    partial.replace(link)
-
-
 def read_contents(path: Path) -> dict[str, Any]:
     """A checkpoint as plain values and tensors on the CPU, whoever wrote it on how many devices.
 
@@ -164,7 +183,7 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
     contents: Any
     with _naming(path):
         if is_hub_folder(path):
-            contents, digest = read_folder(path)
+            contents, digest = read_hub_folder(path)
         else:
             digest = verified_digest(path)
             contents = _read_shards(path) if path.is_dir() else _load(path)
@@ -181,7 +200,7 @@ def read_record_to_go_on(path: Path) -> dict[str, Any]:
     contents: Any
     with _naming(path):
         if is_hub_folder(path):
-            contents, _ = read_folder(path)
+            contents, _ = read_hub_folder(path)
         elif verified_digest(path) and not path.is_dir():
             contents = _load(path, mmap=True)
         elif (path / MANIFEST).exists():
@@ -239,7 +258,10 @@ def _checked(path: Path, contents: Any) -> dict[str, Any]:
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
-    from atmossl.shards import read_shards  # takes seconds to import, which files do not need
+    from atmossl.shards import (  # takes seconds to import, which files do not need
+        by_index,
+        read_shards,
+    )
 
     contents, tensors = read_shards(path)
     names = sorted(key for key in tensors if key.startswith("optimizer_"))
@@ -247,61 +269,156 @@ def _read_shards(path: Path) -> dict[str, Any]:
     return {**contents, **tensors, "optimizer_states": states}
 
 
-def by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimiser by the position of its parameters instead of their names, as
-    `torch.optim.Optimizer.load_state_dict` wants it."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    index = {name: position for position, name in enumerate(names)}
-    groups = [
-        {**group, "params": [index[name] for name in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    return {"state": {index[k]: v for k, v in state["state"].items()}, "param_groups": groups}
-
-
-def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The state of an optimiser by names of parameters; the inverse of `by_index`. names: in the
-    optimiser's order."""
-    groups = [
-        {**group, "params": [names[index] for index in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    return {"state": {names[k]: v for k, v in state["state"].items()}, "param_groups": groups}
-
-
-def step_of(name: str) -> int | None:
-    """The number N of a file `step-N.ckpt`; None for any other name."""
-    match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def steps_in(folder: Path) -> dict[int, Path]:
-    """The checkpoints `step-N.ckpt` of a run by their step, without those that are just being
-    moved aside."""
-    limit = min((int(mark.name.removeprefix(LEAVING)) for mark in marks_in(folder)), default=None)
-    steps = {path: step_of(path.name) for path in folder.glob("*.ckpt")}
-    return {
-        step: path
-        for path, step in steps.items()
-        if step is not None and (limit is None or step <= limit)
-    }
-
-
-def marks_in(folder: Path) -> list[Path]:
-    """The folders `.leaving-N` of a killed run, which was moving later checkpoints there."""
-    return sorted(folder.glob(f"{LEAVING}*"))
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, the newest step first, then the best one."""
-    steps, best = steps_in(folder), folder / BEST
-    best_counts = best.exists() and not marks_in(folder)
-    return [steps[step] for step in sorted(steps, reverse=True)] + [best] * best_counts
-
-
 def is_hub_folder(path: Path) -> bool:
     """Whether a folder has the form that `export hub=FOLDER` writes."""
     return path.is_dir() and ((path / WEIGHTS).exists() or (path / CONFIG).exists())
+
+
+def downloaded(name: str) -> Path:
+    """The folder of `hf://OWNER/NAME[@REVISION]` in the cache, fetched if it is not there. The last
+    part of its path is the commit.
+
+    Raises:
+        ValueError: no such name, or neither a network nor a copy in the cache.
+    """
+    match = _HUB_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"checkpoint={name}: valid: hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(
+            f"checkpoint={name} needs huggingface_hub, which is not installed; pip install "
+            "'atmossl[hub]'"
+        ) from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its attempts; we tell the end
+    files = [WEIGHTS, CONFIG, CARD]
+    try:
+        return Path(snapshot_download(match[1], revision=match[2], allow_patterns=files))
+    except Exception as error:  # of many kinds: the network's, the hub's and the disk's
+        raise ValueError(
+            f"checkpoint={name} could not be fetched, and the cache has no copy of it "
+            f"({type(error).__name__}: {in_one_line(error)})"
+        ) from error
+
+
+def commit_of(folder: Path) -> str:
+    """`@` and the commit of a folder in the hub's cache, else nothing."""
+    return f"@{folder.name}" if folder.parent.name == "snapshots" else ""
+
+
+def write_hub_folder(folder: Path, contents: dict[str, Any]) -> dict[str, str]:
+    """Write weights and config of an exported checkpoint; returns the sha256 of both files."""
+    folder.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {
+        key.removeprefix(AVERAGED): value.contiguous()
+        for key, value in contents["state_dict"].items()
+        if key.startswith(AVERAGED)
+    }
+    checkpoint_record = _to_json(contents["atmossl"], tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    about = {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": _sha256(folder / WEIGHTS)}
+    values = {
+        "library": "atmossl",
+        "format": HUB_FORMAT,
+        "weights": about,
+        "record": checkpoint_record,
+    }
+    write_sealed(folder / CONFIG, values)
+    # safetensors hides its file from others
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
+    return {WEIGHTS: about["sha256"], CONFIG: _sha256(folder / CONFIG)}
+
+
+def read_hub_folder(folder: Path) -> tuple[dict[str, Any], str]:
+    """The contents of a checkpoint in a folder, and the digits that identify it: the first digits
+    of the sha256 of `config.json`, which holds that of the weights.
+
+    Raises:
+        UnsoundError: a file is missing, damaged or of another version.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UnsoundError(f"is incomplete: its file {name} is missing")
+    try:
+        values = read_sealed(folder / CONFIG)
+    except (ValueError, RecursionError) as error:
+        raise UnsoundError(f"is damaged: {CONFIG} does not match its checksum") from error
+    _check_hub_folder(folder, values)
+    tensors = _hub_tensors(folder / WEIGHTS)
+    weights = {f"{AVERAGED}{k}": v for k, v in tensors.items() if not k.startswith(_OF_RECORD)}
+    try:
+        checkpoint_record = _from_json(values["record"], tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UnsoundError(f"has a {CONFIG} of another form ({in_one_line(error)})") from error
+    return {"state_dict": weights, "atmossl": checkpoint_record}, _sha256(folder / CONFIG)[:16]
+
+
+def _check_hub_folder(folder: Path, values: dict[str, Any]) -> None:
+    """Check the version of the form, and the size and checksum of the weights."""
+    if values.get("library") != "atmossl" or "record" not in values:
+        raise UnsoundError(f"was not written by atmossl: its {CONFIG} is another library's")
+    if values.get("format") != HUB_FORMAT:
+        raise UnsoundError(
+            f"has form {values.get('format')}, which a newer atmossl wrote; this one reads "
+            f"{HUB_FORMAT}"
+        )
+    file, about = folder / WEIGHTS, values.get("weights")
+    expected = (about.get("bytes"), about.get("sha256")) if isinstance(about, dict) else ()
+    if (file.stat().st_size, _sha256(file)) != expected:
+        raise UnsoundError(f"is damaged: {WEIGHTS} does not match its checksum in {CONFIG}")
+
+
+def _hub_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # its own kind, and those of what it trusts
+        raise UnsoundError(
+            f"is damaged: {WEIGHTS} is no such file ({in_one_line(error)})"
+        ) from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Plain values as JSON, from which `_from_json` makes the same values again; tensors go into
+    `tensors`."""
+    if isinstance(value, Tensor):
+        name = f"{_OF_RECORD}{sum(key.startswith(_OF_RECORD) for key in tensors)}"
+        tensors[name] = value.contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_to_json(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_to_json(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and not _KINDS & set(value):
+            return {key: _to_json(item, tensors) for key, item in value.items()}
+        pairs = [[_to_json(key, tensors), _to_json(item, tensors)] for key, item in value.items()]
+        return {_ITEMS: pairs}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}  # JSON has no such numbers
+    return value
+
+
+def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_from_json(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"__tensor__": name}:
+            return tensors[name]
+        case {"__tuple__": items}:
+            return tuple(_from_json(item, tensors) for item in items)
+        case {"__items__": pairs}:
+            return {_from_json(k, tensors): _from_json(item, tensors) for k, item in pairs}
+        case {"__float__": text}:
+            return float(text)
+    return {key: _from_json(item, tensors) for key, item in value.items()}
 
 
 FORMAT = 4

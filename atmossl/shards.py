@@ -101,3 +101,25 @@ def as_unsound() -> Generator[None]:
             raise reason from error
         words = f"{type(reason).__name__}: {in_one_line(reason)}"
         raise UnsoundError(f"is damaged or incomplete, as rank {rank} found ({words})") from error
+
+
+def by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimiser by the position of its parameters instead of their names, as
+    `torch.optim.Optimizer.load_state_dict` wants it."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    index = {name: position for position, name in enumerate(names)}
+    groups = [
+        {**group, "params": [index[name] for name in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    return {"state": {index[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+
+
+def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The state of an optimiser by names of parameters; the inverse of `by_index`. names: in the
+    optimiser's order."""
+    groups = [
+        {**group, "params": [names[index] for index in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    return {"state": {names[k]: v for k, v in state["state"].items()}, "param_groups": groups}

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from atmossl.checkpoint_files import read_contents, steps_in
+from atmossl.checkpoint_files import read_contents
 from atmossl.cli import main as atmossl
 from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
@@ -56,6 +56,7 @@ from atmossl.probes.labels import PROBES, blind_of
 from atmossl.probes.run import Baselines, Probed
 from atmossl.probes.summary import Summary, shares_beaten
 from atmossl.schema import ProbeConfig, parse
+from atmossl.training.keeping import steps_in
 from benchmarks.report import finish
 from benchmarks.train_step import configuration, from_data, in_turns, peak_bytes, step_of_run
 

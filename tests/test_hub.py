@@ -13,9 +13,16 @@ import pytest
 import torch
 
 import atmossl
+from atmossl.checkpoint_files import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    downloaded,
+    read_hub_folder,
+    write_hub_folder,
+)
 from atmossl.cli import main
 from atmossl.data.catalog import catalog_entry
-from atmossl.hub import CARD, CONFIG, WEIGHTS, downloaded, read_folder, write_folder
 from atmossl.inference.checkpoint import PACKAGED, checkpoint_path, exported, load_checkpoint
 from atmossl.sealed import write_sealed
 
@@ -57,8 +64,8 @@ def test_record_comes_back_as_it_was(tmp_path: Path) -> None:
         "limits": [float("inf"), -float("inf")], "tensor": torch.arange(3), "__tuple__": "a name",
     }  # fmt: skip
     weights = {"ema.module.weight": torch.ones(2, 3, dtype=torch.float16).T}
-    write_folder(tmp_path / "one", {"state_dict": weights, "atmossl": record})
-    contents, _ = read_folder(tmp_path / "one")
+    write_hub_folder(tmp_path / "one", {"state_dict": weights, "atmossl": record})
+    contents, _ = read_hub_folder(tmp_path / "one")
     tensor = contents["atmossl"].pop("tensor")
     assert torch.equal(tensor, record.pop("tensor")) and contents["atmossl"] == record
     assert torch.equal(contents["state_dict"]["ema.module.weight"], weights["ema.module.weight"])

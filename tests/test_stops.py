@@ -13,11 +13,11 @@ import pytest
 import xarray as xr
 
 from atmossl import stops
-from atmossl.checkpoint_files import checkpoints_in
 from atmossl.cli import main
 from atmossl.data import climatology, ingest, statistics
 from atmossl.inference import writer
 from atmossl.stops import Stopped
+from atmossl.training.keeping import checkpoints_in
 from tests.inference.test_command import STORE, arguments, save_tiny
 from tests.processes import run, training
 from tests.synthetic import catalog

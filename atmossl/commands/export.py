@@ -8,9 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import check_room, size_on_disk, write_atomically
+from atmossl.checkpoint_files import (
+    CARD,
+    check_room,
+    size_on_disk,
+    write_atomically,
+    write_hub_folder,
+)
 from atmossl.data.catalog import CatalogEntry, catalog_entry
-from atmossl.hub import CARD, write_folder
 from atmossl.inference.checkpoint import TrainedModel, exported, load_checkpoint
 from atmossl.inference.out_of_training_warnings import seen_in_training
 
@@ -26,7 +31,8 @@ def export_folder(
     licence: str = "other",
     plugins: Sequence[str] = (),
 ) -> Path:
-    """Write a folder for a model hub: weights, configuration and model card; see `atmossl.hub`.
+    """Write a folder for a model hub: weights, configuration and model card; see
+    `atmossl.checkpoint_files`.
 
     names: checkpoints; of several the mean, as `atmossl.inference.checkpoint.exported` makes it.
     report: a folder of `atmossl evaluate` of the only checkpoint, whose scores the card shows.
@@ -47,7 +53,7 @@ def export_folder(
     scores = [] if report is None else _scores(Path(report), names, plugins)
 
     def fill(partial: Path) -> None:
-        hashes = write_folder(partial, contents)
+        hashes = write_hub_folder(partial, contents)
         count = sum(value.numel() for value in contents["state_dict"].values())
         text = "\n".join(_card(trained, checkpoint_record, count, entry, scores, licence, hashes))
         (partial / CARD).write_text(f"{text}\n")

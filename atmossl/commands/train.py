@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.checkpoint_files import BEST, write_atomically
+from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import device_for, make_folder, note, plain
 from atmossl.commands.run_description import banner, described
 from atmossl.data.datamodule import WindowDataModule
@@ -26,7 +26,7 @@ from atmossl.schema import TrainConfig, checked
 from atmossl.stops import keeping
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
-from atmossl.training.keeping import renew_last
+from atmossl.training.keeping import BEST, renew_last
 from atmossl.training.loggers import check_loggers, describe_run, finish_runs
 from atmossl.training.module import TrainingModule
 from atmossl.training.resume import (

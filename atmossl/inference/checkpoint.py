@@ -14,7 +14,11 @@ from pydantic import ValidationError
 
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
+    AVERAGED,
+    SCHEME,
     check_room,
+    commit_of,
+    downloaded,
     read_contents,
     read_with_digest,
     write_output,
@@ -23,7 +27,6 @@ from atmossl.data.catalog import find_file
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
-from atmossl.hub import AVERAGED, SCHEME, commit_of, downloaded
 from atmossl.masking.tasks import Task
 from atmossl.masking.views import FirstGuess
 from atmossl.model.linear import merged
@@ -141,7 +144,7 @@ def objective_name(kind: str) -> str:
 
 def checkpoint_path(name: str, key: str = "checkpoint") -> Path:
     """The file of a checkpoint. A name in `PACKAGED` means one of the package, `hf://OWNER/NAME`
-    one of a model hub (`atmossl.hub`), a run's folder its last one; anything else is a path.
+    one of a model hub, a run's folder its last one; anything else is a path.
 
     key: of the configuration, for messages.
 

@@ -12,16 +12,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from atmossl.checkpoint_files import (
-    BEST,
-    read_contents,
-    remove,
-    save_contents,
-    write_atomically,
-)
+from atmossl.checkpoint_files import read_contents, remove, save_contents, write_atomically
 from atmossl.objectives.base import Monitor
 from atmossl.training.distributed import failing_together
-from atmossl.training.keeping import leave_branch, tidy
+from atmossl.training.keeping import BEST, leave_branch, tidy
 from atmossl.training.strategies import ShardedStrategy
 
 _LOGGER = logging.getLogger(__name__)

@@ -9,25 +9,54 @@ The rule itself, `to_set_aside` and `to_keep`, is pure. `leave_branch` and `tidy
 and do what the rule says, in steps of which each leaves a folder that training can go on from.
 """
 
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from atmossl.checkpoint_files import (
-    BEST,
-    LEAVING,
-    link_atomically,
-    marks_in,
+    partial_path,
     read_record_to_go_on,
     remove,
-    step_of,
-    steps_in,
     write_atomically,
 )
 
+BEST = "best.ckpt"
 ABANDONED = "abandoned-step-"
+_LEAVING = ".leaving-"  # and a step: checkpoints of later steps are being moved into this folder
+_STEP = re.compile(r"step-(\d+)\.ckpt")
 _LAST = "last.ckpt"
+
+
+def step_of(name: str) -> int | None:
+    """The number N of a file `step-N.ckpt`; None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints `step-N.ckpt` of a run by their step, without those that are just being
+    moved aside."""
+    limit = min((int(mark.name.removeprefix(_LEAVING)) for mark in marks_in(folder)), default=None)
+    steps = {path: step_of(path.name) for path in folder.glob("*.ckpt")}
+    return {
+        step: path
+        for path, step in steps.items()
+        if step is not None and (limit is None or step <= limit)
+    }
+
+
+def marks_in(folder: Path) -> list[Path]:
+    """The folders `.leaving-N` of a killed run, which was moving later checkpoints there."""
+    return sorted(folder.glob(f"{_LEAVING}*"))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, the newest step first, then the best one."""
+    steps, best = steps_in(folder), folder / BEST
+    best_counts = best.exists() and not marks_in(folder)
+    return [steps[step] for step in sorted(steps, reverse=True)] + [best] * best_counts
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,14 @@ def to_keep(steps: Collection[int], start: tuple[int, str] | None, keep: int) ->
         return None
     names = [f"step-{step}.ckpt" for step in newest_first]
     return TidyPlan(names[0], tuple(names[max(1, keep) :]))
+
+
+def link_atomically(link: Path, target: str) -> None:
+    """Point a symbolic link to a neighbour, by one rename."""
+    partial = partial_path(link)
+    remove(partial)
+    partial.symlink_to(target)
+    partial.replace(link)
 
 
 def tidy(folder: Path, start: tuple[int, str] | None, keep: int) -> None:
@@ -130,7 +167,7 @@ def leave_branch(folder: Path, start: Path, step: int) -> Departure:
     newest = max((checkpoint.step for checkpoint in present if checkpoint.name in aside), default=0)
     into = _move_aside(folder, aside, limit=step if begun else 0, newest=newest)
     if begun is None:
-        moved = start.parent.name.startswith(LEAVING) and into is not None
+        moved = start.parent.name.startswith(_LEAVING) and into is not None
         begun = Kept(f"step-{step}.ckpt", step, good=True)
         _copy(into / start.name if moved and into else start, folder / begun.name)
         link_atomically(folder / _LAST, begun.name)
@@ -169,7 +206,7 @@ def _move_aside(folder: Path, names: Collection[str], limit: int, newest: int) -
     marks = marks_in(folder)
     if not names and not marks:
         return None
-    mark = marks[0] if marks else folder / f"{LEAVING}{limit}"
+    mark = marks[0] if marks else folder / f"{_LEAVING}{limit}"
     mark.mkdir(exist_ok=True)
     for name in names:
         (folder / name).replace(mark / name)

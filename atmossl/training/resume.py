@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import checkpoints_in, marks_in, read_record_to_go_on
+from atmossl.checkpoint_files import read_record_to_go_on
 from atmossl.data.fingerprint import agree
 from atmossl.setting_types import target_name
-from atmossl.training.keeping import ABANDONED
+from atmossl.training.keeping import ABANDONED, checkpoints_in, marks_in
 
 # Keys of the configuration that weights and states of the optimiser depend on.
 _FIXED = (

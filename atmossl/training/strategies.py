@@ -29,19 +29,11 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from atmossl.checkpoint_files import (
-    by_index,
-    by_name,
-    partial_path,
-    publish,
-    read_contents,
-    remove,
-    save_contents,
-)
+from atmossl.checkpoint_files import partial_path, publish, read_contents, remove, save_contents
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.sealed import METADATA, UnsoundError, write_manifest
-from atmossl.shards import SafePlanner, ShardReader, as_unsound
+from atmossl.shards import SafePlanner, ShardReader, as_unsound, by_index, by_name
 from atmossl.training.distributed import failing_together
 
 CheckpointFormat = Literal["file", "sharded"]

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from atmossl.checkpoint_files import checkpoints_in, read_contents
+from atmossl.checkpoint_files import read_contents
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.training.curves import read_metrics
+from atmossl.training.keeping import checkpoints_in
 from tests.processes import CONTEXT, HANGS_AFTER_SECONDS, full_disk, run, run_ranks, training
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]

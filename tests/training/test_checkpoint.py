@@ -7,15 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atmossl.checkpoint_files import (
-    by_index,
-    by_name,
-    checkpoints_in,
-    read_contents,
-    write_atomically,
-)
+from atmossl.checkpoint_files import read_contents, write_atomically
 from atmossl.objectives.base import Monitor
+from atmossl.shards import by_index, by_name
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
+from atmossl.training.keeping import checkpoints_in
 
 
 def contents(step: int) -> dict:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import steps_in
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.training.keeping import steps_in
 from tests.processes import Ended, command
 from tests.synthetic import catalog, dataset
 

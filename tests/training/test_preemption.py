@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from atmossl.checkpoint_files import checkpoints_in, read_contents
+from atmossl.checkpoint_files import read_contents
+from atmossl.training.keeping import checkpoints_in
 from atmossl.training.preemption import wants_requeue
 from tests.processes import (
     run,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from atmossl.checkpoint_files import checkpoints_in, read_contents
+from atmossl.checkpoint_files import read_contents
 from atmossl.training.curves import read_metrics
+from atmossl.training.keeping import checkpoints_in
 from atmossl.training.resume import regroup_batches, samples_seen
 from tests.processes import (
     Ended,
