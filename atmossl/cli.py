@@ -126,7 +126,7 @@ def _train_one_of_many(config: Any) -> float | None:
 
 
 def _predict(arguments: Sequence[str]) -> None:
-    values = valid("PredictConfig", compose_with_task_file(arguments))
+    values = valid("PredictConfig", compose_with_task_file("predict", arguments))
     from atmossl.commands.predict import predict
 
     predict(values)
@@ -154,9 +154,7 @@ def _features(arguments: Sequence[str]) -> None:
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
-    # the test split is kept for scores
-    values = compose_with_task_file(["split=validation", *arguments])
-    values = valid("PredictConfig", values)
+    values = valid("CalibrateConfig", compose_with_task_file("calibrate", arguments))
     from atmossl.commands.predict import calibrate
 
     calibrate(values)

@@ -51,6 +51,7 @@ MAPPINGS = {  # keys under which any key goes, by configuration
     "train": _OF_TRAIN,
     "stats": _OF_TRAIN,
     "predict": ("task.levels",),
+    "calibrate": ("task.levels",),
     "evaluate": ("boxes",),
     "ingest": ("variables", "select", "filters", "coordinates", "workers.slurm"),
 }
@@ -209,12 +210,12 @@ def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     return listed | {key: values[key] for key in values.keys() - own.keys()}
 
 
-def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
+def compose_with_task_file(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own."""
     tasks = [unquoted(str(Word.of(text).value)) for text in arguments if sets(text, "task")]
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     if not files:
-        return compose_config("predict", arguments)
+        return compose_config(name, arguments)
     task_words = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in task_words and not sets(a, "task")]
     from atmossl.api import read_task
@@ -223,7 +224,7 @@ def compose_with_task_file(arguments: Sequence[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"task={files[-1]} holds {content!r}; needed: keys and values of a task")
     task = _changed({"task": content}, task_words)
-    return compose_config("predict", rest) | task
+    return compose_config(name, rest) | task
 
 
 def _changed(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -259,7 +260,7 @@ def _listed_tasks(word: str, folders: Sequence[str]) -> list[dict[str, Any]]:
 def _listed_task(name: str, words: Sequence[str]) -> dict[str, Any]:
     """One task of a list; what is wrong is told of the key `tasks`, which the user wrote."""
     try:
-        return compose_with_task_file([f"task={name}", *words])["task"]
+        return compose_with_task_file("predict", [f"task={name}", *words])["task"]
     except ValueError as error:
         raise type(error)(re.sub(r"^task\b", "tasks", str(error), flags=re.M)) from error
 

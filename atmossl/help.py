@@ -88,7 +88,7 @@ COMMANDS = {
             "atmossl calibrate task=forecast output=new.ckpt",
             "atmossl calibrate checkpoint=runs/mine task.lead_time=1d output=new.ckpt",
             "atmossl calibrate task=downscaling every=8 output=new.ckpt",
-        ), "predict", "PredictConfig",
+        ), "calibrate", "CalibrateConfig",
     ),
     "evaluate": Command(
         "Scores tasks of a checkpoint, or forecast stores, against baselines.",

@@ -85,8 +85,8 @@ def explained(command: str, words: Sequence[str], package_part: str) -> str:
     if package_part in ("hydra", "all"):
         shown["hydra"] = OmegaConf.to_container(hydra_config(name, words).hydra)
     if package_part in ("job", "all"):
-        if name == "predict":
-            values = compose_with_task_file(words)
+        if name in ("predict", "calibrate"):
+            values = compose_with_task_file(name, words)
         else:
             with_tasks = name in ("train", "stats", "evaluate")
             values = (compose_with_tasks if with_tasks else compose_config)(name, words)

@@ -215,6 +215,9 @@ CALIBRATE = {
     "task=downscaling task.coarse_input=true": "no truth",
     "task=downscaling task.factor=3": "does not divide",
     "init_time=2002-01-01": "not in segment",
+    "scales_km=[3000,3000]": "scales_km=.*needed: lengths in km, each once, such as .8000,3000.; ",
+    "scales_km=[0]": "scales_km.0=0: valid: above 0",
+    "members=[1,2]": "members=.*valid: ",
 }
 SECOND_STREAM = (
     "++stream.t={variables: [temperature], levels: [500], token_size: {time: 1, lat: 2, lon: 2}"

@@ -21,7 +21,7 @@ from atmossl.help import COMMANDS, help_of
 from atmossl.hydra_options import explained
 
 WITH_KEYS = [name for name, told in COMMANDS.items() if told.conf]
-APART = [name for name in WITH_KEYS if name not in ("calibrate", "config")]  # keys of their own
+APART = [name for name in WITH_KEYS if name != "config"]  # keys of their own
 
 
 def printed(capsys: pytest.CaptureFixture, *words: str) -> str:

@@ -37,7 +37,7 @@ from atmossl.progress import (
     size_text,
     telling,
 )
-from atmossl.schema import PredictConfig, parse
+from atmossl.schema import CalibrateConfig, PredictConfig, parse
 from atmossl.stops import keeping
 
 
@@ -47,7 +47,8 @@ def predict(values: Mapping[str, Any]) -> Path:
     with owned(config.output, "output"), keeping("nothing was predicted"):
         check_output(config.output, resume=config.resume)
         trained, segments = open_checkpoint(config, config.task)
-        plan = plan_prediction(trained, config.task, segments, _options(config))
+        options = _options(config, fill_missing=config.missing == "fill")
+        plan = plan_prediction(trained, config.task, segments, options)
         times = chosen_times(plan, config.dates, config.every)
         size = check_request(plan, times, config.output, config.layout)
         note_out_of_training(plan, times)
@@ -104,7 +105,7 @@ def _extent(plan: Plan, times: np.ndarray, size: int) -> str:
     )
 
 
-def _options(config: PredictConfig) -> Options:
+def _options(config: PredictConfig | CalibrateConfig, *, fill_missing: bool = False) -> Options:
     return Options(
         overlap=config.overlap,
         tilings=config.tilings,
@@ -112,34 +113,30 @@ def _options(config: PredictConfig) -> Options:
         device=device_for(config.accelerator),
         seed=config.seed,
         members=config.members,
-        fill_missing=config.missing == "fill",
+        fill_missing=fill_missing,
     )
 
 
 def calibrate(values: Mapping[str, Any]) -> Path:
     """Measure how much the spread of a task lacks on held-out dates, and write a checkpoint that
     inflates it accordingly; returns the path of the checkpoint."""
-    config: PredictConfig = parse(PredictConfig, values)
+    config: CalibrateConfig = parse(CalibrateConfig, values)
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
     with owned(config.output, "output"), keeping("nothing is kept"):
         if config.output.suffix != ".ckpt" or config.output.exists():
             raise ValueError(f"output={config.output} must end in .ckpt and not exist")
         check_calibrated(config.task)
-        if isinstance(config.members, tuple):
-            raise ValueError(
-                f"members={list(config.members)}: the spread is that of a whole ensemble; valid: a "
-                "number of draws, or null"
-            )
         inflation = _calibrate(config)
     for name, factors in inflation.factors.items():
-        text = ", ".join(f"{value:.3f}" for value in factors.mean(axis=1))
-        Console(markup=False).print(f"{name}: spread x {text} by lead time", highlight=False)
-    Console(markup=False).print(f"checkpoint: {config.output}", highlight=False)
+        for band, by_step in zip(inflation.bands(), factors, strict=True):
+            text = ", ".join(f"{value:.3f}" for value in by_step.mean(axis=1))
+            console_of_output().print(f"{name}, {band}: spread x {text} by lead time")
+    console_of_output().print(f"checkpoint: {config.output}")
     return config.output
 
 
-def _calibrate(config: PredictConfig) -> SpreadInflation:
+def _calibrate(config: CalibrateConfig) -> SpreadInflation:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
     trained, segments = open_checkpoint(config, config.task)
     requested = plan_prediction(trained, config.task, segments, _options(config))
@@ -150,7 +147,8 @@ def _calibrate(config: PredictConfig) -> SpreadInflation:
     times = plan.with_truth(chosen_times(plan, config.dates, config.every))
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
-    inflation = estimate_inflation(plan, times, predict_parts(plan, list(times)))
+    parts = predict_parts(plan, list(times))
+    inflation = estimate_inflation(plan, times, parts, config.scales_km)
     contents = read_checkpoint(config.checkpoint)
     checkpoint_record = Calibration(contents["atmossl"], task).replaced(inflation)
     write_output({**contents, "atmossl": checkpoint_record}, config.output)

@@ -1,32 +1,46 @@
-"""Calibrates the spread of ensembles after training: one factor per task, variable, level and lead
-time.
+"""Calibrates the spread of ensembles after training: factors per task, variable, level, lead time
+and band of zonal scales.
 
-The factor makes the mean variance of the members, times (M + 1) / M, equal to the mean square error
-of their mean (Fortin et al. 2014), on dates that the model was not trained on. It is kept in the
-checkpoint's record and applied around the ensemble mean, which stays as it is. In a rollout every
-pass is inflated, so that members go on from calibrated states.
+A factor makes the mean variance of the members, times (M + 1) / M, equal to the mean square error
+of their mean (Fortin et al. 2014), on dates that the model was not trained on. The factors are kept
+in the checkpoint's record and applied around the ensemble mean, which stays as it is. In a rollout
+every pass is inflated, so that members go on from calibrated states.
+
+With one factor for all scales, members may have the right spread in every cell and the wrong one in
+area means and in differences of neighbours. With bands, each has the spread that its errors have.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from atmossl.batch import PRIMARY
 from atmossl.data.segment import HOUR
+from atmossl.geometry import degrees_east_of
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.masking.tasks import Task
+
+_CIRCUMFERENCE_KM = 2.0 * math.pi * 6371.0
 
 
 @dataclass(frozen=True)
 class SpreadInflation:
-    """The factors of one kind of task. hours: [step] from the reference time. factors: [step
-    level]."""
+    """The factors of one kind of task.
+
+    hours: [step] from the reference time. factors: [band step level] of every variable, the band of
+    the largest scales first. edges_km: wavelengths that part the bands, falling; without any, one
+    factor goes for all scales.
+    """
 
     hours: np.ndarray
     factors: Mapping[str, np.ndarray]
+    edges_km: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, checkpoint_record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
@@ -36,21 +50,93 @@ class SpreadInflation:
         if stored is None:
             return None
         factors = {name: np.array(values) for name, values in stored["factors"].items()}
-        return cls(np.array(stored["hours"]), factors)
+        if "edges_km" not in stored:  # as up to version 0.5: one band, without its axis
+            factors = {name: values[None] for name, values in factors.items()}
+        return cls(np.array(stored["hours"]), factors, tuple(stored.get("edges_km", ())))
 
-    def at(self, name: str, hours: np.ndarray) -> np.ndarray:
-        """The factors [step level] of a variable, linear between the calibrated lead times and
-        constant beyond."""
-        by_level = [np.interp(hours, self.hours, column) for column in self.factors[name].T]
-        return np.stack(by_level, axis=1)
+    def stored(self) -> dict[str, Any]:
+        """The factors as a checkpoint's record keeps them."""
+        factors = {name: values.tolist() for name, values in self.factors.items()}
+        return {"hours": self.hours.tolist(), "edges_km": [*self.edges_km], "factors": factors}
+
+    def bands(self) -> list[str]:
+        """The bands in words."""
+        if not self.edges_km:
+            return ["all scales"]
+        return [
+            f"waves over {self.edges_km[0]:g} km",
+            *(f"waves of {short:g} to {long:g} km" for long, short in pairwise(self.edges_km)),
+            f"waves under {self.edges_km[-1]:g} km",
+        ]
+
+    def applied(
+        self, name: str, departures: np.ndarray, hours: np.ndarray, lat: np.ndarray, lon: np.ndarray
+    ) -> np.ndarray:
+        """The departures [step member level lat lon] of one variable from the ensemble mean at the
+        given hours, times the factors: linear between the calibrated lead times and constant
+        beyond."""
+        factors = np.array(
+            [
+                [np.interp(hours, self.hours, column) for column in band.T]
+                for band in self.factors[name]
+            ],
+            np.float32,
+        )
+        factors = factors.swapaxes(1, 2)[:, :, None, :, None, None]
+        if not self.edges_km:
+            return factors[0] * departures
+        predicted = np.ptp(departures, axis=1) > 0  # False of NaN; given values: equal members
+        if not predicted.any():
+            return departures
+        bands = zonal_bands(departures, predicted[:, None], lat, lon, self.edges_km)
+        scaled = sum(factor * band for factor, band in zip(factors, bands, strict=True))
+        return np.where(predicted[:, None], scaled, departures)
+
+
+def zonal_bands(
+    fields: Float[np.ndarray, "*axes lat lon"],
+    where: Bool[np.ndarray, "*axes lat lon"],
+    lat: np.ndarray,
+    lon: np.ndarray,
+    edges_km: tuple[float, ...],
+) -> list[Float[np.ndarray, "*axes lat lon"]]:
+    """Fields split by zonal scale into bands whose sum they are, the largest scales first.
+
+    A Gaussian filter along circles of latitude keeps half of a wave whose length is the edge, so
+    that the bands do not depend on the tiles in which a prediction was computed. It is a mean over
+    the cells of `where` alone (normalised convolution, Knutsson and Westin 1993), outside of which
+    all bands are 0.
+
+    fields: [... lat lon]. where: the same, or with axes of size 1. lat, lon: centres, degrees.
+    edges_km: falling.
+    """
+    east = degrees_east_of(lon[0], lon)
+    step = float(east[1] - east[0]) if len(lon) > 1 else 360.0
+    closed = math.isclose(step * len(lon), 360.0, rel_tol=1e-4)
+    size = len(lon) if closed else 2 * len(lon)  # zeros beyond the ends do not count
+    circle_km = _CIRCUMFERENCE_KM * np.cos(np.deg2rad(lat)).clip(1e-6) * step * size / 360.0
+    per_km = np.arange(size // 2 + 1) / circle_km[:, None]  # of every wave: 1 / its length
+
+    def smooth(values: np.ndarray, edge: float) -> np.ndarray:
+        kept = np.exp(-math.log(2.0) * (edge * per_km) ** 2)
+        return np.fft.irfft(np.fft.rfft(values, size) * kept, size)[..., : len(lon)]
+
+    inside = np.where(where, fields, 0.0)
+    kept = [
+        np.where(where, smooth(inside, edge) / smooth(where.astype(float), edge).clip(1e-6), 0.0)
+        for edge in edges_km
+    ]
+    kept.append(inside)
+    bands = [kept[0], *(more - less for less, more in pairwise(kept))]
+    return [band.astype(fields.dtype) for band in bands]
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The calibrated spread of one task, from a checkpoint's record.
 
-    A union takes at each cell the largest factor of those parts that hide something there, and
-    what it was calibrated for itself on top of it.
+    A union takes at each cell, of those parts that hide something there, the one with the largest
+    spread, and what it was calibrated for itself on top of it.
     """
 
     checkpoint_record: Mapping[str, Any]
@@ -61,12 +147,9 @@ class Calibration:
         and the given cell centres, degrees."""
         inflated = {}
         for name, values in fields.items():
-            factor = _factor(self.checkpoint_record, self.task, name, hours, lat, lon)
-            if factor is None:
-                inflated[name] = values
-                continue
             mean = values.mean(axis=1, keepdims=True)
-            inflated[name] = mean + factor[:, None].astype(np.float32) * (values - mean)
+            moved = _moved(self.checkpoint_record, self.task, name, values - mean, hours, lat, lon)
+            inflated[name] = values if moved is None else mean + moved
         return inflated
 
     def without_own(self) -> dict[str, Any]:
@@ -77,71 +160,95 @@ class Calibration:
 
     def replaced(self, inflation: SpreadInflation) -> dict[str, Any]:
         """The record with these factors for the task's kind; factors of other kinds stay."""
-        stored = {
-            "hours": inflation.hours.tolist(),
-            "factors": {name: values.tolist() for name, values in inflation.factors.items()},
-        }
+        spread = self.checkpoint_record.get("spread", {})
         return {
             **self.checkpoint_record,
-            "spread": {**self.checkpoint_record.get("spread", {}), self.task.kind: stored},
+            "spread": {**spread, self.task.kind: inflation.stored()},
         }
 
 
-def _factor(
+def _moved(
     checkpoint_record: Mapping[str, Any],
     task: Task,
     name: str,
+    departures: Float[np.ndarray, "step member level lat lon"],
     hours: np.ndarray,
     lat: np.ndarray,
     lon: np.ndarray,
-) -> Float[np.ndarray, "step level lat lon"] | None:
-    """The factors of one variable [step level lat lon]; lat and lon have size 1 if factors are
-    the same everywhere."""
-    inflation = SpreadInflation.of(checkpoint_record, task.kind)
-    task_factor = None if inflation is None else inflation.at(name, hours)[:, :, None, None]
-    largest = None
+) -> Float[np.ndarray, "step member level lat lon"] | None:
+    """The departures of one variable from the ensemble mean as the task's factors make them; None
+    if it has none."""
+    moved, largest = None, np.full(1, -np.inf)
     for part in task.components:
-        factor = _factor(checkpoint_record, part, name, hours, lat, lon)
-        if factor is not None:
-            there = np.where(part.cells(lat, lon), factor, -np.inf)
-            largest = there if largest is None else np.maximum(largest, there)
-    if largest is None:
-        return task_factor
-    inherited = np.where(np.isfinite(largest), largest, 1.0)
-    return inherited if task_factor is None else inherited * task_factor
+        of_part = _moved(checkpoint_record, part, name, departures, hours, lat, lon)
+        if of_part is None:
+            continue
+        variance = of_part.var(axis=1, keepdims=True)
+        variance = np.where(part.cells(lat, lon), variance, -np.inf)
+        moved = np.where(variance > largest, of_part, departures if moved is None else moved)
+        largest = np.maximum(variance, largest)
+    inflation = SpreadInflation.of(checkpoint_record, task.kind)
+    if inflation is None:
+        return moved
+    return inflation.applied(name, departures if moved is None else moved, hours, lat, lon)
 
 
 @dataclass
 class _Sums:
-    """Sums over dates and predicted cells that have a truth, [step level]: square errors of the
-    ensemble mean, and the variances that should equal them."""
+    """Sums over dates and predicted cells that have a truth, [step level band band]: products of
+    the errors of the ensemble mean in two bands, and the covariances that should equal them."""
 
     error: np.ndarray
     variance: np.ndarray
 
-    def add(self, row: int, members: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> None:
-        """Add one step: members [member level lat lon], truth [level lat lon] and weight [lat
-        1]."""
-        predicted = np.ptp(members, axis=0) > 0  # given values are the same in all members
-        share = np.where(predicted & np.isfinite(truth), weight, 0.0)
-        finite_size = (len(members) + 1) / len(members)
-        square = np.nan_to_num(members.mean(axis=0) - truth).astype(np.float64) ** 2
-        variance = np.nan_to_num(members.var(axis=0, ddof=1)).astype(np.float64) * finite_size
-        self.error[row] += (square * share).sum(axis=(1, 2))
-        self.variance[row] += (variance * share).sum(axis=(1, 2))
-
-    def factors(self) -> np.ndarray:
-        """The factors; 1 where nothing was predicted."""
-        ratio = np.divide(
-            self.error, self.variance, out=np.ones_like(self.error), where=self.variance > 0
+    def add(
+        self,
+        row: int,
+        members: np.ndarray,
+        truth: np.ndarray,
+        weight: np.ndarray,
+        split: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
+    ) -> None:
+        """Add one step: members [member level lat lon], truth [level lat lon] and weight [lat 1].
+        split: fields and where they count -> their bands."""
+        counted = (np.ptp(members, axis=0) > 0) & np.isfinite(truth)  # given values: equal members
+        mean = members.mean(axis=0)
+        finite_size = (len(members) + 1) / len(members) / (len(members) - 1)
+        error = np.stack(split(np.nan_to_num(mean - truth).astype(np.float64), counted))
+        departure = np.nan_to_num(members - mean).astype(np.float64)
+        departure = np.stack(split(departure, counted[None]))
+        share = np.where(counted, weight, 0.0)
+        self.error[row] += np.einsum("axyz,bxyz,xyz->xab", error, error, share)
+        self.variance[row] += finite_size * np.einsum(
+            "amxyz,bmxyz,xyz->xab", departure, departure, share, optimize=True
         )
-        return np.sqrt(ratio)
+
+    def factors(self) -> Float[np.ndarray, "band step level"]:
+        """The factors; 1 where nothing was predicted. Those of the bands are in the ratio of error
+        to spread in each, and such that the variance of single cells is right, too."""
+        by_band = _root_of_ratio(_diagonal(self.error), _diagonal(self.variance))
+        scaled = by_band[..., :, None] * by_band[..., None, :] * self.variance
+        common = _root_of_ratio(self.error.sum(axis=(-2, -1)), scaled.sum(axis=(-2, -1)))
+        return np.moveaxis(by_band * common[..., None], -1, 0)
+
+
+def _diagonal(sums: np.ndarray) -> np.ndarray:
+    return np.diagonal(sums, axis1=-2, axis2=-1)
+
+
+def _root_of_ratio(error: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    ratio = np.divide(error, variance, out=np.ones_like(error), where=variance > 0)
+    return np.sqrt(ratio)
 
 
 def estimate_inflation(
-    plan: Plan, times: np.ndarray, parts: Iterable[BlendedPart]
+    plan: Plan,
+    times: np.ndarray,
+    parts: Iterable[BlendedPart],
+    edges_km: tuple[float, ...] = (),
 ) -> SpreadInflation:
     """Estimate the factors from all given times. parts: the plan's predictions at these times.
+    edges_km: wavelengths that part the bands, falling.
 
     Raises:
         ValueError: a single member, or a task of whose prediction the store holds no truth.
@@ -158,11 +265,13 @@ def estimate_inflation(
             continue  # streams of other sources keep the spread that they have
         segment = plan.find(times[part.case]).segment
         weight = plan.grid.weights[part.rows][:, None]
+        place = {"lat": plan.grid.latitude[part.rows], "lon": plan.grid.longitude}
+        split = partial(zonal_bands, **place, edges_km=edges_km)
         for name, values in part.fields.items():
             num_members, num_levels = values.shape[1:3]
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            shape = (len(leads), num_levels)
+            shape = (len(leads), num_levels, len(edges_km) + 1, len(edges_km) + 1)
             spread_sums = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
             for step, lead in enumerate(part.leads):
                 row = int(np.flatnonzero(leads == lead)[0])
@@ -170,13 +279,12 @@ def estimate_inflation(
                 truth = segment.read(
                     name, levels[name], valid, 1, segment.whole(), within_limits=True
                 )[:, 0, part.rows]
-                spread_sums.add(row, values[step], truth, weight)
+                spread_sums.add(row, values[step], truth, weight, split)
     if not any(spread_sums.variance.any() for spread_sums in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")
     order = np.argsort(hours)
-    return SpreadInflation(
-        hours[order], {name: spread_sums.factors()[order] for name, spread_sums in sums.items()}
-    )
+    factors = {name: spread_sums.factors()[:, order] for name, spread_sums in sums.items()}
+    return SpreadInflation(hours[order], factors, edges_km)
 
 
 def check_calibrated(task: Task) -> None:

@@ -175,6 +175,26 @@ class PredictConfig(DatedConfig):
     missing: Literal["keep", "fill"]
 
 
+def _is_falling(scales_km: tuple[float, ...]) -> tuple[float, ...]:
+    if len({*scales_km}) < len(scales_km):
+        raise ValueError("needed: lengths in km, each once, such as [8000,3000]; [] for one factor")
+    return tuple(sorted(scales_km, reverse=True))
+
+
+class CalibrateConfig(DatedConfig):
+    """All settings of `atmossl calibrate`.
+
+    scales_km: lengths of zonal waves that part the bands, each with its own factor of the spread;
+        empty for one factor for all scales. members: how many draws of noise.
+    """
+
+    task: ChosenTask
+    scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_is_falling)]
+    tilings: Positive
+    members: Positive | None
+    seed: NotNegative
+
+
 class EmbedConfig(DatedConfig):
     """All settings of `atmossl embed`."""
 

@@ -1,13 +1,21 @@
 """Spread inflation against an ensemble whose lack of spread is known."""
 
+import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from atmossl.batch import PRIMARY
-from atmossl.inference.calibration import Calibration, SpreadInflation, estimate_inflation
+from atmossl.inference.calibration import (
+    Calibration,
+    SpreadInflation,
+    _Sums,
+    estimate_inflation,
+    zonal_bands,
+)
 from atmossl.inference.plan import Plan
 from atmossl.inference.predict import predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
@@ -42,7 +50,7 @@ def test_inflation_brings_spread_to_error() -> None:
     variance = np.var(0.1 * np.linspace(-1.5, 1.5, 6), ddof=1) * 7 / 6
     expected = 0.3 / np.sqrt(variance)
     for factors in found.factors.values():
-        assert factors.shape == (1, 3)  # step level
+        assert factors.shape == (1, 1, 3)  # band step level
         np.testing.assert_allclose(factors, expected, rtol=0.1)  # of 8 times 128 cells
     record = Calibration({"kept": 1}, used.task).replaced(found)
     assert record["kept"] == 1
@@ -88,13 +96,84 @@ def test_a_union_takes_at_each_cell_the_largest_factor_of_what_hides_there() -> 
     union = Combined((Forecast(12), BOX))
     inherited = np.array([[[1, 1, 1.5], [2, 2, 2]], [[3, 3, 3], [2, 2, 2]]])  # [step level lat]
     np.testing.assert_allclose(ratios(FACTORS, union, [6, 12]), inherited, rtol=1e-5)
-    own = SpreadInflation(np.zeros(1), {"t": np.full((1, 2), 4.0)})
+    own = SpreadInflation(np.zeros(1), {"t": np.full((1, 1, 2), 4.0)})
     record = Calibration(FACTORS, union).replaced(own)
     told = Counterfactual(Combined((BOX, Forecast(6))), 720.0)
     np.testing.assert_allclose(ratios(record, told, [6, 12]), 4 * inherited, rtol=1e-5)
     assert Calibration(record, union).without_own() == FACTORS
     other = Combined((BOX, Hindcast(6)))  # of which the gap alone is calibrated
     np.testing.assert_allclose(ratios(FACTORS, other, [-6.0]), [[[1, 1, 1.5]] * 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [None, (slice(2, 5), slice(3, 40))])
+def test_bands_part_waves_by_their_length(gap: tuple[slice, slice] | None) -> None:
+    """They add up to the field, and the first keeps half of a wave as long as the edge, whatever
+    lies elsewhere: each row by itself."""
+    lat, lon = np.array([-60.0, 0.0, 60.0]), np.arange(64) * 5.625
+    wave = np.cos(np.deg2rad(8 * lon)) * np.ones((3, 1))
+    edge = 2 * np.pi * 6371.0 / 8  # of wavenumber 8 at the equator
+    large, small = zonal_bands(wave, np.ones((3, 64), bool), lat, lon, (edge,))
+    np.testing.assert_allclose(large + small, wave, atol=1e-12)
+    np.testing.assert_allclose(large[1], 0.5 * wave[1], atol=1e-12)
+    np.testing.assert_allclose(large[0], 0.5**4 * wave[0], atol=1e-12)  # half as long at 60 degrees
+    fields = np.random.default_rng(0).standard_normal((2, 5, 64)).astype(np.float32)
+    where = np.ones((1, 5, 64), bool)
+    if gap:
+        where[:, *gap] = False
+    lat = np.linspace(-80, 80, 5)
+    bands = zonal_bands(fields, where, lat, lon, (8000.0, 3000.0))
+    np.testing.assert_allclose(sum(bands), np.where(where, fields, 0), atol=1e-5)
+    fields[:, ~where[0]] = 1e6
+    again = zonal_bands(fields, where, lat, lon, (8000.0, 3000.0))
+    np.testing.assert_array_equal(bands, again)
+    rows = zonal_bands(fields[:, 3:], where[:, 3:], lat[3:], lon, (8000.0, 3000.0))
+    np.testing.assert_allclose(rows, np.array(bands)[..., 3:, :], atol=1e-6)
+
+
+def test_a_constant_stays_in_the_first_band_up_to_the_edges_of_a_region() -> None:
+    lat, lon = np.linspace(30, 60, 7), np.arange(20) * 2.0
+    bands = zonal_bands(np.ones((7, 20)), np.ones((7, 20), bool), lat, lon, (5000.0, 1000.0))
+    np.testing.assert_allclose(bands[0], 1.0, atol=1e-9)
+    np.testing.assert_allclose(bands[1:], 0.0, atol=1e-9)
+
+
+def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
+    """Members that err at large scales alone but are spread at small ones: both are brought to the
+    error, and given cells stay as they are."""
+    rng = np.random.default_rng(0)
+    lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
+    edges = (10000.0,)
+    large, small = 0.4, 2.0  # spread over error
+
+    def field(count: int) -> np.ndarray:
+        phases = rng.uniform(0, 2 * np.pi, (2, count, 1, 8, 1))
+        waves = (
+            np.sqrt(2) * np.cos(np.deg2rad(n * lon) + p)
+            for n, p in zip((2, 20), phases, strict=True)
+        )
+        return np.stack([*waves])
+
+    split = partial(zonal_bands, lat=lat, lon=lon, edges_km=edges)
+
+    def factors(record: dict) -> np.ndarray:
+        sums = _Sums(np.zeros((1, 1, 2, 2)), np.zeros((1, 1, 2, 2)))
+        for _ in range(60):
+            truth, members = field(1)[:, 0].sum(axis=0), field(6)
+            spread = large * members[0] + small * members[1]
+            spread -= spread.mean(axis=0)
+            spread[..., :4] = truth[..., :4]  # given cells
+            calibrated = Calibration(record, Forecast(6))
+            moved = calibrated.apply({"t": spread[None]}, np.zeros(1), lat, lon)["t"][0]
+            np.testing.assert_array_equal(moved[..., :4], spread[..., :4])
+            np.testing.assert_allclose(moved.mean(axis=0), spread.mean(axis=0), atol=1e-9)
+            sums.add(0, moved, truth, np.ones((8, 1)), split)
+        return sums.factors()[:, 0, 0]
+
+    found = factors({})
+    np.testing.assert_allclose(found, [1 / large, 1 / small], rtol=0.1)
+    inflation = SpreadInflation(np.zeros(1), {"t": found[:, None, None]}, edges)
+    record = json.loads(json.dumps(Calibration({}, Forecast(6)).replaced(inflation)))
+    np.testing.assert_allclose(factors(record), 1.0, rtol=0.12)  # bands overlap
 
 
 def test_one_member_has_no_spread() -> None:
@@ -106,7 +185,7 @@ def test_one_member_has_no_spread() -> None:
 def test_every_pass_of_a_rollout_is_inflated() -> None:
     """Members that diffuse go on from calibrated states: variances are the factor's square more."""
     used = predictor(Forecast(12, 6), Diffusing(6), window=(5, 8, 16), overlap=0.0)
-    factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
+    factors = {name: np.full((1, 1, 3), 2.0) for name in STORE.data_vars}
     record = Calibration({}, used.task).replaced(SpreadInflation(np.array([6.0]), factors))
     used = replace(used, trained=replace(used.trained, checkpoint_record=record))
     scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]

@@ -121,7 +121,7 @@ def test_members_that_are_chosen_are_those_of_the_whole_ensemble(
 ) -> None:
     """In the order that was asked for, with their numbers, in rollouts, with inflated spread."""
     whole = predictor(task, MODELS[kind], seed=7)
-    factors = {name: np.full((1, 3), 2.0) for name in STORE.data_vars}
+    factors = {name: np.full((1, 1, 3), 2.0) for name in STORE.data_vars}
     record = Calibration({}, task).replaced(SpreadInflation(np.zeros(1), factors))
     trained = replace(whole.trained, checkpoint_record=record if calibrated else {})
     whole = replace(whole, trained=trained)
