@@ -1,4 +1,4 @@
-"""Names of variables, segments and streams as names of files, and AtmoRep's names of variables.
+"""Names of variables, segments and streams as names of files, and names that several rooms share.
 
 A catalog may call a variable anything. Whatever becomes a part of a path goes through `file_name`,
 so that no name leaves its folder, hides a file or overwrites that of another name.
@@ -7,6 +7,9 @@ so that no name leaves its folder, hides a file or overwrites that of another na
 import hashlib
 import re
 
+# An attribute of the coordinate `member` of a prediction: tail, whose members are fixed values of a
+# distribution, or noise, whose members are draws. Forecasts of others are taken as draws.
+ENSEMBLE = "ensemble"
 _UNSAFE = re.compile(r"[^\w .()+,=@-]|^[. ]|[. ]$")
 # The variable of every field of AtmoRep's stores and published models.
 VARIABLE_OF_FIELD = {

@@ -38,7 +38,7 @@ class _OneMean:
 
 @dataclass(frozen=True)
 class Brier(_OneMean):
-    """Brier score of exceeding (or falling below) a quantile, fair for ensembles.
+    """Brier score of exceeding (or falling below) a quantile, fair for draws (see `Case`).
 
     Source: Ferro (2014), QJRMS 140, 1917-1923.
     """
@@ -61,7 +61,7 @@ class Brier(_OneMean):
             unlabelled(sign * (case.observed - threshold)),
             "member",
             zero,
-            fair_correction=case.num_members > 1,
+            fair_correction=case.is_fair,
             preserve_dims="all",
         )
         return self._mean(as_variable(brier).squeeze("threshold"), weights)
@@ -69,7 +69,7 @@ class Brier(_OneMean):
 
 @dataclass(frozen=True)
 class TailCrps(_OneMean):
-    """CRPS of what lies beyond a quantile, fair for ensembles, in the variable's units.
+    """CRPS of what lies beyond a quantile, fair for draws (see `Case`), in the variable's units.
 
     Source: Gneiting and Ranjan (2011), J. Business & Economic Statistics 29, 411-422.
     """
@@ -90,7 +90,7 @@ class TailCrps(_OneMean):
             "member",
             unlabelled(case.quantile(self.level)),
             tail=self.tail,
-            method="fair" if case.num_members > 1 else "ecdf",
+            method="fair" if case.is_fair else "ecdf",
             preserve_dims="all",
         )
         return self._mean(as_variable(score), weights)

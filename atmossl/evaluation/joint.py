@@ -18,7 +18,7 @@ import xarray as xr
 from atmossl.evaluation.diagnostics import RankHistogram
 from atmossl.evaluation.events import Brier
 from atmossl.evaluation.regions import weighted_mean
-from atmossl.evaluation.scores import Case, FairCrps, Score, SpreadSkill, unlabelled
+from atmossl.evaluation.scores import Case, Crps, Score, SpreadSkill, unlabelled
 from atmossl.geometry import area_weights
 
 Axis = Literal["longitude", "latitude", "level", "lead_time"]
@@ -122,7 +122,7 @@ def of_quantity(case: Case, quantity: Derived) -> Case:
             quantiles = quantity.derive(quantiles)
         truth = quantity.derive(case.on_cells(case.observed))
         members = quantity.derive(case.on_cells(case.members))
-        return Case(members, truth, quantiles=quantiles)
+        return Case(members, truth, quantiles=quantiles, are_draws=case.are_draws)
 
     return case.derived(quantity, derive)
 
@@ -167,10 +167,11 @@ class OfDerived:
 
 @dataclass(frozen=True)
 class EnergyScore:
-    """Fair energy score of a variable's whole field on every level, in the variable's units.
+    """Energy score of a variable's whole field on every level, in the variable's units.
 
     mean_i |x_i - y| - sum_{i<j} |x_i - x_j| / (M (M - 1)), where the length of a field is the root
-    of its area-weighted mean square. Source: Gneiting and Raftery (2007), JASA 102, equation 22.
+    of its area-weighted mean square; M^2 instead of M (M - 1) if members are no draws (see `Case`).
+    Source: Gneiting and Raftery (2007), JASA 102, equation 22.
     """
 
     name: str = "energy_score"
@@ -182,6 +183,7 @@ class EnergyScore:
         """All distances come from products of departures from the truth, which are small, so that
         nothing is lost in |a - b|^2 = |a|^2 + |b|^2 - 2 ab, and M^2 fields are never written."""
         count = case.num_members
+        num_pairs = count * (count - 1 if case.is_fair else count)
         rest = [dim for dim in case.truth.dims if dim not in _CELL]
         departures = case.members - case.observed
         departures = departures.transpose(*rest, "member", *_CELL).to_numpy()
@@ -197,7 +199,7 @@ class EnergyScore:
             squares = np.diagonal(products, axis1=-2, axis2=-1)
             apart = squares[..., :, None] + squares[..., None, :] - 2.0 * products
             spread = np.sqrt(np.maximum(apart, 0.0)).sum((-2, -1)) / 2.0
-            scores[..., region] = np.sqrt(squares).mean(-1) - spread / (count * (count - 1))
+            scores[..., region] = np.sqrt(squares).mean(-1) - spread / num_pairs
         return xr.Dataset({"energy": ((*rest, "region"), scores)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
@@ -251,7 +253,7 @@ JOINT_SCORES: tuple[Score, ...] = (
     EnergyScore(),
     VariogramScore(),
     *(OfDerived(SpreadSkill(), derived) for derived in (*BOXES, *DIFFERENCES)),
-    *(OfDerived(FairCrps(), derived) for derived in BOXES),
+    *(OfDerived(Crps(), derived) for derived in BOXES),
 )
 
 

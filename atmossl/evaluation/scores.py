@@ -46,6 +46,10 @@ class Case:
         climatology: like truth, for the same valid times; only the anomaly correlation needs it.
         quantiles: of the training record at every cell, [quantile, ...]; events need them.
         rain: what SEEPS needs to know of precipitation.
+        are_draws: members are random draws from the predicted distribution. Scores are then
+            corrected to an ensemble without end (fair: Ferro 2014, QJRMS 140, 1917-1923). Members
+            of a tail are a fixed set of values, which the correction would flatter: they are
+            scored as the distribution that they are.
     """
 
     prediction: xr.DataArray
@@ -53,6 +57,7 @@ class Case:
     climatology: xr.DataArray | None = None
     quantiles: xr.DataArray | None = None
     rain: RainClimate | None = None
+    are_draws: bool = True
     _derived: dict[Hashable, "Case"] = field(default_factory=dict, repr=False, compare=False)
 
     def derived(self, quantity: Hashable, derive: Callable[["Case"], "Case"]) -> "Case":
@@ -74,6 +79,11 @@ class Case:
     @property
     def num_members(self) -> int:
         return self.prediction.sizes.get("member", 1)
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether scores are corrected for the number of members."""
+        return self.are_draws and self.num_members > 1
 
     @cached_property
     def observed(self) -> xr.Variable:
@@ -119,12 +129,13 @@ class Case:
         return self.members.var("member", ddof=1).where(self.valid)
 
     @cached_property
-    def fair_crps(self) -> xr.Variable:
+    def crps(self) -> xr.Variable:
         if self.num_members == 1:
             return self.absolute_error
         members, observed = unlabelled(self.members), unlabelled(self.observed)
+        method = "fair" if self.is_fair else "ecdf"
         return as_variable(
-            crps_for_ensemble(members, observed, "member", method="fair", preserve_dims="all")
+            crps_for_ensemble(members, observed, "member", method=method, preserve_dims="all")
         )
 
     def ensemble_quantile(self, level: float) -> xr.Variable:
@@ -206,16 +217,18 @@ class Bias(_Deterministic):
 
 
 @dataclass(frozen=True)
-class FairCrps(_Deterministic):
-    """Fair continuous ranked probability score, in the variable's units; one member gives MAE.
+class Crps(_Deterministic):
+    """Continuous ranked probability score, in the variable's units, fair for draws (see `Case`);
+    one member gives MAE.
 
-    Source: Ferro (2014), QJRMS 140, 1917-1923.
+    Source: Hersbach (2000), Weather and Forecasting 15, 559-570; Ferro (2014), QJRMS 140,
+    1917-1923.
     """
 
     name: str = "crps"
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"crps": weighted_mean(case.fair_crps, weights.variable)})
+        return xr.Dataset({"crps": weighted_mean(case.crps, weights.variable)})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         return means["crps"]
@@ -289,7 +302,7 @@ DEFAULT_SCORES: tuple[Score, ...] = (
     Rmse(),
     Mae(),
     Bias(),
-    FairCrps(),
+    Crps(),
     SpreadSkill(),
     AnomalyCorrelation(),
 )

@@ -31,13 +31,14 @@ from atmossl.evaluation.regions import REGIONS, ScoreRegion, stacked_weights
 from atmossl.evaluation.scores import (
     DEFAULT_SCORES,
     Case,
-    FairCrps,
+    Crps,
     Rmse,
     Score,
     SpreadSkill,
     unlabelled,
 )
 from atmossl.evaluation.spherical import SphericalSpectrum
+from atmossl.names import ENSEMBLE
 
 COLUMNS = (
     "task",
@@ -62,7 +63,7 @@ SEASONS = {"DJF": (12, 1, 2), "MAM": (3, 4, 5), "JJA": (6, 7, 8), "SON": (9, 10,
 
 Diagnostic = RankHistogram | OfDerived | Reliability | ZonalSpectrum | SphericalSpectrum
 _Samples = tuple[xr.DataArray, xr.DataArray]  # a score, and it in every resample
-_COMPARED = ((RATIO_PREFIX, Rmse()), (CRPS_RATIO_PREFIX, FairCrps()))
+_COMPARED = ((RATIO_PREFIX, Rmse()), (CRPS_RATIO_PREFIX, Crps()))
 _SCORES = (*DEFAULT_SCORES, Outliers())
 
 
@@ -273,15 +274,18 @@ def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None
     name = str(truth.name)
     there = complete(prediction)
     truth = truth if bool(there.all()) else truth.where(there)
+    member = prediction.coords.get("member")
+    are_draws = member is None or member.attrs.get(ENSEMBLE) != "tail"
     if climate is None or name not in climate.mean:
-        return Case(prediction, truth)
+        return Case(prediction, truth, are_draws=are_draws)
     normal = climatology_at(climate.mean[[name]], case_times(truth.to_dataset()))[name]
     quantiles, rain = climate.quantiles[name], climate.rain.get(name)
     if "level" in truth.dims:
         normal, quantiles = normal.sel(level=truth["level"]), quantiles.sel(level=truth["level"])
     cells = {"latitude": truth["latitude"], "longitude": truth["longitude"]}
     normal, quantiles = normal.assign_coords(cells), quantiles.assign_coords(cells)
-    return Case(prediction, truth, normal.transpose(*truth.dims), quantiles, rain)
+    normal = normal.transpose(*truth.dims)
+    return Case(prediction, truth, normal, quantiles, rain, are_draws)
 
 
 def _mean_of_globe(ratio: xr.DataArray) -> xr.DataArray:

@@ -24,6 +24,7 @@ from atmossl.data.variables import VARIABLES
 from atmossl.geometry import Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.inference.predict import predict_fields, predict_parts
+from atmossl.names import ENSEMBLE
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.stops import Stopped
 
@@ -204,6 +205,8 @@ class OutputLayout:
         for name in coordinates:
             pressure_levels = self.plan.trained.pressure_levels
             dataset[name].attrs = attributes_of(name, pressure_levels=pressure_levels)
+        any_member = self.plan.trained.model.any_member
+        dataset["member"].attrs[ENSEMBLE] = "noise" if any_member else "tail"
         return self.renamed(dataset)
 
     def renamed(self, dataset: xr.Dataset) -> xr.Dataset:

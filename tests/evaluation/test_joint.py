@@ -1,5 +1,7 @@
 """Scores of box means, differences and whole fields, against numpy and ensembles of known kind."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -33,7 +35,7 @@ def labelled(values: np.ndarray) -> xr.DataArray:
     return xr.DataArray(values, coords, DIMS)
 
 
-def case(members: np.ndarray, truth: np.ndarray, **more: xr.DataArray) -> Case:
+def case(members: np.ndarray, truth: np.ndarray, **more: Any) -> Case:
     return Case(labelled(members), labelled(truth[:, None]).isel(member=0), **more)
 
 
@@ -100,9 +102,11 @@ def test_differences_close_the_circle_and_stay_in_their_region() -> None:
     np.testing.assert_allclose(vertical.to_numpy(), np.diff(both.truth, axis=1), atol=1e-12)
 
 
+@pytest.mark.parametrize("are_draws", [True, False])
 @pytest.mark.parametrize("region", ["global", "tropics"])
-def test_energy_score_is_that_of_numpy(region: str) -> None:
-    """Of fields far from zero, with cells that are missing: 1e-9 of the score."""
+def test_energy_score_is_that_of_numpy(region: str, are_draws: bool) -> None:
+    """Of fields far from zero, with cells that are missing: 1e-9 of the score. Members that are no
+    draws are compared with themselves, too."""
     rng = np.random.default_rng(3)
     members = 5e4 + rng.standard_normal((2, 3, 1, 16, 32))
     truth = 5e4 + rng.standard_normal((2, 1, 16, 32))
@@ -118,22 +122,24 @@ def test_energy_score_is_that_of_numpy(region: str) -> None:
 
         error = np.mean([length(x - beside) for x in fields])
         pairs = sum(length(fields[i] - fields[j]) for i in range(3) for j in range(i))
-        expected.append(error - pairs / 6)
-    found = value(EnergyScore(), case(members, truth), region)
+        expected.append(error - pairs / (6 if are_draws else 9))
+    found = value(EnergyScore(), case(members, truth, are_draws=are_draws), region)
     assert found == pytest.approx(np.mean(expected), rel=1e-9)
 
 
 def test_an_event_over_an_area_has_its_own_probability() -> None:
-    """Two of four members exceed in the box's mean, and it happens: fair Brier score by hand."""
+    """Two of four members exceed in the box's mean, and it happens: Brier score by hand, fair for
+    draws."""
     members, truth = np.zeros((1, 4, 1, 16, 32)), np.ones((1, 1, 16, 32))
     members[:, :2] = 1.0
     threshold = xr.full_like(labelled(truth[:, None]).isel(member=0, time=0), 0.5)
     quantiles = threshold.expand_dims(quantile=[0.9])
-    both = case(members, truth, quantiles=quantiles)
     share = 0.5
-    expected = (share - 1) ** 2 - share * (1 - share) / 3
-    for derived in (AreaMeans(4), AreaMaxima(4)):
-        assert value(OfDerived(Brier(0.9), derived), both) == pytest.approx(expected)
+    for are_draws, correction in ((True, share * (1 - share) / 3), (False, 0.0)):
+        both = case(members, truth, quantiles=quantiles, are_draws=are_draws)
+        expected = (share - 1) ** 2 - correction
+        for derived in (AreaMeans(4), AreaMaxima(4)):
+            assert value(OfDerived(Brier(0.9), derived), both) == pytest.approx(expected)
 
 
 def test_missing_cells_leave_out_what_they_belong_to() -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import properscoring
 import pytest
@@ -12,7 +14,7 @@ from atmossl.evaluation.scores import (
     AnomalyCorrelation,
     Bias,
     Case,
-    FairCrps,
+    Crps,
     Mae,
     Rmse,
     SpreadSkill,
@@ -119,8 +121,8 @@ def test_fair_crps_matches_three_libraries(dataset):
     # The empirical CRPS over-counts spread by (M - 1) / M: correct the reference to fair.
     empirical = properscoring.crps_ensemble(case.truth.to_numpy(), members)
     half_spread = np.abs(members[..., :, None] - members[..., None, :]).mean((-1, -2)) / 2
-    np.testing.assert_allclose(case.fair_crps, empirical - half_spread / 4.0, atol=1e-6)
-    ours = FairCrps().per_time(case, area_weights_like(case.truth, GLOBAL))["crps"]
+    np.testing.assert_allclose(case.crps, empirical - half_spread / 4.0, atol=1e-6)
+    ours = Crps().per_time(case, area_weights_like(case.truth, GLOBAL))["crps"]
     weights = area_weights_like(case.truth, GLOBAL)
     theirs = crps_for_ensemble(
         case.prediction,
@@ -135,6 +137,7 @@ def test_fair_crps_matches_three_libraries(dataset):
         case.truth, case.prediction, member_dim="member", dim=[], issorted=False
     )
     np.testing.assert_allclose(other, empirical, atol=1e-5)
+    np.testing.assert_allclose(replace(case, are_draws=False).crps, empirical, atol=1e-6)
 
 
 def test_crps_of_gaussian_sample_is_the_closed_form_one(dataset):
@@ -145,12 +148,12 @@ def test_crps_of_gaussian_sample_is_the_closed_form_one(dataset):
     z = 0.7
     # Gneiting and Raftery (2007), equation 21, for mean 0 and deviation 1.
     expected = z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi)
-    assert _value(FairCrps(), case).item() == pytest.approx(expected, rel=0.01)
+    assert _value(Crps(), case).item() == pytest.approx(expected, rel=0.01)
 
 
 def test_crps_of_one_member_is_the_absolute_error(dataset):
     case = _random_case(dataset, num_members=1)
-    np.testing.assert_allclose(_value(FairCrps(), case), _value(Mae(), case))
+    np.testing.assert_allclose(_value(Crps(), case), _value(Mae(), case))
 
 
 def test_spread_skill_is_one_for_exchangeable_members(dataset):
@@ -166,7 +169,7 @@ def test_missing_truth_is_left_out_of_every_score(dataset):
     half = Case(case.prediction, case.truth.where(here), case.climatology)
     parts = (case.prediction, case.truth, case.climatology)
     cut = Case(*(part.where(here, drop=True) for part in parts if part is not None))
-    for score in (Rmse(), Mae(), Bias(), FairCrps(), SpreadSkill()):
+    for score in (Rmse(), Mae(), Bias(), Crps(), SpreadSkill()):
         np.testing.assert_allclose(_value(score, half), _value(score, cut), rtol=1e-6)
     acc = AnomalyCorrelation()
     np.testing.assert_allclose(_value(acc, half), _value(acc, cut), rtol=1e-6)
@@ -199,7 +202,7 @@ def test_scores_with_gaps_are_those_of_the_library_over_what_is_known(dataset):
             )
             expected = {
                 Rmse(): rmse(mean, flat["truth"], weights=weight),
-                FairCrps(): crps if isinstance(crps, xr.DataArray) else crps["temperature"],
+                Crps(): crps if isinstance(crps, xr.DataArray) else crps["temperature"],
                 AnomalyCorrelation(): _correlation(case, where, cells, own.to_numpy()),
             }
             for score, reference in expected.items():

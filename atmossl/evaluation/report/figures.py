@@ -19,7 +19,7 @@ _TITLES = {
     "rmse": "RMSE",
     "mae": "mean absolute error",
     "bias": "bias",
-    "crps": "fair CRPS",
+    "crps": "CRPS",
     "acc": "anomaly correlation",
     "spread_skill": "spread-skill ratio",
     "outlier_ratio": "outliers over expected",
