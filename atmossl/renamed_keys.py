@@ -66,6 +66,15 @@ def _present(path: tuple[str, ...], key: str, value: Any) -> tuple[str, Any]:
     return _KEYS.get(dotted, key), value
 
 
+def present_name(key: str) -> str:
+    """The present name of a whole key such as `model.stencil`; the key itself if it was never
+    renamed."""
+    *path, last = key.split(".")
+    if key == "catalog":
+        return "data.catalog"
+    return ".".join((*path, _present(tuple(path), last, None)[0]))
+
+
 def _with_unit(value: Any, unit: str) -> Any:
     """A number or a list of them as durations."""
     if isinstance(value, list | tuple):

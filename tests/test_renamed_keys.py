@@ -41,10 +41,21 @@ def test_a_task_is_the_same_object_in_a_file_and_in_a_mixture() -> None:
     assert find_task("forecast", {"lead_time": "90min"}) == Forecast(1.5, 12.0)
 
 
-def test_an_old_name_is_an_unknown_key_of_the_command_line(capsys) -> None:
-    assert main(["config", "validate", "model.stencil=[5,3,3]"]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert "unknown key model.stencil" in error and "model.embedding_stencil" in error
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("model.stencil", "model.embedding_stencil"),
+        ("logger.wandb_project", "logger.project"),
+        ("masking.samplers.2.hidden_hours", "masking.samplers.2.hidden_time"),
+        ("tasks.0.lead_hours", "tasks.0.lead_time"),
+        ("data.read.retry_wait_s", "data.read.retry_wait"),
+        ("catalog", "data.catalog"),
+    ],
+)
+def test_an_old_name_is_refused_in_a_line_that_names_the_present_one(old, now, capsys) -> None:
+    assert main(["config", "validate", f"{old}=3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"unknown key {old}: it is {now} now")
 
 
 @pytest.mark.parametrize("data", ["waves", {"name": "waves"}])

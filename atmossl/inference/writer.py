@@ -190,8 +190,7 @@ class OutputLayout:
 
     def dataset(self, fields: Fields | None = None) -> xr.Dataset:
         """A dataset with CF attributes: with the fields of a single case, or empty and lazy."""
-        coordinates = self.coordinates()
-        arrays = {}
+        coordinates, plan, arrays = self.coordinates(), self.plan, {}
         for name in self.variables:
             dims = self.dims(name)
             if fields is None:
@@ -199,14 +198,13 @@ class OutputLayout:
                 values = dask.array.full(shape, np.nan, dtype=np.float32, chunks=self.chunks(name))
             else:
                 values = self.place(name, fields[name])
-                values = values[None] if self.plan.steps.is_forecast else values
+                values = values[None] if plan.steps.is_forecast else values
             arrays[name] = (dims, values, _description(name))
         dataset = xr.Dataset(arrays, coordinates, self._attributes())
         for name in coordinates:
-            pressure_levels = self.plan.trained.pressure_levels
-            dataset[name].attrs = attributes_of(name, pressure_levels=pressure_levels)
-        any_member = self.plan.trained.model.any_member
-        dataset["member"].attrs[ENSEMBLE] = "noise" if any_member else "tail"
+            levels = plan.trained.pressure_levels
+            dataset[name].attrs = attributes_of(name, pressure_levels=levels)
+        dataset["member"].attrs[ENSEMBLE] = "noise" if plan.trained.model.any_member else "tail"
         return self.renamed(dataset)
 
     def renamed(self, dataset: xr.Dataset) -> xr.Dataset:
@@ -598,6 +596,5 @@ def predictions(
     that `data` have steps."""
     for number, fields in enumerate(predict_fields(plan, list(times), data)):
         if fields:
-            num_members = next(iter(fields.values())).shape[1]
-            case = times[number : number + 1]
+            case, num_members = times[number : number + 1], next(iter(fields.values())).shape[1]
             yield OutputLayout(plan, case, num_members, names, data).dataset(fields)
