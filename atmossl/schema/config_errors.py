@@ -7,6 +7,8 @@ from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
+from atmossl.renamed_keys import present_name
+
 # What pydantic calls the types among which a value may choose; it adds them to the key.
 _KIND = re.compile(
     r"(constrained-|literal\[|function-|nullable|is-instance|tuple\[|list\[|dict\[|lax-or-strict)"
@@ -157,6 +159,8 @@ def _beside(fault: Any, values: Any) -> list[str]:
 def unknown_key(key: str, valid: Iterable[str]) -> str:
     """A sentence on a key that is unknown at its place, with the valid ones."""
     place, dot, name = key.rpartition(".")
+    if present_name(key) != key:
+        return f"unknown key {key}: it is {present_name(key)} now"
     close = get_close_matches(name, list(valid), n=2)
     if close:
         meant = " or ".join(f"{place}{dot}{similar}" for similar in close)
