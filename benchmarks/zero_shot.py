@@ -39,6 +39,7 @@ from atmossl.evaluation.rows import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.inference.tiles import first_view
+from atmossl.renamed_keys import renamed
 from atmossl.schema import StoreChoice
 from benchmarks.finetune import fields_of, ratio, square_error
 from benchmarks.report import finish
@@ -96,7 +97,7 @@ def specialist_values(
 ) -> dict[str, Any]:
     """The configuration of a run on one task's mask, as a checkpoint was trained; from the
     generalist's weights for a tenth of the budget, if it is given."""
-    values = _merged(compose_config("train", ["paths.output=_"]), record)
+    values = _merged(compose_config("train", ["paths.output=_"]), renamed(record))
     values |= {
         "masking": SPECIALISTS[task],
         "tasks": [{"_target_": task, **TASKS[task]}],
