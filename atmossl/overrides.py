@@ -265,3 +265,15 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_literal, value))}]"
     return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else f"{value}"
+
+
+def value_at(values: Any, keys: Sequence[str], absent: Any = None) -> Any:
+    """What stands under these keys, one inside the other, in mappings and lists; else `absent`."""
+    for key in keys:
+        if isinstance(values, list | tuple) and key.isdigit() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, Mapping) and key in values:
+            values = values[key]
+        else:
+            return absent
+    return values

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from atmossl.extras import missing_plugin
-from atmossl.overrides import PATHS, Word, is_readable
+from atmossl.overrides import PATHS, Word, is_readable, value_at
 from atmossl.renamed_keys import present_name
 
 _REFUSED = (
@@ -194,14 +194,7 @@ _ABSENT = object()  # not None, which is the value of many keys
 
 def _at(values: Any, key: str) -> Any:
     """The value of a key, or `_ABSENT`."""
-    for part in key.split("."):
-        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
-            values = values[int(part)]
-        elif isinstance(values, Mapping) and part in values:
-            values = values[part]
-        else:
-            return _ABSENT
-    return values
+    return value_at(values, key.split("."), _ABSENT)
 
 
 def _several(name: str, word: str, valid_keys: Mapping[str, Any]) -> str:

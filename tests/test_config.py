@@ -170,6 +170,23 @@ def test_a_run_takes_network_streams_and_window_of_a_checkpoint_of_an_earlier_ve
     assert [p.shape for p in network.parameters()] == [p.shape for p in trained.model.parameters()]
 
 
+def test_the_checkpoint_of_a_warm_start_is_checked_before_it_is_read() -> None:
+    checkpoint = str(CONF.parent / "tests" / "checkpoints" / "format_2.ckpt")
+    over = ["warm_start.network=true", f"warm_start.checkpoints={checkpoint}"]
+    assert plain(compose_config("train", over))["warm_start"]["checkpoints"] == [checkpoint]
+    with pytest.raises(ConfigError, match=r"^warm_start\.checkpoints\.0=5: valid: a text$"):
+        plain(compose_config("train", ["warm_start.network=true", "warm_start.checkpoints=5"]))
+
+
+def test_all_that_a_causal_network_lacks_is_told_at_once() -> None:
+    over = ["model.causal=true", "model.attention=windowed", "masking=bert"]
+    with pytest.raises(ConfigError) as info:
+        parse(TrainConfig, compose_config("train", over))
+    lines = str(info.value).splitlines()
+    assert [line for line in lines if "attention=windowed, which sees later steps" in line]
+    assert [line for line in lines if "masking=autoregression needs" in line]
+
+
 def test_a_single_word_is_stored_as_the_list_that_it_means() -> None:
     """Whatever calls `train`: a run that goes on compares its settings with the stored ones."""
     words = ["experiment=quickstart", "optimizer.freeze=encoder.*", "paths.output=o"]

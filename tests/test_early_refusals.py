@@ -136,6 +136,8 @@ PREDICT_BEFORE_WEIGHTS = {
     "members=1,1": "members=.1, 1.: valid: null for all, ",
     "task=inpainting task.boxes=europe": "task.boxes='europe': needed: a list of boxes",
     "task=inpainting task.boxes=[[a,b,c,d]]": "task.boxes=.*: needed: a list of boxes",
+    "task=inpainting task.boxes=[[1,2,3]]": "task.boxes=.*: needed: a list of boxes",
+    "task=inpainting task.boxes=[[9,1,0,5]]": "task.boxes=.*: box of latitudes 9 to 1; valid: .so",
     "task=DIR/torn.yaml": "torn.yaml is no YAML: line 2, column 3: expected",
     "data.catalog=DIR/torn.yaml data=mine": "torn.yaml: not a catalog .line 2, column 3: expected",
     "data.catalog=DIR/list.yaml data=mine": "list.yaml: not a catalog .needed: NAME: KEY: VALUE",

@@ -27,8 +27,9 @@ from atmossl.inference.plan import Plan
 from atmossl.masking.tasks import Task
 from atmossl.model.network import Network, network_class
 from atmossl.plugins import check_plugins
-from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice
+from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice, checked
 from atmossl.schema.targets import trained_sampler
+from atmossl.schema.training import WarmStartConfig
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,14 +40,13 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     warm = values.get("warm_start")
     if not isinstance(warm, Mapping) or warm.get("network") is not True:
         return values
-    if not warm.get("checkpoints"):
+    _, warm = checked(WarmStartConfig, warm, within=("warm_start",))
+    if not warm["checkpoints"]:
         raise ValueError(
             "warm_start.network=true takes the network of the first of warm_start.checkpoints, "
             "which names none"
         )
-    if isinstance(warm["checkpoints"], str):
-        warm = {**warm, "checkpoints": [warm["checkpoints"]]}
-        values["warm_start"] = warm
+    values["warm_start"] = warm
     checkpoint_record = read_checkpoint(warm["checkpoints"][0])["atmossl"]
     streams = {stream["name"]: stream for stream in checkpoint_record["streams"]}
     values["stream"] = {
@@ -73,8 +73,8 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
         **window_settings,
         "transforms": checkpoint_record["statistics"][PRIMARY].get("transforms", {}),
     }
-    tuned, layers = warm.get("low_rank", {}), list(Network.low_rank_layers)
-    if tuned.get("layers") == layers:
+    tuned, layers = warm["low_rank"], list(Network.low_rank_layers)
+    if tuned["layers"] == layers:
         tuned = {**tuned, "layers": list(network.low_rank_layers)}
         values["warm_start"] = {**warm, "low_rank": tuned}
     return values

@@ -121,14 +121,15 @@ def read_stations(path: Path) -> AllButListed:
     return AllButListed(lat, lon, key)
 
 
-def _boxes(values: Any) -> Any:
+def _boxes(values: Any) -> tuple[LatLonBox, ...]:
+    """Boxes, of which the configuration has the four limits."""
     try:
         limits = [box if isinstance(box, LatLonBox) else [*map(float, box)] for box in values]
-        return tuple(box if isinstance(box, LatLonBox) else LatLonBox(*box) for box in limits)
+        if any(len(box) != 4 for box in limits if isinstance(box, list)):
+            raise TypeError("a box has four limits")
     except (TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and "float" not in str(error):  # the box says itself why
-            raise
         raise ValueError("needed: a list of boxes [south, north, west, east] in degrees") from error
+    return tuple(box if isinstance(box, LatLonBox) else LatLonBox(*box) for box in limits)
 
 
 def inpainting(

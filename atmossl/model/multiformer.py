@@ -204,7 +204,7 @@ class Multiformer(Network):
                 f"model.ensemble=noise with model.num_members={arguments['num_members']}: training "
                 "compares members, so it needs at least 2"
             )
-        return faults
+        return faults + (_causal_faults(streams, attention) if arguments["causal"] else [])
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block and tail on its own: one graph serves all blocks of equal shape.
@@ -378,26 +378,28 @@ def _attends(
 ) -> tuple[Attend, ...]:
     """The attention functions of encoders, among the queries of decoders, and from these queries
     to an encoder."""
-    if causal:
-        check_causal(streams, attention)
+    for fault in _causal_faults(streams, attention) if causal else ():
+        raise ValueError(fault)
     kinds: tuple[Steps, ...] = ("until", "same", "before") if causal else ("any",) * 3
     return tuple(attend_by(attention, window, steps) for steps in kinds)
 
 
-def check_causal(streams: Sequence[StreamSpec], attention: Attention) -> None:
-    """Raise ValueError if these streams and this attention do not let tokens see their own and
-    earlier steps alone."""
+def _causal_faults(streams: Sequence[StreamSpec], attention: Attention) -> list[str]:
+    """What keeps tokens from seeing their own and earlier steps alone: an attention, or streams
+    whose steps differ."""
+    faults = []
     if attention == "windowed":
-        raise ValueError(
+        faults.append(
             "model.causal=true with model.attention=windowed, which sees later steps; valid: full, "
             "factorised, temporal"
         )
     steps = {spec.name: spec.token_size.time for spec in streams}
     if len(set(steps.values())) > 1 or any(spec.data != PRIMARY for spec in streams):
-        raise ValueError(
+        faults.append(
             f"model.causal=true needs streams of one store whose tokens have one duration; "
             f"stream.*.token_size.time is {steps}"
         )
+    return faults
 
 
 def _predicted(view: View) -> list[StreamTokens]:

@@ -329,9 +329,13 @@ class EvaluateConfig(CheckpointConfig):
         return self
 
 
-def checked(kind: type, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def checked(
+    kind: type, values: Mapping[str, Any], within: tuple[str, ...] = ()
+) -> tuple[Any, dict[str, Any]]:
     """Validate a composed configuration. Returns it, and its values with a list of one in place of
     each single word or number where a list is needed.
+
+    within: the keys that lead to the values, if they are a part of a configuration.
 
     Raises:
         ConfigError: one line per fault, each with the key, the value and what would be valid.
@@ -344,7 +348,7 @@ def checked(kind: type, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
     try:
         return adapter.validate_python(listed), listed
     except ValidationError as error:
-        raise ConfigError("\n".join(lines_of(error.errors(), values=listed))) from error
+        raise ConfigError("\n".join(lines_of(error.errors(), within, listed))) from error
 
 
 def parse(kind: type, values: Mapping[str, Any]) -> Any:

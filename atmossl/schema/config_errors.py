@@ -7,6 +7,7 @@ from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
+from atmossl.overrides import value_at
 from atmossl.renamed_keys import present_name
 
 # What pydantic calls the types among which a value may choose; it adds them to the key.
@@ -79,18 +80,10 @@ def with_single_items_listed(faults: Sequence[Any], values: dict[str, Any]) -> d
         places.setdefault(tuple(_keys_of(fault, ())), set()).add(kind)
     listed = deepcopy(values)
     for keys in (keys for keys, kinds in places.items() if kinds <= _NO_LIST):
-        inner: Any = listed
-        for key in keys[:-1]:
-            inner = _item(inner, key)
+        inner = value_at(listed, keys[:-1])
         if isinstance(inner, dict) and keys[-1] in inner:
             inner[keys[-1]] = [inner[keys[-1]]]
     return listed
-
-
-def _item(values: Any, key: str) -> Any:
-    if isinstance(values, list):
-        return values[int(key)] if key.isdigit() and int(key) < len(values) else None
-    return values.get(key) if isinstance(values, dict) else None
 
 
 def _alternatives(messages: Sequence[str]) -> str:
@@ -150,10 +143,9 @@ def _in_plain_words(fault: Any, message: str) -> str:
 def _beside(fault: Any, values: Any) -> list[str]:
     """The keys that stand beside an unknown one."""
     *path, unknown = _keys_of(fault, ())
-    for part in path:
-        inner = values[int(part)] if isinstance(values, list | tuple) else (values or {}).get(part)
-        values = inner if isinstance(inner, Mapping | list | tuple) else {}
-    return [str(name) for name in values or () if str(name) != unknown]
+    beside = value_at(values, path)
+    names = beside if isinstance(beside, Mapping) else ()
+    return [str(name) for name in names if str(name) != unknown]
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> str:

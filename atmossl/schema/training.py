@@ -19,7 +19,7 @@ from atmossl.data.windows import LoaderSettings, WindowSize
 from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
 from atmossl.masking.random import Autoregression
-from atmossl.model.multiformer import Multiformer, check_causal
+from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import choose_network
 from atmossl.plugins import Part, Plugins, checked_keywords, choose_part
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
@@ -436,17 +436,12 @@ def _model_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
-def _causal_faults(config: TrainConfig) -> list[str]:
-    """Faults of settings that predict every step from earlier ones with a network that sees
-    later steps."""
+def _autoregression_faults(config: TrainConfig) -> list[str]:
+    """Faults of masks that predict every step from earlier ones with a network that sees later
+    steps, or of such a network with other masks."""
     if config.model.kind is not Multiformer:  # others check their own
         return []
     causal = config.model.arguments["causal"]
-    if causal:
-        try:
-            check_causal(config.specs, config.model.arguments["attention"])
-        except ValueError as error:
-            return [str(error)]
     samplers = [config.masking, *getattr(config.masking, "samplers", ())]
     if any(isinstance(sampler, Autoregression) for sampler in samplers) != causal:
         return [
@@ -458,7 +453,7 @@ def _causal_faults(config: TrainConfig) -> list[str]:
 
 
 CHECKS = (
-    _causal_faults,
+    _autoregression_faults,
     _stream_faults,
     _transform_faults,
     _model_faults,

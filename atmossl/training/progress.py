@@ -34,7 +34,6 @@ class RunProgress(L.Callback):
         self._pace = Pace(clock)
         self._clock = clock
         self._due = 0.0  # when a log file gets its next line
-        self._num_validated = 0  # batches of the present validation
         self._first_step = 0
         self._bar: Progress | None = None
 
@@ -94,19 +93,16 @@ class RunProgress(L.Callback):
         parts.pop("learning rate", None)  # the line is short
         self._bar.update(self._bar.task_ids[0], completed=step, told="  ".join(parts.values()))
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del trainer, pl_module
-        self._num_validated = 0
-
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
         batch_idx: int, dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        del pl_module, outputs, batch, batch_idx, dataloader_idx
-        self._num_validated += 1
+        del pl_module, outputs, batch
         if not trainer.is_global_zero:
             return
-        text = f"validation, batch {self._num_validated} of {sum(trainer.num_val_batches):.0f}"
+        batches = trainer.num_val_batches  # of every loader
+        done = sum(batches[:dataloader_idx]) + batch_idx + 1
+        text = f"validation, batch {done:.0f} of {sum(batches):.0f}"
         self._tell_between(trainer, text)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], told=text)
