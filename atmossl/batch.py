@@ -23,6 +23,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from atmossl.setting_types import NotNegativeFloat, Positive
+from atmossl.value_faults import as_written
 
 YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average
 PRIMARY = "primary"  # name of the source that is the run's own data, on whose grid windows are cut
@@ -87,7 +88,8 @@ class StreamSpec:
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(
-                    f"stream.{self.name}.{key}={list(values)} has {twice} twice; give each once"
+                    f"stream.{self.name}.{key}={as_written(values)} has {twice} twice; give each "
+                    "once"
                 )
         if self.num_levels % self.token_size.level:
             raise ValueError(

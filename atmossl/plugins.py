@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
 
 from atmossl.setting_types import target_name
+from atmossl.value_faults import as_written
 
 GROUP = "atmossl.plugins"
 _REST = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -296,8 +297,8 @@ def check_plugins(packages: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if not name.isidentifier() or find_spec(name) is None:
             raise ValueError(
-                f"plugins={list(names)}: no package {name!r} is installed or on PYTHONPATH; valid: "
-                "names of packages, such as my_package"
+                f"plugins={as_written(names)}: no package {name!r} is installed or on PYTHONPATH; "
+                "valid: names of packages, such as my_package"
             )
     return names
 

@@ -11,6 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from atmossl.value_faults import as_written
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -30,7 +32,9 @@ def signed_hours(text: str) -> float:
     """Hours of a duration such as `12h`, `90min`, `2d` or `-30d`; ValueError if it is none."""
     match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", str(text))
     if match is None:
-        raise ValueError(f"{text!r} is no duration; valid: a number and min, h or d, such as 12h")
+        raise ValueError(
+            f"{as_written(text)} is no duration; valid: a number and min, h or d, such as 12h"
+        )
     return float(match[1]) * _HOURS[match[2]]
 
 
@@ -38,7 +42,7 @@ def hours(text: str) -> float:
     """Hours of a duration that is not negative; ValueError if it is none."""
     value = signed_hours(text)
     if value < 0:
-        raise ValueError(f"{text!r} is negative; valid: a duration such as 12h")
+        raise ValueError(f"{as_written(text)} is negative; valid: a duration such as 12h")
     return value
 
 

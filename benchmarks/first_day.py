@@ -88,7 +88,7 @@ MISTAKES = (
     _of("evaluate checkpoint=runs/era5 output=r regions=[tropic]", "regions", "tropics"),
     _of("data add era5/*.nc name=sample", "name=sample", "another name"),
     _of("data inspct era5", "inspct", "inspect"),
-    _of("data inspect erra5", r"data\.name='erra5'", "era5"),
+    _of("data inspect erra5", r"data\.name=erra5", "era5"),
     _of("embed checkpoint=runs/era5 layer=99 output=l.zarr", "layer=99", "valid"),
 )
 

@@ -59,8 +59,8 @@ def test_times_are_all_possible_ones_by_default() -> None:
         ("weather", {}, "valid: .*forecast"),
         ("none.yaml", {}, "no file none.yaml"),
         ("forecast", {"lead": "6h"}, "unknown key task.lead; did you mean task.lead_time"),
-        ("forecast", {"lead_time": "soon"}, "task.lead_time='soon'"),
-        ({"_target_": "oracle"}, {}, "task._target_='oracle': .*valid: .*forecast"),
+        ("forecast", {"lead_time": "soon"}, "task.lead_time=soon"),
+        ({"_target_": "oracle"}, {}, "task._target_=oracle: .*valid: .*forecast"),
         ({"lead_time": "6h"}, {}, "task: .*_target_ among them; valid: .*forecast"),
         (
             {"_target_": "inpainting", "boxes": [50, 20, 0, 9]},

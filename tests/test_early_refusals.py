@@ -125,16 +125,16 @@ PREDICT_BEFORE_WEIGHTS = {
     "missing=drop": "missing",
     "init_tiem=all": "unknown key init_tiem; did you mean init_time",
     "init_time=1959": "init_time=1959: valid: all, an ISO date such as",
-    "init_time=null": "init_time=None: valid: all, an ISO date such as",
+    "init_time=null": "init_time=null: valid: all, an ISO date such as",
     "init_time=[1959-01-12,3]": "init_time=.*: valid: all, an ISO date such as",
     "checkpoint=yes": "checkpoint=yes: no such file; valid: .*the folder of a run, default",
     "checkpoint=DIR/empty": "empty: the folder is empty; valid: ",
     "task.lead_tmie=3h": "unknown key task.lead_tmie; did you mean task.lead_time",
     "output=???": "output: is missing; give output=VALUE",
     "members=0": "members=0: valid: null for all, a number from 1 on, or some by their numbers",
-    "members=all": "members='all': valid: null for all, ",
-    "members=1,1": "members=.1, 1.: valid: null for all, ",
-    "task=inpainting task.boxes=europe": "task.boxes='europe': needed: a list of boxes",
+    "members=all": "members=all: valid: null for all, ",
+    "members=1,1": "members=.1,1.: valid: null for all, ",
+    "task=inpainting task.boxes=europe": "task.boxes=europe: needed: a list of boxes",
     "task=inpainting task.boxes=[[a,b,c,d]]": "task.boxes=.*: needed: a list of boxes",
     "task=inpainting task.boxes=[[1,2,3]]": "task.boxes=.*: needed: a list of boxes",
     "task=inpainting task.boxes=[[9,1,0,5]]": "task.boxes=.*: box of latitudes 9 to 1; valid: .so",
@@ -179,7 +179,7 @@ EVALUATE = {
     "boxes={x: [1,2,0,1]}": "no cell",
     "tails=[0.9,0.1]": "low < high",
     "tasks=[forecast,forecast]": "twice",
-    "tasks=[DIR/bad.yaml]": "^atmossl evaluate: tasks.0.lead_time=.soon",
+    "tasks=[DIR/bad.yaml]": "^atmossl evaluate: tasks.0.lead_time=soon",
     "tasks=[forcast]": "^atmossl evaluate: tasks=forcast: no such choice; did you mean forecast",
     "tasks=forecast,forcast": "^atmossl evaluate: tasks=forcast: no such choice; did you mean fo",
     "regions=arctic": "regions=arctic: unknown; valid: .*tropics",
@@ -232,7 +232,7 @@ TRAIN = {
     "++stream.pop={variables: [u_component_of_wind], levels: [500], "
     "token_size: {time: 1, lat: 2, lon: 2}} stream.s.levels=[300]": "stream.pop.*of that name",
     "masking=streams": "masking.streams has unknown",
-    "trainer.devices=0": "trainer.devices=0: valid: above 0, or 'auto'",
+    "trainer.devices=0": "trainer.devices=0: valid: above 0, or auto",
     "stream.s.levels=[]": "temperature has levels, its stream has levels",
     "data.window.time=100": "100 steps is longer",
     "data.window.lat=40": "window",
@@ -266,8 +266,8 @@ OTHER_COMMANDS = {
     "import aurora DIR/empty output=DIR/a.ckpt": "aurora: no such kind of model; valid: .*atmorep",
     "import atmorep DIR/empty output=DIR/a.ckpt": "data: is missing; needed: output=VALUE data=V",
     "probe checkpoint=default output=DIR/p probes=linear": "probes=linear: unknown; valid: jet_",
-    "probe checkpoint=DIR/tiny.ckpt output=DIR/p layers=last": "layers.0='last': valid: a whole",
-    "embed checkpoint=DIR/tiny.ckpt output=DIR/l.zarr layer=last": "layer='last': valid: a whole",
+    "probe checkpoint=DIR/tiny.ckpt output=DIR/p layers=last": "layers.0=last: valid: a whole",
+    "embed checkpoint=DIR/tiny.ckpt output=DIR/l.zarr layer=last": "layer=last: valid: a whole",
     "embed checkpoint=DIR/tiny.ckpt output=DIR/l.zarr pool=mean": "unknown key pool; valid: ",
 }
 
@@ -285,15 +285,15 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "+model.dim=32": "model.dim exists already; leave out the",
     "model=tinny": r"model=tinny: no such choice; did you mean tiny\? valid: atmorep, ",
     "tasks=nope": "tasks=nope: no such choice; .*valid: standard, or a list of tasks",
-    "data=sampel": r"data.name='sampel' is not in the catalog .*; did you mean sample\? valid: ",
+    "data=sampel": r"data.name=sampel is not in the catalog .*; did you mean sample\? valid: ",
     "model.dim=1,2": "several values; write model.dim=.1,2. for a list, or -m for",
     "model.dim": "model.dim: needs a value; valid: model.dim=VALUE",
     "--foo": "no option --foo; valid: --help, .*; keys have no dashes, as in foo=VALUE",
     "data.window=[5,32,16]": "data.window has keys of its own; valid: .* with time, lat, lon",
     "lr=1e-3": r"unknown key lr; did you mean optimizer.learning_rate\?$",
     "trainer.gpus=4": r"unknown key trainer.gpus; did you mean trainer.devices\?$",
-    "resume=true": "resume=True: valid: null, auto, or the path of a checkpoint$",
-    "objective.losses={mse: 1}": "objective.losses.mse='mse': valid: 'ensemble_mse', ",
+    "resume=true": "resume=true: valid: null, auto, or the path of a checkpoint$",
+    "objective.losses={mse: 1}": "objective.losses.mse=mse: valid: ensemble_mse, ",
     "9x": "9x: is no key; every word is KEY=VALUE",
     "paths.output=": "paths.output=: is empty; valid: paths.output=PATH",
     "data.name=": "data.name=: is empty; valid: data.name=NAME$",
@@ -305,10 +305,10 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "data.transforms.temprature={kind: sqrt, scale: 1}": "no stream has temprature; valid: ",
     "objective=jepa objective.momentum=[1,0.5]": "momentum=.*the second not below the first",
     "objective=jepa objective.momentum=[1]": "objective.momentum.* 2 values",
-    "trainer.devices=0": "trainer.devices=0: valid: above 0, or 'auto'$",
-    "seed=abc": "seed='abc': valid: a whole number$",
+    "trainer.devices=0": "trainer.devices=0: valid: above 0, or auto$",
+    "seed=abc": "seed=abc: valid: a whole number$",
     "trainer.compile=3": "trainer.compile=3: valid: true or false$",
-    "tasks=forecast tasks.0.lead_time=soon": "tasks.0.lead_time='soon'",
+    "tasks=forecast tasks.0.lead_time=soon": "tasks.0.lead_time=soon",
     "tasks=forecast tasks.0.lead_tmie=6h": "unknown key tasks.0.lead_tmie; .*tasks.0.lead_time",
     "tasks=forecast tasks.forecst.lead_time=6h": "NAME one of forecast, 0$",
     "tasks=forecast tasks.1.lead_time=6h": "NAME one of forecast, 0$",
@@ -347,7 +347,7 @@ def test_a_single_word_is_a_list_of_one_where_a_list_is_needed() -> None:
     listed = valid("EvaluateConfig", values)
     assert listed["regions"] == ["tropics"] and listed["tasks"][0]["variables"] == ["x"]
     assert values["regions"] == "tropics"  # what came in is as it was
-    with pytest.raises(ValueError, match="bootstrap='many': valid: a whole number"):
+    with pytest.raises(ValueError, match="bootstrap=many: valid: a whole number"):
         valid("EvaluateConfig", {**values, "bootstrap": "many"})
 
 

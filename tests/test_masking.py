@@ -149,7 +149,7 @@ def test_a_mixture_says_which_sampler_drew_a_mask() -> None:
         assert mask.kind != 1 or count == 2
     named = Mixture(steps, [0.2, 0.3, 0.5], names=["a", "b", "c"])
     assert named.kinds == ("a", "b", "c")
-    with pytest.raises(ValueError, match=r"masking.names=\['a', 'a', 'c'\] for 3 samplers"):
+    with pytest.raises(ValueError, match=r"masking.names=\[a,a,c\] for 3 samplers"):
         Mixture(steps, [0.2, 0.3, 0.5], names=["a", "a", "c"])
 
 

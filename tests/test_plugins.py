@@ -202,30 +202,30 @@ PART = f"{NAME}.parts"
 MISSING = object()
 FAULTS: list[tuple[str, Any, str]] = [
     ("masking.sise", 3, r"^unknown key masking.sise; did you mean masking.size\?$"),
-    ("masking.size", "many", r"masking.size='many': valid: a whole number"),
+    ("masking.size", "many", r"masking.size=many: valid: a whole number"),
     ("masking.size", 0, r"masking.size=0: valid: above 0"),
-    ("masking._target_", "chess", r"_target_='chess': no name .* have \['checkerboard'\]; valid: "),
+    ("masking._target_", "chess", r"_target_=chess: no name .* have \['checkerboard'\]; valid: "),
     (
         "masking._target_",
         "os.system",
-        r"masking._target_='os.system': this is no class of the kind",
+        r"masking._target_=os.system: this is no class of the kind",
     ),
     ("masking._target_", f"{PART}.Chess", r"atmossl_example_plugin.parts has no Chess"),
     ("masking._target_", "nowhere.Chess", r"imported \(No module named 'nowhere'\)"),
-    ("tasks.0.south", "far", r"tasks.0.south='far': valid: a number"),
+    ("tasks.0.south", "far", r"tasks.0.south=far: valid: a number"),
     ("tasks.0.depth", 1, r"unknown key tasks.0.depth; valid: north, south"),
     ("tasks.0.north", -30, r"task.south=-20 and task.north=-30; valid: "),
-    ("objective.delta", "big", r"objective.delta='big': valid: a number"),
+    ("objective.delta", "big", r"objective.delta=big: valid: a number"),
     ("objective.dleta", 1, r"unknown key objective.dleta; did you mean objective.delta\?"),
     ("objective._target_", f"{PART}.Checkerboard", r"objective.*no class of the kind"),
-    ("model.dim", "wide", r"model.dim='wide': valid: a whole number"),
+    ("model.dim", "wide", r"model.dim=wide: valid: a whole number"),
     ("model.num_heads", 2, r"unknown key model.num_heads; did you mean model.num_"),
     ("model.dim", MISSING, r"model.dim: is missing"),
     ("callbacks.weight_norm.every", 0, r"callbacks.weight_norm.every=0: valid: above 0"),
-    ("callbacks.weight_norm", None, r"weight_norm=None: needs the key _target_"),
-    ("logger.others.json_lines.keys", 7, r"others.json_lines.keys=7: .*instance of Sequence"),
+    ("callbacks.weight_norm", None, r"weight_norm=null: needs the key _target_"),
+    ("logger.others.json_lines.keys", 7, r"others.json_lines.keys=7: valid: a list, such as"),
     ("logger.others.json_lines._target_", "lightning.Trainer", r"logger.*no class of the kind"),
-    ("plugins", ["not_there"], r"plugins=\['not_there'\]: no package 'not_there' is installed"),
+    ("plugins", ["not_there"], r"plugins=\[not_there\]: no package 'not_there' is installed"),
     (
         "trainer.extra.detect_anomally",
         True,
@@ -233,7 +233,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ),
     ("trainer.extra.devices", 2, r"trainer.extra.*devices is set by trainer.devices"),
     ("trainer.extra.gradient_clip_val", 2, r"is set by optimizer.gradient_clip"),
-    ("trainer.extra.min_steps", "soon", r"trainer.extra.min_steps='soon': valid: a whole number"),
+    ("trainer.extra.min_steps", "soon", r"trainer.extra.min_steps=soon: valid: a whole number"),
 ]
 
 

@@ -19,6 +19,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from atmossl.setting_types import Strict
 
+from atmossl.value_faults import as_written, in_plain_words
+
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
 LevelKind = Literal["pressure", "model"]
@@ -205,7 +207,9 @@ def _fault(name: str, fault: Any) -> str:
         kind = _INNER[place[0]] if place else CatalogEntry
         close = get_close_matches(str(unknown), kind.model_fields, n=1)
         return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else ''}"
-    return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+    value = "" if isinstance(fault["input"], Mapping) else f"={as_written(fault['input'])}"
+    value = "" if fault["type"] == "value_error" else value  # such a message has it itself
+    return f"{key}{value}: {in_plain_words(fault)}"
 
 
 def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
@@ -224,8 +228,8 @@ def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
     close = get_close_matches(name, entries, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
     raise ValueError(
-        f"data.name={name!r} is not in the catalog and no store lies there; {meant}valid: "
-        f"{sorted(entries)}, or the path of a store"
+        f"data.name={as_written(name)} is not in the catalog and no store lies there; "
+        f"{meant}valid: {sorted(entries)}, or the path of a store"
     )
 
 

@@ -16,6 +16,8 @@ from typing import Any, Self
 import numpy as np
 import xarray as xr
 
+from atmossl.value_faults import as_written
+
 Tell = Callable[[str], object]
 Header = Mapping[str, Any]
 _GRIDS = ("regular_ll", "regular_gg")
@@ -123,7 +125,9 @@ class Messages:
             if not fitting.rows:
                 have = [value for value in chosen.values(key) if value not in _ABSENT]
                 advice = f"valid: {_listed(have)}" if have else "no message has that key"
-                raise NoSuchMessage(f"input {self.file}: filters.{key}={values}: {advice}")
+                raise NoSuchMessage(
+                    f"input {self.file}: filters.{key}={as_written(values)}: {advice}"
+                )
             chosen = fitting
         return chosen
 

@@ -43,6 +43,7 @@ from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
 from atmossl.names import file_name
 from atmossl.setting_types import NotNegative, Positive
+from atmossl.value_faults import as_written
 
 Engine = Literal["threads", "local_cluster", "slurm"]
 _LEVELS = {
@@ -252,7 +253,7 @@ def _cut(dataset: xr.Dataset, source: IngestInput) -> xr.Dataset:
     rows = slice(south - _ROUNDING_DEG, north + _ROUNDING_DEG)
     dataset = dataset.sel(latitude=rows).isel(longitude=ordered)
     if 0 in dataset.sizes.values():
-        raise ValueError(f"region={list(source.region)} holds no cell of {source.location}")
+        raise ValueError(f"region={as_written(source.region)} holds no cell of {source.location}")
     return dataset
 
 

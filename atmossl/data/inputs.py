@@ -40,6 +40,7 @@ from atmossl.data.metadata import (
 from atmossl.data.store import COORDINATES, MODEL_LEVELS, check_model_levels, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
 from atmossl.geometry import ascending_longitudes
+from atmossl.value_faults import as_written
 
 # Files that are joined, and variables of one file, must not contradict each other: what is
 # there twice is refused, as joining would keep the first without a word.
@@ -310,13 +311,13 @@ def _check_found(reading: _Reading, have: set[str], location: str, files: Sequen
     unknown = sorted(set(reading.selection) - reading.selected)
     if unknown:
         raise ValueError(
-            f"input={location}: select.{unknown[0]}={reading.selection[unknown[0]]}: no variable "
-            f"has {unknown[0]}"
+            f"input={location}: select.{unknown[0]}={as_written(reading.selection[unknown[0]])}: "
+            f"no variable has {unknown[0]}"
         )
     if reading.filters and not any(_is_grib(file) for file in files):
         raise ValueError(
-            f"input={location}: filters={reading.filters} choose GRIB messages, and no file is "
-            "GRIB; choose with variables and select"
+            f"input={location}: filters={as_written(reading.filters)} choose GRIB messages, and "
+            "no file is GRIB; choose with variables and select"
         )
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import xarray as xr
 
 from atmossl.geometry import TOLERANCE_DEG, area_weights, within_longitudes
+from atmossl.value_faults import as_written
 
 _CELL = ("latitude", "longitude")
 
@@ -66,7 +67,7 @@ def find_regions(names: Iterable[str]) -> list[ScoreRegion]:
         valid = ", ".join(sorted(REGIONS))
         raise ValueError(f"regions={','.join(unknown)}: unknown; valid: {valid}")
     if len(set(names)) < len(names):
-        raise ValueError(f"regions={names} names one twice")
+        raise ValueError(f"regions={as_written(names)} names one twice")
     return [REGIONS[name] for name in names]
 
 
@@ -82,8 +83,8 @@ def boxes(limits: Mapping[str, Sequence[float]]) -> list[ScoreRegion]:
             raise ValueError(f"boxes.{name} is the name of a belt; choose another")
         if not -90.0 <= south < north <= 90.0:
             raise ValueError(
-                f"boxes.{name}={[south, north, west, east]}: needed are south < north within "
-                "-90..90, then west and east"
+                f"boxes.{name}={as_written([south, north, west, east])}: needed are south < north "
+                "within -90..90, then west and east"
             )
         regions.append(ScoreRegion(name, ((south, north),), (west, east)))
     return regions

@@ -33,6 +33,7 @@ from atmossl.model.linear import merged
 from atmossl.model.network import Network, build_network, network_class
 from atmossl.sealed import in_one_line
 from atmossl.setting_types import snake_case, target_name
+from atmossl.value_faults import in_plain_words
 
 # The reference checkpoint, and one with two streams, either of which can be hidden whole.
 PACKAGED = {"default": "reference", "default_streams": "reference_streams"}
@@ -228,7 +229,10 @@ def naming_network(name: str) -> Generator[None]:
     try:
         yield
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        faults = [
+            f"{'.'.join(map(str, fault['loc']))}: {in_plain_words(fault)}"
+            for fault in error.errors()
+        ]
         raise ValueError(
             f"checkpoint={name}: its record makes no network: {'; '.join(faults)}"
         ) from error

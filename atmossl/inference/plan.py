@@ -29,6 +29,7 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.model.network import EVALUATED_MEMBERS
 from atmossl.setting_types import hours
+from atmossl.value_faults import as_written
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
@@ -313,8 +314,8 @@ def _check_members(trained: TrainedModel, members: int | tuple[int, ...] | None)
         )
     if max(members) >= have:
         raise ValueError(
-            f"members={list(members)}: the tail of this checkpoint has {have} members; valid: "
-            f"numbers from 0 to {have - 1}"
+            f"members={as_written(members)}: the tail of this checkpoint has {have} members; "
+            f"valid: numbers from 0 to {have - 1}"
         )
 
 

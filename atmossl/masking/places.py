@@ -31,6 +31,7 @@ from atmossl.masking.tasks import (
     told_examples,
 )
 from atmossl.setting_types import NotNegative, Positive
+from atmossl.value_faults import as_written
 
 
 @runtime_checkable
@@ -293,7 +294,9 @@ class CrossVariable(Task):
         ):
             unknown = sorted(set(named) - have)
             if unknown:
-                raise ValueError(f"task.{key}={unknown} are not predicted; valid: {sorted(have)}")
+                raise ValueError(
+                    f"task.{key}={as_written(unknown)} are not predicted; valid: {sorted(have)}"
+                )
 
     def _hidden_levels(self, spec: StreamSpec) -> Bool[Tensor, "level"]:
         """Which token levels of a stream are hidden.
@@ -304,9 +307,9 @@ class CrossVariable(Task):
         inside = [name in self.variables or not self.variables for name in spec.variables]
         if any(inside) and not all(inside):
             raise ValueError(
-                f"task.variables={list(self.variables)} share tokens of stream {spec.name} with "
-                f"other variables ({list(spec.variables)}), so they cannot be hidden alone; hide "
-                "them all, or use a checkpoint with a stream of their own, such as "
+                f"task.variables={as_written(self.variables)} share tokens of stream {spec.name} "
+                f"with other variables ({list(spec.variables)}), so they cannot be hidden alone; "
+                "hide them all, or use a checkpoint with a stream of their own, such as "
                 "checkpoint=default_streams"
             )
         levels = torch.tensor([level in self.levels or not self.levels for level in
@@ -314,7 +317,8 @@ class CrossVariable(Task):
         tokens = levels.view(-1, spec.token_size.level)
         if bool((tokens.any(dim=1) != tokens.all(dim=1)).any()):
             raise ValueError(
-                f"task.levels={list(self.levels)} share tokens of stream {spec.name} with other "
+                f"task.levels={as_written(self.levels)} share tokens of stream {spec.name} with "
+                "other "
                 f"levels, so they cannot be hidden alone: a token holds {spec.token_size.level} of "
                 f"{list(spec.level_values)} hPa"
             )

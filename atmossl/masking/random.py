@@ -20,6 +20,7 @@ from atmossl.masking.base import (
     window_times,
 )
 from atmossl.setting_types import Positive, snake_case
+from atmossl.value_faults import as_written
 
 _KINDS = {
     "drop": Corruption.DROP,
@@ -32,7 +33,7 @@ _KINDS = {
 
 def _check_range(key: str, bounds: Sequence[float]) -> None:
     if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1] <= 1.0:
-        raise ValueError(f"{key}={list(bounds)} must be two rates, 0 <= low <= high <= 1")
+        raise ValueError(f"{key}={as_written(bounds)} must be two rates, 0 <= low <= high <= 1")
 
 
 def _check_probability(key: str, value: float) -> None:
@@ -205,7 +206,7 @@ class BlockMasking:
     def __post_init__(self) -> None:
         _check_range("masking.share", self.share)
         if self.corruption not in ("mask", "drop"):
-            raise ValueError(f"masking.corruption={self.corruption!r}; valid: mask, drop")
+            raise ValueError(f"masking.corruption={as_written(self.corruption)}; valid: mask, drop")
         if self.cells and self.corruption != "mask":
             raise ValueError("masking.corruption=drop takes whole tokens: masking.cells=false")
 
@@ -328,8 +329,8 @@ class SplitBrain:
         first = set(self.first or predicted[: len(predicted) // 2])
         if not first < set(predicted):
             raise ValueError(
-                f"masking.first={list(self.first)} must name some, but not all, of the predicted "
-                f"streams {predicted}; split_brain needs at least two of them"
+                f"masking.first={as_written(self.first)} must name some, but not all, of the "
+                f"predicted streams {predicted}; split_brain needs at least two of them"
             )
         hides_first = bool(rng.integers(2))
         masks = []
@@ -388,8 +389,8 @@ class Mixture:
             len(self.names) != len(self.samplers) or len(set(self.names)) < len(self.names)
         ):
             raise ValueError(
-                f"masking.names={list(self.names)} for {len(self.samplers)} samplers; give each a "
-                "name of its own"
+                f"masking.names={as_written(self.names)} for {len(self.samplers)} samplers; give "
+                "each a name of its own"
             )
         if len(self.samplers) != len(self.probabilities) or not self.samplers:
             raise ValueError(
@@ -398,7 +399,8 @@ class Mixture:
             )
         if abs(sum(self.probabilities) - 1.0) > 1e-6 or min(self.probabilities) < 0:
             raise ValueError(
-                f"masking.probabilities={list(self.probabilities)} must be positive and sum to 1"
+                f"masking.probabilities={as_written(self.probabilities)} must be positive and sum "
+                "to 1"
             )
 
     def __call__(

@@ -30,6 +30,7 @@ from atmossl.masking.base import (
     window_times,
 )
 from atmossl.setting_types import Hours, NotNegative, Positive, snake_case
+from atmossl.value_faults import as_written
 
 
 @dataclass(frozen=True)
@@ -376,8 +377,8 @@ class TemporalInterpolation(Task):
         if self.steps is not None:
             if not self.steps or not 0 < min(self.steps) <= max(self.steps) < num_steps - 1:
                 raise ValueError(
-                    f"task.steps={list(self.steps)}: hide steps inside the window; valid: 1 to "
-                    f"{num_steps - 2}"
+                    f"task.steps={as_written(self.steps)}: hide steps inside the window; valid: 1 "
+                    f"to {num_steps - 2}"
                 )
             return sorted(set(self.steps))
         count = steps_of("task.hidden_time", self.hidden_hours, step_hours)

@@ -61,6 +61,7 @@ from atmossl.model.network import (
 )
 from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
 from atmossl.setting_types import Positive, PositiveFloat
+from atmossl.value_faults import as_written
 
 
 def _flatten(tokens: Tensor) -> Tensor:
@@ -179,7 +180,9 @@ class Multiformer(Network):
         attention, num_heads = arguments["attention"], arguments["num_heads"]
         faults = []
         if any(size % 2 == 0 for size in stencil):
-            faults.append(f"model.embedding_stencil={list(stencil)} must be odd along every axis")
+            faults.append(
+                f"model.embedding_stencil={as_written(stencil)} must be odd along every axis"
+            )
         if kernel_size % 2 == 0:
             faults.append(f"model.kernel_size={kernel_size} must be odd")
         if attention in ("factorised", "windowed") and num_heads % 2:
@@ -438,7 +441,8 @@ def _check_sizes(
 ) -> None:
     if any(size % 2 == 0 for size in odd):
         raise ValueError(
-            f"model.embedding_stencil={list(odd[:3])} and model.kernel_size={odd[3]} must be odd"
+            f"model.embedding_stencil={as_written(odd[:3])} and model.kernel_size={odd[3]} must "
+            "be odd"
         )
     unknown = sorted(set(dims) - set(widths))
     if unknown:

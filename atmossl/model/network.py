@@ -332,7 +332,7 @@ def choose_network(node: Any) -> Part:
     if isinstance(node, Part):
         return node
     if not isinstance(node, Mapping):
-        raise ValueError("valid: a mapping of keys and values")
+        raise ValueError("valid: keys and values, such as {KEY: VALUE}")
     values = dict(node)
     name = target_name(str(values.pop("_target_", "multiformer")))
     kind = networks().get(name)

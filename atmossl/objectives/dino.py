@@ -30,6 +30,7 @@ from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.masked import hidden_areas, predicted_streams
 from atmossl.objectives.pairs import PairMeasures, by_task_and_mean
 from atmossl.objectives.teacher import Momentum, follow, momentum_at, teacher_of
+from atmossl.value_faults import as_written
 
 Positive = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(gt=0.0)]
@@ -181,12 +182,12 @@ class SelfDistillation(Objective):
         student, teacher = arguments["student_temperature"], arguments["teacher_temperature"]
         if max(teacher) >= student:
             faults.append(
-                f"objective.teacher_temperature={list(teacher)} must be below "
+                f"objective.teacher_temperature={as_written(teacher)} must be below "
                 f"objective.student_temperature={student:g}: the teacher is to be the surer one"
             )
         if list(arguments["patch_rate"]) != sorted(arguments["patch_rate"]):
             faults.append(
-                f"objective.patch_rate={list(arguments['patch_rate'])}; needed: low, high"
+                f"objective.patch_rate={as_written(arguments['patch_rate'])}; needed: low, high"
             )
         prototypes, num_views = arguments["num_prototypes"], _num_views(arguments)
         needed = (

@@ -36,6 +36,7 @@ from atmossl.probes.features import (
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings
 from atmossl.probes.labels import PROBES, Blind, check_probes
 from atmossl.probes.scoring import Outcome, Question, Scorer, ask, best_by_validation
+from atmossl.value_faults import as_written
 
 STEADY_TRAIN_DATES, STEADY_TEST_BLOCKS = 50, 8  # with fewer, the scores come with a warning
 _SEES_ALL = Blind()
@@ -143,7 +144,7 @@ class ProbeRun:
         count = trained.model.num_encoder_layers
         layers = options.layers or tuple(range(count))
         if wrong := [layer for layer in layers if not -count <= layer < count]:
-            raise ValueError(f"layers={wrong}; valid: {-count} to {count - 1}")
+            raise ValueError(f"layers={as_written(wrong)}; valid: {-count} to {count - 1}")
         layers = tuple(sorted({layer % count for layer in layers}))
         runs = chosen_runs(records, window_steps=trained.window.time, every=options.every)
         embedders = tuple(_embedder(trained, run.segment, options) for run in runs)
@@ -351,7 +352,8 @@ def _check_finetuned(settings: FinetuneSettings, questions: Sequence[Question]) 
     wrong = [name for name in settings.probes if name not in asked]
     if settings.fractions and (wrong or not settings.probes):
         raise ValueError(
-            f"finetune.probes={list(settings.probes)}; valid: of the probes of this run {asked}"
+            f"finetune.probes={as_written(settings.probes)}; valid: of the probes of this run "
+            f"{asked}"
         )
 
 

@@ -9,33 +9,15 @@ from typing import Any
 
 from atmossl.overrides import value_at
 from atmossl.renamed_keys import present_name
+from atmossl.value_faults import as_written, in_plain_words
 
 # What pydantic calls the types among which a value may choose; it adds them to the key.
 _KIND = re.compile(
     r"(constrained-|literal\[|function-|nullable|is-instance|tuple\[|list\[|dict\[|lax-or-strict)"
     r"|^(str|int|float|bool|none|path|\[key\])$"
 )
-_WORDS = {  # by pydantic's kind of error, with the limits that it knows
-    "greater_than": "above {gt}",
-    "greater_than_equal": "{ge} or above",
-    "less_than": "below {lt}",
-    "less_than_equal": "{le} or below",
-    "literal_error": "{expected}",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "a text",
-    "path": "a path",
-    "tuple": "a list",
-    "list": "a list",
-    "dict": "a mapping of keys and values",
-    "none": "null",
-    "model_attributes_type": "a mapping of keys and values",
-    "dataclass_type": "a mapping of keys and values",
-    "string_too_short": "a text that is not empty",
-}
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _NO_LIST = {"tuple_type", "list_type", "sequence_str"}  # kinds of error of what is no list
-_OF_TYPE = re.compile(r"(int|float|bool|string|path|tuple|list|dict|none)_(?!too)(\w+)")
 
 
 class ConfigError(ValueError):
@@ -65,9 +47,9 @@ def lines_of(
             msg = f"valid: {lengths[loc]} values"
             fault = {**fault, "type": "too_few", "loc": loc, "msg": msg}
         if not follows(fault):
-            value, colon, message = line_of(fault, within, values).partition(": ")
-            messages.setdefault(value + colon, []).append(message)
-    return [value + _alternatives(alternatives) for value, alternatives in messages.items()]
+            start, message = _parts_of_line(fault, within, values)
+            messages.setdefault(start, []).append(message)
+    return [start + _alternatives(alternatives) for start, alternatives in messages.items()]
 
 
 def with_single_items_listed(faults: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -104,11 +86,10 @@ def _keys_of(fault: Any, within: tuple[str, ...]) -> list[str]:
     return [str(part) for part in (*within, *fault["loc"]) if not _KIND.search(str(part))]
 
 
-def line_of(
-    fault: Any, within: tuple[str, ...] = (), values: Mapping[str, Any] | None = None
-) -> str:
-    """The line for one of pydantic's errors: key, value, and what would be valid. within: the keys
-    that lead to the validated part.
+def _parts_of_line(
+    fault: Any, within: tuple[str, ...], values: Mapping[str, Any] | None
+) -> tuple[str, str]:
+    """The line for one of pydantic's errors, in two parts: key and value, and what would be valid.
 
     within: the keys that lead to what was validated.
     """
@@ -116,28 +97,16 @@ def line_of(
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in ("unknown_key", "extra_forbidden", "unexpected_keyword_argument"):
         valid = fault.get("ctx", {}).get("valid")
-        return unknown_key(key, _beside(fault, values) if valid is None else valid)
+        return unknown_key(key, _beside(fault, values) if valid is None else valid), ""
     if not key:
-        return message.replace(" | ", "\n")
+        return message.replace(" | ", "\n"), ""
     if message.startswith((f"{key}.", f"{key}=", f"{key}:")):  # it says itself where it is
-        return message
-    value = "" if isinstance(fault["input"], Mapping) else f"={fault['input']!r}"
-    if fault["type"] == "missing":
-        return f"{key}: is missing; give it a value"
-    return f"{key}{value}: {_in_plain_words(fault, message)}"
-
-
-def _in_plain_words(fault: Any, message: str) -> str:
-    """The valid values in plain words, where pydantic's are for programmers."""
-    match = _OF_TYPE.fullmatch(fault["type"])
-    words = _WORDS.get(match[1] if match else fault["type"])
-    if words is None:
-        return message
-    limits = {
-        name: f"{limit:g}" if isinstance(limit, float) else limit
-        for name, limit in fault.get("ctx", {}).items()
-    }
-    return f"valid: {words.format(**limits)}"
+        start, colon, message = message.partition(": ")
+        return start + colon, message
+    value = "" if isinstance(fault["input"], Mapping) else f"={as_written(fault['input'])}"
+    if fault["type"] in _MISSING:
+        return f"{key}: ", "is missing; give it a value"
+    return f"{key}{value}: ", in_plain_words(fault)
 
 
 def _beside(fault: Any, values: Any) -> list[str]:

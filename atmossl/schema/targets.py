@@ -45,6 +45,7 @@ from atmossl.plugins import (
     with_defaults,
 )
 from atmossl.setting_types import snake_case
+from atmossl.value_faults import as_written
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
@@ -182,7 +183,9 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     kind, values = _kind_of(node, objectives(), Objective)
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
-        raise ValueError(f"train_only={train_only!r}; valid: null or one of {list(_ENDS)}")
+        raise ValueError(
+            f"train_only={as_written(train_only)}; valid: null or one of {list(_ENDS)}"
+        )
     keywords = checked_keywords(kind, values, _OF_THE_RUN, as_written=_with_parts)
     return ObjectiveChoice(kind, with_defaults(kind, keywords, _OF_THE_RUN), train_only)
 

@@ -25,6 +25,7 @@ from atmossl.plugins import Part, Plugins, checked_keywords, choose_part
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.setting_types import NonZeroShare, NotNegative, Positive, Strict, snake_case
 from atmossl.training.optimizer import OptimizerChoice
+from atmossl.value_faults import as_written
 
 
 def _of_lightning(name: str) -> Any:
@@ -186,8 +187,8 @@ def _trainer_faults(config: "TrainConfig") -> list[str]:
     last = sum(trainer.profile_steps)
     if trainer.profiler != "none" and last > trainer.max_steps * trainer.accumulate:
         faults.append(
-            f"trainer.profile_steps={list(trainer.profile_steps)} (first batch, number) end after "
-            f"the run's {trainer.max_steps * trainer.accumulate} batches"
+            f"trainer.profile_steps={as_written(trainer.profile_steps)} (first batch, number) end "
+            f"after the run's {trainer.max_steps * trainer.accumulate} batches"
         )
     return faults
 
@@ -369,11 +370,15 @@ def _entry_faults(stream: StreamSpec, entry: CatalogEntry) -> list[str]:
     unknown = sorted(set(stream.variables) - set(entry.variables) - set(FORCINGS))
     if unknown:
         valid = sorted({*entry.variables, *FORCINGS})
-        faults.append(f"stream.{name}.variables={unknown} not in the catalog; valid: {valid}")
+        faults.append(
+            f"stream.{name}.variables={as_written(unknown)} not in the catalog; valid: {valid}"
+        )
     levels = sorted(set(stream.levels) - set(entry.levels))
     if levels:
         valid_levels = list(entry.levels)
-        faults.append(f"stream.{name}.levels={levels} not in the catalog; valid: {valid_levels}")
+        faults.append(
+            f"stream.{name}.levels={as_written(levels)} not in the catalog; valid: {valid_levels}"
+        )
     return faults
 
 

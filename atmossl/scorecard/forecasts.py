@@ -45,6 +45,7 @@ from atmossl.scorecard.task_report import (
     span,
     when,
 )
+from atmossl.value_faults import as_written
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 
@@ -193,8 +194,8 @@ def _state_at_init(example: Example, truth: xr.Dataset) -> Given | None:
 def _check_some_scored(forecasts: Iterable[str], empty: Iterable[str]) -> None:
     if names := sorted(empty):
         raise ValueError(
-            f"forecasts={list(forecasts)}: no value of {names} can be scored, as some forecast has "
-            "none anywhere; leave out that forecast or variable"
+            f"forecasts={as_written(forecasts)}: no value of {names} can be scored, as some "
+            "forecast has none anywhere; leave out that forecast or variable"
         )
 
 

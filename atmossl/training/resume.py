@@ -12,6 +12,7 @@ from atmossl.checkpoint_files import read_record_to_go_on
 from atmossl.data.fingerprint import agree
 from atmossl.setting_types import target_name
 from atmossl.training.keeping import ABANDONED, checkpoints_in, marks_in
+from atmossl.value_faults import as_written
 
 # Keys of the configuration that weights and states of the optimiser depend on.
 _FIXED = (
@@ -119,7 +120,7 @@ def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
     for key in (key for key in before if key in now):
         old, new = _plain(before[key]), _plain(now[key])
         if old != new:
-            yield f"{where}.{key}={old}, not {new}"
+            yield f"{where}.{key}={as_written(old)}, not {as_written(new)}"
 
 
 def _plain(value: Any) -> Any:

@@ -126,7 +126,7 @@ ENTRY = """waves:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[{segment: run}]", "[]", "waves.splits.train: Tuple should have at least 1 item"),
+        ("[{segment: run}]", "[]", r"waves.splits.train=\[\]: valid: at least one value"),
         ("segment: run}", "segment: two}", r"waves: splits.train names segment 'two'; valid: \["),
         (
             "variables:",

@@ -475,7 +475,7 @@ def test_the_command_writes_a_page_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert command("page") == 2 and "exists" in capsys.readouterr().err
     for more, words in (
         ("layer=4", "layer=4; valid: -1 to 0"),
-        ("places=[[1,2,3]]", "places.0=[1, 2, 3]"),
+        ("places=[[1,2,3]]", "places.0=[1,2,3]"),
         ("init_time=1999-01-01", "init_time=1999-01-01T00 is not in segment"),
         ("init_time=2001-01-01,2001-01-02", "valid: one ISO date such as 1959-01-12T06, or null"),
     ):

@@ -62,7 +62,7 @@ def test_a_range_names_the_dates_within_both_its_ends(store: xr.Dataset) -> None
     for text, message in (
         (f"{every[0]}/{every[-1]}/6h", "lacks steps around it"),
         (f"{last}/{first}/6h", "lies after"),
-        (f"{first}/{last}/6", "'6' is no duration"),
+        (f"{first}/{last}/6", "6. is no duration"),
         (f"{first}/{last}/0h", "step 0h"),
         (f"{first}/{last}/6h/1", "START/END/STEP"),
     ):

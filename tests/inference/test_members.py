@@ -95,7 +95,7 @@ def test_members_of_a_rollout_go_on_with_their_own_noise() -> None:
 def test_a_tail_has_no_more_members_than_it_has() -> None:
     for members, message in (
         (20, r"members=20: .* tail; valid: null .* members=\[0,1\]"),
-        ((1, 2), r"members=\[1, 2\]: the tail of this checkpoint has 2 members; valid: .* 0 to 1"),
+        ((1, 2), r"members=\[1,2\]: the tail of this checkpoint has 2 members; valid: .* 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor(Forecast(6), Known(lambda stream: stream.guess), members=members)
