@@ -18,7 +18,6 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from atmossl.setting_types import Strict
-
 from atmossl.value_faults import as_written, in_plain_words
 
 Split = Literal["train", "validation", "test"]
