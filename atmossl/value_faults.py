@@ -108,7 +108,7 @@ def in_plain_words(fault: Any) -> str:
     limits["class_name"] = limits.get("class_name", limits.get("class"))
     words = _VALID.get(kind)
     if kind == "is_instance_of":
-        words = _OF_CLASS.get(limits["class_name"], words)
+        words = _OF_CLASS.get(str(limits["class_name"]), words)
     if limits.get("min_length") == 1:
         words = _ONE.get(kind, words)
     if words is None:
