@@ -114,7 +114,8 @@ class LoaderSettings:
     one read serves them. num_workers: processes that read; 0: the training process itself.
     prefetch: batches that a worker holds ready. unreadable: whether a chunk that cannot be read
     ends the run or skips its samples. first_guess: predict the residual from it; false: from the
-    mean; surroundings: also fill what is never shown from the places around.
+    mean; surroundings: also fill what is never shown from the places around; other_model: from what
+    a stream of role input with a store of its own says of the same variable and level.
 
     Raises:
         ValueError: windows_per_read divides neither of what it groups.

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 
 from atmossl.evaluation.alignment import grid_of
+from atmossl.evaluation.regrid import ConservativeRegridder
 from atmossl.evaluation.sphere import Halo, polar_sign
 from atmossl.geometry import Grid, area_weights
 from atmossl.masking.base import coarsen as coarsened
@@ -87,37 +88,60 @@ class Coarsening:
         num_points: int,
         sign: float | np.ndarray,
     ) -> Float[np.ndarray, "*batch lat lon"]:
-        """Lagrange interpolation through `num_points` block centres along each axis. Where some of
-        them are missing it is linear between those that are there, by their weights."""
-        there = np.isfinite(fields)
-        if there.all():
-            return self._apply(fields, num_points, sign, np.asarray)
-        total = self._apply(np.where(there, fields, 0.0), _LINEAR, sign, np.asarray)
-        share = self._apply(there.astype(float), _LINEAR, 1.0, np.asarray)
-        linear = np.divide(total, share, out=np.full_like(total, np.nan), where=share > _NOTHING)
-        if num_points == _LINEAR:
-            return linear
-        lacking = self._apply((~there).astype(float), num_points, 1.0, np.abs)
-        smooth = self._apply(np.where(there, fields, 0.0), num_points, sign, np.asarray)
-        return np.where(lacking > _NOTHING, linear, smooth)
-
-    def _apply(
-        self,
-        fields: Float[np.ndarray, "*batch block_lat block_lon"],
-        num_points: int,
-        sign: float | np.ndarray,
-        of_weights: Callable[[np.ndarray], np.ndarray],
-    ) -> Float[np.ndarray, "*batch lat lon"]:
-        halo = Halo(self.coarse, num_points // 2, num_points // 2)
-        along_lat = of_weights(lagrange_matrix(halo.latitude, self.fine.latitude, num_points))
-        along_lon = of_weights(lagrange_matrix(halo.longitude, self.fine.longitude, num_points))
-        wide = halo.extend(fields, sign)
-        return np.einsum("yi,...ij,xj->...yx", along_lat, wide, along_lon, optimize=True)
+        """See `_interpolated`; the points are block centres."""
+        lines = _Lines(self.coarse, self.fine.latitude, self.fine.longitude)
+        return _interpolated(fields, lines, num_points, sign)
 
     def bicubic(
         self, fields: Float[np.ndarray, "*batch block_lat block_lon"], sign: float | np.ndarray
     ) -> Float[np.ndarray, "*batch lat lon"]:
         return self.interpolate(fields, _CUBIC, sign)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Weights of polynomials in latitude and in longitude, from a grid to other places.
+
+    longitude: within the circle that begins one column west of the grid.
+    """
+
+    source: Grid
+    latitude: Float[np.ndarray, " lat"]
+    longitude: Float[np.ndarray, " lon"]
+
+    def apply(
+        self,
+        fields: Float[np.ndarray, "*batch source_lat source_lon"],
+        num_points: int,
+        sign: float | np.ndarray,
+        of_weights: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> Float[np.ndarray, "*batch lat lon"]:
+        halo = Halo(self.source, num_points // 2, num_points // 2)
+        along_lat = of_weights(lagrange_matrix(halo.latitude, self.latitude, num_points))
+        along_lon = of_weights(lagrange_matrix(halo.longitude, self.longitude, num_points))
+        wide = halo.extend(fields, sign)
+        return np.einsum("yi,...ij,xj->...yx", along_lat, wide, along_lon, optimize=True)
+
+
+def _interpolated(
+    fields: Float[np.ndarray, "*batch source_lat source_lon"],
+    lines: _Lines,
+    num_points: int,
+    sign: float | np.ndarray,
+) -> Float[np.ndarray, "*batch lat lon"]:
+    """Lagrange interpolation through `num_points` points along each axis. Where some of them are
+    missing it is linear between those that are there, by their weights."""
+    there = np.isfinite(fields)
+    if there.all():
+        return lines.apply(fields, num_points, sign)
+    total = lines.apply(np.where(there, fields, 0.0), _LINEAR, sign)
+    share = lines.apply(there.astype(float), _LINEAR, 1.0)
+    linear = np.divide(total, share, out=np.full_like(total, np.nan), where=share > _NOTHING)
+    if num_points == _LINEAR:
+        return linear
+    lacking = lines.apply((~there).astype(float), num_points, 1.0, np.abs)
+    smooth = lines.apply(np.where(there, fields, 0.0), num_points, sign)
+    return np.where(lacking > _NOTHING, linear, smooth)
 
 
 def _mean_of_blocks(coordinate: np.ndarray, factor: int) -> np.ndarray:
@@ -171,6 +195,23 @@ def bicubic(coarse: xr.Dataset, fine: xr.Dataset) -> xr.Dataset:
     """Cubic interpolation along both axes, on the grid of `fine`."""
     blocks = _blocks_between(coarse, fine)
     return _onto(coarse, fine, blocks.bicubic)
+
+
+def on_cells(dataset: xr.Dataset, grid: Grid) -> xr.Dataset:
+    """Fields on the cells of a grid, wherever their own lie: cubic interpolation if these are as
+    large or larger, area means if they are smaller.
+
+    Raises:
+        ValueError: smaller cells that do not cover those of the grid.
+    """
+    source = grid_of(dataset)
+    if source.matches(grid):
+        return dataset.assign_coords(latitude=grid.latitude, longitude=grid.longitude)
+    if source.latitude_spacing < grid.latitude_spacing:
+        return ConservativeRegridder(source, grid)(dataset)
+    west = source.longitude[0] - source.longitude_spacing
+    lines = _Lines(source, grid.latitude, west + (grid.longitude - west) % 360.0)
+    return _map_fields(dataset, lambda values, s: _interpolated(values, lines, _CUBIC, s), grid)
 
 
 def _blocks_between(coarse: xr.Dataset, fine: xr.Dataset) -> Coarsening:

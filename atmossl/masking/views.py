@@ -39,12 +39,13 @@ from atmossl.masking.base import (
     repeat_coarse,
     share_known,
 )
+from atmossl.masking.correction import other_model_guess
 from atmossl.masking.crops import Crop, CropPart, cropped, draw_part
 
-SURROUNDINGS = "surroundings"
+SURROUNDINGS, OTHER_MODEL = "surroundings", "other_model"
 # Of hidden values: none, which is the climatological mean; from other steps of the same place; or
-# that, and for places that are never shown from the places around.
-FirstGuess = bool | Literal["surroundings"]
+# that, and for places that are never shown from the places around, or from what another model says.
+FirstGuess = bool | Literal["surroundings", "other_model"]
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,12 @@ def make_view(
     if hidden_points is not None:
         masks = [replace(m, points=p) for m, p in zip(masks, hidden_points, strict=True)]
     streams = tuple(
-        corrupt(window, layout.grid, mask, rng, first_guess=first_guess)
+        corrupt(
+            window, layout.grid, mask, rng, first_guess=first_guess,
+            never_shown=other_model_guess(window, windows) if first_guess == OTHER_MODEL else None,
+        )
         for window, layout, mask in zip(windows, layouts, masks, strict=True)
-    )
+    )  # fmt: skip
     kind = masks[0].kind
     return View(
         streams,
@@ -161,6 +165,7 @@ def corrupt(
     rng: np.random.Generator,
     *,
     first_guess: FirstGuess = True,
+    never_shown: Tensor | None = None,
 ) -> StreamTokens:
     """Apply a mask: what the encoder sees (`source`), the first guess, and the truth (`target`).
 
@@ -168,6 +173,7 @@ def corrupt(
     that was never observed. Without `first_guess` the guess is 0, the climatological mean; of what
     comes `NEXT` it is the last value before. Known points of a token that is hidden in part are
     shown where the guess is made from `surroundings`; else the token shows their mean.
+    never_shown: the guess of places that are shown at no step; 0 without.
     """
     size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
     corruption = points_of(mask.corruption, window.spec)
@@ -197,6 +203,8 @@ def corrupt(
     in_part = present is not None or (mask.points is not None and shows_parts)
     tokens = None if in_part else _is_shown(mask.corruption)
     guess = _first_guess(source, shown, tokens, window, grid, first_guess)
+    if never_shown is not None:
+        guess = torch.where(shown.any(dim=-3, keepdim=True), guess, never_shown)
     if first_guess and guess_coarse is not None:
         whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
         guess = torch.where(whole & coarsened, guess_coarse, guess)

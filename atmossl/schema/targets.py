@@ -23,6 +23,7 @@ import atmossl.objectives
 from atmossl.inference.regions import inpainting
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.combined import Combined, Counterfactual
+from atmossl.masking.correction import Correction
 from atmossl.masking.places import AllButStations, CrossVariable, HiddenCells, LatLonBox
 from atmossl.masking.random import (
     Autoregression,
@@ -59,7 +60,7 @@ def _by_name(*kinds: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 TASKS = _by_name(
     Forecast, Hindcast, TemporalInterpolation, Downscaling, inpainting, CrossVariable, Combined,
-    Counterfactual,
+    Counterfactual, Correction,
 )  # fmt: skip
 MASKS = TASKS | _by_name(
     RandomMasking, BlockMasking, TimeBlockMasking, SplitBrain, Autoregression, Mixture

@@ -18,7 +18,9 @@ from atmossl.data.variables import InputLimits, Transform
 from atmossl.data.windows import LoaderSettings, WindowSize
 from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
+from atmossl.masking.correction import check_other_model
 from atmossl.masking.random import Autoregression
+from atmossl.masking.views import OTHER_MODEL
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import choose_network
 from atmossl.plugins import Part, Plugins, checked_keywords, choose_part
@@ -401,6 +403,17 @@ def _transform_faults(config: TrainConfig) -> list[str]:
     ]
 
 
+def _first_guess_faults(config: TrainConfig) -> list[str]:
+    """Faults of a first guess that another model should give, but no stream does."""
+    if config.data.first_guess != OTHER_MODEL:
+        return []
+    try:
+        check_other_model(config.specs, "data.first_guess=other_model")
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def _joint_faults(config: TrainConfig) -> list[str]:
     """Faults of losses that look at whole fields, which the window does not hold."""
     faults, window = [], config.data.window
@@ -461,6 +474,7 @@ CHECKS = (
     _autoregression_faults,
     _stream_faults,
     _transform_faults,
+    _first_guess_faults,
     _model_faults,
     _joint_faults,
     _schedule_faults,

@@ -114,8 +114,10 @@ def _from_coarse_cells_around(setting: Setting) -> ridge.RidgeTask:
 
 
 def _from_given_channels(setting: Setting) -> ridge.RidgeTask | None:
-    hidden = _hidden_channels(setting)
-    return ridge.CrossVariable(hidden, neighbours=min(1, setting.reference)) if hidden else None
+    hidden, count = _hidden_channels(setting), sum(map(len, setting.levels.values()))
+    if len(hidden) in (0, count):  # all is told by streams that are not predicted
+        return None
+    return ridge.CrossVariable(hidden, neighbours=min(1, setting.reference))
 
 
 REGRESSIONS: dict[str, Callable[[Setting], ridge.RidgeTask | None]] = {  # by the name of a task

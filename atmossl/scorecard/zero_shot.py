@@ -24,6 +24,7 @@ from atmossl.progress import console_of_output, counted, telling
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
+from atmossl.scorecard.other_models import OtherModelBaselines, fitted_other_models
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
 from atmossl.scorecard.task_report import (
     empty_tally,
@@ -80,7 +81,7 @@ def score_tasks(
     rng = np.random.default_rng(config.seed)
     settings = [replace(setting, history=history, climate=climate) for setting in settings]
     return [
-        _score_task(config, task, of_task, setting, rng)
+        _score_task(config, task, of_task, setting, training, rng)
         for task, of_task, setting in zip(config.tasks, _loaded(runs), settings, strict=True)
     ]
 
@@ -174,6 +175,7 @@ def _score_task(
     task: Task,
     runs: Sequence[_Run],
     setting: Setting,
+    training: Sequence[Segment],
     rng: np.random.Generator,
 ) -> TaskReport:
     plan, climate = runs[0].plan, setting.climate
@@ -183,8 +185,11 @@ def _score_task(
             "on a long one (ridge=false leaves it out)"
         )
     baselines = build_baselines(task.name, setting)
+    others = fitted_other_models(plan, setting, training)
     tally = empty_tally(config, task.name)
-    examples = [_tallied(tally, run, baselines, climate, str(n)) for n, run in enumerate(runs)]
+    examples = [
+        _tallied(tally, run, baselines, others, climate, str(n)) for n, run in enumerate(runs)
+    ]
     step_hours = float(plan.step / np.timedelta64(1, "h"))
     said = plan.task.describe(plan.steps, step_hours, plan.grid)
     spans = [span(run.times, run.plan.segment.name) for run in runs]
@@ -192,7 +197,12 @@ def _score_task(
 
 
 def _tallied(
-    tally: Tally, run: _Run, baselines: Baselines, climate: Climate, series: str
+    tally: Tally,
+    run: _Run,
+    baselines: Baselines,
+    others: Sequence[OtherModelBaselines],
+    climate: Climate,
+    series: str,
 ) -> list[Example]:
     """Score all dates of one record; its middle one is the example of every variable."""
     plan, times = run.plan, run.times
@@ -204,6 +214,8 @@ def _tallied(
         predicted = only_hidden(plan.task, predicted)
         here = _times_of(predicted, truth)
         answers = {name: answer.load() for name, answer in baselines(predicted, truth).items()}
+        for other in others:
+            answers |= other(predicted, plan.segment)
         tally.add(predicted, where_hidden(here, hidden), answers, climate, series)
         dim = "init_time" if steps.is_forecast else "time"
         place = (middle - first) * (1 if steps.is_forecast else len(steps.offsets))

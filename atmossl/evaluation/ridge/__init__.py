@@ -5,6 +5,7 @@ from atmossl.evaluation.ridge.channels import Channels
 from atmossl.evaluation.ridge.model import RidgeModel, check_runs, fit_ridge
 from atmossl.evaluation.ridge.predictors import (
     CrossVariable,
+    RidgeCorrection,
     RidgeDownscaling,
     RidgeForecast,
     RidgeTask,
@@ -14,6 +15,7 @@ from atmossl.evaluation.ridge.predictors import (
 __all__ = [
     "Channels",
     "CrossVariable",
+    "RidgeCorrection",
     "RidgeDownscaling",
     "RidgeForecast",
     "RidgeModel",

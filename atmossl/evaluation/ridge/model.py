@@ -45,24 +45,20 @@ class _Frame:
         return _anchors(self.task, num_times, with_targets=with_targets)
 
     def inputs(self, block: Block) -> Float[np.ndarray, "anchor channel halo_row halo_col"]:
-        """All input steps as channels, with a halo; wide enough for lags of 2 * radius."""
+        """The visible channels of all input steps, with a halo; wide enough for lags of 2 *
+        radius."""
         coarsening = Coarsening(self.grid, self.task.factor)
         halo = Halo(self.input_grid, self.radius, 2 * self.radius)
-        signs = self.channels.signs[:, None, None]
-        steps = [self._seen(block.at(offset)) for offset in self.task.input_offsets]
+        signs = self.channels.signs[self.visible, None, None]
+        steps = [block.at(offset)[:, self.visible] for offset in self.task.input_offsets]
         return np.concatenate(
             [halo.extend(coarsening.block_mean(step), signs) for step in steps], axis=1
         )
 
-    def _seen(self, fields: np.ndarray) -> np.ndarray:
-        """Fields [anchor, channel, ...] with zeros in hidden channels, to which the regression
-        gives no slope."""
-        hidden = list(self.task.hidden_channels)
-        if not hidden:
-            return fields
-        visible = fields.copy()
-        visible[:, hidden] = 0.0
-        return visible
+    @property
+    def visible(self) -> list[int]:
+        """The channels that are inputs."""
+        return [n for n in range(len(self.channels)) if n not in self.task.hidden_channels]
 
     def to_cells(self, values: np.ndarray) -> Float[np.ndarray, "anchor output row col"]:
         return rearrange(
@@ -253,7 +249,7 @@ def _accumulate(
         RidgeMoments.zeros(
             radius=frame.radius,
             num_rows=frame.input_grid.shape[0],
-            num_channels=len(task.input_offsets) * len(frame.channels),
+            num_channels=len(task.input_offsets) * len(frame.visible),
             num_outputs=num_targets * task.factor**2,
         )
         for _ in range(2)

@@ -184,3 +184,31 @@ class CrossVariable(_Around):
 
     def trivial(self, block: Block) -> Targets:
         return np.zeros_like(block.at(0))[:, None]
+
+
+@dataclass(frozen=True)
+class RidgeCorrection:
+    """Predicts an analysis from another model's fields around the cell, at the step itself and
+    `history - 1` steps before it. Trivially, the other model's value.
+
+    sources: for every channel, the one that is its trivial answer: for one of the analysis, the
+    same variable and level of the other model; for one of the other model, itself.
+    hidden_channels: those of the analysis.
+    """
+
+    sources: tuple[int, ...]
+    hidden_channels: tuple[int, ...]
+    history: int = 2
+    factor: int = field(default=1, init=False)
+    is_forecast: bool = field(default=False, init=False)
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        return tuple(range(1 - self.history, 1))
+
+    @property
+    def target_offsets(self) -> tuple[int, ...]:
+        return (0,)
+
+    def trivial(self, block: Block) -> Targets:
+        return block.at(0)[:, list(self.sources)][:, None]
