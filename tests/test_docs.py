@@ -140,8 +140,11 @@ def check_atmossl(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    assert words[0] == "-m", words
-    if words[1] != "pytest":
+    if words[0].startswith("scripts/"):
+        check_script(words)
+    else:
+        assert words[0] == "-m", words
+    if words[0] == "-m" and words[1] != "pytest":
         assert importlib.util.find_spec(words[1]), words[1]
 
 
