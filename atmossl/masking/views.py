@@ -185,14 +185,7 @@ def corrupt(
     coarsened = corruption == Corruption.COARSEN
     guess_coarse, present = None, window.valid
     if bool(coarsened.any()):
-        coarse = coarsen(source, window.weight, mask.coarsen_factor)
-        if window.valid is not None:  # means over the observed cells, which are 0 elsewhere
-            share = coarsen(window.valid.float(), window.weight, mask.coarsen_factor)
-            coarse = torch.where(share > 0, coarse / share, coarse)
-            observed = repeat_coarse(share > 0, mask.coarsen_factor)
-            present = torch.where(coarsened, observed, window.valid)
-        guess_coarse = interpolate_coarse(coarse, mask.coarsen_factor)
-        source = torch.where(coarsened, repeat_coarse(coarse, mask.coarsen_factor), source)
+        source, guess_coarse, present = _coarsened(source, coarsened, mask.coarsen_factor, window)
     noisy = corruption == Corruption.NOISE
     if bool(noisy.any()):
         noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
@@ -222,6 +215,20 @@ def corrupt(
         valid=None if window.valid is None else tokenise(window.valid, size),
         target_points=None if target_points is None else tokenise(target_points, size),
     )
+
+
+def _coarsened(
+    source: Tensor, coarsened: Tensor, factor: int, window: StreamWindow
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The source with means over coarse cells where it is coarsened, their interpolation, and which
+    values are then present; None: all."""
+    coarse, present = coarsen(source, window.weight, factor), window.valid
+    if window.valid is not None:  # means over the observed cells, which are 0 elsewhere
+        share = coarsen(window.valid.float(), window.weight, factor)
+        coarse = torch.where(share > 0, coarse / share, coarse)
+        present = torch.where(coarsened, repeat_coarse(share > 0, factor), window.valid)
+    source = torch.where(coarsened, repeat_coarse(coarse, factor), source)
+    return source, interpolate_coarse(coarse, factor), present
 
 
 def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:
