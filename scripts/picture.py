@@ -13,7 +13,7 @@ from atmossl.cli import compose_config
 from atmossl.commands.common import open_for
 from atmossl.commands.predict import predict
 from atmossl.evaluation.report.content import Example, Given
-from atmossl.evaluation.report.figures import save_figure
+from atmossl.evaluation.report.figures import png_bytes
 from atmossl.evaluation.report.maps import case_map
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.schema import StoreChoice
@@ -46,7 +46,7 @@ def main() -> None:
     example = Example(arguments.variable, level.get("level"), truth, forecast, given=given,
                       baselines={"persistence": state})  # fmt: skip
     picture = case_map("forecast", example, baseline="persistence")
-    save_figure(picture, arguments.output, overwrite=True, dpi=110)
+    arguments.output.write_bytes(png_bytes(picture, 110))
 
 
 if __name__ == "__main__":

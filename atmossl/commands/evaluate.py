@@ -1,14 +1,14 @@
 """`atmossl evaluate`: scores tasks or forecast stores, and writes a report."""
 
-import functools
-import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from atmossl.batch import PRIMARY
+from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import (
     check_split,
     device_for,
@@ -21,8 +21,9 @@ from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.report.write import write_report
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.locks import owned
+from atmossl.progress import console_of_output
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
 from atmossl.stops import keeping
@@ -51,44 +52,30 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
 
 
 def _write_reports(config: EvaluateConfig, command: str) -> list[TaskReport]:
-    partial = config.output.with_name(f".{config.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
-        trained = load_checkpoint(config.checkpoint, config.plugins)
-        if config.forecasts:
-            reports = [compare_forecasts(config, entries_for(trained, config.data)[PRIMARY])]
-        else:
-            test, training = (
-                open_for(
-                    trained,
-                    config.data,
-                    split,
-                    input_limits=config.input_limits,
-                )
-                for split in (config.split, "train")
-            )
-            gappy = sorted({name for segment in test for name in segment.may_miss})
-            if config.ridge and gappy:
-                note(f"no ridge regression of {gappy}, which may have missing values")
-            not_primary = sorted({s.data for s in trained.specs if s.role == "predict"} - {PRIMARY})
-            if not_primary:
-                note(
-                    f"streams with data={not_primary} are not scored here; predict writes them "
-                    "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
-                )
-            device = device_for(config.accelerator)
-            reports = score_tasks(
-                config,
-                trained,
-                test,
-                training,
-                device,
-                functools.partial(note_out_of_training, printed=set()),
-            )
-        Console(markup=False).print("scores are done; drawing the report", highlight=False)
-        write_report(reports, provenance_of(config, trained, command, reports), partial)
-        partial.replace(config.output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    trained = load_checkpoint(config.checkpoint, config.plugins)
+    if config.forecasts:
+        reports = [compare_forecasts(config, entries_for(trained, config.data)[PRIMARY])]
+    else:
+        reports = _score_tasks(config, trained)
+    console_of_output().print("scores are done; drawing the report")
+    provenance = provenance_of(config, trained, command, reports)
+    write_atomically(config.output, lambda folder: write_report(reports, provenance, folder))
     return reports
+
+
+def _score_tasks(config: EvaluateConfig, trained: TrainedModel) -> list[TaskReport]:
+    test, training = (
+        open_for(trained, config.data, split, input_limits=config.input_limits)
+        for split in (config.split, "train")
+    )
+    gappy = sorted({name for segment in test for name in segment.may_miss})
+    if config.ridge and gappy:
+        note(f"no ridge regression of {gappy}, which may have missing values")
+    not_primary = sorted({s.data for s in trained.specs if s.role == "predict"} - {PRIMARY})
+    if not_primary:
+        note(
+            f"streams with data={not_primary} are not scored here; predict writes them "
+            "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
+        )
+    device, tell = device_for(config.accelerator), partial(note_out_of_training, printed=set())
+    return score_tasks(config, trained, test, training, device, tell)

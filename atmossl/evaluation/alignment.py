@@ -39,15 +39,10 @@ def grid_of(dataset: xr.Dataset) -> Grid:
     )
 
 
-def valid_times(init_time: xr.DataArray, lead_time: xr.DataArray) -> xr.DataArray:
-    """Valid time [init_time, lead_time] = init time + lead time."""
-    return init_time + lead_time
-
-
 def case_times(dataset: xr.Dataset) -> xr.DataArray:
     """Valid time of every case: [init_time, lead_time] of a forecast, else [time]."""
     if time_dim(dataset) == "init_time":
-        return valid_times(dataset["init_time"], dataset["lead_time"])
+        return dataset["init_time"] + dataset["lead_time"]
     return dataset["time"]
 
 
@@ -83,13 +78,8 @@ def truth_for(prediction: xr.Dataset, truth: xr.Dataset, where: str = "the truth
     Raises:
         ValueError: variables, times or levels are missing, or the grids differ.
     """
-    require_same_grid(prediction, truth, where)
-    missing = sorted({*map(str, prediction.data_vars)} - {*map(str, truth.data_vars)})
-    if missing:
-        raise ValueError(
-            f"variables: {where} lacks {missing}; it has {sorted(map(str, truth.data_vars))}"
-        )
-    chosen = select_times(truth[list(prediction.data_vars)], case_times(prediction), where)
+    truth = _same_variables(truth, prediction, where)
+    chosen = select_times(truth, case_times(prediction), where)
     return _on_labels(chosen, prediction, ("level",), where)
 
 
@@ -100,14 +90,17 @@ def match_baseline(baseline: xr.Dataset, prediction: xr.Dataset, name: str) -> x
         ValueError: a variable, case or level is missing, or the grids differ.
     """
     where = f"baseline {name}"
-    require_same_grid(prediction, baseline, where)
-    missing = sorted({*map(str, prediction.data_vars)} - {*map(str, baseline.data_vars)})
-    if missing:
-        raise ValueError(
-            f"variables: {where} lacks {missing}; it has {sorted(map(str, baseline.data_vars))}"
-        )
-    dims = [dim for dim in ("init_time", "lead_time", "time", "level") if dim in prediction.dims]
-    return _on_labels(baseline[list(prediction.data_vars)], prediction, dims, where)
+    baseline = _same_variables(baseline, prediction, where)
+    return _on_labels(baseline, prediction, ("init_time", "lead_time", "time", "level"), where)
+
+
+def _same_variables(dataset: xr.Dataset, prediction: xr.Dataset, where: str) -> xr.Dataset:
+    """The variables of the prediction, of a dataset on the same cells that has them all."""
+    require_same_grid(prediction, dataset, where)
+    have = {*map(str, dataset.data_vars)}
+    if missing := sorted({*map(str, prediction.data_vars)} - have):
+        raise ValueError(f"variables: {where} lacks {missing}; it has {sorted(have)}")
+    return dataset[list(prediction.data_vars)]
 
 
 def require_same_grid(prediction: xr.Dataset, other: xr.Dataset, where: str) -> None:
@@ -118,7 +111,7 @@ def require_same_grid(prediction: xr.Dataset, other: xr.Dataset, where: str) -> 
 
 
 def _on_labels(
-    dataset: xr.Dataset, prediction: xr.Dataset, dims: tuple[str, ...] | list[str], where: str
+    dataset: xr.Dataset, prediction: xr.Dataset, dims: tuple[str, ...], where: str
 ) -> xr.Dataset:
     for dim in dims:
         if dim not in prediction.dims:

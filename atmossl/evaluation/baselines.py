@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import xarray as xr
 
-from atmossl.evaluation.alignment import require_labels, select_times, valid_times
+from atmossl.evaluation.alignment import require_labels, select_times
 
 _MONTHS = np.arange(1, 13)
 _BLOCK_BYTES = 256 * 2**20
@@ -113,7 +113,7 @@ def climatology_forecast(
 ) -> xr.Dataset:
     """The climatology of every valid time, dims (init_time, lead_time, ...)."""
     init, lead = as_times(init_time, "init_time"), as_times(lead_time, "lead_time")
-    return climatology_at(monthly, valid_times(init, lead))
+    return climatology_at(monthly, init + lead)
 
 
 def linear_in_time(

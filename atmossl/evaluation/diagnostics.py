@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.evaluation.regions import weighted_mean
-from atmossl.evaluation.scores import Case, unlabelled
+from atmossl.evaluation.scores import Case, PointwiseMean, unlabelled
 
 _NUM_BINS = 10
 
@@ -42,7 +42,7 @@ class RankHistogram:
 
 
 @dataclass(frozen=True)
-class Outliers:
+class Outliers(PointwiseMean):
     """How often the truth lies outside all members, over how often it should; 1 if calibrated.
 
     Of M members exchangeable with the truth, 2 / (M + 1) of the truths lie outside.
@@ -53,15 +53,11 @@ class Outliers:
     def applies(self, case: Case) -> bool:
         return case.num_members > 1
 
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+    def pointwise(self, case: Case) -> xr.Variable:
         below = case.observed < case.members.min("member")
         above = case.observed > case.members.max("member")
         expected = 2.0 / (case.num_members + 1)
-        share = ((below | above) / expected).where(case.valid)
-        return xr.Dataset({"outlier_ratio": weighted_mean(share, weights.variable)})
-
-    def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["outlier_ratio"]
+        return ((below | above) / expected).where(case.valid)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from scores.categorical import seeps
 from scores.continuous import quantile_score
 from scores.probability import brier_score_for_ensemble, tail_tw_crps_for_ensemble
 
-from atmossl.evaluation.regions import weighted_mean
-from atmossl.evaluation.scores import Case, Score, as_variable, unlabelled
+from atmossl.evaluation.scores import Case, PointwiseMean, Score, as_variable, unlabelled
 
 Tail = Literal["upper", "lower"]
 
@@ -24,35 +23,28 @@ def _suffix(level: float, tail: Tail) -> str:
 
 
 @dataclass(frozen=True)
-class _OneMean:
-    """A score whose value is the mean of one pointwise field."""
+class _OfTail(PointwiseMean):
+    """A score of what lies beyond a quantile of the training record."""
 
     level: float
+    tail: Tail = "upper"
 
-    def _mean(self, pointwise: xr.Variable, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"mean": weighted_mean(pointwise, weights.variable)})
-
-    def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["mean"]
+    def applies(self, case: Case) -> bool:
+        return case.quantiles is not None
 
 
 @dataclass(frozen=True)
-class Brier(_OneMean):
+class Brier(_OfTail):
     """Brier score of exceeding (or falling below) a quantile, fair for draws (see `Case`).
 
     Source: Ferro (2014), QJRMS 140, 1917-1923.
     """
 
-    tail: Tail = "upper"
-
     @property
     def name(self) -> str:
         return f"brier_{_suffix(self.level, self.tail)}"
 
-    def applies(self, case: Case) -> bool:
-        return case.quantiles is not None
-
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+    def pointwise(self, case: Case) -> xr.Variable:
         sign = 1.0 if self.tail == "upper" else -1.0
         threshold = case.quantile(self.level)
         zero: Any = 0.0  # floats are Real, but not to the type checker
@@ -64,26 +56,21 @@ class Brier(_OneMean):
             fair_correction=case.is_fair,
             preserve_dims="all",
         )
-        return self._mean(as_variable(brier).squeeze("threshold"), weights)
+        return as_variable(brier).squeeze("threshold")
 
 
 @dataclass(frozen=True)
-class TailCrps(_OneMean):
+class TailCrps(_OfTail):
     """CRPS of what lies beyond a quantile, fair for draws (see `Case`), in the variable's units.
 
     Source: Gneiting and Ranjan (2011), J. Business & Economic Statistics 29, 411-422.
     """
 
-    tail: Tail = "upper"
-
     @property
     def name(self) -> str:
         return f"tail_crps_{_suffix(self.level, self.tail)}"
 
-    def applies(self, case: Case) -> bool:
-        return case.quantiles is not None
-
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+    def pointwise(self, case: Case) -> xr.Variable:
         score = tail_tw_crps_for_ensemble(
             unlabelled(case.members),
             unlabelled(case.observed),
@@ -93,32 +80,30 @@ class TailCrps(_OneMean):
             method="fair" if case.is_fair else "ecdf",
             preserve_dims="all",
         )
-        return self._mean(as_variable(score), weights)
+        return as_variable(score)
 
 
 @dataclass(frozen=True)
-class QuantileScore(_OneMean):
+class QuantileScore(PointwiseMean):
     """Pinball loss of the ensemble's own quantile, in the variable's units.
 
     Source: Koenker and Machado (1999), JASA 94, 1296-1310.
     """
 
+    level: float
+
     @property
     def name(self) -> str:
         return f"quantile_score_p{100 * self.level:g}"
 
-    def applies(self, case: Case) -> bool:
-        del case
-        return True
-
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+    def pointwise(self, case: Case) -> xr.Variable:
         predicted = unlabelled(case.ensemble_quantile(self.level))
         loss = quantile_score(predicted, unlabelled(case.observed), self.level, preserve_dims="all")
-        return self._mean(as_variable(loss), weights)
+        return as_variable(loss)
 
 
 @dataclass(frozen=True)
-class Seeps:
+class Seeps(PointwiseMean):
     """Stable equitable error in probability space of precipitation; 0 is perfect, 1 is no skill.
 
     The ensemble mean is scored, where it is neither almost always dry nor almost always wet.
@@ -130,7 +115,7 @@ class Seeps:
     def applies(self, case: Case) -> bool:
         return case.rain is not None
 
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+    def pointwise(self, case: Case) -> xr.Variable:
         rain = case.rain
         assert rain is not None, "SEEPS needs the climate of rain, got None"
         with warnings.catch_warnings():
@@ -143,10 +128,7 @@ class Seeps:
                 unlabelled(rain.heavy_mm),
                 preserve_dims="all",
             )
-        return xr.Dataset({"mean": weighted_mean(penalty.variable, weights.variable)})
-
-    def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["mean"]
+        return as_variable(penalty)
 
 
 def event_scores(low: float, high: float) -> tuple[Score, ...]:

@@ -170,54 +170,59 @@ class Score(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Deterministic:
+class PointwiseMean:
+    """A score that is the mean of one pointwise field."""
+
     def applies(self, case: Case) -> bool:
         del case
         return True
 
+    def pointwise(self, case: Case) -> xr.Variable:
+        """The field, missing where nothing is scored."""
+        raise NotImplementedError
+
+    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
+        return xr.Dataset({"mean": weighted_mean(self.pointwise(case), weights.variable)})
+
+    def value(self, means: xr.Dataset) -> xr.DataArray:
+        return means["mean"]
+
 
 @dataclass(frozen=True)
-class Rmse(_Deterministic):
+class Rmse(PointwiseMean):
     """Root mean squared error of the ensemble mean, in the variable's units."""
 
     name: str = "rmse"
 
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"squared_error": weighted_mean(case.squared_error, weights.variable)})
+    def pointwise(self, case: Case) -> xr.Variable:
+        return case.squared_error
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["squared_error"] ** 0.5
+        return means["mean"] ** 0.5
 
 
 @dataclass(frozen=True)
-class Mae(_Deterministic):
+class Mae(PointwiseMean):
     """Mean absolute error of the ensemble mean, in the variable's units."""
 
     name: str = "mae"
 
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"absolute_error": weighted_mean(case.absolute_error, weights.variable)})
-
-    def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["absolute_error"]
+    def pointwise(self, case: Case) -> xr.Variable:
+        return case.absolute_error
 
 
 @dataclass(frozen=True)
-class Bias(_Deterministic):
+class Bias(PointwiseMean):
     """Mean of prediction minus truth (of the ensemble mean), in the variable's units."""
 
     name: str = "bias"
 
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"error": weighted_mean(case.error, weights.variable)})
-
-    def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["error"]
+    def pointwise(self, case: Case) -> xr.Variable:
+        return case.error
 
 
 @dataclass(frozen=True)
-class Crps(_Deterministic):
+class Crps(PointwiseMean):
     """Continuous ranked probability score, in the variable's units, fair for draws (see `Case`);
     one member gives MAE.
 
@@ -227,11 +232,8 @@ class Crps(_Deterministic):
 
     name: str = "crps"
 
-    def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
-        return xr.Dataset({"crps": weighted_mean(case.crps, weights.variable)})
-
-    def value(self, means: xr.Dataset) -> xr.DataArray:
-        return means["crps"]
+    def pointwise(self, case: Case) -> xr.Variable:
+        return case.crps
 
 
 @dataclass(frozen=True)
@@ -249,13 +251,9 @@ class SpreadSkill:
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         finite_size = (case.num_members + 1) / case.num_members
-        return xr.Dataset(
-            {
-                "squared_spread": finite_size
-                * weighted_mean(case.ensemble_variance, weights.variable),
-                "squared_error": weighted_mean(case.squared_error, weights.variable),
-            }
-        )
+        spread = finite_size * weighted_mean(case.ensemble_variance, weights.variable)
+        error = weighted_mean(case.squared_error, weights.variable)
+        return xr.Dataset({"squared_spread": spread, "squared_error": error})
 
     def value(self, means: xr.Dataset) -> xr.DataArray:
         error = means["squared_error"].where(means["squared_error"] > 0)
@@ -299,10 +297,5 @@ class AnomalyCorrelation:
 
 
 DEFAULT_SCORES: tuple[Score, ...] = (
-    Rmse(),
-    Mae(),
-    Bias(),
-    Crps(),
-    SpreadSkill(),
-    AnomalyCorrelation(),
-)
+    Rmse(), Mae(), Bias(), Crps(), SpreadSkill(), AnomalyCorrelation(),
+)  # fmt: skip

@@ -122,7 +122,7 @@ def test_fair_crps_matches_three_libraries(dataset):
     empirical = properscoring.crps_ensemble(case.truth.to_numpy(), members)
     half_spread = np.abs(members[..., :, None] - members[..., None, :]).mean((-1, -2)) / 2
     np.testing.assert_allclose(case.crps, empirical - half_spread / 4.0, atol=1e-6)
-    ours = Crps().per_time(case, area_weights_like(case.truth, GLOBAL))["crps"]
+    ours = Crps().per_time(case, area_weights_like(case.truth, GLOBAL))["mean"]
     weights = area_weights_like(case.truth, GLOBAL)
     theirs = crps_for_ensemble(
         case.prediction,
@@ -208,7 +208,7 @@ def test_scores_with_gaps_are_those_of_the_library_over_what_is_known(dataset):
             for score, reference in expected.items():
                 means = score.per_time(gappy, weights).isel(where)
                 np.testing.assert_allclose(score.value(means), reference, rtol=1e-5)
-    assert np.isnan(Rmse().per_time(gappy, weights)["squared_error"].isel(time=1)).all()
+    assert np.isnan(Rmse().per_time(gappy, weights)["mean"].isel(time=1)).all()
 
 
 def _correlation(case: Case, where: dict, cells: np.ndarray, weights: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 from typing import Literal
 
 import matplotlib
@@ -12,8 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
-
-from atmossl.evaluation.report.files import write_atomically
 
 _TITLES = {
     "rmse": "RMSE",
@@ -28,18 +25,6 @@ _TITLES = {
 _QUALITY = 80  # of WebP
 _SVG_DPI = 72  # matplotlib writes SVG in points
 _WITHOUT_UNITS = ("acc", "spread_skill", "outlier_ratio", "seeps")
-
-
-def save_figure(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 120) -> Path:
-    """Write the figure as PNG.
-
-    Raises:
-        FileExistsError: the path exists and `overwrite` is False.
-        ValueError: the name does not end in .png.
-    """
-    if path.suffix != ".png":
-        raise ValueError(f"path {path} must end in .png")
-    return write_atomically(png_bytes(figure, dpi), path, overwrite=overwrite)
 
 
 def svg_bytes(figure: Figure) -> bytes:

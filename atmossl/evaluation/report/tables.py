@@ -1,7 +1,6 @@
 """The verification table in brief: on the console, as CSV and as Markdown."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from atmossl.evaluation.report.files import write_atomically
 from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
 
 _KEYS = ["task", "region", "variable", "units", "level", "lead_hours"]
@@ -107,15 +105,6 @@ def to_markdown(summary: pd.DataFrame) -> str:
 
 def _markdown_row(row: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
-
-
-def write_csv(table: pd.DataFrame, path: Path, *, overwrite: bool = False) -> Path:
-    """Write all rows and digits.
-
-    Raises:
-        FileExistsError: the path exists and `overwrite` is False.
-    """
-    return write_atomically(table.to_csv(index=False).encode(), path, overwrite=overwrite)
 
 
 def mean_over_levels(summary: pd.DataFrame) -> pd.DataFrame:

@@ -12,10 +12,9 @@ import zarr
 
 from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.report.content import Provenance, TaskReport
-from atmossl.evaluation.report.files import write_atomically
 from atmossl.evaluation.report.maps import DrawnCase, draw_case
 from atmossl.evaluation.report.page import html_page
-from atmossl.evaluation.report.tables import summarise, to_markdown, write_csv
+from atmossl.evaluation.report.tables import summarise, to_markdown
 from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.rows import rows_where
 from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
@@ -28,23 +27,25 @@ _LABELS = ("source", "score", "variable", "level", "lead_hours", "region", "seas
 
 
 def write_report(reports: Sequence[TaskReport], provenance: Provenance, folder: Path) -> None:
-    """index.html, summary.md, scores.csv, scores.zarr, calibration.csv, figures.json and maps/."""
+    """Make the folder with index.html, summary.md, scores.csv, scores.zarr, calibration.csv,
+    figures.json and maps/."""
+    (folder / "maps").mkdir(parents=True)
     table = pd.concat([report.table for report in reports], ignore_index=True)
-    write_csv(table, folder / "scores.csv")
-    write_csv(calibration_table(table), folder / "calibration.csv")
+    table.to_csv(folder / "scores.csv", index=False)
+    calibration_table(table).to_csv(folder / "calibration.csv", index=False)
     write_numbers(reports, folder / "scores.zarr")
-    numbers = json.dumps(figures(reports), indent=1)
-    write_atomically(numbers.encode(), folder / "figures.json")
-    write_atomically(_markdown(reports, provenance).encode(), folder / "summary.md")
+    (folder / "figures.json").write_text(json.dumps(figures(reports), indent=1))
+    (folder / "summary.md").write_text(_markdown(reports, provenance), encoding="utf-8")
     drawn: dict[tuple[str, str], DrawnCase] = {}
     for report in reports:
         for example in report.examples:
             name = f"{file_name(report.task)}_{file_name(example.variable)}.png"
             baseline = report.baseline_of(example)
             case = draw_case(report.task, example, baseline=baseline, about=report.about)
-            write_atomically(case.whole, folder / "maps" / name)
+            (folder / "maps" / name).write_bytes(case.whole)
             drawn[report.task, example.variable] = case
-    write_atomically(html_page(reports, provenance, drawn).encode(), folder / "index.html")
+    page = html_page(reports, provenance, drawn)
+    (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 def _markdown(reports: Sequence[TaskReport], provenance: Provenance) -> str:

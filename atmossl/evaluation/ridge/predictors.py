@@ -5,8 +5,7 @@ targets at `target_offsets`; the regression learns target minus `trivial`, so th
 falls back to the trivial answer. Targets are never read by `trivial`, nor by `inputs`.
 """
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,45 +34,38 @@ class Block:
         return self.fields[self.anchors + offset]
 
 
-class RidgeTask(Protocol):
-    """A task as inputs, targets and a trivial answer around an anchor time."""
+class RidgeTask:
+    """A task as inputs, targets and a trivial answer around an anchor time.
+
+    factor: fine cells per input cell along each axis. is_forecast: whether the output has init and
+    lead times; else it has plain times. hidden_channels: those that are targets only.
+    """
+
+    factor: int = 1
+    is_forecast: bool = False
+    hidden_channels: tuple[int, ...] = ()
 
     @property
-    def input_offsets(self) -> tuple[int, ...]: ...
+    def input_offsets(self) -> tuple[int, ...]:
+        raise NotImplementedError
 
     @property
-    def target_offsets(self) -> tuple[int, ...]: ...
-
-    @property
-    def factor(self) -> int:
-        """Fine cells per input cell along each axis."""
-        ...
-
-    @property
-    def is_forecast(self) -> bool:
-        """True if the output has init and lead times, False if it has plain times."""
-        ...
-
-    @property
-    def hidden_channels(self) -> tuple[int, ...]:
-        """The channels that are targets only."""
-        ...
+    def target_offsets(self) -> tuple[int, ...]:
+        return (0,)
 
     def trivial(self, block: Block) -> Targets:
         """The answer without a regression, on the fine grid."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class RidgeForecast:
+class RidgeForecast(RidgeTask):
     """Predicts states `leads` steps ahead from `history` steps that end now; its trivial answer
     is persistence."""
 
     history: int = 3
     leads: tuple[int, ...] = (1, 2)
-    factor: int = field(default=1, init=False)
-    is_forecast: bool = field(default=True, init=False)
-    hidden_channels: tuple[int, ...] = field(default=(), init=False)
+    is_forecast = True
 
     def __post_init__(self) -> None:
         if self.history < 1 or not self.leads or min(self.leads) < 1:
@@ -95,14 +87,11 @@ class RidgeForecast:
 
 
 @dataclass(frozen=True)
-class TemporalInterpolation:
+class TemporalInterpolation(RidgeTask):
     """Predicts one hidden step from `neighbours` steps on each side; its trivial answer is the
     mean of the nearest two."""
 
     neighbours: int = 2
-    factor: int = field(default=1, init=False)
-    is_forecast: bool = field(default=False, init=False)
-    hidden_channels: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:
@@ -113,15 +102,11 @@ class TemporalInterpolation:
         steps = range(1, self.neighbours + 1)
         return (*(-step for step in reversed(steps)), *steps)
 
-    @property
-    def target_offsets(self) -> tuple[int, ...]:
-        return (0,)
-
     def trivial(self, block: Block) -> Targets:
         return (0.5 * (block.at(-1) + block.at(1)))[:, None]
 
 
-class _Around:
+class _Around(RidgeTask):
     """Predicts the anchor's own step from this step and `neighbours` steps on each side."""
 
     neighbours: int
@@ -129,10 +114,6 @@ class _Around:
     @property
     def input_offsets(self) -> tuple[int, ...]:
         return tuple(range(-self.neighbours, self.neighbours + 1))
-
-    @property
-    def target_offsets(self) -> tuple[int, ...]:
-        return (0,)
 
 
 @dataclass(frozen=True)
@@ -146,8 +127,6 @@ class RidgeDownscaling(_Around):
 
     factor: int = 4
     neighbours: int = 1
-    is_forecast: bool = field(default=False, init=False)
-    hidden_channels: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.factor < 2 or self.neighbours < 0:
@@ -172,8 +151,6 @@ class CrossVariable(_Around):
 
     hidden_channels: tuple[int, ...]
     neighbours: int = 0
-    factor: int = field(default=1, init=False)
-    is_forecast: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not self.hidden_channels or self.neighbours < 0:
