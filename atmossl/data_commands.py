@@ -33,6 +33,7 @@ from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.locks import owned
 from atmossl.names import file_name
+from atmossl.progress import console_of_output
 from atmossl.schema import IngestConfig, InspectConfig, StatsConfig, parse
 from atmossl.stops import keeping
 
@@ -65,7 +66,7 @@ def _show_statistics(config: StatsConfig) -> None:
         _print_statistics(name, statistics, segments[0])
         mode = "off" if config.input_limits == "off" else "warn"  # to tell is all that it does
         for line in limits_told(statistics, segments[0], mode):
-            Console(markup=False).print(f"outside of limits: {line}", highlight=False)
+            console_of_output().print(f"outside of limits: {line}")
         for kind in config.climatologies:
             assert config.output is not None, "checked by the schema"
             file = f"{kind}.zarr" if data == PRIMARY else f"{file_name(data)}-{kind}.zarr"
@@ -84,7 +85,7 @@ def _print_statistics(name: str, statistics: Statistics, segment: Segment) -> No
             shown = ["" if x is None else f"{x[row, column]:.4g}" for x in numbers]
             lines.append(f"{level or '':>7}{''.join(f'{text:>12}' for text in shown)}")
     lines += [f"period: {statistics.period}", f"fingerprint: {statistics.fingerprint}"]
-    Console(markup=False).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    console_of_output().print("\n".join(lines))
 
 
 def _write_climatology(
@@ -101,7 +102,7 @@ def _write_climatology(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     state = "written" if written else "there already, of this state of the store"
-    Console(markup=False).print(f"climatology: {path}, {state}", highlight=False)
+    console_of_output().print(f"climatology: {path}, {state}")
 
 
 def run_ingest(values: Mapping[str, Any]) -> Path:
@@ -121,9 +122,9 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
         )
     count = verify(config.output) if config.verify else 0
     checked = f", {count} regions read again and equal to their checksums" if count else ""
-    Console(markup=False).print(f"store: {config.output}{checked}", highlight=False)
+    console_of_output().print(f"store: {config.output}{checked}")
     for name, share in missing_shares(config.output).items():
-        Console(markup=False).print(f"missing values: {name} {share:.2%}", highlight=False)
+        console_of_output().print(f"missing values: {name} {share:.2%}")
     return config.output
 
 
@@ -163,7 +164,7 @@ def add_store(location: str, name: str, catalog: Path | None) -> None:
         f"to look at it: atmossl data inspect {name}{more}",
         f"next:          atmossl train data={name}{more} paths.output=runs/{name}",
     ]
-    Console(markup=False).print("\n".join(lines), highlight=False, soft_wrap=True)
+    console_of_output().print("\n".join(lines))
 
 
 def show_inspection(values: Mapping[str, Any]) -> list[SegmentReport]:
@@ -182,19 +183,19 @@ def _show_inspection(config: InspectConfig) -> list[SegmentReport]:
     entry = catalog_entry(config.data.name, config.data.catalog)
     window = config.window
     reports = inspect(entry, window, config.samples)
-    console = Console(markup=False)
+    console = Console(markup=False, highlight=False)
     for report in reports:
         _print_segment(console, report, window)
     variables = [variable for report in reports for variable in report.variables]
     for picture, variable in zip(names_of(reports), variables, strict=True):
         map_of(variable).savefig(config.output / f"{file_name(picture)}.png", dpi=110)
-    console.print(f"maps: {config.output}", highlight=False)
+    console.print(f"maps: {config.output}")
     return reports
 
 
 def _print_segment(console: Console, report: SegmentReport, window: WindowSize) -> None:
     time = report.time
-    console.print(f"\n{report.name}: {report.location}", style="bold", highlight=False)
+    console.print(f"\n{report.name}: {report.location}", style="bold")
     dates = [time.calendar.show(t) for t in (time.start, time.end)]
     notes = [] if time.calendar.plain else [f"calendar {time.calendar.name}"]
     if time.step_range_hours is not None:
@@ -205,8 +206,7 @@ def _print_segment(console: Console, report: SegmentReport, window: WindowSize) 
     notes += [] if time.ascending else ["not in ascending order"]
     console.print(
         f"{time.num_steps} steps of {time.step_hours:g} h from {dates[0]} to {dates[1]}"
-        f"{''.join(f', {note}' for note in notes)}",
-        highlight=False,
+        f"{''.join(f', {note}' for note in notes)}"
     )
     gaps = [f"{count} steps after {time.calendar.show(t)}" for t, count in time.gaps]
     _print_times(console, "gap", gaps)
@@ -223,7 +223,7 @@ def _print_segment(console: Console, report: SegmentReport, window: WindowSize) 
     for variable in report.variables:
         advices += [*refusals(variable, report.location), *advice(variable, window)]
     for line in advices:
-        console.print(f"advice: {line}", highlight=False)
+        console.print(f"advice: {line}")
 
 
 def _row(variable: VariableReport) -> list[str]:
@@ -258,11 +258,11 @@ def _print_storage(console: Console, variables: Sequence[VariableReport]) -> Non
         if levels:
             lines.insert(2, f"  levels: {', '.join(f'{level:g}' for level in levels)}")
         for line in lines:
-            console.print(line, highlight=False)
+            console.print(line)
 
 
 def _print_times(console: Console, noun: str, lines: Sequence[str], limit: int = 5) -> None:
     for line in lines[:limit]:
-        console.print(f"{noun}: {line}", highlight=False)
+        console.print(f"{noun}: {line}")
     if len(lines) > limit:
-        console.print(f"and {len(lines) - limit} more {noun}s", highlight=False)
+        console.print(f"and {len(lines) - limit} more {noun}s")

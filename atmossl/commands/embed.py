@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from atmossl.checkpoint_files import partial_path, size_on_disk
 from atmossl.commands.common import device_for, open_checkpoint
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.inference.plan import chosen_times
 from atmossl.locks import owned
-from atmossl.progress import EarlyEstimate, counted, telling
+from atmossl.progress import EarlyEstimate, console_of_output, counted, telling
 from atmossl.schema import EmbedConfig, parse
 from atmossl.stops import keeping
 
@@ -22,7 +20,7 @@ def embed(values: Mapping[str, Any]) -> Path:
     with owned(config.output, "output"), keeping("nothing was written"):
         check_embedding_output(config.output)
         _embed(config)
-    Console(markup=False).print(f"latents: {config.output}", highlight=False, soft_wrap=True)
+    console_of_output().print(f"latents: {config.output}")
     return config.output
 
 

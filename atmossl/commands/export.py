@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import (
     CARD,
@@ -18,6 +16,7 @@ from atmossl.checkpoint_files import (
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.inference.checkpoint import TrainedModel, exported, load_checkpoint
 from atmossl.inference.out_of_training_warnings import seen_in_training
+from atmossl.progress import console_of_output
 
 _FENCE = "```"
 
@@ -60,7 +59,7 @@ def export_folder(
 
     write_atomically(folder, fill)
     line = f"hub: {folder} ({size_on_disk(folder) / 2**20:.0f} MiB)"
-    Console(markup=False).print(line, highlight=False, soft_wrap=True)
+    console_of_output().print(line)
     return folder
 
 

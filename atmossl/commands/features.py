@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from atmossl import __version__
 from atmossl.api import chosen_times
 from atmossl.commands.common import check_split, device_for, note, open_splits
@@ -17,7 +15,7 @@ from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder
 from atmossl.locks import owned
 from atmossl.probes.summary import check_output
-from atmossl.progress import telling
+from atmossl.progress import console_of_output, telling
 from atmossl.schema import FeaturesConfig, parse
 from atmossl.stops import keeping
 
@@ -36,9 +34,7 @@ def features(values: Mapping[str, Any], command: str = "atmossl features") -> Pa
         with telling(f"latents, {run.num_dates} dates", run.num_dates) as advance:
             results = run.run(advance)
         write_features(results, _provenance(config, run.trained, command), config.output)
-    Console(markup=False).print(
-        f"page: {config.output / 'index.html'}", highlight=False, soft_wrap=True
-    )
+    console_of_output().print(f"page: {config.output / 'index.html'}")
     return config.output
 
 

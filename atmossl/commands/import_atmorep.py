@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from atmossl import __version__
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
@@ -23,6 +22,7 @@ from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
+from atmossl.progress import console_of_output
 
 # What AtmoRep's published models were trained on: hourly ERA5, whole years of the globe.
 _STEP_HOURS = 1.0
@@ -84,7 +84,7 @@ def import_atmorep(
     write_output({"state_dict": weights, "atmossl": checkpoint_record}, output)
     note(f"values are normalised by {by}{_TOLD[None if normalisation is None else months]}")
     line = f"checkpoint: {output} ({size_on_disk(output) / 2**20:.0f} MiB)"
-    Console(markup=False).print(line, highlight=False, soft_wrap=True)
+    console_of_output().print(line)
     return output
 
 

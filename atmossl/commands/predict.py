@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
 from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
@@ -57,11 +56,10 @@ def predict(values: Mapping[str, Any]) -> Path:
                 plan, times, config.output,
                 names=config.layout, resume=config.resume, advance=advance,
             )  # fmt: skip
-    Console(markup=False).print(
+    console_of_output().print(
         f"checkpoint: {config.checkpoint} (digest {plan.trained.digest})\n"
-        f"prediction: {config.output}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"prediction: {config.output}"
+    )
     return config.output
 
 
