@@ -1,7 +1,8 @@
 """Composes the configuration of a command from files of conf/ and words of the command line.
 
 A word may hold what Hydra's grammar does not: the name of a catalog entry, a file with a task, a
-list of tasks, a path of any characters.
+list of tasks, a path of any characters. The configuration of a run that goes on is that of its
+folder, changed by the command line.
 """
 
 import os
@@ -34,8 +35,8 @@ from atmossl.overrides import (
     value_of,
 )
 from atmossl.process_lifetime import run_name
-from atmossl.refused_words import compose_all
-from atmossl.stored_config import stored_config
+from atmossl.refused_words import compose_all, of_unknown
+from atmossl.renamed_keys import renamed
 
 _OF_TRAIN = (
     "trainer.extra", "callbacks", "logger.others", "data.transforms", "model.dims",
@@ -281,9 +282,7 @@ def _by_number(word: str, tasks: Sequence[Mapping[str, Any]]) -> str:
 def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The configuration of a training run, and a line if it is that of a run that continues."""
     words = [open_ended(as_entry(item, "train"), MAPPINGS["train"]) for item in arguments]
-    stored = stored_config(
-        words, find_file("conf"), lambda items: compose_with_tasks("train", items)
-    )
+    stored = _stored_config(words)
     if stored is None:
         return compose_with_tasks("train", arguments), ""
     values, changed = stored
@@ -291,6 +290,72 @@ def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
     file = f"{value_of('paths.output', words)}/config.yaml"
     note = f"note: goes on with the configuration of {file}{more}"
     return values, note
+
+
+# words that say what a whole configuration is composed of
+_WHOLE = ("experiment=", "debug=", "hparams_search=", "hydra.searchpath=", "--", "~", "+")
+_FREE = ("stream", "masking", "tasks", "objective", "model", "callbacks")  # have no fixed keys
+
+
+def _stored_config(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]] | None:
+    """Values of the run in `paths.output` that `resume` goes on with, and what has changed, a text
+    each; None where the command line says what the run is: a new folder, or `experiment=...`.
+
+    Raises:
+        ValueError: a key that the run does not have.
+    """
+    folder, resume = value_of("paths.output", overrides), value_of("resume", overrides)
+    if folder is None or resume in (None, "null") or any(w.startswith(_WHOLE) for w in overrides):
+        return None
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        return None
+    values = _with_new_keys(renamed(_plain(OmegaConf.load(file))), compose_with_tasks("train", []))
+    changes: list[str] = []
+    words = [text for text in overrides if Word.of(text).value is not None]
+    chosen = [text for text in words if (find_file("conf") / Word.of(text).key).is_dir()]
+    for word in chosen:
+        key = Word.of(word).key
+        node = compose_with_tasks("train", [word]).get(key)
+        if key in values and node != values[key]:
+            changes.append(word)
+            values[key] = node
+    for word in words:
+        if word not in chosen:
+            changes += _set(values, word)
+    return values, changes
+
+
+def _with_new_keys(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run, and for keys that its version did not know those of now."""
+    for key, default in defaults.items():
+        if key not in values:
+            values[key] = default
+        elif isinstance(default, Mapping) and isinstance(values[key], dict) and key not in _FREE:
+            values[key] = _with_new_keys(values[key], default)
+    return values
+
+
+def _set(values: dict[str, Any], word: str) -> list[str]:
+    """Set one key; what it was and is, if that differs."""
+    key, now = key_and_value(word)
+    node, (*parents, last) = values, key.split(".")
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+    is_open = key.startswith("trainer.extra.")
+    if not isinstance(node, dict) or (last not in node and not is_open):
+        raise ValueError(of_unknown(key, values))
+    before, now = node.get(last), _plain(now)
+    node[last] = now
+    same = before == now or str(before) == str(now) or key in ("resume", "paths.output")
+    return [] if same else [f"{word} (was {before})"]
+
+
+def _plain(value: Any) -> Any:
+    """Lists and mappings of Hydra and OmegaConf as those of Python, with texts without quotes."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value)
+    return OmegaConf.to_container(OmegaConf.create({"value": value}))["value"]  # pyright: ignore
 
 
 def _lists(word: str, folders: Sequence[str]) -> bool:

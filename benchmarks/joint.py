@@ -40,10 +40,10 @@ import xarray as xr
 
 from atmossl.batch import View
 from atmossl.cli import compose_config
+from atmossl.commands.cost import sample_batch
 from atmossl.commands.evaluate import evaluate
-from atmossl.cost_estimate import sample_batch
 from atmossl.evaluation.joint import BOXES, DIFFERENCES
-from atmossl.evaluation.rows import rows_where
+from atmossl.evaluation.verify import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.model.network import Network
 from benchmarks.report import finish

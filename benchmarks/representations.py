@@ -51,7 +51,7 @@ from atmossl.checkpoint_files import read_contents
 from atmossl.cli import main as atmossl
 from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
-from atmossl.evaluation.rows import rows_where
+from atmossl.evaluation.verify import rows_where
 from atmossl.probes.labels import PROBES, blind_of
 from atmossl.probes.run import Baselines, Probed
 from atmossl.probes.summary import Summary, shares_beaten

@@ -49,8 +49,8 @@ from atmossl.build import (
     checkpoint_activations,
     optimizer_settings,
 )
+from atmossl.commands.cost import estimate, sample_batch
 from atmossl.composition import compose_with_tasks
-from atmossl.cost_estimate import estimate, sample_batch
 from atmossl.model.linear import half_is_fast
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network

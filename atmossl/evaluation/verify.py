@@ -408,3 +408,19 @@ class _Plan:
         columns["lead_hours"] = np.nan if lead is None else lead / np.timedelta64(1, "h")
         columns |= {"level": np.asarray(level, dtype=np.float64), "region": of_row["region"]}
         return columns | {"value": value.to_numpy().ravel(), "num_times": self.num_times}
+
+
+def rows_where(table: pd.DataFrame, **labels: Any) -> Any:
+    """The rows (a data frame) with all of these labels; None stands for a missing one."""
+    rows: Any = table
+    for column, label in labels.items():
+        rows = rows[rows[column].isna() if label is None else rows[column] == label]
+    return rows
+
+
+def rows_of_prefix(table: pd.DataFrame, prefix: str) -> Any:
+    """The rows (a data frame) whose score begins with `prefix`; the rest of the score's name is
+    the column `baseline`."""
+    scores: Any = table["score"]
+    rows: Any = table[scores.str.startswith(prefix)]
+    return rows.assign(baseline=rows["score"].str.removeprefix(prefix))

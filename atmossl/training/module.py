@@ -26,11 +26,11 @@ from atmossl.training.distributed import clip_gradients, random_states, set_rand
 from atmossl.training.optimizer import (
     OptimizerSettings,
     freeze,
+    learning_rate_factor,
     make_optimizer,
     named_parameters,
 )
 from atmossl.training.resume import regroup_batches
-from atmossl.training.schedule import learning_rate_factor
 from atmossl.training.strategies import ShardedStrategy
 
 

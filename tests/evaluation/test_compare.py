@@ -14,7 +14,7 @@ from atmossl.cli import compose_config
 from atmossl.commands.evaluate import evaluate
 from atmossl.data.store import open_segment
 from atmossl.evaluation.forecasts import canonical_forecast
-from atmossl.evaluation.rows import rows_where
+from atmossl.evaluation.verify import rows_where
 from atmossl.geometry import area_weights
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard.forecasts import _where_all_have, score_forecasts

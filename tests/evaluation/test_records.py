@@ -11,7 +11,7 @@ import xarray as xr
 
 from atmossl.cli import compose_config
 from atmossl.data.segment import Segment
-from atmossl.evaluation.rows import rows_where
+from atmossl.evaluation.verify import rows_where
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import records, score_tasks
 from atmossl.scorecard.records import record_of

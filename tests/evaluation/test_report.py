@@ -16,11 +16,9 @@ from rich.console import Console
 import atmossl
 from atmossl.evaluation.baselines import climatology_forecast, persistence
 from atmossl.evaluation.bootstrap import BlockBootstrap
-from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.cards import RatioColours, colours_of
 from atmossl.evaluation.report.content import Example, Given, Provenance, Span, TaskReport
-from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import pixels_of, png_bytes, score_label, units_text
 from atmossl.evaluation.report.globe import Scale, draw_globe, project
 from atmossl.evaluation.report.maps import (
@@ -32,12 +30,13 @@ from atmossl.evaluation.report.maps import (
     panel_map,
     symmetric_scale,
 )
+from atmossl.evaluation.report.panels import lead_curve
 from atmossl.evaluation.report.tables import (
     print_summary,
     summarise,
     to_markdown,
 )
-from atmossl.evaluation.report.verdicts import COLUMNS, verdicts
+from atmossl.evaluation.report.verdicts import COLUMNS, calibration_table, verdicts
 from atmossl.evaluation.report.write import write_report
 from atmossl.evaluation.verify import verify
 
@@ -419,40 +418,28 @@ def test_scales_fit_the_field():
 
 
 def test_curves_draw_each_source_with_its_interval(table):
-    figure = lead_curves(table, variable="temperature", level=500.0)
-    rmse, _, acc = figure.axes
+    figures = [
+        lead_curve(table, variable="temperature", level=500.0, score=score)
+        for score in ("rmse", "acc")
+    ]
+    rmse, acc = (figure.axes[0] for figure in figures)
     assert [line.get_label() for line in rmse.lines] == ["model", "persistence", "climatology"]
     assert len(rmse.collections) == 3
     assert rmse.get_ylabel() == "RMSE (K)"
     assert "climatology" not in [line.get_label() for line in acc.lines]
-    assert figure.legends
+    assert all(figure.legends for figure in figures)
     same = _row(table, "persistence", "rmse").query("variable == 'temperature' and level == 500")
     np.testing.assert_allclose(rmse.lines[1].get_ydata(), same["value"])
 
 
-def test_curve_without_lead_time_is_a_point_per_source(table):
-    hour = table[table["lead_hours"] == 6.0].assign(lead_hours=np.nan)
-    figure = lead_curves(hour, variable="surface_pressure", scores=("rmse",))
-    assert len(figure.axes[0].containers) == 3
-
-
 def test_curves_of_a_record_too_short_for_intervals_are_lines_only(table):
     bare = table.assign(low=np.nan, high=np.nan)
-    assert png_bytes(lead_curves(bare, variable="temperature", level=500.0), 120)
-    points = bare[bare["lead_hours"] == 6.0].assign(lead_hours=np.nan)
-    assert png_bytes(lead_curves(points, variable="surface_pressure"), 120)
+    assert png_bytes(lead_curve(bare, variable="temperature", level=500.0, score="rmse"), 120)
 
 
 def test_spread_skill_curve_marks_a_reliable_ensemble(table):
-    figure = spread_skill_curve(table, variable="temperature", level=500.0)
+    figure = lead_curve(table, variable="temperature", level=500.0, score="spread_skill")
     assert any(set(line.get_ydata()) == {1.0} for line in figure.axes[0].lines)
-
-
-def test_curve_of_unknown_variable_or_level_is_an_error(table):
-    with pytest.raises(ValueError, match="variable 'ozone'.*temperature"):
-        lead_curves(table, variable="ozone")
-    with pytest.raises(ValueError, match="level 10"):
-        lead_curves(table, variable="temperature", level=10.0)
 
 
 def test_units_are_set_as_formulas():
@@ -462,7 +449,9 @@ def test_units_are_set_as_formulas():
 
 
 def test_no_figure_enters_pyplot_s_state(table):
-    assert isinstance(lead_curves(table, variable="temperature", level=500.0), Figure)
+    assert isinstance(
+        lead_curve(table, variable="surface_pressure", level=None, score="rmse"), Figure
+    )
     pyplot = matplotlib.pyplot if hasattr(matplotlib, "pyplot") else None
     assert pyplot is None or pyplot.get_fignums() == []
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from atmossl.training.schedule import learning_rate_factor
+from atmossl.training.optimizer import learning_rate_factor
 
 COMMON = {"warmup_steps": 10, "max_steps": 110, "final_fraction": 0.1, "decay_every": 20}
 

@@ -10,8 +10,13 @@ import pandas as pd
 
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.figures import readable
-from atmossl.evaluation.rows import rows_of_prefix, rows_where
-from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
+from atmossl.evaluation.verify import (
+    CRPS_RATIO_PREFIX,
+    RATIO_PREFIX,
+    WHOLE_YEAR,
+    rows_of_prefix,
+    rows_where,
+)
 
 _MAX_COLUMNS = 10
 _LEAST_LIMIT = np.log(1.25)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 import xarray as xr
 
-from atmossl.evaluation.rows import rows_where
+from atmossl.evaluation.verify import rows_where
 
 
 @dataclass(frozen=True)

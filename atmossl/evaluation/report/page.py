@@ -11,24 +11,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from atmossl.evaluation.calibration import CALIBRATED, calibration_table
 from atmossl.evaluation.report.cards import RatioColours, colours_of, region_card, score_cards
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
-from atmossl.evaluation.report.curves import lead_curves, spread_skill_curve
 from atmossl.evaluation.report.figures import encoded, pixels_of, readable, svg_bytes
 from atmossl.evaluation.report.maps import DrawnCase, case_title
 from atmossl.evaluation.report.panels import (
+    lead_curve,
     pick,
     rank_panel,
     ratio_panel,
     reliability_panel,
     spectrum_panel,
 )
-from atmossl.evaluation.report.verdicts import verdicts
-from atmossl.evaluation.rows import rows_of_prefix, rows_where
-from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
+from atmossl.evaluation.report.verdicts import CALIBRATED, calibration_table, verdicts
+from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR, rows_of_prefix, rows_where
 
-_CURVES = ("rmse", "crps", "acc")
+_CURVES = {n: n for n in ("rmse", "crps", "acc")} | {"spread_skill": "spread over skill"}
 _SPECTRA = {
     "zonal_spectrum": ("Zonal spectra", "zonal wavenumber"),
     "spherical_spectrum": ("Spherical spectra", "total wavenumber"),
@@ -131,13 +129,10 @@ def _curves(report: TaskReport) -> Iterator[dict[str, Any]]:
         name, level = example.variable, example.level
         variable_rows = rows_where(rows, variable=name)
         pictures = []
-        for score in _CURVES:
+        for score, words in _CURVES.items():
             if (variable_rows["score"] == score).any():
-                figure = lead_curves(variable_rows, variable=name, level=level, scores=(score,))
-                pictures.append(svg_picture(figure, f"{score} of {name} against lead time"))
-        if (variable_rows["score"] == "spread_skill").any():
-            figure = spread_skill_curve(variable_rows, variable=name, level=level)
-            pictures.append(svg_picture(figure, f"spread over skill of {name} against lead time"))
+                figure = lead_curve(variable_rows, variable=name, level=level, score=score)
+                pictures.append(svg_picture(figure, f"{words} of {name} against lead time"))
         yield {"title": _heading(example), "pictures": pictures}
 
 

@@ -1,4 +1,5 @@
-"""Small pictures of one variable: rank histogram, reliability, spectrum, ratios to baselines."""
+"""Small pictures of one variable: scores against lead time, rank histogram, reliability, spectrum,
+ratios to baselines."""
 
 import numpy as np
 import pandas as pd
@@ -6,10 +7,41 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmossl.evaluation.report.figures import plain, readable
+from atmossl.evaluation.report.figures import plain, readable, score_label
+from atmossl.evaluation.verify import rows_where
 
 _SIZE = (3.6, 2.9)
 _REFERENCE = {"color": "0.4", "linestyle": "--", "linewidth": 1.0}
+
+
+def lead_curve(table: pd.DataFrame, *, variable: str, level: float | None, score: str) -> Figure:
+    """A score on the globe against lead time: a line with a shaded interval for every source that
+    has it. The dashed line of a spread-skill ratio is that of a reliable ensemble."""
+    figure = Figure(figsize=(4.0, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    rows = rows_where(table, variable=variable, level=level, region="global", score=score)
+    colours = {name: f"C{n % 10}" for n, name in enumerate(table["source"].unique())}
+    for source, part in rows.groupby("source", sort=False):
+        part = part.sort_values("lead_hours")
+        if part["value"].isna().all():
+            continue  # such as the anomaly correlation of the climatology itself
+        hours, colour = part["lead_hours"], colours[source]
+        axes.plot(hours, part["value"], marker="o", markersize=4, label=plain(source), color=colour)
+        axes.fill_between(hours, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0.0)
+    axes.set_ylabel(score_label(score, str(rows["units"].iloc[0])))
+    axes.grid(alpha=0.3)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    hours = np.unique(rows["lead_hours"].dropna())
+    axes.set_xlabel("lead time (h)")
+    axes.set_xticks(hours[:: max(1, hours.size // 8)])
+    if score == "spread_skill":
+        axes.axhline(1.0, **_REFERENCE)
+        axes.set_ylim(bottom=0.0)
+    where = "global" if level is None else f"{level:g} hPa, global"
+    figure.suptitle(f"{readable(variable)}, {where}", parse_math=False)
+    columns = max(1, min(3, len(axes.get_legend_handles_labels()[0])))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    return figure
 
 
 def pick(diagnosed: xr.Dataset, level: float | None) -> xr.Dataset:

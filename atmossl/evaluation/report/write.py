@@ -10,14 +10,12 @@ import pandas as pd
 import xarray as xr
 import zarr
 
-from atmossl.evaluation.calibration import calibration_table
 from atmossl.evaluation.report.content import Provenance, TaskReport
 from atmossl.evaluation.report.maps import DrawnCase, draw_case
 from atmossl.evaluation.report.page import html_page
 from atmossl.evaluation.report.tables import summarise, to_markdown
-from atmossl.evaluation.report.verdicts import verdicts
-from atmossl.evaluation.rows import rows_where
-from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR
+from atmossl.evaluation.report.verdicts import calibration_table, verdicts
+from atmossl.evaluation.verify import CRPS_RATIO_PREFIX, RATIO_PREFIX, WHOLE_YEAR, rows_where
 from atmossl.names import file_name
 
 _SURFACE = 0.0

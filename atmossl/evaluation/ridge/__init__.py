@@ -1,8 +1,7 @@
 """Ridge regression on neighbourhoods of all fields: the linear baseline that a network must
 beat."""
 
-from atmossl.evaluation.ridge.channels import Channels
-from atmossl.evaluation.ridge.model import RidgeModel, check_runs, fit_ridge
+from atmossl.evaluation.ridge.model import Channels, RidgeModel, check_runs, fit_ridge
 from atmossl.evaluation.ridge.predictors import (
     CrossVariable,
     RidgeCorrection,

@@ -164,7 +164,7 @@ class CrossVariable(_Around):
 
 
 @dataclass(frozen=True)
-class RidgeCorrection:
+class RidgeCorrection(RidgeTask):
     """Predicts an analysis from another model's fields around the cell, at the step itself and
     `history - 1` steps before it. Trivially, the other model's value.
 
@@ -176,16 +176,10 @@ class RidgeCorrection:
     sources: tuple[int, ...]
     hidden_channels: tuple[int, ...]
     history: int = 2
-    factor: int = field(default=1, init=False)
-    is_forecast: bool = field(default=False, init=False)
 
     @property
     def input_offsets(self) -> tuple[int, ...]:
         return tuple(range(1 - self.history, 1))
-
-    @property
-    def target_offsets(self) -> tuple[int, ...]:
-        return (0,)
 
     def trivial(self, block: Block) -> Targets:
         return block.at(0)[:, list(self.sources)][:, None]

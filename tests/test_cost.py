@@ -7,7 +7,7 @@ import pytest
 
 from atmossl.cli import compose_config, main
 from atmossl.commands import cost
-from atmossl.cost_estimate import Estimate, estimate, resident_bytes
+from atmossl.commands.cost import Estimate, estimate, resident_bytes
 from atmossl.schema import TrainConfig, parse
 
 RUN = (
