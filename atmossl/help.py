@@ -253,10 +253,10 @@ def _keys_of(name: str, kind: Any) -> list[str]:
                 groups.append((chosen.replace("logging", "logger"), parent))
             continue
         ((group, choice),) = chosen.items()
-        choices = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
-        lines += _two_columns(
-            f"  {group}={'null' if choice is None else choice}", f"one of {choices}"
-        )
+        valid = f"one of {_choices(conf / group)}"
+        if group == "tasks":
+            valid += f"; or one or a list, such as [forecast], of {_choices(conf / 'task')}"
+        lines += _two_columns(f"  {group}={'null' if choice is None else choice}", valid)
         file = conf / group / f"{choice}.yaml"
         if choice is not None and file.is_file() and group not in ("launcher", "tasks", "logger"):
             groups.append((group, file))
@@ -265,6 +265,10 @@ def _keys_of(name: str, kind: Any) -> list[str]:
     for group, file in groups:
         lines += ["", f" {group}={file.stem}", *_lines_of_file(file, f"{group}.", meanings)]
     return lines
+
+
+def _choices(folder: Path) -> str:
+    return ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
 
 
 def _lines_of_file(file: Path, before: str, meanings: "_Meanings") -> list[str]:

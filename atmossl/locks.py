@@ -64,6 +64,16 @@ def owned(path: Path, key: str, *, inside: bool = False) -> Iterator[None]:
         _remove_empty(made)
 
 
+def check_is_free(path: Path, key: str = "output", *, is_folder: bool = True) -> None:
+    """Raise ValueError, before any work, if something lies where an output shall be.
+
+    is_folder: the output is a folder, which takes the place of an empty one.
+    """
+    if not path.exists() or (is_folder and path.is_dir() and not any(path.iterdir())):
+        return
+    raise ValueError(f"{key}={path} exists; choose another path or remove it")
+
+
 @contextmanager
 def owned_in_turn(path: Path, key: str, waits: Callable[[], object]) -> Iterator[None]:
     """Like `owned`, but wait while another process owns the output; `waits` is called once then."""

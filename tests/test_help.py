@@ -50,6 +50,13 @@ def test_every_command_is_in_the_overview(capsys: Any) -> None:
     assert printed(capsys, "--version") == f"{atmossl.__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["evaluate", "train"])
+def test_help_names_the_tasks_that_can_be_listed(name: str) -> None:
+    told = " ".join(help_of(name).split())
+    tasks = sorted(f.stem for f in (Path(__file__).parents[1] / "conf" / "task").glob("*.yaml"))
+    assert f"or one or a list, such as [forecast], of {', '.join(tasks)}" in told
+
+
 def leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value and "_target_" not in value:

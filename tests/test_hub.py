@@ -92,6 +92,7 @@ def test_card_has_the_scores_of_the_checkpoint_s_own_report(tmp_path: Path, caps
     digest = load_checkpoint(str(SMALL)).digest
     scores = {"forecast_vs_persistence": 0.8, "forecast_vs_persistence_interval": [0.7, 0.9]}
     (report / "figures.json").write_text(json.dumps(scores))
+    (tmp_path / "one").mkdir()  # an empty folder is no output
     how = f"## How to reproduce\n\natmossl evaluate every=4\n\n- checkpoint: x, digest {digest}\n"
     (report / "summary.md").write_text(how)
     arguments = ["export", f"checkpoint={SMALL}", f"hub={tmp_path / 'one'}", f"report={report}"]

@@ -14,7 +14,7 @@ import pytest
 
 from atmossl import locks
 from atmossl.cli import main
-from atmossl.locks import owned
+from atmossl.locks import check_is_free, owned
 
 CONTEXT = multiprocessing.get_context("spawn")
 HOLD = """
@@ -210,6 +210,19 @@ def test_errors_of_writing_name_the_key(
         raise error
     assert (f"output={output}: No" in str(caught.value.strerror)) == named
     assert file is None or file in str(caught.value)
+
+
+def test_a_place_is_free_where_nothing_or_an_empty_folder_lies(tmp_path: Path) -> None:
+    full, hollow, file = tmp_path / "full", tmp_path / "hollow", tmp_path / "file"
+    (full / "inner").mkdir(parents=True)
+    hollow.mkdir()
+    file.touch()
+    for path in (tmp_path / "none", hollow):
+        check_is_free(path)
+    check_is_free(tmp_path / "none", is_folder=False)
+    for path, is_folder in ((full, True), (file, True), (file, False), (hollow, False)):
+        with pytest.raises(ValueError, match=f"^hub={path} exists; choose another path"):
+            check_is_free(path, "hub", is_folder=is_folder)
 
 
 WRITING = {

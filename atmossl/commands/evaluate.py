@@ -22,7 +22,7 @@ from atmossl.evaluation.report.tables import mean_over_levels, print_summary, su
 from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
-from atmossl.locks import owned
+from atmossl.locks import check_is_free, owned
 from atmossl.progress import console_of_output
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
@@ -36,8 +36,7 @@ def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Pa
     """
     config: EvaluateConfig = parse(EvaluateConfig, values)
     with owned(config.output, "output"), keeping("nothing is kept of the scores"):
-        if config.output.exists():
-            raise ValueError(f"output={config.output} exists; choose another folder or remove it")
+        check_is_free(config.output)
         if not config.forecasts:
             check_tasks(config.tasks)
         check_split(config.data, config.split)

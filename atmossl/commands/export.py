@@ -16,6 +16,7 @@ from atmossl.checkpoint_files import (
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.inference.checkpoint import TrainedModel, exported, load_checkpoint
 from atmossl.inference.out_of_training_warnings import seen_in_training
+from atmossl.locks import check_is_free
 from atmossl.progress import console_of_output
 
 _FENCE = "```"
@@ -42,8 +43,7 @@ def export_folder(
         ValueError: the folder exists, checkpoints of different models, or a report of another
             checkpoint.
     """
-    if folder.exists():
-        raise ValueError(f"hub={folder} exists; choose another folder or remove it")
+    check_is_free(folder, "hub")
     check_room(folder, 1, "hub")
     contents = exported(names, plugins)
     checkpoint_record = contents["atmossl"]

@@ -13,8 +13,7 @@ from atmossl.features.page import write_features
 from atmossl.features.run import FeatureOptions, FeatureRun
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder
-from atmossl.locks import owned
-from atmossl.probes.summary import check_output
+from atmossl.locks import check_is_free, owned
 from atmossl.progress import console_of_output, telling
 from atmossl.schema import FeaturesConfig, parse
 from atmossl.stops import keeping
@@ -27,7 +26,7 @@ def features(values: Mapping[str, Any], command: str = "atmossl features") -> Pa
     """
     config: FeaturesConfig = parse(FeaturesConfig, values)
     with owned(config.output, "output"), keeping("nothing was written"):
-        check_output(config.output)
+        check_is_free(config.output)
         run = _prepared(config)
         if run.warning is not None:
             note(run.warning)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from atmossl.commands.common import check_split, device_for, note, open_splits
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.locks import owned
+from atmossl.locks import check_is_free, owned
 from atmossl.probes.cases import SPLITS
 from atmossl.probes.finetuning import FinetuneSettings
 from atmossl.probes.run import (
@@ -23,7 +23,7 @@ from atmossl.probes.run import (
     scores,
     tunings,
 )
-from atmossl.probes.summary import Summary, check_output, headline_table, write_summary
+from atmossl.probes.summary import Summary, headline_table, write_summary
 from atmossl.progress import telling
 from atmossl.schema import ProbeConfig, parse
 from atmossl.stops import keeping
@@ -33,7 +33,7 @@ def probe(values: Mapping[str, Any]) -> Path:
     """Fit and score the probes of one or more checkpoints; returns the report's folder."""
     config: ProbeConfig = parse(ProbeConfig, values)
     with owned(config.output, "output"), keeping("nothing was written"):
-        check_output(config.output)
+        check_is_free(config.output)
         summary = summary_of(probed(config))
         write_summary(summary, config.output)
     console = Console(width=max(120, Console().width), markup=False, highlight=False)

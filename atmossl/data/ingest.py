@@ -41,6 +41,7 @@ from atmossl.data.fingerprint import (
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
+from atmossl.locks import check_is_free
 from atmossl.names import file_name
 from atmossl.setting_types import NotNegative, Positive
 from atmossl.value_faults import as_written
@@ -152,8 +153,7 @@ def ingest(
     """
     if output.suffix != ".zarr":
         raise ValueError(f"output={output} must end in .zarr")
-    if output.exists():
-        raise ValueError(f"output={output} exists; choose another path or remove it")
+    check_is_free(output)
     folder = output.with_name(f".{output.name}.partial")
     store, journal = folder / "store.zarr", folder / "journal"
     _opened.cache_clear()  # files of the same names may be others by now

@@ -29,6 +29,7 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Source
 from atmossl.inference.tiles import WindowReader, columns
 from atmossl.inference.writer import COORDINATES, attributes_of, encoding
+from atmossl.locks import check_is_free
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.tasks import TimePlan
 from atmossl.masking.views import make_view
@@ -363,5 +364,4 @@ def check_embedding_output(output: Path) -> None:
     """Raise ValueError if the output exists or is not to be a zarr store."""
     if output.suffix != ".zarr":
         raise ValueError(f"output={output} must end in .zarr")
-    if output.exists():
-        raise ValueError(f"output={output} exists; choose another path or remove it")
+    check_is_free(output)

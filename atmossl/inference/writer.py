@@ -24,6 +24,7 @@ from atmossl.data.variables import VARIABLES
 from atmossl.geometry import Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.inference.predict import predict_fields, predict_parts
+from atmossl.locks import check_is_free
 from atmossl.names import ENSEMBLE
 from atmossl.sealed import read_sealed, write_sealed
 from atmossl.stops import Stopped
@@ -306,8 +307,7 @@ def check_output(output: Path, *, resume: bool = False) -> None:
     was shown when the output was locked (`atmossl.locks`)."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"output={output} must end in {', '.join(SUFFIXES)}")
-    if output.exists():
-        raise ValueError(f"output={output} exists; choose another path or remove it")
+    check_is_free(output, is_folder=output.suffix == ".zarr")
     if partial_of(output).exists() and not resume:
         raise ValueError(
             f"output={output}: an unfinished {partial_of(output)} lies beside it; go on with "

@@ -9,6 +9,7 @@ import pandas as pd
 
 from atmossl.checkpoint_files import write_atomically
 from atmossl.evaluation.verify import rows_where
+from atmossl.locks import check_is_free
 
 _STYLE = """body { margin: 0 auto; max-width: 1200px; padding: 0 16px 48px; color: #1c2733;
   font: 16px/1.5 system-ui, "Segoe UI", Arial, sans-serif; }
@@ -76,19 +77,13 @@ def shares_beaten(comparisons: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shares.mean())
 
 
-def check_output(output: Path) -> None:
-    """Raise ValueError if the folder exists."""
-    if output.exists():
-        raise ValueError(f"output={output} exists; choose another folder or remove it")
-
-
 def write_summary(summary: Summary, output: Path) -> None:
     """Write all tables into a folder that appears when it is whole.
 
     Raises:
         ValueError: the folder exists.
     """
-    check_output(output)
+    check_is_free(output)
 
     def fill(folder: Path) -> None:
         folder.mkdir()

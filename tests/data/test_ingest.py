@@ -154,6 +154,7 @@ def test_a_stopped_run_writes_only_what_is_missing(tmp_path, monkeypatch) -> Non
         return original(job)
 
     monkeypatch.setattr(module, "write_region", counts)
+    output.mkdir()  # an empty folder is no output
     ingest(source, output, LAYOUT, one, quiet)
     assert len(written) == len(set(written)) == 8  # every region once over both runs
     compare(output)

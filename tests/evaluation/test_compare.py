@@ -64,6 +64,7 @@ def run(folder: Path, output: str, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def report(folder: Path) -> Path:
     stores = f"forecasts=[{folder / 'ours.zarr'},{folder / 'theirs.zarr'}]"
+    (folder / "report").mkdir()  # an empty folder is no output
     return run(folder, "report", stores, "bootstrap=50", "boxes={pacific: [-30, 30, 150, 250]}")
 
 

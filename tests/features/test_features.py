@@ -441,6 +441,7 @@ def test_the_command_writes_a_page_once(tmp_path: Path, capsys: pytest.CaptureFi
         words = [f"checkpoint={TINY}", "num_dates=8", "places=[europe,[-30,-60]]"]
         return main(["features", *words, f"output={tmp_path / output}", "accelerator=cpu", *more])
 
+    (tmp_path / "page").mkdir()  # an empty folder is no output
     assert command("page") == 0
     assert "note: the page compares 8 dates alone" in capsys.readouterr().err
     page = (tmp_path / "page" / "index.html").read_text()

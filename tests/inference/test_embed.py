@@ -158,6 +158,7 @@ def test_streams_with_tokens_of_their_own_have_dims_of_their_own() -> None:
 
 def test_what_is_written_is_what_is_returned(tmp_path: Path) -> None:
     used = model(TWO, 4, 8)
+    (tmp_path / "latents.zarr").mkdir()  # an empty folder is no output
     written = used.embed(STORE, None, output=tmp_path / "latents.zarr")
     assert written.sizes["init_time"] == STORE.sizes["time"] - STEPS + 1
     some = STORE["time"].values[[3, 6]]
