@@ -8,7 +8,9 @@
 The step is that of `atmossl train` with the same overrides: its optimiser, precision, compiled
 blocks and forgotten activations. `matmul_fraction`: floating-point operations of the matrix
 products that a step needs, none done anew, over those of one large product in the same time; on a
-GPU this is the model FLOPs utilisation. `data_wait_share`: of the time of steps fed by the loader.
+GPU this is the model FLOPs utilisation. `nominal_fraction`: over the dense bfloat16 rate that the
+maker states, for the GPUs whose rate is known here. `data_wait_share`: of the time of steps fed by
+the loader.
 `memory_estimate_over_peak` (GPUs; `benchmarks.scaling` has it for CPUs): the cost estimate,
 without averaged weights, over what the allocator held. `top_costs`: shares of a step's time.
 With --zeros fields are 0 and no store is read, nor a loader timed.
@@ -81,6 +83,7 @@ _ATMOREP_SIZES = {  # those that come nearest to its numbers of parameters, from
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 _SIDE = 2048  # of the matrices whose product is the ceiling on a CPU
 _WARMUP = 3
+_NOMINAL_FLOPS_PER_S = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # SXM, dense bfloat16
 _PRODUCTS = 500  # on a GPU, whose clock falls under load: as long as the steps take
 _NAME = 80  # characters of a kernel's name; some go on with types, in the hundreds
 
@@ -334,6 +337,10 @@ def of_run(
         "top_costs": top_costs(step, device),
     }
     if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for card, nominal in _NOMINAL_FLOPS_PER_S.items():
+            if card in name and dtype == torch.bfloat16:
+                figures["nominal_fraction"] = round(flops / step_seconds / nominal, 4)
         cost = estimate(config).cost
         figures["memory_estimate_over_peak"] = round((cost.peak + cost.batch) / peak, 3)
     if loader is not None:

@@ -1,5 +1,9 @@
-"""The store that the data loader's benchmark reads, and the floors that it is held against."""
+"""The store that the data loader's benchmark reads, and the floors that it is held against.
 
+python -m benchmarks.window_store OUTPUT.zarr --days 30     # writes the store
+"""
+
+import argparse
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -147,3 +151,17 @@ class Floors:
         ]
         while reads:
             reads.pop(0).result()  # and the values are freed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--days", type=int, default=30)
+    arguments = parser.parse_args()
+    make_store(arguments.output, arguments.days)
+
+
+if __name__ == "__main__":
+    main()
