@@ -1,6 +1,8 @@
 """Compiled blocks compute what plain ones do, without compiling again for every batch."""
 
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,12 @@ from atmossl.batch import Batch, collate_views
 from atmossl.losses import LOSSES
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.views import make_view
+from atmossl.model.atmorep_files import load_atmorep
+from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
+from tests.model.plain_atmorep import field, write_model
+from tests.model.test_atmorep import inputs_of
 from tests.synthetic import spec, window
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
@@ -133,3 +139,38 @@ def test_compiled_losses_are_one_graph_and_agree(scaled: bool) -> None:
         results.append((loss.detach(), model.tail["air"].project.weight.grad.clone()))
     torch.testing.assert_close(*results)
     assert graphs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
+)
+def test_an_imported_network_of_atmorep_compiles_to_what_it_is(tmp_path: Path) -> None:
+    """Two coupled fields: members of every hidden token, and gradients of all weights."""
+    fields = [field("temperature", 8, ("velocity_u",)), field("velocity_u", 8)]
+    write_model(tmp_path, fields, ["temperature"])
+    plain, compiled = (imported_network(tmp_path) for _ in range(2))
+    compiled.compile_blocks()
+    given = inputs_of(plain.core)
+    with inductor.patch(compile_threads=1):
+        found, expected = (network.core(given) for network in (compiled, plain))
+        index = {0: torch.arange(4)}
+        of_compiled, of_plain = (out["temperature"].of_tokens(index) for out in (found, expected))
+        for members in (of_compiled, of_plain):
+            members.square().mean().backward()
+    difference = float((of_compiled - of_plain).abs().max())
+    assert 0.0 < difference < 1e-5, difference  # compiled indeed, and the same but for rounding
+    gradients = {name: weight.grad for name, weight in plain.named_parameters()}
+    for name, weight in compiled.named_parameters():
+        expected_gradient = gradients[name.replace("_orig_mod.", "")]
+        if weight.grad is None:
+            assert expected_gradient is None, name
+        else:
+            torch.testing.assert_close(weight.grad, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+def imported_network(folder: Path) -> AtmoRepNetwork:
+    core = load_atmorep(folder)
+    network = AtmoRepNetwork(streams=streams_of(core.settings), **asdict(core.settings))
+    network.core.load_state_dict(core.state_dict())
+    return network
