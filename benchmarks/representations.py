@@ -52,7 +52,6 @@ from atmossl.cli import main as atmossl
 from atmossl.commands.probe import probed, summary_of
 from atmossl.composition import compose_config
 from atmossl.evaluation.verify import rows_where
-from atmossl.probes.labels import PROBES, blind_of
 from atmossl.probes.run import Baselines, Probed
 from atmossl.probes.summary import Summary, shares_beaten
 from atmossl.schema import ProbeConfig, parse
@@ -199,8 +198,7 @@ def figures_of(summary: Summary) -> dict[str, Any]:
     for row in rows_where(summary.scores, headline=True).to_dict("records"):
         name, probe = row["checkpoint"], row["probe"]
         compared = rows_where(summary.comparisons, checkpoint=name, probe=probe)
-        is_rival = (compared["baseline"] != "position") | (not _solved_by_position(probe))
-        baselines = compared.loc[is_rival, "baseline_skill"]
+        baselines = compared["baseline_skill"]
         skills.setdefault(name, {})[probe] = {
             "skill": round(row["skill"], 3),
             "interval": [round(row["low"], 3), round(row["high"], 3)],
@@ -221,10 +219,6 @@ def figures_of(summary: Summary) -> dict[str, Any]:
         "objectives_collapsed": sum(value < COLLAPSED_BELOW for value in rank.values()),
         **_shares(summary.comparisons), **_of_labels(summary.tuned),
     }  # fmt: skip
-
-
-def _solved_by_position(probe: str) -> bool:
-    return probe in PROBES and blind_of(probe).position
 
 
 def _shares(comparisons: pd.DataFrame) -> dict[str, float]:

@@ -52,9 +52,8 @@ def probed(config: ProbeConfig, shared: dict[str, Baselines] | None = None) -> d
     for split in SPLITS:
         check_split(config.data, split)
     prepared = {name: _prepared(name, config) for name in dict.fromkeys(config.checkpoint)}
-    for warning in dict.fromkeys(run.warning for run in prepared.values()):
-        if warning is not None:
-            note(warning)
+    for line in dict.fromkeys(line for run in prepared.values() for line in run.notes):
+        note(line)
     results: dict[str, Probed] = {}
     shared = {} if shared is None else shared
     for name in list(prepared):

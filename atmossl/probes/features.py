@@ -201,8 +201,12 @@ def _values_of_tokens(
             for level in variable_levels:
                 of_level = cases.states[hours][name].sel(level=level)
                 cells = of_level.transpose("case", "latitude", "longitude").to_numpy()
-                spread = float(cells[train].std()) or 1.0
-                cells = (cells - float(cells[train].mean())) / spread
+                known = cells[train]
+                if np.isnan(cells).any():  # a gap is at the mean
+                    known = known[~np.isnan(known)]
+                    cells = np.where(np.isnan(cells), known.mean() if known.size else 0.0, cells)
+                spread = float(known.std()) if known.size else 1.0
+                cells = (cells - (float(known.mean()) if known.size else 0.0)) / (spread or 1.0)
                 token_cells = rearrange(places.blocks(cells), "case r y c x -> case r c (y x)")
                 around = _around(places.token_means(cells))
                 yield np.concatenate([token_cells, around], axis=-1), token_cells.shape[-1]

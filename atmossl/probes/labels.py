@@ -18,6 +18,10 @@ NUM_BELTS = 6
 Kind = Literal["number", "class", "extreme"]
 
 
+class LabelError(ValueError):
+    """A label cannot be computed from a store's fields; says why."""
+
+
 @dataclass(frozen=True)
 class Blind:
     """What a probe's encoder is not shown, since the label would follow from it without learning.
@@ -28,6 +32,11 @@ class Blind:
 
     position: bool = False
     variables: tuple[str, ...] = ()
+
+    def within(self, seen: "Blind") -> "Blind":
+        """The part of this that a network sees, and that can be kept from it."""
+        variables = tuple(name for name in self.variables if name in seen.variables)
+        return Blind(self.position and seen.position, variables)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def jet_latitude(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
     wind = wind.sel(latitude=slice(15, 75)).transpose("case", "latitude")
     latitude, values = wind["latitude"].to_numpy(), wind.to_numpy()
     if len(latitude) < 3:
-        raise ValueError("probes: jet_latitude needs 3 rows between 15 and 75 degrees north")
+        raise LabelError("it needs 3 rows between 15 and 75 degrees north")
     top = values[:, 1:-1].argmax(axis=1) + 1
     rows = np.arange(len(values))
     south, middle, north = (values[rows, top + shift] for shift in (-1, 0, 1))
@@ -83,7 +92,8 @@ def jet_latitude(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
     shift = np.divide(
         (south - north) / 2, curvature, out=np.zeros_like(south), where=curvature < 0
     ).clip(-0.5, 0.5)
-    return xr.DataArray(latitude[top] + shift * np.gradient(latitude)[top], dims="case")
+    found = latitude[top] + shift * np.gradient(latitude)[top]
+    return xr.DataArray(np.where(np.isnan(values).any(axis=1), np.nan, found), dims="case")
 
 
 def blocking(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:

@@ -35,7 +35,14 @@ from atmossl.probes.features import (
 )
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings
 from atmossl.probes.labels import PROBES, Blind, check_probes
-from atmossl.probes.scoring import Outcome, Question, Scorer, ask, best_by_validation
+from atmossl.probes.scoring import (
+    Outcome,
+    Question,
+    Scorer,
+    UnanswerableError,
+    ask,
+    best_by_validation,
+)
 from atmossl.value_faults import as_written
 
 STEADY_TRAIN_DATES, STEADY_TEST_BLOCKS = 50, 8  # with fewer, the scores come with a warning
@@ -84,7 +91,7 @@ class Probed:
     outcomes: of every probe, source, layer and method. headlines: by probe, of linear probes on the
     layer of the latents that validation chose. rank: RankMe of the pooled latents' departures from
     their mean over the test dates, by (source, layer). test_latents: pooled, by layer. tuned: what
-    was fine-tuned.
+    was fine-tuned. without_position: probes whose latents were not told where and when they are.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -93,6 +100,7 @@ class Probed:
     test_latents: Mapping[int, Float[np.ndarray, "case feature"]]
     num_cases: Mapping[str, int]
     tuned: tuple[Tuned, ...] = ()
+    without_position: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ class Baselines:
 class ProbeRun:
     """A checkpoint, its dates and its questions, all checked; `run` does the long work.
 
-    embedders: of every run.
+    embedders: of every run. left_out: probes that nobody named and that these data cannot answer,
+    with the reason.
     """
 
     trained: TrainedModel
@@ -119,6 +128,7 @@ class ProbeRun:
     cases: Cases
     places: TokenPlaces
     questions: tuple[Question, ...]
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
@@ -131,16 +141,15 @@ class ProbeRun:
 
         records: of the splits train, validation and test.
         Raises:
-            ValueError: a checkpoint that cannot embed, an unknown probe or layer, a label that is
-                constant, too few dates.
+            ValueError: a checkpoint that cannot embed, an unknown probe or layer, a probe of
+                `options` whose label is constant or missing, too few dates.
         """
         trained.require("embed")
         levels = {
             name: tuple(variable_levels)
             for name, variable_levels in levels_by_variable(trained.own_specs).items()
         }
-        names = options.probes or tuple(name for name in PROBES if _is_possible(name, levels))
-        check_probes(names, levels)
+        check_probes(options.probes, levels)
         count = trained.model.num_encoder_layers
         layers = options.layers or tuple(range(count))
         if wrong := [layer for layer in layers if not -count <= layer < count]:
@@ -150,12 +159,24 @@ class ProbeRun:
         embedders = tuple(_embedder(trained, run.segment, options) for run in runs)
         cases = read_cases(runs, levels)
         places = _places(embedders[0], runs[0], len(cases.times), options)
-        questions = tuple(ask(name, cases, places) for name in names)
+        if options.probes:
+            questions, left_out = tuple(ask(name, cases, places) for name in options.probes), ()
+        else:
+            questions, left_out = _all_that_can_be_asked(levels, cases, places)
+        seen = _can_be_hidden(trained, embedders[0])
+        questions = tuple(replace(one, blind=one.blind.within(seen)) for one in questions)
         _check_finetuned(options.finetune, questions)
-        return cls(trained, options, layers, embedders, tuple(runs), cases, places, questions)
+        return cls(
+            trained, options, layers, embedders, tuple(runs), cases, places, questions, left_out
+        )  # fmt: skip
 
     @property
-    def warning(self) -> str | None:
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the scores, a line each."""
+        return (*self.left_out, *filter(None, [self._warning_of_few_dates]))
+
+    @property
+    def _warning_of_few_dates(self) -> str | None:
         """What few dates do to the scores; None where there are enough."""
         train, test = (int(self.cases.of(split).sum()) for split in ("train", "test"))
         blocks = test / self._bootstrap.block_length
@@ -225,6 +246,7 @@ class ProbeRun:
                           if name == "latents"},
             num_cases={name: int(self.cases.of(name).sum()) for name in SPLITS},
             tuned=tuple(self._tuned(advance)) if self.options.finetune.fractions else (),
+            without_position=frozenset(q.name for q in self.questions if q.blind.position),
         )  # fmt: skip
 
     def _key_of_baselines(self, blind: Blind) -> str:
@@ -339,12 +361,32 @@ class ProbeRun:
         return [headline if outcome is best else outcome for outcome in outcomes], headline
 
 
-def _is_possible(name: str, levels: Mapping[str, Sequence[int]]) -> bool:
-    try:
-        check_probes([name], levels)
-    except ValueError:
-        return False
-    return True
+def _all_that_can_be_asked(
+    levels: Mapping[str, Sequence[int]], cases: Cases, places: TokenPlaces
+) -> tuple[tuple[Question, ...], tuple[str, ...]]:
+    """The questions of all probes that a checkpoint's fields allow, and a line for each label that
+    these data do not have."""
+    questions, left_out = list[Question](), list[str]()
+    for name in PROBES:
+        try:
+            check_probes([name], levels)
+        except ValueError:  # it belongs to other fields
+            continue
+        try:
+            questions.append(ask(name, cases, places))
+        except UnanswerableError as error:
+            left_out.append(f"without the probe {name}: {error.reason}")
+    if not questions:
+        raise ValueError(f"probes=[]: none can be asked; {'; '.join(left_out)}")
+    return tuple(questions), tuple(left_out)
+
+
+def _can_be_hidden(trained: TrainedModel, embedder: Embedder) -> Blind:
+    """What the encoder sees and what can be kept from it: encodings without anything else would be
+    those with all."""
+    shown = {name for spec in embedder.shown_specs for name in spec.variables}
+    is_told = trained.model.without_position() is not trained.model
+    return Blind(position=is_told, variables=tuple(sorted(shown)))
 
 
 def _check_finetuned(settings: FinetuneSettings, questions: Sequence[Question]) -> None:
@@ -410,12 +452,15 @@ def scores(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.Data
 
 def comparisons(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.DataFrame:
     """The headline of every probe against the linear probe on every baseline (its layer chosen by
-    validation, too): difference of skill, and its interval over the same draws of dates."""
+    validation, too): difference of skill, and its interval over the same draws of dates. `position`
+    is not compared with latents that were not told it."""
     rows = []
     for probe, headline in probed.headlines.items():
         of_probe = [outcome for outcome in probed.outcomes if outcome.probe == probe]
         for baseline in BASELINES:
             method = "none" if baseline in ("climatology", "persistence") else "linear"
+            if baseline == "position" and probe in probed.without_position:
+                continue
             if not any(outcome.source == baseline for outcome in of_probe):
                 continue
             other = best_by_validation(of_probe, baseline, method)

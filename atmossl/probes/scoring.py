@@ -19,7 +19,15 @@ from atmossl.evaluation.bootstrap import BlockBootstrap, resampled_means
 from atmossl.probes.attentive import fit_attentive
 from atmossl.probes.cases import Cases, TokenPlaces
 from atmossl.probes.features import Features
-from atmossl.probes.labels import DISTANCE, LABELS, Blind, Label, blind_of, date_pairs
+from atmossl.probes.labels import (
+    DISTANCE,
+    LABELS,
+    Blind,
+    Label,
+    LabelError,
+    blind_of,
+    date_pairs,
+)
 from atmossl.probes.models import Rows, chosen_strength, fit_linear, nearest_neighbours
 
 EXTREME_QUANTILE = 0.95
@@ -69,22 +77,32 @@ class Question:
         )
 
 
+class UnanswerableError(ValueError):
+    """These data do not have a label, or always the same one. reason: in words."""
+
+    def __init__(self, probe: str, reason: str) -> None:
+        super().__init__(
+            f"probes: {probe}: {reason}; leave it out, or choose another every or other data"
+        )
+        self.reason = reason
+
+
 def ask(name: str, cases: Cases, places: TokenPlaces) -> Question:
     """The rows of one probe.
 
     Raises:
-        ValueError: its label is constant over the training dates.
+        UnanswerableError: its label is constant over the training dates, or missing somewhere.
     """
-    question = (
-        _of_pairs(cases) if name == DISTANCE else _of_label(name, LABELS[name], cases, places)
-    )
+    try:
+        question = (
+            _of_pairs(cases) if name == DISTANCE else _of_label(name, LABELS[name], cases, places)
+        )
+    except LabelError as error:
+        raise UnanswerableError(name, str(error)) from error
     train = question.targets[cases.of("train")[question.case]]
     if len(train) == 0 or np.allclose(train, train[:1], rtol=1e-6, atol=0.0):
-        raise ValueError(
-            f"probes: the label {name} is constant over the {cases.of('train').sum()} training "
-            "dates, from which nothing can be learned; leave it out, or choose another every or "
-            "other data"
-        )
+        dates = cases.of("train").sum()
+        raise UnanswerableError(name, f"its label is constant over the {dates} training dates")
     return question
 
 
@@ -107,6 +125,12 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
         return label_values.to_numpy()[:, None, None]
 
     asked_values = values(label.lead_hours)
+    is_known = np.isfinite(asked_values).reshape(len(asked_values), -1).all(axis=1)
+    if missing := int((~is_known).sum()):
+        raise LabelError(
+            f"its label is missing on {missing} of {len(asked_values)} dates, where fields have "
+            "gaps or the grid does not reach"
+        )
 
     def targets(hours: int) -> np.ndarray:
         by_place = _as_targets(label, values(hours), asked_values, train, places)

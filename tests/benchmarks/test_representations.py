@@ -58,22 +58,6 @@ def test_shares_and_ratios_follow_from_the_tables() -> None:
     assert figures["labels"]["a"]["belt"]["1"]["interval"] == [0.1, 2.0]
 
 
-def test_position_is_no_rival_where_the_latents_are_not_told_it() -> None:
-    def ratio(probe: str) -> float:
-        row = {"checkpoint": "a", "probe": probe, "skill": 0.5, "low": 0.4, "high": 0.6}
-        compared = [
-            {**row, "baseline": name, "baseline_skill": skill, "difference": 0.5 - skill}
-            for name, skill in (("position", 0.9), ("random", 0.25), ("pca", 0.0), ("raw", 0.0))
-        ]
-        rank = [{"checkpoint": "a", "source": "latents", "layer": 0, "rankme": 5.0}]
-        tables = ([{**row, "headline": True}], compared, rank, [], [])
-        summary = Summary(*(pd.DataFrame(rows) for rows in tables), num_cases={})
-        return figures_of(summary)["skills"]["a"][probe]["loss_over_best_baseline"]
-
-    assert ratio("local_hour") == pytest.approx(0.5 / 0.75, abs=1e-3)
-    assert ratio("anomaly_24h") == pytest.approx(0.5 / 0.1)
-
-
 def test_leaves_that_differ_are_named() -> None:
     one = {"a": [torch.zeros(2), 1], "b": "x"}
     assert differing(one, {"a": [torch.zeros(2), 1], "b": "x"}) == []

@@ -27,9 +27,10 @@ from atmossl.probes.features import (
     raw_values,
     whole_map_components,
 )
+from atmossl.probes.labels import Blind
 from atmossl.probes.models import Rows, nearest_neighbours
-from atmossl.probes.run import ProbeOptions, ProbeRun, linear_cka
-from atmossl.probes.scoring import Question, Scorer, ask
+from atmossl.probes.run import Probed, ProbeOptions, ProbeRun, comparisons, linear_cka
+from atmossl.probes.scoring import Outcome, Question, Scorer, ask
 from tests.inference.oracle_models import segment
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "format_4.ckpt"
@@ -226,7 +227,7 @@ def test_a_constant_label_is_refused_by_name() -> None:
     for hours in made.states:
         made.states[hours]["geopotential"][:] = 50000.0
     places = draw_places(LATITUDE, LONGITUDE, 24, 4, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="label blocking is constant over the 12 training dates"):
+    with pytest.raises(ValueError, match="probes: blocking: its label is constant over the 12"):
         ask("blocking", made, places)
 
 
@@ -238,8 +239,73 @@ def test_a_label_that_varies_by_rounding_errors_alone_is_constant() -> None:
         moved = np.tile(days + np.timedelta64(hours, "h"), 4)
         made.states[hours] = dataset.assign_coords(time=("case", moved))
     places = draw_places(LATITUDE, LONGITUDE, 24, 4, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="label local_hour is constant over the 12 training dates"):
+    with pytest.raises(ValueError, match="local_hour: its label is constant over the 12"):
         ask("local_hour", made, places)
+
+
+@pytest.mark.parametrize(
+    ("field", "part", "label"),
+    [("geopotential", 1, "blocking"), ("u_component_of_wind", 3, "jet_latitude")],
+)
+def test_a_label_of_fields_with_gaps_is_refused_by_name(field: str, part: int, label: str) -> None:
+    made = cases(6)
+    for hours in made.states:
+        made.states[hours][field][part] = np.nan
+    places = draw_places(LATITUDE, LONGITUDE, 24, 4, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=f"{label}: its label is missing on 1 of 24 dates"):
+        ask(label, made, places)
+
+
+def test_gaps_of_raw_values_are_at_the_mean_of_training() -> None:
+    made = cases(10)
+    for hours in made.states:
+        made.states[hours]["geopotential"][:, :, :2, :2] = np.nan
+    places = draw_places(LATITUDE, LONGITUDE, 40, 6, np.random.default_rng(0))
+    raw = raw_values(made, places, {"geopotential": LEVELS["geopotential"]}).features
+    assert raw.local is not None
+    assert np.isfinite(raw.of_date).all() and np.isfinite(raw.local).all()
+    where = np.isnan(made.states[0]["geopotential"].to_numpy()[0, 0])
+    assert where.sum() == 4 and np.abs(raw.of_date.mean()) < 0.1
+
+
+def test_what_a_network_does_not_see_is_not_withheld() -> None:
+    asked = Blind(position=True, variables=("specific_humidity", "temperature"))
+    assert asked.within(Blind(True, ("temperature",))) == Blind(True, ("temperature",))
+    assert Blind(position=True).within(Blind(False, ("temperature",))) == Blind()
+
+
+def outcome(probe: str, source: str, skill: float) -> Outcome:
+    method = "none" if source in ("climatology", "persistence") else "linear"
+    return Outcome(probe, source, 0, method, skill, np.full(20, skill), skill)
+
+
+def test_position_is_no_rival_of_latents_that_were_not_told_it() -> None:
+    outcomes = tuple(
+        outcome(probe, source, skill)
+        for probe in ("local_hour", "anomaly_24h")
+        for source, skill in (("latents", 0.5), ("position", 0.9), ("random", 0.25))
+    )
+    headlines = {one.probe: one for one in outcomes if one.source == "latents"}
+    found = Probed(outcomes, headlines, {}, {}, {}, without_position=frozenset({"local_hour"}))
+    table = comparisons(found, "a")
+    rivals = table.groupby("probe")["baseline"].agg(set).to_dict()
+    assert rivals == {"local_hour": {"random"}, "anomaly_24h": {"position", "random"}}
+
+
+@pytest.mark.e2e
+def test_labels_that_data_do_not_have_are_left_out_if_nobody_named_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One date a day, all at the same hour."""
+    words = ["probe", f"checkpoint={TINY}", "every=48", "accelerator=cpu", "bootstrap=20",
+             "places=4", f"output={tmp_path / 'report'}"]  # fmt: skip
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "note: without the probe local_hour: its label is constant over the" in told
+    assert set(pd.read_csv(tmp_path / "report" / "scores.csv")["probe"]) >= {"latitude_belt"}
+    words[-1] = f"output={tmp_path / 'other'}"
+    assert main([*words, "probes=[local_hour]"]) == 2
+    assert "local_hour: its label is constant" in capsys.readouterr().err
 
 
 def test_all_statistics_are_of_the_training_dates() -> None:
