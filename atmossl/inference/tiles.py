@@ -2,7 +2,7 @@
 run the model, and blend its tiles into fields."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -25,7 +25,7 @@ from atmossl.batch import (
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.monthly_normals import LocalUnits
 from atmossl.data.segment import HOUR, Segment, hours_since_1970
-from atmossl.data.windows import read_window
+from atmossl.data.windows import read_windows
 from atmossl.geometry import Box, Grid
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
@@ -58,20 +58,9 @@ class WindowReader:
         read repeat the last one before, and the task hides them. Forcings have their true values
         at all steps."""
         factor, segment, plan = self.coarse, source.segment, self.plan
-        cells = Box(
-            box.lat_start // factor,
-            box.lon_start // factor,
-            box.lat_size // factor,
-            box.lon_size // factor,
-        )
-        windows = read_window(
-            segment,
-            self.trained.specs_for(self.task),
-            self.trained.normaliser,
-            source.start,
-            len(plan.read),
-            cells,
-        )
+        cells = Box(*(part // factor for part in astuple(box)))
+        specs, place = self.trained.specs_for(self.task), (source.start, cells)
+        (windows,) = read_windows(segment, specs, self.trained.normaliser, len(plan.read), [place])
         return tuple(
             replace(
                 self._computed(self._placed(self._dated(window, source), box), source), spec=spec
@@ -338,7 +327,7 @@ def views(plan: Plan, time: np.datetime64) -> Iterator[tuple[Box, View]]:
 
 def first_view(plan: Plan, time: np.datetime64) -> View:
     """The view of the first tile at a reference time, without a batch axis."""
-    return next(views(plan, time))[1]
+    return next(_tiles(plan, [plan.find(time)])).view
 
 
 def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
