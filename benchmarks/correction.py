@@ -72,13 +72,13 @@ def ratios(folder: Path, kind: str, steps: int, every: int) -> dict[str, Any]:
             f"trainer.checkpoint_interval={interval}", "trainer.pictures=false",
             f"paths.output={output}", "resume=auto",
         )  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
-        report = Path(temporary) / "report"
+    report = output / f"report_{every}"
+    if not report.exists():
         run(
             "evaluate", f"checkpoint={output / 'checkpoints' / 'best.ckpt'}",
             "tasks=[correction]", f"every={every}", "tilings=1", f"output={report}",
         )  # fmt: skip
-        return json.loads((report / "figures.json").read_text())
+    return json.loads((report / "figures.json").read_text())
 
 
 def main() -> None:

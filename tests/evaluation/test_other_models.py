@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from atmossl.batch import StreamSpec, TokenSize
 from atmossl.evaluation.alignment import grid_of
 from atmossl.evaluation.ridge import Channels, RidgeCorrection, fit_ridge
 from atmossl.evaluation.spatial import bicubic, coarsen, on_cells
-from atmossl.scorecard.other_models import LinearCorrection
+from atmossl.scorecard.other_models import (
+    LinearCorrection,
+    OtherModel,
+    OtherModelBaselines,
+    other_models_of,
+)
+from tests.data.test_sources import COARSE, FINE, LEVELS, NAMES, pair
 from tests.evaluation.conftest import make_dataset
 
 
@@ -102,3 +109,49 @@ def test_the_regression_inverts_a_shift_and_never_reads_the_truth() -> None:
     truth = test["temperature"].sel(time=answer["time"])
     assert float(np.abs(answer["temperature"] - truth).max()) < 1e-2
     xr.testing.assert_identical(answer, model.predict(test))
+
+
+def test_a_store_of_longer_steps_answers_at_its_dates_and_nowhere_else() -> None:
+    """Coarser cells, and every second step of the truth from its second one on."""
+    segment = pair()
+    model = OtherModel("reduced", "_reduced", dict.fromkeys(NAMES, LEVELS))
+    other = model.record(segment, segment.grid)
+    truth = FINE.sel(time=other["time"])
+    lines = LinearCorrection.fit(iter([(other, truth)]))
+    baselines = OtherModelBaselines(model, segment.grid, lines, None)
+    predicted = FINE.isel(time=slice(4, 8)).expand_dims(member=2)
+    answers = baselines(predicted, segment)
+    assert list(answers) == [
+        f"{n}_reduced" for n in ("uncorrected", "bias_corrected", "regression")
+    ]
+    there = np.isin(predicted["time"], COARSE["time"])
+    assert there.sum() == 2
+    for answer in answers.values():
+        field = answer["temperature"].transpose("time", "level", "latitude", "longitude")
+        np.testing.assert_array_equal(
+            field.notnull().all(("level", "latitude", "longitude")), there
+        )
+        assert not bool(field[~there].notnull().any())
+    expected = on_cells(COARSE.sel(time=predicted["time"][there]), segment.grid)
+    xr.testing.assert_allclose(
+        answers["uncorrected_reduced"]["temperature"].isel(time=there).transpose("time", ...),
+        expected["temperature"].transpose("time", "level", "latitude", "longitude"),
+    )
+    error = answers["bias_corrected_reduced"] - answers["uncorrected_reduced"]
+    mean = (truth - other).mean("time")
+    xr.testing.assert_allclose(error["temperature"].isel(time=there).isel(time=0, drop=True)
+                               .transpose(*mean["temperature"].dims), mean["temperature"],
+                               atol=1e-3)  # fmt: skip
+
+
+def test_names_tell_several_other_models_apart_and_fields_in_common_are_compared() -> None:
+    token = TokenSize(1, 2, 2)
+    analysis = StreamSpec("analysis", ("temperature", "geopotential"), (500, 850), token)
+    ifs = StreamSpec("ifs", ("temperature",), (300, 850), token, role="input", data="ifs")
+    gfs = StreamSpec("gfs", ("geopotential", "ozone"), (500, 850), token, role="input", data="gfs")
+    land = StreamSpec("land", ("land_sea_mask",), (), token, role="static", data="land")
+    (alone,) = other_models_of((analysis, ifs, land))
+    assert alone == OtherModel("ifs", "", {"temperature": (850,)})
+    both = other_models_of((analysis, ifs, gfs))
+    assert [model.suffix for model in both] == ["_gfs", "_ifs"]
+    assert both[0].levels == {"geopotential": (500, 850)}
