@@ -29,6 +29,7 @@ from atmossl.masking.correction import other_models
 from atmossl.scorecard.baselines import Answers, Setting, beside_missing
 from atmossl.scorecard.records import is_small, record_of
 
+UNCORRECTED = "uncorrected"
 _OTHER = "other:"  # before the names of the other model's variables beside those of the truth
 
 
@@ -134,7 +135,7 @@ class OtherModelBaselines:
         record = self.model.record(segment, self.grid, read)
         unbiased = self.lines.unbiased(record)
         answers = {
-            "uncorrected": record,
+            UNCORRECTED: record,
             "bias_corrected": unbiased,
             "regression": self.lines.regressed(record),
         }

@@ -24,7 +24,7 @@ from atmossl.progress import console_of_output, counted, telling
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
-from atmossl.scorecard.other_models import OtherModelBaselines, fitted_other_models
+from atmossl.scorecard.other_models import UNCORRECTED, OtherModelBaselines, fitted_other_models
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
 from atmossl.scorecard.task_report import (
     empty_tally,
@@ -236,9 +236,17 @@ def _with_inputs(plan: Plan, time: np.datetime64, examples: list[Example]) -> li
     return [
         replace(example, given=_given(inputs[example.variable], example))
         if example.variable in inputs
-        else example
+        else replace(example, given=given_by_other_model(example))
         for example in examples
     ]
+
+
+def given_by_other_model(example: Example) -> Given | None:
+    """What another model says of a field of which nothing else was visible, if one was given."""
+    field = example.baselines.get(UNCORRECTED)
+    if field is None or not bool(field.notnull().any()):
+        return None
+    return Given("input: the other model", field, is_predicted=True)
 
 
 def _given(visible: VisibleInput, example: Example) -> Given:

@@ -6,6 +6,7 @@ import xarray as xr
 
 from atmossl.batch import StreamSpec, TokenSize
 from atmossl.evaluation.alignment import grid_of
+from atmossl.evaluation.report.content import Example
 from atmossl.evaluation.ridge import Channels, RidgeCorrection, fit_ridge
 from atmossl.evaluation.spatial import bicubic, coarsen, on_cells
 from atmossl.scorecard.other_models import (
@@ -14,6 +15,7 @@ from atmossl.scorecard.other_models import (
     OtherModelBaselines,
     other_models_of,
 )
+from atmossl.scorecard.zero_shot import given_by_other_model
 from tests.data.test_sources import COARSE, FINE, LEVELS, NAMES, pair
 from tests.evaluation.conftest import make_dataset
 
@@ -155,3 +157,14 @@ def test_names_tell_several_other_models_apart_and_fields_in_common_are_compared
     both = other_models_of((analysis, ifs, gfs))
     assert [model.suffix for model in both] == ["_gfs", "_ifs"]
     assert both[0].levels == {"geopotential": (500, 850)}
+
+
+def test_maps_show_what_the_other_model_says_where_it_says_anything() -> None:
+    truth = make_dataset(num_times=1)["temperature"].isel(time=0, level=0)
+    fields = {"uncorrected": truth + 1.0, "ridge": truth}
+    given = given_by_other_model(Example("temperature", 500.0, truth, truth, baselines=fields))
+    assert given is not None and given.is_predicted
+    xr.testing.assert_identical(given.field, truth + 1.0)
+    for lacking in ({}, {"uncorrected": truth * np.nan}):
+        example = Example("temperature", 500.0, truth, truth, baselines=lacking)
+        assert given_by_other_model(example) is None

@@ -158,3 +158,11 @@ def test_a_regression_leaves_out_what_may_be_missing(name: str):
     expected = build_baselines(name, alone)(there[1], there[0])["ridge"]
     xr.testing.assert_allclose(found[["temperature"]], expected)
     assert bool(found["u_component_of_wind"].isnull().all())
+
+
+def test_without_a_given_channel_there_is_no_regression_on_given_channels():
+    """All that is predicted is hidden: what is given are streams that are not predicted."""
+    task = CrossVariable(("temperature", "u_component_of_wind"))
+    predicted, truth = make_dataset(num_times=12).isel(time=slice(2, 4)), truth_of_a_run()
+    answers = build_baselines("cross_variable", setting(task))(predicted, truth)
+    assert list(answers) == ["climatology"]
