@@ -254,7 +254,7 @@ def build_module(
         checkpoint_record=checkpoint_record,
         task_names=names,
     )
-    checkpoint_activations(config, model)
+    recompute(model, config.trainer.recompute)  # its averaged copy has no backward pass
     return module
 
 
@@ -267,11 +267,6 @@ def _remembered(config: TrainConfig, entries: Mapping[str, CatalogEntry]) -> dic
         for data, entry in entries.items()
         if not is_shipped(names[data], config.data.catalog)
     }
-
-
-def checkpoint_activations(config: TrainConfig, model: Network) -> None:
-    """Apply `trainer.recompute` to the trained model; its averaged copy has no backward pass."""
-    recompute(model, config.trainer.recompute)
 
 
 def apply_lora(config: TrainConfig, model: Network) -> None:

@@ -108,18 +108,19 @@ def by_index(state: dict[str, Any]) -> dict[str, Any]:
     `torch.optim.Optimizer.load_state_dict` wants it."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     index = {name: position for position, name in enumerate(names)}
-    groups = [
-        {**group, "params": [index[name] for name in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    return {"state": {index[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+    return _with_keys(state, index)
 
 
 def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """The state of an optimiser by names of parameters; the inverse of `by_index`. names: in the
     optimiser's order."""
+    return _with_keys(state, names)
+
+
+def _with_keys(state: dict[str, Any], new: Any) -> dict[str, Any]:
+    """The state with another key, `new[key]`, for every parameter."""
     groups = [
-        {**group, "params": [names[index] for index in group["params"]]}
+        {**group, "params": [new[key] for key in group["params"]]}
         for group in state["param_groups"]
     ]
-    return {"state": {names[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+    return {"state": {new[k]: v for k, v in state["state"].items()}, "param_groups": groups}

@@ -48,7 +48,6 @@ from atmossl.build import (
     build_data,
     build_model,
     build_objective,
-    checkpoint_activations,
     optimizer_settings,
 )
 from atmossl.commands.cost import estimate, sample_batch
@@ -59,6 +58,7 @@ from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.optimizer import make_optimizer
+from atmossl.training.recompute import recompute
 from atmossl.training.throughput import flop_counter, model_flops
 from benchmarks.reference_step import PlainLoss, unfused
 from benchmarks.report import finish
@@ -290,7 +290,7 @@ def step_of_run(
     """The model of a run and its optimiser step."""
     model = build_model(config, scales)
     apply_lora(config, model)
-    checkpoint_activations(config, model.to(device))
+    recompute(model.to(device), config.trainer.recompute)
     dtype = _DTYPES[config.trainer.precision]
     fused = dtype != torch.float16
     objective, settings = build_objective(config, scales, model), optimizer_settings(config)

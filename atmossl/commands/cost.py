@@ -18,7 +18,6 @@ from atmossl.build import (
     apply_lora,
     build_model,
     build_objective,
-    checkpoint_activations,
     optimizer_settings,
 )
 from atmossl.commands.common import device_for, plain
@@ -29,6 +28,7 @@ from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.optimizer import freeze, make_optimizer, named_parameters
+from atmossl.training.recompute import recompute
 from atmossl.training.throughput import matmul_rate
 
 _STEP_HOURS = 6.0  # any: a cost does not depend on it
@@ -159,12 +159,10 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
     def build() -> tuple[Network, Objective]:
         model = build_model(config, {})
         apply_lora(config, model)
-        objective, settings = (
-            build_objective(config, {}, model),
-            optimizer_settings(config, model.ends),
-        )
+        objective = build_objective(config, {}, model)
+        settings = optimizer_settings(config, model.ends)
         freeze(named_parameters(model, objective), settings.freeze, only=settings.only)
-        checkpoint_activations(config, model)
+        recompute(model, config.trainer.recompute)
         return model, objective
 
     batch = sample_batch(config)

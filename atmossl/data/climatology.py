@@ -380,15 +380,3 @@ def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
         raise ValueError(f"{key} has no values in months {empty}; leave it out")
     means = climatology[names].load()
     return means.transpose("month", ...)
-
-
-def at_times(climatology: xr.Dataset, times: xr.DataArray) -> xr.Dataset:
-    """The values of a climatology at the given times, which may have any dims. The calendar date
-    alone counts, never the year.
-
-    Raises:
-        KeyError: an hour that the record did not have.
-    """
-    axes = [axis for axis in ("month", "dayofyear", "hour") if axis in climatology.dims]
-    chosen = {axis: getattr(times.dt, axis) for axis in axes}
-    return climatology.sel(chosen).drop_vars(axes)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from atmossl.batch import Batch
+from atmossl.latent_losses import is_distributed
 from atmossl.losses import Losses
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
@@ -132,7 +133,7 @@ class TrainingModule(L.LightningModule):
 
         mean: the mean weights, where batches are accumulated.
         """
-        if mean is None and not _is_distributed():
+        if mean is None and not is_distributed():
             return losses
         with torch.no_grad():
             counts = self.objective.weights(batch)
@@ -251,12 +252,8 @@ def _average_objective(averaged: Objective, current: Objective, share: float) ->
         mean.copy_(new)
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    if not _is_distributed():
+    if not is_distributed():
         return values
     mean = values / dist.get_world_size()
     dist.all_reduce(mean)

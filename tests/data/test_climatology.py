@@ -9,7 +9,7 @@ import xarray as xr
 
 from atmossl.cli import main
 from atmossl.data.chunks import Access
-from atmossl.data.climatology import Kind, at_times, read_monthly, write_climatology
+from atmossl.data.climatology import Kind, read_monthly, write_climatology
 from atmossl.data.segment import Segment
 from atmossl.data.store import open_segment
 from atmossl.evaluation.baselines import climatology_at
@@ -135,6 +135,13 @@ def test_another_state_of_the_store_is_refused(tmp_path) -> None:
     (tmp_path / "notes.zarr").mkdir()
     with pytest.raises(ValueError, match="is not a climatology"):
         write_climatology(segments, "month", tmp_path / "notes.zarr", memory_bytes=2**20)
+
+
+def at_times(climatology: xr.Dataset, times: xr.DataArray) -> xr.Dataset:
+    """The values of a climatology at the given times, by the calendar date alone."""
+    axes = [axis for axis in ("month", "dayofyear", "hour") if axis in climatology.dims]
+    chosen = {axis: getattr(times.dt, axis) for axis in axes}
+    return climatology.sel(chosen).drop_vars(axes)
 
 
 def test_evaluation_works_out_the_same_climate(tmp_path) -> None:

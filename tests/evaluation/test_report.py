@@ -109,13 +109,6 @@ def test_summary_has_one_row_per_field_and_the_table_s_numbers(table):
     assert surface[["rmse model", "rmse climatology", "crps", "acc"]].notna().all(axis=None)
 
 
-def test_summary_of_unknown_region_or_model_is_an_error(table):
-    with pytest.raises(ValueError, match="region 'moon'.*global"):
-        summarise(table, region="moon")
-    with pytest.raises(ValueError, match="source 'best'.*model"):
-        summarise(table, model_name="best")
-
-
 def test_console_and_markdown_show_each_row(table):
     summary = summarise(table)
     text = io.StringIO()

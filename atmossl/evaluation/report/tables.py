@@ -8,28 +8,19 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR
+from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR, rows_where
 
 _KEYS = ["task", "region", "variable", "units", "level", "lead_hours"]
 _MODEL_SCORES = ("rmse", "crps", "acc", "spread_skill")
 
 
-def summarise(
-    table: pd.DataFrame, *, model_name: str = "model", region: str = "global"
-) -> pd.DataFrame:
-    """One row per task, variable, level and lead time.
+def summarise(table: pd.DataFrame, *, model_name: str = "model") -> pd.DataFrame:
+    """One row per task, variable, level and lead time, on the globe.
 
     Columns: the model's RMSE, each baseline's, their ratios with the interval's ends, CRPS, ACC
     and spread-skill ratio. What a source does not have is NaN.
-
-    Raises:
-        ValueError: no row for that region or model.
     """
-    rows = table.loc[(table["region"] == region) & (table["season"] == WHOLE_YEAR)]
-    for column, label, among in (("region", region, table), ("source", model_name, rows)):
-        present = sorted(among[column].unique())
-        if label not in present:
-            raise ValueError(f"{column} {label!r} is not in the table; choices are {present}")
+    rows = rows_where(table, region="global", season=WHOLE_YEAR)
     columns = [_column(rows, model_name, "rmse", f"rmse {model_name}")]
     for name in _baselines(rows, model_name):
         columns.append(_column(rows, name, "rmse", f"rmse {name}"))
