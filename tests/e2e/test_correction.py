@@ -35,7 +35,7 @@ def entry(folder: Path, stores: dict[str, xr.Dataset]) -> dict:
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Entry `analysis`; `poor`, means over 2 x 2 of its cells plus a bias; `wet`, without its
-    variables; `later`, 20 years after it."""
+    variables; `later`, 20 years after it; `altered`, other values on the cells of the analysis."""
     folder = tmp_path_factory.mktemp("stores")
     splits = {"train": 0, "validation": 1, "test": 2}
     analysis = {name: truth(seed) for name, seed in splits.items()}
@@ -45,8 +45,10 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     wet = {n: s[["temperature"]].rename(temperature="ozone") for n, s in poor.items()}
     later = {n: s.assign_coords(time=s.time + np.timedelta64(7305, "D")) for n, s in poor.items()}
+    altered = {n: truth(seed + 9) for n, seed in splits.items()}
+    kinds = {"analysis": analysis, "poor": poor, "wet": wet, "later": later, "altered": altered}
     entries = {}
-    for name, stores in (("analysis", analysis), ("poor", poor), ("wet", wet), ("later", later)):
+    for name, stores in kinds.items():
         (folder / name).mkdir()
         entries[name] = entry(folder / name, stores)
     path = folder / "catalog.yaml"
@@ -76,13 +78,20 @@ def checkpoint(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run / "checkpoints" / "last.ckpt"
 
 
-def test_a_correction_lies_on_the_analysis_grid(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_correction_lies_on_the_analysis_grid_and_does_not_read_the_analysis(
+    catalog: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out.zarr"
     words = ["task=correction", f"checkpoint={checkpoint}", "init_time=2001-01-03T06"]
     assert main(["predict", *words, f"output={output}"]) == 0
     with xr.open_zarr(output, consolidated=False) as store:
         assert store.sizes["latitude"] == 16 and store.sizes["longitude"] == 32
         assert all(np.isfinite(field.values).all() for field in store.data_vars.values())
+        again = tmp_path / "again.zarr"
+        words += ["data=altered", f"data.catalog={catalog}", f"output={again}"]
+        assert main(["predict", *words]) == 0
+        with xr.open_zarr(again, consolidated=False) as other:
+            xr.testing.assert_equal(store.load(), other.load())
 
 
 @pytest.mark.usefixtures("undrawn")
