@@ -23,7 +23,7 @@ from atmossl.probes.run import (
     scores,
     tunings,
 )
-from atmossl.probes.summary import Summary, headline_table, write_summary
+from atmossl.probes.summary import Summary, brief_text, write_summary
 from atmossl.progress import telling
 from atmossl.schema import ProbeConfig, parse
 from atmossl.stops import keeping
@@ -36,8 +36,8 @@ def probe(values: Mapping[str, Any]) -> Path:
         check_is_free(config.output)
         summary = summary_of(probed(config))
         write_summary(summary, config.output)
-    console = Console(width=max(120, Console().width), markup=False, highlight=False)
-    console.print(headline_table(summary).to_string(index=False))
+    console = Console(markup=False, highlight=False)
+    console.print(brief_text(summary), soft_wrap=True)
     console.print(f"report: {config.output / 'index.html'}", soft_wrap=True)
     return config.output
 

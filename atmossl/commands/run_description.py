@@ -38,8 +38,8 @@ def banner(
         "device": f"{_devices(trainer)}, precision {settings.precision}",
         "model": f"{_parameters(module)} parameters, objective {config.objective.kind.__name__}",
         "tokens": f"{_tokens(training)} in a sample, {per_step} samples in a step",
-        "data": f"{config.data.name}, training {_periods(training)}",
-        "": f"validation {_periods(validation)} for {', '.join(module.task_names)}",
+        "data": f"{config.data.name}, training {_periods(training, validation)}",
+        "": f"validation {_periods(validation, training)} for {', '.join(module.task_names)}",
         "steps": f"{total:,}{goes_on}; a log every {log_interval(settings):,}, a validation every "
         f"{settings.validation_interval:,}, a checkpoint every {settings.checkpoint_interval:,}",
         "output": str(config.paths.output),
@@ -120,11 +120,18 @@ def _count(dataset: WindowDataset, spec: StreamSpec) -> int:
     return math.prod(spec.token_shape(*points)) * len(dataset.views)
 
 
-def _periods(dataset: WindowDataset) -> str:
-    """First and last date, and how many times lie in between."""
+def _periods(dataset: WindowDataset, other: WindowDataset) -> str:
+    """First and last date, and how many times lie in between; the names of the segments, too, where
+    those of the other dataset have the same dates and other names."""
     segments: tuple[Segment, ...] = dataset.segments
-    first, last = segments[0], segments[-1]
-    dates = [first.calendar.show(first.times[0]), last.calendar.show(last.times[-1])]
     parts = f" in {len(segments)} parts" if len(segments) > 1 else ""
     times = sum(len(segment.times) for segment in segments)
-    return f"{dates[0]} to {dates[1]} ({times:,} times every {first.step_hours:g} h{parts})"
+    names, others = ({segment.name: None for segment in d.segments} for d in (dataset, other))
+    which = f"{', '.join(names)}: " if _dates(dataset) == _dates(other) and names != others else ""
+    step_hours = next(iter(segments)).step_hours
+    return f"{which}{_dates(dataset)} ({times:,} times every {step_hours:g} h{parts})"
+
+
+def _dates(dataset: WindowDataset) -> str:
+    first, last = dataset.segments[0], dataset.segments[-1]
+    return f"{first.calendar.show(first.times[0])} to {last.calendar.show(last.times[-1])}"

@@ -66,6 +66,42 @@ def headline_table(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("")
 
 
+def brief_table(summary: Summary) -> pd.DataFrame:
+    """One row for every checkpoint and probe that fits 80 columns: its skill, the best baseline by
+    skill, and the difference to it with its interval, `*` where it excludes 0 in favour of the
+    latents."""
+    rows = []
+    for headline in rows_where(summary.scores, headline=True).to_dict("records"):
+        of_probe = {name: headline[name] for name in ("checkpoint", "probe")}
+        rivals = rows_where(summary.comparisons, **of_probe)
+        best = rivals.loc[rivals["baseline_skill"].fillna(-float("inf")).idxmax()]
+        beaten = " *" if best["low"] > 0 else ""
+        limits = f"({best['low']:+.2f} to {best['high']:+.2f})"
+        rows.append(
+            {
+                **of_probe,
+                "skill": f"{headline['skill']:.2f}",
+                "best baseline": f"{best['baseline']} {best['baseline_skill']:.2f}",
+                "difference": f"{best['difference']:+.2f} {limits}{beaten}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def brief_text(summary: Summary) -> str:
+    """The brief table of every checkpoint below its name, in lines of at most 80 columns."""
+    parts = []
+    for checkpoint, rows in brief_table(summary).groupby("checkpoint", sort=False):
+        table = rows.drop(columns="checkpoint")
+        widths = {name: max(len(name), *table[name].map(len)) for name in table}
+        lines = [dict(zip(table, table, strict=True)), *table.to_dict("records")]
+        parts += [f"checkpoint {checkpoint}"]
+        parts += [
+            "  ".join(f"{line[n]:<{w}}" for n, w in widths.items()).rstrip() for line in lines
+        ]
+    return "\n".join(parts)
+
+
 def shares_beaten(comparisons: pd.DataFrame) -> pd.DataFrame:
     """By checkpoint and baseline: the share of probes with more skill than the baseline (`higher`),
     and with an interval of the difference above 0 (`certain`)."""

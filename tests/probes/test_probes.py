@@ -29,8 +29,9 @@ from atmossl.probes.features import (
 )
 from atmossl.probes.labels import Blind
 from atmossl.probes.models import Rows, nearest_neighbours
-from atmossl.probes.run import Probed, ProbeOptions, ProbeRun, comparisons, linear_cka
+from atmossl.probes.run import Probed, ProbeOptions, ProbeRun, comparisons, linear_cka, scores
 from atmossl.probes.scoring import Outcome, Question, Scorer, ask
+from atmossl.probes.summary import Summary, brief_text
 from tests.inference.oracle_models import segment
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "format_4.ckpt"
@@ -290,6 +291,24 @@ def test_position_is_no_rival_of_latents_that_were_not_told_it() -> None:
     table = comparisons(found, "a")
     rivals = table.groupby("probe")["baseline"].agg(set).to_dict()
     assert rivals == {"local_hour": {"random"}, "anomaly_24h": {"position", "random"}}
+
+
+def test_the_printed_table_fits_80_columns_and_names_the_best_baseline() -> None:
+    outcomes = tuple(
+        outcome("vorticity_extreme", source, skill)
+        for source, skill in (("latents", 0.5), ("climatology", 0.0), ("pca", 0.3), ("raw", 0.2),
+                              ("persistence", -0.4))
+    )  # fmt: skip
+    found = Probed(outcomes, {"vorticity_extreme": outcomes[0]}, {}, {}, {})
+    scored = scores(found, "a").assign(headline=lambda table: table["source"] == "latents")
+    nothing = pd.DataFrame()
+    summary = Summary(scored, comparisons(found, "a"), nothing, nothing, nothing, {})
+    lines = brief_text(summary).splitlines()
+    assert lines[0] == "checkpoint a" and max(map(len, lines)) <= 80
+    assert lines[1].split("  ")[0] == "probe"
+    assert lines[2].split() == [
+        "vorticity_extreme", "0.50", "pca", "0.30", "+0.20", "(+0.20", "to", "+0.20)", "*",
+    ]  # fmt: skip
 
 
 @pytest.mark.e2e

@@ -16,12 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import atmossl
 from atmossl.batch import PRIMARY, View, collate_views
 from atmossl.cli import main
-from atmossl.commands.run_description import git_commit
+from atmossl.commands.run_description import _periods, git_commit
 from atmossl.commands.train import tell_warm_start
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.masking.tasks import Forecast
 from atmossl.masking.views import make_view
 from atmossl.training.curves import read_metrics
+from tests.inference.oracle_models import segment
 from tests.lean import whole_runs
 from tests.processes import run
 from tests.synthetic import catalog, dataset, window
@@ -243,6 +244,16 @@ def test_a_run_without_a_terminal_says_what_it_is_and_then_a_line_a_log(folder: 
     assert shown == starts
     assert f"rmse_ratio forecast {ratio:.4g}, " in lines[-1]
     assert "samples/s" in lines[1] and "Epoch" not in said and "━" not in said
+
+
+def test_runs_of_the_same_dates_are_told_apart_by_their_names() -> None:
+    def dataset(*names: str) -> Any:
+        return SimpleNamespace(segments=tuple(segment(name=name) for name in names))
+
+    first, second = dataset("run_0", "run_1"), dataset("run_4")
+    assert _periods(first, second).startswith("run_0, run_1: 2001-01-01T00 to ")
+    assert _periods(second, first).startswith("run_4: 2001-01-01T00 to ")
+    assert _periods(first, first).startswith("2001-01-01T00 to ")
 
 
 def test_every_logger_has_configuration_parameters_commit_and_fingerprint(folder: Path) -> None:
