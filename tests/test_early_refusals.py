@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, values in stores.items():
         values.drop_encoding().to_zarr(folder / f"{name}.zarr", zarr_format=2)
     (folder / "exists.zarr").mkdir()
+    (folder / "exists.zarr" / "zarr.json").touch()
     (folder / "stations.csv").write_text("latitude,longitude\n95,10\n")
     mask = np.ones((8, 16), int)
     places = {"latitude": store.latitude, "longitude": shifted.longitude}
@@ -284,7 +285,7 @@ CONFIG = {  # unknown, misspelt and contradictory words of every kind
     "model.dim.x=3": "unknown key model.dim.x: model.dim takes a value and has no further keys",
     "+model.dim=32": "model.dim exists already; leave out the",
     "model=tinny": r"model=tinny: no such choice; did you mean tiny\? valid: atmorep, ",
-    "tasks=nope": "tasks=nope: no such choice; .*valid: standard, or a list of tasks",
+    "tasks=nope": "tasks=nope: no such choice; .*valid: correction, standard, or a list of tasks",
     "data=sampel": r"data.name=sampel is not in the catalog .*; did you mean sample\? valid: ",
     "model.dim=1,2": "several values; write model.dim=.1,2. for a list, or -m for",
     "model.dim": "model.dim: needs a value; valid: model.dim=VALUE",
