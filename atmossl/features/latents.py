@@ -31,7 +31,8 @@ def dated_runs(
     num_dates: int,
     shown: np.datetime64 | None = None,
 ) -> list[Run]:
-    """So many dates, evenly spread over all that end a whole window; and the one that is shown.
+    """So many dates, evenly spread over all that end a whole window. The one that is shown takes the
+    place of the date nearest to it, in the last segment that has it.
 
     records: by split.
     Raises:
@@ -46,14 +47,16 @@ def dated_runs(
             f"are too few for principal components; needed: {FEWEST_DATES} or more"
         )
     chosen = np.unique(np.linspace(0, total - 1, min(num_dates, total)).round().astype(int))
-    runs, before = [], 0
-    for (split, segment), count in zip(pairs, counts, strict=True):
-        steps = chosen[(chosen >= before) & (chosen < before + count)] - before + window_steps - 1
-        if shown is not None:
-            steps = np.union1d(steps, np.flatnonzero(segment.times == shown))
-            steps = steps[steps >= window_steps - 1]
+    starts = np.cumsum([0, *counts])  # numbers of the first dates of the segments, among all dates
+    if shown is not None:
+        ends_window = [segment.times[window_steps - 1 :] == shown for _, segment in pairs]
+        for number in np.flatnonzero(np.concatenate(ends_window))[-1:]:
+            chosen[np.abs(chosen - number).argmin()] = number
+    runs = []
+    for (split, segment), start, count in zip(pairs, starts[:-1], counts, strict=True):
+        inside = (chosen >= start) & (chosen < start + count)
+        steps = chosen[inside] - start + window_steps - 1
         runs += [Run(split, segment, steps)] if len(steps) else []
-        before += count
     return runs
 
 

@@ -326,8 +326,11 @@ def test_dates_are_spread_over_all_records_and_too_few_are_refused() -> None:
     assert [run.split for run in runs] == ["train", "test"]
     assert sum(len(run.steps) for run in runs) == 10
     assert runs[0].steps[0] == 3 and runs[-1].steps[-1] == 12
-    shown = records["train"][0].times[4]
-    assert shown in latents.dated_runs(records, window_steps=4, num_dates=10, shown=shown)[0].times
+    for step, run in ((4, 1), (20, 0)):  # in both records, and in the first one alone
+        shown = records["train"][0].times[step]
+        runs = latents.dated_runs(records, window_steps=4, num_dates=10, shown=shown)
+        assert [shown in dated.times for dated in runs] == [run == 0, run == 1]
+        assert sum(len(dated.steps) for dated in runs) == 10  # as many as asked for, it included
     with pytest.raises(ValueError, match="num_dates=5: 5 dates of 37 .* needed: 8 or more"):
         latents.dated_runs(records, window_steps=4, num_dates=5)
 
