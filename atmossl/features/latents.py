@@ -31,8 +31,8 @@ def dated_runs(
     num_dates: int,
     shown: np.datetime64 | None = None,
 ) -> list[Run]:
-    """So many dates, evenly spread over all that end a whole window. The one that is shown takes the
-    place of the date nearest to it, in the last segment that has it.
+    """So many dates, evenly spread over all that end a whole window. The shown date takes the place
+    of the date nearest to it, in the last segment that has it.
 
     records: by split.
     Raises:
