@@ -28,7 +28,7 @@ large=(experiment=arco_large data.batch_size=8 trainer.recompute=none "${precise
 fsdp=(experiment=quickstart trainer=fsdp trainer.devices=1 trainer.max_steps=30
     optimizer.warmup_steps=5)
 reference=(experiment=reference_joint data.batch_size=16 trainer.max_steps=1200 "${precise[@]}")
-days=30 dates=4 patience=1 cost=("${precise[@]}")
+days=30 dates=8 patience=1 cost=("${precise[@]}")
 if [[ ${SMOKE:-0} == 1 ]]; then
     small=(model=tiny data.batch_size=1 data.num_workers=0 trainer.compile=false)
     atmorep+=("${small[@]}") large+=("${small[@]}" trainer.precision=32-true)
@@ -57,7 +57,7 @@ part tests 150 "$python" -m pytest -m gpu -q -n 0 -p no:cacheprovider tests
 part atmorep_size 75 "$python" -m benchmarks.train_step "${atmorep[@]}"
 part large_size 75 "$python" -m benchmarks.train_step "${large[@]}"
 part fsdp 45 "$python" -m atmossl train "${fsdp[@]}" paths.output="$out/fsdp"
-part inference 45 "$python" -m benchmarks.inference --dates "$dates" --batch-size 16
+part inference 45 "$python" -m benchmarks.inference --dates "$dates" --batch-size "$dates"
 part members 45 "$python" -m benchmarks.joint --cost "${cost[@]}"
 part reference 150 "$python" -m atmossl train "${reference[@]}" paths.output="$out/reference"
 printf '\n'
