@@ -19,6 +19,7 @@ if [[ -e $out ]]; then
     exit 2
 fi
 mkdir -p "$out"
+export BENCHMARK_RESULTS=$out/results
 
 precise=(trainer.precision=bf16-mixed trainer.compile=true)
 from_store=(data.catalog="$out/catalog.yaml" data=waves data.num_workers=12)

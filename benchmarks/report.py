@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ def take_no_options(description: str | None) -> None:
 
 
 def finish(benchmark: str, figures: dict[str, Any]) -> None:
-    """Print the JSON line, and keep it under `benchmarks/results/`."""
+    """Print the JSON line, and keep it under `benchmarks/results/`, or in the folder that the
+    environment variable `BENCHMARK_RESULTS` names."""
     line = json.dumps({"benchmark": benchmark, "device": device_name(), "figures": figures})
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
+    kept = Path(__file__).parent / "results"
+    folder = Path(os.environ.get("BENCHMARK_RESULTS", kept))
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{benchmark}.json").write_text(line + "\n")
     print(line)
