@@ -12,6 +12,7 @@ import numpy as np
 from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
 from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
 from atmossl.inference.calibration import (
+    SCALES_KM,
     Calibration,
     SpreadInflation,
     check_calibrated,
@@ -146,7 +147,10 @@ def _calibrate(config: CalibrateConfig) -> SpreadInflation:
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     parts = predict_parts(plan, list(times))
-    inflation = estimate_inflation(plan, times, parts, config.scales_km)
+    scales_km = config.scales_km
+    if scales_km is None:
+        scales_km = SCALES_KM if plan.trained.model.any_member else ()
+    inflation = estimate_inflation(plan, times, parts, scales_km)
     contents = read_checkpoint(config.checkpoint)
     checkpoint_record = Calibration(contents["atmossl"], task).replaced(inflation)
     write_output({**contents, "atmossl": checkpoint_record}, config.output)

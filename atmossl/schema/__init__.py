@@ -185,11 +185,12 @@ class CalibrateConfig(DatedConfig):
     """All settings of `atmossl calibrate`.
 
     scales_km: lengths of zonal waves that part the bands, each with its own factor of the spread;
-        empty for one factor for all scales. members: how many draws of noise.
+        empty for one factor for all scales; None for what suits the ensemble. members: how many
+        draws of noise.
     """
 
     task: ChosenTask
-    scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_is_falling)]
+    scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_is_falling)] | None
     tilings: Positive
     members: Positive | None
     seed: NotNegative

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,17 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_tiny(path: Path, missing: str = "refuse") -> None:
-    """missing: of the wind's stream."""
+def save_tiny(path: Path, missing: str = "refuse", **more: Any) -> None:
+    """missing: of the wind's stream. more: settings of the network."""
+    settings = MODEL | more
     specs = tuple(spec(name[0], variables=(name,), token=(1, 2, 2)) for name in NAMES)
     specs = (specs[0], replace(specs[1], missing=missing))
     torch.manual_seed(0)
-    weights = Multiformer(streams=specs, **MODEL).state_dict()
+    weights = Multiformer(streams=specs, **settings).state_dict()
     record = {
         "atmossl": "0.1.0",
         "torch": "2",
         "streams": [spec_to_dict(stream) for stream in specs],
-        "model": MODEL,
+        "model": settings,
         "statistics": Statistics.compute([segment(STORE)]).to_dict(),
         "window": {"time": 5, "lat": 4, "lon": 8},
         "first_guess": True,
@@ -264,8 +266,7 @@ def test_a_broken_task_file_is_named(folder: Path, tmp_path: Path, capsys) -> No
 def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     new, spreads = tmp_path / "new.ckpt", []
     task = ["task=forecast", "every=2"]
-    one_factor = [*task, "scales_km=[]"]
-    assert main(["calibrate", *one_factor, *arguments(folder, new)]) == 0  # on split=validation
+    assert main(["calibrate", *task, *arguments(folder, new)]) == 0  # on split=validation
     for number, checkpoint in enumerate((folder / "tiny.ckpt", new)):
         output = tmp_path / f"{number}.zarr"
         given = [*arguments(folder, output), f"checkpoint={checkpoint}", "split=validation"]
@@ -278,6 +279,24 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(ratio, np.array([factors] * len(ratio)), rtol=1e-3)
     scored = [*task, "split=test", *arguments(folder, tmp_path / "b.ckpt")]
     assert main(["calibrate", *scored]) == 2
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "more", "num_bands"),
+    [("tail", [], 1), ("noise", [], 3), ("tail", ["scales_km=[2000]"], 2)],
+)
+def test_members_that_are_fields_are_calibrated_by_scale(
+    folder: Path, tmp_path: Path, ensemble: str, more: list[str], num_bands: int
+) -> None:
+    old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
+    save_tiny(old, ensemble=ensemble, num_members=2, noise_lengths_km=[2000.0])
+    given = [*arguments(folder, new, *more), f"checkpoint={old}", "every=4"]
+    assert main(["calibrate", "task=temporal_interpolation", *given]) == 0
+    spread = torch.load(new, weights_only=True)["atmossl"]["spread"]["TemporalInterpolation"]
+    assert len(spread["edges_km"]) == num_bands - 1
+    assert {np.shape(values) for values in spread["factors"].values()} == {(num_bands, 1, 3)}
+    given = [*arguments(folder, tmp_path / "o.zarr"), f"checkpoint={new}", "every=4"]
+    assert main(["predict", "task=temporal_interpolation", *given]) == 0
 
 
 def test_calibration_asks_for_room_before_its_work(folder: Path, tmp_path: Path, capsys) -> None:
