@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,25 @@ def test_checkpoint_of_the_package_is_a_folder_for_a_hub(name: str, tmp_path: Pa
         assert text in card, text
     assert main(["export", f"checkpoint={name}", f"hub={tmp_path / 'again'}"]) == 0
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_that_the_wheel_lacks_says_where_it_is(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
+    with pytest.raises(ValueError, match="repository.*atmossl/assets/reference_joint$"):
+        checkpoint_path("default_joint")
+
+
+def test_members_of_the_joint_checkpoint_differ_from_cell_to_cell() -> None:
+    """Members of a tail are put in an order in which whole regions depart together."""
+    dataset, found = atmossl.open_data("sample", split="test"), {}
+    for name in ("default_joint", "default"):
+        time = "1959-02-12T00"
+        predicted = atmossl.load(name).predict("temporal_interpolation", dataset, time, tilings=1)
+        field = predicted["temperature"].sel(level=500).isel(time=0)
+        departure = field - field.mean("member")
+        step = departure.roll(longitude=1) - departure
+        found[name] = float((step**2).mean() / (2 * (departure**2).mean()))
+    assert found["default_joint"] > 2 * found["default"]
 
 
 def damage(file: Path) -> None:

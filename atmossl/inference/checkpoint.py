@@ -35,8 +35,13 @@ from atmossl.sealed import in_one_line
 from atmossl.setting_types import snake_case, target_name
 from atmossl.value_faults import in_plain_words
 
-# The reference checkpoint, and one with two streams, either of which can be hidden whole.
-PACKAGED = {"default": "reference", "default_streams": "reference_streams"}
+# The reference checkpoint, one with two streams, either of which can be hidden whole, and one whose
+# members are draws of noise.
+PACKAGED = {
+    "default": "reference",
+    "default_streams": "reference_streams",
+    "default_joint": "reference_joint",  # in a checkout alone: a wheel would be too large with it
+}
 LAST = "last.ckpt"  # of a run
 _NEEDED = (
     "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
@@ -160,6 +165,11 @@ def checkpoint_path(name: str, key: str = "checkpoint") -> Path:
         path = Path(name)
     names = ", ".join((*PACKAGED, "auto") if key == "resume" else PACKAGED)
     valid = f"valid: a file, the folder of a run, {names}, or hf://OWNER/NAME"
+    if not path.exists() and name in PACKAGED:
+        raise ValueError(
+            f"{key}={name}: comes with the repository, not with an installed package; clone it and "
+            f"give the path of its folder atmossl/assets/{PACKAGED[name]}"
+        )
     if not path.exists():
         raise ValueError(f"{key}={name}: no such file; {valid}")
     last = [file for file in (path / "checkpoints" / LAST, path / LAST) if file.exists()]
