@@ -394,8 +394,8 @@ def _check_finetuned(settings: FinetuneSettings, questions: Sequence[Question]) 
     wrong = [name for name in settings.probes if name not in asked]
     if settings.fractions and (wrong or not settings.probes):
         raise ValueError(
-            f"finetune.probes={as_written(settings.probes)}; valid: of the probes of this run "
-            f"{asked}"
+            f"finetune.probes={as_written(settings.probes)}; valid: of the probes of this run, "
+            f"{', '.join(asked)}"
         )
 
 

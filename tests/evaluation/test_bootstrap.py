@@ -11,11 +11,11 @@ from atmossl.evaluation.scores import Rmse
 
 
 def _series(values: np.ndarray) -> xr.Dataset:
-    return xr.Dataset({"squared_error": (("time",), values)})
+    return xr.Dataset({"mean": (("time",), values)})
 
 
 def _plain_mean(means: xr.Dataset) -> xr.DataArray:
-    return means["squared_error"]
+    return means["mean"]
 
 
 def _ar1(num_times: int, memory: float, rng: np.random.Generator) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_paired_ratio_is_exact_when_errors_are_proportional():
 def test_missing_cases_count_for_nothing():
     values = np.array([1.0, np.nan, 1.0, 1.0, np.nan, 1.0])
     counts = BlockBootstrap(block_length=1, num_resamples=200).draw([6], np.random.default_rng(0))
-    means = resampled_means(_series(values), "time", counts)["squared_error"]
+    means = resampled_means(_series(values), "time", counts)["mean"]
     np.testing.assert_allclose(means[means.notnull()], 1.0)
     assert int(means.notnull().sum()) > 190
 

@@ -241,7 +241,12 @@ def test_latents_lie_where_their_coordinates_say(folder: Path) -> None:
 def test_evaluate_scores_it(folder: Path, tmp_path: Path, monkeypatch) -> None:
     reports = []
     write = "atmossl.commands.evaluate.write_report"  # draws for seconds
-    monkeypatch.setattr(write, lambda found, *_: reports.extend(found))
+
+    def written(found, _, folder: Path) -> None:
+        reports.extend(found)
+        folder.mkdir()
+
+    monkeypatch.setattr(write, written)
     output, task = tmp_path / "report", tmp_path / "inside.yaml"
     task.write_text("_target_: temporal_interpolation\nhidden_time: 2h\nsteps: null\nrefine: 1\n")
     more = [f"tasks=[{task}]", "every=12", "ridge=false", "bootstrap=2", "regions=[]",

@@ -130,7 +130,8 @@ def test_a_probe_that_is_not_asked_is_refused(tmp_path: Path, capsys) -> None:
     words = ["probe", f"checkpoint={TINY}", "every=51", "probes=[local_hour]", "accelerator=cpu",
              "finetune.fractions=[1.0]", f"output={tmp_path / 'none'}"]  # fmt: skip
     assert main(words) == 2
-    assert "finetune.probes=['anomaly_24h'" in capsys.readouterr().err
+    refused = "finetune.probes=[anomaly_24h,vorticity_extreme]; valid: of the probes of this"
+    assert refused in capsys.readouterr().err
     assert main([*words, "finetune.fractions=[0]"]) == 2
     assert "finetune.fractions.0=0" in capsys.readouterr().err
 

@@ -228,7 +228,7 @@ def test_a_run_without_a_terminal_says_what_it_is_and_then_a_line_a_log(folder: 
     for part in (
         f"{count:,} parameters, objective MaskedModelling",
         f"{tokens} tokens of u in a sample, 2 samples in a step",
-        "waves, training 2001-01-01T00 to 2001-01-04T18 (16 times every 6 h)",
+        "waves, training train: 2001-01-01T00 to 2001-01-04T18 (16 times every 6 h)",
         f"output   {folder / 'u'}\nloggers  csv, tensorboard, wandb\n",
         "1 x cpu, precision 32-true",
     ):
