@@ -12,11 +12,11 @@ import numpy as np
 from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
 from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
 from atmossl.inference.calibration import (
-    SCALES_KM,
     Calibration,
     SpreadInflation,
     check_calibrated,
     estimate_inflation,
+    scales_of,
 )
 from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
 from atmossl.inference.plan import Options, Plan, chosen_times, plan_prediction
@@ -149,7 +149,7 @@ def _calibrate(config: CalibrateConfig) -> SpreadInflation:
     parts = predict_parts(plan, list(times))
     scales_km = config.scales_km
     if scales_km is None:
-        scales_km = SCALES_KM if plan.trained.model.any_member else ()
+        scales_km = scales_of(plan.grid) if plan.trained.model.any_member else ()
     inflation = estimate_inflation(plan, times, parts, scales_km)
     contents = read_checkpoint(config.checkpoint)
     checkpoint_record = Calibration(contents["atmossl"], task).replaced(inflation)

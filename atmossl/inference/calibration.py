@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 
 from atmossl.batch import PRIMARY
 from atmossl.data.segment import HOUR
-from atmossl.geometry import degrees_east_of
+from atmossl.geometry import Grid, degrees_east_of
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.masking.tasks import Task
 
@@ -145,13 +145,25 @@ class Calibration:
     checkpoint_record: Mapping[str, Any]
     task: Task
 
-    def apply(self, fields: Fields, hours: np.ndarray, lat: np.ndarray, lon: np.ndarray) -> Fields:
+    def apply(
+        self,
+        fields: Fields,
+        hours: np.ndarray,
+        lat: np.ndarray,
+        lon: np.ndarray,
+        *,
+        centre: int | None = None,
+    ) -> Fields:
         """Inflate fields [step member level lat lon] at the given hours from the reference time
-        and the given cell centres, degrees."""
+        and the given cell centres, degrees. centre: around the mean of so many first members,
+        so that no further member changes them; None: of all."""
         inflated = {}
         for name, values in fields.items():
-            mean = values.mean(axis=1, keepdims=True)
-            moved = _moved(self.checkpoint_record, self.task, name, values - mean, hours, lat, lon)
+            mean = values[:, :centre].mean(axis=1, keepdims=True)
+            departures = values - mean
+            moved = _moved(
+                self.checkpoint_record, self.task, name, departures, hours, lat, lon, centre
+            )
             inflated[name] = values if moved is None else mean + moved
         return inflated
 
@@ -178,15 +190,16 @@ def _moved(
     hours: np.ndarray,
     lat: np.ndarray,
     lon: np.ndarray,
+    centre: int | None,
 ) -> Float[np.ndarray, "step member level lat lon"] | None:
     """The departures of one variable from the ensemble mean as the task's factors make them; None
     if it has none."""
     moved, largest = None, np.full(1, -np.inf)
     for part in task.components:
-        of_part = _moved(checkpoint_record, part, name, departures, hours, lat, lon)
+        of_part = _moved(checkpoint_record, part, name, departures, hours, lat, lon, centre)
         if of_part is None:
             continue
-        variance = of_part.var(axis=1, keepdims=True)
+        variance = of_part[:, :centre].var(axis=1, keepdims=True)
         variance = np.where(part.cells(lat, lon), variance, -np.inf)
         moved = np.where(variance > largest, of_part, departures if moved is None else moved)
         largest = np.maximum(variance, largest)
@@ -257,6 +270,7 @@ def estimate_inflation(
         ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
     check_calibrated(plan.task)
+    check_scales(edges_km, plan.grid)
     if plan.trained.checkpoint_record.get("model", {}).get("num_members") == 1:
         raise ValueError("calibrate: the checkpoint has one member, so no spread")
     leads = plan.leads
@@ -288,6 +302,28 @@ def estimate_inflation(
     order = np.argsort(hours)
     factors = {name: spread_sums.factors()[:, order] for name, spread_sums in sums.items()}
     return SpreadInflation(hours[order], factors, edges_km)
+
+
+def scales_of(grid: Grid) -> tuple[float, ...]:
+    """The edges of bands for members that are fields, as far as a grid resolves them."""
+    return tuple(edge for edge in SCALES_KM if edge >= _shortest_wave_km(grid))
+
+
+def check_scales(edges_km: tuple[float, ...], grid: Grid) -> None:
+    """Raise ValueError for a wave that is longer than the equator, or shorter than any of a grid
+    there."""
+    shortest = _shortest_wave_km(grid)
+    wrong = [edge for edge in edges_km if not shortest <= edge <= _CIRCUMFERENCE_KM]
+    if wrong:
+        raise ValueError(
+            f"scales_km={wrong[0]:g}: valid: from {shortest:.0f}, the shortest wave on the equator "
+            f"of this grid, to {_CIRCUMFERENCE_KM:.0f} km"
+        )
+
+
+def _shortest_wave_km(grid: Grid) -> float:
+    step = abs(float(degrees_east_of(*grid.longitude[:2])))
+    return 2.0 * _CIRCUMFERENCE_KM * step / 360.0
 
 
 def check_calibrated(task: Task) -> None:

@@ -176,24 +176,26 @@ class Plan:
 
     @property
     def drawn(self) -> tuple[int, ...]:
-        """The numbers of the draws of noise that are computed: the written ones, but whole
-        ensembles for a calibrated checkpoint, whose spread is inflated around the ensemble mean."""
+        """The numbers of the draws of noise that are computed: the written ones, and for a
+        calibrated checkpoint before them the first `EVALUATED_MEMBERS`, around whose mean the
+        spread is inflated. So a member has the same values whatever others are asked for."""
         assert self.members is not None, "a network of noise has any number"
-        if (
-            not isinstance(self.options.members, tuple)
-            or "spread" not in self.trained.checkpoint_record
-        ):
+        if "spread" not in self.trained.checkpoint_record:
             return self.members
-        return tuple(range(max(EVALUATED_MEMBERS, 1 + max(self.members))))
+        first = range(EVALUATED_MEMBERS)
+        return (*first, *(number for number in self.members if number not in first))
 
     def written(self, fields: Fields) -> Fields:
         """The written members out of a whole ensemble."""
-        chosen = self.options.members
-        if not isinstance(chosen, tuple):
-            return fields
         if self.trained.model.any_member:
-            chosen = tuple(map(self.drawn.index, chosen))
-        return {name: values[:, list(chosen)] for name, values in fields.items()}
+            rows = [self.drawn.index(number) for number in self.members or ()]
+            if rows == [*range(len(self.drawn))]:
+                return fields
+        elif isinstance(self.options.members, tuple):
+            rows = [*self.options.members]
+        else:
+            return fields
+        return {name: values[:, rows] for name, values in fields.items()}
 
     @property
     def row_chunk(self) -> int:

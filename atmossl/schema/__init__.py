@@ -192,7 +192,7 @@ class CalibrateConfig(DatedConfig):
     task: ChosenTask
     scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_is_falling)] | None
     tilings: Positive
-    members: Positive | None
+    members: Annotated[int, Field(ge=2)] | None
     seed: NotNegative
 
 
@@ -311,7 +311,7 @@ class EvaluateConfig(CheckpointConfig):
     ridge: bool
     bootstrap: Positive
     tilings: Positive
-    members: Positive | None
+    members: Annotated[int, Field(ge=2)] | None
     seed: NotNegative
 
     @model_validator(mode="after")

@@ -113,6 +113,7 @@ TASKS = (TemporalInterpolation(6), Forecast(24, rollout_hours=6))
     ("kind", "task", "calibrated"),
     [
         ("noise", TASKS[0], False), ("noise", TASKS[0], True), ("noise", TASKS[1], False),
+        ("noise", TASKS[1], True),
         ("tail", TASKS[0], False), ("tail", TASKS[0], True), ("tail", TASKS[1], True),
     ],
 )  # fmt: skip
@@ -130,6 +131,15 @@ def test_members_that_are_chosen_are_those_of_the_whole_ensemble(
     np.testing.assert_allclose(found, expected[:, [3, 1]], rtol=1e-5)
     layout = OutputLayout(some, STORE["time"].values[6:7], 2)
     np.testing.assert_array_equal(layout.coordinates()["member"], [3, 1])
+    if kind == "noise":  # however many are asked for
+        for members in (1, 2, 11, (3, 9, 1)):
+            other = replace(whole, options=replace(whole.options, members=members))
+            numbers = members if isinstance(members, tuple) else range(members)
+            at = [n for n, number in enumerate(numbers) if number < expected.shape[1]]
+            same = expected[:, [numbers[n] for n in at]]
+            found = run_at(other, 6)["temperature"]
+            assert found.shape[1] == len(numbers)
+            np.testing.assert_allclose(found[:, at], same, rtol=1e-5)
 
 
 @pytest.mark.parametrize("members", [0, -1, True, 1.5, "two", [], [1, 1], [-1], [True], [[1]]])
