@@ -334,6 +334,7 @@ def _export(arguments: Sequence[str]) -> None:
     with owned(Path(output), key), keeping("nothing is kept"):
         if key == "output":
             export(checkpoints, Path(output), plugins)
+            _print(f"checkpoint: {output}")
         else:
             settings = {
                 name.removeprefix("data."): keywords([item], [name])[0]

@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 
 from atmossl.batch import StreamSpec, StreamWindow, TokenSize, detokenise, token_grid
+from atmossl.inference.out_of_training_warnings import unseen
 from atmossl.masking.base import TokenLayout
 from atmossl.masking.correction import Correction, other_model_guess, other_models
 from atmossl.masking.tasks import Forecast
@@ -52,6 +53,16 @@ def test_a_correction_hides_the_analysis_and_nothing_of_the_other_model() -> Non
 def test_a_correction_reads_nothing_after_what_it_writes() -> None:
     plan = Correction().plan(5, 6.0)
     assert max(plan.read) == plan.reference == 4 and plan.offsets == (0,) and not plan.is_forecast
+
+
+def test_a_forecast_of_a_network_that_was_never_shown_the_analysis_is_told() -> None:
+    windows = (window(ANALYSIS), window(OTHER))
+    for task, told in (
+        (Forecast(6), ["some of every stream shown; training always hid a whole one"]),
+        (Correction(), []),
+    ):
+        view = make_view(windows, task, np.random.default_rng(0), first_guess=False)
+        assert unseen(view, Correction()) == told
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def unseen(
         )
     if view_mask.streams and not any(d.streams for d in drawn):
         lines.append("a whole stream hidden; training always showed some of each")
+    if not view_mask.streams and all(d.streams for d in drawn):
+        lines.append("some of every stream shown; training always hid a whole one")
     return lines
 
 
