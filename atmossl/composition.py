@@ -13,13 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atmossl.data.catalog import catalog_entry, find_file, is_location
+from atmossl.data.catalog import catalog_entry, find_file, is_location, yaml_fault
 from atmossl.extras import missing_plugin
 from atmossl.overrides import (
     PATHS,
@@ -159,6 +160,10 @@ def in_one_line(overrides: Sequence[str]) -> Iterator[None]:
             f"{' '.join(mappings)}: needed: names of files in conf/, not mappings; set single keys "
             "(GROUP.KEY=VALUE) or write a file"
         ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        file = "a file of choices" if mark is None else mark.name
+        raise ValueError(f"{file} is no YAML: {yaml_fault(error)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
         text = " ".join(f"{error} {cause if cause is not error else ''}".split())

@@ -324,6 +324,17 @@ def test_an_installed_package_takes_folders_of_choices_but_no_conf_that_lies_abo
         assert (seed, dim) == (0, 32)
 
 
+def test_a_file_of_choices_that_is_no_yaml_is_named(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\nmodel:\n  dim: [5\n")
+    assert main(["train", f"--config-dir={tmp_path}", "experiment=mine"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"atmossl train: {file} is no YAML: line 4, column 1: expected ',' or ']'"
+    )
+
+
 def test_a_folder_whose_files_would_not_be_found_is_refused(tmp_path: Path) -> None:
     shipped = tmp_path / "shipped"
     for folder in (shipped, tmp_path / "mine"):
