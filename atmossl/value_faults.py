@@ -135,4 +135,4 @@ def as_written(value: Any) -> str:
         return f"[{','.join(map(as_written, value))}]"
     if isinstance(value, str) and _NEEDS_QUOTES.fullmatch(value):
         return repr(value)
-    return str(value)
+    return value if isinstance(value, str) else " ".join(str(value).split())

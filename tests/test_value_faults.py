@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -103,6 +104,10 @@ def test_limits_are_in_the_words(kind: str, context: dict[str, Any], words: str)
 )  # fmt: skip
 def test_values_are_shown_as_they_are_written(value: Any, text: str) -> None:
     assert as_written(value) == text
+
+
+def test_a_value_of_several_lines_is_shown_in_one() -> None:
+    assert as_written(np.zeros((2, 2))) == "[[0. 0.] [0. 0.]]"
 
 
 WRONG: tuple[Any, ...] = ({"a": 1}, [[1], {"b": 2}, "x", None, *range(9)], "zz", None, [])

@@ -194,8 +194,8 @@ def _state_at_init(example: Example, truth: xr.Dataset) -> Given | None:
 def _check_some_scored(forecasts: Iterable[str], empty: Iterable[str]) -> None:
     if names := sorted(empty):
         raise ValueError(
-            f"forecasts={as_written(forecasts)}: no value of {names} can be scored, as some "
-            "forecast has none anywhere; leave out that forecast or variable"
+            f"forecasts={as_written([*forecasts])}: no value of {as_written(names)} can be scored, "
+            "as some forecast has none anywhere; leave out that forecast or variable"
         )
 
 

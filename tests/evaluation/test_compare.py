@@ -17,7 +17,11 @@ from atmossl.evaluation.forecasts import canonical_forecast
 from atmossl.evaluation.verify import rows_where
 from atmossl.geometry import area_weights
 from atmossl.schema import EvaluateConfig, parse
-from atmossl.scorecard.forecasts import _where_all_have, score_forecasts
+from atmossl.scorecard.forecasts import (
+    _check_some_scored,
+    _where_all_have,
+    score_forecasts,
+)
 from tests.evaluation.test_forecasts import forecast_of, weatherbench2
 from tests.synthetic import catalog
 from tests.synthetic import dataset as waves
@@ -177,3 +181,8 @@ def test_a_forecast_is_held_against_one_segment_of_the_truth(dataset):
     with pytest.raises(ValueError, match=r"'first', 'again'\] overlap in time"):
         again = replace(second, times=second.times - np.timedelta64(6, "h"), name="again")
         score_forecasts(config, forecasts, [first, again], [first])
+
+
+def test_forecasts_without_any_value_are_named_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^forecasts=\[a,b\]: no value of \[temperature\] can be"):
+        _check_some_scored({"a": xr.Dataset(), "b": xr.Dataset()}, {"temperature"})

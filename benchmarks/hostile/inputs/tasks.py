@@ -50,7 +50,8 @@ SETTINGS = [
     ("task=counterfactual task.task.lead_time=7h", "lead_time|7"),
     ("task=weather", "weather"),
     ("task=none.yaml", "none.yaml"),
-    ("task.name=weather", "weather"),
+    ("task._target_=weather", "weather"),
+    ("task.name=weather", "task._target_"),
 ]
 _DATES = "init_time=2001-05-03T00"
 
