@@ -340,11 +340,11 @@ _DEFAULTS = {"model": "multiformer"}  # the class of a group whose files name no
 
 
 def _class_of(group: str, target: str) -> Any:
-    from atmossl.model.network import networks
+    from atmossl.model.kinds import NETWORKS
     from atmossl.schema.targets import MASKS, objectives
     from atmossl.setting_types import target_name
 
-    kinds = {"objective": objectives, "model": networks}.get(group, lambda: MASKS)()
+    kinds = {"objective": objectives, "model": lambda: NETWORKS}.get(group, lambda: MASKS)()
     return kinds.get(target_name(target))
 
 

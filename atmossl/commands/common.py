@@ -25,7 +25,8 @@ from atmossl.inference.checkpoint import (
 from atmossl.inference.out_of_training_warnings import out_of_training_warnings
 from atmossl.inference.plan import Plan
 from atmossl.masking.tasks import Task
-from atmossl.model.network import Network, network_class
+from atmossl.model.kinds import network_class
+from atmossl.model.network import Network
 from atmossl.plugins import check_plugins
 from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice, checked
 from atmossl.schema.targets import trained_sampler

@@ -29,8 +29,9 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.masking.tasks import Task
 from atmossl.masking.views import FirstGuess
+from atmossl.model.kinds import build_network, network_class
 from atmossl.model.linear import merged
-from atmossl.model.network import Network, build_network, network_class
+from atmossl.model.network import Network
 from atmossl.sealed import in_one_line
 from atmossl.setting_types import snake_case, target_name
 from atmossl.value_faults import in_plain_words

@@ -1,6 +1,5 @@
 """The contract of every network: views to latents, latents to fields or to other latents, and what
-training has to know of its parts. With it, what latents are and where they lie, and how a network
-is found and built by the name that a checkpoint records.
+training has to know of its parts. With it, what latents are and where they lie.
 
 Latents have three layouts. Linear layers work on lists of chosen tokens [batch token feature],
 attention along axes on the whole token grid, and convolutions on frames: all tokens of one level
@@ -17,8 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from atmossl.batch import Prediction, StreamSpec, TokenGrid, TokenIndex, View
-from atmossl.plugins import Part, checked_keywords, choose_part, find_class, with_defaults
-from atmossl.setting_types import target_name
 
 
 @dataclass(frozen=True)
@@ -284,70 +281,3 @@ class Network(nn.Module):
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the parts of the network that gain by it."""
-
-
-_OF_THE_RUN = ("streams", "scales")  # keywords that are no part of the configuration
-
-
-def networks() -> dict[str, type[Network]]:
-    """The networks of the package, by the names that checkpoints record."""
-    from atmossl.model.atmorep_network import AtmoRepNetwork  # both fulfil the contract above
-    from atmossl.model.multiformer import Multiformer
-
-    return {"multiformer": Multiformer, "atmorep": AtmoRepNetwork}
-
-
-def network_class(kind: str, plugins: Sequence[str] = ()) -> type[Network]:
-    """The class of the network that a checkpoint records.
-
-    Raises:
-        UntrustedError: a class of a package that is not in `plugins`; nothing was imported.
-        ValueError: a kind that this version does not know.
-    """
-    return find_class(kind, Network, networks(), plugins)
-
-
-@dataclass(frozen=True)
-class PackagedNetwork(Part):
-    """A network of the package and its keywords. name: the one that checkpoints record."""
-
-    name: str
-
-    @property
-    def target(self) -> str:
-        return self.name
-
-    @property
-    def plain_arguments(self) -> dict[str, Any]:
-        return dict(self.arguments)
-
-
-def choose_network(node: Any) -> Part:
-    """The class of network that `model` of a configuration means, with its keywords: the package's
-    own multi-stream transformer, or the class that `_target_` names.
-
-    Raises:
-        ValueError: no such class, or keywords that do not fit.
-    """
-    if isinstance(node, Part):
-        return node
-    if not isinstance(node, Mapping):
-        raise ValueError("valid: keys and values, such as {KEY: VALUE}")
-    values = dict(node)
-    name = target_name(str(values.pop("_target_", "multiformer")))
-    kind = networks().get(name)
-    if kind is None:
-        return choose_part(node, Network, _OF_THE_RUN)
-    if name == "multiformer":
-        values = with_defaults(kind, checked_keywords(kind, values, _OF_THE_RUN), _OF_THE_RUN)
-    return PackagedNetwork(kind, values, name)  # others are those of a checkpoint, as it has them
-
-
-def build_network(kind: str, plugins: Sequence[str] = (), **arguments: Any) -> Network:
-    """Build the network that a checkpoint records. Raises what `network_class` raises, and
-    ValueError for keywords that do not fit."""
-    network = network_class(kind, plugins)
-    if kind in networks():
-        return network(**arguments)
-    of_the_run = {name: arguments.pop(name) for name in _OF_THE_RUN if name in arguments}
-    return choose_network({"_target_": kind, **arguments}).build(**of_the_run)

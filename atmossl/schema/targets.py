@@ -35,7 +35,7 @@ from atmossl.masking.random import (
 )
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
-from atmossl.model.network import networks
+from atmossl.model.kinds import NETWORKS
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
 from atmossl.plugins import (
     Part,
@@ -168,7 +168,7 @@ def objectives() -> dict[str, Callable[..., Any]]:
 
 def builtin_names() -> frozenset[str]:
     """Names of all classes of the package that a `_target_` can name."""
-    return frozenset((*MASKS, *REGIONS, *objectives(), *networks()))
+    return frozenset((*MASKS, *REGIONS, *objectives(), *NETWORKS))
 
 
 def _subclasses(kind: type[Objective]) -> list[type[Objective]]:

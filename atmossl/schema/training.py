@@ -21,8 +21,8 @@ from atmossl.losses import AREAS
 from atmossl.masking.correction import check_other_model
 from atmossl.masking.random import Autoregression
 from atmossl.masking.views import OTHER_MODEL
+from atmossl.model.kinds import choose_network
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.network import choose_network
 from atmossl.plugins import Part, Plugins, checked_keywords, choose_part
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.setting_types import NonZeroShare, NotNegative, Positive, Strict, snake_case

@@ -9,8 +9,9 @@ from atmossl.batch import collate_views
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.views import make_view
+from atmossl.model.kinds import NETWORKS
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.network import Latent, StreamLatents, networks
+from atmossl.model.network import Latent, StreamLatents
 from tests.synthetic import spec, window
 
 STREAMS = (spec("air"), spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))
@@ -91,7 +92,7 @@ def test_a_network_tells_the_width_of_its_latents() -> None:
 
 def test_every_network_tells_training_its_parts() -> None:
     model = network()
-    assert set(networks()) == {"multiformer", "atmorep"}
+    assert set(NETWORKS) == {"multiformer", "atmorep"}
     names = [name for name, _ in model.named_parameters()]
     depths = {name: model.depth(name) for name in names}
     assert {depth for name, depth in depths.items() if name.startswith("encoder.0.")} == {2}
