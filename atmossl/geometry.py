@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+EARTH_RADIUS_KM = 6371.0
 TOLERANCE_DEG = 1e-3
 
 

@@ -4,7 +4,8 @@ and band of zonal scales.
 A factor makes the mean variance of the members, times (M + 1) / M, equal to the mean square error
 of their mean (Fortin et al. 2014), on dates that the model was not trained on. The factors are kept
 in the checkpoint's record and applied around the ensemble mean, which stays as it is. In a rollout
-every pass is inflated, so that members go on from calibrated states.
+every pass of a tail is inflated, so that members go on from calibrated states; of draws of noise
+the first pass is, since later ones run member by member.
 
 With one factor for all scales, members may have the right spread in every cell and the wrong one in
 area means and in differences of neighbours. With bands, each has the spread that its errors have.
@@ -22,14 +23,14 @@ from jaxtyping import Bool, Float
 
 from atmossl.batch import PRIMARY
 from atmossl.data.segment import HOUR
-from atmossl.geometry import Grid, degrees_east_of
+from atmossl.geometry import EARTH_RADIUS_KM, Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.masking.tasks import Task
 
 # Bands for members that are fields. Those of a tail have no fields to part: bands would give each
 # scale its spread at the wrong places, which costs a tenth of the CRPS.
 SCALES_KM = (8000.0, 3000.0)
-_CIRCUMFERENCE_KM = 2.0 * math.pi * 6371.0
+_CIRCUMFERENCE_KM = 2.0 * math.pi * EARTH_RADIUS_KM
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,10 @@ def zonal_bands(
     fields: [... lat lon]. where: the same, or with axes of size 1. lat, lon: centres, degrees.
     edges_km: falling.
     """
-    east = degrees_east_of(lon[0], lon)
-    step = float(east[1] - east[0]) if len(lon) > 1 else 360.0
-    closed = math.isclose(step * len(lon), 360.0, rel_tol=1e-4)
-    size = len(lon) if closed else 2 * len(lon)  # zeros beyond the ends do not count
-    circle_km = _CIRCUMFERENCE_KM * np.cos(np.deg2rad(lat)).clip(1e-6) * step * size / 360.0
+    grid = Grid(lat, lon)
+    size = len(lon) if grid.periodic else 2 * len(lon)  # zeros beyond the ends do not count
+    circle_km = grid.longitude_spacing * size / 360.0 * _CIRCUMFERENCE_KM
+    circle_km = circle_km * np.cos(np.deg2rad(lat)).clip(1e-6)
     per_km = np.arange(size // 2 + 1) / circle_km[:, None]  # of every wave: 1 / its length
 
     def smooth(values: np.ndarray, edge: float) -> np.ndarray:
@@ -322,8 +322,7 @@ def check_scales(edges_km: tuple[float, ...], grid: Grid) -> None:
 
 
 def _shortest_wave_km(grid: Grid) -> float:
-    step = abs(float(degrees_east_of(*grid.longitude[:2])))
-    return 2.0 * _CIRCUMFERENCE_KM * step / 360.0
+    return 2.0 * _CIRCUMFERENCE_KM * grid.longitude_spacing / 360.0
 
 
 def check_calibrated(task: Task) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, StreamWindow
+from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, StreamWindow, token_grid
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout
 from atmossl.masking.tasks import Task, TimePlan, given_steps
@@ -144,15 +144,10 @@ def _on_cells(fields: Tensor, window: StreamWindow) -> Tensor:
         fine = functional.interpolate(flat, size=(num_lat, num_lon), mode="area")
     else:
         wide, beyond = flat, 0
-        if _closes_the_circle(window.lon):
+        if token_grid(window).periodic:
             wide = torch.cat([flat[..., -_HALO:], flat, flat[..., :_HALO]], dim=-1)
             beyond = _HALO * num_lon // fields.shape[-1]
         size = (num_lat, num_lon + 2 * beyond)
         fine = functional.interpolate(wide, size=size, mode="bicubic", align_corners=False)
         fine = fine[..., beyond : beyond + num_lon]
     return fine.unflatten(0, fields.shape[:-3])
-
-
-def _closes_the_circle(lon: Tensor) -> bool:
-    spacing = float((lon[1] - lon[0]) % 360.0)
-    return abs(spacing * len(lon) - 360.0) < spacing / 2

@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atmossl.batch import TokenGrid
+from atmossl.geometry import EARTH_RADIUS_KM
 
 CHANNELS_PER_LENGTH = 8
 _NUM_WAVES = 32  # cosines per channel: the field's kurtosis is 3 - 1.5 / 32
-_EARTH_RADIUS_KM = 6371.0
 _SPEED_KM_PER_HOUR = 36.0  # 10 m/s turns a correlation length into a correlation time
 _SCALE_HEIGHTS = 1.0  # vertical correlation length in the logarithm of pressure
 _SURFACE_HPA = 1000.0
@@ -51,7 +51,7 @@ def noise_field(
     lengths = torch.tensor(lengths_km, dtype=torch.float64).repeat_interleave(CHANNELS_PER_LENGTH)
     lengths = lengths.to(seeds.device, non_blocking=True)[:, None]
     angle = torch.einsum("bxi,bcki->bxck", _unit_vectors(grid), normal[..., :3])
-    angle = angle * (_EARTH_RADIUS_KM / lengths)
+    angle = angle * (EARTH_RADIUS_KM / lengths)
     hours = grid.time_hours.double()[..., None, None]
     in_time = hours * (normal[..., 3] * _SPEED_KM_PER_HOUR / lengths)[:, None]
     height = torch.log(_pressure(grid) / _SURFACE_HPA)[..., None, None] / _SCALE_HEIGHTS

@@ -12,7 +12,9 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-EARTH_RADIUS_M = 6.371e6
+from atmossl.geometry import EARTH_RADIUS_KM
+
+EARTH_RADIUS_M = 1e3 * EARTH_RADIUS_KM
 GRAVITY = 9.80665
 NUM_BELTS = 6
 Kind = Literal["number", "class", "extreme"]
