@@ -258,10 +258,8 @@ def _checked(path: Path, contents: Any) -> dict[str, Any]:
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
-    from atmossl.shards import (  # takes seconds to import, which files do not need
-        by_index,
-        read_shards,
-    )
+    # takes seconds to import, which files do not need
+    from atmossl.shards import by_index, read_shards
 
     contents, tensors = read_shards(path)
     names = sorted(key for key in tensors if key.startswith("optimizer_"))

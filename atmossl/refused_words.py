@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from atmossl.extras import missing_plugin
 from atmossl.overrides import PATHS, Word, is_readable, value_at
-from atmossl.renamed_keys import present_name
+from atmossl.renamed_keys import line_of_old_name, present_name
 
 _REFUSED = (
     r"Could not override '(?P<key>[^']+)'",
@@ -242,7 +242,7 @@ def of_unknown(key: str, valid_keys: Mapping[str, Any]) -> str:
     """The keys that may be meant: close ones at that place, then those of that name elsewhere."""
     name, now = key.rpartition(".")[2], present_name(key)
     if now != key and _at(valid_keys, now) is not _ABSENT:
-        return f"unknown key {key}: it is {now} now"
+        return line_of_old_name(key)
     if name in _ELSEWHERE and _at(valid_keys, _ELSEWHERE[name]) is not _ABSENT:
         return f"unknown key {key}; did you mean {_ELSEWHERE[name]}?"
     corrected, values = list[str](), valid_keys

@@ -75,6 +75,11 @@ def present_name(key: str) -> str:
     return ".".join((*path, _present(tuple(path), last, None)[0]))
 
 
+def line_of_old_name(key: str) -> str:
+    """What to say of a key that was renamed."""
+    return f"unknown key {key}: it is {present_name(key)} now"
+
+
 def _with_unit(value: Any, unit: str) -> Any:
     """A number or a list of them as durations."""
     if isinstance(value, list | tuple):

@@ -39,11 +39,16 @@ if [[ ${SMOKE:-0} == 1 ]]; then
     days=10 dates=1 patience=4 cost=(model.dim=32)
 fi
 
+# NAME: whether the part was asked for.
+asked() {
+    [[ ${#chosen[@]} == 0 || " ${chosen[*]} " == *" $1 "* ]]
+}
+
 # NAME SECONDS COMMAND...: runs a part within its time and keeps what it prints.
 part() {
     local name=$1 limit=$(($2 * patience)) status
     shift 2
-    [[ ${#chosen[@]} == 0 || " ${chosen[*]} " == *" $name "* ]] || return 0
+    asked "$name" || return 0
     printf '\n== %s (at most %s s)\n' "$name" "$limit"
     timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
     status=${PIPESTATUS[0]}
@@ -52,9 +57,11 @@ part() {
 }
 
 chosen=("$@") ended=()
-"$python" -m benchmarks.window_store "$out/waves.zarr" --days "$days"
-"$python" -m atmossl data add "$out/waves.zarr" name=waves data.catalog="$out/catalog.yaml"
 part tests 150 "$python" -m pytest -m gpu -q -n 0 -p no:cacheprovider tests
+if asked atmorep_size || asked large_size; then
+    "$python" -m benchmarks.window_store "$out/waves.zarr" --days "$days"
+    "$python" -m atmossl data add "$out/waves.zarr" name=waves data.catalog="$out/catalog.yaml"
+fi
 part atmorep_size 75 "$python" -m benchmarks.train_step "${atmorep[@]}"
 part large_size 75 "$python" -m benchmarks.train_step "${large[@]}"
 part fsdp 45 "$python" -m atmossl train "${fsdp[@]}" paths.output="$out/fsdp"

@@ -27,6 +27,8 @@ of its cells (`degraded_sample_coarse`). A run loses its first step, which has n
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +87,9 @@ class Climate:
     @classmethod
     def of(cls, records: Sequence[xr.Dataset]) -> "Climate":
         count = sum(record.sizes["time"] for record in records)
-        mean = sum_of([record.sum("time", dtype=np.float64) for record in records]) / count
+        mean = reduce(add, [record.sum("time", dtype=np.float64) for record in records]) / count
         squares = [((r - mean) ** 2).sum("time").mean("longitude") for r in records]
-        return cls(mean, np.sqrt(sum_of(squares) / count))
-
-
-def sum_of(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
-    total = datasets[0]
-    for dataset in datasets[1:]:
-        total = total + dataset
-    return total
+        return cls(mean, np.sqrt(reduce(add, squares) / count))
 
 
 def smoothed(field: xr.DataArray, times: int) -> xr.DataArray:

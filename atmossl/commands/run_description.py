@@ -128,7 +128,7 @@ def _periods(dataset: WindowDataset, other: WindowDataset) -> str:
     times = sum(len(segment.times) for segment in segments)
     names, others = ({segment.name: None for segment in d.segments} for d in (dataset, other))
     which = f"{', '.join(names)}: " if _dates(dataset) == _dates(other) and names != others else ""
-    step_hours = next(iter(segments)).step_hours
+    step_hours = dataset.segments[0].step_hours
     return f"{which}{_dates(dataset)} ({times:,} times every {step_hours:g} h{parts})"
 
 

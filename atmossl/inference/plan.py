@@ -175,14 +175,19 @@ class Plan:
         return None if count is None else tuple(range(count))
 
     @property
+    def centre(self) -> int | None:
+        """Around the mean of how many first members the spread is inflated; None: of all."""
+        return EVALUATED_MEMBERS if self.trained.model.any_member else None
+
+    @property
     def drawn(self) -> tuple[int, ...]:
         """The numbers of the draws of noise that are computed: the written ones, and for a
-        calibrated checkpoint before them the first `EVALUATED_MEMBERS`, around whose mean the
-        spread is inflated. So a member has the same values whatever others are asked for."""
+        calibrated checkpoint before them the first ones, around whose mean the spread is inflated
+        (`centre`). So a member has the same values whatever others are asked for."""
         assert self.members is not None, "a network of noise has any number"
         if "spread" not in self.trained.checkpoint_record:
             return self.members
-        first = range(EVALUATED_MEMBERS)
+        first = range(self.centre or 0)
         return (*first, *(number for number in self.members if number not in first))
 
     def written(self, fields: Fields) -> Fields:

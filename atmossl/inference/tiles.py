@@ -33,7 +33,7 @@ from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.masking.base import Points, TokenLayout, coarsen, points_of, repeat_coarse
 from atmossl.masking.tasks import Downscaling, Task, TimePlan
 from atmossl.masking.views import FirstGuess, make_view
-from atmossl.model.network import EVALUATED_MEMBERS, scatter
+from atmossl.model.network import scatter
 
 _TOLERANCE_HOURS = 1e-6
 
@@ -429,8 +429,7 @@ def _members_of(
     if data == PRIMARY:  # streams of other sources are not calibrated
         lat, lon = plan.grid.latitude[rows], plan.grid.longitude
         calibration = Calibration(plan.trained.checkpoint_record, plan.task)
-        centre = EVALUATED_MEMBERS if plan.trained.model.any_member else None
-        fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=centre)
+        fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
     if source.member is None:
         return plan.written(fields)
     if plan.trained.model.any_member:

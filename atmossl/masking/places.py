@@ -318,9 +318,8 @@ class CrossVariable(Task):
         if bool((tokens.any(dim=1) != tokens.all(dim=1)).any()):
             raise ValueError(
                 f"task.levels={as_written(self.levels)} share tokens of stream {spec.name} with "
-                "other "
-                f"levels, so they cannot be hidden alone: a token holds {spec.token_size.level} of "
-                f"{list(spec.level_values)} hPa"
+                f"other levels, so they cannot be hidden alone: a token holds "
+                f"{spec.token_size.level} of {list(spec.level_values)} hPa"
             )
         return tokens.all(dim=1) & all(inside)
 

@@ -34,6 +34,7 @@ from atmossl.schema.training import StatsConfig, TrainConfig
 from atmossl.setting_types import NonZeroShare, NotNegative, Positive, PositiveFloat, Strict
 
 __all__ = [
+    "CalibrateConfig",
     "ConfigError",
     "EmbedConfig",
     "EncodingConfig",
@@ -175,7 +176,7 @@ class PredictConfig(DatedConfig):
     missing: Literal["keep", "fill"]
 
 
-def _is_falling(scales_km: tuple[float, ...]) -> tuple[float, ...]:
+def _falling(scales_km: tuple[float, ...]) -> tuple[float, ...]:
     if len({*scales_km}) < len(scales_km):
         raise ValueError("needed: lengths in km, each once, such as [8000,3000]; [] for one factor")
     return tuple(sorted(scales_km, reverse=True))
@@ -190,7 +191,7 @@ class CalibrateConfig(DatedConfig):
     """
 
     task: ChosenTask
-    scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_is_falling)] | None
+    scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_falling)] | None
     tilings: Positive
     members: Annotated[int, Field(ge=2)] | None
     seed: NotNegative

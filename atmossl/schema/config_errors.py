@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from atmossl.overrides import value_at
-from atmossl.renamed_keys import present_name
+from atmossl.renamed_keys import line_of_old_name, present_name
 from atmossl.value_faults import as_written, in_plain_words
 
 # What pydantic calls the types among which a value may choose; it adds them to the key.
@@ -121,7 +121,7 @@ def unknown_key(key: str, valid: Iterable[str]) -> str:
     """A sentence on a key that is unknown at its place, with the valid ones."""
     place, dot, name = key.rpartition(".")
     if present_name(key) != key:
-        return f"unknown key {key}: it is {present_name(key)} now"
+        return line_of_old_name(key)
     close = get_close_matches(name, list(valid), n=2)
     if close:
         meant = " or ".join(f"{place}{dot}{similar}" for similar in close)
