@@ -217,18 +217,22 @@ def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def compose_with_task_file(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own."""
+    """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own, and
+    `task={_target_: KIND, KEY: VALUE}` is one that takes no key of the default task."""
     tasks = [unquoted(str(Word.of(text).value)) for text in arguments if sets(text, "task")]
-    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
-    if not files:
+    own = [task for task in tasks if task.endswith((".yaml", ".yml")) or task.startswith("{")]
+    if not own:
         return compose_config(name, arguments)
     task_words = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in task_words and not sets(a, "task")]
-    from atmossl.api import read_task
+    if own[-1].startswith("{"):
+        content = to_plain(OmegaConf.create(key_and_value(f"task={own[-1]}")[1]))
+    else:
+        from atmossl.api import read_task
 
-    content = read_task(files[-1])
+        content = read_task(own[-1])
     if not isinstance(content, dict):
-        raise ValueError(f"task={files[-1]} holds {content!r}; needed: keys and values of a task")
+        raise ValueError(f"task={own[-1]} holds {content!r}; needed: keys and values of a task")
     task = _changed({"task": content}, task_words)
     return compose_config(name, rest) | task
 

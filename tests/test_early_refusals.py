@@ -12,7 +12,7 @@ import xarray as xr
 import atmossl.build
 import atmossl.commands.common
 from atmossl.cli import main
-from atmossl.composition import compose_with_tasks, valid
+from atmossl.composition import compose_with_task_file, compose_with_tasks, valid
 from atmossl.data.segment import Segment
 from atmossl.evaluation.climate import Climate
 from atmossl.inference import tiles
@@ -379,6 +379,14 @@ def test_one_task_is_a_list_of_one() -> None:
     assert task["_target_"] == "forecast" and task["lead_time"] == "6h"
     both = compose_with_tasks("evaluate", ["tasks=forecast,downscaling", "output=o"])["tasks"]
     assert [task["_target_"] for task in both] == ["forecast", "downscaling"]
+
+
+def test_a_task_written_as_a_mapping_takes_no_key_of_the_default_task() -> None:
+    text = "{_target_: downscaling, factor: 4}"
+    listed = compose_with_tasks("evaluate", [f"tasks=[{text},forecast]", "output=o"])["tasks"]
+    assert listed[0] == {"_target_": "downscaling", "factor": 4} and "lead_time" in listed[1]
+    values = compose_with_task_file("predict", [f"task={text}", "task.examples=1", "output=o"])
+    assert values["task"] == {"_target_": "downscaling", "factor": 4, "examples": 1}
 
 
 def test_a_key_of_a_task_is_named_by_the_task_or_its_number() -> None:
