@@ -215,6 +215,18 @@ def spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     return values, fields.weight.sum(dim=-1, keepdim=True).expand_as(values) / values.shape[-1]
 
 
+def relative_spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
+    """The values of `spectral_crps`, each over the root mean square of that wave in the truth (by
+    variable and level, over the batch, its times and rows). Short waves hold a thousandth of a
+    field's variance, so that no other loss sees whether members have them; here all waves count
+    alike."""
+    values, weight = spectral_crps(fields)
+    waves = torch.fft.rfft(fields.target.float(), dim=-1, norm="ortho")
+    size = waves.abs().square().mean(dim=(0, 2, 3), keepdim=True).sqrt()
+    size = size.clamp_min(_SMALLEST_STD).repeat_interleave(2, dim=-1)  # real and imaginary parts
+    return values / size, weight
+
+
 def variogram(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     """Variogram score of order 1/2 (Scheuerer and Hamill 2015, doi 10.1175/MWR-D-14-00269.1, eq. 8)
     of neighbours along longitude and latitude:
@@ -320,6 +332,7 @@ LossName = Literal[
     "area_crps_8",
     "difference_crps",
     "spectral_crps",
+    "relative_spectral_crps",
     "variogram",
     "energy",
 ]
@@ -337,6 +350,7 @@ FIELD_LOSSES: dict[str, FieldLoss] = {
     **{name: partial(area_crps, size=size) for name, size in AREAS.items()},
     "difference_crps": difference_crps,
     "spectral_crps": spectral_crps,
+    "relative_spectral_crps": relative_spectral_crps,
     "variogram": variogram,
     "energy": energy,
 }

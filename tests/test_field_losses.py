@@ -12,6 +12,7 @@ from atmossl.losses import (
     area_crps,
     difference_crps,
     energy,
+    relative_spectral_crps,
     spectral_crps,
     variogram,
 )
@@ -75,6 +76,24 @@ def test_spectral_crps_is_that_of_the_waves_of_numpy(fields: FieldEnsemble) -> N
     assert float(weight.sum()) == pytest.approx(float(fields.weight.sum()))
 
 
+def test_relative_spectral_crps_counts_every_wave_alike(fields: FieldEnsemble) -> None:
+    """The truth's waves are scaled to one size by hand; then it is the CRPS of such waves. A wave of
+    any other size, in members and in truth, gives the same."""
+    waves, truth = (np.fft.rfft(x.numpy(), norm="ortho") for x in (fields.members, fields.target))
+    size = np.sqrt((np.abs(truth) ** 2).mean(axis=(0, 2, 3), keepdims=True))
+    waves, truth = waves / size[:, None], truth / size
+    expected = np.stack([crps_of(waves.real, truth.real), crps_of(waves.imag, truth.imag)], axis=-1)
+    for factor in (np.ones(waves.shape[-1]), np.logspace(0, -3, waves.shape[-1])):
+        back = (
+            np.fft.irfft(x * factor, fields.target.shape[-1], norm="ortho") for x in (waves, truth)
+        )
+        members, target = (torch.from_numpy(x) for x in back)
+        field = FieldEnsemble(members, target, fields.weight, fields.area, periodic=True)
+        values, weight = relative_spectral_crps(field)
+        np.testing.assert_allclose(values.numpy(), expected.reshape(values.shape), atol=2e-3)
+        assert float(weight.sum()) == pytest.approx(float(fields.weight.sum()))
+
+
 def test_energy_of_one_value_is_the_fair_crps() -> None:
     """One level and 4 x 4 cells of which all but one are the truth: |x - y| and |x_i - x_j|."""
     target = torch.zeros(1, 1, 1, 4, 4, dtype=torch.float64)
@@ -121,7 +140,9 @@ def test_members_that_are_the_truth_lose_nothing(name: str, fields: FieldEnsembl
     assert float(values.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(set(FIELD_LOSSES) - {"spectral_crps"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(FIELD_LOSSES) - {"spectral_crps", "relative_spectral_crps"})
+)
 def test_cells_never_observed_change_nothing(name: str, fields: FieldEnsemble) -> None:
     """Values of cells with area 0 have no part in sums of areas, differences and columns; a row
     that has such cells has no waves."""

@@ -425,9 +425,10 @@ def _joint_faults(config: TrainConfig) -> list[str]:
                 f"objective.losses.{name} means over {size} x {size} cells, but data.window has "
                 f"lat={window.lat}, lon={window.lon}; choose a smaller area or a larger window"
             )
-    if "spectral_crps" in losses and window.lon:
+    circles = sorted({"spectral_crps", "relative_spectral_crps"} & set(losses))
+    if circles and window.lon:
         faults.append(
-            f"objective.losses.spectral_crps needs whole circles of longitude, data.window.lon=0; "
+            f"objective.losses.{circles[0]} needs whole circles of longitude, data.window.lon=0; "
             f"it is {window.lon}"
         )
     return faults
