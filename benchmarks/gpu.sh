@@ -14,6 +14,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-runs/gpu}
+parts="tests atmorep_size large_size fsdp inference members reference"
+for name in "$@"; do
+    if [[ " $parts " != *" $name "* ]]; then
+        echo "$name: no such part; valid: ${parts// /, }" >&2
+        exit 2
+    fi
+done
 if [[ -e $out ]]; then
     echo "OUT=$out exists; give a folder that does not" >&2
     exit 2
