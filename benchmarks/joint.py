@@ -6,7 +6,8 @@ python -m benchmarks.joint --cost [KEY=VALUE ...]                  # a minute
 
 Keys of TASK (forecast at +6 h and +12 h, interpolation, downscaling, inpainting):
 `_box_mean_spread_skill`: spread over error of means over 4 x 4 and 8 x 8 cells, where 1 is
-calibrated; `_difference_spread_skill`: of differences between neighbours, zonal and meridional;
+calibrated (of downscaling, boxes that lie across the coarse cells, whose means are given);
+`_difference_spread_skill`: of differences between neighbours, zonal and meridional;
 `_member_power_ratio_worst`: zonal power of a member over the truth's, or its inverse if that is
 larger, at wavenumbers 1 to 28 in the northern extratropics. Each is the worst over variables and
 levels, as a value and as "which". `_energy_score_vs_*`, `_crps_vs_*`, `_rmse_vs_*`: ratios to those
@@ -42,7 +43,7 @@ from atmossl.batch import View
 from atmossl.cli import compose_config
 from atmossl.commands.cost import sample_batch
 from atmossl.commands.evaluate import evaluate
-from atmossl.evaluation.joint import BOXES, DIFFERENCES
+from atmossl.evaluation.joint import BOX_SIZES, DIFFERENCES, AreaMeans
 from atmossl.evaluation.verify import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.model.network import Network
@@ -55,7 +56,7 @@ WAVES = slice(1, 28)
 BELT = "northern_extratropics"
 DAYS = (1, 3, 5, 10)
 SPREADS = {
-    "box_mean": [derived.name for derived in BOXES],
+    "box_mean": [AreaMeans(size).name for size in BOX_SIZES],
     "difference": [derived.name for derived in DIFFERENCES[:2]],
 }
 

@@ -66,7 +66,7 @@ def test_evaluation_validates() -> None:
         ("model.num_members=1", "num_members"),
         ("model.kernel_size=4", "kernel_size"),
         ("+objective.losses.spectral_crps=1", "data.window.lon=0"),
-        ("+objective.losses.relative_spectral_crps=1", "relative_spectral_crps needs whole circles"),
+        ("+objective.losses.relative_spectral_crps=1", "relative_spectral_crps needs whole"),
         ("model.attention=sparse", "factorised"),
         ("model.attention_window=[2,0,2]", "attention_window"),
         ("data.window.lat=15", "token_size.lat"),

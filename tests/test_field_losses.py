@@ -77,8 +77,8 @@ def test_spectral_crps_is_that_of_the_waves_of_numpy(fields: FieldEnsemble) -> N
 
 
 def test_relative_spectral_crps_counts_every_wave_alike(fields: FieldEnsemble) -> None:
-    """The truth's waves are scaled to one size by hand; then it is the CRPS of such waves. A wave of
-    any other size, in members and in truth, gives the same."""
+    """The truth's waves are scaled to one size by hand; then it is the CRPS of such waves. A wave
+    of any other size, in members and in truth, gives the same."""
     waves, truth = (np.fft.rfft(x.numpy(), norm="ortho") for x in (fields.members, fields.target))
     size = np.sqrt((np.abs(truth) ** 2).mean(axis=(0, 2, 3), keepdims=True))
     waves, truth = waves / size[:, None], truth / size

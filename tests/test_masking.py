@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from atmossl.batch import Corruption, TokenSize, detokenise, token_grid, tokenise
-from atmossl.masking.base import TokenLayout, coarsen, points_of
+from atmossl.masking.base import TokenLayout, coarsen, points_of, with_coarse_means
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
@@ -240,6 +242,23 @@ def test_the_first_guess_of_tokens_is_numpys_interpolation_at_every_point(size: 
             seen, column = points[row, :, place].numpy(), values[row, :, place].numpy()
             known = np.interp(steps, steps[seen], column[seen]) if seen.any() else 0 * steps
             np.testing.assert_allclose(guess[row, :, place], known, rtol=0, atol=1e-5)
+
+
+@given(seed=st.integers(0, 2**16), dryness=st.floats(-1.0, 2.0), is_amount=st.booleans())
+def test_coarse_means_are_kept_and_amounts_stay_positive(seed, dryness, is_amount) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.rand(8, generator=rng, dtype=torch.float64) + 0.1
+    truth = (torch.randn(2, 8, 16, generator=rng, dtype=torch.float64) - dryness).clamp_min(0.0)
+    fine = truth + torch.randn(3, 2, 8, 16, generator=rng, dtype=torch.float64)
+    coarse = coarsen(truth, weight, 4)
+    coarse[0, 1, 2] = torch.nan  # a mean that is not known
+    kept = with_coarse_means(fine, coarse, weight, 4, is_amount=is_amount)
+    known = coarse.isfinite()
+    torch.testing.assert_close(coarsen(kept, weight, 4)[:, known], coarse[known].expand(3, -1))
+    unknown = ~known.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert torch.equal(kept[:, unknown], fine[:, unknown])
+    if is_amount:
+        assert float(kept[:, ~unknown].min()) >= 0.0
 
 
 def test_coarsening_keeps_the_area_mean() -> None:

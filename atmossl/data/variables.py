@@ -175,6 +175,17 @@ _CONVERSIONS: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+# variables that cannot be negative
+AMOUNTS = frozenset(
+    {
+        "specific_humidity",
+        "sea_ice_cover",
+        "specific_cloud_liquid_water_content",
+        "specific_cloud_ice_water_content",
+        "total_precipitation",
+    }
+)
+
 _GAS_CONSTANT = 287.0  # of dry air, J kg-1 K-1
 _SURFACE_PASCALS = (8.6e4, 1.1e5)  # lowest and highest at sea level
 _LAYER_KELVIN = (185.0, 315.0)  # mean temperature between sea level and any level

@@ -28,16 +28,21 @@ _CELL = ("latitude", "longitude")
 @dataclass(frozen=True)
 class AreaMeans:
     """Area-weighted means over boxes of `size` x `size` cells. Boxes that do not fit whole are
-    left out; a box with a missing cell is missing."""
+    left out; a box with a missing cell is missing.
+
+    shift: rows and columns before the first box. With half the side of the blocks whose means a
+    downscaling is given, no box is made of whole blocks, of which nothing had to be predicted.
+    """
 
     size: int
+    shift: int = 0
 
     @property
     def name(self) -> str:
         return f"mean_{self.size}x{self.size}"
 
     def applies(self, case: Case) -> bool:
-        return min(case.truth.sizes[dim] for dim in _CELL) >= self.size
+        return min(case.truth.sizes[dim] for dim in _CELL) >= self.size + self.shift
 
     def derive(self, values: xr.DataArray) -> xr.DataArray:
         rows = area_weights(values["latitude"].to_numpy().astype(np.float64))
@@ -50,7 +55,8 @@ class AreaMeans:
         return unlabelled(self._blocks(weights.variable, np.sum))
 
     def _blocks(self, values: xr.Variable, function: Callable[..., Any]) -> xr.Variable:
-        return values.coarsen(dict.fromkeys(_CELL, self.size), function, boundary="trim")
+        shifted = values.isel(dict.fromkeys(_CELL, slice(self.shift, None)))
+        return shifted.coarsen(dict.fromkeys(_CELL, self.size), function, boundary="trim")
 
 
 @dataclass(frozen=True)
@@ -247,22 +253,29 @@ def quantities_of(statistic: object) -> list[Derived]:
     return []
 
 
-BOXES = (AreaMeans(4), AreaMeans(8))
+BOX_SIZES = (4, 8)
 DIFFERENCES = tuple(Differences(axis) for axis in ("longitude", "latitude", "level", "lead_time"))
-JOINT_SCORES: tuple[Score, ...] = (
-    EnergyScore(),
-    VariogramScore(),
-    *(OfDerived(SpreadSkill(), derived) for derived in (*BOXES, *DIFFERENCES)),
-    *(OfDerived(Crps(), derived) for derived in BOXES),
-)
 
 
-def area_event_scores(level: float) -> tuple[Score, ...]:
+def joint_scores(shift: int = 0) -> tuple[Score, ...]:
+    """Scores of whole fields, of box means and of differences. shift: see `AreaMeans`."""
+    boxes = [AreaMeans(size, shift) for size in BOX_SIZES]
+    return (
+        EnergyScore(),
+        VariogramScore(),
+        *(OfDerived(SpreadSkill(), derived) for derived in (*boxes, *DIFFERENCES)),
+        *(OfDerived(Crps(), derived) for derived in boxes),
+    )
+
+
+def area_event_scores(level: float, shift: int = 0) -> tuple[Score, ...]:
     """Brier scores of events over areas: a box's mean or its maximum is above the record's
-    quantile (for means: above the mean of its cells' quantiles)."""
-    return tuple(OfDerived(Brier(level), derived) for derived in (AreaMeans(4), AreaMaxima(4)))
+    quantile (for means: above the mean of its cells' quantiles). shift: see `AreaMeans`."""
+    return tuple(OfDerived(Brier(level), kind(4, shift)) for kind in (AreaMeans, AreaMaxima))
 
 
-def joint_rank_histograms() -> tuple[OfDerived, ...]:
-    """Rank histograms of box means and of differences between neighbours."""
-    return tuple(OfDerived(RankHistogram(), derived) for derived in (BOXES[0], *DIFFERENCES[:2]))
+def joint_rank_histograms(shift: int = 0) -> tuple[OfDerived, ...]:
+    """Rank histograms of box means and of differences between neighbours. shift: see
+    `AreaMeans`."""
+    quantities = (AreaMeans(BOX_SIZES[0], shift), *DIFFERENCES[:2])
+    return tuple(OfDerived(RankHistogram(), derived) for derived in quantities)

@@ -25,12 +25,13 @@ from atmossl.batch import (
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.monthly_normals import LocalUnits
 from atmossl.data.segment import HOUR, Segment, hours_since_1970
+from atmossl.data.variables import AMOUNTS
 from atmossl.data.windows import read_windows
 from atmossl.geometry import Box, Grid
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
-from atmossl.masking.base import Points, TokenLayout, coarsen, points_of, repeat_coarse
+from atmossl.masking.base import Points, TokenLayout, coarsen, points_of, with_coarse_means
 from atmossl.masking.tasks import Downscaling, Task, TimePlan
 from atmossl.masking.views import FirstGuess, make_view
 from atmossl.model.network import scatter
@@ -549,8 +550,8 @@ def _in_place(
 def compare_with_coarse(
     plan: Plan, task: Downscaling, part: BlendedPart, source: Source
 ) -> BlendedPart:
-    """A part of a downscaling, corrected if the task says so; and per variable the mean square
-    difference of its coarse cells from the given ones."""
+    """A part of a downscaling, corrected unless the task says not to; and per variable the mean
+    square difference of its coarse cells from the given ones."""
     factor = task.factor
     step = source.start + plan.steps_before
     weight = torch.from_numpy(plan.grid.weights[part.rows]).float()
@@ -558,13 +559,13 @@ def compare_with_coarse(
     for name, values in part.fields.items():
         fine = torch.from_numpy(values)
         coarse = _given_coarse(plan, task, name, source.segment, step, part.rows)
-        missing = coarse - coarsen(fine, weight, factor)
-        if task.consistent:
-            fine = fine + repeat_coarse(missing, factor)
-            missing = coarse - coarsen(fine, weight, factor)
-        area = weight.unflatten(0, (-1, factor)).sum(1)
-        mean_square = (missing.double() ** 2 * area[:, None]).mean() / area.mean()
-        departure[name] = float(mean_square)
+        if task.consistent is not False:
+            is_amount = name in AMOUNTS
+            fine = with_coarse_means(fine, coarse, weight, factor, is_amount=is_amount)
+        difference = (coarse - coarsen(fine, weight, factor)).double()
+        area = weight.unflatten(0, (-1, factor)).sum(1)[:, None].expand_as(difference)
+        area = torch.where(difference.isnan(), 0.0, area)
+        departure[name] = float((difference.nan_to_num() ** 2 * area).sum() / area.sum())
         corrected[name] = fine.numpy()
     return replace(part, fields=corrected, departure=departure)
 

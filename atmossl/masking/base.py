@@ -151,6 +151,35 @@ def repeat_coarse(coarse: Tensor, factor: int) -> Tensor:
     return coarse.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
+def with_coarse_means(
+    fine: Float[Tensor, "*axes level lat lon"],
+    coarse: Float[Tensor, "level coarse_lat coarse_lon"],
+    weight: Float[Tensor, "lat"],
+    factor: int,
+    *,
+    is_amount: bool,
+) -> Float[Tensor, "*axes level lat lon"]:
+    """A fine field whose coarse cells have the given means; one whose mean is not known stays as it
+    is. What a mean lacks is added to all cells of its coarse cell alike. An amount, such as
+    precipitation, is multiplied instead wherever the sum would fall below 0 (both constraints:
+    Harder et al. 2023, JMLR 24, "Hard-constrained deep learning for climate downscaling", section
+    3). weight: relative areas of the rows."""
+    lacking = torch.nan_to_num(coarse - coarsen(fine, weight, factor))
+    shifted = fine + repeat_coarse(lacking, factor)
+    if not is_amount:
+        return shifted
+    blocks = shifted.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor))
+    below_zero = (blocks.amin(dim=(-3, -1)) < 0) & (coarse >= 0)
+    positive = fine.clamp_min(0)
+    mean = coarsen(positive, weight, factor)
+    scaled = torch.where(
+        repeat_coarse(mean > 0, factor),
+        positive * repeat_coarse(coarse / mean.clamp_min(torch.finfo(mean.dtype).tiny), factor),
+        repeat_coarse(coarse, factor),
+    )
+    return torch.where(repeat_coarse(below_zero, factor), scaled, shifted)
+
+
 def interpolate_coarse(coarse: Tensor, factor: int) -> Tensor:
     """Bicubic interpolation from coarse to fine cell centres, edges repeated."""
     flat = coarse.flatten(0, -3)[:, None]

@@ -450,11 +450,12 @@ class Downscaling(Task):
     examples: so many steps before the one that is written are shown whole, as demonstrations of
     what a coarse step becomes (in-context learning, Brown et al. 2020, arXiv 2005.14165).
     consistent: add to every coarse cell of the prediction what its mean lacks of the given one.
+        None: yes, but not in a union of tasks, some of which may hide the coarse cell.
     coarse_input: the store holds the coarse cells themselves.
     """
 
     factor: int
-    consistent: bool = False
+    consistent: bool | None = None
     coarse_input: bool = False
     examples: NotNegative = 0
 

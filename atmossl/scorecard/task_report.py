@@ -13,7 +13,7 @@ from atmossl.evaluation.alignment import match_baseline, time_dim
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.events import event_scores
-from atmossl.evaluation.joint import JOINT_SCORES, area_event_scores, joint_rank_histograms
+from atmossl.evaluation.joint import area_event_scores, joint_rank_histograms, joint_scores
 from atmossl.evaluation.regions import ScoreRegion, boxes, find_regions, stacked_weights
 from atmossl.evaluation.report.content import Example, Provenance, Span, TaskReport
 from atmossl.evaluation.scores import DEFAULT_SCORES
@@ -36,9 +36,13 @@ def check_regions(config: EvaluateConfig, grid: Grid) -> None:
     stacked_weights(cells, regions_of(config))
 
 
-def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") -> Tally:
-    """A tally of all scores and diagnostics."""
+def empty_tally(
+    config: EvaluateConfig, task: str, model_name: str = "model", given_block: int = 1
+) -> Tally:
+    """A tally of all scores and diagnostics. given_block: cells along a side of the blocks whose
+    means the task is given."""
     low, high = config.tails
+    shift = given_block // 2
     return Tally(
         task=task,
         model_name=model_name,
@@ -47,12 +51,12 @@ def empty_tally(config: EvaluateConfig, task: str, model_name: str = "model") ->
             *DEFAULT_SCORES,
             Outliers(),
             *event_scores(low, high),
-            *JOINT_SCORES,
-            *area_event_scores(high),
+            *joint_scores(shift),
+            *area_event_scores(high, shift),
         ),
         diagnostics=(
             RankHistogram(),
-            *joint_rank_histograms(),
+            *joint_rank_histograms(shift),
             Reliability(high),
             ZonalSpectrum(),
             SphericalSpectrum(),

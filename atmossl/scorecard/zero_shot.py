@@ -186,7 +186,8 @@ def _score_task(
         )
     baselines = build_baselines(task.name, setting)
     others = fitted_other_models(plan, setting, training)
-    tally = empty_tally(config, task.name)
+    coarse = task.downscaling
+    tally = empty_tally(config, task.name, given_block=coarse.factor if coarse else 1)
     examples = [
         _tallied(tally, run, baselines, others, climate, str(n)) for n, run in enumerate(runs)
     ]

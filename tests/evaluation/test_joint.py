@@ -9,7 +9,6 @@ import xarray as xr
 from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.events import Brier
 from atmossl.evaluation.joint import (
-    JOINT_SCORES,
     AreaMaxima,
     AreaMeans,
     Differences,
@@ -18,6 +17,7 @@ from atmossl.evaluation.joint import (
     VariogramScore,
     area_event_scores,
     joint_rank_histograms,
+    joint_scores,
 )
 from atmossl.evaluation.regions import REGIONS, stacked_weights
 from atmossl.evaluation.scores import Case, SpreadSkill
@@ -85,6 +85,20 @@ def test_box_means_are_area_weighted() -> None:
     np.testing.assert_array_equal(AreaMaxima(4).derive(both.truth).to_numpy(), largest)
 
 
+def test_shifted_boxes_are_those_of_the_cells_further_on() -> None:
+    rng = np.random.default_rng(1)
+    both = case(rng.standard_normal((2, 3, 2, 16, 32)), rng.standard_normal((2, 2, 16, 32)))
+    rest = both.truth.isel(latitude=slice(2, None), longitude=slice(2, None))
+    for kind in (AreaMeans, AreaMaxima):
+        shifted = kind(4, shift=2).derive(both.truth).to_numpy()
+        assert shifted.shape == (2, 2, 3, 7)
+        np.testing.assert_allclose(shifted, kind(4).derive(rest).to_numpy(), atol=1e-12)
+    weights = xr.ones_like(both.truth.isel(time=0, level=0)).expand_dims("region")
+    assert AreaMeans(4, shift=2).weights(weights).shape == (1, 3, 7)
+    small = both.truth.isel(latitude=slice(0, 5))
+    assert not AreaMeans(4, shift=2).applies(Case(small.expand_dims("member"), small))
+
+
 def test_differences_close_the_circle_and_stay_in_their_region() -> None:
     rng = np.random.default_rng(2)
     both = case(rng.standard_normal((2, 3, 2, 16, 32)), rng.standard_normal((2, 2, 16, 32)))
@@ -147,7 +161,7 @@ def test_missing_cells_leave_out_what_they_belong_to() -> None:
     truth = both.truth.copy()
     truth[:, 0, 2, 3] = np.nan
     gappy = Case(both.prediction, truth)
-    for score in JOINT_SCORES:
+    for score in joint_scores():
         if score.applies(gappy):
             there = value(score, gappy)
             assert np.isfinite(there).all(), score.name
@@ -161,7 +175,7 @@ def test_each_quantity_of_a_case_is_derived_once_and_scores_are_the_same_to_the_
     one = case(rng.standard_normal((3, 4, 3, 16, 32)), rng.standard_normal((3, 3, 16, 32)))
     predictions, truth = (x.to_dataset(name="t") for x in (one.prediction, one.truth))
     climate = Climate.of([dated(truth)], quantiles=(0.05, 0.95))
-    scores = (*JOINT_SCORES, *area_event_scores(0.95))
+    scores = (*joint_scores(), *area_event_scores(0.95))
     tally = Tally("forecast", scores=scores, diagnostics=joint_rank_histograms())
     derived: list[tuple[str, tuple]] = []
     for kind in (AreaMeans, AreaMaxima, Differences):
