@@ -82,7 +82,7 @@ def prediction_digests() -> dict[str, str]:
         model, dataset = atmossl.load(checkpoint, device="cpu"), atmossl.open_data("sample")
         for task in TASKS:
             # the digests are of downscaling before its coarse cells kept their given means
-            choices = {"consistent": False} if task == "downscaling" else {}
+            choices: dict[str, Any] = {"consistent": False} if task == "downscaling" else {}
             predicted = model.predict(task, dataset, list(DATES), **choices)
             digests[f"{checkpoint}/{task}"] = dataset_digest(predicted)
     return digests
