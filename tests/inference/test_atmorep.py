@@ -2,6 +2,7 @@
 run by hand on the same store."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 import xarray as xr
 import yaml
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 import atmossl
 from atmossl.batch import PRIMARY, TokenGrid, collate_views
@@ -536,6 +539,58 @@ def test_tails_of_an_imported_network_are_tuned_alone(folder: Path, tmp_path: Pa
     moved = moved_weights(folder, tmp_path / "tail")
     tails = {name for name in moved if re.match(r"core\.decoders\.\w+\.tail\.", name)}
     assert moved and moved == tails
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
+)
+def test_compiled_fine_tuning_is_the_plain_one(tmp_path: Path) -> None:
+    """Two steps and a validation of an imported network by `atmossl train`, compiled by inductor:
+    losses, weights, and predictions of the checkpoint that the compiled run exports. The network
+    is as small as can be, and its kernels are scalar, since a C++ compiler is slow."""
+    write_catalog(tmp_path)
+    alone = field("temperature", 12, (), (137,), (3, 3, 2), (2, 2, 6))
+    layers = {"encoder_num_layers": 1, "decoder_num_layers": 1}
+    write_model(tmp_path / "model", [alone], ["temperature"], **layers)
+    feel_token_info(tmp_path / "model" / "AtmoRep_idtest.mod")
+    assert run(tmp_path, tmp_path / "atmorep.ckpt") == 0
+    torch._dynamo.reset()
+    counters.clear()
+    assert train(tmp_path, tmp_path / "plain") == 0
+    assert not counters["stats"]
+    with inductor.patch({"compile_threads": 1, "cpp.simdlen": 1}):
+        assert train(tmp_path, tmp_path / "compiled", "trainer.compile=true") == 0
+    assert counters["stats"]["unique_graphs"] >= 5  # both attentions, perceptron, tail and losses
+    torch._dynamo.reset()
+
+    plain, compiled = (tmp_path / name for name in ("plain", "compiled"))
+    expected, found = (pd.read_csv(folder / "metrics.csv") for folder in (plain, compiled))
+    losses = [name for name in expected if "loss" in name or "rmse" in name]
+    assert {"train/loss", "validation/forecast/loss"} < set(losses)
+    np.testing.assert_allclose(found[losses], expected[losses], rtol=1e-5)
+    assert (expected["train/loss"].dropna().diff().dropna() != 0).all()
+
+    exported = tmp_path / "exported.ckpt"
+    last = compiled / "checkpoints" / "last.ckpt"
+    assert main(["export", f"checkpoint={last}", f"output={exported}"]) == 0
+    before = load_checkpoint(str(plain / "checkpoints" / "last.ckpt"))
+    after = load_checkpoint(str(exported)).model.state_dict()
+    for name, value in before.model.state_dict().items():
+        if "key_norm.bias" not in name:  # it changes no attention: its gradient is rounding alone
+            torch.testing.assert_close(after[name], value, atol=1e-4, rtol=0)  # of steps of 1e-3
+    predicted = []
+    for number, checkpoint in enumerate([plain / "checkpoints" / "last.ckpt", exported]):
+        output = tmp_path / f"{number}.zarr"
+        more = [item for item in arguments_of(tmp_path, output) if "checkpoint" not in item]
+        more += ["task=forecast", "task.lead_time=2h", "init_time=2004-03-01T01"]
+        assert main(["predict", f"checkpoint={checkpoint}", *more]) == 0
+        predicted.append(xr.open_zarr(output, decode_timedelta=True)["temperature"].values)
+    std = before.normaliser.statistics[PRIMARY].std.max()
+    assert predicted[0].std() > 0.01 * std
+    np.testing.assert_allclose(predicted[1] / std, predicted[0] / std, atol=2e-5, rtol=0)
 
 
 def test_a_run_that_names_no_network_to_take_is_refused(capsys) -> None:
