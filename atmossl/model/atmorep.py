@@ -14,8 +14,10 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from atmossl.model.linear import Linear, linear
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Perceptron(nn.Module):
         super().__init__()
         widths = [width, *[2 * width] * (num_layers - 1), width]
         pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairs)
+        self.layers = nn.ModuleList(Linear(before, after) for before, after in pairs)
         self.normed = normed
 
     def forward(self, x: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
@@ -158,10 +160,10 @@ class FieldAttention(nn.Module):
         super().__init__()
         self.num_heads, self.normed, self.normed_heads = num_heads, normed, normed_heads
         size = width // num_heads
-        self.own = nn.Linear(width, 3 * num_heads * size, bias=False)
-        self.queries = nn.Linear(width, len(widths) * size, bias=False) if widths else None
-        self.coupled = nn.ModuleList(nn.Linear(other, 2 * size, bias=False) for other in widths)
-        self.out = nn.Linear((num_heads + len(widths)) * size, width, bias=False)
+        self.own = Linear(width, 3 * num_heads * size, bias=False)
+        self.queries = Linear(width, len(widths) * size, bias=False) if widths else None
+        self.coupled = nn.ModuleList(Linear(other, 2 * size, bias=False) for other in widths)
+        self.out = Linear((num_heads + len(widths)) * size, width, bias=False)
 
     def forward(
         self, x: Float[Tensor, "batch token width"], other_fields: list[Tensor]
@@ -198,24 +200,32 @@ class DecoderAttention(nn.Module):
         self.self_heads, self.cross_heads = num_heads - cross_heads, cross_heads
         size = width // num_heads
         self.own = (
-            nn.Linear(width, 3 * self.self_heads * size, bias=False) if self.self_heads else None
+            Linear(width, 3 * self.self_heads * size, bias=False) if self.self_heads else None
         )
-        self.queries = nn.Linear(width, cross_heads * size, bias=False)
-        self.encoded = nn.Linear(width, 2 * cross_heads * size, bias=False)
+        self.queries = Linear(width, cross_heads * size, bias=False)
+        self.encoded = Linear(width, 2 * cross_heads * size, bias=False)
         self.query_norm = nn.LayerNorm(size) if normed_heads else nn.Identity()
         self.key_norm = nn.LayerNorm(size) if normed_heads else nn.Identity()
-        self.out = nn.Linear(num_heads * size, width, bias=False)
+        self.out = Linear(num_heads * size, width, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "batch token width"], encoded: Float[Tensor, "batch token width"]
-    ) -> Float[Tensor, "batch token width"]:
-        normed = _norm(x)
+        self,
+        x: Float[Tensor, "batch token width"],
+        encoded: Float[Tensor, "batch token width"],
+        chosen: Int[Tensor, "batch query"] | None = None,
+    ) -> Float[Tensor, "batch query width"]:
+        """chosen: the tokens whose latents are wanted, None for all. They attend to all tokens."""
+        normed, keys_of_encoder = _norm(x), _norm(encoded)
         outputs = []
         if self.own is not None:
             query, key, value = _heads(self.own(normed), 3, self.self_heads)
+            if chosen is not None:
+                size = (-1, query.shape[1], -1, query.shape[3])
+                query = query.gather(2, chosen[:, None, :, None].expand(size))
             outputs.append(self._attend(query, key, value))
+        x, normed = picked(x, chosen), picked(normed, chosen)
         (query,) = _heads(self.queries(normed), 1, self.cross_heads)
-        key, value = _heads(self.encoded(_norm(encoded)), 2, self.cross_heads)
+        key, value = _heads(self.encoded(keys_of_encoder), 2, self.cross_heads)
         outputs.append(self._attend(query, key, value))
         return x + self.out(torch.cat(outputs, dim=-1))
 
@@ -242,11 +252,15 @@ class Tail(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch token width"]
     ) -> Float[Tensor, "batch token member value"]:
-        hidden = _norm(x)[:, :, None] * self.scale + self.shift
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = F.gelu(hidden) if number else hidden
-            hidden = torch.einsum("btmi,moi->btmo", hidden, weight) + bias
-        return hidden
+        # scale and shift of the norm go into the first map, so that all members share one product
+        # with the normed latents: W (scale x + shift) + b = (W scale) x + (W shift + b)
+        weight = self.weights[0] * self.scale[:, None]
+        bias = self.biases[0] + (self.weights[0] * self.shift[:, None]).sum(dim=-1)
+        hidden = linear(_norm(x), weight.flatten(0, 1), bias.flatten())
+        hidden = hidden.unflatten(-1, bias.shape)
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            hidden = torch.einsum("btmi,moi->btmo", F.gelu(hidden), weight) + bias
+        return hidden.float()  # losses need more digits than half precision has
 
 
 class FieldEncoder(nn.Module):
@@ -255,8 +269,8 @@ class FieldEncoder(nn.Module):
 
     def __init__(self, settings: AtmoRepSettings, field: AtmoRepField) -> None:
         super().__init__()
-        self.embed = nn.Linear(field.values_in_token, field.width - settings.info_width)
-        self.embed_info = nn.Linear(settings.info_entries, settings.info_width)
+        self.embed = Linear(field.values_in_token, field.width - settings.info_width)
+        self.embed_info = Linear(settings.info_entries, settings.info_width)
         self.attentions = nn.ModuleList(
             FieldAttention(
                 width=field.width,
@@ -351,27 +365,48 @@ class AtmoRep(nn.Module):
 
     def decode(self, name: str, latents: list[Tensor]) -> AtmoRepOutput:
         """Members of all tokens of a predicted field from the latents of its encoder's layers."""
-        members = self._decoder(name).tail(self.decoded(name, latents))
         num_levels = len(self.settings.field(name).levels)
         return AtmoRepOutput(
             rearrange(
-                members, "batch (level token) member value -> batch level token member value",
+                self.members(name, latents),
+                "batch (level token) member value -> batch level token member value",
                 level=num_levels,
             )
-        )  # fmt: skip
+        )
 
-    def decoded(self, name: str, latents: list[Tensor]) -> Float[Tensor, "batch token width"]:
-        """Latents of all tokens of a predicted field after the last layer of its decoder."""
+    def members(
+        self, name: str, latents: list[Tensor], chosen: Int[Tensor, "batch query"] | None = None
+    ) -> Float[Tensor, "batch query member value"]:
+        """Members of the chosen tokens of a predicted field, of all without a choice."""
+        return self._decoder(name).tail(self.decoded(name, latents, chosen))
+
+    def decoded(
+        self, name: str, latents: list[Tensor], chosen: Int[Tensor, "batch query"] | None = None
+    ) -> Float[Tensor, "batch query width"]:
+        """Latents of the chosen tokens of a predicted field after the last layer of its decoder.
+
+        latents: of its encoder's layers. The decoder's last layer computes the chosen tokens alone;
+        the layers before it compute all, whose keys and values it needs.
+        """
         decoder = self._decoder(name)
-        x = latents[-1]
-        layers = zip(decoder.attentions, decoder.perceptrons, strict=True)
-        for number, (attention, perceptron) in enumerate(layers):
-            x = perceptron(attention(x, latents[self.settings.encoder_layer_read_by(number)]))
-        return x
+        x, last = latents[-1], len(decoder.attentions) - 1
+        for number, (attention, perceptron) in enumerate(
+            zip(decoder.attentions, decoder.perceptrons, strict=True)
+        ):
+            encoded = latents[self.settings.encoder_layer_read_by(number)]
+            x = perceptron(attention(x, encoded, chosen if number == last else None))
+        return x if len(decoder.attentions) else picked(x, chosen)
 
     def forward(self, inputs: Mapping[str, AtmoRepInput]) -> dict[str, AtmoRepOutput]:
         latents = self.encode(inputs)
         return {name: self.decode(name, latents[name]) for name in self.settings.predicted}
+
+
+def picked(
+    x: Float[Tensor, "batch token width"], chosen: Int[Tensor, "batch query"] | None
+) -> Float[Tensor, "batch query width"]:
+    """The latents of the chosen tokens; all without a choice."""
+    return x if chosen is None else x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atmossl.batch import (
@@ -37,7 +37,7 @@ from atmossl.model.atmorep import (
     Perceptron,
     Tail,
 )
-from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace, gather
+from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace
 from atmossl.model_levels import L137_HPA
 from atmossl.names import VARIABLE_OF_FIELD
 
@@ -149,12 +149,10 @@ class AtmoRepNetwork(Network):
             if name not in self.settings.predicted:
                 continue
             assert queries is not None, "collate the view first: token indices are missing"
-            output = self.core.decode(name, _states(latents[name]))
-            patches = _from_south_to_north(output.members, self.settings.field(name))
-            values = gather(patches.flatten(2), queries)
-            predictions.append(
-                StreamPrediction(values.unflatten(2, tuple(patches.shape[2:])), queries)
-            )
+            chosen = _from_north(queries.index, stream.grid)
+            of_tokens = self.core.members(name, _states(latents[name]), chosen)
+            patches = _from_south_to_north(of_tokens, self.settings.field(name))
+            predictions.append(StreamPrediction(patches, queries))
         return Prediction(tuple(predictions))
 
     def predict(self, latents: Latents, view: View) -> Latents:
@@ -165,9 +163,10 @@ class AtmoRepNetwork(Network):
             if name not in self.settings.predicted:
                 continue
             assert queries is not None, "collate the view first: token indices are missing"
-            decoded = _turned(self.core.decoded(name, _states(latents[name])), stream.grid)
+            chosen = _from_north(queries.index, stream.grid)
+            decoded = self.core.decoded(name, _states(latents[name]), chosen)
             place = TokenPlace({}, queries, stream.grid.shape, stream.grid.periodic)
-            latent = Latent(gather(decoded, queries), place)
+            latent = Latent(decoded, place)
             predicted[name] = StreamLatents((latent,), queries, stream.grid)
         return predicted
 
@@ -331,20 +330,16 @@ def _turned(
     return x.unflatten(1, grid.shape).flip(3).flatten(1, 4)
 
 
+def _from_north(index: Int[Tensor, "batch query"], grid: TokenGrid) -> Int[Tensor, "batch query"]:
+    """The places of tokens among those with rows from north to south; `index` counts them with rows
+    from south to north."""
+    *_, num_lat, num_lon = grid.shape
+    row = index % (num_lat * num_lon) // num_lon
+    return index + (num_lat - 1 - 2 * row) * num_lon
+
+
 def _from_south_to_north(
-    members: Float[Tensor, "batch level token member value"], field: AtmoRepField
-) -> Float[Tensor, "batch token member patch"]:
-    """AtmoRep's output from south to north, as patches of streams."""
-    _, nlat, nlon = field.num_tokens
-    _, lat, lon = field.token_size
-    split = rearrange(
-        members,
-        "batch level (nt nlat nlon) member (time lat lon) -> "
-        "batch level nt nlat nlon member time lat lon",
-        nlat=nlat, nlon=nlon, lat=lat, lon=lon,
-    ).flip(3, 7)  # fmt: skip
-    return rearrange(
-        split,
-        "batch level nt nlat nlon member time lat lon -> "
-        "batch (level nt nlat nlon) member (time lat lon)",
-    )
+    members: Float[Tensor, "batch query member value"], field: AtmoRepField
+) -> Float[Tensor, "batch query member patch"]:
+    """Values of tokens with their rows of grid points from south to north, as patches have them."""
+    return members.unflatten(-1, field.token_size).flip(4).flatten(3)

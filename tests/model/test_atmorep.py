@@ -76,6 +76,36 @@ def assert_plain(network: AtmoRep, plain: PlainAtmoRep, predicted: list[str]) ->
             np.testing.assert_allclose(own, members, atol=2e-5, rtol=0)
 
 
+def test_chosen_tokens_have_the_members_and_gradients_of_all(tmp_path):
+    """A network computes the tail and the decoder's last layer of hidden tokens alone; in float64,
+    since what is compared is the same sum in another order. Two samples choose other tokens."""
+    write_model(tmp_path, THREE, ["temperature"], net_tail_num_layers=1)
+    network = load_atmorep(tmp_path).double()
+    inputs = {
+        name: AtmoRepInput(given.values.double(), given.token_info.double())
+        for name, given in inputs_of(network).items()
+    }
+    chosen = torch.tensor([[3, 0, 2], [1, 1, 3]])
+    results = []
+    for alone in (True, False):
+        latents = network.encode(inputs)["temperature"]
+        if alone:
+            decoded = network.decoded("temperature", latents, chosen)
+            members = network.members("temperature", latents, chosen)
+        else:
+            decoded = torch.stack(
+                [x[i] for x, i in zip(network.decoded("temperature", latents), chosen, strict=True)]
+            )
+            everywhere = network.decode("temperature", latents).members.flatten(1, 2)
+            members = torch.stack([x[i] for x, i in zip(everywhere, chosen, strict=True)])
+        network.zero_grad()
+        (members.square().sum() + decoded.pow(3).sum()).backward()
+        gradients = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+        results.append((decoded, members, gradients))
+    assert results[0][1].shape == (2, 3, 3, 12)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
 def drawn_model(rng: np.random.Generator) -> tuple[list, list[str], dict]:
     """Fields, predicted ones and settings, whatever the public code runs."""
     names = ["velocity_u", "temperature", "specific_humidity"][: rng.integers(1, 4)]
