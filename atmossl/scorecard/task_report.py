@@ -9,13 +9,14 @@ import xarray as xr
 
 from atmossl import __version__
 from atmossl.batch import PRIMARY
-from atmossl.evaluation.alignment import match_baseline, time_dim
+from atmossl.evaluation.alignment import match_baseline, time_dim, truth_for
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.evaluation.diagnostics import Outliers, RankHistogram, Reliability, ZonalSpectrum
 from atmossl.evaluation.events import event_scores
 from atmossl.evaluation.joint import area_event_scores, joint_rank_histograms, joint_scores
 from atmossl.evaluation.regions import ScoreRegion, boxes, find_regions, stacked_weights
 from atmossl.evaluation.report.content import Example, Provenance, Span, TaskReport
+from atmossl.evaluation.report.plumes import plume_of
 from atmossl.evaluation.scores import DEFAULT_SCORES
 from atmossl.evaluation.spherical import SphericalSpectrum
 from atmossl.evaluation.verify import Tally
@@ -78,11 +79,12 @@ def example_of(
     """
     dim = time_dim(predicted)
 
-    def chosen(field: xr.DataArray) -> xr.DataArray:
+    def at_level(field: xr.DataArray) -> xr.DataArray:
         case = field.isel({dim: 0})
-        if "level" in case.dims:
-            case = case.isel(level=case.sizes["level"] // 2)
-        return case.isel(lead_time=-1) if "lead_time" in case.dims else case
+        return case.isel(level=case.sizes["level"] // 2) if "level" in case.dims else case
+
+    def chosen(field: xr.DataArray) -> xr.DataArray:
+        return at_level(field).isel(lead_time=-1, missing_dims="ignore")
 
     case = chosen(predicted[name])
     level = float(case["level"]) if "level" in case.coords else None
@@ -94,7 +96,9 @@ def example_of(
         for source, answer in (baselines or {}).items()
     }
     cells = None if hidden is None else xr.DataArray(hidden, dims=("latitude", "longitude"))
-    return Example(name, level, true.load(), case.load(), cells, baselines=beside)
+    first = predicted[[name]].isel({dim: [0]})
+    plume = plume_of(at_level(first[name]), at_level(truth_for(first, truth)[name]), cells)
+    return Example(name, level, true.load(), case.load(), cells, baselines=beside, plume=plume)
 
 
 def valid_time(case: xr.DataArray) -> xr.DataArray:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Float
 
 from atmossl.evaluation.verify import rows_where
 
@@ -27,6 +29,23 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Plume:
+    """Means over boxes of cells of one case: of one box at all lead times, or of a row of boxes.
+
+    Attributes:
+        place: the boxes, for people. axis: what `positions` are, with units.
+        positions: lead times in hours, or longitudes. members, truth: missing where nothing was
+            hidden.
+    """
+
+    place: str
+    axis: str
+    positions: Float[np.ndarray, " position"]
+    members: Float[np.ndarray, "position member"]
+    truth: Float[np.ndarray, " position"]
+
+
+@dataclass(frozen=True)
 class Example:
     """One case of one variable: truth [latitude, longitude], prediction with members if any.
 
@@ -34,6 +53,7 @@ class Example:
         hidden: cells that were predicted, [latitude, longitude]; None: all.
         given: what the model saw, where that is known.
         baselines: of the same case, by name.
+        plume: means over boxes of every member, at all lead times; None without members or boxes.
     """
 
     variable: str
@@ -43,6 +63,7 @@ class Example:
     hidden: xr.DataArray | None = None
     given: Given | None = None
     baselines: Mapping[str, xr.DataArray] = field(default_factory=dict)
+    plume: Plume | None = None
 
 
 class Span(NamedTuple):

@@ -14,14 +14,24 @@ from matplotlib.figure import Figure
 from atmossl.evaluation.report.cards import RatioColours, colours_of, region_card, score_cards
 from atmossl.evaluation.report.content import Example, Provenance, TaskReport
 from atmossl.evaluation.report.figures import encoded, pixels_of, readable, svg_bytes
-from atmossl.evaluation.report.maps import DrawnCase, case_title
+from atmossl.evaluation.report.maps import DrawnCase, case_title, panel_map
+from atmossl.evaluation.report.members import (
+    ensembles,
+    member_panels,
+    most_varied,
+    spread_rows,
+    spread_table,
+    what_members_are,
+)
 from atmossl.evaluation.report.panels import (
     lead_curve,
     pick,
+    plume_panel,
     rank_panel,
     ratio_panel,
     reliability_panel,
     spectrum_panel,
+    spread_panel,
 )
 from atmossl.evaluation.report.verdicts import CALIBRATED, calibration_table, verdicts
 from atmossl.evaluation.verify import RATIO_PREFIX, WHOLE_YEAR, rows_of_prefix, rows_where
@@ -112,6 +122,7 @@ def _section(
         "ratios": list(_ratio_panels(report)),
         "faults": [row for row in calibration if row["verdict"] != CALIBRATED],
         "calibrated": [row for row in calibration if row["verdict"] == CALIBRATED],
+        "members": _members(report),
         "groups": _diagnostic_groups(report),
         "examples": [
             _example(report, example, drawn[report.task, example.variable])
@@ -156,6 +167,38 @@ def _ratio_panels(report: TaskReport) -> Iterator[Picture]:
 def _heading(example: Example) -> str:
     name = readable(example.variable)
     return name if example.level is None else f"{name}, {example.level:g} hPa"
+
+
+def _members(report: TaskReport) -> dict[str, Any] | None:
+    """Maps of single members, plumes of box means and their spread over error; None without
+    members."""
+    examples = ensembles(report)
+    if not examples:
+        return None
+    shown = most_varied(examples)
+    title = case_title(report.task, shown)
+    spreads = spread_table(report)
+    has_leads = len(np.unique(spreads["lead_hours"].dropna())) > 1
+    curve = spread_panel(spreads) if has_leads else None
+    return {
+        "about": what_members_are(shown),
+        "title": title,
+        "maps": [
+            map_picture(panel_map(panel), f"{panel.title}: {title}")
+            for panel in member_panels(shown)
+        ],
+        "plumes": list(_plumes(examples)),
+        "spreads": spread_rows(spreads) if len(spreads) else None,
+        "curves": [] if curve is None else [svg_picture(curve, "spread over error by lead time")],
+    }
+
+
+def _plumes(examples: Sequence[Example]) -> Iterator[Picture]:
+    for example in examples:
+        if example.plume is not None:
+            title = f"{_heading(example)}\n{example.plume.place}"
+            figure = plume_panel(example.plume, title, str(example.truth.attrs.get("units", "")))
+            yield svg_picture(figure, f"means over boxes of members and truth, {_heading(example)}")
 
 
 def _diagnostic_groups(report: TaskReport) -> list[dict[str, Any]]:

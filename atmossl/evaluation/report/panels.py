@@ -1,5 +1,5 @@
 """Small pictures of one variable: scores against lead time, rank histogram, reliability, spectrum,
-ratios to baselines."""
+ratios to baselines, members' means over boxes; and the spread of such means over their error."""
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmossl.evaluation.report.figures import plain, readable, score_label
+from atmossl.evaluation.report.content import Plume
+from atmossl.evaluation.report.figures import plain, readable, score_label, units_text
 from atmossl.evaluation.verify import rows_where
 
 _SIZE = (3.6, 2.9)
@@ -122,6 +123,43 @@ def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
     axes.set_xlim(left=0.0)
     axes.set_xlabel("RMSE ratio to the baseline (below 1 is better)")
     return _finished(figure, axes, legend=False)
+
+
+def plume_panel(plume: Plume, title: str, units: str) -> Figure:
+    """Box means of every member, of their mean and of the truth, against lead time or longitude."""
+    figure, axes = _panel(title)
+    lines = axes.plot(plume.positions, plume.members, color="C0", linewidth=0.8, alpha=0.55)
+    lines[0].set_label("members")
+    mean = plume.members.mean(axis=1)
+    axes.plot(plume.positions, mean, color="C0", linewidth=2.2, label="ensemble mean")
+    axes.plot(plume.positions, plume.truth, color="0.1", linestyle="--", marker="o", markersize=3,
+              label="truth")  # fmt: skip
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
+    axes.set_xlabel(plume.axis)
+    axes.set_ylabel(units_text(units))
+    axes.set_title(title, fontsize=9, pad=14, parse_math=False)  # above a power of ten
+    return _finished(figure, axes)
+
+
+def spread_panel(spreads: pd.DataFrame) -> Figure:
+    """Spread over error against lead time, a line per quantity; the dashed line is a reliable
+    ensemble. `spreads` has columns quantity, lead_hours and value."""
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for quantity, part in spreads.groupby("quantity", sort=False):
+        hours, values = part["lead_hours"], part["value"]
+        axes.plot(hours, values, marker="o", markersize=3, label=plain(str(quantity)))
+    axes.axhline(1.0, **_REFERENCE)
+    axes.set_yscale("log")
+    low, high = (float(end) for end in np.quantile(spreads["value"], (0.0, 1.0)))
+    axes.set_ylim(min(0.5, low / 1.2), max(2.0, high * 1.2))
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low / 2 < tick < high * 2]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("lead time (h)")
+    axes.set_ylabel("spread over error")
+    return _finished(figure, axes)
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:
