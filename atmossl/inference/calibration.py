@@ -29,7 +29,8 @@ from atmossl.masking.tasks import Task
 
 # Bands for members that are draws of noise. Members of a tail get one factor for all scales: with
 # bands the CRPS of the checkpoint `default` is a tenth larger.
-SCALES_KM = (8000.0, 3000.0)
+SCALES_KM = (8000.0, 3000.0, 1700.0, 1260.0, 600.0, 300.0, 150.0)
+_SOFT, _SHARP = 2, 8  # exponents of the filter
 _CIRCUMFERENCE_KM = 2.0 * math.pi * EARTH_RADIUS_KM
 
 
@@ -106,10 +107,13 @@ def zonal_bands(
 ) -> list[Float[np.ndarray, "*axes lat lon"]]:
     """Fields split by zonal scale into bands whose sum they are, the largest scales first.
 
-    The filter is a Gaussian along circles of latitude. It keeps half the amplitude of a wave that
-    is as long as the edge. It needs no neighbouring rows, so the bands do not depend on the tiles
-    in which a prediction was computed. Only cells of `where` count (normalised convolution,
-    Knutsson and Westin 1993); elsewhere all bands are 0.
+    The filter goes along circles of latitude and keeps half the amplitude of a wave that is as long
+    as the edge: the share 2^-(edge / length)^n of any wave. It needs no neighbouring rows, so the
+    bands do not depend on the tiles in which a prediction was computed. On a row that closes the
+    circle and counts everywhere, n is 8, since power falls so steeply with wavenumber that a soft
+    filter would leave most of a short band to longer waves. On other rows n is 2, a Gaussian, and
+    only cells of `where` count (normalised convolution, Knutsson and Westin 1993); elsewhere all
+    bands are 0.
 
     fields: [... lat lon]. where: the same, or with axes of size 1. lat, lon: centres, degrees.
     edges_km: falling.
@@ -120,16 +124,22 @@ def zonal_bands(
     circle_km = circle_km * np.cos(np.deg2rad(lat)).clip(1e-6)
     per_km = np.arange(size // 2 + 1) / circle_km[:, None]  # of every wave: 1 / its length
 
-    def smooth(values: np.ndarray, edge: float) -> np.ndarray:
-        kept = np.exp(-math.log(2.0) * (edge * per_km) ** 2)
+    def smooth(values: np.ndarray, edge: float, exponent: int = _SOFT) -> np.ndarray:
+        kept = np.exp2(-((edge * per_km).clip(max=100.0) ** exponent))
         return np.fft.irfft(np.fft.rfft(values, size) * kept, size)[..., : len(lon)]
 
     inside = np.where(where, fields, 0.0)
-    kept = [
-        np.where(where, smooth(inside, edge) / smooth(where.astype(float), edge).clip(1e-6), 0.0)
-        for edge in edges_km
-    ]
-    kept.append(inside)
+    is_whole = grid.periodic & where.all(axis=-1, keepdims=True)
+
+    def longer(edge: float) -> np.ndarray:
+        if is_whole.all():
+            return smooth(inside, edge, _SHARP)
+        soft = smooth(inside, edge) / smooth(where.astype(float), edge).clip(1e-6)
+        if is_whole.any():
+            soft = np.where(is_whole, smooth(inside, edge, _SHARP), soft)
+        return np.where(where, soft, 0.0)
+
+    kept = [*map(longer, edges_km), inside]
     bands = [kept[0], *(more - less for less, more in pairwise(kept))]
     return [band.astype(fields.dtype) for band in bands]
 
