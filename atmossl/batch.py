@@ -472,6 +472,7 @@ def collate(samples: list, empty: Empty | None = None) -> Any:
 
 
 _TOLERANCE_DEG = 1e-2
+_FEW_CELLS = 2  # of a token along a latitude
 _PATTERN = (
     "... variable (level pl) (nt pt) (nlat plat) (nlon plon)",
     "... level nt nlat nlon (variable pl pt plat plon)",
@@ -486,7 +487,13 @@ def tokenise(
     window: Shaped[Tensor, "*batch variable level time lat lon"], size: TokenSize
 ) -> Shaped[Tensor, "*batch nlevel nt nlat nlon patch"]:
     """Cut a window into tokens; the inverse of `detokenise`."""
-    return rearrange(window, " -> ".join(_PATTERN), **_sizes(size))
+    fields, tokens = _PATTERN
+    if size.lon > _FEW_CELLS:
+        return rearrange(window, f"{fields} -> {tokens}", **_sizes(size))
+    # two copies, each of long runs: of short ones, one copy takes four times as long
+    rows = "... level nt nlat (variable pl pt plat plon) nlon"
+    patches = rearrange(window, f"{fields} -> {rows}", **_sizes(size))
+    return patches.transpose(-1, -2).contiguous()
 
 
 def detokenise(

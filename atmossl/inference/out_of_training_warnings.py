@@ -25,15 +25,15 @@ _HALF_MONTH_DAYS = 15
 
 @dataclass(frozen=True)
 class _Seen:
-    """Features of masks. steps: the most whole steps hidden. always: the largest share of places
-    that are hidden at every step. streams: whether a whole stream was hidden beside a visible
-    one."""
+    """Features of masks, of one or of several draws. steps: the most whole steps hidden. always:
+    the largest share of places that are hidden at every step. streams: whether a whole stream was
+    hidden beside a visible one; both, if draws differ."""
 
     kinds: frozenset[str]
     factors: frozenset[int]
     steps: int
     always: float
-    streams: bool
+    streams: frozenset[bool]
 
     @classmethod
     def of(cls, masks: list[StreamMask]) -> "_Seen":
@@ -50,7 +50,16 @@ class _Seen:
             factors=frozenset(coarse),
             steps=max(int(d.all(dim=3).all(dim=2).all(dim=0).sum()) for d in dark),
             always=max(float(d.all(dim=1).double().mean()) for d in dark),
-            streams=any(whole) and not all(whole),
+            streams=frozenset({any(whole) and not all(whole)}),
+        )
+
+    def __or__(self, other: "_Seen") -> "_Seen":
+        return _Seen(
+            kinds=self.kinds | other.kinds,
+            factors=self.factors | other.factors,
+            steps=max(self.steps, other.steps),
+            always=max(self.always, other.always),
+            streams=self.streams | other.streams,
         )
 
 
@@ -68,27 +77,36 @@ def unseen(
     )
     view_mask = _Seen.of([StreamMask(stream.corruption, factor or 1) for stream in view.streams])
     rng = np.random.default_rng(0)
-    drawn = [_Seen.of(list(sampler(layouts, rng))) for _ in range(_NUM_DRAWS)]
-    kinds = frozenset().union(*(d.kinds for d in drawn))
-    factors = frozenset().union(*(d.factors for d in drawn))
-    steps, always = max(d.steps for d in drawn), max(d.always for d in drawn)
+    drawn = _Seen.of(list(sampler(layouts, rng)))
+    for _ in range(_NUM_DRAWS - 1):
+        if not _beyond(view_mask, drawn, factor):
+            break  # and no further draw could change that
+        drawn |= _Seen.of(list(sampler(layouts, rng)))
+    return _beyond(view_mask, drawn, factor)
+
+
+def _beyond(view_mask: _Seen, drawn: _Seen, factor: int | None) -> list[str]:
+    """Sentences on what a mask hides that none of the drawn masks does."""
     lines = []
-    if view_mask.kinds - kinds:
-        lines.append(f"tokens as {sorted(view_mask.kinds - kinds)}; training had {sorted(kinds)}")
-    elif factor is not None and view_mask.factors - factors:
+    if view_mask.kinds - drawn.kinds:
         lines.append(
-            f"cells coarsened by {sorted(view_mask.factors)}; training had {sorted(factors)}"
+            f"tokens as {sorted(view_mask.kinds - drawn.kinds)}; training had {sorted(drawn.kinds)}"
         )
-    if view_mask.steps > steps:
-        lines.append(f"{view_mask.steps} whole steps hidden; training hid {steps} at most")
-    elif view_mask.always > always + 1e-9 and not view_mask.streams:
+    elif factor is not None and view_mask.factors - drawn.factors:
         lines.append(
-            f"{view_mask.always:.0%} of the places hidden at all steps; training hid {always:.0%} "
-            "at most"
+            f"cells coarsened by {sorted(view_mask.factors)}; training had {sorted(drawn.factors)}"
         )
-    if view_mask.streams and not any(d.streams for d in drawn):
+    hides_a_stream = True in view_mask.streams
+    if view_mask.steps > drawn.steps:
+        lines.append(f"{view_mask.steps} whole steps hidden; training hid {drawn.steps} at most")
+    elif view_mask.always > drawn.always + 1e-9 and not hides_a_stream:
+        lines.append(
+            f"{view_mask.always:.0%} of the places hidden at all steps; training hid "
+            f"{drawn.always:.0%} at most"
+        )
+    if hides_a_stream and True not in drawn.streams:
         lines.append("a whole stream hidden; training always showed some of each")
-    if not view_mask.streams and all(d.streams for d in drawn):
+    if not hides_a_stream and False not in drawn.streams:
         lines.append("some of every stream shown; training always hid a whole one")
     return lines
 

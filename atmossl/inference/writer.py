@@ -191,22 +191,23 @@ class OutputLayout:
 
     def dataset(self, fields: Fields | None = None) -> xr.Dataset:
         """A dataset with CF attributes: with the fields of a single case, or empty and lazy."""
-        coordinates, plan, arrays = self.coordinates(), self.plan, {}
+        coordinates, trained, arrays = self.coordinates(), self.plan.trained, {}
         for name in self.variables:
             dims = self.dims(name)
             if fields is None:
-                shape = tuple(len(coordinates[dim]) for dim in dims)
-                values = dask.array.full(shape, np.nan, dtype=np.float32, chunks=self.chunks(name))
+                shape, chunks = tuple(len(coordinates[dim]) for dim in dims), self.chunks(name)
+                lazy = {"dtype": np.float32, "name": f"missing-{name}"}  # else dask hashes for long
+                values = dask.array.full(shape, np.nan, chunks=chunks, **lazy)
             else:
                 values = self.place(name, fields[name])
-                values = values[None] if plan.steps.is_forecast else values
+                values = values[None] if self.plan.steps.is_forecast else values
             arrays[name] = (dims, values, _description(name))
-        dataset = xr.Dataset(arrays, coordinates, self._attributes())
-        for name in coordinates:
-            levels = plan.trained.pressure_levels
-            dataset[name].attrs = attributes_of(name, pressure_levels=levels)
-        dataset["member"].attrs[ENSEMBLE] = "noise" if plan.trained.model.any_member else "tail"
-        return self.renamed(dataset)
+        described = {
+            name: (name, values, attributes_of(name, pressure_levels=trained.pressure_levels))
+            for name, values in coordinates.items()
+        }
+        described["member"][-1][ENSEMBLE] = "noise" if trained.model.any_member else "tail"
+        return self.renamed(xr.Dataset(arrays, described, self._attributes()))
 
     def renamed(self, dataset: xr.Dataset) -> xr.Dataset:
         if self.names == "cf":
@@ -229,12 +230,14 @@ class OutputLayout:
 
     def _attributes(self) -> dict[str, str]:
         plan, trained = self.plan, self.plan.trained
+        noun = "segments" if len(plan.segments) > 1 else "segment"
+        names = ", ".join(segment.name for segment in plan.segments)
         return {
             "Conventions": "CF-1.11",
             "title": f"atmossl {type(plan.task).__name__} prediction",
             "institution": "not stated",
             "source": f"atmossl {__version__}, checkpoint {trained.digest}",
-            "history": f"predicted from {_named([segment.name for segment in plan.segments])}",
+            "history": f"predicted from {noun} {names}",
             "references": "Lessig et al. (2023), arXiv:2308.13280",
             "comment": json.dumps(
                 {
@@ -254,10 +257,6 @@ def _numbers(chosen: np.ndarray) -> slice | np.ndarray:
     numbers = np.flatnonzero(chosen)
     first, end = int(numbers[0]), int(numbers[-1]) + 1
     return slice(first, end) if len(numbers) == end - first else numbers
-
-
-def _named(segments: list[str]) -> str:
-    return f"segment{'s' if len(segments) > 1 else ''} {', '.join(segments)}"
 
 
 def _description(name: str) -> dict[str, str]:

@@ -177,7 +177,7 @@ def corrupt(
     """
     size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
     corruption = points_of(mask.corruption, window.spec)
-    source = window.fields.clone()
+    source = window.fields
     if mask.points is not None:
         source = fill_hidden_points(window, mask.points)
         if shows_parts:
@@ -201,13 +201,16 @@ def corrupt(
     if first_guess and guess_coarse is not None:
         whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
         guess = torch.where(whole & coarsened, guess_coarse, guess)
-    source = torch.where(shown, source, guess)
+    # where nothing is coarse, the guess has all that is shown as it is
+    is_guess = bool(first_guess) and guess_coarse is None
+    source = guess if is_guess else torch.where(shown, source, guess)
     guess = _guess_what_comes(guess, source, corruption, size.time) if first_guess else guess
     target_points = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
+    source_tokens = tokenise(source, size)
     return StreamTokens(
         spec=window.spec,
-        source=tokenise(source, size),
-        guess=tokenise(guess, size),
+        source=source_tokens,
+        guess=source_tokens if guess is source else tokenise(guess, size),
         target=tokenise(window.fields, size),
         corruption=mask.corruption,
         grid=grid,
@@ -263,8 +266,10 @@ def _first_guess(
     else:
         size = window.spec.token_size
         guess = detokenise(guess_tokens(tokenise(source, size), tokens, size), window.spec)
+    if kind != SURROUNDINGS:
+        return guess
     shown_at_some_step = shown.any(dim=-3)
-    if kind != SURROUNDINGS or bool(shown_at_some_step.all()):
+    if bool(shown_at_some_step.all()):
         return guess
     from atmossl.masking.infill import fill_from_surroundings  # loads SciPy's solvers
 
