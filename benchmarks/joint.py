@@ -18,8 +18,10 @@ Keys of --rollout, a forecast of ten days in passes of 12 h, by day where a key 
 `rollout_spread_skill`, mean over variables and levels; `rollout_crps_vs_climatology` and
 `rollout_rmse_vs_climatology`, ratios of means; `rollout_drift`, the error of the area mean over the
 RMSE, worst of the variables; `rollout_member_power_ratio_worst`, as above;
+`rollout_rmse_vs_ridge` and `rollout_rmse_vs_ridge_of_each_lead`, ratios to a ridge regression that
+is rolled out in passes of 12 h, too, and to regressions that are fitted for each lead time;
 `rollout_acc_z500_hours_above_0.6`, the last lead time before the anomaly correlation of 500 hPa
-geopotential falls to 0.6, of the checkpoint and of persistence;
+geopotential falls to 0.6, of the checkpoint, of persistence and of these regressions;
 `rollout_crps_below_climatology_hours`, the last one before its CRPS reaches climatology's.
 
 Keys of --cost, which takes further settings of both trainings: `samples_per_s_noise_over_tail`, of
@@ -55,6 +57,7 @@ CHOSEN = ("forecast", "temporal_interpolation", "downscaling", "inpainting")
 WAVES = slice(1, 28)
 BELT = "northern_extratropics"
 DAYS = (1, 3, 5, 10)
+REGRESSIONS = {"ridge_rollout": "ridge", "ridge": "ridge_of_each_lead"}
 SPREADS = {
     "box_mean": [AreaMeans(size).name for size in BOX_SIZES],
     "difference": [derived.name for derived in DIFFERENCES[:2]],
@@ -64,7 +67,7 @@ SPREADS = {
 def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
     """The report of all tasks, or of a rollout, unless it is there already."""
     digest = load_checkpoint(checkpoint).digest
-    kind = "rollout-" if arguments.rollout else ""
+    kind = "rollout-ridge-" if arguments.rollout else ""
     output = arguments.runs / f"{kind}{digest}-every{arguments.every}"
     if not output.exists():
         options = [
@@ -72,7 +75,7 @@ def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
             f"output={output}",
             f"every={arguments.every}",
             f"regions=[{BELT}]",
-            "ridge=false",
+            f"ridge={str(arguments.rollout).lower()}",
         ]
         tasks = [{"_target_": name, **TASKS[name]} for name in CHOSEN]
         if arguments.rollout:
@@ -162,6 +165,10 @@ def rollout_figures(report: Path) -> dict[str, Any]:
         ratio = scores_of(report, "forecast", score)
         ratio = ratio / scores_of(report, "forecast", score, "climatology")
         ratios[score] = ratio.groupby("lead_hours").mean()
+    for source, name in REGRESSIONS.items():
+        ratio = scores_of(report, "forecast", "rmse")
+        ratio = ratio / scores_of(report, "forecast", "rmse", source)
+        ratios[name] = ratio.groupby("lead_hours").mean()
     for day in DAYS:
         lead = 24.0 * day
         value, label = worst(power.xs(pd.Timedelta(days=day), level="lead_time"))
@@ -169,14 +176,17 @@ def rollout_figures(report: Path) -> dict[str, Any]:
             f"rollout_spread_skill_day_{day}": round(float(spread[lead]), 3),
             f"rollout_crps_vs_climatology_day_{day}": round(float(ratios["crps"][lead]), 3),
             f"rollout_rmse_vs_climatology_day_{day}": round(float(ratios["rmse"][lead]), 3),
+            **{
+                f"rollout_rmse_vs_{name}_day_{day}": round(float(ratios[name][lead]), 3)
+                for name in REGRESSIONS.values()
+            },
             f"rollout_drift_day_{day}": round(float(drift[lead]), 3),
             f"rollout_member_power_ratio_worst_day_{day}": round(max(value, 1 / value), 3),
             f"rollout_member_power_ratio_at_day_{day}": label,
         }
-    for source in ("model", "persistence"):
+    for source, name in {"model": "rollout", "persistence": "persistence", **REGRESSIONS}.items():
         acc: Any = scores_of(report, "forecast", "acc", source).sort_index()
         is_lost = acc.loc[("geopotential", 500.0)] <= 0.6
-        name = "rollout" if source == "model" else source
         figures[f"{name}_acc_z500_hours_above_0.6"] = hours_until(is_lost)
     figures["rollout_crps_below_climatology_hours"] = hours_until(ratios["crps"] >= 1.0)
     return figures

@@ -7,7 +7,7 @@ task is a new entry of `BUILDERS`; one without an entry is compared to climatolo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,23 @@ class Setting:
         def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
             answer = model.predict(truth[list(self.complete)], predicted[dim].to_numpy())
             return {"ridge": beside_missing(answer, predicted)}
+
+        return baselines
+
+    def rolled_out(self) -> Baselines:
+        """The ridge regression of one pass, which goes on from its own output in passes as long as
+        the model's; none of a forecast in one pass."""
+        pass_steps = round(np.timedelta64(round(self.task.pass_hours * 60), "m") / self.step)
+        one_pass = replace(self, offsets=self.offsets[:pass_steps])
+        problem = problem_of(one_pass)
+        if problem is None or len(one_pass.offsets) == len(self.offsets):
+            return lambda predicted, truth: {}  # noqa: ARG005
+        model = ridge.fit_ridge(self.known, problem)
+
+        def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
+            complete, times = truth[list(self.complete)], predicted["init_time"].to_numpy()
+            answer = model.roll_out(complete, times, len(self.offsets))
+            return {"ridge_rollout": beside_missing(answer, predicted)}
 
         return baselines
 
@@ -142,11 +159,12 @@ def _hidden_channels(setting: Setting) -> tuple[int, ...]:
 
 def forecast(setting: Setting) -> Baselines:
     """Baselines of forecasts: persistence, climatology, and a ridge regression on the last three
-    states."""
-    regression = setting.fitted()
+    states; of rollouts also one that goes on from its own output."""
+    regression, rollout = setting.fitted(), setting.rolled_out()
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
-        return _persisting(setting, predicted, truth) | regression(predicted, truth)
+        answers = _persisting(setting, predicted, truth) | regression(predicted, truth)
+        return answers | rollout(predicted, truth)
 
     return baselines
 

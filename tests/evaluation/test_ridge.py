@@ -52,6 +52,64 @@ def test_forecast_recovers_advection_by_one_cell(dataset):
     assert set(model.strength) == {1e-9}
 
 
+def _linear_run(dataset, mixing: np.ndarray, *, seed: int, num_times: int = 40) -> xr.Dataset:
+    """x(t + 1) = mixing x(t), moved east by one cell, where x are the two variables of a cell."""
+    run = dataset(num_times=num_times, seed=seed, levels=(500.0,))
+    first = run.isel(time=0).to_dataarray("variable").to_numpy()
+    for t in range(num_times):
+        state = np.tensordot(np.linalg.matrix_power(mixing, t), first, axes=1)
+        for field, values in zip(run.values(), np.roll(state, t, axis=-1), strict=True):
+            field[t] = values
+    return run
+
+
+def test_rollout_of_a_linear_system_is_the_power_of_its_matrix(dataset):
+    turn = 0.4
+    mixing = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    runs = [_linear_run(dataset, mixing, seed=seed) for seed in range(6)]
+    task = RidgeForecast(history=1, leads=(1, 2))
+    model = fit_ridge(runs, task, strengths=(1e-9, 1e-3))
+    test_run = 0.5 * _linear_run(dataset, mixing, seed=99)  # within the limits of training
+    for field in test_run.values():
+        field[4:] = 1e3  # nothing after the last init time may be read
+    rolled = model.roll_out(test_run, test_run["time"][[0, 3]], num_steps=7)
+    assert rolled["lead_time"].to_numpy().tolist() == [STEP * lead for lead in range(1, 8)]
+    for init in (0, 1):
+        start = test_run.isel(time=3 * init).to_dataarray("variable").to_numpy()
+        for lead in range(1, 8):
+            expected = np.tensordot(np.linalg.matrix_power(mixing, lead), start, axes=1)
+            ours = rolled.isel(init_time=init, lead_time=lead - 1).to_dataarray("variable")
+            np.testing.assert_allclose(ours, np.roll(expected, lead, axis=-1), atol=5e-3)
+
+
+def test_a_rollout_stays_within_the_values_of_training(dataset):
+    """A system that grows twofold a step is learnt as such, and stopped where training stopped."""
+    runs = [_linear_run(dataset, 2.0 * np.eye(2), seed=seed, num_times=8) for seed in range(4)]
+    model = fit_ridge(runs, RidgeForecast(history=1, leads=(1,)), radius=1, strengths=(1e-9,))
+    rolled = model.roll_out(runs[0], runs[0]["time"][[6]], num_steps=5)["temperature"][0]
+    highest = np.max([run["temperature"].max(("time", "longitude")) for run in runs], axis=0)
+    lowest = np.min([run["temperature"].min(("time", "longitude")) for run in runs], axis=0)
+    np.testing.assert_allclose(rolled[0], runs[0]["temperature"][7], rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(rolled[-1].max("longitude"), highest, rtol=1e-6)
+    np.testing.assert_allclose(rolled[-1].min("longitude"), lowest, rtol=1e-6)
+
+
+def test_a_pass_of_a_rollout_starts_from_what_the_one_before_predicted(dataset):
+    model, run = _noise_fit(dataset, RidgeForecast(history=3, leads=(1, 2)))
+    start = run["time"][[4]]
+    rolled = model.roll_out(run, start, num_steps=6)
+    record = run.copy(deep=True)
+    for passes in range(3):
+        now = 4 + 2 * passes
+        answer = model.predict(record, record["time"][[now]]).isel(init_time=0)
+        for name, field in record.items():
+            field[now + 1 : now + 3] = answer[name].to_numpy()
+    for name, field in record.items():
+        np.testing.assert_allclose(rolled[name][0], field[5:11], atol=1e-4)
+    single = model.roll_out(run, start, num_steps=2)
+    xr.testing.assert_identical(single, model.predict(run, start))
+
+
 def test_interpolation_recovers_advection_by_one_cell(dataset):
     model = fit_ridge(_runs(dataset), TemporalInterpolation(neighbours=1), radius=1)
     test_run = _advected(dataset, start="2030-01-01", seed=99)

@@ -115,6 +115,24 @@ def hidden_mask(hidden: np.ndarray) -> xr.DataArray:
     return xr.DataArray(hidden, dims=("latitude", "longitude"))
 
 
+def test_a_rollout_has_a_ridge_that_goes_on_from_its_own_output():
+    predicted = forecast_of(make_dataset(num_times=12), leads=(1, 2, 3, 4)).isel(
+        init_time=slice(2, 6)
+    )
+    truth, offsets = truth_of_a_run(), (1, 2, 3, 4)
+    answers = build_baselines("forecast", setting(Forecast(24.0, 12.0), offsets=offsets))(
+        predicted, truth
+    )
+    assert list(answers) == ["persistence", "climatology", "ridge", "ridge_rollout"]
+    one_pass = build_baselines("forecast", setting(Forecast(12.0), offsets=(1, 2)))(
+        predicted.isel(lead_time=slice(2)), truth
+    )
+    assert list(one_pass) == ["persistence", "climatology", "ridge"]
+    rolled = answers["ridge_rollout"]
+    assert rolled.sizes["lead_time"] == 4
+    xr.testing.assert_allclose(rolled.isel(lead_time=slice(2)), one_pass["ridge"])
+
+
 def test_a_hindcast_s_persistence_is_the_state_after_it():
     predicted = forecast_of(make_dataset(num_times=12)).isel(init_time=slice(2, 6))
     predicted = predicted.assign_coords(lead_time=-predicted["lead_time"].to_numpy())

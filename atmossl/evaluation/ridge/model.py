@@ -6,7 +6,7 @@ on the held-out end of every training run; slopes are then fitted again to all o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -175,6 +175,7 @@ class RidgeModel:
         slope, intercept: in the inputs' and outputs' units, one set per latitude row.
         strength: chosen penalty of every output.
         held_out_error: mean squared error on the held-out part by strength and output.
+        limits: smallest and largest value of the training runs.
     """
 
     frame: _Frame
@@ -183,6 +184,7 @@ class RidgeModel:
     intercept: Float[np.ndarray, "row output"]
     strength: Float[np.ndarray, " output"]
     held_out_error: Float[np.ndarray, "strength output"]
+    limits: Float[np.ndarray, "end channel lat"]
 
     def predict(
         self, dataset: xr.Dataset, times: np.ndarray | xr.DataArray | None = None
@@ -195,6 +197,35 @@ class RidgeModel:
         Raises:
             ValueError: another grid, uneven time steps, or times without all their inputs.
         """
+        anchors = self._anchors_at(dataset, times)
+        blocks = self.frame.blocks(dataset, anchors, with_targets=False)
+        values = np.concatenate([self._predict_block(block) for block in blocks])
+        return _to_dataset(self.frame, values, dataset, anchors, self.frame.task.target_offsets)
+
+    def roll_out(
+        self, dataset: xr.Dataset, times: np.ndarray | xr.DataArray, num_steps: int
+    ) -> xr.Dataset:
+        """Forecasts of `num_steps` steps from the init times, without `member`, in passes of as
+        many steps as the regression predicts; each pass goes on from the states of the one before.
+
+        A regression that is fitted to one pass may grow without bound in many. So all states are
+        kept within the smallest and largest value of the training runs by channel and latitude.
+
+        Raises:
+            ValueError: as `predict`.
+        """
+        leads = self.frame.task.target_offsets
+        assert self.frame.task.is_forecast and leads == tuple(range(1, len(leads) + 1)), leads
+        anchors = self._anchors_at(dataset, times)
+        blocks = self.frame.blocks(dataset, anchors, with_targets=False)
+        values = np.concatenate([self._pass_by_pass(block, num_steps) for block in blocks])
+        return _to_dataset(self.frame, values, dataset, anchors, range(1, num_steps + 1))
+
+    def _anchors_at(
+        self, dataset: xr.Dataset, times: np.ndarray | xr.DataArray | None
+    ) -> np.ndarray:
+        """The steps of a run at some times, or all that have their inputs; ValueError as
+        `predict`."""
         frame = self.frame
         _require_run(dataset, frame.grid)
         anchors = frame.anchors(dataset.sizes["time"], with_targets=False)
@@ -207,9 +238,21 @@ class RidgeModel:
                 f"time: {dataset.sizes['time']} steps are too few for inputs at steps "
                 f"{frame.task.input_offsets} around each prediction"
             )
-        blocks = frame.blocks(dataset, anchors, with_targets=False)
-        values = np.concatenate([self._predict_block(block) for block in blocks])
-        return _to_dataset(frame, values, dataset, anchors)
+        return anchors
+
+    def _pass_by_pass(
+        self, block: Block, num_steps: int
+    ) -> Float[np.ndarray, "anchor step channel lat lon"]:
+        inputs = [block.at(offset) for offset in self.frame.task.input_offsets]
+        count = len(inputs)
+        states = np.stack(inputs, axis=1)
+        ends = count * np.arange(1, len(block.anchors) + 1) - 1  # the last state of every anchor
+        while states.shape[1] < count + num_steps:
+            fields = rearrange(states[:, -count:], "anchor step ... -> (anchor step) ...")
+            last_states = replace(block, fields=fields, anchors=ends)
+            predicted = np.clip(self._predict_block(last_states), *self.limits[..., None])
+            states = np.concatenate([states, predicted], axis=1)
+        return states[:, count : count + num_steps]
 
     def _predict_block(self, block: Block) -> np.ndarray:
         frame = self.frame
@@ -247,7 +290,7 @@ def fit_ridge(
         _require_run(segment, frame.grid)
     check_runs(frame.grid, [segment.sizes["time"] for segment in segments], task, held_out=held_out)
     centre = _first_block_mean(frame, segments[0])
-    fit, held = _accumulate(frame, segments, centre, held_out)
+    fit, held, limits = _accumulate(frame, segments, centre, held_out)
     num_rows = frame.input_grid.shape[0]
     error = np.zeros((len(strengths), fit.sum_y.shape[-1]))
     for row in range(num_rows):
@@ -256,7 +299,7 @@ def fit_ridge(
     whole = fit + held
     lines = [_solve_row(whole.of_row(row), strength) for row in range(num_rows)]
     slope, intercept = (np.stack(part) for part in zip(*lines, strict=True))
-    return RidgeModel(frame, centre, slope, intercept, strength, error)
+    return RidgeModel(frame, centre, slope, intercept, strength, error, limits)
 
 
 def check_runs(
@@ -313,8 +356,8 @@ def _first_block_mean(frame: _Frame, segment: xr.Dataset) -> np.ndarray:
 
 def _accumulate(
     frame: _Frame, segments: Sequence[xr.Dataset], centre: np.ndarray, held_out: float
-) -> tuple[RidgeMoments, RidgeMoments]:
-    """The moments of the fitted and of the held-out part."""
+) -> tuple[RidgeMoments, RidgeMoments, Float[np.ndarray, "end channel lat"]]:
+    """The moments of the fitted and of the held-out part, and the smallest and largest values."""
     task = frame.task
     num_targets = len(task.target_offsets) * len(frame.channels)
     parts = [
@@ -326,13 +369,16 @@ def _accumulate(
         )
         for _ in range(2)
     ]
+    low, high = np.inf, -np.inf
     for segment in segments:
         anchors = frame.anchors(segment.sizes["time"], with_targets=True)
         num_fit = _num_fit(len(anchors), held_out)
         for moments, chosen in zip(parts, np.split(anchors, [num_fit]), strict=True):
             for block in frame.blocks(segment, chosen, with_targets=True):
                 moments.add(frame.inputs(block) - centre[:, :, None], frame.residual(block))
-    return parts[0], parts[1]
+                low = np.minimum(low, block.fields.min(axis=(0, -1)))
+                high = np.maximum(high, block.fields.max(axis=(0, -1)))
+    return parts[0], parts[1], np.stack([low, high])
 
 
 class _Standardised:
@@ -373,7 +419,11 @@ def _solve_row(row: RowMoments, strength: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _to_dataset(
-    frame: _Frame, values: np.ndarray, dataset: xr.Dataset, anchors: np.ndarray
+    frame: _Frame,
+    values: np.ndarray,
+    dataset: xr.Dataset,
+    anchors: np.ndarray,
+    offsets: Sequence[int],
 ) -> xr.Dataset:
     time = dataset["time"].to_numpy()
     cells = {
@@ -383,5 +433,5 @@ def _to_dataset(
     if not frame.task.is_forecast:
         hidden_step = 0
         return frame.channels.unstack(values[:, hidden_step], {"time": time[anchors], **cells})
-    lead = np.asarray(frame.task.target_offsets) * (time[1] - time[0])
+    lead = np.asarray(offsets) * (time[1] - time[0])
     return frame.channels.unstack(values, {"init_time": time[anchors], "lead_time": lead, **cells})
