@@ -34,6 +34,7 @@ import argparse
 import hashlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -66,13 +67,22 @@ EXPERIMENTS = {
     "dino": "dino", "combined": "combined",
 }  # fmt: skip
 COLLAPSED_BELOW = 2.0
+_OF_ONE = re.compile(rf"({'|'.join(EXPERIMENTS)}):(.+)", re.DOTALL)  # a change to one experiment
 _EQUAL = ("model=small", "data.window={time: 4, lon: 0}", "data.batch_size=4")
+
+
+def changes_for(name: str, changes: list[str]) -> list[str]:
+    """Of all changes those to an experiment: `NAME:KEY=VALUE` is to experiment NAME alone."""
+    found = [(_OF_ONE.fullmatch(change), change) for change in changes]
+    return [own[2] if own else word for own, word in found if not own or own[1] == name]
 
 
 def cost_of(name: str, changes: list[str], repeats: int = 3) -> dict[str, float]:
     """Samples per second and bytes of memory of an experiment's training step, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = configuration([f"experiment={EXPERIMENTS[name]}", *(changes or _EQUAL)])
+    config = configuration(
+        [f"experiment={EXPERIMENTS[name]}", *changes_for(name, changes or [*_EQUAL])]
+    )
     loader, scales = from_data(config)
     batch = next(iter(loader)).to(device)
     before = peak_bytes(device)
@@ -115,7 +125,8 @@ def training(name: str, steps: int, folder: Path, changes: list[str]) -> list[st
         "train", f"experiment={EXPERIMENTS[name]}", f"paths.output={folder}",
         f"trainer.max_steps={steps}", f"trainer.validation_interval={steps}",
         f"trainer.checkpoint_interval={max(1, steps // 10)}", "trainer.keep_checkpoints=2",
-        "trainer.validation_batches=1", "trainer.pictures=false", "logger=csv", *changes,
+        "trainer.validation_batches=1", "trainer.pictures=false", "logger=csv",
+        *changes_for(name, changes),
     ]  # fmt: skip
 
 
@@ -226,7 +237,7 @@ def _shares(comparisons: pd.DataFrame) -> dict[str, float]:
     beaten, shares = shares_beaten(comparisons), {}
     for baseline in ("random", "pca", "eofs"):
         of_baseline = rows_where(beaten, baseline=baseline)
-        if of_baseline.empty:  # no label of a date was asked
+        if of_baseline.empty:  # no label of a sector was asked
             continue
         shares[f"probes_beating_{baseline}"] = of_baseline["higher"].max()
         shares[f"probes_beating_{baseline}_certain"] = of_baseline["certain"].max()

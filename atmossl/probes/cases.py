@@ -5,6 +5,7 @@ Everything that is fitted (climatologies, thresholds, scalings, principal compon
 the cases of `train`; those of `validation` choose strengths and layers; those of `test` are scored.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ SPLITS = ("train", "validation", "test")
 FEWEST = {"train": 8, "validation": 3, "test": 3}
 _DAY_HOURS = 24
 _MOST_TOKENS = 512  # that an attentive probe and a page of features see
+_MOST_SECTORS = 8  # of longitude, each of which has a label of its own
 
 
 @dataclass(frozen=True)
 class Run:
-    """One record and the steps of it that are cases."""
+    """One record, or one unbroken part of it, and the steps of it that are cases."""
 
     split: str
     segment: Segment
@@ -55,7 +57,8 @@ def chosen_runs(
                 )
             first = max(int(day), window_steps - 1)
             steps = np.arange(first, len(segment.times) - int(day), every)
-            runs.append(Run(split, segment, steps))
+            if len(steps):  # a part of a record with gaps may be too short
+                runs.append(Run(split, segment, steps))
         count = sum(len(run.steps) for run in runs if run.split == split)
         if count < FEWEST[split]:
             raise ValueError(
@@ -84,6 +87,18 @@ class TokenPlaces:
     def every(self) -> int:
         """Each n-th row and column of tokens are `spread_out`, so that there are 512 at most."""
         return int(np.ceil(np.sqrt(len(self.latitude) * len(self.longitude) / _MOST_TOKENS)))
+
+    @property
+    def sectors(self) -> int:
+        """Into how many sectors of longitude with as many columns of tokens each a date is cut: 8,
+        or 4, 2 or 1 where 8 do not divide the columns."""
+        columns = len(self.longitude)
+        return math.gcd(_MOST_SECTORS, columns, len(range(0, columns, self.every)))
+
+    def cells_of_sectors(self, cells: int) -> Int[np.ndarray, "sector cell"]:
+        """Numbers of the columns of cells of every sector. cells: how many there are."""
+        columns = np.roll(np.arange(cells), -self.first_column)
+        return columns.reshape(self.sectors, cells // self.sectors)
 
     def spread_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Latitude and longitude of all tokens, or of each n-th row and column."""
@@ -130,8 +145,8 @@ def draw_places(
 class Cases:
     """All cases of all runs, and the fields at their dates and a day before and after.
 
-    run: number of the run. split: of the run. states: by hours from the date, dims (case, level,
-    latitude, longitude).
+    run: number of the run; all parts of a record with gaps are one. split: of the run. states: by
+    hours from the date, dims (case, level, latitude, longitude).
     """
 
     times: np.ndarray
@@ -152,9 +167,11 @@ def read_cases(runs: Sequence[Run], levels: Mapping[str, Sequence[int]]) -> Case
         parts = [state_of(run, hours, levels) for run in runs]
         states[hours] = xr.concat(parts, "case", combine_attrs="override")
     counts = [len(run.steps) for run in runs]
+    records = [(run.split, run.segment.record_name) for run in runs]
+    numbers = {record: number for number, record in enumerate(dict.fromkeys(records))}
     return Cases(
         times=np.concatenate([run.times for run in runs]),
-        run=np.repeat(np.arange(len(runs)), counts),
+        run=np.repeat([numbers[record] for record in records], counts),
         split=np.repeat([run.split for run in runs], counts),
         states=states,
     )

@@ -1,10 +1,10 @@
 """The features of every case that a probe sees: frozen latents, or those of a baseline.
 
 Latents are normalised over their features (LayerNorm without scale and shift), for the last step of
-the window. A label of a place is asked of the token there. A label of a date is asked of means over
-bands of latitude, side by side: a mean over the whole sphere could not tell the latitude of a jet,
-and all tokens together are too many features for some hundred dates. The baselines see the raw
-fields of the date and of the day before.
+the window. A label of a place is asked of the token there. A label of a sector of longitude is
+asked of its means over bands of latitude, side by side: a mean over the whole sector could not tell
+the latitude of a jet, and all its tokens are too many features for some hundred dates. The
+baselines see the raw fields of the date and of the day before.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from jaxtyping import Float
 
 from atmossl.geometry import nearest_cells
@@ -21,22 +21,23 @@ from atmossl.inference.embed import Embedder, StreamField
 from atmossl.model.kinds import build_network
 from atmossl.probes.cases import Cases, Run, TokenPlaces, hours_of_day_and_year
 
-MOST_BANDS = 16  # of latitude, over which tokens are averaged for labels of a date
+MOST_BANDS = 16  # of latitude, over which tokens are averaged for labels of a sector
 
 
 @dataclass(frozen=True)
 class Features:
     """The features that a probe sees. layer: of the encoder; None for features without one.
 
-    of_date: for labels of one or two dates. local: for labels of a place. departures: the same from
-    every token's mean over the training cases, for labels that are such departures themselves.
+    sectors: for labels of a sector or of two dates. local: for labels of a place. departures: the
+    same from every token's mean over the training cases, for labels that are such departures
+    themselves.
     tokens: of the last layer, those of the whole sphere, or evenly spread ones of them. pooled:
     means over the sphere, by which latents are compared with each other.
     """
 
     source: str
     layer: int | None
-    of_date: Float[np.ndarray, "case feature"]
+    sectors: Float[np.ndarray, "case sector feature"]
     local: Float[np.ndarray, "case place feature"] | None = None
     departures: Float[np.ndarray, "case place feature"] | None = None
     tokens: Float[np.ndarray, "case token feature"] | None = None
@@ -57,6 +58,15 @@ def band_weights(latitude: np.ndarray) -> Float[np.ndarray, "band row"]:
     weights = np.zeros((bands, len(latitude)))
     weights[rows * bands // len(latitude), rows] = area
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def sector_weights(columns: int, sectors: int) -> Float[np.ndarray, "sector column"]:
+    """What every column of tokens counts in the mean over each sector: their overlap."""
+    west, east = (np.arange(sectors)[:, None] + shift for shift in (0, 1))
+    start, end = (np.arange(columns) * sectors / columns + shift * sectors / columns
+                  for shift in (0, 1))  # fmt: skip
+    overlap = (np.minimum(east, end) - np.maximum(west, start)).clip(0.0)
+    return overlap / overlap.sum(axis=1, keepdims=True)
 
 
 def random_network(trained: TrainedModel, seed: int) -> TrainedModel:
@@ -104,7 +114,7 @@ class _Collected:
     places: TokenPlaces
     keeps_tokens: bool
     pooled: list[np.ndarray] = field(default_factory=list)
-    of_date: list[np.ndarray] = field(default_factory=list)
+    sectors: list[np.ndarray] = field(default_factory=list)
     local: list[np.ndarray] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     total: np.ndarray | float = 0.0
@@ -114,7 +124,8 @@ class _Collected:
         places, case = self.places, len(self.local)
         grids = [(layer_normalised(stream.latents[-1]), stream) for stream in streams]
         self.pooled.append(np.concatenate([_pooled(*pair) for pair in grids]))
-        self.of_date.append(np.concatenate([_by_band(*pair).ravel() for pair in grids]))
+        by_sector = [_by_sector(*pair, places.sectors) for pair in grids]
+        self.sectors.append(np.concatenate(by_sector, axis=1))
         at = places.latitude[places.rows[case]], places.longitude[places.columns[case]]
         self.local.append(np.concatenate([_nearest(*pair, *at) for pair in grids], axis=1))
         if self.keeps_tokens:
@@ -135,7 +146,7 @@ class _Collected:
             token = (places.rows * len(places.longitude) + places.columns)[: len(local)]
             departures = local - mean[token]
         return Features(
-            source, layer, np.stack(self.of_date), local, departures,
+            source, layer, np.stack(self.sectors), local, departures,
             np.stack(self.tokens) if self.tokens else None, np.stack(self.pooled),
         )  # fmt: skip
 
@@ -147,9 +158,13 @@ def _pooled(latents: np.ndarray, stream: StreamField) -> np.ndarray:
     return np.average(rows, axis=0, weights=weight)
 
 
-def _by_band(latents: np.ndarray, stream: StreamField) -> Float[np.ndarray, "band feature"]:
-    """Means of a stream's latents over bands of latitude and over levels."""
-    return (band_weights(stream.latitude) @ latents.mean(axis=(0, 2))).astype(latents.dtype)
+def _by_sector(
+    latents: np.ndarray, stream: StreamField, sectors: int
+) -> Float[np.ndarray, "sector feature"]:
+    """Means of a stream's latents over levels, columns of a sector and bands of latitude."""
+    weights = sector_weights(len(stream.longitude), sectors), band_weights(stream.latitude)
+    means = np.einsum("sc,br,rcf->sbf", *weights, latents.mean(axis=0), optimize=True)
+    return rearrange(means, "sector band f -> sector (band f)").astype(latents.dtype)
 
 
 def _nearest(
@@ -165,12 +180,12 @@ class RawValues:
     """The fields of the date and of the day before, in units of their spread over training. What a
     token has are all its cells and the means of the eight tokens around.
 
-    features: of a date the means of all tokens, which are a map of every field. bands: means over
-    bands of latitude of what tokens have. levels: of every variable.
+    features: of a sector the means of all its tokens, which are a map of every field. bands: means
+    over bands of latitude of what tokens of a sector have. levels: of every variable.
     """
 
     features: Features
-    bands: Float[np.ndarray, "case band feature"]
+    bands: Float[np.ndarray, "case sector band feature"]
     levels: Mapping[str, Sequence[int]]
 
 
@@ -180,14 +195,17 @@ def raw_values(cases: Cases, places: TokenPlaces, levels: Mapping[str, Sequence[
     maps, bands, local, departures = [], [], [], []
     for of_tokens, num_cells in _values_of_tokens(cases, places, levels):
         cells_mean = of_tokens[..., :num_cells].mean(axis=-1)
-        maps.append(cells_mean.reshape(len(cells_mean), -1))
-        bands.append(np.einsum("br,crk->cbk", weights, of_tokens.mean(axis=2)))
+        of_sectors = "case row (sector column) -> case sector (row column)"
+        maps.append(rearrange(cells_mean, of_sectors, sector=places.sectors))
+        rows = reduce(of_tokens, "case row (sector column) f -> case sector row f", "mean",
+                      sector=places.sectors)  # fmt: skip
+        bands.append(np.einsum("br,csrf->csbf", weights, rows))
         local.append(places.at_places(of_tokens))
         means = of_tokens[train].mean(axis=0)
         departures.append(local[-1] - means[places.rows, places.columns])
     joined = (np.concatenate(parts, axis=2) for parts in (local, departures))
     return RawValues(
-        Features("raw", None, np.concatenate(maps, 1), *joined), np.concatenate(bands, 2), levels
+        Features("raw", None, np.concatenate(maps, 2), *joined), np.concatenate(bands, 3), levels
     )
 
 
@@ -239,7 +257,7 @@ def principal_components(
     anomalies = given.departures[train].reshape(-1, given.departures.shape[-1])
     anomaly_mean, anomaly_axes = leading_axes(anomalies)
     width = like.local.shape[-1]
-    bands = (raw.bands - mean) @ axes[: like.of_date.shape[-1] // raw.bands.shape[1]].T
+    bands = (raw.bands - mean) @ axes[: like.sectors.shape[-1] // raw.bands.shape[2]].T
     of_tokens, first = np.zeros((), np.float32), 0
     chosen, every = axes[: like.tokens.shape[-1]].astype(np.float32), places.every
     for values, _ in _values_of_tokens(cases, places, raw.levels):
@@ -247,18 +265,23 @@ def principal_components(
         centred = values[:, ::every, ::every].astype(np.float32) - mean[part].astype(np.float32)
         of_tokens, first = of_tokens + centred @ chosen[:, part].T, part.stop
     return Features(
-        "pca", None, bands.reshape(len(bands), -1), (given.local - mean) @ axes[:width].T,
+        "pca", None, rearrange(bands, "case sector band f -> case sector (band f)"),
+        (given.local - mean) @ axes[:width].T,
         (given.departures - anomaly_mean) @ anomaly_axes[:width].T,
         rearrange(of_tokens, "case row column feature -> case (row column) feature"),
     )  # fmt: skip
 
 
-def whole_map_components(raw: RawValues, cases: Cases, like: Features) -> Features:
-    """Principal components of maps of all raw values (empirical orthogonal functions), fitted on
-    the training cases: as many as the latents have features of a date, or as many as there are."""
-    maps = raw.features.of_date
-    mean, axes = leading_axes(maps[cases.of("train")])
-    return Features("eofs", None, (maps - mean) @ axes[: like.of_date.shape[-1]].T)
+def map_components(raw: RawValues, cases: Cases, like: Features) -> Features:
+    """Principal components of a sector's maps of all raw values (empirical orthogonal functions),
+    fitted on the training cases: as many as a token has features of latents, or as many as there
+    are. Maps are departures from every sector's mean, which nobody is asked for."""
+    assert like.local is not None
+    train, maps = cases.of("train"), raw.features.sectors
+    departures = maps - maps[train].mean(axis=0)
+    known = rearrange(departures[train], "case sector feature -> (case sector) feature")
+    mean, axes = leading_axes(known)
+    return Features("eofs", None, (departures - mean) @ axes[: like.local.shape[-1]].T)
 
 
 def leading_axes(
@@ -277,7 +300,7 @@ def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
     also of latitude, longitude and local solar time."""
     day, year = (2 * np.pi * share for share in hours_of_day_and_year(cases.times))
     clock = [f(k * angle) for angle in (day, year) for k in (1, 2) for f in (np.sin, np.cos)]
-    of_date = np.stack(clock, axis=-1)
+    of_date = np.stack(clock, axis=-1)[:, None]
     latitude = np.deg2rad(places.latitude[places.rows])
     longitude = np.deg2rad(places.longitude[places.columns])
     hour = day[:, None] + longitude
@@ -285,6 +308,7 @@ def position_and_calendar(cases: Cases, places: TokenPlaces) -> Features:
     meridional = [f(k * latitude) for k in (1, 2, 3) for f in (np.sin, np.cos)]
     mixed = [np.cos(latitude) * part for part in zonal[:2]]
     place_features = np.stack([*zonal, *meridional, *mixed], axis=-1)
-    clocks = np.broadcast_to(of_date[:, None], (*place_features.shape[:2], of_date.shape[-1]))
+    clocks = np.broadcast_to(of_date, (*place_features.shape[:2], of_date.shape[-1]))
     local = np.concatenate([place_features, clocks], axis=-1)
-    return Features("position", None, of_date, local, local)
+    of_sectors = np.repeat(of_date, places.sectors, axis=1)
+    return Features("position", None, of_sectors, local, local)

@@ -24,7 +24,7 @@ from atmossl.data.fraction import blocks_of_time
 from atmossl.geometry import nearest_cells
 from atmossl.model.network import Network, StreamLatents
 from atmossl.probes.cases import Cases, TokenPlaces
-from atmossl.probes.features import band_weights
+from atmossl.probes.features import band_weights, sector_weights
 from atmossl.probes.scoring import Question
 
 _VALIDATIONS = 5
@@ -60,8 +60,8 @@ class TunedNetwork(nn.Module):
     """Predictions of a label from the last layer of an encoder, for the last step of a window.
 
     Features are those of the linear probes (`features.encoded`): normalised over themselves, and
-    of a date the means over bands of latitude and over levels. The linear map begins at 0, and its
-    bias at the mean of the training labels that are used, or at the frequencies of classes.
+    of a sector the means over bands of latitude and over levels. The linear map begins at 0, and
+    its bias at the mean of the training labels that are used, or at the frequencies of classes.
     """
 
     scale: Tensor
@@ -88,12 +88,13 @@ class TunedNetwork(nn.Module):
         self.head.bias.copy_(mean / self.scale)
 
     def features(self, view: View, cases: np.ndarray) -> Float[Tensor, "case place feature"]:
-        """The features of the places of every case, or one row for the sphere. cases: numbers of
+        """The features of the places or sectors of every case. cases: numbers of
         the samples."""
         encoded = self.network.encode(view)
         streams = [encoded[name] for name in self.names]
         if not self.question.local:
-            return torch.cat([_by_band(stream) for stream in streams], dim=-1)[:, None]
+            sectors = self.places.sectors
+            return torch.cat([_by_sector(stream, sectors) for stream in streams], dim=-1)
         latitude = self.places.latitude[self.places.rows[cases]]
         longitude = self.places.longitude[self.places.columns[cases]]
         return torch.cat([_nearest(stream, latitude, longitude) for stream in streams], dim=-1)
@@ -113,11 +114,12 @@ def _last_step(stream: StreamLatents) -> Float[Tensor, "case level row column fe
     return layer_norm(latents, latents.shape[-1:])
 
 
-def _by_band(stream: StreamLatents) -> Float[Tensor, "case feature"]:
-    weights = torch.from_numpy(band_weights(stream.grid.lat[0].cpu().numpy()))
-    rows = reduce(_last_step(stream), "case level row column f -> case row f", "mean")
-    bands = torch.einsum("crf,br->cbf", rows, weights.to(rows))
-    return rearrange(bands, "case band f -> case (band f)")
+def _by_sector(stream: StreamLatents, sectors: int) -> Float[Tensor, "case sector feature"]:
+    bands = torch.from_numpy(band_weights(stream.grid.lat[0].cpu().numpy()))
+    columns = torch.from_numpy(sector_weights(stream.grid.lon.shape[-1], sectors))
+    tokens = reduce(_last_step(stream), "case level row column f -> case row column f", "mean")
+    means = torch.einsum("nrcf,br,sc->nsbf", tokens, bands.to(tokens), columns.to(tokens))
+    return rearrange(means, "case sector band f -> case sector (band f)")
 
 
 def _nearest(

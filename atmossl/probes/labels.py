@@ -1,7 +1,8 @@
 """The labels that probes predict: properties of atmospheric states, each a pure function of fields.
 
 A field has dims (case, level, latitude, longitude), latitudes ascending in degrees, CF units. A
-label is either one number per case, or one per case and cell; cells are averaged over tokens later.
+label is either one number per case and sector of longitude, worked out from the columns of that
+sector alone, or one per case and cell; cells are averaged over tokens later.
 A label that is computed from the state `lead_hours` after the encoded one is a prediction.
 """
 
@@ -45,15 +46,16 @@ class Blind:
 class Label:
     """One label: what one probe predicts.
 
-    of: label of (state, state one day before), dims (case) or (case, latitude, longitude); the
+    of: label of (state, state one day before), dims (case) for the longitudes that the state has,
+        or (case, latitude, longitude); the
         label of an angle has a last dim `part`.
     kind: a number; a class, counted from 0; or `extreme`, whether a number is above its 95th
         percentile over the training dates.
     needs: variables and levels in hPa that `of` reads.
     lead_hours: from the encoded state to the one that the label is computed from.
     persists: the label of one day earlier is a baseline.
-    local: one label per place, from the latents there; else one per date, from latents that are
-        averaged over bands of latitude.
+    local: one label per place, from the latents there; else one per sector of longitude, from
+        latents that are averaged over its bands of latitude.
     blind: what the encoder is not shown.
     """
 
@@ -78,9 +80,9 @@ class Label:
 
 
 def jet_latitude(now: xr.Dataset, before: xr.Dataset) -> xr.DataArray:
-    """The latitude in degrees of the strongest zonal-mean westerly wind at 850 hPa between 15
-    and 75 degrees north, refined by a parabola through the maximum and its two neighbours (after
-    Woollings et al. 2010, QJRMS 136, who average over the North Atlantic alone)."""
+    """The latitude in degrees of the strongest westerly wind at 850 hPa between 15 and 75 degrees
+    north, of the mean over longitudes, refined by a parabola through the maximum and its two
+    neighbours (after Woollings et al. 2010, QJRMS 136, for the sector of the North Atlantic)."""
     del before
     wind = now["u_component_of_wind"].sel(level=850).mean("longitude")
     wind = wind.sel(latitude=slice(15, 75)).transpose("case", "latitude")

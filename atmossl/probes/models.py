@@ -14,7 +14,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-STRENGTHS = (1e-1, 1e1, 1e3, 1e5)  # of the penalty on coefficients of scaled features
+PENALTIES = tuple(10.0 ** (half / 2) for half in range(-10, 13))  # of ridge, per feature
+STRENGTHS = (1e-1, 1e1, 1e3, 1e5)  # of logistic regression, whose fits take longer
+FEWEST_FOLDS = 4
 NEIGHBOURS = 20
 EXCLUDED_DAYS = 5.0
 _ROWS_AT_ONCE = 2048
@@ -43,14 +45,17 @@ def scaler_of(train: Rows) -> StandardScaler:
 
 
 def fit_linear(train: Rows, strength: float, *, classes: bool) -> Predict:
-    """Ridge regression, or multinomial logistic regression with the same penalty: predicted
-    numbers, or probabilities of every class."""
+    """Ridge regression, with the penalty times the number of features, so that as much is shrunk
+    of few features as of many; or multinomial logistic regression: predicted numbers, or
+    probabilities of every class."""
     scaler = scaler_of(train)
-    scaled = scaler.transform(train.features.astype(np.float64))
+    scaled = np.asarray(scaler.transform(train.features.astype(np.float64)))
     if not classes:
-        ridge = Ridge(alpha=strength).fit(scaled, train.targets)
+        ridge = Ridge(alpha=strength * scaled.shape[1]).fit(scaled, train.targets)
         return lambda features: ridge.predict(scaler.transform(features)).reshape(len(features), -1)
     numbers = train.targets.argmax(axis=1)
+    if (numbers == numbers[0]).all():
+        return lambda features: np.tile(train.targets[:1], (len(features), 1))
     logistic = LogisticRegression(C=1.0 / strength, max_iter=200, tol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # as good as 200 steps make it
@@ -64,17 +69,74 @@ def fit_linear(train: Rows, strength: float, *, classes: bool) -> Predict:
     return predict
 
 
-def chosen_strength(
-    train: Rows, validation: Rows, *, classes: bool, strengths: Sequence[float] = STRENGTHS
-) -> tuple[float, Predict]:
-    """The penalty with the least squared error on the validation rows, and the model with it."""
+@dataclass(frozen=True)
+class Chosen:
+    """A linear probe whose penalty was chosen by cross-validation.
 
-    def error(predict: Predict) -> float:
-        return float(((predict(validation.features) - validation.targets) ** 2).mean())
+    predict: of the fit on all rows. skill: of the rows of every fold by fits without them, over the
+    mean of the other folds.
+    """
 
-    fitted = {strength: fit_linear(train, strength, classes=classes) for strength in strengths}
-    best = min(fitted, key=lambda strength: error(fitted[strength]))
-    return best, fitted[best]
+    strength: float
+    predict: Predict
+    skill: float
+
+
+def chosen_linear(rows: Rows, *, classes: bool) -> Chosen:
+    """Choose the penalty whose fits have the least squared error on folds that they lack, and fit
+    all rows with it."""
+    folds = folds_of(rows)
+    strengths = STRENGTHS if classes else PENALTIES
+    errors, of_mean = np.zeros(len(strengths)), 0.0
+    for fold in np.unique(folds):
+        rest, held_out = rows.where(folds != fold), rows.where(folds == fold)
+        if classes:
+            fits = (fit_linear(rest, strength, classes=True) for strength in strengths)
+            predicted = np.stack([predict(held_out.features) for predict in fits])
+        else:
+            predicted = ridge_of_all(rest, held_out.features, strengths)
+        errors += ((predicted - held_out.targets) ** 2).sum(axis=(1, 2))
+        of_mean += ((rest.targets.mean(axis=0) - held_out.targets) ** 2).sum()
+    best = int(errors.argmin())
+    return Chosen(
+        strengths[best],
+        fit_linear(rows, strengths[best], classes=classes),
+        float(1.0 - errors[best] / max(of_mean, np.finfo(float).tiny)),
+    )
+
+
+def folds_of(rows: Rows) -> Int[np.ndarray, "row"]:
+    """The fold of every row: its run; of few runs, stretches of time, so that there are at least
+    `FEWEST_FOLDS` in all. Rows drawn one by one would be near in time to those that are left."""
+    runs, number = np.unique(rows.run, return_inverse=True)
+    parts = -(-FEWEST_FOLDS // len(runs))
+    stretch = np.zeros(len(number), int)
+    for run in range(len(runs)):
+        dates, position = np.unique(rows.times[number == run], return_inverse=True)
+        stretch[number == run] = position * parts // len(dates)
+    return number * parts + stretch
+
+
+def ridge_of_all(
+    train: Rows, features: Float[np.ndarray, "row feature"], strengths: Sequence[float]
+) -> Float[np.ndarray, "strength row target"]:
+    """Predictions of ridge regression with every penalty, as `fit_linear` has them one by one, from
+    one decomposition of the smaller of the two products of the features with themselves."""
+    scaler, of_feature = scaler_of(train), np.sqrt(train.features.shape[1])
+    known, asked = (
+        np.asarray(scaler.transform(part.astype(np.float64))) / of_feature
+        for part in (train.features, features)
+    )
+    mean = train.targets.mean(axis=0)
+    targets = train.targets - mean
+    if known.shape[0] <= known.shape[1]:
+        values, vectors = np.linalg.eigh(known @ known.T)
+        left, right = (asked @ known.T) @ vectors, vectors.T @ targets
+    else:
+        values, vectors = np.linalg.eigh(known.T @ known)
+        left, right = asked @ vectors, vectors.T @ (known.T @ targets)
+    shrunk = [right / (values.clip(0.0) + strength)[:, None] for strength in strengths]
+    return mean + np.stack([left @ part for part in shrunk])
 
 
 def nearest_neighbours(

@@ -27,11 +27,11 @@ from atmossl.probes.cases import (
 from atmossl.probes.features import (
     Features,
     encoded,
+    map_components,
     position_and_calendar,
     principal_components,
     random_network,
     raw_values,
-    whole_map_components,
 )
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings
 from atmossl.probes.labels import PROBES, Blind, check_probes
@@ -294,7 +294,7 @@ class ProbeRun:
         return [
             raw.features,
             principal_components(raw, self.cases, self.places, like),
-            whole_map_components(raw, self.cases, like),
+            map_components(raw, self.cases, like),
             position_and_calendar(self.cases, self.places),
         ]
 
@@ -348,7 +348,7 @@ class ProbeRun:
         def fits(sources: Sequence[Features]) -> Iterator[Outcome]:
             for features in filter(question.can_be_asked_of, sources):
                 yield from (scorer.linear(features), scorer.neighbours(features))
-                if question.is_of_a_date and features.tokens is not None:
+                if question.is_of_a_sector and features.tokens is not None:
                     yield scorer.attentive(features, self.places)
 
         if question.name not in baselines.outcomes:

@@ -2,8 +2,9 @@
 
 Skill is 1 - loss / loss of climatology, where the loss is the squared error of a number or the
 Brier score of a class (the squared error of its probabilities, summed over classes; Brier 1950).
-It is 1 for what is always right and 0 for what knows no more than the training record's mean (of
-every place, for numbers) or frequencies. Intervals are of a block bootstrap over the test dates.
+It is 1 for what is always right and 0 for what knows no more than the mean (of numbers, which are
+departures from every place's or sector's mean) or the frequencies of the dates of training and
+validation. Intervals are of a block bootstrap over the test dates.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from atmossl.probes.labels import (
     blind_of,
     date_pairs,
 )
-from atmossl.probes.models import Rows, chosen_strength, fit_linear, nearest_neighbours
+from atmossl.probes.models import Rows, chosen_linear, fit_linear, nearest_neighbours
 
 EXTREME_QUANTILE = 0.95
 _ROUNDING = 1e-9  # of the largest label; a smaller departure from the mean is none
@@ -52,28 +53,33 @@ class Question:
     blind: Blind = Blind()
 
     @property
-    def is_of_a_date(self) -> bool:
+    def is_of_a_sector(self) -> bool:
         return not self.local and self.pairs is None
 
     def can_be_asked_of(self, features: Features) -> bool:
         return not self.local or features.local is not None
 
-    def inputs(self, features: Features) -> Float[np.ndarray, "row feature"]:
-        """The features that a probe sees in every row. For labels of two dates, the distance of
-        every feature; for numbers of a place, which are departures from its mean, departures too,
-        so that no probe has to learn the climate of every place first."""
+    def inputs(self, features: Features, cases: Cases) -> Float[np.ndarray, "row feature"]:
+        """The features that a probe sees in every row. For labels of two dates, the mean over
+        sectors of the distance in every feature; for numbers of a sector or a place, which are
+        departures from its mean, departures too, so that no probe has to learn the climate of
+        every place first."""
         if self.pairs is not None:
             first, second = self.pairs
-            return np.abs(features.of_date[first] - features.of_date[second])
+            return np.abs(features.sectors[first] - features.sectors[second]).mean(axis=1)
         if self.local:
             of_places = features.local if self.classes else features.departures
             assert of_places is not None, "ask can_be_asked_of first"
             return rearrange(of_places, "case place feature -> (case place) feature")
-        return features.of_date
+        departures = features.sectors - features.sectors[cases.of("train")].mean(axis=0)
+        return rearrange(departures, "case sector feature -> (case sector) feature")
 
     def rows(self, features: Features, cases: Cases) -> Rows:
         return Rows(
-            self.inputs(features), self.targets, cases.run[self.case], cases.times[self.case]
+            self.inputs(features, cases),
+            self.targets,
+            cases.run[self.case],
+            cases.times[self.case],
         )
 
 
@@ -118,11 +124,11 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
     train = cases.of("train")
 
     def values(hours: int) -> np.ndarray:
-        """[case row column part] of places, [case 1 1] of dates."""
-        label_values = label.of(cases.states[hours], cases.states[max(hours - 24, -24)])
+        """[case row column part] of places, [case sector 1] of sectors."""
+        states = cases.states[hours], cases.states[max(hours - 24, -24)]
         if label.local:
-            return _by_place(label_values, places)
-        return label_values.to_numpy()[:, None, None]
+            return _by_place(label.of(*states), places)
+        return _by_sector(label, states, places)
 
     asked_values = values(label.lead_hours)
     is_known = np.isfinite(asked_values).reshape(len(asked_values), -1).all(axis=1)
@@ -148,6 +154,17 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
     )
 
 
+def _by_sector(
+    label: Label, states: tuple[xr.Dataset, xr.Dataset], places: TokenPlaces
+) -> Float[np.ndarray, "case sector target"]:
+    """The label of every sector, as if there were nothing else."""
+    parts = [
+        label.of(*(state.isel(longitude=cells) for state in states)).to_numpy()
+        for cells in places.cells_of_sectors(states[0].sizes["longitude"])
+    ]
+    return np.stack(parts, axis=1)[..., None]
+
+
 def _by_place(cells: xr.DataArray, places: TokenPlaces) -> np.ndarray:
     """The means of cells over tokens, [case row column part]."""
     if "part" not in cells.dims:
@@ -164,7 +181,7 @@ def _as_targets(
     train: np.ndarray,
     places: TokenPlaces,
 ) -> Float[np.ndarray, "case place target"]:
-    """The targets of a label. Numbers are departures from the training mean (of every place),
+    """The targets of a label. Numbers are departures from the training mean of the place or sector,
     classes have one column each. The limit of an extreme is that of the drawn places, which are
     evenly spread over the sphere.
 
@@ -185,7 +202,8 @@ def _as_targets(
 class Outcome:
     """How well one probe did with one source of features.
 
-    samples: skill in every draw of the bootstrap. validation: skill on the validation dates, by
+    samples: skill in every draw of the bootstrap. validation: skill of linear probes on runs that
+        the fit lacks, of others on the validation dates, by
     which layers are chosen. refits: lowest and highest skill of fits that each lack one training
     run.
     """
@@ -225,7 +243,7 @@ class Scorer:
 
     @cached_property
     def _climatology(self) -> np.ndarray:
-        return self.question.targets[self._part("train")].mean(axis=0)
+        return self.question.targets[~self._part("test")].mean(axis=0)
 
     def _losses(self, predicted: np.ndarray, split: str) -> np.ndarray:
         """Mean loss of every case of a split; NaN without rows."""
@@ -281,15 +299,16 @@ class Scorer:
         return outcomes
 
     def linear(self, features: Features) -> Outcome:
-        """Ridge or logistic regression, its penalty chosen on validation."""
-        rows = self._by_split(features)
-        strength, predict = chosen_strength(
-            rows["train"], rows["validation"], classes=self.question.classes
-        )
-        return self.outcome(
-            features.source, "linear", lambda name: predict(rows[name].features),
-            layer=features.layer, strength=strength,
+        """Ridge or logistic regression on the dates of training and validation, its penalty chosen
+        by fits that each lack one run."""
+        rows = self.question.rows(features, self.cases)
+        chosen = chosen_linear(rows.where(~self._part("test")), classes=self.question.classes)
+        outcome = self.outcome(
+            features.source, "linear",
+            lambda name: chosen.predict(rows.where(self._part(name)).features),
+            layer=features.layer, strength=chosen.strength,
         )  # fmt: skip
+        return replace(outcome, validation=chosen.skill)
 
     def neighbours(self, features: Features) -> Outcome:
         """The mean of the nearest training rows."""
@@ -300,10 +319,13 @@ class Scorer:
         )  # fmt: skip
 
     def attentive(self, features: Features, places: TokenPlaces) -> Outcome:
-        """One query that attends to all tokens, for labels of a date."""
-        tokens, part = features.tokens, self._part
-        assert tokens is not None and self.question.is_of_a_date
-        targets, (latitude, _) = self.question.targets, places.spread_out()
+        """One query that attends to all tokens of a sector."""
+        assert features.tokens is not None and self.question.is_of_a_sector
+        into_sectors = "case (row sector column) feature -> (case sector) (row column) feature"
+        sizes = {"row": len(places.latitude[:: places.every]), "sector": places.sectors}
+        tokens, part = rearrange(features.tokens, into_sectors, **sizes), self._part
+        targets, (latitudes, _) = self.question.targets, places.spread_out()
+        latitude = rearrange(latitudes, "(row sector column) -> sector (row column)", **sizes)[0]
         train, validation = (
             (tokens[part(split)], targets[part(split)]) for split in ("train", "validation")
         )
@@ -315,18 +337,16 @@ class Scorer:
         )  # fmt: skip
 
     def with_refits(self, outcome: Outcome, features: Features) -> Outcome:
-        """An outcome with the skills of fits that each lack one training run, with the chosen
-        penalty."""
+        """An outcome with the skills of fits that each lack one run, with the chosen penalty."""
         assert outcome.strength is not None
-        rows = self._by_split(features)
-        train, skills = rows["train"], []
-        runs = np.unique(train.run)
-        for run in runs if len(runs) > 1 else []:
+        rows, is_test = self.question.rows(features, self.cases), self._part("test")
+        known, asked, skills = rows.where(~is_test), rows.where(is_test), []
+        for run in np.unique(known.run):
             predict = fit_linear(
-                train.where(train.run != run), outcome.strength, classes=self.question.classes
+                known.where(known.run != run), outcome.strength, classes=self.question.classes
             )
-            skills.append(self._skill(predict(rows["test"].features), "test"))
-        return replace(outcome, refits=(min(skills), max(skills))) if skills else outcome
+            skills.append(self._skill(predict(asked.features), "test"))
+        return replace(outcome, refits=(min(skills), max(skills)))
 
     def _by_split(self, features: Features) -> dict[str, Rows]:
         rows = self.question.rows(features, self.cases)

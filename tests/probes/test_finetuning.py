@@ -48,10 +48,11 @@ def test_layers_may_be_named_in_any_order() -> None:
     assert run.layers == (0, 1)
 
 
-def about_dates(run: ProbeRun) -> Question:
-    """A number for every date."""
-    rng, count = np.random.default_rng(0), len(run.cases.times)
-    return Question("made", False, False, rng.standard_normal((count, 1)), np.arange(count))
+def about_sectors(run: ProbeRun) -> Question:
+    """A number for every sector of every date."""
+    case = np.repeat(np.arange(len(run.cases.times)), run.places.sectors)
+    targets = np.random.default_rng(0).standard_normal((len(case), 1))
+    return Question("made", False, False, targets, case)
 
 
 def test_features_are_those_of_the_frozen_probes(run: ProbeRun) -> None:
@@ -63,7 +64,7 @@ def test_features_are_those_of_the_frozen_probes(run: ProbeRun) -> None:
     tuner = Finetuner(run.cases, run.places, views, names, SETTINGS, 0, "cpu")
     for question, expected in (
         (run.questions[0], frozen.local),
-        (about_dates(run), frozen.of_date[:, None]),
+        (about_sectors(run), frozen.sectors),
     ):
         tuned = TunedNetwork(run.trained.model, question, run.places, names)
         with torch.no_grad():

@@ -16,19 +16,28 @@ from atmossl.cli import main
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.probes import labels
-from atmossl.probes.cases import Cases, TokenPlaces, chosen_runs, draw_places
+from atmossl.probes.cases import Cases, TokenPlaces, chosen_runs, draw_places, read_cases
 from atmossl.probes.features import (
     Features,
     band_weights,
     leading_axes,
+    map_components,
     position_and_calendar,
     principal_components,
     random_network,
     raw_values,
-    whole_map_components,
+    sector_weights,
 )
 from atmossl.probes.labels import Blind
-from atmossl.probes.models import Rows, nearest_neighbours
+from atmossl.probes.models import (
+    PENALTIES,
+    Rows,
+    chosen_linear,
+    fit_linear,
+    folds_of,
+    nearest_neighbours,
+    ridge_of_all,
+)
 from atmossl.probes.run import Probed, ProbeOptions, ProbeRun, comparisons, linear_cka, scores
 from atmossl.probes.scoring import Outcome, Question, Scorer, ask
 from atmossl.probes.summary import Summary, brief_text
@@ -85,6 +94,40 @@ def test_jet_blocking_and_storm_track_of_known_fields() -> None:
     assert labels.storm_track(now, before).item() == pytest.approx(2 * np.log(30.0), abs=1e-5)
 
 
+def test_every_sector_has_its_own_label_and_features() -> None:
+    """A jet at another latitude in every sector, whose first cell is not the first of the grid."""
+    made = cases(6)
+    centres = LATITUDE.reshape(-1, 2).mean(axis=1)  # of tokens of 2 x 2 cells
+    places = draw_places(centres, LONGITUDE[::2], 24, 4, np.random.default_rng(0), first_column=3)
+    assert places.sectors == 8
+    jets = np.array([24.0, 28.0, 33.0, 38.0, 44.0, 49.0, 55.0, 61.0])
+    of_cell = np.roll(np.repeat(jets, 8), 3)
+    wind = 30.0 - 0.01 * (LATITUDE[:, None] - of_cell) ** 2
+    for dataset in made.states.values():
+        by_case = [np.roll(wind, shift, axis=0) for shift in (0, 1)]
+        dataset["u_component_of_wind"][:] = np.stack([by_case[n % 2] for n in range(24)])[:, None]
+    question = ask("jet_latitude", made, places)
+    found = question.targets.reshape(24, 8) + 5.625 / 2
+    np.testing.assert_allclose(found[::2], 0.0, atol=0.05)  # departures from every sector's mean
+    np.testing.assert_allclose(found[1::2], 5.625, atol=0.05)
+    assert (question.case == np.repeat(np.arange(24), 8)).all()
+    raw = raw_values(made, places, {"u_component_of_wind": (850,)}).features
+    now = raw.sectors[0].reshape(8, 2, 16, 4)[:, 1]  # of the day and the day before, row and column
+    top = places.latitude[now.mean(axis=2).argmax(axis=1)]
+    np.testing.assert_allclose(top, jets, atol=5.7)
+
+
+def test_columns_count_in_a_sector_as_they_overlap_it() -> None:
+    np.testing.assert_allclose(sector_weights(8, 4), np.repeat(np.eye(4), 2, axis=1) / 2)
+    np.testing.assert_allclose(sector_weights(2, 4), np.repeat(np.eye(2), 2, axis=0))
+    np.testing.assert_allclose(sector_weights(3, 2), np.array([[2, 1, 0], [0, 1, 2]]) / 3)
+    columns = TokenPlaces(LATITUDE, LONGITUDE[:60], *np.zeros((2, 1, 1), int))
+    assert columns.every == 2 and columns.sectors == 2  # 60 and 30 columns
+    np.testing.assert_array_equal(
+        replace(columns, first_column=2).cells_of_sectors(60)[1], [*range(32, 60), 0, 1]
+    )
+
+
 def test_belts_and_local_hours_follow_from_place_and_date() -> None:
     now = state(500, NOON, geopotential=zonal(LATITUDE))
     belts = labels.latitude_belt(now, now)[0, :, 0].to_numpy()
@@ -128,7 +171,7 @@ def question(of: Cases, targets: np.ndarray, *, classes: bool = False) -> Questi
 
 
 def features(of_date: np.ndarray, layer: int | None = 0) -> Features:
-    return Features("latents", layer, of_date, of_date[:, None], of_date[:, None])
+    return Features("latents", layer, of_date[:, None], of_date[:, None], of_date[:, None])
 
 
 BOOTSTRAP = BlockBootstrap(4, 200)
@@ -160,7 +203,7 @@ def test_skill_is_that_of_its_definition_and_climatology_has_none() -> None:
     assert climatology.skill == 0.0 and not climatology.samples.any()
     guess = targets + 0.5 * rng.standard_normal(targets.shape)
     outcome = scorer.outcome("made", "none", lambda split: guess[made.of(split)])
-    test, mean = made.of("test"), targets[made.of("train")].mean()
+    test, mean = made.of("test"), targets[~made.of("test")].mean()
     exact = 1 - ((guess - targets)[test] ** 2).mean() / ((targets[test] - mean) ** 2).mean()
     assert outcome.skill == pytest.approx(exact, abs=1e-12)
 
@@ -173,6 +216,51 @@ def test_features_without_the_label_have_no_skill_within_the_interval() -> None:
     for outcome in (scorer.linear(features(pooled)), scorer.neighbours(features(pooled))):
         low, high = np.quantile(outcome.samples, [0.025, 0.975])
         assert low < 0.05 and high > -0.2 and outcome.skill < 0.1, outcome
+
+
+def rows_of(features: np.ndarray, targets: np.ndarray, run: np.ndarray) -> Rows:
+    times = np.datetime64("2001-01-01", "ns") + np.arange(len(run)) * np.timedelta64(6, "h")
+    return Rows(features, targets, run, times)
+
+
+@pytest.mark.parametrize("width", [5, 90])
+def test_ridge_with_all_penalties_is_that_with_each(width: int) -> None:
+    rng = np.random.default_rng(width)
+    features, targets = 3.0 + rng.standard_normal((60, width)), rng.standard_normal((60, 2))
+    known = rows_of(features[:40], targets[:40], np.zeros(40, int))
+    found = ridge_of_all(known, features[40:], PENALTIES)
+    for predicted, penalty in zip(found, PENALTIES, strict=True):
+        alone = fit_linear(known, penalty, classes=False)(features[40:])
+        np.testing.assert_allclose(predicted, alone, atol=1e-7 / min(1.0, penalty))
+
+
+def test_the_penalty_is_one_that_serves_runs_that_the_fit_lacks() -> None:
+    """Features that tell the run tell the label of these runs, but of no other."""
+    rng = np.random.default_rng(0)
+    run = np.repeat(np.arange(6), 20)
+    of_run = rng.standard_normal((6, 3))[run] + 0.01 * rng.standard_normal((120, 3))
+    label = rng.standard_normal((6, 1))[run]
+    misled = chosen_linear(rows_of(of_run, label, run), classes=False)
+    assert misled.strength >= 10.0 and misled.skill < 0.5
+    true = chosen_linear(rows_of(of_run, of_run[:, :1], run), classes=False)
+    assert true.strength == min(PENALTIES) and true.skill > 0.999
+
+
+def test_folds_are_runs_or_stretches_of_few_runs() -> None:
+    nothing = np.zeros((12, 1))
+    runs = rows_of(nothing, nothing, np.repeat([0, 1, 2, 5], 3))
+    assert folds_of(runs).tolist() == np.repeat(np.arange(4), 3).tolist()
+    two = rows_of(nothing, nothing, np.repeat([3, 7], 6))
+    assert folds_of(two).tolist() == np.repeat(np.arange(4), 3).tolist()
+    places_of_dates = replace(two, times=np.repeat(two.times[:6], 2), run=np.zeros(12, int))
+    assert folds_of(places_of_dates).tolist() == np.repeat([0, 1, 2, 3], [4, 2, 4, 2]).tolist()
+
+
+def test_classes_that_a_fit_does_not_have_are_not_expected() -> None:
+    rng = np.random.default_rng(0)
+    known = rows_of(rng.standard_normal((9, 2)), np.eye(2)[np.zeros(9, int)], np.zeros(9, int))
+    predicted = fit_linear(known, 10.0, classes=True)(rng.standard_normal((3, 2)))
+    np.testing.assert_array_equal(predicted, [[1.0, 0.0]] * 3)
 
 
 def test_neighbours_near_in_time_of_the_same_run_are_left_out() -> None:
@@ -218,7 +306,7 @@ def test_attention_finds_what_pooling_averages_away() -> None:
     targets = tokens[np.arange(count), marked, 1][:, None]
     scorer = Scorer(question(made, targets), made, BOOTSTRAP)
     seen = replace(features(tokens.mean(axis=1)), tokens=tokens)
-    places = draw_places(np.array([-67.5, -22.5, 22.5, 67.5]), np.arange(8) * 45.0, count, 1, rng)
+    places = draw_places(np.linspace(-60, 60, 32), np.zeros(1), count, 1, rng)  # one sector
     assert scorer.linear(seen).skill < 0.2
     assert scorer.attentive(seen, places).skill > 0.8
 
@@ -264,9 +352,9 @@ def test_gaps_of_raw_values_are_at_the_mean_of_training() -> None:
     places = draw_places(LATITUDE, LONGITUDE, 40, 6, np.random.default_rng(0))
     raw = raw_values(made, places, {"geopotential": LEVELS["geopotential"]}).features
     assert raw.local is not None
-    assert np.isfinite(raw.of_date).all() and np.isfinite(raw.local).all()
+    assert np.isfinite(raw.sectors).all() and np.isfinite(raw.local).all()
     where = np.isnan(made.states[0]["geopotential"].to_numpy()[0, 0])
-    assert where.sum() == 4 and np.abs(raw.of_date.mean()) < 0.1
+    assert where.sum() == 4 and np.abs(raw.sectors.mean()) < 0.1
 
 
 def test_what_a_network_does_not_see_is_not_withheld() -> None:
@@ -346,16 +434,16 @@ def test_all_statistics_are_of_the_training_dates() -> None:
         principal_components(of_raw, one, places, like)
         for of_raw, one in zip(raw, (made, changed), strict=True)
     ]
-    maps = [whole_map_components(one, made, like) for one in raw]
+    maps = [map_components(one, made, like) for one in raw]
     for one, other in ([of_raw.features for of_raw in raw], parts, maps):
-        for name in ("of_date", "local", "departures", "tokens"):
+        for name in ("sectors", "local", "departures", "tokens"):
             found, again = getattr(one, name), getattr(other, name)
             if found is not None:
                 bound = 1e-9 if found.dtype == np.float64 else 1e-5 * np.abs(found).max()
                 np.testing.assert_allclose(found[:20], again[:20], atol=bound)
                 assert not np.allclose(found[20:], again[20:], atol=1e-2)
-    assert parts[0].of_date.shape == (40, 16 * 5) and parts[0].local.shape == (40, 6, 5)
-    assert maps[0].of_date.shape == (40, 19) and maps[0].local is None
+    assert parts[0].sectors.shape == (40, 8, 16 * 5) and parts[0].local.shape == (40, 6, 5)
+    assert maps[0].sectors.shape == (40, 8, 5) and maps[0].local is None
 
 
 def latents_like(places: TokenPlaces, num_features: int) -> Features:
@@ -364,7 +452,7 @@ def latents_like(places: TokenPlaces, num_features: int) -> Features:
     rng = np.random.default_rng(0)
     local = rng.standard_normal((count, num_places, num_features))
     tokens = rng.standard_normal((count, len(places.spread_out()[0]), num_features))
-    bands = rng.standard_normal((count, 16 * num_features))
+    bands = rng.standard_normal((count, places.sectors, 16 * num_features))
     return Features("latents", 0, bands, local, local, tokens)
 
 
@@ -392,10 +480,11 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
     assert found.tokens is not None  # products with unit vectors, in float32
     bound = 8 * np.finfo(np.float32).eps * np.linalg.norm(raw.features.local, axis=-1).max()
     np.testing.assert_allclose(found.tokens[cases_of, number[spread]], expected, atol=bound)
-    whole = whole_map_components(raw, made, latents_like(places, 3))
-    maps = raw.features.of_date
-    expected = PCA(19).fit(maps[:20].astype(float)).transform(maps.astype(float))
-    np.testing.assert_allclose(np.abs(whole.of_date), np.abs(expected), atol=1e-9)
+    whole = map_components(raw, made, latents_like(places, 3))
+    maps = raw.features.sectors.astype(float)
+    maps = (maps - maps[:20].mean(axis=0)).reshape(40 * 8, -1)
+    expected = PCA(3, svd_solver="full").fit(maps[: 20 * 8]).transform(maps).reshape(40, 8, 3)
+    np.testing.assert_allclose(np.abs(whole.sectors), np.abs(expected), atol=1e-9)
 
 
 def test_means_over_bands_tell_the_latitude_that_the_mean_over_the_sphere_hides() -> None:
@@ -424,9 +513,9 @@ def test_departures_are_from_every_tokens_mean_over_the_training_dates() -> None
     first = raw.local.shape[-1] // 2  # the day before comes first; tokens of one cell
     np.testing.assert_allclose(raw.departures[..., first], expected, atol=1e-9)
     question = ask("anomaly_24h", made, places)
-    np.testing.assert_array_equal(question.inputs(raw), raw.departures.reshape(240, -1))
+    np.testing.assert_array_equal(question.inputs(raw, made), raw.departures.reshape(240, -1))
     belts = ask("latitude_belt", made, places)
-    np.testing.assert_array_equal(belts.inputs(raw), raw.local.reshape(240, -1))
+    np.testing.assert_array_equal(belts.inputs(raw, made), raw.local.reshape(240, -1))
 
 
 def test_places_are_drawn_by_area_and_tokens_average_their_cells() -> None:
@@ -486,6 +575,22 @@ def test_too_few_dates_and_odd_time_steps_are_named() -> None:
     odd = replace(short, times=short.times[0] + np.arange(12) * np.timedelta64(5, "h"))
     with pytest.raises(ValueError, match="step of 5 h does not divide a day"):
         chosen_runs({"train": [odd]}, window_steps=4, every=1)
+
+
+def test_parts_of_a_record_with_gaps_are_one_run_and_short_ones_have_no_dates() -> None:
+    whole = segment()
+    parts = [replace(whole, name=f"waves@{part}", part=part) for part in "abc"]
+    stub = replace(parts[1], times=whole.times[:3], partial=True)
+    records = {"train": [parts[0], stub, parts[1], parts[2]], "validation": [parts[0]],
+               "test": [stub, parts[1]]}  # fmt: skip
+    runs = chosen_runs(records, window_steps=4, every=1)
+    dates = len(whole.times) - 8  # a day before and after
+    assert [(run.split, len(run.steps)) for run in runs] == [
+        ("train", dates), ("train", dates), ("train", dates), ("validation", dates), ("test", dates)
+    ]  # fmt: skip
+    read = read_cases(runs, {whole.variables[0]: whole.levels[:1]})
+    assert read.run.tolist() == [0] * 3 * dates + [1] * dates + [2] * dates
+    np.testing.assert_array_equal(read.times[:dates], whole.times[4:-4])
 
 
 def test_a_checkpoint_that_cannot_embed_is_refused_before_anything_is_read() -> None:
