@@ -38,12 +38,10 @@ def check_regions(config: EvaluateConfig, grid: Grid) -> None:
 
 
 def empty_tally(
-    config: EvaluateConfig, task: str, model_name: str = "model", given_block: int = 1
+    config: EvaluateConfig, task: str, model_name: str = "model", box_shift: int = 0
 ) -> Tally:
-    """A tally of all scores and diagnostics. given_block: cells along a side of the blocks whose
-    means the task is given."""
+    """A tally of all scores and diagnostics. box_shift: see `AreaMeans`."""
     low, high = config.tails
-    shift = given_block // 2
     return Tally(
         task=task,
         model_name=model_name,
@@ -52,12 +50,12 @@ def empty_tally(
             *DEFAULT_SCORES,
             Outliers(),
             *event_scores(low, high),
-            *joint_scores(shift),
-            *area_event_scores(high, shift),
+            *joint_scores(box_shift),
+            *area_event_scores(high, box_shift),
         ),
         diagnostics=(
             RankHistogram(),
-            *joint_rank_histograms(shift),
+            *joint_rank_histograms(box_shift),
             Reliability(high),
             ZonalSpectrum(),
             SphericalSpectrum(),
@@ -72,10 +70,12 @@ def example_of(
     *,
     hidden: np.ndarray | None = None,
     baselines: Mapping[str, xr.Dataset] | None = None,
+    box_shift: int = 0,
 ) -> Example:
     """One variable of the first case at its middle level and last lead time, without the input.
 
     hidden: cells [lat, lon] that were predicted; all by default. baselines: of the same cases.
+    box_shift: see `AreaMeans`.
     """
     dim = time_dim(predicted)
 
@@ -97,7 +97,8 @@ def example_of(
     }
     cells = None if hidden is None else xr.DataArray(hidden, dims=("latitude", "longitude"))
     first = predicted[[name]].isel({dim: [0]})
-    plume = plume_of(at_level(first[name]), at_level(truth_for(first, truth)[name]), cells)
+    beside_it = truth_for(first, truth)
+    plume = plume_of(at_level(first[name]), at_level(beside_it[name]), cells, box_shift)
     return Example(name, level, true.load(), case.load(), cells, baselines=beside, plume=plume)
 
 

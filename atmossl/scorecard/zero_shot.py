@@ -186,8 +186,7 @@ def _score_task(
         )
     baselines = build_baselines(task.name, setting)
     others = fitted_other_models(plan, setting, training)
-    coarse = task.downscaling
-    tally = empty_tally(config, task.name, given_block=coarse.factor if coarse else 1)
+    tally = empty_tally(config, task.name, box_shift=_box_shift(task))
     examples = [
         _tallied(tally, run, baselines, others, climate, str(n)) for n, run in enumerate(runs)
     ]
@@ -223,10 +222,22 @@ def _tallied(
         if 0 <= place < predicted.sizes[dim]:
             chosen = predicted.isel({dim: [place]})
             examples = [
-                example_of(chosen, here, str(name), hidden=hidden, baselines=answers)
+                example_of(
+                    chosen,
+                    here,
+                    str(name),
+                    hidden=hidden,
+                    baselines=answers,
+                    box_shift=_box_shift(plan.task),
+                )  # fmt: skip
                 for name in predicted.data_vars
             ]
     return _with_inputs(plan, times[middle], examples)
+
+
+def _box_shift(task: Task) -> int:
+    """Half the side of the blocks whose means a downscaling is given; 0 for other tasks."""
+    return task.downscaling.factor // 2 if task.downscaling else 0
 
 
 def _with_inputs(plan: Plan, time: np.datetime64, examples: list[Example]) -> list[Example]:

@@ -173,3 +173,13 @@ def test_members_without_a_kind_are_taken_for_draws():
     example = example_with()
     example.prediction["member"].attrs.clear()
     assert what_members_are(example).startswith("A member is one draw")
+
+
+def test_a_plume_of_shifted_boxes_starts_further_north_and_east() -> None:
+    truth, members = truth_and_members()
+    plain, shifted = (plume_of(members, truth, box_shift=shift) for shift in (0, 2))
+    cut = {dim: slice(2, None) for dim in ("latitude", "longitude")}
+    further = plume_of(members.isel(cut), truth.isel(cut))
+    assert plain and shifted and further
+    assert shifted.place == further.place != plain.place
+    np.testing.assert_allclose(shifted.members, further.members, rtol=1e-6)

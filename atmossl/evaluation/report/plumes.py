@@ -16,14 +16,18 @@ _LEAD, _BOX = "lead_time", ("latitude", "longitude")
 
 
 def plume_of(
-    prediction: xr.DataArray, truth: xr.DataArray, hidden: xr.DataArray | None = None
+    prediction: xr.DataArray,
+    truth: xr.DataArray,
+    hidden: xr.DataArray | None = None,
+    box_shift: int = 0,
 ) -> Plume | None:
     """Box means of one variable and level of a case [lead_time, latitude, longitude], or without
     lead time; of the prediction with `member`.
 
     With more than one lead time they are those of one box against lead time, else those of all
     boxes of one row against longitude. Boxes have 8 x 8 cells, or 4 x 4 where the former are wide
-    or none of them was hidden as a whole. None if no box was, or with one member only.
+    or none of them was hidden as a whole. None if no box was, or with one member only. box_shift:
+    see `AreaMeans`.
     """
     if prediction.sizes.get("member", 1) < 2:
         return None
@@ -32,8 +36,8 @@ def plume_of(
     least = min(asked.sizes[dim] for dim in _BOX)
     spacing = 180.0 if least == 1 else abs(float(truth["latitude"][1] - truth["latitude"][0]))
     for size in (8, 4) if 8 * spacing <= _WIDEST else (4,):
-        boxes = AreaMeans(size)
-        if least < size:
+        boxes = AreaMeans(size, box_shift)
+        if least < size + box_shift:
             continue
         is_whole = _means(asked, boxes).notnull()
         if bool(is_whole.any()):
@@ -52,7 +56,7 @@ def _means(field: xr.DataArray, boxes: AreaMeans) -> xr.DataArray:
     for dim in _BOX:
         values = np.unwrap(field[dim].to_numpy().astype(float), period=360.0)
         half = abs(values[1] - values[0]) / 2.0
-        groups = values[: means.sizes[dim] * boxes.size].reshape(-1, boxes.size)
+        groups = values[boxes.shift :][: means.sizes[dim] * boxes.size].reshape(-1, boxes.size)
         coords[dim] = groups.mean(axis=1)
         coords[f"{dim}_from"] = (dim, groups.min(axis=1) - half)
         coords[f"{dim}_to"] = (dim, groups.max(axis=1) + half)
