@@ -99,6 +99,22 @@ def test_without_lead_times_there_is_a_row_of_boxes_of_which_only_hidden_ones_ar
     assert plume_of(members.isel(member=[0]), truth) is None
 
 
+def test_boxes_lie_across_the_blocks_whose_means_were_given():
+    """Members that have every given mean differ in such boxes."""
+    truth, members = (field.isel(lead_time=0, drop=True) for field in truth_and_members())
+    rows = np.cos(np.deg2rad(truth["latitude"].to_numpy()))  # proportional to the area of a cell
+    members = members.transpose("member", ...)
+    weighted = ((members - truth).to_numpy() * rows[:, None]).reshape(4, 8, 4, 16, 4)
+    error = weighted.mean(axis=(2, 4)) / rows.reshape(8, 4).mean(axis=1)[:, None]
+    given = members - xr.DataArray(np.kron(error, np.ones((4, 4))), dims=members.dims)
+    across, along = (plume_of(given, truth, box_shift=shift) for shift in (2, 0))
+    assert across is not None and along is not None
+    np.testing.assert_allclose(along.members.T, np.tile(along.truth, (4, 1)), atol=1e-5)
+    assert across.place == "4 x 4 cells, 34 to 56 °N"
+    np.testing.assert_allclose(across.positions[0] - along.positions[0], 2 * 5.625)
+    assert float(across.members.std(axis=1).min()) > 0.01
+
+
 def test_fine_grids_have_boxes_of_8_by_8_cells():
     truth = make_dataset(num_times=1, num_lat=64, num_lon=128)["temperature"].isel(level=0, time=0)
     plume = plume_of(xr.concat([truth, truth + 1.0], "member"), truth)
