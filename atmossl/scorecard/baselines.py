@@ -61,6 +61,11 @@ class Setting:
     def regresses(self) -> bool:
         return self.with_ridge and len(self.complete) > 0
 
+    @property
+    def fits_ridge(self) -> bool:
+        """Whether a ridge regression is fitted for the task, by channels or by places."""
+        return problem_of(self) is not None or (self.regresses and self.task.name == "inpainting")
+
     def fitted(self) -> Baselines:
         """The ridge regression of the training record, or none; missing for other variables."""
         problem = problem_of(self)

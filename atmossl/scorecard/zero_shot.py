@@ -179,7 +179,7 @@ def _score_task(
     rng: np.random.Generator,
 ) -> TaskReport:
     plan, climate = runs[0].plan, setting.climate
-    if setting.regresses:
+    if setting.fits_ridge:
         console_of_output().print(
             f"{task.name}: fitting a ridge regression to the training record, which takes minutes "
             "on a long one (ridge=false leaves it out)"
