@@ -110,8 +110,8 @@ def save_contents(contents: Any, path: Path) -> None:
     seal_file(path)
 
 
-def write_output(contents: Any, path: Path, key: str = "output") -> None:
-    """Write the checkpoint that a command's key names, atomically.
+def write_output(contents: Any, path: Path) -> None:
+    """Write the checkpoint that a command's key `output` names, atomically.
 
     Raises:
         OSError: names key and file beside the system's words.
@@ -120,7 +120,7 @@ def write_output(contents: Any, path: Path, key: str = "output") -> None:
         write_atomically(path, lambda partial: save_contents(contents, partial))
     except OSError as error:
         words = error.strerror or str(error)
-        raise OSError(f"{key}={path} could not be written: {words}") from error
+        raise OSError(f"output={path} could not be written: {words}") from error
 
 
 def check_room(path: Path, num_bytes: int, key: str = "output") -> None:

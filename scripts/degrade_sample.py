@@ -108,8 +108,7 @@ def pattern(like: xr.DataArray, rng: np.random.Generator) -> xr.DataArray:
     """Smooth random fields in the shape of others, of root mean square 1 over the globe."""
     rough = like.copy(data=rng.standard_normal(like.shape))
     fields = smoothed(rough, PATTERN_SMOOTHINGS)
-    latitude = like["latitude"]
-    area = latitude.copy(data=np.cos(np.deg2rad(latitude.to_numpy())))
+    area = like["latitude"].copy(data=grid_of(like.to_dataset(name="x")).weights)
     return fields / np.sqrt((fields**2).weighted(area).mean(("latitude", "longitude")))
 
 

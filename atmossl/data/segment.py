@@ -329,12 +329,12 @@ class Segment:
         """The times of the steps as hours since 1970-01-01T00, float64."""
         return hours_since_1970(self.times[start : start + count])
 
-    def find_time(self, time: np.datetime64, key: str = "init_time") -> int:
+    def find_time(self, time: np.datetime64) -> int:
         """Index of a time; ValueError names the covered period if it is not there."""
         index = int(np.searchsorted(self.times, time))
         if index == len(self.times) or self.times[index] != time:
             raise ValueError(
-                f"{key}={self.calendar.show(time)} is not in segment {self.name}; valid: "
+                f"init_time={self.calendar.show(time)} is not in segment {self.name}; valid: "
                 f"every {self.step_hours:g} h from {self.period}"
             )
         return index

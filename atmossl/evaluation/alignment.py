@@ -72,12 +72,13 @@ def select_times(dataset: xr.Dataset, times: xr.DataArray, where: str) -> xr.Dat
     return chosen.assign_coords({dim: times[dim] for dim in times.dims})
 
 
-def truth_for(prediction: xr.Dataset, truth: xr.Dataset, where: str = "the truth") -> xr.Dataset:
+def truth_for(prediction: xr.Dataset, truth: xr.Dataset) -> xr.Dataset:
     """Truth beside every case of the prediction, on its variables, levels and cells.
 
     Raises:
         ValueError: variables, times or levels are missing, or the grids differ.
     """
+    where = "the truth"
     truth = _same_variables(truth, prediction, where)
     chosen = select_times(truth, case_times(prediction), where)
     return _on_labels(chosen, prediction, ("level",), where)

@@ -378,10 +378,6 @@ def _datasets(
     for stream, other in dict.fromkeys((of[1], of[2]) for of in parts):
         layers = sorted(of[0] for of in parts if of[1:] == (stream, other))
         by_layer = [parts[layer, stream, other] for layer in layers]
-
-        def stacked(name: str, by_layer: list[dict[str, Any]] = by_layer) -> np.ndarray:
-            return np.stack([part[name] for part in by_layer])
-
         seen = streams[other]
         dims = {
             "by_place": ("place", "latitude", "longitude"),
@@ -390,7 +386,10 @@ def _datasets(
             "uniform_distance": ("unit", "place"),
         }
         datasets[stream, other] = xr.Dataset(
-            {name: (("layer", "head", *own), stacked(name)) for name, own in dims.items()},
+            {
+                name: (("layer", "head", *own), np.stack([part[name] for part in by_layer]))
+                for name, own in dims.items()
+            },
             coords={
                 "layer": layers,
                 "reach": (("layer", "head"), [list(part["reaches"]) for part in by_layer]),

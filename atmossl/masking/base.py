@@ -180,11 +180,13 @@ def with_coarse_means(
     return torch.where(repeat_coarse(below_zero, factor), scaled, shifted)
 
 
-def interpolate_coarse(coarse: Tensor, factor: int) -> Tensor:
-    """Bicubic interpolation from coarse to fine cell centres, edges repeated."""
-    flat = coarse.flatten(0, -3)[:, None]
-    fine = functional.interpolate(flat, scale_factor=factor, mode="bicubic", align_corners=False)
-    return fine[:, 0].unflatten(0, coarse.shape[:-2])
+def interpolate_cells(
+    fields: Float[Tensor, "*axes coarse_lat coarse_lon"], size: tuple[int, int]
+) -> Float[Tensor, "*axes lat lon"]:
+    """Bicubic interpolation to the centres of `size` smaller cells, edges repeated."""
+    flat = fields.flatten(0, -3)[:, None]
+    fine = functional.interpolate(flat, size=size, mode="bicubic", align_corners=False)
+    return fine[:, 0].unflatten(0, fields.shape[:-2])
 
 
 def steps_of(key: str, hours: float, step_hours: float) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, StreamWindow, token_grid
 from atmossl.geometry import Grid
-from atmossl.masking.base import TokenLayout
+from atmossl.masking.base import TokenLayout, interpolate_cells
 from atmossl.masking.tasks import Task, TimePlan, given_steps
 
 _HALO = 2  # coarse columns that the cubic interpolation reads on each side
@@ -139,15 +139,13 @@ def _on_cells(fields: Tensor, window: StreamWindow) -> Tensor:
     num_lat, num_lon = window.fields.shape[-2:]
     if fields.shape[-2:] == (num_lat, num_lon):
         return fields
-    flat = fields.flatten(0, -4)
     if fields.shape[-1] > num_lon:
-        fine = functional.interpolate(flat, size=(num_lat, num_lon), mode="area")
-    else:
-        wide, beyond = flat, 0
-        if token_grid(window).periodic:
-            wide = torch.cat([flat[..., -_HALO:], flat, flat[..., :_HALO]], dim=-1)
-            beyond = _HALO * num_lon // fields.shape[-1]
-        size = (num_lat, num_lon + 2 * beyond)
-        fine = functional.interpolate(wide, size=size, mode="bicubic", align_corners=False)
-        fine = fine[..., beyond : beyond + num_lon]
-    return fine.unflatten(0, fields.shape[:-3])
+        flat = fields.flatten(0, -4)
+        means = functional.interpolate(flat, size=(num_lat, num_lon), mode="area")
+        return means.unflatten(0, fields.shape[:-3])
+    if not token_grid(window).periodic:
+        return interpolate_cells(fields, (num_lat, num_lon))
+    wide = torch.cat([fields[..., -_HALO:], fields, fields[..., :_HALO]], dim=-1)
+    beyond = _HALO * num_lon // fields.shape[-1]
+    fine = interpolate_cells(wide, (num_lat, num_lon + 2 * beyond))
+    return fine[..., beyond : beyond + num_lon]

@@ -34,7 +34,7 @@ from atmossl.masking.base import (
     Points,
     TokenLayout,
     coarsen,
-    interpolate_coarse,
+    interpolate_cells,
     points_of,
     repeat_coarse,
     share_known,
@@ -231,7 +231,8 @@ def _coarsened(
         coarse = torch.where(share > 0, coarse / share, coarse)
         present = torch.where(coarsened, repeat_coarse(share > 0, factor), window.valid)
     source = torch.where(coarsened, repeat_coarse(coarse, factor), source)
-    return source, interpolate_coarse(coarse, factor), present
+    num_lat, num_lon = source.shape[-2:]
+    return source, interpolate_cells(coarse, (num_lat, num_lon)), present
 
 
 def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:
