@@ -106,6 +106,8 @@ class Model:
         """
         counts = {"tilings": tilings, "batch_size": batch_size}
         _check_choices(dataset, layout, input_limits, **counts)
+        if not hasattr(seed, "__index__") or seed < 0:
+            raise ValueError(f"seed={seed!r}; valid: a whole number, 0 or more")
         sampler = _sampler(task, choices)
         settings = {"device": self.device, "seed": seed, "fill_missing": fill_missing}
         options = Options(overlap=overlap, members=_chosen_members(members), **counts, **settings)

@@ -2,6 +2,7 @@
 makes a poor model of the sample."""
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 import xarray as xr
 
 from atmossl.batch import StreamSpec, StreamWindow, TokenSize, detokenise, token_grid
+from atmossl.data.catalog import catalog_entry
+from atmossl.data.store import open_entry
 from atmossl.inference.out_of_training_warnings import unseen
 from atmossl.masking.base import TokenLayout
 from atmossl.masking.correction import Correction, other_model_guess, other_models
@@ -164,6 +167,20 @@ RECORD = dataset(steps=40)
 def said(script, run: int = 0, seed: int = 0, **errors) -> xr.Dataset:
     climate = script.Climate.of([RECORD])
     return script.forecasts(RECORD, climate, perfect(script, **errors), seed, run)
+
+
+def test_a_catalog_entry_whose_stores_are_not_made_yet_names_their_script(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("degraded_sample", "degraded_sample_coarse"):
+        entry = catalog_entry(name)
+        with pytest.raises(ValueError, match=r"run_0\.zarr does not exist; `(.*)` makes") as told:
+            open_entry(entry, "run_0")
+        made_by = re.search("`python (.*)`", str(told.value))
+        assert made_by is not None and (Path(__file__).parents[1] / made_by[1]).exists()
+    with pytest.raises(ValueError, match=r"does not exist; valid: a zarr store"):
+        open_entry(entry.model_copy(update={"made_by": ""}), "run_0")
 
 
 def test_a_model_without_errors_says_the_truth(script) -> None:

@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from atmossl.batch import PRIMARY
+from atmossl.inference.calibration import SpreadInflation
 from atmossl.inference.checkpoint import load_checkpoint, objective_name
 from atmossl.plugins import check_plugins
+from atmossl.setting_types import snake_case
 
 
 def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
@@ -30,6 +32,7 @@ def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
         ),
         **_objective(checkpoint_record),
         "digest": trained.digest,
+        **_calibration(checkpoint_record),
         **({"hub": checkpoint_record["hub"]} if "hub" in checkpoint_record else {}),
         **{f"plugin of {key}": name for key, name in checkpoint_record.get("plugins", {}).items()},
         **{f"model.{key}": str(value) for key, value in checkpoint_record["model"].items()},
@@ -40,6 +43,20 @@ def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     Console(markup=False).print(table)
+
+
+def _calibration(checkpoint_record: dict[str, Any]) -> dict[str, str]:
+    """A line for every kind of task whose spread `atmossl calibrate` has fitted: at which hours
+    from the reference time, and in which bands."""
+    lines = {}
+    for kind in checkpoint_record.get("spread", {}):
+        spread = SpreadInflation.of(checkpoint_record, kind)
+        assert spread is not None
+        hours = ", ".join(f"{hour:g}" for hour in spread.hours)
+        lines[f"spread of {snake_case(kind)}"] = (
+            f"calibrated at {hours} h for {', '.join(spread.bands())}"
+        )
+    return lines
 
 
 def _objective(checkpoint_record: dict[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from atmossl.inference.calibration import (
     scales_of,
 )
 from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
-from atmossl.inference.plan import Options, Plan, chosen_times, plan_prediction
+from atmossl.inference.plan import Options, Plan, check_draws, chosen_times, plan_prediction
 from atmossl.inference.predict import predict_parts
 from atmossl.inference.writer import (
     check_output,
@@ -138,6 +138,7 @@ def calibrate(values: Mapping[str, Any]) -> Path:
 def _calibrate(config: CalibrateConfig) -> SpreadInflation:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
     trained, segments = open_checkpoint(config, config.task)
+    check_draws(trained, config.members)
     requested = plan_prediction(trained, config.task, segments, _options(config))
     task = requested.task.one_pass()
     checkpoint_record = Calibration(requested.trained.checkpoint_record, task).without_own()

@@ -139,6 +139,12 @@ class OpenedStore:
         return member if isinstance(member, zarr.Array) else None
 
 
+def is_missing(entry: SegmentEntry) -> bool:
+    """Whether nothing lies at the path of a store; unknown of URLs and patterns."""
+    location = resolve_location(entry.location)
+    return "://" not in location and "*" not in location and not Path(location).exists()
+
+
 def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
     """Open a store; a remote one that fails is tried again.
 
@@ -146,7 +152,7 @@ def open_store(entry: SegmentEntry, access: Access = _DEFAULT_ACCESS) -> OpenedS
         ValueError: there is no such store, it cannot be opened, or a package is missing.
     """
     location = resolve_location(entry.location)
-    if "://" not in location and not Path(location).exists() and "*" not in location:
+    if is_missing(entry):
         raise ValueError(
             f"store {location} does not exist; valid: a zarr store, a NetCDF file, a folder or a "
             "pattern of such files, or a URL"

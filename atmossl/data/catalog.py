@@ -76,6 +76,7 @@ class CatalogEntry(Strict):
     gaps: what missing time steps do: `error`, or `split` the record into its unbroken parts, so
         that no window spans a gap.
     training: window and streams that fit the store; those of conf/ where there are none.
+    made_by: the command that writes the stores, told where one is missing.
     """
 
     description: str
@@ -87,6 +88,7 @@ class CatalogEntry(Strict):
     coordinates: dict[str, str] = Field(default_factory=dict)
     gaps: Gaps = "error"
     training: TrainingSettings | None = None
+    made_by: str = ""
     licence: str
     citation: str
 

@@ -23,7 +23,7 @@ from atmossl.data.axes import (
     why_uneven,
     with_regular_axes,
 )
-from atmossl.data.backends import OpenedStore, open_store
+from atmossl.data.backends import OpenedStore, is_missing, open_store
 from atmossl.data.catalog import CatalogEntry, Gaps, Split, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.forcings import FORCINGS, ComputedChunks
@@ -557,7 +557,13 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
 
 def open_entry(entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCESS) -> OpenedStore:
     """The opened store of a segment; the catalog entry decides whether its levels are pressures."""
-    opened = open_store(entry.segments[segment], access)
+    source = entry.segments[segment]
+    if entry.made_by and is_missing(source):
+        raise ValueError(
+            f"store {source.location} does not exist; `{entry.made_by}` makes the stores of this "
+            "catalog entry"
+        )
+    opened = open_store(source, access)
     if entry.levels_are == "model":
         return replace(opened, pressure_levels=False, model_levels=True)
     return opened

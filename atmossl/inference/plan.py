@@ -326,6 +326,17 @@ def _check_members(trained: TrainedModel, members: int | tuple[int, ...] | None)
         )
 
 
+def check_draws(trained: TrainedModel, members: int | None) -> None:
+    """Raise ValueError for a number of members where there are no draws, for commands that take
+    all members of a tail."""
+    if members is not None and not trained.model.any_member:
+        raise ValueError(
+            f"members={members}: the members of this checkpoint are the fixed outputs of its tail, "
+            "and all of them are taken; valid: members=null. Any number can be drawn of a network "
+            "with model.ensemble=noise"
+        )
+
+
 def _grid(task: Task, segment: Segment) -> Grid:
     if task.coarse_factor == 1:
         return segment.grid

@@ -138,6 +138,7 @@ def _members(members: Any) -> int | tuple[int, ...] | None:
     """The number of members, or the numbers of some members."""
     if members is None:
         return None
+    members = members.tolist() if hasattr(members, "tolist") else members  # of numpy
     listed = isinstance(members, Sequence) and not isinstance(members, str)
     numbers: list[Any] = [*members] if listed else [members]
     whole = all(hasattr(number, "__index__") and number is not True for number in numbers)

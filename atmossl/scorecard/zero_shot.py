@@ -15,7 +15,7 @@ from atmossl.evaluation.report.content import Example, Given, TaskReport
 from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.verify import Tally
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.plan import Options, Plan, plan_prediction
+from atmossl.inference.plan import Options, Plan, check_draws, plan_prediction
 from atmossl.inference.tiles import first_view
 from atmossl.inference.visible_input import VisibleInput, visible_inputs
 from atmossl.inference.writer import predictions
@@ -91,6 +91,7 @@ def _runs(
 ) -> list[list[_Run]]:
     """The dates of every record that are scored, for every task. ValueError for a task that fits
     neither store nor model."""
+    check_draws(trained, config.members)
     options = Options(
         overlap=config.overlap,
         tilings=config.tilings,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atmossl.batch import PRIMARY
+from atmossl.cli import main
 from atmossl.inference.calibration import (
     Calibration,
     SpreadInflation,
@@ -16,6 +17,7 @@ from atmossl.inference.calibration import (
     estimate_inflation,
     zonal_bands,
 )
+from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Plan
 from atmossl.inference.predict import predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
@@ -177,6 +179,20 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
     inflation = SpreadInflation(np.zeros(1), {"t": found[:, None, None]}, edges)
     record = json.loads(json.dumps(Calibration({}, Forecast(6)).replaced(inflation)))
     np.testing.assert_allclose(factors(record), 1.0, rtol=0.12)  # bands overlap
+
+
+@pytest.mark.parametrize("checkpoint", ["default", "default_joint"])
+def test_info_tells_of_which_tasks_the_spread_is_calibrated(checkpoint: str, capsys) -> None:
+    assert main(["info", f"checkpoint={checkpoint}"]) == 0
+    said = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
+    record = load_checkpoint(checkpoint).checkpoint_record["spread"]
+    names = {"Forecast": "forecast", "TemporalInterpolation": "temporal_interpolation"}
+    assert set(names) < set(record)
+    for kind, name in names.items():
+        hours = ", ".join(f"{hour:g}" for hour in record[kind]["hours"])
+        assert f"spread of {name} calibrated at {hours} h for " in said
+    bands = "waves of 3000 to 8000 km" if record["Forecast"].get("edges_km") else "all scales"
+    assert bands in said
 
 
 def test_one_member_has_no_spread() -> None:

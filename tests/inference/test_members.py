@@ -1,5 +1,6 @@
 """Members that are draws of noise: one field over all tiles, dates, batches and passes."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import xarray as xr
 
-from atmossl.api import load, open_data
+from atmossl.api import Model, load, open_data
 from atmossl.batch import (
     PRIMARY,
     Prediction,
@@ -101,6 +102,18 @@ def test_a_tail_has_no_more_members_than_it_has() -> None:
             predictor(Forecast(6), Known(lambda stream: stream.guess), members=members)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_commands_that_take_all_members_of_a_tail_advise_no_list(
+    command: str, tmp_path: Path, capsys
+) -> None:
+    """A list, which `predict` takes, they would refuse."""
+    output = tmp_path / "out.ckpt"
+    assert main([command, "members=4", f"output={output}", "accelerator=cpu"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(r"members=4: .* tail, and all of them are taken; valid: members=null\.", said)
+    assert "members=[" not in said and "\n" not in said and not output.exists()
+
+
 def guess_of(stream: StreamTokens) -> torch.Tensor:
     return stream.guess
 
@@ -148,6 +161,22 @@ def test_members_that_are_none_are_one_line(members: Any) -> None:
         ValueError, match=r"members.*: valid: null for all, a number from 1 on, or some by their"
     ):
         load().predict("forecast", open_data(), "1959-02-12T00", members=members)
+
+
+def test_members_may_be_an_array() -> None:
+    trained = predictor(Forecast(6), Known(guess_of, (-1.0, 0.5, 2.0, 3.0))).trained
+    now, model = "2001-01-02", Model(trained, "cpu")
+    expected = model.predict("forecast", STORE, now, lead_time="6h", members=[2, 0])
+    found = model.predict("forecast", STORE, now, lead_time="6h", members=np.array([2, 0]))
+    xr.testing.assert_equal(found, expected)
+    assert found["member"].values.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "two", None])
+def test_a_seed_that_is_none_is_one_line(seed: Any) -> None:
+    trained = predictor(Forecast(6), Known(guess_of)).trained
+    with pytest.raises(ValueError, match=r"^seed=.*; valid: a whole number, 0 or more$"):
+        Model(trained, "cpu").predict("forecast", STORE, "2001-01-02", lead_time="6h", seed=seed)
 
 
 def test_commas_make_a_list_of_members_and_of_dates() -> None:
