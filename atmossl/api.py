@@ -45,6 +45,7 @@ from atmossl.plugins import check_plugins
 from atmossl.schema import ChosenMembers
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.targets import ChosenTask, trained_sampler
+from atmossl.value_faults import listed
 
 
 @dataclass(frozen=True)
@@ -250,16 +251,16 @@ def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
 def _check_data(plan: Plan, data: str) -> None:
     if data not in plan.coverage:
         have = sorted(plan.coverage)
-        raise ValueError(f"data={data!r} is predicted by no stream; valid: {have}")
+        raise ValueError(f"data={data!r} is predicted by no stream; valid: {listed(have)}")
 
 
 def _check_choices(dataset: Any, layout: str, input_limits: str, **counts: int) -> None:
     if not isinstance(dataset, xr.Dataset):
         raise ValueError(f"dataset is a {type(dataset).__name__}; valid: an xarray.Dataset")
     if layout not in get_args(LayoutName):
-        raise ValueError(f"layout={layout!r}; valid: {list(get_args(LayoutName))}")
+        raise ValueError(f"layout={layout!r}; valid: {listed(get_args(LayoutName))}")
     if input_limits not in get_args(InputLimits):
-        raise ValueError(f"input_limits={input_limits!r}; valid: {list(get_args(InputLimits))}")
+        raise ValueError(f"input_limits={input_limits!r}; valid: {listed(get_args(InputLimits))}")
     for key, count in counts.items():
         if count < 1:
             raise ValueError(f"{key}={count}; valid: 1 or more")
@@ -345,7 +346,7 @@ def read_task(task: str) -> Any:
     path = Path(task) if task.endswith((".yaml", ".yml")) else folder / f"{task}.yaml"
     if not path.is_file():
         names = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise ValueError(f"task={task}: no file {path}; valid: {names}, or a YAML file")
+        raise ValueError(f"task={task}: no file {path}; valid: {listed(names)}, or a YAML file")
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -23,7 +23,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from atmossl.setting_types import NotNegativeFloat, Positive
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average
 PRIMARY = "primary"  # name of the source that is the run's own data, on whose grid windows are cut
@@ -126,7 +126,7 @@ class StreamSpec:
                 divisors = [n for n in range(1, points + 1) if points % n == 0]
                 raise ValueError(
                     f"stream.{self.name}.token_size.{axis}={step} does not divide "
-                    f"data.window.{axis}={points}; valid: {divisors}"
+                    f"data.window.{axis}={points}; valid: {listed(divisors)}"
                 )
         return self.num_levels // size.level, time // size.time, lat // size.lat, lon // size.lon
 

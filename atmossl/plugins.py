@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
 
 from atmossl.setting_types import target_name
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 GROUP = "atmossl.plugins"
 _REST = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -107,7 +107,7 @@ def find_class(
             raise LookupError("this is no class of the kind that is needed here")
     except LookupError as error:
         example = f"a {base.__module__}.{base.__name__} of your own as package.module.Class"
-        valid = f"{sorted(builtin)}, or {example}" if builtin else example
+        valid = f"{listed(sorted(builtin))}, or {example}" if builtin else example
         raise as_error("_target_", [fault("unknown_target", f"{error.args[0]}; valid: {valid}",
                                           ("_target_",), target)]) from error  # fmt: skip
     return kind

@@ -6,7 +6,7 @@ All that is read from users and checked by pydantic is told by these words: conf
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _MAPPING = "keys and values, such as {{KEY: VALUE}}"
@@ -120,6 +120,11 @@ def in_plain_words(fault: Any) -> str:
     if "expected" in limits:  # the choices, as Python writes them
         limits["expected"] = _CHOICE.sub(lambda found: _PYTHON[found[0]], limits["expected"])
     return f"valid: {words.format(**limits)}"
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Values side by side as a message names them, such as after `valid:`."""
+    return ", ".join(map(as_written, values))
 
 
 def as_written(value: Any) -> str:

@@ -18,7 +18,7 @@ from atmossl.composition import compose_with_tasks
 from atmossl.data.catalog import CatalogEntry, load_catalog
 from atmossl.schema import ConfigError, checked
 from atmossl.schema.config_errors import lines_of
-from atmossl.value_faults import as_written, in_plain_words
+from atmossl.value_faults import as_written, in_plain_words, listed
 
 # Words of programmers, with which pydantic says what it expects.
 FOREIGN = re.compile(
@@ -167,3 +167,15 @@ def test_a_catalog_is_told_in_the_same_words(tmp_path: Path) -> None:
                 refused += 1
                 assert not FOREIGN.search(str(error)), (path, wrong, str(error))
     assert refused > 30 and isinstance(CatalogEntry(**good), CatalogEntry)
+
+
+def test_valid_values_are_listed_as_a_user_writes_them() -> None:
+    assert listed(["air", 500, 0.25, None, True]) == "air, 500, 0.25, null, true"
+    assert listed({"b": 1, "a": 2}) == "b, a"
+    sources = Path(atmossl.schema.__file__).parents[1].rglob("*.py")
+    of_python = re.compile(
+        r"""(?:valid|known): (?:"\s*f")?\{(?:sorted\(|list\(|tuple\(|get_args\(|\[)"""
+    )
+    for source in sources:
+        found = of_python.search(source.read_text())
+        assert found is None, f"{source}: {found}"

@@ -31,6 +31,7 @@ from atmossl.plugins import check_plugins
 from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice, checked
 from atmossl.schema.targets import trained_sampler
 from atmossl.schema.training import WarmStartConfig
+from atmossl.value_faults import listed
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +120,9 @@ def check_split(data: StoreChoice, split: str) -> None:
     if data.name is not None:
         splits = catalog_entry(data.name, data.catalog).splits
         if split not in splits:
-            raise ValueError(f"split={split} is not in data={data.name}; valid: {sorted(splits)}")
+            raise ValueError(
+                f"split={split} is not in data={data.name}; valid: {listed(sorted(splits))}"
+            )
 
 
 def open_checkpoint(
@@ -193,5 +196,5 @@ def open_for(
     chosen = tuple(segment for segment in segments if segment.is_called(name))
     if not chosen:
         have = sorted({segment.name for segment in segments})
-        raise ValueError(f"segment={name} is not in split={split}; valid: {have}")
+        raise ValueError(f"segment={name} is not in split={split}; valid: {listed(have)}")
     return chosen

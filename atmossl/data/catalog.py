@@ -18,7 +18,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from atmossl.setting_types import Strict
-from atmossl.value_faults import as_written, in_plain_words
+from atmossl.value_faults import as_written, in_plain_words, listed
 
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
@@ -96,7 +96,7 @@ class CatalogEntry(Strict):
     def _coordinates_are_canonical(self) -> "CatalogEntry":
         unknown = sorted(set(self.coordinates) - set(_COORDINATES))
         if unknown:
-            raise ValueError(f"coordinates {unknown} do not exist; valid: {list(_COORDINATES)}")
+            raise ValueError(f"coordinates {unknown} do not exist; valid: {listed(_COORDINATES)}")
         return self
 
     @model_validator(mode="after")
@@ -113,7 +113,7 @@ class CatalogEntry(Strict):
                 if period.segment not in self.segments:
                     raise ValueError(
                         f"splits.{split} names segment {period.segment!r}; "
-                        f"valid: {sorted(self.segments)}"
+                        f"valid: {listed(sorted(self.segments))}"
                     )
         return self
 
@@ -230,7 +230,7 @@ def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
     meant = f"did you mean {close[0]}? " if close else ""
     raise ValueError(
         f"data.name={as_written(name)} is not in the catalog and no store lies there; "
-        f"{meant}valid: {sorted(entries)}, or the path of a store"
+        f"{meant}valid: {listed(sorted(entries))}, or the path of a store"
     )
 
 

@@ -44,7 +44,7 @@ from atmossl.data.variables import VARIABLES
 from atmossl.locks import check_is_free
 from atmossl.names import file_name
 from atmossl.setting_types import NotNegative, Positive
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 Engine = Literal["threads", "local_cluster", "slurm"]
 _LEVELS = {
@@ -210,7 +210,7 @@ def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
         have = [int(level) for level in dataset["level"].values]
         missing = sorted(set(source.levels) - set(have))
         if missing:
-            raise ValueError(f"{where}: levels {missing} are missing; valid: {have}")
+            raise ValueError(f"{where}: levels {missing} are missing; valid: {listed(have)}")
         dataset = dataset.sel(level=list(source.levels))
     if source.start or source.end:
         _check_dates(dataset, source)

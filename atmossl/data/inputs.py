@@ -2,7 +2,7 @@
 canonical dataset, for `atmossl data ingest`."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from math import prod
@@ -40,7 +40,7 @@ from atmossl.data.metadata import (
 from atmossl.data.store import COORDINATES, MODEL_LEVELS, check_model_levels, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
 from atmossl.geometry import ascending_longitudes
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 # Files that are joined, and variables of one file, must not contradict each other: what is
 # there twice is refused, as joining would keep the first without a word.
@@ -304,7 +304,7 @@ def _check_found(reading: _Reading, have: set[str], location: str, files: Sequen
         if canonical not in have:
             raise ValueError(
                 f"input={location}: variables.{canonical}={stored} is not there; valid: "
-                f"{sorted(reading.have)}"
+                f"{listed(sorted(reading.have))}"
             )
     if not have:
         raise ValueError(f"input={location}: select={reading.selection} leaves no data")
@@ -476,13 +476,13 @@ def _selected(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray
     try:
         array = array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
     except (KeyError, ValueError) as error:
-        valid = {dim: _values(array, dim) for dim in chosen}
+        valid = _by_dimension(array, chosen)
         raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
     if array.sizes.get("step", 1) > 1:  # each date would be there once for every lead time
         valid = _values(array, "step")
         raise ValueError(
             f"input {file}: {array.name} has {array.sizes['step']} lead times (step); choose one, "
-            f"such as select.step={valid[-1]}; valid: {valid}"
+            f"such as select.step={valid[-1]}; valid: {listed(valid)}"
         )
     return array
 
@@ -533,12 +533,17 @@ def _with_canonical_dims(array: xr.DataArray, reading: _Reading, file: str) -> x
     return _of_one_step(renamed[name], file)
 
 
+def _by_dimension(array: xr.DataArray, dims: Iterable[str]) -> str:
+    """The values of some dimensions of an array, as a message names them."""
+    return "; ".join(f"{dim}: {listed(_values(array, dim))}" for dim in dims)
+
+
 def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
     """A variable with canonical dimensions alone, in order, with ascending latitudes and
     longitudes in [0, 360)."""
     further = [dim for dim in array.dims if dim not in ("time", "level", "latitude", "longitude")]
     if further:
-        sizes = {dim: _values(array, str(dim)) for dim in further if dim in array.coords}
+        sizes = _by_dimension(array, [str(dim) for dim in further if dim in array.coords])
         raise ValueError(
             f"input {file}: {array.name} has further dimensions {further}; choose one value of "
             f"each under `select`, valid: {sizes}; or say what they are, such as "

@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.data.variables import SHORT_NAMES, VARIABLES
+from atmossl.value_faults import listed
 
 HPA_PER_UNIT = {
     **dict.fromkeys(("hpa", "mbar", "mb", "millibar", "millibars", "hectopascal"), 1.0),
@@ -183,7 +184,8 @@ def _check_quantity(variable: str, array: xr.DataArray, where: str) -> None:
         valid += tuple(x for x, along in _ALONG_GRID.items() if variable.endswith(along))
     if standard and standard.lower().replace(" ", "_") not in valid:
         raise ValueError(
-            f"{where}: {variable} has standard_name {standard!r}; valid: {sorted(set(valid))}. "
+            f"{where}: {variable} has standard_name {standard!r}; valid: "
+            f"{listed(sorted(set(valid)))}. "
             + (_HEIGHT_ADVICE if is_height(variable, array) else _NAME_ADVICE)
         )
     long_name = says(array.attrs, "long_name")
@@ -518,7 +520,7 @@ def durations(lead: xr.DataArray, where: str) -> np.ndarray:
         return values.astype("timedelta64[ns]")
     units = says(lead.attrs, "units") or "hours"
     if units not in _SECONDS:
-        raise ValueError(f"{where}: {lead.name} in units {units!r}; valid: {[*_SECONDS]}")
+        raise ValueError(f"{where}: {lead.name} in units {units!r}; valid: {listed(_SECONDS)}")
     seconds = np.round(values * _SECONDS[units]).astype(np.int64)
     return seconds.astype("timedelta64[s]").astype("timedelta64[ns]")
 

@@ -39,6 +39,7 @@ from atmossl.data.segment import HOUR, Segment, StoredVariable
 from atmossl.data.variables import check_units
 from atmossl.geometry import Grid, ascending_longitudes
 from atmossl.model_levels import L137_HPA, is_model_level
+from atmossl.value_faults import listed
 
 # Dates that files hold as integers, such as 20200101, as dates.
 
@@ -507,12 +508,14 @@ def open_split(
     """
     if split not in entry.splits:
         raise ValueError(
-            f"split {split!r} is not in the catalog entry; valid: {sorted(entry.splits)}"
+            f"split {split!r} is not in the catalog entry; valid: {listed(sorted(entry.splits))}"
         )
     valid = sorted({*entry.variables, *FORCINGS})
     unknown = sorted(set(variables) - set(valid))
     if unknown:
-        raise ValueError(f"stream variables {unknown} are not in the catalog entry; valid: {valid}")
+        raise ValueError(
+            f"stream variables {unknown} are not in the catalog entry; valid: {listed(valid)}"
+        )
     segments: list[Segment] = []
     for period in entry.splits[split]:
         parts = open_parts(

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from atmossl.setting_types import PositiveFloat
+from atmossl.value_faults import listed
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,8 @@ def check_units(variable: str, units: str | Sequence[str] | None, location: str)
     if not {entry.units, *entry.unit_aliases}.issuperset(stated):
         raise ValueError(
             f"{location}: variable {variable} has units {units!r}; valid: "
-            f"{[entry.units, *entry.unit_aliases]}. `atmossl data ingest` converts usual ones"
+            f"{listed([entry.units, *entry.unit_aliases])}. `atmossl data ingest` converts usual "
+            "ones"
         )
 
 
@@ -381,7 +383,9 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"transform {self.kind!r} does not exist; valid: {get_args(Kind)}")
+            raise ValueError(
+                f"transform {self.kind!r} does not exist; valid: {listed(get_args(Kind))}"
+            )
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale} of a transform must be positive")
 

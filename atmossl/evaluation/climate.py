@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.evaluation.baselines import Prepare, climatology, time_blocks
+from atmossl.value_faults import listed
 
 _QUANTILE_TIMES = 1500
 _DRY_MM = 0.2
@@ -91,7 +92,7 @@ def rain_factor(variable: str, units: object) -> float:
     """
     factor = _TO_MM.get(str(units))
     if factor is None:
-        raise ValueError(f"{variable}: units {units!r} of precipitation; valid: {[*_TO_MM]}")
+        raise ValueError(f"{variable}: units {units!r} of precipitation; valid: {listed(_TO_MM)}")
     return factor
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.inference.plan import Plan
+from atmossl.value_faults import listed
 
 _SHORT_NAMES = {
     "temperature": "t",
@@ -50,7 +51,9 @@ def check_grib(plan: Plan) -> None:
     specs = [spec for spec in plan.trained.own_specs if spec.role == "predict"]
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:
-        raise ValueError(f"output: no GRIB2 name for {unknown}; known: {sorted(_SHORT_NAMES)}")
+        raise ValueError(
+            f"output: no GRIB2 name for {unknown}; known: {listed(sorted(_SHORT_NAMES))}"
+        )
     if np.ptp(np.diff(plan.grid.latitude)) > 1e-3:
         raise ValueError("output: .grib2 of latitudes that are not evenly spaced; write .zarr")
     if min(plan.steps.offsets) < 0:

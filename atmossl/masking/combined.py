@@ -17,6 +17,7 @@ from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.tasks import Points, Task, TimePlan, given_steps, union
 from atmossl.model_levels import standard_pressure
 from atmossl.setting_types import Positive, SignedHours
+from atmossl.value_faults import listed
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Counterfactual(Task):
         if not have.issuperset(new_levels):
             raise ValueError(
                 f"task.levels={sorted(set(new_levels) - have)} are not there to be told as others; "
-                f"valid: {sorted(have)}"
+                f"valid: {listed(sorted(have))}"
             )
         moved = []
         for window in self.task.change_coordinates(windows):

@@ -31,7 +31,7 @@ from atmossl.masking.tasks import (
     told_examples,
 )
 from atmossl.setting_types import NotNegative, Positive
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 
 @runtime_checkable
@@ -295,7 +295,8 @@ class CrossVariable(Task):
             unknown = sorted(set(named) - have)
             if unknown:
                 raise ValueError(
-                    f"task.{key}={as_written(unknown)} are not predicted; valid: {sorted(have)}"
+                    f"task.{key}={as_written(unknown)} are not predicted; valid: "
+                    f"{listed(sorted(have))}"
                 )
 
     def _hidden_levels(self, spec: StreamSpec) -> Bool[Tensor, "level"]:

@@ -20,7 +20,7 @@ from atmossl.masking.base import (
     window_times,
 )
 from atmossl.setting_types import Positive, snake_case
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 _KINDS = {
     "drop": Corruption.DROP,
@@ -72,7 +72,9 @@ class RandomMasking:
         _check_probability("masking.hide_stream", self.hide_stream)
         unknown = sorted(set(self.fractions) - set(_KINDS))
         if unknown:
-            raise ValueError(f"masking.fractions has unknown {unknown}; valid: {sorted(_KINDS)}")
+            raise ValueError(
+                f"masking.fractions has unknown {unknown}; valid: {listed(sorted(_KINDS))}"
+            )
         total = sum(self.fractions.values())
         if abs(total - 1.0) > 1e-6 or min(self.fractions.values()) < 0:
             raise ValueError(f"masking.fractions must be positive and sum to 1, got {total:g}")
@@ -140,7 +142,9 @@ class RandomMasking:
         predicted = {x.spec.name: i for i, x in enumerate(layouts) if x.spec.role == "predict"}
         unknown = sorted(set(self.streams) - set(predicted))
         if unknown:
-            raise ValueError(f"masking.streams has unknown {unknown}; valid: {sorted(predicted)}")
+            raise ValueError(
+                f"masking.streams has unknown {unknown}; valid: {listed(sorted(predicted))}"
+            )
         if hide and len(layouts) > 1:
             names = list(self.streams or predicted)
             corruptions[predicted[names[int(choice * len(names))]]][:] = int(Corruption.MASK)

@@ -30,7 +30,7 @@ from atmossl.masking.base import (
     window_times,
 )
 from atmossl.setting_types import Hours, NotNegative, Positive, snake_case
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 
 @dataclass(frozen=True)
@@ -498,7 +498,7 @@ class Downscaling(Task):
             valid = [factor for factor in range(2, common + 1) if common % factor == 0]
             raise ValueError(
                 f"task.factor={self.factor} does not divide the store's {grid.shape[0]} x "
-                f"{grid.shape[1]} cells; valid: {valid}"
+                f"{grid.shape[1]} cells; valid: {listed(valid)}"
             )
 
     @property

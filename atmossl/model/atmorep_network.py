@@ -40,6 +40,7 @@ from atmossl.model.atmorep import (
 from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace
 from atmossl.model_levels import L137_HPA
 from atmossl.names import VARIABLE_OF_FIELD
+from atmossl.value_faults import listed
 
 HOURS_PER_DAY = 24.0
 _SECONDS_PER_HOUR = 3600.0
@@ -192,7 +193,7 @@ def streams_of(settings: AtmoRepSettings) -> tuple[StreamSpec, ...]:
         if field.name not in VARIABLE_OF_FIELD:
             raise ValueError(
                 f"fields: {field.name!r} is no field that is known here; known: "
-                f"{sorted(VARIABLE_OF_FIELD)}"
+                f"{listed(sorted(VARIABLE_OF_FIELD))}"
             )
         if 0 in field.levels and len(field.levels) > 1:
             raise ValueError(

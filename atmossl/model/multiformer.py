@@ -61,7 +61,7 @@ from atmossl.model.network import (
 )
 from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
 from atmossl.setting_types import Positive, PositiveFloat
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 
 def _flatten(tokens: Tensor) -> Tensor:
@@ -446,7 +446,9 @@ def _check_sizes(
         )
     unknown = sorted(set(dims) - set(widths))
     if unknown:
-        raise ValueError(f"model.dims names unknown streams {unknown}; valid: {sorted(widths)}")
+        raise ValueError(
+            f"model.dims names unknown streams {unknown}; valid: {listed(sorted(widths))}"
+        )
     for name, width in widths.items():
         if width % num_heads:
             raise ValueError(

@@ -13,6 +13,7 @@ from atmossl.losses import Losses
 from atmossl.masking.views import ViewSpec
 from atmossl.model.network import Network
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective, ObjectivePart
+from atmossl.value_faults import listed
 
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -68,7 +69,9 @@ class WeightedSum(Objective):
             for fault in part.faults(batch_size)
         ]
         if unknown := sorted(unknown - set(parts)):
-            faults.append(f"objective.weights names unknown {unknown}; valid: {sorted(parts)}")
+            faults.append(
+                f"objective.weights names unknown {unknown}; valid: {listed(sorted(parts))}"
+            )
         faults += [
             f"objective.parts.{name}: a part cannot have that name; valid: letters, digits and _, "
             "but no word of torch"

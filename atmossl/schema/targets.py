@@ -46,7 +46,7 @@ from atmossl.plugins import (
     with_defaults,
 )
 from atmossl.setting_types import snake_case
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
@@ -85,7 +85,9 @@ def choose(node: Any, kinds: Kinds, base: type) -> Any:
 def _kind_of(node: Any, kinds: Kinds, base: type) -> tuple[Any, dict[str, Any]]:
     """The class that a node names, and the other keys of the node."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ValueError(f"needs keys and values, with _target_ among them; valid: {sorted(kinds)}")
+        raise ValueError(
+            f"needs keys and values, with _target_ among them; valid: {listed(sorted(kinds))}"
+        )
     values = dict(node)
     return find_class(values.pop("_target_"), base, kinds), values
 

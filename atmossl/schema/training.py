@@ -27,7 +27,7 @@ from atmossl.plugins import Part, Plugins, checked_keywords, choose_part
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
 from atmossl.setting_types import NonZeroShare, NotNegative, Positive, Strict, snake_case
 from atmossl.training.optimizer import OptimizerChoice
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 
 def _of_lightning(name: str) -> Any:
@@ -373,13 +373,14 @@ def _entry_faults(stream: StreamSpec, entry: CatalogEntry) -> list[str]:
     if unknown:
         valid = sorted({*entry.variables, *FORCINGS})
         faults.append(
-            f"stream.{name}.variables={as_written(unknown)} not in the catalog; valid: {valid}"
+            f"stream.{name}.variables={as_written(unknown)} not in the catalog; valid: "
+            f"{listed(valid)}"
         )
     levels = sorted(set(stream.levels) - set(entry.levels))
     if levels:
-        valid_levels = list(entry.levels)
         faults.append(
-            f"stream.{name}.levels={as_written(levels)} not in the catalog; valid: {valid_levels}"
+            f"stream.{name}.levels={as_written(levels)} not in the catalog; valid: "
+            f"{listed(entry.levels)}"
         )
     return faults
 
@@ -397,7 +398,7 @@ def _transform_faults(config: TrainConfig) -> list[str]:
     """Transforms of variables that no stream has, such as misspelt ones."""
     have = sorted({name for stream in config.stream.values() for name in stream.variables})
     return [
-        f"data.transforms.{name}: no stream has {name}; valid: {have}"
+        f"data.transforms.{name}: no stream has {name}; valid: {listed(have)}"
         for name in config.data.transforms
         if name not in have
     ]

@@ -10,6 +10,7 @@ from dask.delayed import delayed
 
 from atmossl.data.segment import Segment
 from atmossl.schema import EvaluateConfig
+from atmossl.value_faults import listed
 
 IN_MEMORY_BYTES = 512 * 2**20
 _BLOCK_BYTES = 32 * 2**20
@@ -24,7 +25,9 @@ def chosen_segments(segments: Sequence[Segment], config: EvaluateConfig) -> list
     chosen = [segment for segment in segments if segment.is_called(config.segment)]
     if not chosen:
         have = sorted({segment.name for segment in segments})
-        raise ValueError(f"segment={config.segment} is not in split={config.split}; valid: {have}")
+        raise ValueError(
+            f"segment={config.segment} is not in split={config.split}; valid: {listed(have)}"
+        )
     return chosen
 
 

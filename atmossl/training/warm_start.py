@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atmossl.batch import StreamSpec
 from atmossl.model.network import Network
+from atmossl.value_faults import listed
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def renamed(
     streams = [spec.name for spec in specs]
     unknown = sorted(set(names) - set(streams))
     if unknown:
-        raise ValueError(f"warm_start.rename: {name} has no streams {unknown}; valid: {streams}")
+        raise ValueError(
+            f"warm_start.rename: {name} has no streams {unknown}; valid: {listed(streams)}"
+        )
 
     def rename(key: str) -> str:
         return ".".join(names.get(part, part) for part in key.split("."))

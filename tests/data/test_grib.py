@@ -252,9 +252,7 @@ def test_a_lead_time_in_minutes_is_chosen_and_dated(tmp_path, edition: int) -> N
     sample = f"regular_ll_sfc_grib{edition}"
     fields = [message(FIELD + n, minutes(20 * n, edition), sample) for n in range(4)]
     place = written(tmp_path / "in", *fields)
-    with pytest.raises(
-        ValueError, match=r"4 lead times .* valid: \['0h', '20min', '40min', '1h'\]"
-    ):
+    with pytest.raises(ValueError, match=r"4 lead times .* valid: 0h, 20min, 40min, 1h$"):
         open_input(place, {}, {}, {})
     lines: list[str] = []
     found = open_input(place, {}, {"step": "20min"}, {}, lines.append)
@@ -289,7 +287,7 @@ def test_members_of_a_file_and_files_of_members_are_chosen(tmp_path) -> None:
     folder.mkdir()
     for n in range(3):
         written(folder / f"member_{n}", member(n, 1), member(n, 2))
-    with pytest.raises(ValueError, match=r"dimensions \['number'\].*\[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"dimensions \['number'\].*number: 0, 1, 2"):
         open_input(one_file, {}, {}, {})
     with pytest.raises(ValueError, match=r"number 1 in member_1, 0 in member_0"):
         open_input(str(folder), {}, {}, {})

@@ -127,7 +127,7 @@ ENTRY = """waves:
     ("old", "new", "message"),
     [
         ("[{segment: run}]", "[]", r"waves.splits.train=\[\]: valid: at least one value"),
-        ("segment: run}", "segment: two}", r"waves: splits.train names segment 'two'; valid: \["),
+        ("segment: run}", "segment: two}", r"waves: splits.train names segment 'two'; valid: run"),
         (
             "variables:",
             "coordinates: {lattitude: y}\n  variables:",

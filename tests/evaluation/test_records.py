@@ -75,9 +75,7 @@ def test_segments_are_scored_each_by_itself_in_one_table() -> None:
     assert set(first["num_times"]) == {3} and set(second["num_times"]) == {5}
     expected = (3 * first["value"] ** 2 + 5 * second["value"] ** 2) / 8
     np.testing.assert_allclose(both["value"] ** 2, expected, rtol=1e-6)
-    with pytest.raises(
-        ValueError, match=r"segment=x is not in split=test; valid: \['1', '2', '4'\]"
-    ):
+    with pytest.raises(ValueError, match=r"segment=x is not in split=test; valid: '1', '2', '4'$"):
         table(runs, train, TASKS[:1], segment="x")
 
 
