@@ -7,12 +7,14 @@ With `--checkpoint default`, what the reference checkpoint cannot be asked is as
 of the package, `default_streams`, whose digest then stands beside the task's figures.
 
 python -m benchmarks.zero_shot --examples 0 1 2                  # in-context examples alone
+python -m benchmarks.zero_shot --examples 0 1 2 --task cross_variable --checkpoint default_streams
 
-With `--examples` nothing else is scored, and the figures are kept as `zero_shot_examples`.
-`downscaling_examples_K_over_0`: RMSE of downscaling with K whole steps shown before the coarse one,
-over that without; root of the ratio of mean squares, each variable and level in units of its mean
-without examples, and its interval (block bootstrap over the same dates). `trained_with_examples`:
-whether the masks of the checkpoint's training had such windows.
+With `--examples` nothing else is scored, and the figures are kept as `zero_shot_examples`, those of
+cross_variable as `zero_shot_examples_cross_variable`. `TASK_examples_K_over_0`: RMSE of the task
+with K whole steps shown before the one that is written, over that without; root of the ratio of
+mean squares, each variable and level in units of its mean without examples, and its interval
+(block bootstrap over the same dates). `trained_with_examples`: whether the masks of the
+checkpoint's training had such windows.
 
 A specialist has the checkpoint's size and step budget and is trained with one task's mask alone.
 That takes as long as the checkpoint's own training, for each task. Its progress is on disk, under
@@ -58,6 +60,7 @@ TASKS: dict[str, dict[str, Any]] = {
         ]
     },
 }
+_WITH_EXAMPLES = ("downscaling", "cross_variable")  # tasks that --examples can show steps for
 STREAMS = "default_streams"  # hides humidity, which the reference checkpoint cannot
 # The mask that a specialist of each task is trained with.
 SPECIALISTS: dict[str, dict[str, Any]] = {
@@ -196,19 +199,20 @@ def against_baselines(found: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-def examples_figures(checkpoint: str, counts: list[int], every: int) -> dict[str, Any]:
-    """Downscaling with so many examples against none, see the module."""
+def examples_figures(task: str, checkpoint: str, counts: list[int], every: int) -> dict[str, Any]:
+    """A task with so many examples against none, see the module."""
     model = atmossl.load(checkpoint, device="cpu")
     (truth,) = fields_of("test").values()
     names = [name for spec in model.trained.specs for name in spec.variables]
-    steps, choices = model.trained.window.time, TASKS["downscaling"]
+    steps, choices = model.trained.window.time, TASKS[task]
+    written = choices.get("variables", names)
     times = truth["time"].to_numpy()[steps : len(truth["time"]) - steps : every]
-    valid = truth[names].sel(time=times)
+    valid = truth[written].sel(time=times)
     errors: dict[int, xr.Dataset] = {}
     for count in sorted({0, *counts}):
         dates = times.astype(str).tolist()
-        found = model.predict("downscaling", truth[names], dates, examples=count, **choices)
-        errors[count] = square_error(found[names].mean("member"), valid)
+        found = model.predict(task, truth[names], dates, examples=count, **choices)
+        errors[count] = square_error(found[written].mean("member"), valid)
     unit = errors[0].mean("time")
 
     def losses(count: int) -> np.ndarray:
@@ -222,8 +226,8 @@ def examples_figures(checkpoint: str, counts: list[int], every: int) -> dict[str
     }  # fmt: skip
     for count in (n for n in errors if n):
         compared = ratio(losses(count), losses(0))
-        figures[f"downscaling_examples_{count}_over_0"] = compared["value"]
-        figures[f"downscaling_examples_{count}_over_0_interval"] = compared["interval"]
+        figures[f"{task}_examples_{count}_over_0"] = compared["value"]
+        figures[f"{task}_examples_{count}_over_0_interval"] = compared["interval"]
     return figures
 
 
@@ -248,10 +252,15 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_zero_shot"))
     parser.add_argument("--examples", nargs="+", type=int, metavar="K", help="only these")
+    parser.add_argument(
+        "--task", choices=_WITH_EXAMPLES, default=_WITH_EXAMPLES[0], help="for --examples"
+    )
     arguments = parser.parse_args()
     if arguments.examples:
-        figures = examples_figures(arguments.checkpoint, arguments.examples, arguments.every)
-        finish("zero_shot_examples", figures)
+        task, counts = arguments.task, arguments.examples
+        figures = examples_figures(task, arguments.checkpoint, counts, arguments.every)
+        suffix = "" if task == _WITH_EXAMPLES[0] else f"_{task}"
+        finish(f"zero_shot_examples{suffix}", figures)
         return
     digest = load_checkpoint(arguments.checkpoint).digest
     runs: Path = arguments.runs / digest
