@@ -5,7 +5,9 @@
     python -m benchmarks.representations --train 30 --objectives mae jepa --set model=tiny
 
 With --train every experiment of EXPERIMENTS is trained for that many steps on the sample, one after
-another. Whatever is in --runs already is not done again, so that a run that was stopped goes on.
+another, with the changes of --set; one written NAME:KEY=VALUE, such as
+contrastive:objective.lag_time=[18h,24h], is to that objective alone. Whatever is in --runs already
+is not done again, so that a run that was stopped goes on.
 Probes are those of `atmossl probe`, on the sample's held-out run; `skill`, its interval and what
 `certain` means are defined in docs/probes.md. `loss_over_best_baseline`: (1 - skill) over that of
 the best baseline; `position` is none where positions are withheld from the latents.

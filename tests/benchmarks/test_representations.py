@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from atmossl.probes.summary import Summary
-from benchmarks.representations import differing, figures_of
+from benchmarks.representations import changes_for, differing, figures_of
 
 
 def made() -> Summary:
@@ -56,6 +56,17 @@ def test_shares_and_ratios_follow_from_the_tables() -> None:
     assert figures["labels_10pct_best"] == "b"  # by validation, not by what it is to be scored on
     assert figures["labels_10pct_vs_scratch_100pct"] == pytest.approx(0.9)
     assert figures["labels"]["a"]["belt"]["1"]["interval"] == [0.1, 2.0]
+
+
+def test_a_change_may_be_to_one_objective() -> None:
+    lags = "objective.lag_time=[18h,24h]"
+    given = ["model=tiny", f"contrastive:{lags}", "data.window={time: 3, lon: 0}"]
+    assert changes_for("contrastive", given) == [
+        "model=tiny",
+        lags,
+        "data.window={time: 3, lon: 0}",
+    ]
+    assert changes_for("mae", given) == ["model=tiny", "data.window={time: 3, lon: 0}"]
 
 
 def test_leaves_that_differ_are_named() -> None:

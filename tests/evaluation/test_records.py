@@ -11,6 +11,7 @@ import xarray as xr
 
 from atmossl.cli import compose_config
 from atmossl.data.segment import Segment
+from atmossl.data.store import open_parts
 from atmossl.evaluation.verify import rows_where
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import records, score_tasks
@@ -77,6 +78,30 @@ def test_segments_are_scored_each_by_itself_in_one_table() -> None:
     np.testing.assert_allclose(both["value"] ** 2, expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"segment=x is not in split=test; valid: '1', '2', '4'$"):
         table(runs, train, TASKS[:1], segment="x")
+
+
+def test_no_forecast_is_scored_across_a_gap() -> None:
+    """Persistence over the unbroken parts of a record that lacks days, worked out by hand."""
+    store, train = dataset(steps=40, seed=1), segment(dataset(steps=24, seed=3))
+    gappy = store.isel(time=np.r_[0:14, 18:20, 26:40])  # the middle part is shorter than a window
+    names, levels = [str(name) for name in store.data_vars], store["level"].to_numpy().tolist()
+    parts = open_parts("waves", gappy, "memory", variables=names, levels=levels, gaps="split")
+    scored = table(list(parts), train, TASKS[:1], ridge=False)
+    found = rows_where(
+        scored, source="persistence", score="rmse", season="all", region="global"
+    ).set_index(["variable", "level", "lead_hours"])
+    assert set(found["num_times"]) == {20} and len(found) == 12
+    starts = np.r_[2:12, 28:38]  # two known steps and two to come, of one part
+    area = xr.DataArray(np.cos(np.deg2rad(store["latitude"])), dims="latitude")
+    for name in names:
+        values = store[name].astype(float)
+        for steps in (1, 2):
+            change = values.isel(time=starts + steps).drop_vars("time") - values.isel(
+                time=starts
+            ).drop_vars("time")
+            exact = np.sqrt((change**2).weighted(area).mean(("time", "latitude", "longitude")))
+            rows = found.loc[[(name, level, 6.0 * steps) for level in levels], "value"]
+            np.testing.assert_allclose(rows, exact, rtol=1e-5)
 
 
 @pytest.mark.e2e
