@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--finetune-of", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--probed", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--no-cost", action="store_true")
+    parser.add_argument("--no-exact", action="store_true", help="without resume_exact")
     parser.add_argument("--cost-of", choices=list(EXPERIMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cost_of:
@@ -316,9 +317,10 @@ def measured(
         figures["cpu_seconds"] = {
             n: json.loads(f.read_text()) for n, f in spent.items() if f.exists()
         }
-        exact = {name: resumes_exactly(name, steps, runs, arguments.set) for name in names}
-        figures |= {"resume_exact": sum(exact.values())}
-        figures["resume_inexact"] = [name for name, same in exact.items() if not same]
+        if not arguments.no_exact:
+            exact = {name: resumes_exactly(name, steps, runs, arguments.set) for name in names}
+            figures |= {"resume_exact": sum(exact.values())}
+            figures["resume_inexact"] = [name for name, same in exact.items() if not same]
     if not checkpoints:
         parser.error("name --checkpoints NAME=PATH or --train STEPS")
     known = [name for name in checkpoints if name in EXPERIMENTS]
