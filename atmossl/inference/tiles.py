@@ -431,6 +431,7 @@ def _members_of(
         lat, lon = plan.grid.latitude[rows], plan.grid.longitude
         calibration = Calibration(plan.trained.checkpoint_record, plan.task)
         fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
+        fields = _with_given_means(plan, source, fields, rows)
     if source.member is None:
         return plan.written(fields)
     if plan.trained.model.any_member:
@@ -547,39 +548,53 @@ def _in_place(
     )
 
 
+def _with_given_means(plan: Plan, source: Source, fields: Fields, rows: slice) -> Fields:
+    """The ensemble [step member level lat lon] of a downscaling with the given mean in every coarse
+    cell, unless the task says not to: of every draw of noise; of a tail the ensemble mean, since
+    its members are values of single cells, which would lose their spread."""
+    task, kept = plan.task.downscaling, {}
+    if task is None or task.consistent is False:
+        return fields
+    weight = torch.from_numpy(plan.grid.weights[rows]).float()
+    for name, values in fields.items():
+        coarse = _given_coarse(plan, task, name, source, rows)
+        members = torch.from_numpy(values)
+        fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
+        moved = with_coarse_means(fine, coarse, weight, task.factor, is_amount=name in AMOUNTS)
+        kept[name] = (moved if fine is members else members + (moved - fine)).numpy()
+    return kept
+
+
 def compare_with_coarse(
     plan: Plan, task: Downscaling, part: BlendedPart, source: Source
 ) -> BlendedPart:
-    """A part of a downscaling, corrected unless the task says not to; and per variable the mean
-    square difference of its coarse cells from the given ones."""
+    """A part of a downscaling with the mean square difference of its coarse cells from the given
+    ones, per variable: of the members, or of the ensemble mean of a tail."""
     factor = task.factor
-    step = source.start + plan.steps_before
     weight = torch.from_numpy(plan.grid.weights[part.rows]).float()
-    corrected, departure = {}, {}
+    departure = {}
     for name, values in part.fields.items():
         fine = torch.from_numpy(values)
-        coarse = _given_coarse(plan, task, name, source.segment, step, part.rows)
-        if task.consistent is not False:
-            is_amount = name in AMOUNTS
-            fine = with_coarse_means(fine, coarse, weight, factor, is_amount=is_amount)
+        fine = fine if plan.trained.model.any_member else fine.mean(dim=1)
+        coarse = _given_coarse(plan, task, name, source, part.rows)
         difference = (coarse - coarsen(fine, weight, factor)).double()
         area = weight.unflatten(0, (-1, factor)).sum(1)[:, None].expand_as(difference)
         area = torch.where(difference.isnan(), 0.0, area)
         departure[name] = float((difference.nan_to_num() ** 2 * area).sum() / area.sum())
-        corrected[name] = fine.numpy()
-    return replace(part, fields=corrected, departure=departure)
+    return replace(part, departure=departure)
 
 
 def _given_coarse(
-    plan: Plan, task: Downscaling, name: str, segment: Segment, step: int, rows: slice
-) -> Tensor:
-    """The given coarse cells [level lat lon] of one variable at one step; the record itself is
-    fine or coarse."""
+    plan: Plan, task: Downscaling, name: str, source: Source, rows: slice
+) -> Float[Tensor, "level lat lon"]:
+    """The given coarse cells of one variable at the written step; the record itself is fine or
+    coarse."""
     factor, num_lon = task.factor, plan.grid.shape[1]
+    step = source.start + plan.steps_before
     box = Box(rows.start, 0, rows.stop - rows.start, num_lon)
     if task.coarse_input:
         box = Box(box.lat_start // factor, 0, box.lat_size // factor, num_lon // factor)
     levels = plan.trained.level_values[name]
-    values = torch.from_numpy(segment.read(name, levels, step, 1, box))[:, 0]
+    values = torch.from_numpy(source.segment.read(name, levels, step, 1, box))[:, 0]
     weight = torch.from_numpy(plan.grid.weights[rows]).float()
     return values if task.coarse_input else coarsen(values, weight, factor)

@@ -24,7 +24,8 @@ from atmossl.inference.calibration import Calibration, SpreadInflation
 from atmossl.inference.plan import Plan
 from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import OutputLayout
-from atmossl.masking.tasks import Forecast, Task, TemporalInterpolation
+from atmossl.masking.base import coarsen
+from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
 from atmossl.model.network import gather
 from atmossl.model.noise import noise_field
 from tests.inference.oracle_models import STORE, Known, Oracle, predictor, run_at
@@ -91,6 +92,18 @@ def test_members_of_a_rollout_go_on_with_their_own_noise() -> None:
     hours = (STORE["time"].values[5:9] - np.datetime64("1970-01-01")) / np.timedelta64(1, "h")
     added = (noise_of(2, hours) - noise_of(0, hours)).cumsum(axis=0)  # the guess is persistence
     np.testing.assert_allclose(steps[:, 2, 1], added, atol=1e-2)
+
+
+def test_every_draw_of_noise_has_the_given_coarse_means() -> None:
+    plan = predictor(Downscaling(2), Noisy(), window=(5, 8, 8), members=3)
+    fields = run_at(plan, 6)["temperature"][0]
+    weight = torch.from_numpy(plan.grid.weights)
+    means, given = (
+        coarsen(torch.from_numpy(values).double(), weight, 2)
+        for values in (fields, STORE["temperature"].values[6])
+    )
+    torch.testing.assert_close(means, given.expand_as(means), atol=1e-4, rtol=0)
+    assert (fields[0] != fields[1]).any()
 
 
 def test_a_tail_has_no_more_members_than_it_has() -> None:
