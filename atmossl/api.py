@@ -107,10 +107,10 @@ class Model:
         """
         counts = {"tilings": tilings, "batch_size": batch_size}
         _check_choices(dataset, layout, input_limits, **counts)
-        if not hasattr(seed, "__index__") or seed < 0:
-            raise ValueError(f"seed={seed!r}; valid: a whole number, 0 or more")
+        if not hasattr(seed, "__index__") or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r}; valid: a whole number from 0 to 2**63 - 1")
         sampler = _sampler(task, choices)
-        settings = {"device": self.device, "seed": seed, "fill_missing": fill_missing}
+        settings = {"device": self.device, "seed": int(seed), "fill_missing": fill_missing}
         options = Options(overlap=overlap, members=_chosen_members(members), **counts, **settings)
         record = self._record({PRIMARY: dataset, **(others or {})}, sampler, input_limits)
         plan = plan_prediction(self.trained, sampler, [record], options)

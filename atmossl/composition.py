@@ -29,6 +29,7 @@ from atmossl.overrides import (
     as_searchpath,
     fitting_store,
     for_hydra,
+    is_readable,
     key_and_value,
     sets,
     split,
@@ -226,6 +227,11 @@ def compose_with_task_file(name: str, arguments: Sequence[str]) -> dict[str, Any
     task_words = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in task_words and not sets(a, "task")]
     if own[-1].startswith("{"):
+        if not is_readable(f"task={own[-1]}"):
+            raise ValueError(
+                f"task={own[-1]}: cannot be read as a mapping; valid: such as "
+                "task={_target_: downscaling, factor: 4}"
+            )
         content = to_plain(OmegaConf.create(key_and_value(f"task={own[-1]}")[1]))
     else:
         from atmossl.api import read_task

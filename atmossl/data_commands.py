@@ -33,6 +33,7 @@ from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
 from atmossl.locks import owned
 from atmossl.names import file_name
+from atmossl.overrides import is_readable, key_and_value
 from atmossl.progress import console_of_output
 from atmossl.schema import IngestConfig, InspectConfig, StatsConfig, parse
 from atmossl.stops import keeping
@@ -134,6 +135,11 @@ def check_new_entry(name: str, catalog: Path | None) -> None:
     catalog: the file that the entry is to stand in; None: that of the working folder.
     """
     check_name(name, "name")
+    if is_readable(f"name={name}") and not isinstance(key_and_value(f"name={name}")[1], str):
+        raise ValueError(
+            f"name={name}: the command line reads it as no text, so that data={name} would not "
+            f"find the entry; valid: a name such as store_{name}"
+        )
     path = catalog or OWN_CATALOG
     if name in (load_catalog(catalog) if catalog is None or path.is_file() else {}):
         raise ValueError(

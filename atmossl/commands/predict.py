@@ -130,7 +130,8 @@ def calibrate(values: Mapping[str, Any]) -> Path:
     for name, factors in inflation.factors.items():
         for band, by_step in zip(inflation.bands(), factors, strict=True):
             text = ", ".join(f"{value:.3f}" for value in by_step.mean(axis=1))
-            console_of_output().print(f"{name}, {band}: spread x {text} by lead time")
+            leads = " by lead time" if len(inflation.hours) > 1 else ""
+            console_of_output().print(f"{name}, {band}: spread x {text}{leads}")
     console_of_output().print(f"checkpoint: {config.output}")
     return config.output
 

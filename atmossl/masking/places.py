@@ -217,7 +217,7 @@ class Inpainting(Task):
         cells = self.hidden_cells(grid)
         share = (grid.weights[:, None] * cells).sum() / (cells.shape[1] * grid.weights.sum())
         start = given_steps(plan, step_hours)
-        return f"{start} without {share:.1%} of the globe, which alone is predicted and scored."
+        return f"{start} without {share:.1%} of the area, which alone is predicted and scored."
 
     def why_unscored(self) -> str | None:
         if not self.missing:

@@ -31,7 +31,7 @@ from atmossl.plugins import Plugins
 from atmossl.schema.config_errors import ConfigError, lines_of, with_single_items_listed
 from atmossl.schema.targets import ChosenTask
 from atmossl.schema.training import StatsConfig, TrainConfig
-from atmossl.setting_types import NonZeroShare, NotNegative, Positive, PositiveFloat, Strict
+from atmossl.setting_types import NonZeroShare, Positive, PositiveFloat, Seed, Strict
 
 __all__ = [
     "CalibrateConfig",
@@ -171,7 +171,7 @@ class PredictConfig(DatedConfig):
     task: ChosenTask
     tilings: Positive
     members: ChosenMembers
-    seed: NotNegative
+    seed: Seed
     layout: Literal["cf", "weatherbench2"]
     resume: bool
     missing: Literal["keep", "fill"]
@@ -195,7 +195,7 @@ class CalibrateConfig(DatedConfig):
     scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_falling)] | None
     tilings: Positive
     members: Annotated[int, Field(ge=2)] | None
-    seed: NotNegative
+    seed: Seed
 
 
 class EmbedConfig(DatedConfig):
@@ -276,7 +276,7 @@ class ProbeConfig(EncodingConfig):
     finetune: FinetuneConfig
     block_days: Annotated[float, Field(gt=0.0)]
     bootstrap: Positive
-    seed: NotNegative
+    seed: Seed
 
 
 def _is_box(limits: Any) -> Any:
@@ -314,7 +314,7 @@ class EvaluateConfig(CheckpointConfig):
     bootstrap: Positive
     tilings: Positive
     members: Annotated[int, Field(ge=2)] | None
-    seed: NotNegative
+    seed: Seed
 
     @model_validator(mode="after")
     def _climatology_is_of_the_training(self) -> "EvaluateConfig":

@@ -193,6 +193,8 @@ def _score_task(
     ]
     step_hours = float(plan.step / np.timedelta64(1, "h"))
     said = plan.task.describe(plan.steps, step_hours, plan.grid)
+    if _box_shift(task):
+        said += " Means over boxes are of boxes that lie across the coarse cells."
     spans = [span(run.times, run.plan.segment.name) for run in runs]
     return reported(config, tally, examples[0], rng, about=said, spans=spans)
 
