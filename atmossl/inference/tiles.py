@@ -555,13 +555,13 @@ def _with_given_means(plan: Plan, source: Source, fields: Fields, rows: slice) -
     task, kept = plan.task.downscaling, {}
     if task is None or task.consistent is False:
         return fields
-    weight = torch.from_numpy(plan.grid.weights[rows]).float()
+    weight = torch.from_numpy(plan.grid.weights[rows])
     for name, values in fields.items():
         coarse = _given_coarse(plan, task, name, source, rows)
-        members = torch.from_numpy(values)
+        members = torch.from_numpy(values).double()
         fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
         moved = with_coarse_means(fine, coarse, weight, task.factor, is_amount=name in AMOUNTS)
-        kept[name] = (moved if fine is members else members + (moved - fine)).numpy()
+        kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
     return kept
 
 
@@ -571,13 +571,13 @@ def compare_with_coarse(
     """A part of a downscaling with the mean square difference of its coarse cells from the given
     ones, per variable: of the members, or of the ensemble mean of a tail."""
     factor = task.factor
-    weight = torch.from_numpy(plan.grid.weights[part.rows]).float()
+    weight = torch.from_numpy(plan.grid.weights[part.rows])
     departure = {}
     for name, values in part.fields.items():
-        fine = torch.from_numpy(values)
+        fine = torch.from_numpy(values).double()
         fine = fine if plan.trained.model.any_member else fine.mean(dim=1)
         coarse = _given_coarse(plan, task, name, source, part.rows)
-        difference = (coarse - coarsen(fine, weight, factor)).double()
+        difference = coarse - coarsen(fine, weight, factor)
         area = weight.unflatten(0, (-1, factor)).sum(1)[:, None].expand_as(difference)
         area = torch.where(difference.isnan(), 0.0, area)
         departure[name] = float((difference.nan_to_num() ** 2 * area).sum() / area.sum())
@@ -595,6 +595,6 @@ def _given_coarse(
     if task.coarse_input:
         box = Box(box.lat_start // factor, 0, box.lat_size // factor, num_lon // factor)
     levels = plan.trained.level_values[name]
-    values = torch.from_numpy(source.segment.read(name, levels, step, 1, box))[:, 0]
-    weight = torch.from_numpy(plan.grid.weights[rows]).float()
+    values = torch.from_numpy(source.segment.read(name, levels, step, 1, box))[:, 0].double()
+    weight = torch.from_numpy(plan.grid.weights[rows])
     return values if task.coarse_input else coarsen(values, weight, factor)

@@ -181,7 +181,7 @@ def test_a_split_of_several_segments(gappy: Path, tmp_path: Path, capsys) -> Non
     assert main(["predict", *split, *bad]) == 2
     assert "2001-02-01T12" in capsys.readouterr().err
     assert main(["predict", *split, "segment=none", *arguments(gappy, tmp_path / "no.zarr")]) == 2
-    assert "['later', 'train']" in capsys.readouterr().err
+    assert "valid: later, train" in capsys.readouterr().err
 
 
 @pytest.mark.e2e
