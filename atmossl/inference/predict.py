@@ -18,7 +18,7 @@ from atmossl.data.segment import DataSource, Segment
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box, Nesting
 from atmossl.inference.plan import BlendedPart, Coverage, Fields, Plan, Source
-from atmossl.inference.tiles import blended, compare_with_coarse
+from atmossl.inference.tiles import blended
 
 State = dict[str, np.ndarray]  # by variable, [level time lat lon]
 States = dict[str, State]  # by `data` of the streams; their last steps are the latest there are
@@ -35,12 +35,7 @@ def predict_parts(plan: Plan, times: Sequence[np.datetime64]) -> Iterator[Blende
         for case, source in enumerate(sources):
             yield from _roll_out(plan, case, source)
         return
-    downscaling = plan.task.downscaling
-    for part in blended(plan, sources):
-        if downscaling is None or part.data != PRIMARY:
-            yield part
-        else:
-            yield compare_with_coarse(plan, downscaling, part, sources[part.case])
+    yield from blended(plan, sources)
 
 
 def predict_fields(

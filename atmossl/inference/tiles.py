@@ -1,7 +1,7 @@
 """One pass of the model over tiles: read windows from a record, put them under a task's mask,
 run the model, and blend its tiles into fields."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
 
@@ -32,7 +32,7 @@ from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.masking.base import Points, TokenLayout, coarsen, points_of, with_coarse_means
-from atmossl.masking.tasks import Downscaling, Task, TimePlan
+from atmossl.masking.tasks import Task, TimePlan
 from atmossl.masking.views import FirstGuess, make_view
 from atmossl.model.network import scatter
 
@@ -351,10 +351,9 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
                     placed = _placed(plan, spec.data, tile)
                     blenders[spec.data].add(spec, windows[number], *placed)
             if tile.complete is not None:
-                completes = tile.complete == plan.grid.shape[0]
-                source = sources[tile.case]
-                yield from _complete_rows(plan, blenders, tile, source, completes=completes)
-                blenders = _blenders(plan) if completes else blenders
+                yield from _complete_rows(plan, blenders, tile, sources[tile.case])
+                if tile.complete == plan.grid.shape[0]:
+                    blenders = _blenders(plan)
 
 
 def _batched(
@@ -402,12 +401,7 @@ def _placed(plan: Plan, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
 
 
 def _complete_rows(
-    plan: Plan,
-    blenders: Mapping[str, TileBlender],
-    tile: _Tile,
-    source: Source,
-    *,
-    completes: bool,
+    plan: Plan, blenders: Mapping[str, TileBlender], tile: _Tile, source: Source
 ) -> Iterator[BlendedPart]:
     """How many rows of every grid are final after a tile."""
     assert tile.complete is not None
@@ -416,22 +410,40 @@ def _complete_rows(
         rows, done = blender.take(end)
         if rows.stop > rows.start and done:
             leads = _written(plan, data, source)[1]
-            fields = _members_of(plan, source, done, rows, leads, data)
-            is_last = completes and data == PRIMARY
-            yield BlendedPart(tile.case, leads, rows, fields, is_last, data=data)
+            is_own = data == PRIMARY  # other streams are neither calibrated nor downscaled
+            coarse = _given_coarse(plan, source, done, rows) if is_own else {}
+            done = _corrected(plan, done, rows, leads, coarse) if is_own else done
+            fields = _members_of(plan, source, done)
+            departure = _departure(plan, fields, rows, coarse)
+            is_last = is_own and tile.complete == plan.grid.shape[0]
+            yield BlendedPart(tile.case, leads, rows, fields, is_last, departure, data)
 
 
-def _members_of(
-    plan: Plan, source: Source, fields: Fields, rows: slice, leads: np.ndarray, data: str
+def _corrected(
+    plan: Plan, fields: Fields, rows: slice, leads: np.ndarray, coarse: Mapping[str, Tensor]
 ) -> Fields:
-    """The written members of the blended ensemble with calibrated spread, or the one that a
-    source asks for. For a tail the whole ensemble is blended: single members of overlapping
-    tiles would average out."""
-    if data == PRIMARY:  # streams of other sources are not calibrated
-        lat, lon = plan.grid.latitude[rows], plan.grid.longitude
-        calibration = Calibration(plan.trained.checkpoint_record, plan.task)
-        fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
-        fields = _with_given_means(plan, source, fields, rows)
+    """The blended ensemble [step member level lat lon] with calibrated spread. In a downscaling
+    every coarse cell then gets its given mean, unless the task says not to: of every draw of noise;
+    of a tail the ensemble mean, since its members are values of single cells, which would lose
+    their spread."""
+    lat, lon = plan.grid.latitude[rows], plan.grid.longitude
+    calibration = Calibration(plan.trained.checkpoint_record, plan.task)
+    fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
+    task, kept = plan.task.downscaling, {}
+    if task is None or task.consistent is False:
+        return fields
+    weight = torch.from_numpy(plan.grid.weights[rows])
+    for name, given in coarse.items():
+        members = torch.from_numpy(fields[name]).double()
+        fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
+        moved = with_coarse_means(fine, given, weight, task.factor, is_amount=name in AMOUNTS)
+        kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
+    return kept
+
+
+def _members_of(plan: Plan, source: Source, fields: Fields) -> Fields:
+    """The written members of the blended ensemble, or the one that a source asks for. For a tail
+    the whole ensemble is blended: single members of overlapping tiles would average out."""
     if source.member is None:
         return plan.written(fields)
     if plan.trained.model.any_member:
@@ -548,53 +560,38 @@ def _in_place(
     )
 
 
-def _with_given_means(plan: Plan, source: Source, fields: Fields, rows: slice) -> Fields:
-    """The ensemble [step member level lat lon] of a downscaling with the given mean in every coarse
-    cell, unless the task says not to: of every draw of noise; of a tail the ensemble mean, since
-    its members are values of single cells, which would lose their spread."""
-    task, kept = plan.task.downscaling, {}
-    if task is None or task.consistent is False:
-        return fields
-    weight = torch.from_numpy(plan.grid.weights[rows])
-    for name, values in fields.items():
-        coarse = _given_coarse(plan, task, name, source, rows)
-        members = torch.from_numpy(values).double()
-        fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
-        moved = with_coarse_means(fine, coarse, weight, task.factor, is_amount=name in AMOUNTS)
-        kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
-    return kept
-
-
-def compare_with_coarse(
-    plan: Plan, task: Downscaling, part: BlendedPart, source: Source
-) -> BlendedPart:
-    """A part of a downscaling with the mean square difference of its coarse cells from the given
-    ones, per variable: of the members, or of the ensemble mean of a tail."""
-    factor = task.factor
-    weight = torch.from_numpy(plan.grid.weights[part.rows])
-    departure = {}
-    for name, values in part.fields.items():
-        fine = torch.from_numpy(values).double()
-        fine = fine if plan.trained.model.any_member else fine.mean(dim=1)
-        coarse = _given_coarse(plan, task, name, source, part.rows)
-        difference = coarse - coarsen(fine, weight, factor)
-        area = weight.unflatten(0, (-1, factor)).sum(1)[:, None].expand_as(difference)
-        area = torch.where(difference.isnan(), 0.0, area)
-        departure[name] = float((difference.nan_to_num() ** 2 * area).sum() / area.sum())
-    return replace(part, departure=departure)
-
-
 def _given_coarse(
-    plan: Plan, task: Downscaling, name: str, source: Source, rows: slice
-) -> Float[Tensor, "level lat lon"]:
-    """The given coarse cells of one variable at the written step; the record itself is fine or
-    coarse."""
-    factor, num_lon = task.factor, plan.grid.shape[1]
-    step = source.start + plan.steps_before
+    plan: Plan, source: Source, names: Iterable[str], rows: slice
+) -> dict[str, Float[Tensor, "level lat lon"]]:
+    """The given coarse cells of a downscaling's variables at the written step; none for other
+    tasks. The record itself is fine or coarse."""
+    task, num_lon = plan.task.downscaling, plan.grid.shape[1]
+    if task is None:
+        return {}
+    step, factor = source.start + plan.steps_before, task.factor
     box = Box(rows.start, 0, rows.stop - rows.start, num_lon)
     if task.coarse_input:
         box = Box(box.lat_start // factor, 0, box.lat_size // factor, num_lon // factor)
-    levels = plan.trained.level_values[name]
-    values = torch.from_numpy(source.segment.read(name, levels, step, 1, box))[:, 0].double()
-    weight = torch.from_numpy(plan.grid.weights[rows])
-    return values if task.coarse_input else coarsen(values, weight, factor)
+    weight, given = torch.from_numpy(plan.grid.weights[rows]), {}
+    for name in names:
+        read = source.segment.read(name, plan.trained.level_values[name], step, 1, box)
+        values = torch.from_numpy(read)[:, 0].double()
+        given[name] = values if task.coarse_input else coarsen(values, weight, factor)
+    return given
+
+
+def _departure(
+    plan: Plan, fields: Fields, rows: slice, coarse: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The mean square difference of coarse cells from the given ones, per variable: of the members,
+    or of the ensemble mean of a tail."""
+    weight, departure = torch.from_numpy(plan.grid.weights[rows]), {}
+    for name, given in coarse.items():
+        fine = torch.from_numpy(fields[name]).double()
+        fine = fine if plan.trained.model.any_member else fine.mean(dim=1)
+        factor = fine.shape[-1] // given.shape[-1]
+        difference = given - coarsen(fine, weight, factor)
+        area = weight.unflatten(0, (-1, factor)).sum(1)[:, None]
+        area = torch.where(difference.isnan(), 0.0, area)
+        departure[name] = float((difference.nan_to_num() ** 2 * area).sum() / area.sum())
+    return departure
