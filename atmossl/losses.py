@@ -207,12 +207,7 @@ def spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     """Almost fair CRPS of the real and imaginary parts of every zonal wave along every row of a
     window that closes the circle. Rows count by the share that they hide. The transform keeps
     sums of squares, so that the value of a wave has the unit of a cell's value."""
-    members, target = (
-        torch.view_as_real(torch.fft.rfft(field.float(), dim=-1, norm="ortho")).flatten(-2)
-        for field in (fields.members, fields.target)
-    )
-    values = _each(members, target)
-    return values, fields.weight.sum(dim=-1, keepdim=True).expand_as(values) / values.shape[-1]
+    return _of_waves(fields, *_waves(fields))
 
 
 def relative_spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
@@ -220,11 +215,24 @@ def relative_spectral_crps(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
     variable and level, over the batch, its times and rows). Short waves hold a thousandth of a
     field's variance, so that no other loss sees whether members have them; here all waves count
     alike."""
-    values, weight = spectral_crps(fields)
-    waves = torch.fft.rfft(fields.target.float(), dim=-1, norm="ortho")
-    size = waves.abs().square().mean(dim=(0, 2, 3), keepdim=True).sqrt()
-    size = size.clamp_min(_SMALLEST_STD).repeat_interleave(2, dim=-1)  # real and imaginary parts
-    return values / size, weight
+    members, target = _waves(fields)
+    size = target.square().sum(dim=-1, keepdim=True).mean(dim=(0, 2, 3), keepdim=True).sqrt()
+    size = size.clamp_min(_SMALLEST_STD)
+    return _of_waves(fields, members / size.unsqueeze(1), target / size)
+
+
+def _waves(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
+    """The zonal waves of members and truth, [... lat wave part] with real and imaginary parts."""
+    members, target = (
+        torch.view_as_real(torch.fft.rfft(field.float(), dim=-1, norm="ortho"))
+        for field in (fields.members, fields.target)
+    )
+    return members, target
+
+
+def _of_waves(fields: FieldEnsemble, members: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    values = _each(members.flatten(-2), target.flatten(-2))
+    return values, fields.weight.sum(dim=-1, keepdim=True).expand_as(values) / values.shape[-1]
 
 
 def variogram(fields: FieldEnsemble) -> tuple[Tensor, Tensor]:
