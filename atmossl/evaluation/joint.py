@@ -42,7 +42,11 @@ class AreaMeans:
         return f"mean_{self.size}x{self.size}"
 
     def applies(self, case: Case) -> bool:
-        return min(case.truth.sizes[dim] for dim in _CELL) >= self.size + self.shift
+        return self.fit(case.truth)
+
+    def fit(self, field: xr.DataArray) -> bool:
+        """Whether a field has room for a box."""
+        return min(field.sizes[dim] for dim in _CELL) >= self.size + self.shift
 
     def derive(self, values: xr.DataArray) -> xr.DataArray:
         rows = area_weights(values["latitude"].to_numpy().astype(np.float64))

@@ -269,15 +269,19 @@ def verify(
     return tally.table(bootstrap or BlockBootstrap(), rng)
 
 
+def are_draws(prediction: xr.DataArray) -> bool:
+    """Whether the members of a prediction, if it has any, are random draws: not those of a tail."""
+    member = prediction.coords.get("member")
+    return member is None or member.attrs.get(ENSEMBLE) != "tail"
+
+
 def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None) -> Case:
     """One variable's prediction with what the climate knows of its cells."""
     name = str(truth.name)
     there = complete(prediction)
     truth = truth if bool(there.all()) else truth.where(there)
-    member = prediction.coords.get("member")
-    are_draws = member is None or member.attrs.get(ENSEMBLE) != "tail"
     if climate is None or name not in climate.mean:
-        return Case(prediction, truth, are_draws=are_draws)
+        return Case(prediction, truth, are_draws=are_draws(prediction))
     normal = climatology_at(climate.mean[[name]], case_times(truth.to_dataset()))[name]
     quantiles, rain = climate.quantiles[name], climate.rain.get(name)
     if "level" in truth.dims:
@@ -285,7 +289,7 @@ def _case(prediction: xr.DataArray, truth: xr.DataArray, climate: Climate | None
     cells = {"latitude": truth["latitude"], "longitude": truth["longitude"]}
     normal, quantiles = normal.assign_coords(cells), quantiles.assign_coords(cells)
     normal = normal.transpose(*truth.dims)
-    return Case(prediction, truth, normal, quantiles, rain, are_draws)
+    return Case(prediction, truth, normal, quantiles, rain, are_draws(prediction))
 
 
 def _mean_of_globe(ratio: xr.DataArray) -> xr.DataArray:

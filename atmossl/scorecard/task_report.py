@@ -88,18 +88,17 @@ def example_of(
 
     case = chosen(predicted[name])
     level = float(case["level"]) if "level" in case.coords else None
-    true = truth[name].sel(time=valid_time(case).values)
-    if level is not None:
-        true = true.sel(level=level)
+    first = predicted[[name]].isel({dim: [0]})
+    true = truth_for(first, truth)[name]
     beside = {
         source: chosen(match_baseline(answer[[name]], predicted[[name]], source)[name]).load()
         for source, answer in (baselines or {}).items()
     }
     cells = None if hidden is None else xr.DataArray(hidden, dims=("latitude", "longitude"))
-    first = predicted[[name]].isel({dim: [0]})
-    beside_it = truth_for(first, truth)
-    plume = plume_of(at_level(first[name]), at_level(beside_it[name]), cells, box_shift)
-    return Example(name, level, true.load(), case.load(), cells, baselines=beside, plume=plume)
+    plume = plume_of(at_level(first[name]), at_level(true), cells, box_shift)
+    return Example(
+        name, level, chosen(true).load(), case.load(), cells, baselines=beside, plume=plume
+    )
 
 
 def valid_time(case: xr.DataArray) -> xr.DataArray:

@@ -58,8 +58,7 @@ def case_panels(example: Example, baseline: str | None = None) -> list[Panel]:
     fields = {"prediction (ensemble mean)" if has_members else "prediction": mean}
     fields |= {} if baseline is None else {f"baseline {baseline}": example.baselines[baseline]}
     errors = {name: (field - truth).where(hidden) for name, field in fields.items()}
-    first = range(_NUM_MEMBERS if is_ensemble else 0)
-    members = {f"member {n + 1}": prediction.isel(member=n) for n in first}
+    members = first_members(prediction, _NUM_MEMBERS) if is_ensemble else {}
     inputs = [] if example.given is None else [example.given]
     alike = [given.field for given in inputs if given.is_predicted]
     shared = field_scale(truth, *fields.values(), *members.values(), *alike)
@@ -76,6 +75,12 @@ def case_panels(example: Example, baseline: str | None = None) -> list[Panel]:
         spread = prediction.std("member", ddof=1).where(hidden)
         panels.append(Panel("ensemble spread", spread, spread_scale(spread), units))
     return panels + [Panel(name, member, shared, units) for name, member in members.items()]
+
+
+def first_members(prediction: xr.DataArray, count: int) -> dict[str, xr.DataArray]:
+    """The first members of an ensemble, or all of a smaller one, by the titles of their maps."""
+    shown = range(min(count, prediction.sizes["member"]))
+    return {f"member {n + 1}": prediction.isel(member=n) for n in shown}
 
 
 def _given_panel(given: Given, shared: Scale, units: str) -> Panel:

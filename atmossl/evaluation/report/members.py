@@ -14,9 +14,8 @@ import pandas as pd
 import xarray as xr
 
 from atmossl.evaluation.report.content import Example, TaskReport
-from atmossl.evaluation.report.maps import Panel, field_scale, symmetric_scale
-from atmossl.evaluation.verify import WHOLE_YEAR, rows_of_prefix, rows_where
-from atmossl.names import ENSEMBLE
+from atmossl.evaluation.report.maps import Panel, field_scale, first_members, symmetric_scale
+from atmossl.evaluation.verify import WHOLE_YEAR, are_draws, rows_of_prefix, rows_where
 
 NUM_SHOWN = 3
 MAX_LEADS = 6  # columns of the table
@@ -47,8 +46,7 @@ def ensembles(report: TaskReport) -> list[Example]:
 
 def what_members_are(example: Example) -> str:
     """A sentence on what one member of a prediction can be asked."""
-    is_tail = example.prediction["member"].attrs.get(ENSEMBLE) == "tail"
-    return _TAIL if is_tail else _DRAWS
+    return _DRAWS if are_draws(example.prediction) else _TAIL
 
 
 def most_varied(examples: Sequence[Example]) -> Example:
@@ -67,8 +65,7 @@ def member_panels(example: Example) -> list[Panel]:
     """Three rows of maps: the truth, the ensemble mean and the difference between them; the first
     members; and the differences of these from the mean."""
     truth, mean = example.truth, example.prediction.mean("member")
-    shown = range(min(NUM_SHOWN, example.prediction.sizes["member"]))
-    members = {f"member {n + 1}": example.prediction.isel(member=n) for n in shown}
+    members = first_members(example.prediction, NUM_SHOWN)
     fields = {"truth": truth} | members
     departures = {name: _where_hidden(field - mean, example) for name, field in fields.items()}
     alike = field_scale(mean, *fields.values())

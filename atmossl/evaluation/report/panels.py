@@ -151,7 +151,8 @@ def spread_panel(spreads: pd.DataFrame) -> Figure:
         axes.plot(hours, values, marker="o", markersize=3, label=plain(str(quantity)))
     axes.axhline(1.0, **_REFERENCE)
     axes.set_yscale("log")
-    low, high = (float(end) for end in np.quantile(spreads["value"], (0.0, 1.0)))
+    drawn = spreads["value"].to_numpy()
+    low, high = float(drawn.min()), float(drawn.max())
     axes.set_ylim(min(0.5, low / 1.2), max(2.0, high * 1.2))
     ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low / 2 < tick < high * 2]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

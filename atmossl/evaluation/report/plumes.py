@@ -33,11 +33,11 @@ def plume_of(
         return None
     cells = xr.ones_like(truth.isel({_LEAD: -1}, missing_dims="ignore"), dtype=float)
     asked = cells if hidden is None else cells.where(hidden)
-    least = min(asked.sizes[dim] for dim in _BOX)
-    spacing = 180.0 if least == 1 else abs(float(truth["latitude"][1] - truth["latitude"][0]))
+    latitude = asked["latitude"]
+    spacing = abs(float(latitude[1] - latitude[0])) if len(latitude) > 1 else 180.0
     for size in (8, 4) if 8 * spacing <= _WIDEST else (4,):
         boxes = AreaMeans(size, box_shift)
-        if least < size + box_shift:
+        if not boxes.fit(asked):
             continue
         is_whole = _means(asked, boxes).notnull()
         if bool(is_whole.any()):
