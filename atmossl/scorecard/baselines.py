@@ -19,6 +19,7 @@ from atmossl.evaluation import ridge, spatial
 from atmossl.evaluation.climate import NO_CLIMATE, Climate
 from atmossl.evaluation.infill import HarmonicInfill, LocalRidge
 from atmossl.geometry import Grid
+from atmossl.progress import console_of_output
 
 Answers = dict[str, xr.Dataset]
 Baselines = Callable[[xr.Dataset, xr.Dataset], Answers]
@@ -61,16 +62,19 @@ class Setting:
     def regresses(self) -> bool:
         return self.with_ridge and len(self.complete) > 0
 
-    @property
-    def fits_ridge(self) -> bool:
-        """Whether a ridge regression is fitted for the task, by channels or by places."""
-        return problem_of(self) is not None or (self.regresses and self.task.name == "inpainting")
+    def tell_of_ridge(self) -> None:
+        """Say that a ridge regression is being fitted, before it is."""
+        console_of_output().print(
+            f"{self.task.name}: fitting a ridge regression to the training record, which takes "
+            "minutes on a long one (ridge=false leaves it out)"
+        )
 
     def fitted(self) -> Baselines:
         """The ridge regression of the training record, or none; missing for other variables."""
         problem = problem_of(self)
         if problem is None:
             return lambda predicted, truth: {}  # noqa: ARG005
+        self.tell_of_ridge()
         model = ridge.fit_ridge(self.known, problem)
         dim = "init_time" if problem.is_forecast else "time"
 
@@ -237,7 +241,10 @@ def inpainting(setting: Setting) -> Baselines:
     assert hidden is not None, setting.task
     harmonic = HarmonicInfill(setting.grid, hidden)
     names = list(setting.complete)
-    regression = LocalRidge.fit(setting.known, hidden) if setting.regresses else None
+    regression = None
+    if setting.regresses:
+        setting.tell_of_ridge()
+        regression = LocalRidge.fit(setting.known, hidden)
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         truth_now = truth.sel(time=predicted["time"])

@@ -20,7 +20,7 @@ from atmossl.inference.tiles import first_view
 from atmossl.inference.visible_input import VisibleInput, visible_inputs
 from atmossl.inference.writer import predictions
 from atmossl.masking.tasks import Task
-from atmossl.progress import console_of_output, counted, telling
+from atmossl.progress import counted, telling
 from atmossl.schema import EvaluateConfig
 from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
@@ -180,11 +180,6 @@ def _score_task(
     rng: np.random.Generator,
 ) -> TaskReport:
     plan, climate = runs[0].plan, setting.climate
-    if setting.fits_ridge:
-        console_of_output().print(
-            f"{task.name}: fitting a ridge regression to the training record, which takes minutes "
-            "on a long one (ridge=false leaves it out)"
-        )
     baselines = build_baselines(task.name, setting)
     others = fitted_other_models(plan, setting, training)
     tally = empty_tally(config, task.name, box_shift=_box_shift(task))
@@ -211,7 +206,7 @@ def _tallied(
     plan, times = run.plan, run.times
     truth, steps = record_of(plan.segment), plan.steps
     hidden = plan.task.hidden_cells(plan.grid)
-    middle = len(times) // 2
+    middle, shift = len(times) // 2, _box_shift(plan.task)
     examples: list[Example] = []
     for first, predicted in _chunks(plan, times, tally.task):
         predicted = only_hidden(plan.task, predicted)
@@ -226,13 +221,8 @@ def _tallied(
             chosen = predicted.isel({dim: [place]})
             examples = [
                 example_of(
-                    chosen,
-                    here,
-                    str(name),
-                    hidden=hidden,
-                    baselines=answers,
-                    box_shift=_box_shift(plan.task),
-                )  # fmt: skip
+                    chosen, here, str(name), hidden=hidden, baselines=answers, box_shift=shift
+                )
                 for name in predicted.data_vars
             ]
     return _with_inputs(plan, times[middle], examples)
