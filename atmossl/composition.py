@@ -226,21 +226,25 @@ def compose_with_task_file(name: str, arguments: Sequence[str]) -> dict[str, Any
         return compose_config(name, arguments)
     task_words = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in task_words and not sets(a, "task")]
-    if own[-1].startswith("{"):
-        if not is_readable(f"task={own[-1]}"):
+    task = _changed({"task": _own_task(own[-1])}, task_words)
+    return compose_config(name, rest) | task
+
+
+def _own_task(text: str) -> dict[str, Any]:
+    """Keys and values of a task that is written as a mapping, or stands in a YAML file."""
+    if text.startswith("{"):
+        if not is_readable(f"task={text}"):
             raise ValueError(
-                f"task={own[-1]}: cannot be read as a mapping; valid: such as "
+                f"task={text}: cannot be read as a mapping; valid: such as "
                 "task={_target_: downscaling, factor: 4}"
             )
-        content = to_plain(OmegaConf.create(key_and_value(f"task={own[-1]}")[1]))
-    else:
-        from atmossl.api import read_task
+        return to_plain(OmegaConf.create(key_and_value(f"task={text}")[1]))
+    from atmossl.api import read_task
 
-        content = read_task(own[-1])
+    content = read_task(text)
     if not isinstance(content, dict):
-        raise ValueError(f"task={own[-1]} holds {content!r}; needed: keys and values of a task")
-    task = _changed({"task": content}, task_words)
-    return compose_config(name, rest) | task
+        raise ValueError(f"task={text} holds {content!r}; needed: keys and values of a task")
+    return content
 
 
 def _changed(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
