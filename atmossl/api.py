@@ -45,6 +45,7 @@ from atmossl.plugins import check_plugins
 from atmossl.schema import ChosenMembers
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.targets import ChosenTask, trained_sampler
+from atmossl.setting_types import NUM_SEEDS
 from atmossl.value_faults import listed
 
 
@@ -107,7 +108,7 @@ class Model:
         """
         counts = {"tilings": tilings, "batch_size": batch_size}
         _check_choices(dataset, layout, input_limits, **counts)
-        if not hasattr(seed, "__index__") or not 0 <= seed < 2**63:
+        if not hasattr(seed, "__index__") or not 0 <= seed < NUM_SEEDS:
             raise ValueError(f"seed={seed!r}; valid: a whole number from 0 to 2**63 - 1")
         sampler = _sampler(task, choices)
         settings = {"device": self.device, "seed": int(seed), "fill_missing": fill_missing}

@@ -15,7 +15,8 @@ from atmossl.value_faults import as_written
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as many bits as a signed number has
+NUM_SEEDS = 2**63  # numbers that a signed integer of 64 bits can hold
+Seed = Annotated[int, Field(ge=0, lt=NUM_SEEDS)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NonZeroShare = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]

@@ -125,7 +125,8 @@ def zonal_bands(
     per_km = np.arange(size // 2 + 1) / circle_km[:, None]  # of every wave: 1 / its length
 
     def smooth(values: np.ndarray, edge: float, exponent: int = _SOFT) -> np.ndarray:
-        kept = np.exp2(-((edge * per_km).clip(max=100.0) ** exponent))
+        lengths = (edge * per_km).clip(max=100.0)  # of the edge in waves; of more, nothing is kept
+        kept = np.exp2(-(lengths**exponent))
         return np.fft.irfft(np.fft.rfft(values, size) * kept, size)[..., : len(lon)]
 
     inside = np.where(where, fields, 0.0)
