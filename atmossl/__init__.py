@@ -15,8 +15,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from atmossl.at_work import answer_from_the_start
 from atmossl.home import ensure_home
-from atmossl.stops import answer_from_the_start
 
 answer_from_the_start()
 ensure_home()

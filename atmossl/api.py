@@ -17,6 +17,7 @@ import xarray as xr
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from atmossl.at_work import owned
 from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore
 from atmossl.data.catalog import Split, catalog_entry, find_file, yaml_fault
@@ -37,15 +38,13 @@ from atmossl.inference.writer import (
     predictions,
     write,
 )
-from atmossl.locks import owned
 from atmossl.masking.tasks import Task
 from atmossl.model.latent_distance import distance as distance  # offered as atmossl.distance
 from atmossl.model.latent_distance import squared_difference
-from atmossl.plugins import check_plugins
-from atmossl.schema import ChosenMembers
+from atmossl.schema import ChosenMembers, trained_sampler
 from atmossl.schema.config_errors import lines_of
-from atmossl.schema.targets import ChosenTask, trained_sampler
-from atmossl.setting_types import NUM_SEEDS
+from atmossl.schema.targets import ChosenTask
+from atmossl.settings import NUM_SEEDS, check_plugins
 from atmossl.value_faults import listed
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from atmossl.setting_types import NotNegativeFloat, Positive
+from atmossl.settings import NotNegativeFloat, Positive
 from atmossl.value_faults import as_written, listed
 
 YEAR_HOURS = 24.0 * 365.2425  # of the standard calendar, on average

@@ -32,11 +32,11 @@ from atmossl.masking.random import Mixture
 from atmossl.model.linear import LOW_RANK, add_low_rank
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective
-from atmossl.plugins import classes_outside, package_of
 from atmossl.progress import telling
 from atmossl.schema import TrainConfig
 from atmossl.schema.targets import builtin_names
 from atmossl.schema.training import TrainerConfig
+from atmossl.settings import classes_outside, package_of
 from atmossl.training.callbacks import (
     CurvesAtEnd,
     LearningRate,

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from atmossl import __version__
+from atmossl.at_work import TERMINAL, Stopped, answering, keeping, owned
 from atmossl.composition import (
     MAPPINGS,
     as_entry,
@@ -33,7 +34,6 @@ from atmossl.composition import (
 from atmossl.data.catalog import find_file, is_location
 from atmossl.data.variables import OneLineNotes
 from atmossl.extras import naming_extras
-from atmossl.locks import owned
 from atmossl.overrides import (
     Word,
     as_searchpath,
@@ -48,14 +48,13 @@ from atmossl.overrides import (
     unquoted,
     value_of,
 )
-from atmossl.plugins import check_plugins
 from atmossl.process_lifetime import (
     end_with_parent,
     is_first_rank,
     is_started_by_first_rank,
     lost_another_process,
 )
-from atmossl.stops import TERMINAL, Stopped, answering, keeping
+from atmossl.settings import check_plugins
 
 
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from atmossl.at_work import keeping, owned
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import write_atomically
 from atmossl.data.catalog import OWN_CATALOG, catalog_entry, check_name, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import IngestInput, ingest, missing_shares, verify
@@ -31,12 +32,10 @@ from atmossl.data.proposal import propose
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import Statistics
 from atmossl.data.windows import WindowSize
-from atmossl.locks import owned
 from atmossl.names import file_name
 from atmossl.overrides import is_readable, key_and_value
 from atmossl.progress import console_of_output
 from atmossl.schema import IngestConfig, InspectConfig, StatsConfig, parse
-from atmossl.stops import keeping
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -342,7 +342,7 @@ _DEFAULTS = {"model": "multiformer"}  # the class of a group whose files name no
 def _class_of(group: str, target: str) -> Any:
     from atmossl.model.kinds import NETWORKS
     from atmossl.schema.targets import MASKS, objectives
-    from atmossl.setting_types import target_name
+    from atmossl.settings import target_name
 
     kinds = {"objective": objectives, "model": lambda: NETWORKS}.get(group, lambda: MASKS)()
     return kinds.get(target_name(target))

@@ -4,7 +4,7 @@ and checkpoints of that version have stored are read by their present names."""
 from collections.abc import Mapping
 from typing import Any
 
-from atmossl.setting_types import target_name
+from atmossl.settings import target_name
 
 _KEYS = {  # whole key: its last part now
     "model.neighbourhood": "kernel_size",

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from atmossl.sealed import METADATA, UnsoundError, in_one_line
+from atmossl.checkpoint_files import METADATA, UnsoundError, in_one_line
 
 _INDEX = ".metadata"  # torch's name for the index of a folder, a pickle
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata",)

@@ -9,7 +9,7 @@ from atmossl.cli import compose_config
 from atmossl.commands.common import plain
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, checked, parse
-from atmossl.setting_types import hours
+from atmossl.settings import hours
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("data", "stream", "masking", "tasks", "model", "objective", "optimizer", "trainer")

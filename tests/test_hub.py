@@ -21,11 +21,11 @@ from atmossl.checkpoint_files import (
     downloaded,
     read_hub_folder,
     write_hub_folder,
+    write_sealed,
 )
 from atmossl.cli import main
 from atmossl.data.catalog import catalog_entry
 from atmossl.inference.checkpoint import PACKAGED, checkpoint_path, exported, load_checkpoint
-from atmossl.sealed import write_sealed
 
 hub_constants = pytest.importorskip("huggingface_hub.constants")
 

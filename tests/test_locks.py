@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from atmossl import locks
+from atmossl import at_work
+from atmossl.at_work import check_is_free, owned
 from atmossl.cli import main
-from atmossl.locks import check_is_free, owned
 
 CONTEXT = multiprocessing.get_context("spawn")
 HOLD = """
 import sys, time
 from pathlib import Path
-from atmossl.locks import owned
+from atmossl.at_work import owned
 with owned(Path(sys.argv[1]), "output", inside=sys.argv[2] == "inside"):
     print("owned", flush=True)
     time.sleep(600)
@@ -133,7 +133,7 @@ def test_an_owner_elsewhere_counts_until_it_gives_no_sign_of_life(
     foreign(output, **changes)
     with pytest.raises(ValueError, match=rf"or remove {lock_of(output)}"), owned(output, "output"):
         raise AssertionError
-    old = time.time() - locks.SILENT_SECONDS - 5
+    old = time.time() - at_work.SILENT_SECONDS - 5
     os.utime(lock_of(output), (old, old))
     with owned(output, "output"):
         pass
@@ -171,7 +171,7 @@ def test_a_damaged_file_counts_until_it_is_old(text: str, tmp_path: Path) -> Non
 
 
 def test_an_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(at_work, "BEAT_SECONDS", 0.01)
     lock = lock_of(tmp_path / "out")
     with owned(tmp_path / "out", "output"):
         os.utime(lock, (1.0, 1.0))

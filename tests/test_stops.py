@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import xarray as xr
 
-from atmossl import stops
+from atmossl import at_work
+from atmossl.at_work import Stopped
 from atmossl.cli import main
 from atmossl.data import climatology, ingest, statistics
 from atmossl.inference import writer
-from atmossl.stops import Stopped
 from atmossl.training.keeping import checkpoints_in
 from tests.inference.test_command import STORE, arguments, save_tiny
 from tests.processes import run, training
@@ -81,9 +81,9 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 def test_what_is_kept_is_told_by_the_innermost_context() -> None:
     with (
         pytest.raises(Stopped) as caught,
-        stops.answering("info"),
-        stops.keeping("outer"),
-        stops.keeping("inner"),
+        at_work.answering("info"),
+        at_work.keeping("outer"),
+        at_work.keeping("inner"),
     ):
         signal.raise_signal(signal.SIGTERM)
     assert str(caught.value) == "stopped by SIGTERM; inner"
@@ -94,9 +94,10 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     """A launcher's copy of the first one does not count."""
     code = (
         "import signal, sys, time\nfrom pathlib import Path\n"
-        "from atmossl import stops, locks\n"
-        "with stops.answering('x'), locks.owned(Path(sys.argv[1]), 'output'), stops.keeping():\n"
-        "    try:\n        signal.raise_signal(2)\n    except stops.Stopped:\n"
+        "from atmossl import at_work\n"
+        "from atmossl.at_work import answering, keeping, owned\n"
+        "with answering('x'), owned(Path(sys.argv[1]), 'output'), keeping():\n"
+        "    try:\n        signal.raise_signal(2)\n    except at_work.Stopped:\n"
         "        signal.raise_signal(2)\n        print('goes on', flush=True)\n"
         "        time.sleep(0.4)\n        signal.raise_signal(2)\n        print('too far')\n"
     )

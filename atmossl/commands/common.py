@@ -27,10 +27,9 @@ from atmossl.inference.plan import Plan
 from atmossl.masking.tasks import Task
 from atmossl.model.kinds import network_class
 from atmossl.model.network import Network
-from atmossl.plugins import check_plugins
-from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice, checked
-from atmossl.schema.targets import trained_sampler
+from atmossl.schema import CheckpointConfig, EncodingConfig, StoreChoice, checked, trained_sampler
 from atmossl.schema.training import WarmStartConfig
+from atmossl.settings import check_plugins
 from atmossl.value_faults import listed
 
 

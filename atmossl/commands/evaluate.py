@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from atmossl.at_work import check_is_free, keeping, owned
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import write_atomically
 from atmossl.commands.common import (
     check_split,
     device_for,
@@ -22,11 +23,9 @@ from atmossl.evaluation.report.tables import mean_over_levels, print_summary, su
 from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.report.write import write_report
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
-from atmossl.locks import check_is_free, owned
 from atmossl.progress import console_of_output
 from atmossl.schema import EvaluateConfig, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
-from atmossl.stops import keeping
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:

@@ -5,18 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atmossl.at_work import check_is_free
+from atmossl.atomic_files import check_room, size_on_disk, write_atomically
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import (
-    CARD,
-    check_room,
-    size_on_disk,
-    write_atomically,
-    write_hub_folder,
-)
+from atmossl.checkpoint_files import CARD, write_hub_folder
 from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.inference.checkpoint import TrainedModel, exported, load_checkpoint
 from atmossl.inference.out_of_training_warnings import seen_in_training
-from atmossl.locks import check_is_free
 from atmossl.progress import console_of_output
 
 _FENCE = "```"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from atmossl import __version__
+from atmossl.atomic_files import check_room, size_on_disk
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
-from atmossl.checkpoint_files import FORMAT, check_room, size_on_disk, write_output
+from atmossl.checkpoint_files import FORMAT, write_output
 from atmossl.commands.atmorep_normalisation import Months, with_atmorep_normalisation
 from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD

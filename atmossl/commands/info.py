@@ -9,8 +9,7 @@ from rich.table import Table
 from atmossl.batch import PRIMARY
 from atmossl.inference.calibration import SpreadInflation
 from atmossl.inference.checkpoint import load_checkpoint, objective_name
-from atmossl.plugins import check_plugins
-from atmossl.setting_types import snake_case
+from atmossl.settings import check_plugins, snake_case
 
 
 def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from atmossl.checkpoint_files import check_room, remove, size_on_disk, write_output
+from atmossl.at_work import keeping, owned
+from atmossl.atomic_files import check_room, remove, size_on_disk
+from atmossl.checkpoint_files import write_output
 from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
 from atmossl.inference.calibration import (
     Calibration,
@@ -27,7 +29,6 @@ from atmossl.inference.writer import (
     partial_of,
     write,
 )
-from atmossl.locks import owned
 from atmossl.progress import (
     EarlyEstimate,
     NoRoomError,
@@ -38,7 +39,6 @@ from atmossl.progress import (
     telling,
 )
 from atmossl.schema import CalibrateConfig, PredictConfig, parse
-from atmossl.stops import keeping
 
 
 def predict(values: Mapping[str, Any]) -> Path:

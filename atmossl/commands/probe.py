@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from atmossl.at_work import check_is_free, keeping, owned
 from atmossl.commands.common import check_split, device_for, note, open_splits
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.locks import check_is_free, owned
 from atmossl.probes.cases import SPLITS
 from atmossl.probes.finetuning import FinetuneSettings
 from atmossl.probes.run import (
@@ -26,7 +26,6 @@ from atmossl.probes.run import (
 from atmossl.probes.summary import Summary, brief_text, write_summary
 from atmossl.progress import telling
 from atmossl.schema import ProbeConfig, parse
-from atmossl.stops import keeping
 
 
 def probe(values: Mapping[str, Any]) -> Path:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from atmossl.setting_types import Strict
+from atmossl.settings import Strict
 from atmossl.value_faults import as_written, in_plain_words, listed
 
 Split = Literal["train", "validation", "test"]

@@ -30,7 +30,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from atmossl.data.variables import InputLimits, Notices
-from atmossl.setting_types import NotNegative, Positive, Seconds
+from atmossl.settings import NotNegative, Positive, Seconds
 
 # One way to try again what a remote store failed at: opening it, its metadata, its chunks.
 

@@ -20,7 +20,7 @@ import xarray as xr
 import zarr
 
 from atmossl import __version__
-from atmossl.checkpoint_files import write_atomically
+from atmossl.atomic_files import write_atomically
 from atmossl.data.fingerprint import agree, fingerprint, stale_message
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES

@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from atmossl import __version__
+from atmossl.at_work import check_is_free
 from atmossl.data.axes import Calendar, integer_units
 from atmossl.data.catalog import LevelKind, check_name
 from atmossl.data.fingerprint import (
@@ -41,9 +42,8 @@ from atmossl.data.fingerprint import (
 from atmossl.data.inputs import input_files, open_input
 from atmossl.data.store import check_record
 from atmossl.data.variables import VARIABLES
-from atmossl.locks import check_is_free
 from atmossl.names import file_name
-from atmossl.setting_types import NotNegative, Positive
+from atmossl.settings import NotNegative, Positive
 from atmossl.value_faults import as_written, listed
 
 Engine = Literal["threads", "local_cluster", "slurm"]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from atmossl.at_work import leave_to_creator, start_worker_server
 from atmossl.batch import Batch, Movable, collate_views
 from atmossl.data.variables import OneLineNotes
 from atmossl.data.windows import lent
 from atmossl.process_lifetime import end_with_creator
-from atmossl.stops import leave_to_creator, start_worker_server
 
 # Batches out of worker processes in one piece of shared memory, which is used again.
 #

@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atmossl.at_work import naming_errors, owned_in_turn
 from atmossl.batch import StreamSpec, StreamWindow, patch_values
+from atmossl.checkpoint_files import read_sealed, write_sealed
 from atmossl.data.fingerprint import (
     NO_TRANSFORMS,
     Transforms,
@@ -29,10 +31,8 @@ from atmossl.data.fingerprint import (
 from atmossl.data.monthly_normals import LocalUnits, MonthlyNormals, local_units
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES, Transform, physical_range
-from atmossl.locks import naming_errors, owned_in_turn
 from atmossl.names import file_name
 from atmossl.process_lifetime import is_first_rank
-from atmossl.sealed import read_sealed, write_sealed
 
 # Area-weighted sums over stored variables in one streaming pass, which can be taken up again.
 #

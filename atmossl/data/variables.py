@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from atmossl.setting_types import PositiveFloat
+from atmossl.settings import PositiveFloat
 from atmossl.value_faults import listed
 
 

@@ -23,7 +23,7 @@ from atmossl.geometry import Box, check_window_fits, random_box
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.views import FirstGuess, ViewSpec, lag_steps, make_views, show_hours
 from atmossl.model_levels import standard_pressure
-from atmossl.setting_types import NotNegative, Positive
+from atmossl.settings import NotNegative, Positive
 
 # Memory that is used again once nobody views it. Fresh memory costs as much as a copy of what
 # is put into it: the system clears it page by page.

@@ -21,8 +21,8 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import StreamSpec
-from atmossl.checkpoint_files import write_atomically
 from atmossl.coastlines import coastlines
 from atmossl.data.variables import VARIABLES
 from atmossl.evaluation.report.content import Provenance

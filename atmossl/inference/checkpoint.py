@@ -12,13 +12,14 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from atmossl.atomic_files import check_room
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
     AVERAGED,
     SCHEME,
-    check_room,
     commit_of,
     downloaded,
+    in_one_line,
     read_contents,
     read_with_digest,
     write_output,
@@ -32,8 +33,7 @@ from atmossl.masking.views import FirstGuess
 from atmossl.model.kinds import build_network, network_class
 from atmossl.model.linear import merged
 from atmossl.model.network import Network
-from atmossl.sealed import in_one_line
-from atmossl.setting_types import snake_case, target_name
+from atmossl.settings import snake_case, target_name
 from atmossl.value_faults import in_plain_words
 
 # The reference checkpoint, one with two streams, either of which can be hidden whole, and one whose

@@ -21,15 +21,15 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 
 from atmossl import __version__
+from atmossl.at_work import check_is_free
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import StreamSpec, StreamWindow, TokenGrid, TokenSize, View, collate_views
-from atmossl.checkpoint_files import write_atomically
 from atmossl.data.segment import Segment
 from atmossl.geometry import Box, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Source
 from atmossl.inference.tiles import WindowReader, columns
 from atmossl.inference.writer import COORDINATES, attributes_of, encoding
-from atmossl.locks import check_is_free
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.tasks import TimePlan
 from atmossl.masking.views import make_view

@@ -28,7 +28,7 @@ from atmossl.geometry import Box, Grid, Nesting, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.model.network import EVALUATED_MEMBERS
-from atmossl.setting_types import hours
+from atmossl.settings import hours
 from atmossl.value_faults import as_written
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None

@@ -19,7 +19,7 @@ from atmossl.masking.places import (
     LatLonBox,
     described,
 )
-from atmossl.setting_types import Hours, NotNegative
+from atmossl.settings import Hours, NotNegative
 
 
 def read_cell_mask(path: Path) -> CellMask:

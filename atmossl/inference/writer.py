@@ -18,16 +18,15 @@ import xarray as xr
 import zarr
 
 from atmossl import __version__
+from atmossl.at_work import Stopped, check_is_free
 from atmossl.batch import PRIMARY, StreamSpec
+from atmossl.checkpoint_files import read_sealed, write_sealed
 from atmossl.data.fingerprint import fingerprint
 from atmossl.data.variables import VARIABLES
 from atmossl.geometry import Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.inference.predict import predict_fields, predict_parts
-from atmossl.locks import check_is_free
 from atmossl.names import ENSEMBLE
-from atmossl.sealed import read_sealed, write_sealed
-from atmossl.stops import Stopped
 
 # How predictions are named, dimensioned and described: CF, and the names of WeatherBench 2.
 
@@ -303,7 +302,7 @@ SUFFIXES = (".zarr", ".nc", ".grib2")
 
 def check_output(output: Path, *, resume: bool = False) -> None:
     """Raise ValueError, before any work, if the output exists. That its folder can be written
-    was shown when the output was locked (`atmossl.locks`)."""
+    was shown when the output was locked (`atmossl.at_work`)."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"output={output} must end in {', '.join(SUFFIXES)}")
     check_is_free(output, is_folder=output.suffix == ".zarr")

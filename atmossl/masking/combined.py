@@ -16,7 +16,7 @@ from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.tasks import Points, Task, TimePlan, given_steps, union
 from atmossl.model_levels import standard_pressure
-from atmossl.setting_types import Positive, SignedHours
+from atmossl.settings import Positive, SignedHours
 from atmossl.value_faults import listed
 
 

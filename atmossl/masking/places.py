@@ -30,7 +30,7 @@ from atmossl.masking.tasks import (
     is_example,
     told_examples,
 )
-from atmossl.setting_types import NotNegative, Positive
+from atmossl.settings import NotNegative, Positive
 from atmossl.value_faults import as_written, listed
 
 

@@ -19,7 +19,7 @@ from atmossl.masking.base import (
     step_hours_of,
     window_times,
 )
-from atmossl.setting_types import Positive, snake_case
+from atmossl.settings import Positive, snake_case
 from atmossl.value_faults import as_written, listed
 
 _KINDS = {

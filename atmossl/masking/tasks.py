@@ -29,7 +29,7 @@ from atmossl.masking.base import (
     steps_of,
     window_times,
 )
-from atmossl.setting_types import Hours, NotNegative, Positive, snake_case
+from atmossl.settings import Hours, NotNegative, Positive, snake_case
 from atmossl.value_faults import as_written, listed
 
 

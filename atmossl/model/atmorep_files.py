@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atmossl.checkpoint_files import UnsoundError, verified_digest
 from atmossl.model.atmorep import AtmoRep, AtmoRepField, AtmoRepSettings
-from atmossl.sealed import UnsoundError, verified_digest
 
 _REFUSED = {
     "encoder_att_type": ("dense",),

@@ -8,8 +8,14 @@ from typing import Any
 from atmossl.model.atmorep_network import AtmoRepNetwork
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network
-from atmossl.plugins import Part, checked_keywords, choose_part, find_class, with_defaults
-from atmossl.setting_types import target_name
+from atmossl.settings import (
+    Part,
+    checked_keywords,
+    choose_part,
+    find_class,
+    target_name,
+    with_defaults,
+)
 
 NETWORKS: dict[str, type[Network]] = {
     "multiformer": Multiformer,

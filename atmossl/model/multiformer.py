@@ -60,7 +60,7 @@ from atmossl.model.network import (
     scatter,
 )
 from atmossl.model.noise import CHANNELS_PER_LENGTH, noise_field
-from atmossl.setting_types import Positive, PositiveFloat
+from atmossl.settings import Positive, PositiveFloat
 from atmossl.value_faults import as_written, listed
 
 

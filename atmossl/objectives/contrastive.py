@@ -16,7 +16,7 @@ from atmossl.masking.views import ViewSpec
 from atmossl.model.network import Network
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.pairs import LagHours, PairMeasures, close_in_time, pair_views, perceptron
-from atmossl.setting_types import Hours
+from atmossl.settings import Hours
 
 PairLoss = Literal["nt_xent", "vicreg", "simsiam", "barlow_twins"]
 Projected = Float[Tensor, "sample feature"]

@@ -16,7 +16,7 @@ from atmossl.latent_losses import alignment, gathered, rankme
 from atmossl.losses import Losses
 from atmossl.masking.base import MaskingSampler
 from atmossl.masking.views import ViewSpec
-from atmossl.setting_types import Hours
+from atmossl.settings import Hours
 
 
 def _ascending(hours: tuple[float, ...]) -> tuple[float, ...]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from atmossl.checkpoint_files import write_atomically
+from atmossl.at_work import check_is_free
+from atmossl.atomic_files import write_atomically
 from atmossl.evaluation.verify import rows_where
-from atmossl.locks import check_is_free
 
 _STYLE = """body { margin: 0 auto; max-width: 1200px; padding: 0 16px 48px; color: #1c2733;
   font: 16px/1.5 system-ui, "Segoe UI", Arial, sans-serif; }

@@ -26,12 +26,21 @@ from atmossl.data.ingest import ChunkLayout, IngestInput, Workers
 from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.evaluation.regions import boxes, find_regions
+from atmossl.masking.base import MaskingSampler
 from atmossl.overrides import split, unquoted
-from atmossl.plugins import Plugins
 from atmossl.schema.config_errors import ConfigError, lines_of, with_single_items_listed
-from atmossl.schema.targets import ChosenTask
+from atmossl.schema.targets import MASKS, REGIONS, ChosenTask, choose_mask
 from atmossl.schema.training import StatsConfig, TrainConfig
-from atmossl.setting_types import NonZeroShare, Positive, PositiveFloat, Seed, Strict
+from atmossl.settings import (
+    NonZeroShare,
+    Plugins,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Strict,
+    UntrustedError,
+    check_listed,
+)
 
 __all__ = [
     "CalibrateConfig",
@@ -49,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "checked",
     "parse",
+    "trained_sampler",
 ]
 
 
@@ -357,3 +367,19 @@ def checked(
 def parse(kind: type, values: Mapping[str, Any]) -> Any:
     """The configuration alone; see `checked`."""
     return checked(kind, values)[0]
+
+
+def trained_sampler(
+    checkpoint_record: Mapping[str, Any], plugins: Sequence[str]
+) -> MaskingSampler | str | None:
+    """The sampler of the masks under which a checkpoint was trained, from its record. None if
+    the record has none; a text that says so if its code is of a package that is not in
+    `plugins`."""
+    masking = checkpoint_record.get("config", {}).get("masking")
+    if masking is None:
+        return None
+    try:
+        check_listed(masking, {*MASKS, *REGIONS}, plugins)
+    except UntrustedError as error:
+        return f"masks that are known here: {error}"
+    return choose_mask(masking)

@@ -5,17 +5,15 @@ Such a part is a mapping with the key `_target_`, which names the class: by the 
 small letters with underscores, such as `temporal_interpolation`, or with its module in front. The
 other keys are the keywords of its constructor, whose annotations say what is valid. So a key stands
 once, in the class that uses it. A keyword that takes a mask, a task, a region or an objective is
-such a part again. A class of a plugin is named by its package, see `atmossl.plugins`.
+such a part again. A class of a plugin is named by its package, see `atmossl.settings`.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial, reduce
-from operator import or_
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from functools import cache, partial
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -37,21 +35,19 @@ from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, Tempora
 from atmossl.masking.views import ViewSpec
 from atmossl.model.kinds import NETWORKS
 from atmossl.objectives.base import Ability, Objective, ObjectivePart
-from atmossl.plugins import (
+from atmossl.settings import (
     Part,
-    UntrustedError,
-    check_listed,
     checked_keywords,
-    find_class,
+    choose,
+    named_class,
+    snake_case,
     with_defaults,
+    with_parts,
 )
-from atmossl.setting_types import snake_case
-from atmossl.value_faults import as_written, listed
+from atmossl.value_faults import as_written
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
-
-Kinds = Mapping[str, Callable[..., Any]]
 
 
 def _by_name(*kinds: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -68,69 +64,19 @@ MASKS = TASKS | _by_name(
 REGIONS = _by_name(LatLonBox, AllButStations)
 
 
-def choose(node: Any, kinds: Kinds, base: type) -> Any:
-    """Build the object that a mapping with `_target_` describes; any other object stays as it is.
+_PARTS: dict[Any, Any] = {}  # filled below: the types of such parts, and how they are chosen
+_as_written = partial(with_parts, parts=_PARTS)
+_choose_task = partial(choose, kinds=TASKS, base=Task, as_written=_as_written)
+choose_mask = partial(choose, kinds=MASKS, base=MaskingSampler, as_written=_as_written)
+_choose_region = partial(choose, kinds=REGIONS, base=HiddenCells, as_written=_as_written)
 
-    kinds: the package's own classes by name; others are subclasses of `base` that plugins have.
-
-    Raises:
-        ValueError: an unknown class or key, or a value that does not fit.
-    """
-    if type(node).__module__ != "builtins":
-        return node
-    kind, values = _kind_of(node, kinds, base)
-    return kind(**checked_keywords(kind, values, as_written=_with_parts))
-
-
-def _kind_of(node: Any, kinds: Kinds, base: type) -> tuple[Any, dict[str, Any]]:
-    """The class that a node names, and the other keys of the node."""
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ValueError(
-            f"needs keys and values, with _target_ among them; valid: {listed(sorted(kinds))}"
-        )
-    values = dict(node)
-    return find_class(values.pop("_target_"), base, kinds), values
-
-
-def _with_parts(hint: Any) -> Any:
-    """An annotation that accepts a mapping wherever the original takes such a part."""
-    if not isinstance(hint, Hashable):  # arguments of a Callable
-        return hint
-    if hint in _PARTS:
-        return _PARTS[hint]
-    origin: Any = get_origin(hint)
-    arguments = get_args(hint)
-    changed = tuple(map(_with_parts, arguments))
-    if changed == arguments:
-        return hint
-    if origin is Annotated:
-        return Annotated[changed]
-    return reduce(or_, changed) if origin in (Union, UnionType) else origin[changed]
-
-
-def trained_sampler(
-    checkpoint_record: Mapping[str, Any], plugins: Sequence[str]
-) -> MaskingSampler | str | None:
-    """The sampler of the masks under which a checkpoint was trained, from its record. None if
-    the record has none; a text that says so if its code is of a package that is not in
-    `plugins`."""
-    masking = checkpoint_record.get("config", {}).get("masking")
-    if masking is None:
-        return None
-    try:
-        check_listed(masking, {*MASKS, *REGIONS}, plugins)
-    except UntrustedError as error:
-        return f"masks that are known here: {error}"
-    return choose(masking, MASKS, MaskingSampler)
-
-
-ChosenTask = Annotated[Task, BeforeValidator(partial(choose, kinds=TASKS, base=Task))]
-ChosenMask = Annotated[Any, BeforeValidator(partial(choose, kinds=MASKS, base=MaskingSampler))]
-_PARTS: dict[Any, Any] = {
+ChosenTask = Annotated[Task, BeforeValidator(_choose_task)]
+ChosenMask = Annotated[Any, BeforeValidator(choose_mask)]
+_PARTS |= {
     Task: ChosenTask,
     MaskingSampler: ChosenMask,
     ObjectivePart: Annotated[Any, BeforeValidator(lambda node: choose_objective(node))],
-    HiddenCells: Annotated[Any, BeforeValidator(partial(choose, kinds=REGIONS, base=HiddenCells))],
+    HiddenCells: Annotated[Any, BeforeValidator(_choose_region)],
 }
 
 
@@ -183,13 +129,13 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     Raises:
         ValueError: an unknown class or key, or a value that does not fit.
     """
-    kind, values = _kind_of(node, objectives(), Objective)
+    kind, values = named_class(node, Objective, objectives())
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
         raise ValueError(
             f"train_only={as_written(train_only)}; valid: null or one of {list(_ENDS)}"
         )
-    keywords = checked_keywords(kind, values, _OF_THE_RUN, as_written=_with_parts)
+    keywords = checked_keywords(kind, values, _OF_THE_RUN, as_written=_as_written)
     return ObjectiveChoice(kind, with_defaults(kind, keywords, _OF_THE_RUN), train_only)
 
 

@@ -23,9 +23,18 @@ from atmossl.masking.random import Autoregression
 from atmossl.masking.views import OTHER_MODEL
 from atmossl.model.kinds import choose_network
 from atmossl.model.multiformer import Multiformer
-from atmossl.plugins import Part, Plugins, checked_keywords, choose_part
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask
-from atmossl.setting_types import NonZeroShare, NotNegative, Positive, Strict, snake_case
+from atmossl.settings import (
+    NonZeroShare,
+    NotNegative,
+    Part,
+    Plugins,
+    Positive,
+    Strict,
+    checked_keywords,
+    choose_part,
+    snake_case,
+)
 from atmossl.training.optimizer import OptimizerChoice
 from atmossl.value_faults import as_written, listed
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch
-from atmossl.checkpoint_files import write_atomically
 from atmossl.training.curves import plot_curves
 
 

@@ -12,7 +12,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from atmossl.checkpoint_files import read_contents, remove, save_contents, write_atomically
+from atmossl.atomic_files import remove, write_atomically
+from atmossl.checkpoint_files import read_contents, save_contents
 from atmossl.objectives.base import Monitor
 from atmossl.training.distributed import failing_together
 from atmossl.training.keeping import BEST, leave_branch, tidy

@@ -15,12 +15,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from atmossl.checkpoint_files import (
-    partial_path,
-    read_record_to_go_on,
-    remove,
-    write_atomically,
-)
+from atmossl.atomic_files import partial_path, remove, write_atomically
+from atmossl.checkpoint_files import read_record_to_go_on
 
 BEST = "best.ckpt"
 ABANDONED = "abandoned-step-"

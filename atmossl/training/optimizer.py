@@ -12,13 +12,7 @@ from torch import nn
 
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
-from atmossl.setting_types import (
-    NotNegative,
-    NotNegativeFloat,
-    Positive,
-    PositiveFloat,
-    Share,
-)
+from atmossl.settings import NotNegative, NotNegativeFloat, Positive, PositiveFloat, Share
 from atmossl.training.muon import Muon
 
 Schedule = Literal["cosine", "exponential", "constant"]

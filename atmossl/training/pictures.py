@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch, StreamPrediction, StreamTokens, detokenise
-from atmossl.checkpoint_files import write_atomically
 from atmossl.coastlines import coastlines
 from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.statistics import Normaliser

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from atmossl.stops import NUMBERS, is_repeated, leave, listen
+from atmossl.at_work import NUMBERS, is_repeated, leave, listen
 from atmossl.training.checkpoint import KeepCheckpoints
 
 _NEAR_LIMIT_SECONDS = 1800.0

@@ -10,7 +10,7 @@ import numpy as np
 from atmossl.batch import PRIMARY
 from atmossl.checkpoint_files import read_record_to_go_on
 from atmossl.data.fingerprint import agree
-from atmossl.setting_types import target_name
+from atmossl.settings import target_name
 from atmossl.training.keeping import ABANDONED, checkpoints_in, marks_in
 from atmossl.value_faults import as_written
 

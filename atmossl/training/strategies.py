@@ -29,10 +29,16 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from atmossl.checkpoint_files import partial_path, publish, read_contents, remove, save_contents
+from atmossl.atomic_files import partial_path, publish, remove
+from atmossl.checkpoint_files import (
+    METADATA,
+    UnsoundError,
+    read_contents,
+    save_contents,
+    write_manifest,
+)
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
-from atmossl.sealed import METADATA, UnsoundError, write_manifest
 from atmossl.shards import SafePlanner, ShardReader, as_unsound, by_index, by_name
 from atmossl.training.distributed import failing_together
 

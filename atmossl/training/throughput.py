@@ -16,8 +16,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch, View
-from atmossl.checkpoint_files import write_atomically
 from atmossl.model.linear import AVAILABLE as BY_ONEDNN
 from atmossl.model.linear import half_is_fast
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from atmossl.checkpoint_files import FORMAT, check_room
+from atmossl.atomic_files import check_room
+from atmossl.checkpoint_files import FORMAT
 from atmossl.inference.checkpoint import export, load_checkpoint, read_checkpoint
 
 

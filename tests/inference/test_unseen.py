@@ -24,7 +24,7 @@ from atmossl.inference.out_of_training_warnings import (
 )
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.masking.tasks import Forecast
-from atmossl.schema.targets import trained_sampler
+from atmossl.schema import trained_sampler
 from tests.synthetic import dataset
 
 TIME = np.datetime64("1959-02-12T00", "ns")

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atmossl.checkpoint_files import read_contents, write_atomically
+from atmossl.atomic_files import write_atomically
+from atmossl.checkpoint_files import read_contents
 from atmossl.objectives.base import Monitor
 from atmossl.shards import by_index, by_name
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints

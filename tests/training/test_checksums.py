@@ -17,13 +17,15 @@ from torch.utils import _pytree as pytree
 
 from atmossl.checkpoint_files import (
     FORMAT,
+    MANIFEST,
     METADATA,
     read_contents,
     read_record_to_go_on,
     read_with_digest,
     save_contents,
+    verified_digest,
+    write_manifest,
 )
-from atmossl.sealed import MANIFEST, verified_digest, write_manifest
 
 RNG = random.Random(0)
 TENSORS = {

@@ -1,8 +1,15 @@
-"""Classes that a configuration names by `_target_`: those of the package and those of plugins.
+"""What a setting may be: a number with bounds, a duration as people write it, or a class that a
+configuration names by `_target_`.
 
-A plugin is a user's own package. Its classes are named as `package.module.Class`, or by a short
-name that the package registers in the entry point group `atmossl.plugins`. Two rules hold for every
-kind of class (masking sampler, task, objective, network, callback, logger):
+The types annotate the classes that a configuration is validated against (`atmossl.schema`),
+wherever those classes are. Nothing is checked when such a class is made in code, without a
+configuration.
+
+A `_target_` names a class of the package by its name in small letters with underscores, such as
+`temporal_interpolation`, or with its module in front. A plugin is a user's own package. Its classes
+are named as `package.module.Class`, or by a short name that the package registers in the entry
+point group `atmossl.plugins`. Two rules hold for every kind of class (masking sampler, task,
+objective, network, callback, logger):
 
 - What the user's own configuration names is imported, must be a subclass of what is needed, and has
   its keywords checked against the types of its constructor.
@@ -13,22 +20,90 @@ kind of class (masking sampler, task, objective, network, callback, logger):
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Annotated, Any
+from operator import or_
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
 
-from atmossl.setting_types import target_name
 from atmossl.value_faults import as_written, listed
 
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+NUM_SEEDS = 2**63  # numbers that a signed integer of 64 bits can hold
+Seed = Annotated[int, Field(ge=0, lt=NUM_SEEDS)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NonZeroShare = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NotNegativeFloat = Annotated[float, Field(ge=0.0)]
+_HOURS = {"s": 1 / 3600, "min": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+class Strict(BaseModel):
+    """Settings that refuse unknown keys and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+def signed_hours(text: str) -> float:
+    """Hours of a duration such as `12h`, `90min`, `2d` or `-30d`; ValueError if it is none."""
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", str(text))
+    if match is None:
+        raise ValueError(
+            f"{as_written(text)} is no duration; valid: a number and min, h or d, such as 12h"
+        )
+    return float(match[1]) * _HOURS[match[2]]
+
+
+def hours(text: str) -> float:
+    """Hours of a duration that is not negative; ValueError if it is none."""
+    value = signed_hours(text)
+    if value < 0:
+        raise ValueError(f"{as_written(text)} is negative; valid: a duration such as 12h")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Seconds of a duration that is not negative; ValueError if it is none."""
+    return round(3600 * hours(text), 9)
+
+
+# Hours or seconds in code, a number and its unit in a configuration: `12h`
+Hours = Annotated[float, BeforeValidator(hours)]
+Seconds = Annotated[float, BeforeValidator(seconds)]
+SignedHours = Annotated[float, BeforeValidator(signed_hours)]
+
+
+def snake_case(name: str) -> str:
+    """The name of a class in small letters with underscores."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def target_name(target: str) -> str:
+    """The short name of a class of this package, as a `_target_` of the configuration may name it
+    with its module in front; any other name stays as it is."""
+    return snake_case(target.rpartition(".")[2]) if target.startswith("atmossl.") else target
+
+
 GROUP = "atmossl.plugins"
+Kinds = Mapping[str, Callable[..., Any]]
 _REST = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -74,11 +149,58 @@ def choose_part(node: Any, base: type, of_the_run: Collection[str] = ()) -> Part
     """
     if isinstance(node, Part):
         return node
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ValueError("needs the key _target_; valid: package.module.Class and its keywords")
-    kind = find_class(node["_target_"], base)
-    values = {key: value for key, value in node.items() if key != "_target_"}
+    kind, values = named_class(node, base)
     return Part(kind, checked_keywords(kind, values, of_the_run))
+
+
+def named_class(
+    node: Any, base: type, builtin: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The class that a node of a configuration names by `_target_`, see `find_class`, and the
+    node's other keys.
+
+    Raises:
+        ValueError: no `_target_`, or no such class.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        valid = listed(sorted(builtin)) if builtin else "package.module.Class and its keywords"
+        raise ValueError(f"needs the key _target_; valid: {valid}")
+    values = dict(node)
+    return find_class(values.pop("_target_"), base, builtin), values
+
+
+def choose(
+    node: Any, kinds: Kinds, base: type, as_written: Callable[[Any], Any] = lambda hint: hint
+) -> Any:
+    """Build the object that a mapping with `_target_` describes; any other object stays as it is.
+
+    kinds: the package's own classes by name; others are subclasses of `base` that plugins have.
+    as_written: as of `checked_keywords`.
+
+    Raises:
+        ValueError: an unknown class or key, or a value that does not fit.
+    """
+    if type(node).__module__ != "builtins":
+        return node
+    kind, values = named_class(node, base, kinds)
+    return kind(**checked_keywords(kind, values, as_written=as_written))
+
+
+def with_parts(hint: Any, parts: Mapping[Any, Any]) -> Any:
+    """An annotation that accepts a mapping wherever the original takes a part that is described by
+    one. parts: type of the part -> annotation that accepts the mapping."""
+    if not isinstance(hint, Hashable):  # arguments of a Callable
+        return hint
+    if hint in parts:
+        return parts[hint]
+    origin: Any = get_origin(hint)
+    arguments = get_args(hint)
+    changed = tuple(with_parts(argument, parts) for argument in arguments)
+    if changed == arguments:
+        return hint
+    if origin is Annotated:
+        return Annotated[changed]
+    return reduce(or_, changed) if origin in (Union, UnionType) else origin[changed]
 
 
 def find_class(
