@@ -260,6 +260,8 @@ class StreamMask(Movable):
     `coarsen_factor`: cells of the fine grid that one coarse cell averages, along lat and lon.
     `noise_std`: of the noise on `NOISE` tokens, in units of the normalised field.
     `points`: True for the hidden points, where tokens are hidden in part. None: whole tokens.
+    `coarse_by_task`: coarse tokens are so because a task coarsens them, and show the means of what
+    `points` leaves of each coarse cell; else they are those that are hidden in part.
     `kind`: number of the sampler that drew it, of a mixture's. None: there is no mixture.
     """
 
@@ -267,6 +269,7 @@ class StreamMask(Movable):
     coarsen_factor: int = 1
     noise_std: float = 1.0
     points: Bool[Tensor, "*variable level time lat lon"] | None = None
+    coarse_by_task: bool = False
     kind: int | None = None
 
     @property

@@ -52,9 +52,8 @@ def _calibration(checkpoint_record: dict[str, Any]) -> dict[str, str]:
         spread = SpreadInflation.of(checkpoint_record, kind)
         assert spread is not None
         hours = ", ".join(f"{hour:g}" for hour in spread.hours)
-        lines[f"spread of {snake_case(kind)}"] = (
-            f"calibrated at {hours} h for {', '.join(spread.bands())}"
-        )
+        when = f" at {hours} h" if spread.hours.any() else ""  # one step, with no lead time
+        lines[f"spread of {snake_case(kind)}"] = f"calibrated{when} for {', '.join(spread.bands())}"
     return lines
 
 

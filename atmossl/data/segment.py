@@ -428,8 +428,9 @@ class Segment:
         first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
         return (
             f"{self.location}: {variable} has missing values between {first} and {last}, which are "
-            "marked as such or lie in chunks that are not in the store; fill them, choose another "
-            "period, or give its stream missing=mask"
+            "marked as such or lie in chunks that are not in the store; fill them, or choose "
+            "another period. A training takes them with missing=mask of the stream; a prediction "
+            "fills them with an inpainting of missing=true, alone or as a part of task=combined"
         )
 
     def whole(self) -> Box:

@@ -178,7 +178,7 @@ def masked_view(
     if hidden is not None and task.fills_missing:
         windows = tuple(map(_without_gaps, windows, hidden))
     rng = np.random.default_rng(0)  # never used by a task
-    view = make_view(windows, task, rng, first_guess=first_guess, hidden_points=hidden)
+    view = make_view(windows, task, rng, first_guess=first_guess)
     if hidden is None:
         hidden = tuple(points_of(stream.hidden, stream.spec) for stream in view.streams)
     return view, tuple(

@@ -1,7 +1,7 @@
 """Tasks made of other tasks: unions of masks, and counterfactuals, in which the network is told
 another date, level or place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import attrgetter
@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, Field
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout, points_of
-from atmossl.masking.tasks import Points, Task, TimePlan, given_steps, union
+from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps
+from atmossl.masking.unions import union
 from atmossl.model_levels import standard_pressure
 from atmossl.settings import Positive, SignedHours
 from atmossl.value_faults import listed
@@ -33,13 +34,17 @@ class Combined(Task):
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
             raise ValueError(f"task.parts has {len(self.parts)} tasks; give two or more")
-        downscalings = [part.downscaling for part in self.parts if part.downscaling is not None]
+        downscalings = dict(_downscalings(self.parts, "task.parts"))
         for key in ("consistent", "coarse_input"):
-            if any(getattr(part, key) for part in downscalings):
-                raise ValueError(
-                    f"task.parts: {key}=true of a downscaling cannot be in a union; valid: false, "
-                    "or the downscaling on its own"
-                )
+            for place, part in downscalings.items():
+                if getattr(part, key):
+                    raise ValueError(
+                        f"{place}.{key}=true: not in a union; valid: false, or the downscaling on "
+                        "its own"
+                    )
+        if len({part.factor for part in downscalings.values()}) > 1:
+            factors = [f"{place}.factor={part.factor}" for place, part in downscalings.items()]
+            raise ValueError(f"{' and '.join(factors)} differ; valid: one factor for all parts")
 
     @property
     def kind(self) -> str:
@@ -123,12 +128,24 @@ class Combined(Task):
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        return union([part(layouts, rng) for part in self.parts])
+        return union([part(layouts, rng) for part in self.parts], layouts)
 
     def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         for part in self.parts:
             windows = part.change_coordinates(windows)
         return windows
+
+
+def _downscalings(parts: Sequence[Task], key: str) -> Iterator[tuple[str, Downscaling]]:
+    """All downscalings among the parts of a union, with the keys that lead to them."""
+    for number, part in enumerate(parts):
+        place = f"{key}.{number}"
+        if isinstance(part, Counterfactual):
+            part, place = part.task, f"{place}.task"
+        if part.components:
+            yield from _downscalings(part.components, f"{place}.parts")
+        elif part.downscaling is not None:
+            yield place, part.downscaling
 
 
 def _pairs(levels: Any) -> Any:

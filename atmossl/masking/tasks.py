@@ -29,6 +29,7 @@ from atmossl.masking.base import (
     steps_of,
     window_times,
 )
+from atmossl.masking.unions import union
 from atmossl.settings import Hours, NotNegative, Positive, snake_case
 from atmossl.value_faults import as_written, listed
 
@@ -227,29 +228,6 @@ def is_example(
     return shown
 
 
-def union(masks: list[tuple[StreamMask, ...]]) -> tuple[StreamMask, ...]:
-    """The union of masks, per stream. A masked token stays masked where another mask would coarsen
-    it.
-
-    Raises:
-        ValueError: two masks coarsen by different factors.
-    """
-    return tuple(_union_of_stream(of_stream) for of_stream in zip(*masks, strict=True))
-
-
-def _union_of_stream(masks: tuple[StreamMask, ...]) -> StreamMask:
-    known_by = torch.tensor([3, 0, 0, 1, 1, 2, 2])  # by Corruption: how much a token still shows
-    assert len(known_by) == len(Corruption)
-    corruption = masks[0].corruption
-    for mask in masks[1:]:
-        less = known_by[mask.corruption] < known_by[corruption]
-        corruption = torch.where(less, mask.corruption, corruption)
-    coarse = {m.coarsen_factor for m in masks if bool((m.corruption == Corruption.COARSEN).any())}
-    if len(coarse) > 1:
-        raise ValueError(f"task.parts coarsen by {sorted(coarse)}; give one factor")
-    return StreamMask(corruption, coarsen_factor=max(coarse, default=1))
-
-
 def _check_room(key: str, hours: float, count: int, num_steps: int, step_hours: float) -> None:
     if count >= num_steps:
         raise ValueError(
@@ -438,9 +416,8 @@ class TemporalInterpolation(Task):
         times = window_times(layouts)
         hidden = self._hidden(len(times), step_hours_of(layouts))
         runs = np.split(np.array(hidden), np.flatnonzero(np.diff(hidden) > 1) + 1)
-        return union(
-            [hide_times(layouts, float(times[run[0]]), float(times[run[-1]])) for run in runs]
-        )
+        masks = [hide_times(layouts, float(times[run[0]]), float(times[run[-1]])) for run in runs]
+        return union(masks, layouts)
 
 
 @dataclass(frozen=True)

@@ -133,16 +133,10 @@ def make_view(
     rng: np.random.Generator,
     *,
     first_guess: FirstGuess = True,
-    hidden_points: tuple[Points, ...] | None = None,
 ) -> View:
-    """Tokens of all streams of one window under one draw of the sampler.
-
-    hidden_points: of every stream, for a sampler that does not tell them with its masks.
-    """
+    """Tokens of all streams of one window under one draw of the sampler."""
     layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
     masks = sampler(layouts, rng)
-    if hidden_points is not None:
-        masks = [replace(m, points=p) for m, p in zip(masks, hidden_points, strict=True)]
     streams = tuple(
         corrupt(
             window, layout.grid, mask, rng, first_guess=first_guess,
@@ -177,15 +171,13 @@ def corrupt(
     """
     size, shows_parts = window.spec.token_size, first_guess == SURROUNDINGS
     corruption = points_of(mask.corruption, window.spec)
-    source = window.fields
-    if mask.points is not None:
-        source = fill_hidden_points(window, mask.points)
-        if shows_parts:
-            corruption = _shown_in_part(corruption, mask.points, window)
+    source, known = _known_points(window, mask)
+    if mask.points is not None and shows_parts and not mask.coarse_by_task:
+        corruption = _shown_in_part(corruption, mask.points, window)
     coarsened = corruption == Corruption.COARSEN
-    guess_coarse, present = None, window.valid
+    coarse, present = None, known
     if bool(coarsened.any()):
-        source, guess_coarse, present = _coarsened(source, coarsened, mask.coarsen_factor, window)
+        source, coarse, present = _coarsened(source, coarsened, mask, window.weight, known)
     noisy = corruption == Corruption.NOISE
     if bool(noisy.any()):
         noise = rng.standard_normal(source.shape, dtype=np.float32) * mask.noise_std
@@ -198,11 +190,10 @@ def corrupt(
     guess = _first_guess(source, shown, tokens, window, grid, first_guess)
     if never_shown is not None:
         guess = torch.where(shown.any(dim=-3, keepdim=True), guess, never_shown)
-    if first_guess and guess_coarse is not None:
-        whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        guess = torch.where(whole & coarsened, guess_coarse, guess)
+    if first_guess and coarse is not None:
+        guess = _with_coarse_guess(guess, coarse, coarsened, mask, window.weight)
     # where nothing is coarse, the guess has all that is shown as it is
-    is_guess = bool(first_guess) and guess_coarse is None
+    is_guess = bool(first_guess) and coarse is None
     source = guess if is_guess else torch.where(shown, source, guess)
     guess = _guess_what_comes(guess, source, corruption, size.time) if first_guess else guess
     target_points = (corruption != Corruption.VISIBLE).expand(source.shape) if shows_parts else None
@@ -220,19 +211,48 @@ def corrupt(
     )
 
 
+def _known_points(window: StreamWindow, mask: StreamMask) -> tuple[Tensor, Tensor | None]:
+    """The fields without what hidden points hold, and where values are known; None: everywhere."""
+    if mask.points is None:
+        return window.fields, window.valid
+    if not mask.coarse_by_task:
+        return fill_hidden_points(window, mask.points), window.valid
+    known = ~mask.points if window.valid is None else window.valid & ~mask.points
+    return torch.where(known, window.fields, 0.0), known
+
+
+def _with_coarse_guess(
+    guess: Tensor, coarse: Tensor, coarsened: Tensor, mask: StreamMask, weight: Tensor
+) -> Tensor:
+    """The first guess with interpolated coarse cells where all cells of a field are coarse, or
+    where a task coarsens: there the guess itself has the cells of which nothing is known."""
+    if mask.coarse_by_task:
+        filled = coarsen(guess, weight, mask.coarsen_factor)
+        return torch.where(coarsened, _interpolated(filled, guess), guess)
+    whole = coarsened.all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    return torch.where(whole & coarsened, coarse, guess)
+
+
+def _interpolated(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Coarse cells interpolated to as many cells as another field has."""
+    num_lat, num_lon = fine.shape[-2:]
+    return interpolate_cells(coarse, (num_lat, num_lon))
+
+
 def _coarsened(
-    source: Tensor, coarsened: Tensor, factor: int, window: StreamWindow
+    source: Tensor, coarsened: Tensor, mask: StreamMask, weight: Tensor, known: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The source with means over coarse cells where it is coarsened, their interpolation, and which
-    values are then present; None: all."""
-    coarse, present = coarsen(source, window.weight, factor), window.valid
-    if window.valid is not None:  # means over the observed cells, which are 0 elsewhere
-        share = coarsen(window.valid.float(), window.weight, factor)
+    values are then present; None: all. weight: of every latitude. known: where the source has
+    values, which is 0 elsewhere; the means are over these."""
+    factor = mask.coarsen_factor
+    coarse, present = coarsen(source, weight, factor), known
+    if known is not None:
+        share = coarsen(known.float(), weight, factor)
         coarse = torch.where(share > 0, coarse / share, coarse)
-        present = torch.where(coarsened, repeat_coarse(share > 0, factor), window.valid)
+        present = torch.where(coarsened, repeat_coarse(share > 0, factor), known)
     source = torch.where(coarsened, repeat_coarse(coarse, factor), source)
-    num_lat, num_lon = source.shape[-2:]
-    return source, interpolate_cells(coarse, (num_lat, num_lon)), present
+    return source, _interpolated(coarse, source), present
 
 
 def _guess_what_comes(guess: Tensor, source: Tensor, corruption: Tensor, num_steps: int) -> Tensor:

@@ -79,10 +79,22 @@ def test_the_network_sees_means_of_what_is_known_and_nothing_of_the_rest() -> No
 
 def test_gaps_are_refused_without_the_task_that_fills_them() -> None:
     box = Inpainting((LatLonBox(60, 90, 0, 360),))
-    with pytest.raises(ValueError, match="missing values"):
-        run_at(predictor(box, Known(attrgetter("target")), store=with_gaps()), 6)
+    for task in (box, Downscaling(2)):
+        with pytest.raises(
+            ValueError, match=r"missing values.*inpainting of missing=true.*combined"
+        ):
+            run_at(predictor(task, Known(attrgetter("target")), store=with_gaps()), 6)
     with pytest.raises(ValueError, match=r"task\.missing=false"):
         Inpainting(())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_store_with_gaps_is_downscaled_in_a_union_with_the_task_that_fills_them(order) -> None:
+    parts = (Downscaling(2), GAPS)[::order]
+    fields = run_at(predictor(Combined(parts), Known(constant), store=with_gaps()), 6)
+    for name in NAMES:
+        assert np.isfinite(fields[name]).all()
+        assert (fields[name].std(axis=1) > 0.1).all()  # all is predicted
 
 
 @pytest.mark.parametrize("task", [Forecast(12), Forecast(36, 12), GAPS])
