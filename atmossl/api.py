@@ -26,18 +26,12 @@ from atmossl.data.segment import Segment
 from atmossl.data.sources import StoreRequest, paired
 from atmossl.data.store import only_segment, open_segment, open_split
 from atmossl.data.variables import InputLimits
+from atmossl.inference.cases import predictions
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder, embeddings, write_embeddings
 from atmossl.inference.out_of_training_warnings import out_of_training_warnings
 from atmossl.inference.plan import Options, Plan, Times, chosen_times, plan_prediction
-from atmossl.inference.writer import (
-    LayoutName,
-    check_output,
-    check_request,
-    group_of,
-    predictions,
-    write,
-)
+from atmossl.inference.writer import LayoutName, check_output, check_request, group_of, write
 from atmossl.masking.tasks import Task
 from atmossl.model.latent_distance import distance as distance  # offered as atmossl.distance
 from atmossl.model.latent_distance import squared_difference

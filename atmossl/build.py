@@ -29,8 +29,7 @@ from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, out
 from atmossl.data.variables import InputLimits
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
 from atmossl.masking.random import Mixture
-from atmossl.model.linear import LOW_RANK, add_low_rank
-from atmossl.model.network import Network
+from atmossl.model.network import LOW_RANK, Network, add_low_rank
 from atmossl.objectives.base import Monitor, Objective
 from atmossl.progress import telling
 from atmossl.schema import TrainConfig

@@ -314,8 +314,7 @@ def _gib(text: str) -> float:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    from atmossl.commands.export import export_folder
-    from atmossl.inference.checkpoint import export
+    from atmossl.commands.export import export, export_folder
 
     named, arguments = _without_plugins(arguments)
     plugins = check_plugins(named)

@@ -1,5 +1,6 @@
 """Shows the progress of long work: a bar on a terminal, plain lines everywhere else. Tells how long
 a large output will take and how large it becomes, and refuses it if the disk has no room for it.
+Notes on what a user may not expect go beside the output.
 
 A log file (a batch job, `> log`) takes no bar: it gets a line now and then, with the time that is
 left. Both are written to standard output by rich, so that a full disk behind it is noticed.
@@ -24,6 +25,12 @@ _LEAST_SECONDS = 20.0  # of a whole output, for a line to be worth reading
 def console_of_output() -> Console:
     """Standard output as it is now, without markup and colours of numbers."""
     return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print a note in one line beside the output, on what a user may not expect."""
+    console = Console(stderr=True)
+    console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def duration_text(seconds: float) -> str:

@@ -37,7 +37,7 @@ from atmossl.commands.cost import sample_batch
 from atmossl.model.atmorep import AtmoRep, AtmoRepField, AtmoRepInput, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork
-from atmossl.model.linear import half_is_fast
+from atmossl.model.network import half_is_fast
 from atmossl.training.optimizer import make_optimizer
 from atmossl.training.throughput import flop_counter
 from benchmarks.report import finish

@@ -20,9 +20,8 @@ from atmossl.model.blocks import (
     split_heads,
 )
 from atmossl.model.embedding import Tail
-from atmossl.model.linear import Linear
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.network import Latent, TokenPlace
+from atmossl.model.network import Latent, Linear, TokenPlace
 from atmossl.objectives.masked import MaskedModelling, hidden_values
 
 

@@ -52,9 +52,8 @@ from atmossl.build import (
 )
 from atmossl.commands.cost import estimate, sample_batch
 from atmossl.composition import compose_with_tasks
-from atmossl.model.linear import half_is_fast
 from atmossl.model.multiformer import Multiformer
-from atmossl.model.network import Network
+from atmossl.model.network import Network, half_is_fast
 from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig, parse
 from atmossl.training.optimizer import make_optimizer

@@ -34,11 +34,10 @@ import xarray as xr
 import atmossl
 from atmossl.api import find_task
 from atmossl.cli import compose_config
-from atmossl.commands.common import open_for
 from atmossl.commands.evaluate import evaluate
 from atmossl.commands.train import train
 from atmossl.evaluation.verify import rows_where
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.checkpoint import load_checkpoint, open_for
 from atmossl.inference.plan import Options, plan_prediction
 from atmossl.inference.tiles import first_view
 from atmossl.renamed_keys import renamed

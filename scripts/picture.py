@@ -10,12 +10,11 @@ from pathlib import Path
 import xarray as xr
 
 from atmossl.cli import compose_config
-from atmossl.commands.common import open_for
 from atmossl.commands.predict import predict
 from atmossl.evaluation.report.content import Example, Given
 from atmossl.evaluation.report.figures import png_bytes
 from atmossl.evaluation.report.maps import case_map
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.checkpoint import load_checkpoint, open_for
 from atmossl.schema import StoreChoice
 
 

@@ -146,8 +146,8 @@ def test_steps_of_another_length_are_said() -> None:
 def test_tiling_changes_the_result_by_less_than_the_spread() -> None:
     """Of the reference checkpoint: other tiles, other seams, if there were any."""
     from atmossl.data.store import open_segment
+    from atmossl.inference.cases import predict_fields
     from atmossl.inference.plan import Options, plan_prediction
-    from atmossl.inference.predict import predict_fields
 
     trained = atmossl.load(device="cpu").trained
     segment = open_segment(

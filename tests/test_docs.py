@@ -128,7 +128,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }
     for path, made in replaced.items():
         monkeypatch.setitem(sys.modules, f"atmossl.{path}", made)
-    monkeypatch.setattr("atmossl.inference.checkpoint.export", nothing)
+    monkeypatch.setattr("atmossl.commands.export.export", nothing)
 
 
 def check_atmossl(words: list[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import atmossl.build
-import atmossl.commands.common
+import atmossl.inference.checkpoint
 from atmossl.cli import main
 from atmossl.composition import compose_with_task_file, compose_with_tasks, valid
 from atmossl.data.segment import Segment
@@ -403,7 +403,7 @@ def test_a_key_of_a_task_is_named_by_the_task_or_its_number() -> None:
 @pytest.mark.parametrize("line", PREDICT_BEFORE_WEIGHTS)
 def test_predict_refuses_before_weights_are_loaded(line, folder, monkeypatch, capsys) -> None:
     if "checkpoint" not in line:
-        forbid(monkeypatch, (atmossl.commands.common, "load_checkpoint"))
+        forbid(monkeypatch, (atmossl.inference.checkpoint, "load_checkpoint"))
     arguments = with_defaults(line, output="DIR/o.zarr", **COMMON)
     refused(["predict", *arguments], folder, PREDICT_BEFORE_WEIGHTS[line], capsys)
 

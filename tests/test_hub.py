@@ -24,8 +24,9 @@ from atmossl.checkpoint_files import (
     write_sealed,
 )
 from atmossl.cli import main
+from atmossl.commands.export import exported
 from atmossl.data.catalog import catalog_entry
-from atmossl.inference.checkpoint import PACKAGED, checkpoint_path, exported, load_checkpoint
+from atmossl.inference.checkpoint import PACKAGED, checkpoint_path, load_checkpoint
 
 hub_constants = pytest.importorskip("huggingface_hub.constants")
 

@@ -20,12 +20,12 @@ from atmossl.build import (
     build_objective,
     optimizer_settings,
 )
-from atmossl.commands.common import device_for, plain
+from atmossl.commands.common import plain
 from atmossl.data.sources import entries_of, open_records, paired
 from atmossl.masking.views import make_views
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
-from atmossl.schema import TrainConfig, parse
+from atmossl.schema import TrainConfig, device_for, parse
 from atmossl.training.cost import StepCost, measure_step
 from atmossl.training.optimizer import freeze, make_optimizer, named_parameters
 from atmossl.training.recompute import recompute

@@ -6,11 +6,11 @@ from typing import Any
 
 from atmossl.at_work import keeping, owned
 from atmossl.atomic_files import partial_path, size_on_disk
-from atmossl.commands.common import device_for, open_checkpoint
+from atmossl.inference.checkpoint import open_checkpoint
 from atmossl.inference.embed import Embedder, check_embedding_output, write_embeddings
 from atmossl.inference.plan import chosen_times
 from atmossl.progress import EarlyEstimate, console_of_output, counted, telling
-from atmossl.schema import EmbedConfig, parse
+from atmossl.schema import EmbedConfig, device_for, parse
 
 
 def embed(values: Mapping[str, Any]) -> Path:

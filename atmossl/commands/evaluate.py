@@ -10,21 +10,15 @@ from rich.console import Console
 from atmossl.at_work import check_is_free, keeping, owned
 from atmossl.atomic_files import write_atomically
 from atmossl.batch import PRIMARY
-from atmossl.commands.common import (
-    check_split,
-    device_for,
-    entries_for,
-    note,
-    note_out_of_training,
-    open_for,
-)
+from atmossl.commands.predict import note_out_of_training
+from atmossl.data.catalog import check_split
 from atmossl.evaluation.report.content import TaskReport
 from atmossl.evaluation.report.tables import mean_over_levels, print_summary, summarise
 from atmossl.evaluation.report.verdicts import verdicts
 from atmossl.evaluation.report.write import write_report
-from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
-from atmossl.progress import console_of_output
-from atmossl.schema import EvaluateConfig, parse
+from atmossl.inference.checkpoint import TrainedModel, entries_for, load_checkpoint, open_for
+from atmossl.progress import console_of_output, note
+from atmossl.schema import EvaluateConfig, device_for, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
 
 

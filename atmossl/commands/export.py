@@ -1,20 +1,102 @@
-"""`atmossl export hub=FOLDER`: a checkpoint for a model hub, with its model card."""
+"""`atmossl export`: what inference needs of a checkpoint, as one file, or for a model hub with its
+model card."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from atmossl.at_work import check_is_free
 from atmossl.atomic_files import check_room, size_on_disk, write_atomically
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import CARD, write_hub_folder
+from atmossl.checkpoint_files import (
+    AVERAGED,
+    CARD,
+    read_with_digest,
+    write_hub_folder,
+    write_output,
+)
 from atmossl.data.catalog import CatalogEntry, catalog_entry
-from atmossl.inference.checkpoint import TrainedModel, exported, load_checkpoint
+from atmossl.inference.checkpoint import (
+    TrainedModel,
+    checkpoint_path,
+    load_checkpoint,
+    naming_network,
+    network_class,
+)
 from atmossl.inference.out_of_training_warnings import seen_in_training
+from atmossl.model.network import merged
 from atmossl.progress import console_of_output
 
 _FENCE = "```"
+_MUST_AGREE = ("streams", "network", "model", "statistics", "window")
+
+
+def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any]:
+    """What inference needs of a checkpoint: the averaged weights and the record.
+
+    Of several checkpoints, stages of one run say, the mean of their weights and the last one's
+    record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
+    the network's `exported_dtype`, half precision (11 bits of mantissa) for our own; loading makes
+    them float32 again. plugins: packages whose code the checkpoints may run.
+
+    Raises:
+        ValueError: checkpoints of different models, or code of a package that is not in `plugins`.
+    """
+    read = {name: read_with_digest(checkpoint_path(name)) for name in dict.fromkeys(names)}
+    checkpoints = {name: contents for name, (contents, _) in read.items()}
+    last = checkpoints[names[-1]]
+    for name, contents in checkpoints.items():
+        for key in _MUST_AGREE:
+            if not _same(contents["atmossl"][key], last["atmossl"][key]):
+                raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
+        if bool(contents["atmossl"]["first_guess"]) != bool(last["atmossl"]["first_guess"]):
+            raise ValueError(f"checkpoint={name}: its first_guess is not that of {names[-1]}")
+    states = [merged(checkpoints[name]["state_dict"]) for name in names]
+    with naming_network(names[-1]):
+        dtype = network_class(last["atmossl"]["network"], plugins).exported_dtype
+    weights = {
+        key: _mean([state[key] for state in states], dtype)
+        for key in states[-1]
+        if key.startswith(AVERAGED)
+    }
+    checkpoint_record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
+    if len(names) > 1:
+        checkpoint_record["mean_of"] = [read[name][1] for name in names]
+    return {"state_dict": weights, "atmossl": checkpoint_record}
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether plain values, with tensors in them, are equal."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(
+            _same(first[key], second[key]) for key in first
+        )
+    return first == second
+
+
+def export(names: Sequence[str], output: Path, plugins: Sequence[str] = ()) -> None:
+    """Write what `exported` gives as one file, atomically.
+
+    Raises:
+        ValueError: the output exists, or what `exported` raises.
+    """
+    if output.exists():
+        raise ValueError(f"output={output} exists; choose another path or remove it")
+    check_room(output, 1)
+    write_output(exported(names, plugins), output)
+
+
+def _mean(values: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The mean of several values of one tensor; a tensor that is no weight is that of the last
+    checkpoint."""
+    if not values[-1].is_floating_point():
+        return values[-1]
+    return torch.stack([value.float() for value in values]).mean(dim=0).to(dtype)
 
 
 def export_folder(
@@ -29,7 +111,7 @@ def export_folder(
     """Write a folder for a model hub: weights, configuration and model card; see
     `atmossl.checkpoint_files`.
 
-    names: checkpoints; of several the mean, as `atmossl.inference.checkpoint.exported` makes it.
+    names: checkpoints; of several the mean, as `exported` makes it.
     report: a folder of `atmossl evaluate` of the only checkpoint, whose scores the card shows.
     catalog: has the entry of the training data, by default the catalog of the package. licence: of
     the weights, as the hub calls it. plugins: packages whose code the checkpoints may run.

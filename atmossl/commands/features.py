@@ -7,15 +7,16 @@ from typing import Any
 from atmossl import __version__
 from atmossl.api import chosen_times
 from atmossl.at_work import check_is_free, keeping, owned
-from atmossl.commands.common import check_split, device_for, note, open_splits
+from atmossl.commands.common import open_splits
+from atmossl.data.catalog import check_split
 from atmossl.data.segment import Segment
 from atmossl.evaluation.report.content import Provenance
 from atmossl.features.page import write_features
 from atmossl.features.run import FeatureOptions, FeatureRun
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
 from atmossl.inference.embed import Embedder
-from atmossl.progress import console_of_output, telling
-from atmossl.schema import FeaturesConfig, parse
+from atmossl.progress import console_of_output, note, telling
+from atmossl.schema import FeaturesConfig, device_for, parse
 
 
 def features(values: Mapping[str, Any], command: str = "atmossl features") -> Path:

@@ -14,7 +14,6 @@ from atmossl.atomic_files import check_room, size_on_disk
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
 from atmossl.checkpoint_files import FORMAT, write_output
 from atmossl.commands.atmorep_normalisation import Months, with_atmorep_normalisation
-from atmossl.commands.common import note
 from atmossl.data.axes import STANDARD
 from atmossl.data.segment import Segment
 from atmossl.data.sources import DAYS, Seen, entries_of, open_records
@@ -23,7 +22,7 @@ from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
-from atmossl.progress import console_of_output
+from atmossl.progress import console_of_output, note
 
 # What AtmoRep's published models were trained on: hourly ERA5, whole years of the globe.
 _STEP_HOURS = 1.0

@@ -12,7 +12,6 @@ import numpy as np
 from atmossl.at_work import keeping, owned
 from atmossl.atomic_files import check_room, remove, size_on_disk
 from atmossl.checkpoint_files import write_output
-from atmossl.commands.common import device_for, note_out_of_training, open_checkpoint
 from atmossl.inference.calibration import (
     Calibration,
     SpreadInflation,
@@ -20,25 +19,22 @@ from atmossl.inference.calibration import (
     estimate_inflation,
     scales_of,
 )
-from atmossl.inference.checkpoint import checkpoint_path, read_checkpoint
+from atmossl.inference.checkpoint import checkpoint_path, open_checkpoint, read_checkpoint
+from atmossl.inference.out_of_training_warnings import out_of_training_warnings
 from atmossl.inference.plan import Options, Plan, check_draws, chosen_times, plan_prediction
-from atmossl.inference.predict import predict_parts
-from atmossl.inference.writer import (
-    check_output,
-    check_request,
-    partial_of,
-    write,
-)
+from atmossl.inference.tiles import predict_parts
+from atmossl.inference.writer import check_output, check_request, partial_of, write
 from atmossl.progress import (
     EarlyEstimate,
     NoRoomError,
     check_free,
     console_of_output,
     counted,
+    note,
     size_text,
     telling,
 )
-from atmossl.schema import CalibrateConfig, PredictConfig, parse
+from atmossl.schema import CalibrateConfig, PredictConfig, device_for, parse, trained_sampler
 
 
 def predict(values: Mapping[str, Any]) -> Path:
@@ -62,6 +58,17 @@ def predict(values: Mapping[str, Any]) -> Path:
         f"prediction: {config.output}"
     )
     return config.output
+
+
+def note_out_of_training(plan: Plan, times: np.ndarray, printed: set[str] | None = None) -> None:
+    """Note what the checkpoint was not trained for. printed: notes that were printed before, and
+    are not repeated."""
+    printed = set() if printed is None else printed
+    sampler = trained_sampler(plan.trained.checkpoint_record, plan.trained.plugins)
+    for caution in out_of_training_warnings(plan, times, sampler):
+        if caution not in printed:
+            printed.add(caution)
+            note(f"this checkpoint was not trained for {caution}")
 
 
 @contextmanager

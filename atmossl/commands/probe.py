@@ -9,7 +9,8 @@ import pandas as pd
 from rich.console import Console
 
 from atmossl.at_work import check_is_free, keeping, owned
-from atmossl.commands.common import check_split, device_for, note, open_splits
+from atmossl.commands.common import open_splits
+from atmossl.data.catalog import check_split
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.probes.cases import SPLITS
 from atmossl.probes.finetuning import FinetuneSettings
@@ -24,8 +25,8 @@ from atmossl.probes.run import (
     tunings,
 )
 from atmossl.probes.summary import Summary, brief_text, write_summary
-from atmossl.progress import telling
-from atmossl.schema import ProbeConfig, parse
+from atmossl.progress import note, telling
+from atmossl.schema import ProbeConfig, device_for, parse
 
 
 def probe(values: Mapping[str, Any]) -> Path:

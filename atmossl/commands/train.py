@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 from atmossl.at_work import keeping, owned
 from atmossl.atomic_files import write_atomically
 from atmossl.build import build_data, build_module, build_trainer
-from atmossl.commands.common import device_for, make_folder, note, plain
+from atmossl.commands.common import make_folder, plain
 from atmossl.commands.run_description import banner, described
 from atmossl.data.datamodule import WindowDataModule
 from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
-from atmossl.model.linear import half_is_fast
+from atmossl.model.network import half_is_fast
 from atmossl.process_lifetime import is_first_rank
-from atmossl.progress import console_of_output
-from atmossl.schema import TrainConfig, checked
+from atmossl.progress import console_of_output, note
+from atmossl.schema import TrainConfig, checked, device_for
 from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.curves import keep_metrics
 from atmossl.training.keeping import BEST, renew_last

@@ -8,6 +8,7 @@ store does as well: its entry is then what `atmossl.data.proposal` makes of it.
 import re
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import resources
@@ -232,6 +233,26 @@ def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:
         f"data.name={as_written(name)} is not in the catalog and no store lies there; "
         f"{meant}valid: {listed(sorted(entries))}, or the path of a store"
     )
+
+
+@dataclass(frozen=True)
+class StoreChoice:
+    """Which stores a command reads, `data`. name: a catalog entry; None: the one of the checkpoint.
+    catalog: its file; None: the one of the package."""
+
+    name: str | None = None
+    catalog: Path | None = None
+
+
+def check_split(data: StoreChoice, split: str) -> None:
+    """Raise ValueError for a catalog entry that does not exist or lacks the split; that of the
+    checkpoint is not read here."""
+    if data.name is not None:
+        splits = catalog_entry(data.name, data.catalog).splits
+        if split not in splits:
+            raise ValueError(
+                f"split={split} is not in data={data.name}; valid: {listed(sorted(splits))}"
+            )
 
 
 def is_location(name: str) -> bool:

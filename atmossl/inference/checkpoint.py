@@ -1,4 +1,5 @@
-"""Loads a checkpoint for inference, which needs nothing but the file."""
+"""Loads a checkpoint for inference, which needs nothing but the file, and opens the data that it
+runs on."""
 
 import re
 from collections.abc import Generator, Sequence
@@ -6,13 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import yaml
 from pydantic import ValidationError
 
-from atmossl.atomic_files import check_room
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
     AVERAGED,
@@ -22,19 +21,28 @@ from atmossl.checkpoint_files import (
     in_one_line,
     read_contents,
     read_with_digest,
-    write_output,
 )
-from atmossl.data.catalog import find_file
+from atmossl.data.catalog import (
+    CatalogEntry,
+    Split,
+    StoreChoice,
+    catalog_entry,
+    check_split,
+    find_file,
+    recalled,
+)
+from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
+from atmossl.data.sources import open_records, paired
 from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
 from atmossl.masking.tasks import Task
 from atmossl.masking.views import FirstGuess
-from atmossl.model.kinds import build_network, network_class
-from atmossl.model.linear import merged
-from atmossl.model.network import Network
-from atmossl.settings import snake_case, target_name
-from atmossl.value_faults import in_plain_words
+from atmossl.model.kinds import NETWORKS, OF_THE_RUN, choose_network
+from atmossl.model.network import Network, merged
+from atmossl.settings import find_class, snake_case, target_name
+from atmossl.value_faults import in_plain_words, listed
 
 # The reference checkpoint, one with two streams, either of which can be hidden whole, and one whose
 # members are draws of noise.
@@ -47,7 +55,6 @@ LAST = "last.ckpt"  # of a run
 _NEEDED = (
     "streams", "network", "model", "objective", "statistics", "window", "first_guess", "data",
 )  # fmt: skip
-_MUST_AGREE = ("streams", "network", "model", "statistics", "window")
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,26 @@ def load_checkpoint(name: str, plugins: Sequence[str] = ()) -> TrainedModel:
     )
 
 
+def network_class(kind: str, plugins: Sequence[str] = ()) -> type[Network]:
+    """The class of the network that a checkpoint records.
+
+    Raises:
+        UntrustedError: a class of a package that is not in `plugins`; nothing was imported.
+        ValueError: a kind that this version does not know.
+    """
+    return find_class(kind, Network, NETWORKS, plugins)
+
+
+def build_network(kind: str, plugins: Sequence[str] = (), **arguments: Any) -> Network:
+    """Build the network that a checkpoint records. Raises what `network_class` raises, and
+    ValueError for keywords that do not fit."""
+    network = network_class(kind, plugins)
+    if kind in NETWORKS:
+        return network(**arguments)
+    of_the_run = {name: arguments.pop(name) for name in OF_THE_RUN if name in arguments}
+    return choose_network({"_target_": kind, **arguments}).build(**of_the_run)
+
+
 @contextmanager
 def naming_network(name: str) -> Generator[None]:
     """A context that names the checkpoint if its record makes no network, in one line."""
@@ -294,66 +321,83 @@ def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
     )
 
 
-def exported(names: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """What inference needs of a checkpoint: the averaged weights and the record.
+class CheckpointChoice(Protocol):
+    """The settings of a command that runs a checkpoint on a store."""
 
-    Of several checkpoints, stages of one run say, the mean of their weights and the last one's
-    record (a model soup, Wortsman et al. 2022); one named twice counts twice. Weights are kept in
-    the network's `exported_dtype`, half precision (11 bits of mantissa) for our own; loading makes
-    them float32 again. plugins: packages whose code the checkpoints may run.
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def plugins(self) -> Sequence[str]: ...
+    @property
+    def data(self) -> StoreChoice: ...
+    @property
+    def split(self) -> Split: ...
+    @property
+    def segment(self) -> str | None: ...
+    @property
+    def input_limits(self) -> InputLimits: ...
+
+
+def open_checkpoint(
+    config: CheckpointChoice, task: Task | None = None
+) -> tuple[TrainedModel, tuple[Segment, ...]]:
+    """The checkpoint that a command runs, and the segments that it runs on; see `open_for`."""
+    check_split(config.data, config.split)
+    trained = load_checkpoint(config.checkpoint, config.plugins)
+    segments = open_for(
+        trained,
+        config.data,
+        config.split,
+        input_limits=config.input_limits,
+        name=config.segment,
+        task=task,
+    )
+    return trained, segments
+
+
+def entries_for(trained: TrainedModel, data: StoreChoice) -> dict[str, CatalogEntry]:
+    """The catalog entries of every source of a checkpoint, by the streams' `data`: of the chosen
+    store, else those that the checkpoint remembers of its training.
 
     Raises:
-        ValueError: checkpoints of different models, or code of a package that is not in `plugins`.
+        ValueError: an unknown entry, or a store that is not where it was.
     """
-    read = {name: read_with_digest(checkpoint_path(name)) for name in dict.fromkeys(names)}
-    checkpoints = {name: contents for name, (contents, _) in read.items()}
-    last = checkpoints[names[-1]]
-    for name, contents in checkpoints.items():
-        for key in _MUST_AGREE:
-            if not _same(contents["atmossl"][key], last["atmossl"][key]):
-                raise ValueError(f"checkpoint={name}: its {key} is not that of {names[-1]}")
-        if bool(contents["atmossl"]["first_guess"]) != bool(last["atmossl"]["first_guess"]):
-            raise ValueError(f"checkpoint={name}: its first_guess is not that of {names[-1]}")
-    states = [merged(checkpoints[name]["state_dict"]) for name in names]
-    with naming_network(names[-1]):
-        dtype = network_class(last["atmossl"]["network"], plugins).exported_dtype
-    weights = {
-        key: _mean([state[key] for state in states], dtype)
-        for key in states[-1]
-        if key.startswith(AVERAGED)
+    remembered = trained.checkpoint_record.get("catalog", {}) if data.catalog is None else {}
+    names = {PRIMARY: data.name or trained.data}
+    names |= {spec.data: spec.data for spec in trained.specs if spec.data != PRIMARY}
+    chosen = {PRIMARY} if data.name is not None else set()
+    return {
+        source: recalled(remembered[source])
+        if source in remembered and source not in chosen
+        else catalog_entry(name, data.catalog)
+        for source, name in sorted(names.items(), key=lambda pair: pair[0] != PRIMARY)
     }
-    checkpoint_record = {key: value for key, value in last["atmossl"].items() if key != "rng"}
-    if len(names) > 1:
-        checkpoint_record["mean_of"] = [read[name][1] for name in names]
-    return {"state_dict": weights, "atmossl": checkpoint_record}
 
 
-def _same(first: Any, second: Any) -> bool:
-    """Whether plain values, with tensors in them, are equal."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(
-            _same(first[key], second[key]) for key in first
-        )
-    return first == second
+def open_for(
+    trained: TrainedModel,
+    data: StoreChoice,
+    split: Any,
+    *,
+    input_limits: InputLimits = "refuse",
+    name: str | None = None,
+    task: Task | None = None,
+) -> tuple[Segment, ...]:
+    """The segments of a split with the variables and levels of a checkpoint.
 
-
-def export(names: Sequence[str], output: Path, plugins: Sequence[str] = ()) -> None:
-    """Write what `exported` gives as one file, atomically.
-
+    input_limits: what is done with values that no atmosphere has. name: of the only one that is
+    wanted. task: which may fill missing values.
     Raises:
-        ValueError: the output exists, or what `exported` raises.
+        ValueError: unknown entry or segment, or a store that lacks what the checkpoint needs.
     """
-    if output.exists():
-        raise ValueError(f"output={output} exists; choose another path or remove it")
-    check_room(output, 1)
-    write_output(exported(names, plugins), output)
-
-
-def _mean(values: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The mean of several values of one tensor; a tensor that is no weight is that of the last
-    checkpoint."""
-    if not values[-1].is_floating_point():
-        return values[-1]
-    return torch.stack([value.float() for value in values]).mean(dim=0).to(dtype)
+    access = Access(input_limits=input_limits)
+    entries = entries_for(trained, data)
+    records = open_records(trained.specs_for(task), entries, split, access=access)
+    segments = paired(records)
+    for segment in segments:
+        trained.check_levels(segment)
+    chosen = tuple(segment for segment in segments if segment.is_called(name))
+    if not chosen:
+        have = sorted({segment.name for segment in segments})
+        raise ValueError(f"segment={name} is not in split={split}; valid: {listed(have)}")
+    return chosen

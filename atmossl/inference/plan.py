@@ -3,7 +3,7 @@
 `plan_prediction` works everything out and checks it before anything is read. A `Plan` holds data
 and answers questions about dates and places; `chosen_times` takes the dates that a user names. The
 functions that predict stand above it: one pass of the model over tiles in `tiles`, passes that
-follow one another in `predict`, files in `writer`.
+follow one another in `rollout`, files in `writer`.
 
 The streams of every source are predicted on the cells and at the steps of their own store, as far
 as those of the primary source cover them (`Coverage`).
@@ -217,6 +217,26 @@ class Plan:
         if self.steps.refine > 1:  # steps between those of the only store
             return leads
         return self.find(time).segment.sources[data].leads(time, leads)
+
+    def placed(self, data: str, tile: Box, weight: np.ndarray) -> tuple[Box, np.ndarray]:
+        """A tile and its blending weights, on the grid of the streams with that `data`."""
+        coverage = self.coverage[data]
+        return coverage.box(tile), coverage.weights(weight)
+
+    def written_steps(self, data: str, source: Source) -> tuple[list[int], np.ndarray]:
+        """The steps of a stream's window that one pass writes, and their times from its reference
+        time."""
+        steps, segment = self.steps, source.segment
+        leads = np.array(steps.pass_offsets) * self.step
+        if steps.refine > 1:  # steps between those of the only store
+            return [steps.reference + offset for offset in steps.pass_offsets], leads
+        read = segment.sources[data]
+        first = segment.times[source.start] - steps.read[0] * segment.step
+        reference = first + steps.reference * segment.step
+        leads = read.leads(reference, leads)
+        begin = read.steps(first, self.trained.window.time * segment.step).start
+        since = reference + leads - read.segment.times[0]
+        return (since // read.segment.step - begin).astype(int).tolist(), leads
 
     def possible_times(self) -> np.ndarray:
         """The reference times with all the steps around them that a window needs, in order, and

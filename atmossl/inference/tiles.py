@@ -1,5 +1,9 @@
-"""One pass of the model over tiles: read windows from a record, put them under a task's mask,
-run the model, and blend its tiles into fields."""
+"""Zero-shot prediction, tile by tile: read windows from a record, put them under a task's mask, run
+the model, and blend its tiles into fields.
+
+Generators over init (or valid) times and bands of latitude, so memory grows neither with the number
+of times nor with the height of the grid.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -31,6 +35,7 @@ from atmossl.geometry import Box, Grid
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
+from atmossl.inference.rollout import roll_out
 from atmossl.masking.base import Points, TokenLayout, coarsen, points_of, with_coarse_means
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.masking.views import FirstGuess, make_view
@@ -320,6 +325,20 @@ class _Tile:
     complete: int | None
 
 
+def predict_parts(plan: Plan, times: Sequence[np.datetime64]) -> Iterator[BlendedPart]:
+    """Everything that is written, case after case, each part as soon as it is ready.
+
+    Raises:
+        ValueError: a time without its steps.
+    """
+    sources = [plan.find(time) for time in times]
+    if plan.steps.num_passes > 1:
+        for case, source in enumerate(sources):
+            yield from roll_out(plan, case, source, blended)
+        return
+    yield from blended(plan, sources)
+
+
 def views(plan: Plan, time: np.datetime64) -> Iterator[tuple[Box, View]]:
     """The place and the view of every tile at a reference time, without a batch axis."""
     for tile in _tiles(plan, [plan.find(time)]):
@@ -348,7 +367,7 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
         for number, tile in enumerate(batch):
             for spec, windows in fields:
                 if windows[number].shape[1] > 0:
-                    placed = _placed(plan, spec.data, tile)
+                    placed = plan.placed(spec.data, tile.box, tile.weight)
                     blenders[spec.data].add(spec, windows[number], *placed)
             if tile.complete is not None:
                 yield from _complete_rows(plan, blenders, tile, sources[tile.case])
@@ -394,12 +413,6 @@ def _blenders(plan: Plan) -> dict[str, TileBlender]:
     }
 
 
-def _placed(plan: Plan, data: str, tile: _Tile) -> tuple[Box, np.ndarray]:
-    """A tile and its weights, on the grid of the streams with that `data`."""
-    coverage = plan.coverage[data]
-    return coverage.box(tile.box), coverage.weights(tile.weight)
-
-
 def _complete_rows(
     plan: Plan, blenders: Mapping[str, TileBlender], tile: _Tile, source: Source
 ) -> Iterator[BlendedPart]:
@@ -409,7 +422,7 @@ def _complete_rows(
         end = plan.coverage[data].row(tile.complete)
         rows, done = blender.take(end)
         if rows.stop > rows.start and done:
-            leads = _written(plan, data, source)[1]
+            leads = plan.written_steps(data, source)[1]
             is_own = data == PRIMARY  # other streams are neither calibrated nor downscaled
             coarse = _given_coarse(plan, source, done, rows) if is_own else {}
             done = _corrected(plan, done, rows, leads, coarse) if is_own else done
@@ -451,22 +464,6 @@ def _members_of(plan: Plan, source: Source, fields: Fields) -> Fields:
     return {name: values[:, [source.member]] for name, values in fields.items()}
 
 
-def _written(plan: Plan, data: str, source: Source) -> tuple[list[int], np.ndarray]:
-    """The steps of a stream's window that one pass writes, and their times from its reference
-    time."""
-    steps, segment = plan.steps, source.segment
-    leads = np.array(steps.pass_offsets) * plan.step
-    if steps.refine > 1:  # steps between those of the only store
-        return [steps.reference + offset for offset in steps.pass_offsets], leads
-    read = segment.sources[data]
-    first = segment.times[source.start] - steps.read[0] * segment.step
-    reference = first + steps.reference * segment.step
-    leads = read.leads(reference, leads)
-    begin = read.steps(first, plan.trained.window.time * segment.step).start
-    since = reference + leads - read.segment.times[0]
-    return (since // read.segment.step - begin).astype(int).tolist(), leads
-
-
 def _windows(
     plan: Plan,
     sources: Sequence[Source],
@@ -476,7 +473,7 @@ def _windows(
 ) -> list[Float[np.ndarray, "variable step member level lat lon"]]:
     """The written values of a stream, for every tile of a batch. A stream with data of its own
     may have other steps for every source."""
-    written = [_written(plan, stream.spec.data, sources[tile.case])[0] for tile in batch]
+    written = [plan.written_steps(stream.spec.data, sources[tile.case])[0] for tile in batch]
     needed = list(dict.fromkeys(step for steps in written for step in steps))
     fields = _fields(plan, stream, predicted, batch, needed)
     return [

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from atmossl.data.fingerprint import fingerprint
 from atmossl.data.variables import VARIABLES
 from atmossl.geometry import Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
-from atmossl.inference.predict import predict_fields, predict_parts
+from atmossl.inference.tiles import predict_parts
 from atmossl.names import ENSEMBLE
 
 # How predictions are named, dimensioned and described: CF, and the names of WeatherBench 2.
@@ -585,14 +585,3 @@ def _pack(partial: Path, group: str, packed: Path, suffix: str) -> None:
             from atmossl.inference.grib import write_grib
 
             write_grib(store, packed)
-
-
-def predictions(
-    plan: Plan, times: np.ndarray, names: LayoutName = "cf", data: str = PRIMARY
-) -> Iterator[xr.Dataset]:
-    """Predictions as datasets in memory, one for every reference time at which the streams with
-    that `data` have steps."""
-    for number, fields in enumerate(predict_fields(plan, list(times), data)):
-        if fields:
-            case, num_members = times[number : number + 1], next(iter(fields.values())).shape[1]
-            yield OutputLayout(plan, case, num_members, names, data).dataset(fields)

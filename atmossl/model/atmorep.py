@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atmossl.model.linear import Linear, linear
+from atmossl.model.network import Linear, linear
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atmossl.model.linear import Linear
 from atmossl.model.network import (
     Latent,
+    Linear,
     TokenPlace,
     from_frames,
     gather,

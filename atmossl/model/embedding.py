@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.batch import Corruption, StreamSpec, TokenGrid, TokenIndex
-from atmossl.model.linear import Linear
-from atmossl.model.network import from_frames, gather, pad_edges, token_coordinates
+from atmossl.model.network import Linear, from_frames, gather, pad_edges, token_coordinates
 
 HOURS_PER_DAY = 24.0
 _WAVENUMBERS = (1, 2, 3, 4, 6, 8)

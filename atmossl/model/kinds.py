@@ -1,7 +1,6 @@
-"""Finds and builds networks by the name that a checkpoint records: networks of the package, and
-classes of plugins."""
+"""The networks of the package, and which network and keywords `model` of a configuration means."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from atmossl.settings import (
     Part,
     checked_keywords,
     choose_part,
-    find_class,
     target_name,
     with_defaults,
 )
@@ -21,17 +19,7 @@ NETWORKS: dict[str, type[Network]] = {
     "multiformer": Multiformer,
     "atmorep": AtmoRepNetwork,
 }
-_OF_THE_RUN = ("streams", "scales")  # keywords that are no part of the configuration
-
-
-def network_class(kind: str, plugins: Sequence[str] = ()) -> type[Network]:
-    """The class of the network that a checkpoint records.
-
-    Raises:
-        UntrustedError: a class of a package that is not in `plugins`; nothing was imported.
-        ValueError: a kind that this version does not know.
-    """
-    return find_class(kind, Network, NETWORKS, plugins)
+OF_THE_RUN = ("streams", "scales")  # keywords that are no part of the configuration
 
 
 @dataclass(frozen=True)
@@ -64,18 +52,8 @@ def choose_network(node: Any) -> Part:
     values = dict(node)
     name = target_name(str(values.pop("_target_", "multiformer")))
     if name not in NETWORKS:
-        return choose_part(node, Network, _OF_THE_RUN)
+        return choose_part(node, Network, OF_THE_RUN)
     kind = NETWORKS[name]
     if kind is Multiformer:
-        values = with_defaults(kind, checked_keywords(kind, values, _OF_THE_RUN), _OF_THE_RUN)
+        values = with_defaults(kind, checked_keywords(kind, values, OF_THE_RUN), OF_THE_RUN)
     return PackagedNetwork(kind, values, name)  # others are those of a checkpoint, as it has them
-
-
-def build_network(kind: str, plugins: Sequence[str] = (), **arguments: Any) -> Network:
-    """Build the network that a checkpoint records. Raises what `network_class` raises, and
-    ValueError for keywords that do not fit."""
-    network = network_class(kind, plugins)
-    if kind in NETWORKS:
-        return network(**arguments)
-    of_the_run = {name: arguments.pop(name) for name in _OF_THE_RUN if name in arguments}
-    return choose_network({"_target_": kind, **arguments}).build(**of_the_run)

@@ -16,9 +16,8 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 
 from atmossl.geometry import nearest_cells
-from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.checkpoint import TrainedModel, build_network
 from atmossl.inference.embed import Embedder, StreamField
-from atmossl.model.kinds import build_network
 from atmossl.probes.cases import Cases, Run, TokenPlaces, hours_of_day_and_year
 
 MOST_BANDS = 16  # of latitude, over which tokens are averaged for labels of a sector

@@ -12,6 +12,7 @@ from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -22,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from atmossl.data.catalog import StoreChoice
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers
 from atmossl.data.variables import InputLimits
 from atmossl.data.windows import WindowSize
@@ -57,18 +59,10 @@ __all__ = [
     "StoreChoice",
     "TrainConfig",
     "checked",
+    "device_for",
     "parse",
     "trained_sampler",
 ]
-
-
-@dataclass(frozen=True)
-class StoreChoice:
-    """Which stores a command reads, `data`. name: a catalog entry; None: the one of the checkpoint.
-    catalog: its file; None: the one of the package."""
-
-    name: str | None = None
-    catalog: Path | None = None
 
 
 def _by_name(data: Any) -> Any:
@@ -92,6 +86,13 @@ class EncodingConfig(Strict):
     input_limits: InputLimits
     output: Path
     plugins: Plugins
+
+
+def device_for(accelerator: str) -> str:
+    """`cuda` or `cpu` for the configured accelerator; ValueError if a GPU is asked for in vain."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu but no GPU is visible; valid here: auto, cpu")
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

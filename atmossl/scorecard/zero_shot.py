@@ -14,11 +14,10 @@ from atmossl.evaluation.climate import Climate
 from atmossl.evaluation.report.content import Example, Given, TaskReport
 from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.verify import Tally
+from atmossl.inference.cases import VisibleInput, predictions, visible_inputs
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Options, Plan, check_draws, plan_prediction
 from atmossl.inference.tiles import first_view
-from atmossl.inference.visible_input import VisibleInput, visible_inputs
-from atmossl.inference.writer import predictions
 from atmossl.masking.tasks import Task
 from atmossl.progress import counted, telling
 from atmossl.schema import EvaluateConfig

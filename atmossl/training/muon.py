@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atmossl.model.linear import half_is_fast
+from atmossl.model.network import half_is_fast
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _lists: Any = torch  # its operations on lists of tensors have no public names

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import (
 
 from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch, View
-from atmossl.model.linear import AVAILABLE as BY_ONEDNN
-from atmossl.model.linear import half_is_fast
+from atmossl.model.network import AVAILABLE as BY_ONEDNN
+from atmossl.model.network import half_is_fast
 
 _COUNTED_BATCHES = 4
 PASSES_OF_A_STEP = 3  # forward, and backward that costs two of these in matrix products

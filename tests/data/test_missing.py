@@ -15,9 +15,9 @@ from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.variables import Transform
 from atmossl.data.windows import WindowSize, read_window
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import TrainedModel, spec_from_dict, spec_to_dict
 from atmossl.inference.plan import Options, plan_prediction
-from atmossl.inference.predict import predict_fields
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Downscaling, TemporalInterpolation
 from atmossl.masking.views import interpolate_in_time, make_view

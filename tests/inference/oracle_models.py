@@ -13,9 +13,9 @@ from atmossl.data.segment import Segment
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import WindowSize
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Options, Plan, plan_prediction
-from atmossl.inference.predict import predict_fields
 from atmossl.masking.tasks import Task
 from tests.synthetic import dataset, spec
 

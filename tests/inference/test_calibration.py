@@ -19,7 +19,7 @@ from atmossl.inference.calibration import (
 )
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Plan
-from atmossl.inference.predict import predict_parts
+from atmossl.inference.tiles import predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation

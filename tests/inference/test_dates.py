@@ -13,9 +13,9 @@ import pytest
 import xarray as xr
 
 from atmossl.data.store import open_parts
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.grib import check_grib
 from atmossl.inference.plan import chosen_times
-from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Forecast, TemporalInterpolation
 from tests.inference.oracle_models import NAMES, STORE, Known, predictor

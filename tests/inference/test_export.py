@@ -8,7 +8,8 @@ import torch
 
 from atmossl.atomic_files import check_room
 from atmossl.checkpoint_files import FORMAT
-from atmossl.inference.checkpoint import export, load_checkpoint, read_checkpoint
+from atmossl.commands.export import export
+from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint
 
 
 def saved(path: Path, weight: torch.Tensor, **changes) -> str:

@@ -11,8 +11,8 @@ from atmossl.batch import PRIMARY, detokenise
 from atmossl.data.forcings import FORCINGS
 from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Plan
-from atmossl.inference.predict import predict_fields
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast

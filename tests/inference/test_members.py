@@ -21,8 +21,8 @@ from atmossl.batch import (
 )
 from atmossl.cli import compose_config, main
 from atmossl.inference.calibration import Calibration, SpreadInflation
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Plan
-from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import OutputLayout
 from atmossl.masking.base import coarsen
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation

@@ -10,9 +10,9 @@ import xarray as xr
 from torch import nn
 
 from atmossl.batch import PRIMARY, Prediction, View
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.out_of_training_warnings import untrained_window
 from atmossl.inference.plan import Plan
-from atmossl.inference.predict import predict_fields
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
 from tests.inference.oracle_models import NAMES, STORE, Known, Oracle, run_at

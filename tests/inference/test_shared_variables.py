@@ -21,9 +21,9 @@ from atmossl.cli import main
 from atmossl.data.sources import paired
 from atmossl.data.statistics import Statistics
 from atmossl.data.store import open_segment
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.inference.plan import Options, plan_prediction
-from atmossl.inference.predict import predict_fields
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.model.multiformer import Multiformer
 from tests.inference.oracle_models import NAMES, Known, predictor, run_at, segment, trained_on

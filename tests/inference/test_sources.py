@@ -14,8 +14,8 @@ from atmossl.batch import PRIMARY, StreamSpec, TokenSize, View, detokenise
 from atmossl.data.segment import HOUR, Segment
 from atmossl.data.sources import paired
 from atmossl.data.store import open_segment
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Options, Plan, plan_prediction
-from atmossl.inference.predict import predict_fields
 from atmossl.inference.tiles import first_view
 from atmossl.inference.writer import write
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation

@@ -12,8 +12,8 @@ import xarray as xr
 from atmossl.batch import PRIMARY
 from atmossl.geometry import gaussian_latitudes
 from atmossl.inference.plan import Plan
-from atmossl.inference.predict import predict_parts
 from atmossl.inference.regions import read_cell_mask, read_stations
+from atmossl.inference.tiles import predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import AllButStations, CellMask, CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation

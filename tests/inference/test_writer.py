@@ -21,8 +21,7 @@ from atmossl.evaluation.forecasts import canonical_forecast
 from atmossl.evaluation.scores import AnomalyCorrelation, Crps, Rmse
 from atmossl.evaluation.verify import verify
 from atmossl.inference.plan import Plan
-from atmossl.inference.predict import predict_parts
-from atmossl.inference.tiles import BlendedPart
+from atmossl.inference.tiles import BlendedPart, predict_parts
 from atmossl.inference.writer import OutputLayout, _begun, _request, partial_of, write
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.tasks import Forecast, Hindcast, Task, TemporalInterpolation

@@ -15,8 +15,7 @@ from atmossl.model.blocks import (
     attend_in_windows,
     rotation,
 )
-from atmossl.model.linear import add_low_rank
-from atmossl.model.network import Latent, TokenPlace
+from atmossl.model.network import Latent, TokenPlace, add_low_rank
 
 SHAPE = (2, 3, 4, 6)  # level nt nlat nlon
 WIDTHS = {"air": 16, "wind": 16, "sea": 24, "humidity": 16}  # the sea is unlike the others

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from atmossl.model.linear import AVAILABLE, Linear
+from atmossl.model.network import AVAILABLE, Linear
 from atmossl.training.throughput import flop_counter
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch was built without oneDNN")
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch was built with
 
 @pytest.fixture(autouse=True)
 def whatever_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atmossl.model.linear.FASTER", True)
+    monkeypatch.setattr("atmossl.model.network.FASTER", True)
 
 
 @pytest.mark.parametrize("bias", [True, False])

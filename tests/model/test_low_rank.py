@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from atmossl.model.linear import Linear, LowRankLinear, add_low_rank, merged
+from atmossl.model.network import Linear, LowRankLinear, add_low_rank, merged
 
 
 def network() -> nn.Module:

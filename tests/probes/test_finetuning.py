@@ -11,8 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from atmossl.cli import compose_config, main
-from atmossl.commands.common import open_for
-from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.checkpoint import load_checkpoint, open_for
 from atmossl.probes.cases import SPLITS
 from atmossl.probes.features import encoded, random_network
 from atmossl.probes.finetuning import Finetuner, FinetuneSettings, TunedNetwork, dates_used

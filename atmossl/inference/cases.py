@@ -1,20 +1,52 @@
-"""What the model saw of a case, as one map of each variable: the step of its window nearest to what
-it predicts of which anything is visible, blank where it is not. The maps of reports show it beside
-the prediction."""
+"""A case, that is, one init or valid time, in memory: what the model predicts, and what it saw.
 
-from collections.abc import Iterable, Mapping
+What it saw is one map of each variable: the step of its window nearest to what it predicts of which
+anything is visible, blank where it is not. The maps of reports show it beside the prediction.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 
 from atmossl.batch import PRIMARY, StreamTokens, detokenise
 from atmossl.data.statistics import Normaliser
-from atmossl.inference.plan import Plan
-from atmossl.inference.tiles import views
+from atmossl.inference.plan import Fields, Plan
+from atmossl.inference.tiles import predict_parts, views
+from atmossl.inference.writer import LayoutName, OutputLayout
 
 Field = tuple[str, int]  # a variable and its level in hPa, 0 at the surface
+
+
+def predict_fields(
+    plan: Plan, times: Sequence[np.datetime64], data: str = PRIMARY
+) -> Iterator[Fields]:
+    """For every reference time each variable's blended ensemble, over all written steps of the
+    streams with that `data`."""
+    whole: Fields = {}
+    for part in predict_parts(plan, times):
+        for name, values in part.fields.items() if part.data == data else ():
+            leads = plan.leads_of(data, times[part.case], plan.leads)
+            shape = (len(leads), *values.shape[1:3], *plan.grid_of(data).shape)
+            target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
+            target[np.isin(leads, part.leads), :, :, part.rows] = values
+        if part.completes:
+            yield whole
+            whole = {}
+
+
+def predictions(
+    plan: Plan, times: np.ndarray, names: LayoutName = "cf", data: str = PRIMARY
+) -> Iterator[xr.Dataset]:
+    """Predictions as datasets in memory, one for every reference time at which the streams with
+    that `data` have steps."""
+    for number, fields in enumerate(predict_fields(plan, list(times), data)):
+        if fields:
+            case, num_members = times[number : number + 1], next(iter(fields.values())).shape[1]
+            yield OutputLayout(plan, case, num_members, names, data).dataset(fields)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
-"""Zero-shot prediction: a trained model under one task's mask, in one pass, or in several passes (a
-rollout) that each start from the members of the pass before.
+"""Prediction in several passes of the model (a rollout), which each start from the members of the
+pass before."""
 
-Generators over init (or valid) times and bands of latitude, so memory grows neither with the number
-of times nor with the height of the grid.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,46 +14,15 @@ from atmossl.data.segment import DataSource, Segment
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box, Nesting
 from atmossl.inference.plan import BlendedPart, Coverage, Fields, Plan, Source
-from atmossl.inference.tiles import blended
 
 State = dict[str, np.ndarray]  # by variable, [level time lat lon]
+OnePass = Callable[[Plan, Sequence[Source]], Iterable[BlendedPart]]
 States = dict[str, State]  # by `data` of the streams; their last steps are the latest there are
 
 
-def predict_parts(plan: Plan, times: Sequence[np.datetime64]) -> Iterator[BlendedPart]:
-    """Everything that is written, case after case, each part as soon as it is ready.
-
-    Raises:
-        ValueError: a time without its steps.
-    """
-    sources = [plan.find(time) for time in times]
-    if plan.steps.num_passes > 1:
-        for case, source in enumerate(sources):
-            yield from _roll_out(plan, case, source)
-        return
-    yield from blended(plan, sources)
-
-
-def predict_fields(
-    plan: Plan, times: Sequence[np.datetime64], data: str = PRIMARY
-) -> Iterator[Fields]:
-    """For every reference time each variable's blended ensemble, over all written steps of the
-    streams with that `data`."""
-    whole: Fields = {}
-    for part in predict_parts(plan, times):
-        for name, values in part.fields.items() if part.data == data else ():
-            leads = plan.leads_of(data, times[part.case], plan.leads)
-            shape = (len(leads), *values.shape[1:3], *plan.grid_of(data).shape)
-            target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
-            target[np.isin(leads, part.leads), :, :, part.rows] = values
-        if part.completes:
-            yield whole
-            whole = {}
-
-
-def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
+def roll_out(plan: Plan, case: int, source: Source, one_pass: OnePass) -> Iterator[BlendedPart]:
     """Predict one init time by passes; the state that a member reaches is the start of its next
-    pass.
+    pass. one_pass: `atmossl.inference.tiles.blended`.
 
     A draw of noise goes on with its own noise (`model.ensemble=noise`), which follows from pass to
     pass. A member of the tail has its own place in the distribution everywhere on the globe; going
@@ -73,7 +38,7 @@ def _roll_out(plan: Plan, case: int, source: Source) -> Iterator[BlendedPart]:
     sources, states = [source], [_states(plan, segment, source)]
     for number in range(steps.num_passes):
         begin = number * steps.steps_per_pass * step
-        joined = _joined(plan, sources)
+        joined = _joined(plan, one_pass(plan, sources), len(sources))
         completes = number + 1 == steps.num_passes
         for data, joined_part in joined.items():
             leads = begin + joined_part.leads
@@ -118,17 +83,17 @@ class Joined:
     fields: Fields
 
 
-def _joined(plan: Plan, sources: list[Source]) -> dict[str, Joined]:
+def _joined(plan: Plan, parts: Iterable[BlendedPart], num_sources: int) -> dict[str, Joined]:
     """The fields that a pass predicts, by the streams' `data`, with the members of all sources
     one after another."""
     joined: dict[str, Joined] = {}
-    for part in blended(plan, sources):
+    for part in parts:
         joined_part = joined.setdefault(part.data, Joined(part.leads, {}))
         fields, shape = joined_part.fields, plan.grid_of(part.data).shape
         for name, values in part.fields.items():
             num_members = values.shape[1]
             if name not in fields:
-                size = (len(part.leads), num_members * len(sources), values.shape[2], *shape)
+                size = (len(part.leads), num_members * num_sources, values.shape[2], *shape)
                 fields[name] = np.zeros(size, np.float32)
             members = slice(part.case * num_members, (part.case + 1) * num_members)
             fields[name][:, members, :, part.rows] = values

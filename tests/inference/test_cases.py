@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from atmossl.geometry import area_weights
-from atmossl.inference.visible_input import VisibleInput, visible_inputs
+from atmossl.inference.cases import VisibleInput, visible_inputs
 from atmossl.masking.combined import Combined
 from atmossl.masking.places import CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
