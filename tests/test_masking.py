@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atmossl.batch import Corruption, TokenSize, detokenise, token_grid, tokenise
+from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout, coarsen, points_of, with_coarse_means
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
@@ -270,6 +271,13 @@ def test_coarsening_keeps_the_area_mean() -> None:
     torch.testing.assert_close(fine_mean, coarse_mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="does not divide"):
         coarsen(here.fields, here.weight, 3)
+
+
+def test_rows_on_the_poles_have_no_coarse_cells_and_the_message_tells_what_to_do() -> None:
+    """721 x 1440 points of ERA5 have no common divisor."""
+    era5 = Grid(np.linspace(-90.0, 90.0, 721), 0.25 * np.arange(1440))
+    with pytest.raises(ValueError, match=r"721 x 1440 cells; valid: none, .* leave downscaling"):
+        Downscaling(4).check(era5)
 
 
 @pytest.mark.parametrize("examples", [0, 1, 2])

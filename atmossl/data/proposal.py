@@ -314,5 +314,5 @@ def _told(dataset: xr.Dataset, entry: CatalogEntry, time: TimeAxis) -> Iterator[
     if words:
         yield (
             f"steps of {time.step_hours:g} h: training has {words}; give evaluate these words, too"
-            + (f", and predict task.lead_time={lead}" if lead else "")
+            + (f", and predict task.lead_time={lead} task.rollout_time={lead}" if lead else "")
         )

@@ -15,7 +15,7 @@ from atmossl.data.segment import Segment
 from atmossl.features import latents
 from atmossl.features.attention import Places, attention, check_attention
 from atmossl.features.filters import Filters, first_layer
-from atmossl.geometry import degrees_east_of
+from atmossl.geometry import degrees_east_of, nearest_cells
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.embed import Embedder, StreamField
 from atmossl.probes.cases import Run, TokenPlaces, state_of
@@ -357,7 +357,8 @@ def _token_of(place: Place, stream: StreamField) -> tuple[int, int]:
         raise ValueError(
             f"places: {shown_name(place)} is outside of the data, which reach from "
             f"{stream.latitude.min():g} to {stream.latitude.max():g} N and from "
-            f"{stream.longitude.min():g} to {stream.longitude.max():g} E"
+            f"{stream.longitude.min():g} to {stream.longitude.max():g} E; valid: "
+            "places=[[LATITUDE,LONGITUDE]] there, or places=[] for none"
         )
     return row, column
 
@@ -379,6 +380,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 def at_tokens(results: FeatureResults, name: str) -> Float[np.ndarray, "date token"]:
     """A field at the cells nearest to the tokens."""
-    nearest = {"latitude": results.token_latitude, "longitude": results.token_longitude}
-    values = results.fields[name].sel(nearest, method="nearest").to_numpy()
+    field = results.fields[name]
+    cells = (field[axis].to_numpy() for axis in ("latitude", "longitude"))
+    rows, columns = nearest_cells(*cells, results.token_latitude, results.token_longitude)
+    values = field.isel(latitude=rows, longitude=columns).to_numpy()
     return rearrange(values, "date row column -> date (row column)")

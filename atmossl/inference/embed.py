@@ -96,6 +96,9 @@ class _Blend:
     def field(self, reference_hours: float) -> StreamField:
         assert self.latents is not None
         places = dict(self.coordinates)
+        # as of grids: those of a region across Greenwich go on past 360
+        west = places["longitude"][0]
+        places["longitude"] = west + (places["longitude"] - west) % 360.0
         offset = places.pop("time_hours") - reference_hours
         latents = rearrange(self.latents, "level time ... -> time level ...")
         return StreamField(latents, offset, **places)

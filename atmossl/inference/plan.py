@@ -242,7 +242,7 @@ class Plan:
         """The reference times with all the steps around them that a window needs, in order, and
         so far apart that no valid time of a segment is written twice."""
         steps = self.steps
-        stride = 1 if steps.is_forecast or steps.refine > 1 else len(steps.offsets)
+        stride = 1 if steps.is_forecast or steps.refine > 1 else steps.extent
         return np.sort(
             np.concatenate([self._served(segment)[::stride] for segment in self.segments])
         )

@@ -101,10 +101,11 @@ class OutputLayout:
 
     def __post_init__(self) -> None:
         if not self.plan.steps.is_forecast and (np.diff(self.valid_times) <= 0).any():
+            apart = self.plan.steps.extent * self.plan.step / _HOUR
             raise ValueError(
                 f"init_time: every case writes {len(self.steps)} steps, so that some valid times "
-                "come twice or out of order; choose times further apart, or every="
-                f"{len(self.steps)}"
+                f"come twice or out of order; choose times {apart:g} h apart or more, or "
+                "init_time=all"
             )
 
     @cached_property
@@ -285,7 +286,7 @@ def encoding(dataset: xr.Dataset) -> dict[str, dict[str, object]]:
         elif kind == "O":
             encodings[key] = {
                 "units": "seconds since 1900-01-01T00:00:00",
-                "calendar": values.values[0].calendar,
+                "calendar": values.values.flat[0].calendar,  # valid times of latents have two axes
                 "dtype": "int64",
             }
         elif kind == "m":

@@ -61,6 +61,12 @@ class TimePlan:
     def steps_per_pass(self) -> int:
         return -(-len(self.offsets) // self.num_passes)
 
+    @property
+    def extent(self) -> int:
+        """How many steps lie from the first to the last written one, both included; more than are
+        written where known steps lie between them."""
+        return self.offsets[-1] - self.offsets[0] + 1
+
 
 class Task:
     """The base class of all tasks: a task adds to its mask which steps it reads and writes, what
@@ -473,9 +479,14 @@ class Downscaling(Task):
         if any(size % self.factor for size in grid.shape):
             common = math.gcd(*grid.shape)
             valid = [factor for factor in range(2, common + 1) if common % factor == 0]
+            none = (
+                "none, as no number divides both; leave downscaling out (of `evaluate`: "
+                "tasks=[forecast,temporal_interpolation]), or use a store with a row or column "
+                "less, which `atmossl data ingest region=[SOUTH,NORTH,WEST,EAST]` makes"
+            )
             raise ValueError(
                 f"task.factor={self.factor} does not divide the store's {grid.shape[0]} x "
-                f"{grid.shape[1]} cells; valid: {listed(valid)}"
+                f"{grid.shape[1]} cells; valid: {listed(valid) if valid else none}"
             )
 
     @property

@@ -131,19 +131,23 @@ def _from_last_states(setting: Setting) -> ridge.RidgeTask:
 def _from_neighbours_in_time(setting: Setting) -> ridge.RidgeTask | None:
     if len(setting.offsets) > 1:  # the answers of a regression would differ from step to step
         return None
-    neighbours = min(2, setting.num_steps - setting.reference - 1)
-    return ridge.TemporalInterpolation(neighbours=neighbours)
+    return ridge.TemporalInterpolation(neighbours=_steps_around(setting, 2))
 
 
 def _from_coarse_cells_around(setting: Setting) -> ridge.RidgeTask:
-    return ridge.RidgeDownscaling(factor=setting.task.factor, neighbours=min(1, setting.reference))
+    return ridge.RidgeDownscaling(factor=setting.task.factor, neighbours=_steps_around(setting, 1))
 
 
 def _from_given_channels(setting: Setting) -> ridge.RidgeTask | None:
     hidden, count = _hidden_channels(setting), sum(map(len, setting.levels.values()))
     if len(hidden) in (0, count):  # all is told by streams that are not predicted
         return None
-    return ridge.CrossVariable(hidden, neighbours=min(1, setting.reference))
+    return ridge.CrossVariable(hidden, neighbours=_steps_around(setting, 1))
+
+
+def _steps_around(setting: Setting, most: int) -> int:
+    """How many steps on either side of the written one the window has, `most` at most."""
+    return min(most, setting.reference, setting.num_steps - setting.reference - 1)
 
 
 REGRESSIONS: dict[str, Callable[[Setting], ridge.RidgeTask | None]] = {  # by the name of a task
@@ -191,8 +195,8 @@ def _persisting(setting: Setting, predicted: xr.Dataset, truth: xr.Dataset) -> A
 def temporal_interpolation(setting: Setting) -> Baselines:
     """Baselines of temporal interpolation: the line in time between the known states,
     climatology, and a ridge regression."""
-    count = len(setting.offsets)
-    regression = setting.fitted()
+    count, regression = len(setting.offsets), setting.fitted()
+    known = [_steps_to_known(setting.offsets, offset) for offset in setting.offsets]
 
     def baselines(predicted: xr.Dataset, truth: xr.Dataset) -> Answers:
         times = predicted["time"]
@@ -200,16 +204,27 @@ def temporal_interpolation(setting: Setting) -> Baselines:
             base.linear_in_time(
                 truth,
                 times[number::count],
-                before=(number + 1) * setting.step,
-                after=(count - number) * setting.step,
+                before=before * setting.step,
+                after=after * setting.step,
             )
-            for number in range(count)
+            for number, (before, after) in enumerate(known)
         ]
         line = xr.concat(lines, "time").sortby("time")
         answers = {"linear": line, "climatology": setting.climatology(predicted)}
         return answers | regression(predicted, truth)
 
     return baselines
+
+
+def _steps_to_known(hidden: Sequence[int], step: int) -> tuple[int, int]:
+    """How many steps the nearest steps before and after a hidden one lie away that are not hidden;
+    between hidden steps there may be known ones."""
+    before, after = 1, 1
+    while step - before in hidden:
+        before += 1
+    while step + after in hidden:
+        after += 1
+    return before, after
 
 
 def downscaling(setting: Setting) -> Baselines:

@@ -1,11 +1,12 @@
 """A catalog entry for a store that nobody has described, and commands on that store."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from atmossl.api import open_data
+from atmossl.api import find_task, open_data
 from atmossl.batch import StreamSpec
 from atmossl.build import build_data
 from atmossl.cli import main
@@ -107,7 +108,10 @@ def test_long_steps_have_masks_and_tasks_of_whole_steps(
     monkeypatch.setenv("ATMOSSL_CACHE", str(here / "cache"))
     store = foreign(here / "era5", step_hours=step_hours)
     assert main(["data", "add", str(store)]) == 0
-    assert f"tasks.1.hidden_time={hidden}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"tasks.1.hidden_time={hidden}" in told
+    choices = dict(re.findall(r" task\.(\w+)=(\w+)", told))
+    find_task("forecast", choices).plan(5, step_hours)  # fits, as it is told for predict
     training = catalog_entry("era5").training
     assert training is not None and (training.lead_time, training.hidden_time) == (lead, hidden)
     config = parse(TrainConfig, compose_training(["data=era5"])[0])

@@ -12,7 +12,7 @@ from atmossl.evaluation.climate import Climate
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import CrossVariable, Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, TemporalInterpolation
-from atmossl.scorecard.baselines import Setting, build_baselines
+from atmossl.scorecard.baselines import Setting, build_baselines, problem_of
 from atmossl.scorecard.zero_shot import only_hidden, where_hidden
 from tests.evaluation.conftest import STEP, make_dataset
 from tests.evaluation.test_forecasts import forecast_of
@@ -142,6 +142,39 @@ def test_a_hindcast_s_persistence_is_the_state_after_it():
     ]
     for lead in range(2):
         np.testing.assert_array_equal(answer[:, lead], truth_of_a_run()["temperature"][2:6])
+
+
+def test_lines_lead_between_the_nearest_steps_that_are_not_hidden():
+    """Of the steps 1 and 3, with 0, 2 and 4 known; of 1 and 2, whose line leads from 0 to 3."""
+    truth = truth_of_a_run()
+    values = truth["temperature"].to_numpy()
+    for steps, offsets, ends in (
+        ((1, 3), (0, 2), ((2, 4, 0.5), (4, 6, 0.5))),
+        ((1, 2), (0, 1), ((2, 5, 1 / 3), (2, 5, 2 / 3))),
+    ):
+        here = replace(setting(TemporalInterpolation(6.0, steps), offsets=offsets), reference=1)
+        predicted = make_dataset(num_times=12).isel(time=[3 + offset for offset in offsets])
+        line = build_baselines("temporal_interpolation", here)(predicted, truth)["linear"]
+        for number, (before, after, share) in enumerate(ends):
+            expected = (1 - share) * values[before] + share * values[after]
+            np.testing.assert_allclose(line["temperature"][number], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reference", "num_steps", "most"), [(1, 5, 1), (2, 5, 2), (3, 5, 1)])
+def test_a_regression_on_neighbours_in_time_sees_no_step_outside_of_the_window(
+    reference: int, num_steps: int, most: int
+):
+    task = TemporalInterpolation(6.0, (reference,))
+    problem = problem_of(replace(setting(task), reference=reference, num_steps=num_steps))
+    assert problem is not None
+    assert max(problem.input_offsets) == -min(problem.input_offsets) == most
+
+
+def test_a_regression_for_a_window_of_two_steps_has_its_written_step_alone():
+    for task in (Downscaling(4), CrossVariable(("temperature",))):
+        problem = problem_of(replace(setting(task), reference=1, num_steps=2))
+        assert problem is not None
+        assert problem.input_offsets == (0,)
 
 
 def test_a_task_without_rivals_of_its_own_has_climatology():

@@ -34,7 +34,7 @@ from atmossl.features.attention import (
     mean_distance,
 )
 from atmossl.features.page import chance_verdict
-from atmossl.features.run import FeatureOptions, FeatureRun, degrees_of, few_dates
+from atmossl.features.run import FeatureOptions, FeatureRun, at_tokens, degrees_of, few_dates
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.views import make_view
@@ -346,6 +346,20 @@ def test_dates_are_spread_over_all_records_and_too_few_are_refused() -> None:
 def test_places_that_are_nowhere_are_refused(place: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         degrees_of(place)
+
+
+def test_fields_beside_tokens_are_those_of_their_cells_across_greenwich() -> None:
+    """Cells from 350 E to 7.5 E, whose longitudes go on past 360, as do those of tokens or not."""
+    latitude, longitude = np.arange(40.0, 48.0, 2.0), 350.0 + 2.5 * np.arange(8)
+    values = np.arange(32.0).reshape(1, 4, 8)
+    field = xr.DataArray(values, {"latitude": latitude, "longitude": longitude},
+                         ("case", "latitude", "longitude"))  # fmt: skip
+    for tokens in (np.array([351.2, 361.2, 366.2]), np.array([351.2, 1.2, 6.2])):
+        results: Any = SimpleNamespace(
+            fields=xr.Dataset({"wind": field}), token_latitude=np.array([41.9, 46.1]),
+            token_longitude=tokens,
+        )  # fmt: skip
+        assert at_tokens(results, "wind").tolist() == [[8.0, 12.0, 14.0, 24.0, 28.0, 30.0]]
 
 
 def test_the_strongest_pattern_is_the_one_that_was_planted() -> None:

@@ -140,3 +140,14 @@ def test_dates_that_the_record_cannot_hold_are_refused(date) -> None:
     used = predictor(TemporalInterpolation(6), Known(attrgetter("target")))
     with pytest.raises(ValueError, match=r"init_time="):
         chosen_times(used, date)
+
+
+def test_all_dates_of_hidden_steps_with_known_ones_between_come_once(tmp_path: Path) -> None:
+    """Steps 1 and 3 of five: the next case begins behind the second of them."""
+    used = predictor(TemporalInterpolation(6, (1, 3)), Known(attrgetter("target")))
+    write(used, chosen_times(used, None), tmp_path / "out.zarr")
+    with xr.open_zarr(tmp_path / "out.zarr", consolidated=False) as store:
+        numbers = np.searchsorted(STORE["time"].values, store["time"].values)
+    assert numbers.tolist() == [1, 3, 4, 6, 7, 9]
+    with pytest.raises(ValueError, match="come twice or out of order; choose times 18 h apart"):
+        write(used, used.segment.times[1:3], tmp_path / "other.zarr")

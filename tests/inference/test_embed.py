@@ -156,6 +156,26 @@ def test_streams_with_tokens_of_their_own_have_dims_of_their_own() -> None:
     assert found["latitude_air"].attrs["units"] == "degrees_north"
 
 
+def test_latents_are_dated_in_the_calendar_of_the_record(tmp_path: Path) -> None:
+    dates = xr.date_range("0001-02-27", periods=12, freq="6h", calendar="noleap", use_cftime=True)
+    record = STORE.assign_coords(time=dates)
+    written = model(ONE, 4, 8).embed(record, dates[[6, 8]], output=tmp_path / "latents.zarr")
+    assert written["init_time"].values.tolist() == dates[[6, 8]].tolist()
+    valid = written["time"].isel(init_time=1).values  # of the two tokens in time of a window
+    assert [f"{date:%m-%dT%H}" for date in valid] == ["02-28T09", "02-28T21"]
+    assert {date.calendar for date in valid} == {"noleap"}
+
+
+def test_longitudes_of_latents_ascend_in_a_region_across_greenwich() -> None:
+    """Columns of 22.5 degrees, from 270 E to 67.5 E; a token has four of them."""
+    region = STORE.isel(longitude=[12, 13, 14, 15, 0, 1, 2, 3])
+    found = model(ONE, 4, 8).embed(region, STORE["time"].values[7])
+    assert found["longitude"].values.tolist() == [303.75, 393.75]
+    whole = model(ONE, 4, 8).embed(STORE, STORE["time"].values[7])
+    means, of_whole = (x["latents"].isel(feature=1) for x in (found, whole))
+    np.testing.assert_allclose(means, of_whole.isel(longitude=[3, 0]), atol=1e-5)
+
+
 def test_what_is_written_is_what_is_returned(tmp_path: Path) -> None:
     used = model(TWO, 4, 8)
     (tmp_path / "latents.zarr").mkdir()  # an empty folder is no output
