@@ -381,7 +381,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 def at_tokens(results: FeatureResults, name: str) -> Float[np.ndarray, "date token"]:
     """A field at the cells nearest to the tokens."""
     field = results.fields[name]
-    cells = (field[axis].to_numpy() for axis in ("latitude", "longitude"))
-    rows, columns = nearest_cells(*cells, results.token_latitude, results.token_longitude)
+    latitude, longitude = (field[axis].to_numpy() for axis in ("latitude", "longitude"))
+    tokens = results.token_latitude, results.token_longitude
+    rows, columns = nearest_cells(latitude, longitude, *tokens)
     values = field.isel(latitude=rows, longitude=columns).to_numpy()
     return rearrange(values, "date row column -> date (row column)")
