@@ -23,8 +23,7 @@ from atmossl.data.backends import OpenedStore
 from atmossl.data.catalog import Split, catalog_entry, find_file, yaml_fault
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
-from atmossl.data.sources import StoreRequest, paired
-from atmossl.data.store import only_segment, open_segment, open_split
+from atmossl.data.store import StoreRequest, only_segment, open_segment, open_split, paired
 from atmossl.data.variables import InputLimits
 from atmossl.inference.cases import predictions
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint

@@ -24,10 +24,12 @@ from atmossl.data.datamodule import WindowDataModule, check_samples
 from atmossl.data.fingerprint import Transforms
 from atmossl.data.fraction import part_of_records
 from atmossl.data.segment import Segment
-from atmossl.data.sources import Seen, entries_of, open_records, paired
-from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import load_or_compute, outside_limits
+from atmossl.data.store import entries_of, open_records, paired
 from atmossl.data.variables import InputLimits
+from atmossl.data.windows import Normaliser, Statistics
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
+from atmossl.inference.out_of_training_warnings import Seen
 from atmossl.masking.random import Mixture
 from atmossl.model.network import LOW_RANK, Network, add_low_rank
 from atmossl.objectives.base import Monitor, Objective

@@ -30,8 +30,7 @@ from atmossl.data.inspect import (
 )
 from atmossl.data.proposal import propose
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Statistics
-from atmossl.data.windows import WindowSize
+from atmossl.data.windows import Statistics, WindowSize
 from atmossl.names import file_name
 from atmossl.overrides import is_readable, key_and_value
 from atmossl.progress import console_of_output

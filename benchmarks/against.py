@@ -52,7 +52,7 @@ def loader() -> Callable[[], object]:
 
 def windows() -> Callable[[], object]:
     """One sample with masks and tokens, at another place at each call."""
-    from atmossl.data.windows import SampleKey
+    from atmossl.data.loader import SampleKey
     from benchmarks.data_loader import masked
 
     dataset = masked(Path(os.environ["WINDOW_STORE"]))

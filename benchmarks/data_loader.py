@@ -45,9 +45,18 @@ from torch.utils.data import Dataset
 
 from atmossl.batch import Movable, StreamWindow
 from atmossl.data.chunks import Access, ChunkedArray, Region
-from atmossl.data.loader import Arena, Collate, Packed, WindowLoader, worker_context
+from atmossl.data.loader import (
+    Arena,
+    Collate,
+    Packed,
+    SampleKey,
+    SampleOrder,
+    WindowDataset,
+    WindowLoader,
+    worker_context,
+)
 from atmossl.data.segment import Segment
-from atmossl.data.windows import SampleKey, SampleOrder, WindowDataset, read_windows
+from atmossl.data.windows import read_windows
 from atmossl.masking.random import RandomMasking
 from benchmarks.http_server import limited_server
 from benchmarks.report import finish

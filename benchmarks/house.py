@@ -70,8 +70,7 @@ def one_training_sample() -> Trace:
     """From `__getitems__` of the training set to the loss of the quickstart's experiment."""
     from atmossl.build import build_data, build_module
     from atmossl.cli import compose_config
-    from atmossl.data.loader import Collate
-    from atmossl.data.windows import SampleKey
+    from atmossl.data.loader import Collate, SampleKey
     from atmossl.schema import TrainConfig, parse
 
     values = compose_config("train", ["experiment=quickstart"])
@@ -101,8 +100,7 @@ def one_written_date() -> Trace:
 def one_written_plan() -> Trace:
     """The same date from a plan on: checkpoint and store are open, and their settings checked."""
     from atmossl.api import find_task, load, open_data
-    from atmossl.data.sources import StoreRequest
-    from atmossl.data.store import open_segment
+    from atmossl.data.store import StoreRequest, open_segment
     from atmossl.inference.plan import Options, plan_prediction
     from atmossl.inference.writer import write
 

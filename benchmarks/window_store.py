@@ -20,9 +20,8 @@ from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import WindowSize
+from atmossl.data.windows import Normaliser, Statistics, WindowSize
 from atmossl.geometry import Box, random_box
 
 NAMES = ("temperature", "u_component_of_wind", "v_component_of_wind")

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from atmossl.batch import PRIMARY, collate_views, detokenise
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import read_window
+from atmossl.data.windows import Normaliser, read_window
 from atmossl.geometry import Box
 from atmossl.masking.tasks import TemporalInterpolation
 from atmossl.masking.views import make_view
@@ -21,7 +21,7 @@ def test_one_sample() -> None:
     segment = open_segment(
         "waves", store, "memory", variables=stream.variables, levels=stream.levels
     )
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
 
     (window,) = read_window(segment, (stream,), normaliser, 3, 5, Box(2, 12, 4, 8))
     assert window.fields.shape == (2, 3, 5, 4, 8)  # variable level time lat lon

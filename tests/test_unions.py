@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from atmossl.batch import PRIMARY, Corruption, StreamWindow, detokenise
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.windows import read_window
+from atmossl.data.statistics import compute_statistics
+from atmossl.data.windows import Normaliser, read_window
 from atmossl.inference.tiles import masked_view
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
@@ -26,7 +26,7 @@ EXAMPLES = Downscaling(4, examples=1)
 def window(token: tuple[int, int, int]) -> StreamWindow:
     record = segment()
     stream = spec(variables=NAMES, token=token)
-    normaliser = Normaliser({PRIMARY: Statistics.compute([record])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([record])})
     (read,) = read_window(record, (stream,), normaliser, 4, 5, record.whole())
     return read
 

@@ -24,7 +24,7 @@ import zarr
 from atmossl.data.layouts import array_in, atmorep_latitudes, dates_in
 from atmossl.data.monthly_normals import MonthlyNormals
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Statistics
+from atmossl.data.windows import Statistics
 from atmossl.model.atmorep import AtmoRepField
 from atmossl.model.atmorep_network import VARIABLE_OF_FIELD
 

@@ -21,7 +21,7 @@ from atmossl.build import (
     optimizer_settings,
 )
 from atmossl.commands.common import plain
-from atmossl.data.sources import entries_of, open_records, paired
+from atmossl.data.store import entries_of, open_records, paired
 from atmossl.masking.views import make_views
 from atmossl.model.network import Network
 from atmossl.objectives.base import Objective

@@ -16,9 +16,11 @@ from atmossl.checkpoint_files import FORMAT, write_output
 from atmossl.commands.atmorep_normalisation import Months, with_atmorep_normalisation
 from atmossl.data.axes import STANDARD
 from atmossl.data.segment import Segment
-from atmossl.data.sources import DAYS, Seen, entries_of, open_records
-from atmossl.data.statistics import Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import load_or_compute, outside_limits
+from atmossl.data.store import entries_of, open_records
+from atmossl.data.windows import Statistics
 from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
+from atmossl.inference.out_of_training_warnings import DAYS, Seen
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of

@@ -13,8 +13,8 @@ from atmossl import __version__
 from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.build import log_interval
 from atmossl.data.datamodule import WindowDataModule
+from atmossl.data.loader import WindowDataset
 from atmossl.data.segment import Segment
-from atmossl.data.windows import WindowDataset
 from atmossl.schema import TrainConfig
 from atmossl.training.module import TrainingModule
 

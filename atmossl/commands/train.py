@@ -19,6 +19,7 @@ from atmossl.commands.common import make_folder, plain
 from atmossl.commands.run_description import banner, described
 from atmossl.data.datamodule import WindowDataModule
 from atmossl.inference.checkpoint import checkpoint_path, spec_to_dict
+from atmossl.inference.out_of_training_warnings import seen_by_data
 from atmossl.model.network import half_is_fast
 from atmossl.process_lifetime import is_first_rank
 from atmossl.progress import console_of_output, note
@@ -86,7 +87,7 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
         statistics,
         values,
         step_hours=datamodule.step_hours,
-        seen=datamodule.seen,
+        seen=seen_by_data(datamodule.train_set.segments),
         resumed=start is not None,
     )
     trainer = _trainer(config, values, module, datamodule, start)

@@ -1,4 +1,4 @@
-"""Coordinates without their rounding errors, and calendars.
+"""Coordinates without their rounding errors, calendars, and which dimension of a file is which.
 
 Files store coordinates with rounding errors: hourly times as days with six decimals are some 30 ms
 off, latitudes in float32 differ from the same ones in float64, and a pressure of 500 hPa may read
@@ -8,7 +8,7 @@ by a hundredth of the spacing and a hundred-thousandth of the largest value at m
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.batch import YEAR_HOURS
+from atmossl.data.metadata import is_pressure, is_start, says
 
 # Calendars of climate models beside the standard one: dates, years and the sun's clock.
 #
@@ -422,3 +423,118 @@ def _nearest(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     nearest = neighbours[np.abs(neighbours - values).argmin(0), np.arange(len(values))]
     tolerance = min(spacings.min() / _PART, _SHARE * largest, _LARGEST_MOVE)
     return np.where(np.abs(nearest - values) <= tolerance, nearest, values)
+
+
+# Dates that files hold as integers, such as 20200101, as dates.
+
+_DIGITS = {6: "month", 8: "day", 10: "hour"}
+_CDO = re.compile(r"day as %Y%m%d\.%f", re.I)
+
+
+def with_dates(dataset: xr.Dataset, location: str) -> xr.Dataset:
+    """A dataset with dates, where `time` held integers YYYYMM, YYYYMMDD or YYYYMMDDHH, or days as
+    %Y%m%d.%f, as cdo writes them; anything else is left as it is.
+
+    Raises:
+        ValueError: integers of that length that are no dates.
+    """
+    if "time" not in dataset.coords or dataset["time"].dtype.kind not in "iuf":
+        return dataset
+    time = dataset["time"]
+    values = time.values
+    fractions = np.zeros(len(values))
+    if _CDO.fullmatch(str(time.attrs.get("units", "")).strip()):
+        fractions, values = np.modf(np.asarray(values, np.float64))
+    elif values.dtype.kind == "f" or "since" in str(time.attrs.get("units", "")):
+        return dataset
+    lengths = {len(str(int(value))) for value in values}
+    if len(lengths) != 1 or not lengths <= _DIGITS.keys():
+        return dataset
+    try:
+        dates = np.array([_date(str(int(value))) for value in values], "datetime64[us]")
+    except ValueError as error:
+        raise ValueError(f"{location}: time: {error}") from error
+    seconds = np.round(fractions * 86_400).astype(np.int64)
+    dates = dates + seconds * np.timedelta64(1_000_000, "us")
+    attributes = {key: value for key, value in time.attrs.items() if key != "units"}
+    return dataset.assign_coords(time=("time", dates, attributes))
+
+
+def _date(digits: str) -> np.datetime64:
+    """The date of YYYYMM, YYYYMMDD or YYYYMMDDHH."""
+    year, month, day, hour = digits[:4], digits[4:6], digits[6:8] or "01", digits[8:] or "00"
+    try:
+        return np.datetime64(f"{year}-{month}-{day}T{hour}", "us")
+    except ValueError as error:
+        raise ValueError(f"{digits} is no date; valid: such as 20200131") from error
+
+
+# Which dimension of a file is which, by what its coordinates say of themselves.
+#
+# Usual names come first, in `atmossl.data.store`; here are those whose units, standard name or
+# type tell, and those that are known to be something else, so that no advice leads to them.
+
+START_NAMES = re.compile(r"init|reference|reftime|base_?time|run_?time|analysis_time|start", re.I)
+_NORTH, _EAST = r"deg(ree)?s?[-_ ]?n(orth)?", r"deg(ree)?s?[-_ ]?e(ast)?"
+
+
+def dimensions_like(axis: str, dataset: xr.Dataset, named_dims: set[str]) -> list[str]:
+    """The dimensions that are `axis` (time, level, latitude or longitude) by their attributes or
+    type, apart from `named_dims`."""
+    used = {str(dim) for array in dataset.data_vars.values() for dim in array.dims}
+    return [
+        name
+        for name in sorted(used - named_dims)
+        if name in dataset.coords and _is_like(axis, dataset[name])
+    ]
+
+
+def _is_like(axis: str, coordinate: xr.DataArray) -> bool:
+    standard, units = (says(coordinate.attrs, key) for key in ("standard_name", "units"))
+    if axis == "level":
+        return coordinate.dtype.kind in "iuf" and is_pressure(coordinate)
+    if axis == "time":
+        dates = coordinate.dtype.kind == "M" or isinstance(
+            coordinate.values.flat[0], cftime.datetime
+        )
+        return (dates and not is_start(coordinate)) or standard == "time"
+    return standard == axis or bool(
+        re.fullmatch(_NORTH if axis == "latitude" else _EAST, units, re.I)
+    )
+
+
+def projected_dimensions(dataset: xr.Dataset) -> list[str]:
+    """The dimensions that belong to a rotated or projected grid by their names or attributes."""
+    said = {
+        str(name): says(dataset[name].attrs, "standard_name")
+        for name in dataset.dims
+        if name in dataset.coords
+    }
+    projected = {"rlat", "rlon", "x", "y", "south_north", "west_east", "i", "j", "nx", "ny", "cell"}
+    return sorted(
+        str(name)
+        for name in dataset.dims
+        if re.match("grid_|projection_", said.get(str(name), "")) or str(name) in projected
+    )
+
+
+def start_dimensions(dataset: xr.Dataset) -> list[str]:
+    """Dimensions that hold the dates at which forecasts start."""
+    return sorted(
+        str(name)
+        for name in dataset.dims
+        if START_NAMES.search(str(name)) or (name in dataset.coords and is_start(dataset[name]))
+    )
+
+
+def check_names(names: Mapping[str, str], location: str) -> None:
+    """Check that the dimension taken for time is not named after the start of forecasts.
+
+    names: name in the store -> canonical name.
+    """
+    for stored, canonical in names.items():
+        if canonical == "time" and START_NAMES.search(stored):
+            raise ValueError(
+                f"{location}: {stored} has the name of the start of forecasts; needed for time: "
+                "the dates at which fields are valid, which are these plus the lead time"
+            )

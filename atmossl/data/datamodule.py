@@ -12,11 +12,16 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from atmossl.batch import Batch, StreamSpec
-from atmossl.data.loader import Collate, WindowLoader, worker_context
+from atmossl.data.loader import (
+    Collate,
+    LoaderSettings,
+    SampleOrder,
+    WindowDataset,
+    WindowLoader,
+    worker_context,
+)
 from atmossl.data.segment import Segment, UnreadableChunk
-from atmossl.data.sources import seen_by_data
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.windows import LoaderSettings, SampleOrder, WindowDataset, WindowSize
+from atmossl.data.windows import Normaliser, Statistics, WindowSize
 from atmossl.masking.base import MaskingSampler, TokenLayout
 from atmossl.masking.views import ViewSpec
 
@@ -93,7 +98,6 @@ class WindowDataModule(L.LightningDataModule):
         self.num_skipped = 0
         self._start = (0, 0)  # optimiser steps and samples that the run has behind it
         self.step_hours = train[0].step_hours
-        self.seen = seen_by_data(train)
         self.train_set = WindowDataset(
             segments=train,
             sampler=sampler,

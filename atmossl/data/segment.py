@@ -524,3 +524,23 @@ class Segment:
             "longitude": self.grid.longitude,
         }
         return xr.Dataset(canonical, coords)
+
+
+def check_window(segment: Segment, count: int, lat_size: int, lon_size: int) -> None:
+    """Raise ValueError if a window does not cut all auxiliary sources at their cells' edges."""
+    if segment.auxiliaries:
+        segment.alignment.check(lat_size, lon_size)
+    for name, auxiliary in segment.auxiliaries.items():
+        other = auxiliary.segment
+        steps = count * segment.step / other.step
+        cells = auxiliary.nesting.box(Box(0, segment.alignment.lon_shift, lat_size, lon_size))
+        if steps != round(steps) or steps < 2:
+            raise ValueError(
+                f"data.window.time={count} steps of {segment.step_hours:g} h hold {steps:g} of the "
+                f"{other.step / HOUR:g} h of data={name}; needed: a whole number, at least 2"
+            )
+        if min(cells.lat_size, cells.lon_size) < 2:
+            raise ValueError(
+                f"data.window of {lat_size} x {lon_size} cells (latitude x longitude) holds "
+                f"{cells.lat_size} x {cells.lon_size} of data={name}; needed: at least 2 of each"
+            )

@@ -1,24 +1,19 @@
-"""Statistics of the training period: one streaming pass, saved with the fingerprint of the
-store, and refused when the store has changed. With them, normalisation, and the record of where
-and when training data lie."""
+"""Computes the statistics of the training period in one streaming pass, saves them with the
+fingerprint of the store, and refuses them when the store has changed."""
 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from atmossl.at_work import naming_errors, owned_in_turn
-from atmossl.batch import StreamSpec, StreamWindow, patch_values
 from atmossl.checkpoint_files import read_sealed, write_sealed
 from atmossl.data.fingerprint import (
     NO_TRANSFORMS,
@@ -28,9 +23,9 @@ from atmossl.data.fingerprint import (
     identity,
     stale_message,
 )
-from atmossl.data.monthly_normals import LocalUnits, MonthlyNormals, local_units
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES, Transform, physical_range
+from atmossl.data.windows import ARRAYS, Statistics
 from atmossl.names import file_name
 from atmossl.process_lifetime import is_first_rank
 
@@ -189,130 +184,54 @@ def pooled(sums: Sequence[RunningSums]) -> RunningSums:
 
 
 _LOGGER = logging.getLogger(__name__)
-_ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Area-weighted mean and standard deviation of every variable and level over the training
-    period, and the standard deviation of its change over one time step, in the variable's units
-    or, where it has a transform, after that.
+def compute_statistics(
+    segments: Sequence[Segment],
+    transforms: Transforms = NO_TRANSFORMS,
+    partial: Path | None = None,
+    progress: Callable[[int], object] = int,
+) -> Statistics:
+    """Compute the statistics of the segments in one streaming pass, in float64.
 
-    Arrays are [variable level]; a surface variable has the same values on all levels.
-    minimum, maximum: of the values. missing: share of them. Statistics written before version 0.2
-    lack these three. normals: of variables that a network takes in units of their month.
+    partial: folder that holds the state of a pass that was stopped, and of this one.
+
+    Raises:
+        ValueError: missing values where none may be, or a variable that never changes.
     """
+    first = segments[0]
+    rows = []
+    for name in first.variables:
+        parts = [
+            segment_sums(
+                segment,
+                name,
+                transforms.get(name),
+                partial / f"{file_name(name)}-{number}.json" if partial else None,
+                progress,
+            )
+            for number, segment in enumerate(segments)
+        ]
+        rows.append(pooled(parts))
+        _check_changes(rows[-1], first, name)
+    columns = len(first.levels or (0,))
 
-    variables: tuple[str, ...]
-    levels: tuple[int, ...]
-    mean: np.ndarray
-    std: np.ndarray
-    step_std: np.ndarray
-    period: str
-    fingerprint: str
-    minimum: np.ndarray | None = None
-    maximum: np.ndarray | None = None
-    missing: np.ndarray | None = None
-    transforms: Transforms = field(default_factory=dict)
-    normals: Mapping[str, MonthlyNormals] = field(default_factory=dict)
+    def table(values: Callable[[RunningSums], np.ndarray]) -> np.ndarray:
+        return np.stack([np.broadcast_to(values(row), (columns,)) for row in rows])
 
-    @classmethod
-    def compute(
-        cls,
-        segments: Sequence[Segment],
-        transforms: Transforms = NO_TRANSFORMS,
-        partial: Path | None = None,
-        progress: Callable[[int], object] = int,
-    ) -> Self:
-        """Compute the statistics of the segments in one streaming pass, in float64.
-
-        partial: folder that holds the state of a pass that was stopped, and of this one.
-
-        Raises:
-            ValueError: missing values where none may be, or a variable that never changes.
-        """
-        first = segments[0]
-        rows = []
-        for name in first.variables:
-            parts = [
-                segment_sums(
-                    segment,
-                    name,
-                    transforms.get(name),
-                    partial / f"{file_name(name)}-{number}.json" if partial else None,
-                    progress,
-                )
-                for number, segment in enumerate(segments)
-            ]
-            rows.append(pooled(parts))
-            _check_changes(rows[-1], first, name)
-        columns = len(first.levels or (0,))
-
-        def table(values: Callable[[RunningSums], np.ndarray]) -> np.ndarray:
-            return np.stack([np.broadcast_to(values(row), (columns,)) for row in rows])
-
-        return cls(
-            variables=first.variables,
-            levels=first.levels or (0,),
-            mean=table(lambda m: m.mean),
-            std=table(lambda m: np.sqrt(m.square / m.weight)),
-            step_std=table(lambda m: np.sqrt(m.step_square / np.maximum(m.step_weight, 1e-300))),
-            minimum=table(lambda m: m.minimum),
-            maximum=table(lambda m: m.maximum),
-            missing=table(lambda m: m.missing / m.count),
-            period="; ".join(f"{s.name} {s.period}" for s in segments),
-            fingerprint=fingerprint(segments, transforms),
-            transforms={n: t for n, t in transforms.items() if n in first.variables},
-        )
-
-    @classmethod
-    def neutral(cls, segment: Segment) -> Self:
-        """Means of 0 and deviations of 1, which leave values as they are."""
-        levels = segment.levels or (0,)
-        zeros = np.zeros((len(segment.variables), len(levels)))
-        ones = zeros + 1
-        return cls(segment.variables, levels, zeros, ones, ones, period="", fingerprint="")
-
-    def select(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level"]:
-        """`mean`, `std` or `step_std` of one stream's variables and levels."""
-        rows = [self.variables.index(name) for name in spec.variables]
-        columns = [self.levels.index(level) if spec.levels else 0 for level in spec.level_values]
-        return torch.from_numpy(getattr(self, field)[np.ix_(rows, columns)]).float()
-
-    def residual_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
-        """The standard deviation of a one-step change in normalised units, for the tokens of a
-        stream; 1 for variables that never change in time."""
-        change, std = self.select(spec, "step_std"), self.select(spec, "std")
-        return patch_values(torch.where(change > 0, change / std, 1.0), spec)
-
-    def to_dict(self) -> dict:
-        """Plain numbers and strings, for a checkpoint; and the tensors of `normals`, if any."""
-        arrays = {key: getattr(self, key) for key in _ARRAYS}
-        normals = {name: value.to_dict() for name, value in self.normals.items()}
-        return {
-            "variables": list(self.variables),
-            "levels": list(self.levels),
-            "period": self.period,
-            "fingerprint": self.fingerprint,
-            "transforms": {name: asdict(value) for name, value in self.transforms.items()},
-            **{key: values.tolist() for key, values in arrays.items() if values is not None},
-            **({"normals": normals} if normals else {}),
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Self:
-        arrays = {key: np.array(values[key]) for key in _ARRAYS if key in values}
-        transforms = values.get("transforms", {})  # versions before 0.2 have none
-        normals = values.get("normals", {})
-        return cls(
-            variables=tuple(values["variables"]),
-            levels=tuple(values["levels"]),
-            period=values["period"],
-            fingerprint=values["fingerprint"],
-            transforms={name: Transform(**value) for name, value in transforms.items()},
-            normals={name: MonthlyNormals.from_dict(value) for name, value in normals.items()},
-            **arrays,
-        )
+    return Statistics(
+        variables=first.variables,
+        levels=first.levels or (0,),
+        mean=table(lambda m: m.mean),
+        std=table(lambda m: np.sqrt(m.square / m.weight)),
+        step_std=table(lambda m: np.sqrt(m.step_square / np.maximum(m.step_weight, 1e-300))),
+        minimum=table(lambda m: m.minimum),
+        maximum=table(lambda m: m.maximum),
+        missing=table(lambda m: m.missing / m.count),
+        period="; ".join(f"{s.name} {s.period}" for s in segments),
+        fingerprint=fingerprint(segments, transforms),
+        transforms={n: t for n, t in transforms.items() if n in first.variables},
+    )
 
 
 def outside_limits(statistics: Statistics, *, pressure_levels: bool = True) -> list[str]:
@@ -403,7 +322,7 @@ def load_or_compute(
             cached = _agreeing(path, segments, now, force)
             if cached is not None:
                 return cached
-        statistics = Statistics.compute(segments, transforms, partial, progress)
+        statistics = compute_statistics(segments, transforms, partial, progress)
         write_sealed(path, statistics.to_dict())
         for stale in cache.glob(f"{path.stem}.*.partial"):  # of other states of the store, too
             shutil.rmtree(stale, ignore_errors=True)
@@ -446,7 +365,7 @@ def _cached(path: Path, segments: Sequence[Segment]) -> Statistics | None:
         shape = (len(first.variables), len(first.levels or (0,)))
         whole = all(
             values.shape == shape and values.dtype.kind in "fi"
-            for values in (getattr(statistics, key) for key in _ARRAYS)
+            for values in (getattr(statistics, key) for key in ARRAYS)
             if values is not None
         )
         if not whole or statistics.variables != first.variables:
@@ -472,63 +391,3 @@ def _check_writable(cache: Path) -> None:
             f"statistics cannot be kept in {cache}: {error.strerror}; set ATMOSSL_CACHE to a "
             "folder that can be written"
         ) from error
-
-
-class Normaliser:
-    """Brings fields to zero mean and unit variance per variable and level, and back. A variable
-    with a transform passes through it first, and last on the way back.
-
-    A network may take some variables in units of their month and place instead: `local` leads from
-    normalised fields to these, and back.
-
-    statistics: of every source, by the `data` of the streams that read it.
-    """
-
-    def __init__(self, statistics: Mapping[str, Statistics]) -> None:
-        self.statistics = statistics
-
-    def forward(
-        self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
-    ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        fields = self._transformed(fields, spec, Transform.forward)
-        return (fields - self.values(spec, "mean")) / self.values(spec, "std")
-
-    def inverse(
-        self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
-    ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        fields = fields * self.values(spec, "std") + self.values(spec, "mean")
-        return self._transformed(fields, spec, Transform.inverse)
-
-    def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
-        return self.statistics[spec.data].select(spec, field)[:, :, None, None, None]
-
-    def local(self, spec: StreamSpec, hours: Tensor, lat: Tensor, lon: Tensor) -> LocalUnits | None:
-        """The local normals of a stream's points, at hours since 1970-01-01T00; None if it has
-        no such variables."""
-        statistics = self.statistics[spec.data]
-        if not statistics.normals:
-            return None
-        mean, std = statistics.select(spec, "mean"), statistics.select(spec, "std")
-        return local_units(statistics.normals, spec, mean, std, (hours, lat, lon))
-
-    def local_of(self, window: StreamWindow) -> LocalUnits | None:
-        return self.local(window.spec, window.time_hours, window.lat, window.lon)
-
-    def transform(self, variable: str, data: str) -> Transform | None:
-        return self.statistics[data].transforms.get(variable)
-
-    def _transformed(
-        self,
-        fields: Float[Tensor, "*batch variable level time lat lon"],
-        spec: StreamSpec,
-        function: Callable[[Transform, np.ndarray], np.ndarray],
-    ) -> Float[Tensor, "*batch variable level time lat lon"]:
-        by_row = {row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)}
-        if not any(by_row.values()):
-            return fields
-        fields = fields.clone()
-        for row, transform in by_row.items():
-            if transform is not None:
-                values = function(transform, fields[..., row, :, :, :, :].numpy())
-                fields[..., row, :, :, :, :] = torch.from_numpy(values)
-        return fields

@@ -2,159 +2,50 @@
 
 Canonical: variables by their ERA5 names, dims (time, level, latitude, longitude), latitudes and
 longitudes ascending, longitudes in [0, 360). Nothing is read at open but coordinates.
+
+Several stores may lie under the same windows: every stream reads the source that its `data` names.
+Windows are cut on the grid and at the steps of the primary source, which is the run's own data.
+Every other source contributes its cells and steps that lie in them (`paired`).
 """
 
 import logging
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
-import cftime
 import numpy as np
 import xarray as xr
 
+from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.data.axes import (
     Calendar,
+    check_names,
+    dimensions_like,
+    projected_dimensions,
     read_times,
     regular_levels,
     regular_longitudes,
+    start_dimensions,
     usual_step,
     why_uneven,
+    with_dates,
     with_regular_axes,
 )
 from atmossl.data.backends import OpenedStore, is_missing, open_store
-from atmossl.data.catalog import CatalogEntry, Gaps, Split, resolve_location
+from atmossl.data.catalog import CatalogEntry, Gaps, Split, catalog_entry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.metadata import (
     REGRID,
     check_statements,
     hpa_per_unit,
-    is_pressure,
-    is_start,
-    says,
 )
-from atmossl.data.segment import HOUR, Segment, StoredVariable
+from atmossl.data.segment import HOUR, DataSource, Segment, StoredVariable
 from atmossl.data.variables import check_units
-from atmossl.geometry import Grid, ascending_longitudes
+from atmossl.geometry import Grid, Nesting, ascending_longitudes
 from atmossl.model_levels import L137_HPA, is_model_level
 from atmossl.value_faults import listed
-
-# Dates that files hold as integers, such as 20200101, as dates.
-
-_DIGITS = {6: "month", 8: "day", 10: "hour"}
-_CDO = re.compile(r"day as %Y%m%d\.%f", re.I)
-
-
-def with_dates(dataset: xr.Dataset, location: str) -> xr.Dataset:
-    """A dataset with dates, where `time` held integers YYYYMM, YYYYMMDD or YYYYMMDDHH, or days as
-    %Y%m%d.%f, as cdo writes them; anything else is left as it is.
-
-    Raises:
-        ValueError: integers of that length that are no dates.
-    """
-    if "time" not in dataset.coords or dataset["time"].dtype.kind not in "iuf":
-        return dataset
-    time = dataset["time"]
-    values = time.values
-    fractions = np.zeros(len(values))
-    if _CDO.fullmatch(str(time.attrs.get("units", "")).strip()):
-        fractions, values = np.modf(np.asarray(values, np.float64))
-    elif values.dtype.kind == "f" or "since" in str(time.attrs.get("units", "")):
-        return dataset
-    lengths = {len(str(int(value))) for value in values}
-    if len(lengths) != 1 or not lengths <= _DIGITS.keys():
-        return dataset
-    try:
-        dates = np.array([_date(str(int(value))) for value in values], "datetime64[us]")
-    except ValueError as error:
-        raise ValueError(f"{location}: time: {error}") from error
-    seconds = np.round(fractions * 86_400).astype(np.int64)
-    dates = dates + seconds * np.timedelta64(1_000_000, "us")
-    attributes = {key: value for key, value in time.attrs.items() if key != "units"}
-    return dataset.assign_coords(time=("time", dates, attributes))
-
-
-def _date(digits: str) -> np.datetime64:
-    """The date of YYYYMM, YYYYMMDD or YYYYMMDDHH."""
-    year, month, day, hour = digits[:4], digits[4:6], digits[6:8] or "01", digits[8:] or "00"
-    try:
-        return np.datetime64(f"{year}-{month}-{day}T{hour}", "us")
-    except ValueError as error:
-        raise ValueError(f"{digits} is no date; valid: such as 20200131") from error
-
-
-# Which dimension of a file is which, by what its coordinates say of themselves.
-#
-# Usual names come first, in `atmossl.data.store`; here are those whose units, standard name or
-# type tell, and those that are known to be something else, so that no advice leads to them.
-
-START_NAMES = re.compile(r"init|reference|reftime|base_?time|run_?time|analysis_time|start", re.I)
-_NORTH, _EAST = r"deg(ree)?s?[-_ ]?n(orth)?", r"deg(ree)?s?[-_ ]?e(ast)?"
-
-
-def dimensions_like(axis: str, dataset: xr.Dataset, named_dims: set[str]) -> list[str]:
-    """The dimensions that are `axis` (time, level, latitude or longitude) by their attributes or
-    type, apart from `named_dims`."""
-    used = {str(dim) for array in dataset.data_vars.values() for dim in array.dims}
-    return [
-        name
-        for name in sorted(used - named_dims)
-        if name in dataset.coords and _is_like(axis, dataset[name])
-    ]
-
-
-def _is_like(axis: str, coordinate: xr.DataArray) -> bool:
-    standard, units = (says(coordinate.attrs, key) for key in ("standard_name", "units"))
-    if axis == "level":
-        return coordinate.dtype.kind in "iuf" and is_pressure(coordinate)
-    if axis == "time":
-        dates = coordinate.dtype.kind == "M" or isinstance(
-            coordinate.values.flat[0], cftime.datetime
-        )
-        return (dates and not is_start(coordinate)) or standard == "time"
-    return standard == axis or bool(
-        re.fullmatch(_NORTH if axis == "latitude" else _EAST, units, re.I)
-    )
-
-
-def projected_dimensions(dataset: xr.Dataset) -> list[str]:
-    """The dimensions that belong to a rotated or projected grid by their names or attributes."""
-    said = {
-        str(name): says(dataset[name].attrs, "standard_name")
-        for name in dataset.dims
-        if name in dataset.coords
-    }
-    projected = {"rlat", "rlon", "x", "y", "south_north", "west_east", "i", "j", "nx", "ny", "cell"}
-    return sorted(
-        str(name)
-        for name in dataset.dims
-        if re.match("grid_|projection_", said.get(str(name), "")) or str(name) in projected
-    )
-
-
-def start_dimensions(dataset: xr.Dataset) -> list[str]:
-    """Dimensions that hold the dates at which forecasts start."""
-    return sorted(
-        str(name)
-        for name in dataset.dims
-        if START_NAMES.search(str(name)) or (name in dataset.coords and is_start(dataset[name]))
-    )
-
-
-def check_names(names: Mapping[str, str], location: str) -> None:
-    """Check that the dimension taken for time is not named after the start of forecasts.
-
-    names: name in the store -> canonical name.
-    """
-    for stored, canonical in names.items():
-        if canonical == "time" and START_NAMES.search(stored):
-            raise ValueError(
-                f"{location}: {stored} has the name of the start of forecasts; needed for time: "
-                "the dates at which fields are valid, which are these plus the lead time"
-            )
-
 
 COORDINATES = {
     "time": ("time", "valid_time", "date"),
@@ -570,3 +461,134 @@ def open_entry(entry: CatalogEntry, segment: str, access: Access = _DEFAULT_ACCE
     if entry.levels_are == "model":
         return replace(opened, pressure_levels=False, model_levels=True)
     return opened
+
+
+@dataclass(frozen=True)
+class StoreRequest:
+    """Variables and levels that streams read of one store."""
+
+    variables: list[str]
+    levels: list[int]
+    may_miss: list[str]
+
+    @classmethod
+    def of(cls, specs: Sequence[StreamSpec]) -> "StoreRequest":
+        return cls(
+            sorted({name for spec in specs for name in spec.variables}),
+            sorted({level for spec in specs for level in spec.levels}),
+            [name for spec in specs if spec.missing == "mask" for name in spec.variables],
+        )
+
+
+def entries_of(
+    specs: Sequence[StreamSpec], name: str, catalog: Path | None
+) -> dict[str, CatalogEntry]:
+    """The catalog entries of all sources that the streams read, by their `data`. The primary
+    source, `name`, comes first.
+
+    Raises:
+        ValueError: an unknown entry.
+    """
+    return {
+        data: catalog_entry(name if data == PRIMARY else data, catalog)
+        for data in [PRIMARY, *sorted({spec.data for spec in specs} - {PRIMARY})]
+    }
+
+
+def open_records(
+    specs: Sequence[StreamSpec],
+    entries: Mapping[str, CatalogEntry],
+    split: Split,
+    *,
+    in_memory: bool = False,
+    access: Access = _DEFAULT_ACCESS,
+) -> dict[str, tuple[Segment, ...]]:
+    """The segments of one split for every source, in the order of the entries.
+
+    Raises:
+        ValueError: whatever `open_split` refuses.
+    """
+    records = {}
+    for data, entry in entries.items():
+        needs = StoreRequest.of([spec for spec in specs if spec.data == data])
+        records[data] = open_split(
+            entry,
+            split,
+            variables=needs.variables,
+            levels=needs.levels,
+            in_memory=in_memory,
+            access=access,
+            may_miss=needs.may_miss,
+        )
+    return records
+
+
+def paired(records: Mapping[str, Sequence[Segment]]) -> tuple[Segment, ...]:
+    """The segments of the primary source, each with the auxiliary sources that lie under it, cut to
+    the periods that all sources cover.
+
+    Where both entries name segments alike, as those of an ensemble, a segment goes with the one of
+    its name; otherwise with all that overlap in time.
+
+    Raises:
+        ValueError: grids that do not nest, steps that do not fit, or no common period.
+    """
+    primary = list(records[PRIMARY])
+    for name, segments in records.items():
+        if name == PRIMARY:
+            continue
+        by_name = bool({o.record_name for o in segments} & {s.record_name for s in primary})
+        pairs = [
+            (segment, other)
+            for segment in primary
+            for other in segments
+            if other.record_name == segment.record_name or not by_name
+        ]
+        joined = [_with_source(segment, name, other) for segment, other in pairs]
+        overlapping = [segment for segment in joined if segment is not None]
+        if not overlapping:
+            raise ValueError(
+                f"data={name}: its periods ({_periods(segments)}) have no two steps in common with "
+                f"those of the run's own data ({_periods(primary)})"
+            )
+        primary = overlapping
+    for segment in primary:
+        _ = segment.alignment  # refused here if there is none
+    return tuple(primary)
+
+
+def _with_source(segment: Segment, name: str, other: Segment) -> Segment | None:
+    """The part of a segment that a segment of another source covers, with that source; None if
+    they do not overlap."""
+    if other.calendar != segment.calendar:
+        raise ValueError(
+            f"data={name}: {other.location} has calendar {other.calendar.name}; needed: that of "
+            f"{segment.location}, {segment.calendar.name}"
+        )
+    ratio = other.step / segment.step
+    phase = (other.times[0] - segment.times[0]) % segment.step
+    if ratio != round(ratio) or phase != np.timedelta64(0):
+        raise ValueError(
+            f"data={name}: {other.location} has steps of {other.step_hours:g} h, "
+            f"{other.period}; needed: a multiple of the {segment.step_hours:g} h of "
+            f"{segment.location}, at its times, {segment.period}"
+        )
+    try:
+        nesting = Nesting.of(segment.grid, other.grid)
+    except ValueError as error:
+        raise ValueError(f"data={name}: {other.location}: {error}") from error
+    # windows from here on hold all steps of the other that their length has room for
+    before, end = other.times[0] - other.step, other.times[-1] + other.step
+    inside = np.flatnonzero((segment.times > before) & (segment.times < end))
+    if len(inside) < 2:
+        return None
+    whole = len(inside) == len(segment.times)
+    part = segment if whole else segment.steps(int(inside[0]), int(inside[-1]) + 1)
+    auxiliaries = {**segment.auxiliaries, name: DataSource(other, nesting)}
+    return replace(part, auxiliaries=auxiliaries, partial=segment.partial or not whole)
+
+
+def _periods(segments: Sequence[Segment]) -> str:
+    shown = [f"{s.name} {s.period}" for s in segments[:3]]
+    more = f" and {len(segments) - 3} more" if len(segments) > 3 else ""
+    return "; ".join(shown) + more

@@ -1,27 +1,26 @@
-"""Windows of stores as samples, and the order in which samples are delivered."""
+"""Windows of stores in normalised units, and the statistics that make them so."""
 
 import itertools
 import logging
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Self
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from jaxtyping import Float
+from torch import Tensor
 
-from atmossl.batch import StreamSpec, StreamWindow, View
-from atmossl.data.segment import Index, Segment, Target, UnreadableChunk, WindowPlace
-from atmossl.data.sources import check_window
-from atmossl.data.statistics import Normaliser
+from atmossl.batch import StreamSpec, StreamWindow, patch_values
+from atmossl.data.fingerprint import Transforms
+from atmossl.data.monthly_normals import LocalUnits, MonthlyNormals, local_units
+from atmossl.data.segment import Index, Segment, Target, WindowPlace, check_window
 from atmossl.data.variables import Limits, Transform
-from atmossl.geometry import Box, check_window_fits, random_box
-from atmossl.masking.base import MaskingSampler
-from atmossl.masking.views import FirstGuess, ViewSpec, lag_steps, make_views, show_hours
+from atmossl.geometry import Box, check_window_fits
 from atmossl.model_levels import standard_pressure
 from atmossl.settings import NotNegative, Positive
 
@@ -71,9 +70,145 @@ class Pool:
 
 _LOGGER = logging.getLogger(__name__)
 _POOL = Pool()
-_NUM_TRIES = 20  # of samples in place of a batch of which none can be read
 _SURELY_FINITE = 1e25  # float32 of that size can be divided by any standard deviation
 Memory = Callable[[int], np.ndarray]
+
+
+ARRAYS = ("mean", "std", "step_std", "minimum", "maximum", "missing")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Area-weighted mean and standard deviation of every variable and level over the training
+    period, and the standard deviation of its change over one time step, in the variable's units
+    or, where it has a transform, after that.
+
+    Arrays are [variable level]; a surface variable has the same values on all levels.
+    minimum, maximum: of the values. missing: share of them. Statistics written before version 0.2
+    lack these three. normals: of variables that a network takes in units of their month.
+    """
+
+    variables: tuple[str, ...]
+    levels: tuple[int, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    step_std: np.ndarray
+    period: str
+    fingerprint: str
+    minimum: np.ndarray | None = None
+    maximum: np.ndarray | None = None
+    missing: np.ndarray | None = None
+    transforms: Transforms = field(default_factory=dict)
+    normals: Mapping[str, MonthlyNormals] = field(default_factory=dict)
+
+    @classmethod
+    def neutral(cls, segment: Segment) -> Self:
+        """Means of 0 and deviations of 1, which leave values as they are."""
+        levels = segment.levels or (0,)
+        zeros = np.zeros((len(segment.variables), len(levels)))
+        ones = zeros + 1
+        return cls(segment.variables, levels, zeros, ones, ones, period="", fingerprint="")
+
+    def select(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level"]:
+        """`mean`, `std` or `step_std` of one stream's variables and levels."""
+        rows = [self.variables.index(name) for name in spec.variables]
+        columns = [self.levels.index(level) if spec.levels else 0 for level in spec.level_values]
+        return torch.from_numpy(getattr(self, field)[np.ix_(rows, columns)]).float()
+
+    def residual_scale(self, spec: StreamSpec) -> Float[Tensor, "level patch"]:
+        """The standard deviation of a one-step change in normalised units, for the tokens of a
+        stream; 1 for variables that never change in time."""
+        change, std = self.select(spec, "step_std"), self.select(spec, "std")
+        return patch_values(torch.where(change > 0, change / std, 1.0), spec)
+
+    def to_dict(self) -> dict:
+        """Plain numbers and strings, for a checkpoint; and the tensors of `normals`, if any."""
+        arrays = {key: getattr(self, key) for key in ARRAYS}
+        normals = {name: value.to_dict() for name, value in self.normals.items()}
+        return {
+            "variables": list(self.variables),
+            "levels": list(self.levels),
+            "period": self.period,
+            "fingerprint": self.fingerprint,
+            "transforms": {name: asdict(value) for name, value in self.transforms.items()},
+            **{key: values.tolist() for key, values in arrays.items() if values is not None},
+            **({"normals": normals} if normals else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        arrays = {key: np.array(values[key]) for key in ARRAYS if key in values}
+        transforms = values.get("transforms", {})  # versions before 0.2 have none
+        normals = values.get("normals", {})
+        return cls(
+            variables=tuple(values["variables"]),
+            levels=tuple(values["levels"]),
+            period=values["period"],
+            fingerprint=values["fingerprint"],
+            transforms={name: Transform(**value) for name, value in transforms.items()},
+            normals={name: MonthlyNormals.from_dict(value) for name, value in normals.items()},
+            **arrays,
+        )
+
+
+class Normaliser:
+    """Brings fields to zero mean and unit variance per variable and level, and back. A variable
+    with a transform passes through it first, and last on the way back.
+
+    A network may take some variables in units of their month and place instead: `local` leads from
+    normalised fields to these, and back.
+
+    statistics: of every source, by the `data` of the streams that read it.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistics]) -> None:
+        self.statistics = statistics
+
+    def forward(
+        self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
+    ) -> Float[Tensor, "*batch variable level time lat lon"]:
+        fields = self._transformed(fields, spec, Transform.forward)
+        return (fields - self.values(spec, "mean")) / self.values(spec, "std")
+
+    def inverse(
+        self, fields: Float[Tensor, "*batch variable level time lat lon"], spec: StreamSpec
+    ) -> Float[Tensor, "*batch variable level time lat lon"]:
+        fields = fields * self.values(spec, "std") + self.values(spec, "mean")
+        return self._transformed(fields, spec, Transform.inverse)
+
+    def values(self, spec: StreamSpec, field: str) -> Float[Tensor, "variable level 1 1 1"]:
+        return self.statistics[spec.data].select(spec, field)[:, :, None, None, None]
+
+    def local(self, spec: StreamSpec, hours: Tensor, lat: Tensor, lon: Tensor) -> LocalUnits | None:
+        """The local normals of a stream's points, at hours since 1970-01-01T00; None if it has
+        no such variables."""
+        statistics = self.statistics[spec.data]
+        if not statistics.normals:
+            return None
+        mean, std = statistics.select(spec, "mean"), statistics.select(spec, "std")
+        return local_units(statistics.normals, spec, mean, std, (hours, lat, lon))
+
+    def local_of(self, window: StreamWindow) -> LocalUnits | None:
+        return self.local(window.spec, window.time_hours, window.lat, window.lon)
+
+    def transform(self, variable: str, data: str) -> Transform | None:
+        return self.statistics[data].transforms.get(variable)
+
+    def _transformed(
+        self,
+        fields: Float[Tensor, "*batch variable level time lat lon"],
+        spec: StreamSpec,
+        function: Callable[[Transform, np.ndarray], np.ndarray],
+    ) -> Float[Tensor, "*batch variable level time lat lon"]:
+        by_row = {row: self.transform(name, spec.data) for row, name in enumerate(spec.variables)}
+        if not any(by_row.values()):
+            return fields
+        fields = fields.clone()
+        for row, transform in by_row.items():
+            if transform is not None:
+                values = function(transform, fields[..., row, :, :, :, :].numpy())
+                fields[..., row, :, :, :, :] = torch.from_numpy(values)
+        return fields
 
 
 @dataclass(frozen=True)
@@ -103,39 +238,6 @@ class WindowSize:
         box = Box(0, segment.alignment.lon_shift, self.lat, self.lon)
         place = segment.place(spec.data, 0, self.time, box)
         return place.count, place.box.lat_size, place.box.lon_size
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How windows become batches, `data` of a configuration.
-
-    batch_size: windows in a batch, per device. windows_per_time: windows at every start time, each
-    at another place. windows_per_read: of these, how many follow one another in the order, so that
-    one read serves them. num_workers: processes that read; 0: the training process itself.
-    prefetch: batches that a worker holds ready. unreadable: whether a chunk that cannot be read
-    ends the run or skips its samples. first_guess: predict the residual from it; false: from the
-    mean; surroundings: also fill what is never shown from the places around; other_model: from what
-    a stream of role input with a store of its own says of the same variable and level.
-
-    Raises:
-        ValueError: windows_per_read divides neither of what it groups.
-    """
-
-    windows_per_time: Positive
-    windows_per_read: Positive
-    batch_size: Positive
-    num_workers: NotNegative
-    prefetch: Positive
-    unreadable: Literal["raise", "skip"]
-    first_guess: FirstGuess
-
-    def __post_init__(self) -> None:
-        for key in ("windows_per_time", "batch_size"):
-            if getattr(self, key) % self.windows_per_read:
-                raise ValueError(
-                    f"windows_per_read={self.windows_per_read} does not divide "
-                    f"{key}={getattr(self, key)}"
-                )
 
 
 @dataclass(frozen=True)
@@ -312,249 +414,3 @@ def read_window(
     """One window of all streams; see `read_windows`."""
     (window,) = read_windows(segment, specs, normaliser, count, [(start, box)])
     return window
-
-
-class SampleKey(NamedTuple):
-    """The name of one sample of one epoch. With the seed it determines all randomness of the
-    sample."""
-
-    epoch: int
-    sample_id: int
-
-
-def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """The generator of one sample, a function of (seed, epoch, sample id) alone."""
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch, sample_id]))
-
-
-class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
-    """Masked windows of all segments. Sample ids number every start time `windows_per_time`
-    times; the place of the window and its masks are drawn from the sample's generator.
-
-    sampler: of the masks of views that have none of their own. views: those of every sample. Where
-    they start later than the sample, samples end so much earlier that all views are in the record.
-    """
-
-    def __init__(
-        self,
-        *,
-        segments: Sequence[Segment],
-        specs: Sequence[StreamSpec],
-        normaliser: Normaliser,
-        window: WindowSize,
-        sampler: MaskingSampler,
-        seed: int,
-        windows_per_time: int = 1,
-        first_guess: FirstGuess = True,
-        skip_unreadable: bool = False,
-        views: Sequence[ViewSpec] = (ViewSpec(),),
-    ) -> None:
-        self.segments = tuple(segments)
-        self.specs = tuple(specs)
-        self.normaliser = normaliser
-        self.window = window.on(self.segments[0])
-        self.seed = seed
-        self.windows_per_time = windows_per_time
-        self.first_guess: FirstGuess = first_guess
-        self.skip_unreadable = skip_unreadable
-        self.sampler = sampler
-        self.views = tuple(views)
-        self._lags = [  # of every view in time steps, by segment
-            [lag_steps(view, segment.step_hours, segment.location) for view in self.views]
-            for segment in self.segments
-        ]
-        for spec in self.specs:
-            spec.token_shape(*self.window.points(self.segments[0], spec))
-        self._starts = [
-            (index, start)
-            for index, segment in enumerate(self.segments)
-            for start in range(len(segment.times) - self._reach(index) + 1)
-        ]
-        if not self._starts:
-            longest = max(len(segment.times) for segment in self.segments)
-            raise ValueError(
-                f"{self._asked()} {'are' if self._lag_hours else 'is'} longer than the longest "
-                f"unbroken part of {self.segments[0].location} with {longest} steps"
-            )
-
-    @property
-    def _lag_hours(self) -> list[float]:
-        return sorted({lag for view in self.views for lag in view.lag_hours})
-
-    def _reach(self, index: int) -> int:
-        """Time steps from the start of a sample to the end of the last of its windows."""
-        return self.window.on(self.segments[index]).time + max(map(max, self._lags[index]))
-
-    def _asked(self) -> str:
-        """How many steps a sample needs, for messages."""
-        window_words = f"data.window.time={self.window.time} steps"
-        if not self._lag_hours:
-            return window_words
-        lags, reach = show_hours(self._lag_hours), self._reach(0)
-        return f"{window_words} and objective.lag_time={lags}, together {reach} steps,"
-
-    def tell_short_segments(self) -> None:
-        """Say how many parts of a record are too short for a sample."""
-        lengths = [len(segment.times) for segment in self.segments]
-        short = sum(length < self._reach(index) for index, length in enumerate(lengths))
-        if short:
-            _LOGGER.warning(
-                "%d of %d unbroken parts of the record are shorter than %s and give no window",
-                short, len(lengths), self._asked(),
-            )  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self._starts) * self.windows_per_time
-
-    def __getitem__(self, key: SampleKey) -> tuple[tuple[View, ...], int]:
-        (sample,) = self.__getitems__([key])
-        return sample
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
-        """The samples of one batch, which torch's loader asks for; chunks are shared among them.
-
-        Where unreadable samples are skipped the batch is smaller, but never empty if another sample
-        can be read: batches go on at one pace in all processes.
-
-        Raises:
-            UnreadableChunk: unless such samples are skipped.
-        """
-        try:
-            return self._samples(keys)
-        except UnreadableChunk:
-            if not self.skip_unreadable:
-                raise
-        samples = [sample for key in keys for sample in self._readable(key)]
-        return samples or self._in_place_of(keys[0])
-
-    def _readable(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
-        """One sample in a list, which is empty if its data cannot be read."""
-        try:
-            return self._samples([key])
-        except UnreadableChunk as error:
-            _LOGGER.warning("sample %s is skipped: %s", self.identity(key.sample_id), error)
-            return []
-
-    def _in_place_of(self, key: SampleKey) -> list[tuple[tuple[View, ...], int]]:
-        """A replacement for an unreadable sample: the first readable one among later samples, a
-        window's length apart; empty after some tries."""
-        stride = self.windows_per_time * self.window.time
-        for number in range(1, _NUM_TRIES + 1):
-            later = SampleKey(key.epoch, (key.sample_id + number * stride) % len(self))
-            if samples := self._readable(later):
-                return samples
-        return []
-
-    def _samples(self, keys: Sequence[SampleKey]) -> list[tuple[tuple[View, ...], int]]:
-        rngs = [sample_rng(self.seed, key.epoch, key.sample_id) for key in keys]
-        lags: list[tuple[int, ...]] = []  # of every sample's views in time steps
-        # by segment, position in the batch and lag; views of equal lag share a window
-        places: dict[int, dict[tuple[int, int], tuple[int, Box]]] = {}
-        for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
-            index, start = self._starts[key.sample_id // self.windows_per_time]
-            segment, size = self.segments[index], self.window
-            box = random_box(segment.grid, size.lat, size.lon, rng, segment.alignment)
-            lags.append(self._draw_lags(index, rng))
-            for lag in lags[-1]:
-                places.setdefault(index, {})[position, lag] = (start + lag, box)
-        windows: dict[tuple[int, int], tuple[StreamWindow, ...]] = {}
-        for index, places_of_segment in places.items():
-            read = read_windows(
-                self.segments[index],
-                self.specs,
-                self.normaliser,
-                self.window.time,
-                list(places_of_segment.values()),
-            )
-            windows.update(zip(places_of_segment, read, strict=True))
-        samples = []
-        for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
-            of_views = [windows[position, lag] for lag in lags[position]]
-            views = make_views(
-                of_views, self.views, self.sampler, rng, first_guess=self.first_guess
-            )
-            samples.append((views, key.sample_id))
-        return samples
-
-    def _draw_lags(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """The lag of every view in time steps; nothing is drawn for a view without lags."""
-        return tuple(
-            int(rng.choice(steps)) if view.lag_hours else 0
-            for view, steps in zip(self.views, self._lags[index], strict=True)
-        )
-
-    def identity(self, sample_id: int) -> str:
-        """The segment and start time of a sample."""
-        index, start = self._starts[sample_id // self.windows_per_time]
-        segment = self.segments[index]
-        return f"{segment.name} {segment.calendar.show(segment.times[start])}"
-
-
-class SampleOrder(Sampler[list[SampleKey]]):
-    """The batches of one rank in order, from any point of the run on.
-
-    The run is one endless sequence of samples: epoch after epoch, each a permutation by
-    (seed, epoch). Iteration starts at sample `first_sample`, and the n-th batch that rank r
-    delivers takes samples first_sample + (n * ranks + r) * batch_size onwards. So ranks are
-    disjoint, nothing is dropped at the end of an epoch, and neither the number of workers nor a
-    restart with another batch size or number of ranks changes what is delivered.
-
-    first_batch: batches that the run has behind it, of `num_batches` in all.
-    first_sample: samples that it has behind it; None: all its batches had the present size.
-
-    group: so many consecutive sample ids, which share a start time, stay together in the
-    permutation, so that a chunk is read once for all of them.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_samples: int,
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        rank: int = 0,
-        num_ranks: int = 1,
-        first_batch: int = 0,
-        first_sample: int | None = None,
-        shuffle: bool = True,
-        group: int = 1,
-    ) -> None:
-        assert num_samples % group == 0, f"groups of {group} do not divide {num_samples} samples"
-        self.group = group
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
-        self.rank = rank
-        self.num_ranks = num_ranks
-        self.first_batch = first_batch
-        if first_sample is None:
-            first_sample = first_batch * num_ranks * batch_size
-        self.first_sample = first_sample
-        self.shuffle = shuffle
-
-    def __len__(self) -> int:
-        """Batches of the whole run, also when iteration starts later: the trainer's own count of
-        batches goes on from the restored one."""
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch, order = -1, np.arange(0)
-        for number in range(self.num_batches - self.first_batch):
-            keys = []
-            offset = (number * self.num_ranks + self.rank) * self.batch_size
-            first = self.first_sample + offset
-            for position in range(first, first + self.batch_size):
-                if position // self.num_samples != epoch:
-                    epoch = position // self.num_samples
-                    order = self._order(epoch)
-                keys.append(SampleKey(epoch, int(order[position % self.num_samples])))
-            yield keys
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_samples)
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-        groups = rng.permutation(self.num_samples // self.group)
-        return (groups[:, None] * self.group + np.arange(self.group)).reshape(-1)

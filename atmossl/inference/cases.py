@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from atmossl.batch import PRIMARY, StreamTokens, detokenise
-from atmossl.data.statistics import Normaliser
+from atmossl.data.windows import Normaliser
 from atmossl.inference.plan import Fields, Plan
 from atmossl.inference.tiles import predict_parts, views
 from atmossl.inference.writer import LayoutName, OutputLayout

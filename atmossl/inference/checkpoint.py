@@ -33,10 +33,9 @@ from atmossl.data.catalog import (
 )
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
-from atmossl.data.sources import open_records, paired
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.store import open_records, paired
 from atmossl.data.variables import InputLimits
-from atmossl.data.windows import WindowSize
+from atmossl.data.windows import Normaliser, Statistics, WindowSize
 from atmossl.masking.tasks import Task
 from atmossl.masking.views import FirstGuess
 from atmossl.model.kinds import NETWORKS, OF_THE_RUN, choose_network

@@ -1,17 +1,20 @@
 """Warnings when a task asks a checkpoint for something that its training never had: other masks,
-places, dates, levels or values."""
+places, dates, levels or values. `Seen` tells where and when the records of a training lie, which
+its checkpoint keeps."""
 
 import calendar
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
 from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamWindow, TokenGrid, View
-from atmossl.data.sources import DAYS, Seen, days_of, eastward_extent
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.axes import STANDARD, Calendar
+from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES
-from atmossl.data.windows import WindowSize, read_window
+from atmossl.data.windows import Normaliser, Statistics, WindowSize, read_window
 from atmossl.geometry import Grid, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Plan
@@ -21,10 +24,82 @@ from atmossl.model_levels import standard_pressure
 
 _NUM_DRAWS = 200
 _HALF_MONTH_DAYS = 15
+DAYS = 365  # equal parts of a year of any calendar
+_PERIOD = re.compile(r"(\d{4}-\d\d-\d\dT\d\d) to (\d{4}-\d\d-\d\dT\d\d)")
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
+    """Dates and places of a training's records; what is None or empty is not known.
+
+    days: of the year, from 0 to 364. cell: degrees of latitude and of longitude. latitudes: the
+    southernmost and northernmost. longitudes: the westernmost, and how many degrees eastwards the
+    last one lies; 360 where they close the circle.
+    """
+
+    days: tuple[int, ...] = ()
+    calendar: str | None = None
+    cell: tuple[float, float] | None = None
+    latitudes: tuple[float, float] | None = None
+    longitudes: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Self:
+        grid, calendar = segments[0].grid, segments[0].calendar
+        days = {day for segment in segments for day in days_of(segment.times, calendar)}
+        return cls(
+            days=tuple(sorted(days)),
+            calendar=calendar.name,
+            cell=(grid.latitude_spacing, grid.longitude_spacing),
+            latitudes=(float(grid.latitude[0]), float(grid.latitude[-1])),
+            longitudes=(float(grid.longitude[0]), _eastward_extent(grid)),
+        )
+
+    @classmethod
+    def of_period(cls, text: str) -> Self:
+        """The record of an older checkpoint, which tells the period alone."""
+        days: set[int] = set()
+        for first, last in _PERIOD.findall(text):
+            try:
+                start, end = (np.datetime64(date, "ns") for date in (first, last))
+            except ValueError:  # a date of another calendar
+                return cls()
+            days.update(days_of(np.arange(start, end, np.timedelta64(6, "h")), STANDARD))
+        return cls(days=tuple(sorted(days)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:
+    """Dates and places of the records of every source, by the `data` of the streams that read
+    it."""
+    names = segments[0].sources
+    return {name: Seen.of([s.sources[name].segment for s in segments]) for name in names}
+
+
+def days_of(times: np.ndarray, calendar: Calendar) -> list[int]:
+    """The days of the year of times, each once."""
+    days = (calendar.year_share(times) * DAYS).astype(int)
+    return [int(day) for day in np.unique(np.minimum(days, DAYS - 1))]
+
+
+def _eastward_extent(grid: Grid) -> float:
+    """Degrees from the first longitude eastwards to the last; 360 if the longitudes close the
+    circle."""
+    return 360.0 if grid.periodic else float(grid.longitude[-1] - grid.longitude[0])
+
+
+@dataclass(frozen=True)
+class _MaskFeatures:
     """Features of masks, of one or of several draws. steps: the most whole steps hidden. always:
     the largest share of places that are hidden at every step. streams: whether a whole stream was
     hidden beside a visible one; both, if draws differ."""
@@ -36,7 +111,7 @@ class _Seen:
     streams: frozenset[bool]
 
     @classmethod
-    def of(cls, masks: list[StreamMask]) -> "_Seen":
+    def of(cls, masks: list[StreamMask]) -> "_MaskFeatures":
         kinds = {Corruption(int(k)).name.lower() for m in masks for k in m.corruption.unique()}
         coarse = {
             m.coarsen_factor for m in masks if bool((m.corruption == Corruption.COARSEN).any())
@@ -53,8 +128,8 @@ class _Seen:
             streams=frozenset({any(whole) and not all(whole)}),
         )
 
-    def __or__(self, other: "_Seen") -> "_Seen":
-        return _Seen(
+    def __or__(self, other: "_MaskFeatures") -> "_MaskFeatures":
+        return _MaskFeatures(
             kinds=self.kinds | other.kinds,
             factors=self.factors | other.factors,
             steps=max(self.steps, other.steps),
@@ -75,17 +150,19 @@ def unseen(
     layouts = tuple(
         TokenLayout(stream.spec, _stretched(stream.grid, stretch)) for stream in view.streams
     )
-    view_mask = _Seen.of([StreamMask(stream.corruption, factor or 1) for stream in view.streams])
+    view_mask = _MaskFeatures.of(
+        [StreamMask(stream.corruption, factor or 1) for stream in view.streams]
+    )
     rng = np.random.default_rng(0)
-    drawn = _Seen.of(list(sampler(layouts, rng)))
+    drawn = _MaskFeatures.of(list(sampler(layouts, rng)))
     for _ in range(_NUM_DRAWS - 1):
         if not _beyond(view_mask, drawn, factor):
             break  # and no further draw could change that
-        drawn |= _Seen.of(list(sampler(layouts, rng)))
+        drawn |= _MaskFeatures.of(list(sampler(layouts, rng)))
     return _beyond(view_mask, drawn, factor)
 
 
-def _beyond(view_mask: _Seen, drawn: _Seen, factor: int | None) -> list[str]:
+def _beyond(view_mask: _MaskFeatures, drawn: _MaskFeatures, factor: int | None) -> list[str]:
     """Sentences on what a mask hides that none of the drawn masks does."""
     lines = []
     if view_mask.kinds - drawn.kinds:
@@ -157,7 +234,7 @@ def unseen_place(training: Seen, grid: Grid) -> list[str]:
 
 def _unseen_longitudes(training: Seen, grid: Grid, margin: float) -> list[str]:
     west, extent = training.longitudes or (0.0, 360.0)
-    first, now = float(grid.longitude[0]), eastward_extent(grid)
+    first, now = float(grid.longitude[0]), _eastward_extent(grid)
     if extent == 360.0:
         return []
     beyond = (first - (west - margin)) % 360.0  # where it begins, from the edge eastwards

@@ -22,8 +22,7 @@ from einops import reduce, repeat
 from atmossl.batch import PRIMARY
 from atmossl.data.axes import Calendar
 from atmossl.data.forcings import FORCINGS
-from atmossl.data.segment import Segment
-from atmossl.data.sources import check_window
+from atmossl.data.segment import Segment, check_window
 from atmossl.geometry import Box, Grid, Nesting, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan

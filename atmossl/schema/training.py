@@ -14,8 +14,9 @@ from atmossl.data.catalog import CatalogEntry, catalog_entry
 from atmossl.data.chunks import ReadSettings
 from atmossl.data.climatology import Kind
 from atmossl.data.forcings import FORCINGS
+from atmossl.data.loader import LoaderSettings
 from atmossl.data.variables import InputLimits, Transform
-from atmossl.data.windows import LoaderSettings, WindowSize
+from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
 from atmossl.masking.correction import check_other_model

@@ -20,8 +20,8 @@ from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch, StreamPrediction, StreamTokens, detokenise
 from atmossl.coastlines import coastlines
 from atmossl.data.axes import STANDARD, Calendar
-from atmossl.data.statistics import Normaliser
 from atmossl.data.variables import VARIABLES
+from atmossl.data.windows import Normaliser
 from atmossl.geometry import ascending_longitudes, latitude_edges
 from atmossl.masking.base import TokenLayout
 from atmossl.names import file_name

@@ -18,9 +18,9 @@ from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access, FileChunks, ZarrChunks
 from atmossl.data.layouts import atmorep
 from atmossl.data.segment import Segment, UnreadableChunk
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import read_window
+from atmossl.data.windows import Normaliser, read_window
 from tests.synthetic import dataset, spec
 
 NAMES = ("temperature", "u_component_of_wind")
@@ -122,7 +122,7 @@ def test_what_a_remote_store_does_not_hold_is_missing(tmp_path) -> None:
 
 def test_windows_refuse_or_mark_absent_chunks(tmp_path) -> None:
     segment = opened(written(tmp_path, 3, UNDECLARED))
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     stream = spec()
     with pytest.raises(ValueError, match=r"missing values.*chunks that are not in the store"):
         read_window(segment, (stream,), normaliser, 2, 4, segment.whole())

@@ -15,11 +15,11 @@ from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
 from atmossl.data.fingerprint import fingerprint
+from atmossl.data.loader import SampleKey, WindowDataset
 from atmossl.data.segment import Segment
-from atmossl.data.sources import paired
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import only_segment, open_parts, open_segment, open_split
-from atmossl.data.windows import SampleKey, WindowDataset, WindowSize
+from atmossl.data.statistics import compute_statistics
+from atmossl.data.store import only_segment, open_parts, open_segment, open_split, paired
+from atmossl.data.windows import Normaliser, WindowSize
 from atmossl.masking.tasks import Forecast
 from atmossl.model.embedding import absolute_features
 from tests.synthetic import dataset, spec
@@ -123,7 +123,7 @@ def test_the_end_of_a_date_is_that_of_all_it_names(calendar, text: str, after: s
 def test_the_network_is_told_the_share_of_the_calendars_own_year(calendar: str, year: int) -> None:
     data = store(calendar, f"{year:04d}-06-20", steps=8)
     segment = opened(data)
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     stream = spec(variables=NAMES, levels=(500,), token=(1, 4, 8))
     data_set = WindowDataset(
         segments=[segment], specs=[stream], normaliser=normaliser, window=WindowSize(4, 8, 16),
@@ -187,7 +187,7 @@ def test_a_store_on_disk_keeps_its_calendar(calendar: str, tmp_path: Path) -> No
     assert train.calendar.show(train.times[-1]) == "0001-02-28T18"
     assert rest.calendar.show(rest.times[0]) == "0001-03-01T00"
     assert len(train.times) + len(rest.times) == (60 if calendar == "noleap" else 52)
-    statistics = Statistics.compute([train])
+    statistics = compute_statistics([train])
     assert statistics.period == "run 0001-02-20T00 to 0001-02-28T18"
     values = rest.read("temperature", (500,), 0, 4, rest.whole())
     assert np.isfinite(values).all()
@@ -217,7 +217,7 @@ def test_no_window_spans_a_gap() -> None:
     with pytest.raises(ValueError, match="choose one of them") as refused:
         only_segment(parts, "waves", "test")
     assert all(name in str(refused.value) for name in names)
-    statistics = Statistics.compute(parts)
+    statistics = compute_statistics(parts)
     values = np.concatenate([whole["temperature"].values[p] for p in
                              (slice(0, 9), slice(11, 15), slice(20, 24))])  # fmt: skip
     weight = parts[0].grid.weights[:, None] * np.ones((1, 16))
@@ -262,7 +262,7 @@ def test_parts_too_short_for_a_window_are_told(caplog: pytest.LogCaptureFixture)
     assert "1 steps have a gap on either side" in caplog.text
     arguments = {
         "segments": parts, "specs": [StreamSpec("air", NAMES, (500,), TokenSize(1, 4, 4))],
-        "normaliser": Normaliser({PRIMARY: Statistics.compute(parts)}),
+        "normaliser": Normaliser({PRIMARY: compute_statistics(parts)}),
         "sampler": Forecast(6), "seed": 0,
     }  # fmt: skip
     windows = WindowDataset(window=WindowSize(5, 8, 16), **arguments)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from atmossl.batch import PRIMARY
 from atmossl.data.fraction import blocks_of_time, part_of_records
 from atmossl.data.segment import Segment
-from atmossl.data.sources import paired
-from atmossl.data.statistics import Statistics
-from atmossl.data.store import open_segment
+from atmossl.data.statistics import compute_statistics
+from atmossl.data.store import open_segment, paired
 from tests.synthetic import dataset
 
 LEVELS = (300, 850)
@@ -63,7 +62,7 @@ def test_statistics_are_those_of_the_used_steps() -> None:
     weight = np.sin(np.deg2rad(fields.latitude + 90 / 8)) - np.sin(
         np.deg2rad(fields.latitude - 90 / 8)
     )
-    found = Statistics.compute([used])
+    found = compute_statistics([used])
     for row, name in enumerate(found.variables):
         expected = fields[name].astype(float).weighted(weight)
         dims = ("time", "latitude", "longitude")

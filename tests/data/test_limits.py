@@ -14,10 +14,10 @@ from atmossl import cli
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
 from atmossl.data.variables import VARIABLES, InputWarning, physical_range
-from atmossl.data.windows import read_window
+from atmossl.data.windows import Normaliser, read_window
 from tests.synthetic import dataset
 
 LEVELS = (300, 500, 850)
@@ -130,7 +130,7 @@ def opened(store: xr.Dataset, mode: str = "refuse", **more) -> Segment:
     )
 
 
-NORMALISER = Normaliser({PRIMARY: Statistics.compute([opened(air())])})
+NORMALISER = Normaliser({PRIMARY: compute_statistics([opened(air())])})
 
 
 def read(segment: Segment, spec: StreamSpec = SPEC):

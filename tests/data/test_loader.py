@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from atmossl.data.loader import WindowLoader, WorkerDied, worker_context
-from atmossl.data.windows import SampleKey, SampleOrder
+from atmossl.data.loader import SampleKey, SampleOrder, WindowLoader, WorkerDied, worker_context
 
 
 class Echo(Dataset):

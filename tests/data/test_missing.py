@@ -11,10 +11,10 @@ import xarray as xr
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, collate_views
 from atmossl.data.chunks import Access
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
 from atmossl.data.variables import Transform
-from atmossl.data.windows import WindowSize, read_window
+from atmossl.data.windows import Normaliser, Statistics, WindowSize, read_window
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import TrainedModel, spec_from_dict, spec_to_dict
 from atmossl.inference.plan import Options, plan_prediction
@@ -58,7 +58,7 @@ def model(**changes) -> Multiformer:
 
 def test_windows_mark_what_is_missing() -> None:
     segment = opened()
-    statistics = Statistics.compute([segment])
+    statistics = compute_statistics([segment])
     (window,) = read_window(
         segment, (SEA,), Normaliser({PRIMARY: statistics}), 2, 5, segment.whole()
     )
@@ -74,7 +74,7 @@ def test_windows_mark_what_is_missing() -> None:
 
 
 def test_statistics_are_those_of_the_observed_values() -> None:
-    statistics = Statistics.compute([opened()])
+    statistics = compute_statistics([opened()])
     values = record()["temperature"].values.astype(np.float64)
     weight = opened().grid.weights[:, None] * np.isfinite(values)
     mean = np.nansum(values * weight) / weight.sum()
@@ -87,7 +87,7 @@ def test_statistics_are_those_of_the_observed_values() -> None:
 def test_missing_values_have_no_weight_in_the_loss(sampler) -> None:
     """Whatever is put at missing places of the target changes neither loss nor gradient."""
     segment = opened()
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     (window,) = read_window(segment, (SEA,), normaliser, 2, 4, segment.whole())
     view = make_view((window,), sampler, np.random.default_rng(0))
     network, results = model(), []
@@ -108,7 +108,7 @@ def test_missing_values_have_no_weight_in_the_loss(sampler) -> None:
 def test_the_encoder_is_told_what_is_missing() -> None:
     """Two windows whose values look the same but differ in what was observed."""
     segment = opened()
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     (window,) = read_window(segment, (SEA,), normaliser, 2, 4, segment.whole())
     nothing = RandomMasking(rate=(0.0, 0.0))
     latents = []
@@ -128,7 +128,7 @@ def test_first_guess_and_coarse_means_skip_missing_values() -> None:
     shown = torch.tensor([True, False, True]).reshape(1, 1, 3, 1, 1)
     assert interpolate_in_time(source, shown).flatten().tolist() == [1.0, 2.0, 3.0]
     segment = opened()
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     (window,) = read_window(segment, (SEA,), normaliser, 2, 4, segment.whole())
     (tokens,) = make_view((window,), Downscaling(2), np.random.default_rng(0)).streams
     # one coarse cell per token; the mean of its observed cells, by area
@@ -149,7 +149,7 @@ def test_what_is_never_observed_is_missing_in_the_output(task, fill: bool) -> No
     trained = TrainedModel(
         model=model(),
         specs=(SEA,),
-        normaliser=Normaliser({PRIMARY: Statistics.compute([segment])}),
+        normaliser=Normaliser({PRIMARY: compute_statistics([segment])}),
         window=WindowSize(5, 4, 8),
         first_guess=True,
         data="sea",
@@ -171,7 +171,7 @@ def test_transforms_are_inverted_and_enter_statistics(kind: str) -> None:
     store = record().fillna(0.0)
     store["temperature"].values[:] = np.random.default_rng(0).gamma(0.1, 1e-3, (12, 8, 16))
     segment = replace(opened(store), access=Access(input_limits="off"))  # a rain of so many K
-    statistics = Statistics.compute([segment], {"temperature": transform})
+    statistics = compute_statistics([segment], {"temperature": transform})
     assert Statistics.from_dict(statistics.to_dict()).transforms == {"temperature": transform}
     normaliser = Normaliser({PRIMARY: statistics})
     (window,) = read_window(segment, (SEA,), normaliser, 0, 12, segment.whole())
@@ -191,7 +191,7 @@ def test_static_and_computed_variables_are_streams() -> None:
     store = store.assign(u_component_of_wind=height.drop_attrs())  # a field without time
     names = ("u_component_of_wind", "sin_latitude", "toa_incident_solar_radiation")
     segment = open_segment("static", store, "memory", variables=names, levels=[])
-    statistics = Statistics.compute([segment])
+    statistics = compute_statistics([segment])
     static = StreamSpec("static", names, (), TokenSize(1, 2, 2), role="static")
     assert torch.isfinite(statistics.residual_scale(static)).all()
     normaliser = Normaliser({PRIMARY: statistics})

@@ -11,9 +11,8 @@ from atmossl.batch import StreamSpec, TokenSize
 from atmossl.cli import main
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.inputs import open_input
-from atmossl.data.statistics import Normaliser, Statistics
 from atmossl.data.store import open_split
-from atmossl.data.windows import read_window
+from atmossl.data.windows import Normaliser, Statistics, read_window
 from atmossl.geometry import Box
 from atmossl.masking.combined import Counterfactual
 from atmossl.masking.tasks import Forecast

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from atmossl.batch import PRIMARY, collate_views, detokenise
+from atmossl.data.loader import SampleKey, WindowDataset, sample_rng
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_window, sample_rng
+from atmossl.data.windows import Normaliser, WindowSize, read_window
 from atmossl.geometry import random_box
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.random import RandomMasking
@@ -27,7 +28,7 @@ def record() -> tuple[Segment, Normaliser]:
     segment = open_segment(
         "waves", dataset(steps=12), "memory", variables=STREAM.variables, levels=STREAM.levels
     )
-    return segment, Normaliser({PRIMARY: Statistics.compute([segment])})
+    return segment, Normaliser({PRIMARY: compute_statistics([segment])})
 
 
 def samples(record: tuple[Segment, Normaliser], views: Any, **changes: Any) -> WindowDataset:

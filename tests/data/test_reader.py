@@ -17,10 +17,11 @@ from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore, open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access, ChunkFiles, FileChunks, MemoryChunks
+from atmossl.data.loader import SampleKey, WindowDataset
 from atmossl.data.segment import Segment, StoredVariable, UnreadableChunk
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
+from atmossl.data.windows import Normaliser, WindowSize, read_windows
 from atmossl.geometry import Box
 from atmossl.masking.random import RandomMasking
 from tests.synthetic import dataset, spec
@@ -138,7 +139,7 @@ def memory(**changes) -> Segment:
 
 def test_every_touched_chunk_is_read_once_for_all_windows() -> None:
     segment = memory()
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     counted = counting(segment, (5, 1, 3, 4))
     streams = (
         spec("one", variables=NAMES[:1], levels=(300, 850)),
@@ -229,7 +230,7 @@ def test_a_chunk_file_that_is_not_one_whole_chunk_is_refused(tmp_path, compresso
 
 def test_unreadable_samples_are_skipped_on_request(tmp_path, caplog) -> None:
     segment = opened(damaged(tmp_path))
-    normaliser = Normaliser({PRIMARY: Statistics.compute([memory()])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([memory()])})
     arguments = {
         "segments": [segment],
         "specs": [spec()],

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from atmossl.batch import PRIMARY, StreamSpec, StreamWindow, TokenSize, token_grid
 from atmossl.checkpoint_files import migrated
-from atmossl.data.segment import Segment
-from atmossl.data.sources import check_window, entries_of, paired
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.store import open_segment
-from atmossl.data.windows import SampleKey, WindowDataset, WindowSize, read_windows
+from atmossl.data.loader import SampleKey, WindowDataset
+from atmossl.data.segment import Segment, check_window
+from atmossl.data.statistics import compute_statistics
+from atmossl.data.store import entries_of, open_segment, paired
+from atmossl.data.windows import Normaliser, Statistics, WindowSize, read_windows
 from atmossl.geometry import Box, Grid, Nesting, latitude_edges, random_box
 from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.places import Inpainting, LatLonBox
@@ -44,7 +44,7 @@ def pair(fine: xr.Dataset = FINE, coarse: xr.Dataset = COARSE) -> Segment:
 
 
 def windows(start: int, box: Box, count: int = 8) -> tuple[StreamWindow, ...]:
-    statistics = Statistics.compute([opened(FINE)])
+    statistics = compute_statistics([opened(FINE)])
     scale = Normaliser({PRIMARY: statistics, "reduced": statistics})
     (found,) = read_windows(pair(), SPECS, scale, count, [(start, box)])
     return found
@@ -208,7 +208,7 @@ def test_coarse_cells_are_the_same_cells() -> None:
 
 def test_samples_of_two_resolutions_collate_and_repeat() -> None:
     stores = {PRIMARY: FINE, "reduced": COARSE}
-    both = Normaliser({name: Statistics.compute([opened(s)]) for name, s in stores.items()})
+    both = Normaliser({name: compute_statistics([opened(s)]) for name, s in stores.items()})
     arguments = {
         "segments": [pair()], "specs": SPECS, "normaliser": both, "seed": 1,
         "window": WindowSize(8, 8, 8), "sampler": Forecast(24),
@@ -274,7 +274,7 @@ def test_a_window_that_cuts_cells_is_named(size: tuple, message: str) -> None:
 
 
 def test_every_stream_is_normalised_by_the_statistics_of_its_own_source() -> None:
-    own, other = Statistics.compute([opened(FINE)]), Statistics.compute([opened(COARSE)])
+    own, other = compute_statistics([opened(FINE)]), compute_statistics([opened(COARSE)])
     both = Normaliser({PRIMARY: own, "reduced": Statistics.from_dict(other.to_dict())})
     for spec, single in zip(SPECS, (own, other), strict=True):
         row = [single.variables.index(name) for name in spec.variables]
@@ -284,7 +284,7 @@ def test_every_stream_is_normalised_by_the_statistics_of_its_own_source() -> Non
 
 
 def test_a_checkpoint_of_format_3_names_its_primary_source() -> None:
-    own, other = Statistics.compute([opened(FINE)]), Statistics.compute([opened(COARSE)])
+    own, other = compute_statistics([opened(FINE)]), compute_statistics([opened(COARSE)])
     stored = {
         "format": 3,
         "streams": [{"name": "fine"}, {"name": "plain", "data": ""}, {"name": "c", "data": "era5"}],

@@ -17,9 +17,10 @@ from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry, catalog_entry
 from atmossl.data.chunks import Access
 from atmossl.data.fingerprint import _spread_chunks, agree, fingerprint, identity
-from atmossl.data.statistics import Normaliser, Statistics, load_or_compute, outside_limits
+from atmossl.data.statistics import compute_statistics, load_or_compute, outside_limits
 from atmossl.data.store import open_segment, open_split
 from atmossl.data.variables import Transform
+from atmossl.data.windows import Normaliser, Statistics
 from tests.processes import CONTEXT, HANGS_AFTER_SECONDS
 from tests.synthetic import dataset, spec
 
@@ -33,7 +34,7 @@ def segment(store):
 
 def test_moments_are_those_of_numpy() -> None:
     stores = [dataset(seed=1), dataset(seed=2, steps=40)]
-    statistics = Statistics.compute([segment(store) for store in stores])
+    statistics = compute_statistics([segment(store) for store in stores])
     for row, name in enumerate(NAMES):
         values = [store[name].values.astype(np.float64) for store in stores]
         weight = np.cos(np.deg2rad(stores[0].latitude.values))[:, None]
@@ -54,11 +55,11 @@ def test_nothing_outside_the_period_counts() -> None:
     changed = store.copy(deep=True)
     changed["temperature"][20:] += 1000
     one, two = (segment(s).between("2001-01-01", "2001-01-05") for s in (store, changed))
-    np.testing.assert_array_equal(Statistics.compute([one]).mean, Statistics.compute([two]).mean)
+    np.testing.assert_array_equal(compute_statistics([one]).mean, compute_statistics([two]).mean)
 
 
 def test_normalisation_goes_back() -> None:
-    statistics = Statistics.compute([segment(dataset())])
+    statistics = compute_statistics([segment(dataset())])
     stream = spec()
     fields = torch.randn(2, 3, 4, 8, 16)
     normaliser = Normaliser({PRIMARY: statistics})
@@ -138,24 +139,24 @@ def test_a_constant_field_is_refused() -> None:
     store = dataset()
     store["temperature"][:] = 250.0
     with pytest.raises(ValueError, match="never changes"):
-        Statistics.compute([segment(store)])
+        compute_statistics([segment(store)])
 
 
 def test_values_that_the_atmosphere_does_not_have_are_told() -> None:
     store = dataset(variables=("temperature", "u_component_of_wind"))
-    assert outside_limits(Statistics.compute([segment(store)])) == []
+    assert outside_limits(compute_statistics([segment(store)])) == []
     store["temperature"][3, 1, 2, 2] = -9999.0
-    (line,) = outside_limits(Statistics.compute([segment(store)]))
+    (line,) = outside_limits(compute_statistics([segment(store)]))
     assert line.startswith("temperature goes from -9999 to 25") and "130 to 350" in line
     transforms = {"temperature": Transform("log", 1.0)}
-    assert outside_limits(Statistics.compute([segment(store)], transforms)) == [line]
+    assert outside_limits(compute_statistics([segment(store)], transforms)) == [line]
 
 
 def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path, monkeypatch) -> None:
     """Stopped in the middle, only what is left is read; the result is the same bit for bit."""
     monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 3 * 8 * 16 * 5)  # five steps at a time
     store = dataset(steps=23)
-    whole = Statistics.compute([segment(store)])
+    whole = compute_statistics([segment(store)])
     reads: list[int] = []
     original = module.read_block
 
@@ -184,7 +185,7 @@ def test_a_large_mean_costs_no_precision(monkeypatch) -> None:
     store = dataset(steps=30)
     store = store.assign({name: store[name].astype(np.float64) + 1e6 for name in NAMES})
     store["temperature"].attrs["units"] = "K"
-    statistics = Statistics.compute([segment(store)])
+    statistics = compute_statistics([segment(store)])
     weight = segment(store).grid.weights[:, None]
     for row, name in enumerate(NAMES):
         values = store[name].values.astype(np.float32).astype(np.float64)

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atmossl.data.windows import SampleOrder, sample_rng
+from atmossl.data.loader import SampleOrder, sample_rng
 
 
 def order(**settings) -> list[list]:

@@ -19,11 +19,20 @@ from atmossl.data import loader as loading
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.chunks import Access
-from atmossl.data.loader import Arena, Collate, Packed, WindowLoader, worker_context
+from atmossl.data.loader import (
+    Arena,
+    Collate,
+    Packed,
+    SampleKey,
+    SampleOrder,
+    WindowDataset,
+    WindowLoader,
+    worker_context,
+)
 from atmossl.data.segment import UnreadableChunk
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import Pool, SampleKey, SampleOrder, WindowDataset, WindowSize
+from atmossl.data.windows import Normaliser, Pool, WindowSize
 from atmossl.masking.random import RandomMasking
 from tests.synthetic import dataset, spec
 
@@ -48,7 +57,7 @@ def windows(folder: Path, *, damage: bool = False, **changes: Any) -> WindowData
     return WindowDataset(
         segments=[segment],
         specs=[spec(name, variables=(name,)) for name in NAMES],
-        normaliser=Normaliser({PRIMARY: Statistics.compute([memory])}),
+        normaliser=Normaliser({PRIMARY: compute_statistics([memory])}),
         window=WindowSize(4, 8, 8),
         sampler=RandomMasking(),
         seed=0,

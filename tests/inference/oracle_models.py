@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from atmossl.batch import PRIMARY, Prediction, StreamPrediction, StreamSpec, StreamTokens, View
 from atmossl.data.segment import Segment
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
-from atmossl.data.windows import WindowSize
+from atmossl.data.windows import Normaliser, WindowSize
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Options, Plan, plan_prediction
@@ -92,7 +92,7 @@ def trained_on(
     return TrainedModel(
         model=model,
         specs=specs,
-        normaliser=Normaliser({data: Statistics.compute([r]) for data, r in records.items()}),
+        normaliser=Normaliser({data: compute_statistics([r]) for data, r in records.items()}),
         window=WindowSize(*window),
         first_guess=True,
         data="waves",

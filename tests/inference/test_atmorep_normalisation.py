@@ -15,7 +15,7 @@ import zarr
 
 from atmossl.batch import PRIMARY, collate_views
 from atmossl.cli import main
-from atmossl.data.sources import entries_of, open_records
+from atmossl.data.store import entries_of, open_records
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box
 from atmossl.inference.checkpoint import load_checkpoint

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 
 from atmossl.cli import main
-from atmossl.data.statistics import Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.inference.checkpoint import spec_to_dict
 from atmossl.inference.writer import partial_of
 from atmossl.model.multiformer import Multiformer
@@ -46,7 +46,7 @@ def save_tiny(path: Path, missing: str = "refuse", **more: Any) -> None:
         "torch": "2",
         "streams": [spec_to_dict(stream) for stream in specs],
         "model": settings,
-        "statistics": Statistics.compute([segment(STORE)]).to_dict(),
+        "statistics": compute_statistics([segment(STORE)]).to_dict(),
         "window": {"time": 5, "lat": 4, "lon": 8},
         "first_guess": True,
         "data": "waves",

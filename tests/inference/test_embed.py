@@ -11,8 +11,8 @@ import xarray as xr
 from atmossl.api import Model
 from atmossl.batch import PRIMARY, StreamSpec, View
 from atmossl.cli import main
-from atmossl.data.statistics import Normaliser, Statistics
-from atmossl.data.windows import WindowSize
+from atmossl.data.statistics import compute_statistics
+from atmossl.data.windows import Normaliser, WindowSize
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.embed import Embedder
 from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace
@@ -52,7 +52,7 @@ def model(specs: tuple[StreamSpec, ...], lat: int, lon: int, **changes) -> Model
     trained = TrainedModel(
         model=Known(),
         specs=specs,
-        normaliser=Normaliser({PRIMARY: Statistics.compute([segment()])}),
+        normaliser=Normaliser({PRIMARY: compute_statistics([segment()])}),
         window=WindowSize(STEPS, lat, lon),
         first_guess=True,
         data="waves",
@@ -67,7 +67,7 @@ def token_means(stream: StreamSpec, latest: int) -> np.ndarray:
     """Mean normalised value of every token, from the store alone: [offset level lat lon]."""
     names, levels = list(stream.variables), list(stream.levels)
     fields = STORE[names].sel(level=levels).isel(time=slice(latest - STEPS + 1, latest + 1))
-    statistics = Statistics.compute([segment()])
+    statistics = compute_statistics([segment()])
     size, normal = stream.token_size, []
     for number, name in enumerate(names):
         mean, std = (

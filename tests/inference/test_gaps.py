@@ -9,8 +9,9 @@ import torch
 
 from atmossl.batch import PRIMARY, detokenise
 from atmossl.data.forcings import FORCINGS
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
+from atmossl.data.windows import Normaliser
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Plan
 from atmossl.masking.combined import Combined, Counterfactual
@@ -118,7 +119,7 @@ def test_what_is_computed_has_its_true_values_at_every_date(task) -> None:
     )
     used = predictor(task, spy, window=(5, 8, 16), batch_size=1)
     trained = replace(
-        used.trained, specs=specs, normaliser=Normaliser({PRIMARY: Statistics.compute([record])})
+        used.trained, specs=specs, normaliser=Normaliser({PRIMARY: compute_statistics([record])})
     )
     used = replace(used, trained=trained, segments=(record,))
     time = record.times[6 if task is GAPS else -1]

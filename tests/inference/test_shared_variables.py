@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 import atmossl
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, shared_fields
 from atmossl.cli import main
-from atmossl.data.sources import paired
-from atmossl.data.statistics import Statistics
-from atmossl.data.store import open_segment
+from atmossl.data.statistics import compute_statistics
+from atmossl.data.store import open_segment, paired
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import load_checkpoint, spec_to_dict
 from atmossl.inference.plan import Options, plan_prediction
@@ -155,7 +154,7 @@ def save(path: Path, specs: tuple[StreamSpec, ...], **changes: Any) -> Path:
         "torch": "2",
         "streams": [{**streams[0], **changes}, *streams[1:]],
         "model": MODEL,
-        "statistics": Statistics.compute([segment(STORE)]).to_dict(),
+        "statistics": compute_statistics([segment(STORE)]).to_dict(),
         "window": {"time": 5, "lat": 4, "lon": 8},
         "first_guess": True,
         "data": "waves",

@@ -12,8 +12,7 @@ from torch import nn
 
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, View, detokenise
 from atmossl.data.segment import HOUR, Segment
-from atmossl.data.sources import paired
-from atmossl.data.store import open_segment
+from atmossl.data.store import open_segment, paired
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Options, Plan, plan_prediction
 from atmossl.inference.tiles import first_view

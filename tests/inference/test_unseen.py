@@ -13,10 +13,11 @@ import atmossl
 from atmossl.api import Model
 from atmossl.batch import PRIMARY
 from atmossl.data.axes import STANDARD
-from atmossl.data.sources import Seen, StoreRequest, days_of
-from atmossl.data.store import open_segment
+from atmossl.data.store import StoreRequest, open_segment
 from atmossl.geometry import Grid
 from atmossl.inference.out_of_training_warnings import (
+    Seen,
+    days_of,
     out_of_training_warnings,
     seen_in_training,
     unseen_dates,

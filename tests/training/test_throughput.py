@@ -17,10 +17,10 @@ from atmossl.batch import (
     collate_views,
     tokenise,
 )
-from atmossl.data.statistics import Normaliser, Statistics
+from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
 from atmossl.data.variables import VARIABLES
-from atmossl.data.windows import read_window
+from atmossl.data.windows import Normaliser, read_window
 from atmossl.geometry import Box
 from atmossl.masking.random import BlockMasking, RandomMasking
 from atmossl.masking.tasks import Forecast
@@ -151,7 +151,7 @@ def test_a_reconstruction_shows_physical_fields_and_blanks_what_is_hidden() -> N
     segment = open_segment(
         "waves", store, "memory", variables=STREAM.variables, levels=STREAM.levels
     )
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     (here,) = read_window(segment, (STREAM,), normaliser, 0, 4, Box(0, 0, 8, 16))
     view = make_view((here,), Forecast(6), np.random.default_rng(0))
     (stream,) = collate_views([(view,)], [0]).views[0].streams
@@ -202,7 +202,7 @@ def test_hidden_parts_of_a_picture_are_blank_at_the_time_that_is_shown() -> None
     members = truth.expand(-1, -1, 2, -1)
     store = dataset(variables=("temperature",), levels=(500,))
     segment = open_segment("waves", store, "memory", variables=one.variables, levels=one.levels)
-    normaliser = Normaliser({PRIMARY: Statistics.compute([segment])})
+    normaliser = Normaliser({PRIMARY: compute_statistics([segment])})
     (row,) = reconstructions(stream, StreamPrediction(members, stream.queries), normaliser)
     assert row.source_offset == 0.0
     assert 0 < row.hidden.mean() < 1
