@@ -6,12 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atmossl.batch import Corruption, TokenSize, detokenise, token_grid, tokenise
 from atmossl.geometry import Grid
-from atmossl.masking.base import TokenLayout, coarsen, points_of, with_coarse_means
+from atmossl.masking.base import (
+    TokenLayout,
+    coarsen,
+    points_of,
+    spread_along_row,
+    with_coarse_means,
+)
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
@@ -245,21 +251,57 @@ def test_the_first_guess_of_tokens_is_numpys_interpolation_at_every_point(size: 
             np.testing.assert_allclose(guess[row, :, place], known, rtol=0, atol=1e-5)
 
 
-@given(seed=st.integers(0, 2**16), dryness=st.floats(-1.0, 2.0), is_amount=st.booleans())
-def test_coarse_means_are_kept_and_amounts_stay_positive(seed, dryness, is_amount) -> None:
+@settings(deadline=None)  # the first Fourier transform of a process takes longer than the others
+@given(
+    seed=st.integers(0, 2**16),
+    dryness=st.floats(-1.0, 2.0),
+    is_amount=st.booleans(),
+    closes_circle=st.booleans(),
+)
+def test_coarse_means_are_kept_and_amounts_stay_positive(
+    seed, dryness, is_amount, closes_circle
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     weight = torch.rand(8, generator=rng, dtype=torch.float64) + 0.1
     truth = (torch.randn(2, 8, 16, generator=rng, dtype=torch.float64) - dryness).clamp_min(0.0)
     fine = truth + torch.randn(3, 2, 8, 16, generator=rng, dtype=torch.float64)
     coarse = coarsen(truth, weight, 4)
     coarse[0, 1, 2] = torch.nan  # a mean that is not known
-    kept = with_coarse_means(fine, coarse, weight, 4, is_amount=is_amount)
+    kept = with_coarse_means(
+        fine, coarse, weight, 4, is_amount=is_amount, closes_circle=closes_circle
+    )
     known = coarse.isfinite()
     torch.testing.assert_close(coarsen(kept, weight, 4)[:, known], coarse[known].expand(3, -1))
     unknown = ~known.repeat_interleave(4, -1).repeat_interleave(4, -2)
     assert torch.equal(kept[:, unknown], fine[:, unknown])
     if is_amount:
         assert float(kept[:, ~unknown].min()) >= 0.0
+
+
+@pytest.mark.parametrize(("num_coarse", "factor"), [(16, 4), (15, 3), (8, 2), (5, 1), (2, 8)])
+def test_values_along_a_row_are_the_only_waves_that_have_the_given_means(num_coarse, factor):
+    """Against a least-squares fit of the waves that the means can tell, and a wave that is one of
+    them: it comes back as it was, at any longitude."""
+    angle = 2 * np.pi * (np.arange(num_coarse * factor) + 0.5) / (num_coarse * factor)
+    waves = np.arange(1, (num_coarse + 1) // 2)
+    basis = np.stack([np.ones_like(angle), *np.cos(np.outer(waves, angle))])
+    basis = np.concatenate([basis, np.sin(np.outer(waves, angle))])
+    if num_coarse % 2 == 0:  # of the shortest one only the phase that the means see
+        basis = np.concatenate([basis, np.sin(num_coarse / 2 * angle)[None]])
+    means = np.random.default_rng(factor).standard_normal((3, num_coarse))
+    of_blocks = basis.reshape(len(basis), num_coarse, factor).mean(-1)
+    amplitudes = np.linalg.lstsq(of_blocks.T, means.T, rcond=None)[0]
+    spread = spread_along_row(torch.from_numpy(means), factor, closes_circle=True)
+    np.testing.assert_allclose(spread, amplitudes.T @ basis, rtol=0, atol=1e-9)
+
+
+def test_a_row_with_ends_is_continued_by_its_mirror_image() -> None:
+    ramp = torch.arange(6.0, dtype=torch.float64)
+    spread = spread_along_row(ramp, 4, closes_circle=False)
+    torch.testing.assert_close(spread.unflatten(0, (-1, 4)).mean(1), ramp)
+    assert float((spread.diff() - 0.25).abs().max()) < 0.15  # no jump from the last to the first
+    mirrored = spread_along_row(ramp.flip(0), 4, closes_circle=False)
+    torch.testing.assert_close(mirrored, spread.flip(0))
 
 
 def test_coarsening_keeps_the_area_mean() -> None:

@@ -27,9 +27,12 @@ from atmossl.geometry import EARTH_RADIUS_KM, Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.masking.tasks import Task
 
-# Bands for members that are draws of noise. Members of a tail get one factor for all scales: with
-# bands the CRPS of the checkpoint `default` is a tenth larger.
+# Edges of bands for members that are draws of noise, beside those near the shortest waves of a grid
+# (`scales_of`). Members of a tail get one factor for all scales: with bands the CRPS of the
+# checkpoint `default` is a tenth larger.
 SCALES_KM = (8000.0, 3000.0, 1700.0, 1260.0, 600.0, 300.0, 150.0)
+_PER_OCTAVE, _OCTAVES = 4, 2  # so many edges in an octave, and octaves from the shortest wave on
+_POLEMOST = 60.0  # degrees; closer to the poles cells are narrower than what a model resolves
 _SOFT, _SHARP = 2, 8  # exponents of the filter
 _CIRCUMFERENCE_KM = 2.0 * math.pi * EARTH_RADIUS_KM
 
@@ -124,20 +127,20 @@ def zonal_bands(
     circle_km = circle_km * np.cos(np.deg2rad(lat)).clip(1e-6)
     per_km = np.arange(size // 2 + 1) / circle_km[:, None]  # of every wave: 1 / its length
 
-    def smooth(values: np.ndarray, edge: float, exponent: int = _SOFT) -> np.ndarray:
-        lengths = (edge * per_km).clip(max=100.0)  # of the edge in waves; of more, nothing is kept
-        kept = np.exp2(-(lengths**exponent))
-        return np.fft.irfft(np.fft.rfft(values, size) * kept, size)[..., : len(lon)]
-
     inside = np.where(where, fields, 0.0)
     is_whole = grid.periodic & where.all(axis=-1, keepdims=True)
+    waves, waves_of_share = np.fft.rfft(inside, size), np.fft.rfft(where.astype(float), size)
+
+    def smooth(spectrum: np.ndarray, edge: float, exponent: int) -> np.ndarray:
+        lengths = (edge * per_km).clip(max=100.0)  # of the edge in waves; of more, nothing is kept
+        return np.fft.irfft(spectrum * np.exp2(-(lengths**exponent)), size)[..., : len(lon)]
 
     def longer(edge: float) -> np.ndarray:
         if is_whole.all():
-            return smooth(inside, edge, _SHARP)
-        soft = smooth(inside, edge) / smooth(where.astype(float), edge).clip(1e-6)
+            return smooth(waves, edge, _SHARP)
+        soft = smooth(waves, edge, _SOFT) / smooth(waves_of_share, edge, _SOFT).clip(1e-6)
         if is_whole.any():
-            soft = np.where(is_whole, smooth(inside, edge, _SHARP), soft)
+            soft = np.where(is_whole, smooth(waves, edge, _SHARP), soft)
         return np.where(where, soft, 0.0)
 
     kept = [*map(longer, edges_km), inside]
@@ -317,24 +320,30 @@ def estimate_inflation(
 
 
 def scales_of(grid: Grid) -> tuple[float, ...]:
-    """The edges of bands for members that are fields, as far as a grid resolves them."""
-    return tuple(edge for edge in SCALES_KM if edge >= _shortest_wave_km(grid))
+    """The edges of bands for members that are fields: a few for the long waves, and a quarter of an
+    octave apart over two octaves from the shortest waves of the grid on, where power falls by
+    orders of magnitude within an octave and a network keeps less of every shorter wave."""
+    shortest = _shortest_wave_km(grid)
+    near = [shortest * 2.0 ** (n / _PER_OCTAVE) for n in range(_OCTAVES * _PER_OCTAVE, 0, -1)]
+    return (*(edge for edge in SCALES_KM if edge > near[0]), *(float(round(edge)) for edge in near))
 
 
 def check_scales(edges_km: tuple[float, ...], grid: Grid) -> None:
-    """Raise ValueError for a wave that is longer than the equator, or shorter than any of a grid
-    there."""
+    """Raise ValueError for a wave that is longer than the equator, or shorter than any of a grid up
+    to 60 degrees."""
     shortest = _shortest_wave_km(grid)
     wrong = [edge for edge in edges_km if not shortest <= edge <= _CIRCUMFERENCE_KM]
     if wrong:
         raise ValueError(
-            f"scales_km={wrong[0]:g}: valid: from {shortest:.0f}, the shortest wave on the equator "
-            f"of this grid, to {_CIRCUMFERENCE_KM:.0f} km"
+            f"scales_km={wrong[0]:g}: valid: from {math.ceil(shortest)}, the shortest wave of this "
+            f"grid up to {_POLEMOST:g} degrees, to {_CIRCUMFERENCE_KM:.0f} km"
         )
 
 
 def _shortest_wave_km(grid: Grid) -> float:
-    return 2.0 * _CIRCUMFERENCE_KM * grid.longitude_spacing / 360.0
+    latitude = min(float(np.abs(grid.latitude).max()), _POLEMOST)
+    on_equator = 2.0 * _CIRCUMFERENCE_KM * grid.longitude_spacing / 360.0
+    return on_equator * math.cos(math.radians(latitude))
 
 
 def check_calibrated(task: Task) -> None:

@@ -449,7 +449,14 @@ def _corrected(
     for name, given in coarse.items():
         members = torch.from_numpy(fields[name]).double()
         fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
-        moved = with_coarse_means(fine, given, weight, task.factor, is_amount=name in AMOUNTS)
+        moved = with_coarse_means(
+            fine,
+            given,
+            weight,
+            task.factor,
+            is_amount=name in AMOUNTS,
+            closes_circle=plan.grid.periodic,
+        )
         kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
     return kept
 

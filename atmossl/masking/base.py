@@ -158,18 +158,25 @@ def with_coarse_means(
     factor: int,
     *,
     is_amount: bool,
+    closes_circle: bool,
 ) -> Float[Tensor, "*axes level lat lon"]:
     """A fine field whose coarse cells have the given means; one whose mean is not known stays as it
-    is. What a mean lacks is added to all cells of its coarse cell alike. An amount, such as
-    precipitation, is multiplied instead wherever the sum would fall below 0 (both constraints:
-    Harder et al. 2023, JMLR 24, "Hard-constrained deep learning for climate downscaling", section
-    3). weight: relative areas of the rows."""
-    lacking = torch.nan_to_num(coarse - coarsen(fine, weight, factor))
-    shifted = fine + repeat_coarse(lacking, factor)
+    is. What the means of a row of coarse cells lack is added as the smoothest curve along longitude
+    that has these means (`spread_along_row`), the same on all its fine rows; in a row with unknown
+    means to all cells of a coarse cell alike. An amount, such as precipitation, is multiplied
+    instead wherever the sum would fall below 0 (both constraints: Harder et al. 2023, JMLR 24,
+    "Hard-constrained deep learning for climate downscaling", section 3). weight: relative areas of
+    the rows. closes_circle: whether the last column lies beside the first."""
+    lacking = coarse - coarsen(fine, weight, factor)
+    is_known = lacking.isfinite()
+    blocks = repeat_coarse(lacking.nan_to_num(), factor)
+    smooth = spread_along_row(lacking.nan_to_num(), factor, closes_circle=closes_circle)
+    smooth = smooth.repeat_interleave(factor, dim=-2)
+    row_is_known = is_known.all(dim=-1, keepdim=True).repeat_interleave(factor, dim=-2)
+    shifted = fine + torch.where(row_is_known, smooth, blocks)
     if not is_amount:
         return shifted
-    blocks = shifted.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor))
-    below_zero = (blocks.amin(dim=(-3, -1)) < 0) & (coarse >= 0)
+    below = shifted.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).amin(dim=(-3, -1)) < 0
     positive = fine.clamp_min(0)
     mean = coarsen(positive, weight, factor)
     scaled = torch.where(
@@ -177,7 +184,30 @@ def with_coarse_means(
         positive * repeat_coarse(coarse / mean.clamp_min(torch.finfo(mean.dtype).tiny), factor),
         repeat_coarse(coarse, factor),
     )
-    return torch.where(repeat_coarse(below_zero, factor), scaled, shifted)
+    return torch.where(repeat_coarse(below & (coarse >= 0), factor), scaled, shifted)
+
+
+def spread_along_row(
+    means: Float[Tensor, "*axes coarse_lon"], factor: int, *, closes_circle: bool
+) -> Float[Tensor, "*axes lon"]:
+    """Values whose means over blocks of `factor` are the given ones and which hold no shorter waves
+    than these means can tell, so that no edges of blocks remain. The mean over a block weakens a
+    wave and shifts it by half a block, in closed form; both are undone. A row that does not close
+    the circle is continued by its mirror image."""
+    if not closes_circle:
+        mirrored = torch.cat([means, means.flip(-1)], dim=-1)
+        whole = spread_along_row(mirrored, factor, closes_circle=True)
+        return whole[..., : means.shape[-1] * factor]
+    num_coarse = means.shape[-1]
+    num_fine = num_coarse * factor
+    wave = torch.arange(num_coarse // 2 + 1, dtype=means.dtype, device=means.device)
+    half_cell = torch.pi * wave / num_fine  # phase of a wave over half a fine cell
+    kept = torch.sin(factor * half_cell) / (factor * torch.sin(half_cell)).clamp_min(1e-12)
+    kept[0] = 1.0
+    spectrum = torch.fft.rfft(means) * torch.polar(factor / kept, -(factor - 1) * half_cell)
+    if num_coarse % 2 == 0 and factor > 1:
+        spectrum[..., -1] /= 2  # the shortest wave of the means stands once there, twice here
+    return torch.fft.irfft(spectrum, num_fine)
 
 
 def interpolate_cells(
