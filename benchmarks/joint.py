@@ -11,8 +11,10 @@ calibrated (of downscaling, boxes that lie across the coarse cells, whose means 
 `_member_power_ratio_worst`: zonal power of a member over the truth's, or its inverse if that is
 larger, at wavenumbers 1 to 28 in the northern extratropics. Each is the worst over variables and
 levels, as a value and as "which". `_energy_score_vs_*`, `_crps_vs_*`, `_rmse_vs_*`: ratios to those
-of the checkpoint given by --against, mean over variables and levels. Reports are kept under --runs
-and not made twice.
+of the checkpoint given by --against, mean over variables and levels. `_rmse_of_many_vs_*`: the mean
+of M draws errs by their variance / M more than that of very many, which is told here (Leutbecher
+2019, doi:10.1002/qj.3387); the members of a tail are no draws, and their mean stays as it is.
+Reports are kept under --runs and not made twice.
 
 Keys of --rollout, a forecast of ten days in passes of 12 h, by day where a key ends in one:
 `rollout_spread_skill`, mean over variables and levels; `rollout_crps_vs_climatology` and
@@ -48,6 +50,7 @@ from atmossl.commands.evaluate import evaluate
 from atmossl.evaluation.joint import BOX_SIZES, DIFFERENCES, AreaMeans
 from atmossl.evaluation.verify import rows_where
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.inference.plan import EVALUATED_MEMBERS
 from atmossl.model.network import Network
 from benchmarks.report import finish
 from benchmarks.train_step import configuration, in_turns, step_of_run
@@ -133,13 +136,23 @@ def figures_of(report: Path, task: str) -> dict[str, Any]:
     return figures
 
 
-def compared(ours: Path, theirs: Path, task: str) -> dict[str, Any]:
-    """Mean ratios of scores of which less is better."""
+def compared(ours: Path, theirs: Path, task: str, num_draws: int | None) -> dict[str, Any]:
+    """Mean ratios of scores of which less is better. num_draws: members of ours that are draws."""
     figures = {}
     for score in ("energy_score", "variogram_score", "crps", "rmse"):
         ratio = scores_of(ours, task, score) / scores_of(theirs, task, score)
         figures[f"{task}_{score}_vs_other"] = round(float(ratio.mean()), 4)
+    if num_draws:
+        ratio = rmse_of_many(ours, task, num_draws) / scores_of(theirs, task, "rmse")
+        figures[f"{task}_rmse_of_many_vs_other"] = round(float(ratio.mean()), 4)
     return figures
+
+
+def rmse_of_many(report: Path, task: str, num_members: int) -> pd.Series:
+    """RMSE that the mean of very many draws would have: less the variance of one draw over their
+    number, which the spread over error tells (its square is (M + 1) / M * variance / MSE)."""
+    spread = scores_of(report, task, "spread_skill")
+    return scores_of(report, task, "rmse") * (1.0 - spread**2 / (num_members + 1)) ** 0.5
 
 
 def hours_until(stopped: pd.Series) -> float:
@@ -232,7 +245,9 @@ def main() -> None:
         finish("joint_cost", cost_figures(arguments.cost))
         return
     report = report_of(arguments.checkpoint, arguments)
-    figures: dict[str, Any] = {"checkpoint": load_checkpoint(arguments.checkpoint).digest}
+    trained = load_checkpoint(arguments.checkpoint)
+    num_draws = EVALUATED_MEMBERS if trained.model.any_member else None
+    figures: dict[str, Any] = {"checkpoint": trained.digest}
     figures["every"] = arguments.every
     if arguments.rollout:
         finish("rollout", figures | rollout_figures(report))
@@ -242,7 +257,7 @@ def main() -> None:
         figures |= figures_of(report, task)
         if other is not None:
             figures |= {f"other_{key}": value for key, value in figures_of(other, task).items()}
-            figures |= compared(report, other, task)
+            figures |= compared(report, other, task, num_draws)
     finish("joint", figures)
 
 
