@@ -1,19 +1,24 @@
-"""Calibrates the spread of ensembles after training: factors per task, variable, level, lead time
-and band of zonal scales.
+"""Calibrates ensembles after training: factors of their spread and of the waves of their mean, per
+task, variable, level, lead time and band of zonal scales.
 
-A factor makes the mean variance of the members, times (M + 1) / M, equal to the mean square error
-of their mean (Fortin et al. 2014), on dates that the model was not trained on. The factors are kept
-in the checkpoint's record and applied around the ensemble mean, which stays as it is. In a rollout
-every pass of a tail is inflated, so that members go on from calibrated states; of draws of noise
-the first pass is, since later ones run member by member.
+A factor of the spread makes the mean variance of the members, times (M + 1) / M, equal to the mean
+square error of their mean (Fortin et al. 2014), on dates that the model was not trained on. The
+factors are kept in the checkpoint's record and applied around the ensemble mean. In a rollout every
+pass of a tail is inflated, so that members go on from calibrated states; of draws of noise the
+first pass is, since later ones run member by member.
 
 With one factor for all scales, members may have the right spread in every cell and the wrong one in
 area means and in differences of neighbours. With bands, each has the spread that its errors have.
+
+The ensemble mean stays as it is, but for waves shorter than the first band on rows that close the
+circle and are wholly predicted. There each band is multiplied by the slope of the regression of the
+truth on it, as in model output statistics (Glahn and Lowry 1972), here by scale. A network that
+keeps too little of short waves gets back their amplitude, so that members have the truth's power.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -41,14 +46,16 @@ _CIRCUMFERENCE_KM = 2.0 * math.pi * EARTH_RADIUS_KM
 class SpreadInflation:
     """The factors of one kind of task.
 
-    hours: [step] from the reference time. factors: [band step level] of every variable, the band of
-    the largest scales first. edges_km: wavelengths that part the bands, falling; without any, one
-    factor goes for all scales.
+    hours: [step] from the reference time. factors: [band step level] of every variable, of the
+    spread, the band of the largest scales first. edges_km: wavelengths that part the bands,
+    falling; without any, one factor goes for all scales. of_mean: as `factors`, of the waves of the
+    ensemble mean; of no variable if it stays as it is.
     """
 
     hours: np.ndarray
     factors: Mapping[str, np.ndarray]
     edges_km: tuple[float, ...] = ()
+    of_mean: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint_record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
@@ -60,12 +67,17 @@ class SpreadInflation:
         factors = {name: np.array(values) for name, values in stored["factors"].items()}
         if "edges_km" not in stored:  # as up to version 0.5: one band, without its axis
             factors = {name: values[None] for name, values in factors.items()}
-        return cls(np.array(stored["hours"]), factors, tuple(stored.get("edges_km", ())))
+        of_mean = {name: np.array(values) for name, values in stored.get("of_mean", {}).items()}
+        return cls(np.array(stored["hours"]), factors, tuple(stored.get("edges_km", ())), of_mean)
 
     def stored(self) -> dict[str, Any]:
         """The factors as a checkpoint's record keeps them."""
-        factors = {name: values.tolist() for name, values in self.factors.items()}
-        return {"hours": self.hours.tolist(), "edges_km": [*self.edges_km], "factors": factors}
+        factors, of_mean = (
+            {name: values.tolist() for name, values in of.items()}
+            for of in (self.factors, self.of_mean)
+        )
+        stored = {"hours": self.hours.tolist(), "edges_km": [*self.edges_km], "factors": factors}
+        return stored | ({"of_mean": of_mean} if of_mean else {})
 
     def bands(self) -> list[str]:
         """The bands in words."""
@@ -83,14 +95,7 @@ class SpreadInflation:
         """The departures [step member level lat lon] of one variable from the ensemble mean at the
         given hours, times the factors: linear between the calibrated lead times and constant
         beyond."""
-        factors = np.array(
-            [
-                [np.interp(hours, self.hours, column) for column in band.T]
-                for band in self.factors[name]
-            ],
-            np.float32,
-        )
-        factors = factors.swapaxes(1, 2)[:, :, None, :, None, None]
+        factors = self._at(hours, self.factors[name])[:, :, None]
         if not self.edges_km:
             return factors[0] * departures
         predicted = np.ptp(departures, axis=1) > 0  # False of NaN; given values: equal members
@@ -99,6 +104,42 @@ class SpreadInflation:
         bands = zonal_bands(departures, predicted[:, None], lat, lon, self.edges_km)
         scaled = sum(factor * band for factor, band in zip(factors, bands, strict=True))
         return np.where(predicted[:, None], scaled, departures)
+
+    def applied_to_mean(
+        self,
+        name: str,
+        mean: Float[np.ndarray, "step level lat lon"],
+        predicted: Bool[np.ndarray, "step level lat lon"],
+        hours: np.ndarray,
+        lat: np.ndarray,
+        lon: np.ndarray,
+    ) -> Float[np.ndarray, "step level lat lon"]:
+        """The ensemble mean of one variable with the waves of every band times their factor, on the
+        rows that close the circle and are wholly predicted."""
+        whole = whole_rows(predicted, lat, lon)
+        if name not in self.of_mean or not whole.any():
+            return mean
+        bands = zonal_bands(mean, whole, lat, lon, self.edges_km)
+        added = self._at(hours, self.of_mean[name]) - 1.0
+        moved = sum(factor * band for factor, band in zip(added, bands, strict=True))
+        return mean + np.where(whole, moved, 0.0).astype(mean.dtype)
+
+    def _at(
+        self, hours: np.ndarray, factors: Float[np.ndarray, "band step level"]
+    ) -> Float[np.ndarray, "band step level 1 1"]:
+        """Factors at some hours."""
+        at_hours = [
+            [np.interp(hours, self.hours, by_step) for by_step in band.T] for band in factors
+        ]
+        return np.array(at_hours, np.float32).swapaxes(1, 2)[..., None, None]
+
+
+def whole_rows(
+    predicted: Bool[np.ndarray, "*axes lat lon"], lat: np.ndarray, lon: np.ndarray
+) -> Bool[np.ndarray, "*axes lat lon"]:
+    """Where a row closes the circle and all its cells are predicted."""
+    whole = predicted.all(axis=-1, keepdims=True) & Grid(lat, lon).periodic
+    return np.broadcast_to(whole, predicted.shape)
 
 
 def zonal_bands(
@@ -172,13 +213,16 @@ class Calibration:
         """Inflate fields [step member level lat lon] at the given hours from the reference time
         and the given cell centres, degrees. centre: around the mean of so many first members,
         so that no further member changes them; None: of all."""
-        inflated = {}
+        inflated, own = {}, SpreadInflation.of(self.checkpoint_record, self.task.kind)
         for name, values in fields.items():
             mean = values[:, :centre].mean(axis=1, keepdims=True)
             departures = values - mean
             moved = _moved(
                 self.checkpoint_record, self.task, name, departures, hours, lat, lon, centre
             )
+            if own is not None:
+                predicted = np.ptp(values, axis=1) > 0
+                mean = own.applied_to_mean(name, mean[:, 0], predicted, hours, lat, lon)[:, None]
             inflated[name] = values if moved is None else mean + moved
         return inflated
 
@@ -227,10 +271,20 @@ def _moved(
 @dataclass
 class _Sums:
     """Sums over dates and predicted cells that have a truth, [step level band band]: products of
-    the errors of the ensemble mean in two bands, and the covariances that should equal them."""
+    the errors of the ensemble mean in two bands, and the covariances that should equal them. Of
+    rows that are wholly predicted also products of the mean itself in two bands, of the mean and
+    its error, and the part of the former that further members would take away (`sampling`)."""
 
     error: np.ndarray
     variance: np.ndarray
+    mean: np.ndarray
+    mean_error: np.ndarray
+    sampling: np.ndarray
+
+    @classmethod
+    def zeros(cls, num_steps: int, num_levels: int, num_bands: int) -> "_Sums":
+        shape = (num_steps, num_levels, num_bands, num_bands)
+        return cls(*(np.zeros(shape) for _ in range(5)))
 
     def add(
         self,
@@ -238,28 +292,60 @@ class _Sums:
         members: np.ndarray,
         truth: np.ndarray,
         weight: np.ndarray,
-        split: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
+        lat: np.ndarray,
+        lon: np.ndarray,
+        edges_km: tuple[float, ...],
     ) -> None:
-        """Add one step: members [member level lat lon], truth [level lat lon] and weight [lat 1].
-        split: fields and where they count -> their bands."""
-        counted = (np.ptp(members, axis=0) > 0) & np.isfinite(truth)  # given values: equal members
-        mean = members.mean(axis=0)
-        finite_size = (len(members) + 1) / len(members) / (len(members) - 1)
-        error = np.stack(split(np.nan_to_num(mean - truth).astype(np.float64), counted))
-        departure = np.nan_to_num(members - mean).astype(np.float64)
-        departure = np.stack(split(departure, counted[None]))
-        share = np.where(counted, weight, 0.0)
-        self.error[row] += np.einsum("axyz,bxyz,xyz->xab", error, error, share)
-        self.variance[row] += finite_size * np.einsum(
-            "amxyz,bmxyz,xyz->xab", departure, departure, share, optimize=True
-        )
+        """Add one step: members [member level lat lon], truth [level lat lon] and weight
+        [lat 1]."""
 
-    def factors(self) -> Float[np.ndarray, "band step level"]:
-        """The factors; 1 where nothing was predicted. Those of the bands are in the ratio of error
-        to spread in each, and such that the variance of single cells is right, too."""
-        by_band = _root_of_ratio(_diagonal(self.error), _diagonal(self.variance))
+        def split(fields: np.ndarray, where: np.ndarray) -> np.ndarray:
+            values = np.nan_to_num(fields).astype(np.float64)
+            return np.stack(zonal_bands(values, where, lat, lon, edges_km))
+
+        counted = (np.ptp(members, axis=0) > 0) & np.isfinite(truth)  # given values: equal members
+        mean, num_members = members.mean(axis=0), len(members)
+        departure = split(members - mean, counted[None])
+        share = np.where(counted, weight, 0.0)
+        products = partial(np.einsum, "amxyz,bmxyz,xyz->xab", optimize=True)
+        error = split(mean - truth, counted)[:, None]
+        self.error[row] += products(error, error, share)
+        finite_size = (num_members + 1) / num_members / (num_members - 1)
+        self.variance[row] += finite_size * products(departure, departure, share)
+        whole = whole_rows(counted, lat, lon)
+        if edges_km and whole.any():
+            bands, share = split(mean, whole)[:, None], np.where(whole, weight, 0.0)
+            self.mean[row] += products(bands, bands, share)
+            self.mean_error[row] += products(bands, error, share)
+            of_one = products(departure, departure, share) / (num_members - 1)
+            self.sampling[row] += of_one / num_members
+
+    def slopes(self) -> Float[np.ndarray, "step level band"]:
+        """Slopes of the regression of the truth on every band of the mean that very many members
+        would have; 1 for the first band, which holds the mean state, and where no row is wholly
+        predicted. The mean of a few members holds a part of their departures, which says nothing
+        about the truth: it is taken off, of the product of mean and error as of the mean's own
+        variance, of which a quarter at least stays."""
+        mean, sampling = _diagonal(self.mean), _diagonal(self.sampling)
+        lacking = sampling - _diagonal(self.mean_error)
+        of_many = np.maximum(mean - sampling, mean / 4)
+        slopes = 1.0 + np.divide(lacking, of_many, out=np.zeros_like(mean), where=of_many > 0)
+        slopes[..., 0] = 1.0
+        return slopes
+
+    def factors(
+        self, slopes: Float[np.ndarray, "step level band"]
+    ) -> Float[np.ndarray, "band step level"]:
+        """The factors of the spread around the mean with its slopes; 1 where nothing was predicted.
+        Those of the bands are in the ratio of error to spread in each, and such that the variance
+        of single cells is right, too."""
+        added = slopes - 1.0
+        crossed = added[..., :, None] * self.mean_error
+        of_mean = added[..., :, None] * self.mean * added[..., None, :]
+        error = self.error + crossed + crossed.swapaxes(-2, -1) + of_mean
+        by_band = _root_of_ratio(_diagonal(error), _diagonal(self.variance))
         scaled = by_band[..., :, None] * by_band[..., None, :] * self.variance
-        common = _root_of_ratio(self.error.sum(axis=(-2, -1)), scaled.sum(axis=(-2, -1)))
+        common = _root_of_ratio(error.sum(axis=(-2, -1)), scaled.sum(axis=(-2, -1)))
         return np.moveaxis(by_band * common[..., None], -1, 0)
 
 
@@ -297,26 +383,28 @@ def estimate_inflation(
             continue  # streams of other sources keep the spread that they have
         segment = plan.find(times[part.case]).segment
         weight = plan.grid.weights[part.rows][:, None]
-        place = {"lat": plan.grid.latitude[part.rows], "lon": plan.grid.longitude}
-        split = partial(zonal_bands, **place, edges_km=edges_km)
+        place = plan.grid.latitude[part.rows], plan.grid.longitude
         for name, values in part.fields.items():
             num_members, num_levels = values.shape[1:3]
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            shape = (len(leads), num_levels, len(edges_km) + 1, len(edges_km) + 1)
-            spread_sums = sums.setdefault(name, _Sums(np.zeros(shape), np.zeros(shape)))
+            zeros = _Sums.zeros(len(leads), num_levels, len(edges_km) + 1)
+            of_variable = sums.setdefault(name, zeros)
             for step, lead in enumerate(part.leads):
                 row = int(np.flatnonzero(leads == lead)[0])
                 valid = segment.find_time(times[part.case] + lead)
                 truth = segment.read(
                     name, levels[name], valid, 1, segment.whole(), within_limits=True
                 )[:, 0, part.rows]
-                spread_sums.add(row, values[step], truth, weight, split)
-    if not any(spread_sums.variance.any() for spread_sums in sums.values()):
+                of_variable.add(row, values[step], truth, weight, *place, edges_km)
+    if not any(of_variable.variance.any() for of_variable in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")
     order = np.argsort(hours)
-    factors = {name: spread_sums.factors()[:, order] for name, spread_sums in sums.items()}
-    return SpreadInflation(hours[order], factors, edges_km)
+    slopes = {name: of_variable.slopes()[order] for name, of_variable in sums.items()}
+    factors = {name: sums[name].factors(sums[name].slopes())[:, order] for name in sums}
+    of_mean = {name: np.moveaxis(values, -1, 0) for name, values in slopes.items()}
+    is_moved = any((values != 1.0).any() for values in of_mean.values())
+    return SpreadInflation(hours[order], factors, edges_km, of_mean if is_moved else {})
 
 
 def scales_of(grid: Grid) -> tuple[float, ...]:

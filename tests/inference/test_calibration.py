@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -158,10 +157,8 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
         )
         return np.stack([*waves])
 
-    split = partial(zonal_bands, lat=lat, lon=lon, edges_km=edges)
-
     def factors(record: dict) -> np.ndarray:
-        sums = _Sums(np.zeros((1, 1, 2, 2)), np.zeros((1, 1, 2, 2)))
+        sums = _Sums.zeros(1, 1, 2)
         for _ in range(60):
             truth, members = field(1)[:, 0].sum(axis=0), field(6)
             spread = large * members[0] + small * members[1]
@@ -171,14 +168,72 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
             moved = calibrated.apply({"t": spread[None]}, np.zeros(1), lat, lon)["t"][0]
             np.testing.assert_array_equal(moved[..., :4], spread[..., :4])
             np.testing.assert_allclose(moved.mean(axis=0), spread.mean(axis=0), atol=1e-9)
-            sums.add(0, moved, truth, np.ones((8, 1)), split)
-        return sums.factors()[:, 0, 0]
+            sums.add(0, moved, truth, np.ones((8, 1)), lat, lon, edges)
+        np.testing.assert_array_equal(sums.slopes(), 1.0)  # no row is wholly predicted
+        return sums.factors(sums.slopes())[:, 0, 0]
 
     found = factors({})
     np.testing.assert_allclose(found, [1 / large, 1 / small], rtol=0.1)
     inflation = SpreadInflation(np.zeros(1), {"t": found[:, None, None]}, edges)
     record = json.loads(json.dumps(Calibration({}, Forecast(6)).replaced(inflation)))
     np.testing.assert_allclose(factors(record), 1.0, rtol=0.12)  # bands overlap
+
+
+def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_power() -> None:
+    """Members around a mean with a third of the short waves that can be foreseen, or none of them,
+    and with half of the spread that is lacking: afterwards their power is the truth's."""
+    rng = np.random.default_rng(1)
+    lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
+    edges, hours = (8000.0,), np.zeros(1)
+
+    def waves(number: int, *count: int) -> np.ndarray:
+        phase = rng.uniform(0, 2 * np.pi, (*count, 1, 8, 1))
+        return np.sqrt(2) * np.cos(np.deg2rad(number * lon) + phase)
+
+    def case(kept: float) -> tuple[np.ndarray, np.ndarray]:
+        foreseen, state = waves(20), 300 + 3 * waves(2)
+        truth = state + foreseen + 0.5 * waves(20)
+        return truth, state + kept * foreseen + 0.25 * waves(20, 8)
+
+    def short(fields: np.ndarray) -> float:
+        return float((abs(np.fft.rfft(fields)[..., 20]) ** 2).mean())
+
+    for kept, slope in ((1 / 3, 3.0), (1.0, 1.0)):
+        sums = _Sums.zeros(1, 1, 2)
+        for _ in range(200):
+            truth, members = case(kept)
+            sums.add(0, members, truth, np.ones((8, 1)), lat, lon, edges)
+        slopes = sums.slopes()
+        np.testing.assert_allclose(slopes[0, 0], [1.0, slope], rtol=0.03)
+        of_mean = {"t": np.moveaxis(slopes, -1, 0)}
+        inflation = SpreadInflation(hours, {"t": sums.factors(slopes)}, edges, of_mean)
+        record = json.loads(json.dumps(Calibration({}, Forecast(6)).replaced(inflation)))
+        power = []
+        for _ in range(200):
+            truth, members = case(kept)
+            (moved,) = Calibration(record, Forecast(6)).apply(
+                {"t": members[None]}, hours, lat, lon
+            )["t"]
+            power.append((short(moved), short(truth)))
+            assert abs(moved.mean() - members.mean()) < 1e-3
+        ours, true = np.mean(power, axis=0)
+        assert ours / true == pytest.approx(1.0, abs=0.06)
+
+
+def test_the_mean_of_a_row_that_is_given_in_part_stays_as_it_is() -> None:
+    rng = np.random.default_rng(2)
+    lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
+    doubled = {"t": np.array([1.0, 2.0])[:, None, None]}
+    inflation = SpreadInflation(np.zeros(1), {"t": np.ones((2, 1, 1))}, (8000.0,), doubled)
+    record = Calibration({}, Forecast(6)).replaced(inflation)
+    members = rng.standard_normal((1, 4, 1, 8, 64))
+    members[:, :, :, 3, 10] = 0.5  # given
+    calibrated = Calibration(record, Forecast(6))
+    moved = calibrated.apply({"t": members}, np.zeros(1), lat, lon)["t"]
+    is_same = np.isclose(moved, members, atol=1e-6).all(axis=(0, 1, 2, 4))
+    np.testing.assert_array_equal(is_same, np.arange(8) == 3)
+    part = calibrated.apply({"t": members[..., :40]}, np.zeros(1), lat, lon[:40])["t"]
+    np.testing.assert_allclose(part, members[..., :40], atol=1e-6)  # a part of the circle
 
 
 @pytest.mark.parametrize("checkpoint", ["default", "default_joint"])

@@ -283,7 +283,7 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("ensemble", "more", "num_bands"),
-    # of cells of 22.5 degrees: two octaves in quarters, from the shortest wave at 60 degrees, 2502 km
+    # of cells of 22.5 degrees: two octaves in quarters, from 2502 km on, the shortest wave at 60 N
     [("tail", [], 1), ("noise", [], 9), ("tail", ["scales_km=[9000,6000]"], 3)],
 )
 def test_members_that_are_fields_are_calibrated_by_scale(
