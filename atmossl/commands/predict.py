@@ -124,8 +124,8 @@ def _options(config: PredictConfig | CalibrateConfig, *, fill_missing: bool = Fa
 
 
 def calibrate(values: Mapping[str, Any]) -> Path:
-    """Measure how much the spread of a task lacks on held-out dates, and write a checkpoint that
-    inflates it accordingly; returns the path of the checkpoint."""
+    """Measure how much the spread of a task and the waves of its mean lack on held-out dates, and
+    write a checkpoint that scales them accordingly; returns the path of the checkpoint."""
     config: CalibrateConfig = parse(CalibrateConfig, values)
     if config.split == "test":
         raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
@@ -134,11 +134,12 @@ def calibrate(values: Mapping[str, Any]) -> Path:
             raise ValueError(f"output={config.output} must end in .ckpt and not exist")
         check_calibrated(config.task)
         inflation = _calibrate(config)
-    for name, factors in inflation.factors.items():
-        for band, by_step in zip(inflation.bands(), factors, strict=True):
-            text = ", ".join(f"{value:.3f}" for value in by_step.mean(axis=1))
-            leads = " by lead time" if len(inflation.hours) > 1 else ""
-            console_of_output().print(f"{name}, {band}: spread x {text}{leads}")
+    for of, by_variable in (("spread", inflation.factors), ("mean", inflation.of_mean)):
+        for name, factors in by_variable.items():
+            for band, by_step in zip(inflation.bands(), factors, strict=True):
+                text = ", ".join(f"{value:.3f}" for value in by_step.mean(axis=1))
+                leads = " by lead time" if len(inflation.hours) > 1 else ""
+                console_of_output().print(f"{name}, {band}: {of} x {text}{leads}")
     console_of_output().print(f"checkpoint: {config.output}")
     return config.output
 
