@@ -5,8 +5,8 @@
     python -m benchmarks.representations --train 30 --objectives mae jepa --set model=tiny
 
 With --train every experiment of EXPERIMENTS is trained for that many steps on the sample, one after
-another, with the changes of --set; one written NAME:KEY=VALUE, such as
-contrastive:objective.lag_time=[18h,24h], is to that objective alone. Whatever is in --runs already
+another, with the changes of --set; one written NAME,NAME:KEY=VALUE, such as
+contrastive:objective.lag_time=[18h,24h], is to these objectives alone. Whatever is in --runs already
 is not done again, so that a run that was stopped goes on.
 Probes are those of `atmossl probe`, on the sample's held-out run; `skill`, its interval and what
 `certain` means are defined in docs/probes.md. `loss_over_best_baseline`: (1 - skill) over that of
@@ -69,14 +69,15 @@ EXPERIMENTS = {
     "dino": "dino", "combined": "combined",
 }  # fmt: skip
 COLLAPSED_BELOW = 2.0
-_OF_ONE = re.compile(rf"({'|'.join(EXPERIMENTS)}):(.+)", re.DOTALL)  # a change to one experiment
+_NAME = f"(?:{'|'.join(EXPERIMENTS)})"
+_OF_SOME = re.compile(rf"({_NAME}(?:,{_NAME})*):(.+)", re.DOTALL)  # a change to some experiments
 _EQUAL = ("model=small", "data.window={time: 4, lon: 0}", "data.batch_size=4")
 
 
 def changes_for(name: str, changes: list[str]) -> list[str]:
-    """Of all changes those to an experiment: `NAME:KEY=VALUE` is to experiment NAME alone."""
-    found = [(_OF_ONE.fullmatch(change), change) for change in changes]
-    return [own[2] if own else word for own, word in found if not own or own[1] == name]
+    """Of all changes those to an experiment: `NAME,NAME:KEY=VALUE` is to these alone."""
+    found = [(_OF_SOME.fullmatch(change), change) for change in changes]
+    return [own[2] if own else word for own, word in found if not own or name in own[1].split(",")]
 
 
 def cost_of(name: str, changes: list[str], repeats: int = 3) -> dict[str, float]:

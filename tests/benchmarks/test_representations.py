@@ -58,7 +58,7 @@ def test_shares_and_ratios_follow_from_the_tables() -> None:
     assert figures["labels"]["a"]["belt"]["1"]["interval"] == [0.1, 2.0]
 
 
-def test_a_change_may_be_to_one_objective() -> None:
+def test_a_change_may_be_to_some_objectives() -> None:
     lags = "objective.lag_time=[18h,24h]"
     given = ["model=tiny", f"contrastive:{lags}", "data.window={time: 3, lon: 0}"]
     assert changes_for("contrastive", given) == [
@@ -67,6 +67,8 @@ def test_a_change_may_be_to_one_objective() -> None:
         "data.window={time: 3, lon: 0}",
     ]
     assert changes_for("mae", given) == ["model=tiny", "data.window={time: 3, lon: 0}"]
+    for name, taken in (("mae", ["a=1"]), ("jepa", ["a=1"]), ("dino", [])):
+        assert changes_for(name, ["mae,jepa:a=1"]) == taken
 
 
 def test_leaves_that_differ_are_named() -> None:
