@@ -6,8 +6,8 @@
 
 With --train every experiment of EXPERIMENTS is trained for that many steps on the sample, one after
 another, with the changes of --set; one written NAME,NAME:KEY=VALUE, such as
-contrastive:objective.lag_time=[18h,24h], is to these objectives alone. Whatever is in --runs already
-is not done again, so that a run that was stopped goes on.
+contrastive:objective.lag_time=[18h,24h], is to these objectives alone. Whatever is in --runs
+already is not done again, so that a run that was stopped goes on.
 Probes are those of `atmossl probe`, on the sample's held-out run; `skill`, its interval and what
 `certain` means are defined in docs/probes.md. `loss_over_best_baseline`: (1 - skill) over that of
 the best baseline; `position` is none where positions are withheld from the latents.

@@ -218,12 +218,12 @@ CALIBRATE = {
     "task=downscaling task.coarse_input=true": "no truth",
     "task=downscaling task.factor=3": "does not divide",
     "init_time=2002-01-01": "not in segment",
-    "scales_km=[3000,3000]": "scales_km=.*needed: lengths in km, each once, such as .8000,3000.; ",
+    "scales_deg=[60,60]": "scales_deg=.*needed: lengths in degrees of longitude, each once, such ",
     "seed=9223372036854775808": "seed=9223372036854775808: valid: below 9223372036854775808$",
-    "scales_km=[0]": "scales_km.0=0: valid: above 0",
+    "scales_deg=[0]": "scales_deg.0=0: valid: above 0",
     "members=[1,2]": "members=.*valid: ",
     "members=1": "members=1: valid: ",
-    "scales_km=[50]": "scales_km=50: valid: from [0-9]*, the shortest wave of this grid up to 60 ",
+    "scales_deg=[5]": "scales_deg=5: valid: from 11.25, the shortest wave of this grid, to 360 deg",
 }
 SECOND_STREAM = (
     "++stream.t={variables: [temperature], levels: [500], token_size: {time: 1, lat: 2, lon: 2}"

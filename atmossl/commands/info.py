@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atmossl.batch import PRIMARY
-from atmossl.inference.calibration import SpreadInflation
+from atmossl.inference.calibration import CalibrationFactors
 from atmossl.inference.checkpoint import load_checkpoint, objective_name
 from atmossl.settings import check_plugins, snake_case
 
@@ -49,7 +49,7 @@ def _calibration(checkpoint_record: dict[str, Any]) -> dict[str, str]:
     from the reference time, and in which bands."""
     lines = {}
     for kind in checkpoint_record.get("spread", {}):
-        spread = SpreadInflation.of(checkpoint_record, kind)
+        spread = CalibrationFactors.of(checkpoint_record, kind)
         assert spread is not None
         hours = ", ".join(f"{hour:g}" for hour in spread.hours)
         when = f" at {hours} h" if spread.hours.any() else ""  # one step, with no lead time

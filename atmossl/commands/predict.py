@@ -14,9 +14,9 @@ from atmossl.atomic_files import check_room, remove, size_on_disk
 from atmossl.checkpoint_files import write_output
 from atmossl.inference.calibration import (
     Calibration,
-    SpreadInflation,
+    CalibrationFactors,
     check_calibrated,
-    estimate_inflation,
+    estimate_factors,
     scales_of,
 )
 from atmossl.inference.checkpoint import checkpoint_path, open_checkpoint, read_checkpoint
@@ -133,18 +133,18 @@ def calibrate(values: Mapping[str, Any]) -> Path:
         if config.output.suffix != ".ckpt" or config.output.exists():
             raise ValueError(f"output={config.output} must end in .ckpt and not exist")
         check_calibrated(config.task)
-        inflation = _calibrate(config)
-    for of, by_variable in (("spread", inflation.factors), ("mean", inflation.of_mean)):
+        found = _calibrate(config)
+    for of, by_variable in (("spread", found.spread), ("mean", found.mean)):
         for name, factors in by_variable.items():
-            for band, by_step in zip(inflation.bands(), factors, strict=True):
-                text = ", ".join(f"{value:.3f}" for value in by_step.mean(axis=1))
-                leads = " by lead time" if len(inflation.hours) > 1 else ""
+            for band, by_step in zip(found.bands(), factors.mean(axis=(0, -1)), strict=True):
+                text = ", ".join(f"{value:.3f}" for value in by_step)
+                leads = " by lead time" if len(found.hours) > 1 else ""
                 console_of_output().print(f"{name}, {band}: {of} x {text}{leads}")
     console_of_output().print(f"checkpoint: {config.output}")
     return config.output
 
 
-def _calibrate(config: CalibrateConfig) -> SpreadInflation:
+def _calibrate(config: CalibrateConfig) -> CalibrationFactors:
     check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
     trained, segments = open_checkpoint(config, config.task)
     check_draws(trained, config.members)
@@ -157,11 +157,11 @@ def _calibrate(config: CalibrateConfig) -> SpreadInflation:
     if len(times) == 0:
         raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
     parts = predict_parts(plan, list(times))
-    scales_km = config.scales_km
-    if scales_km is None:
-        scales_km = scales_of(plan.grid) if plan.trained.model.any_member else ()
-    inflation = estimate_inflation(plan, times, parts, scales_km)
+    edges = config.scales_deg
+    if edges is None:
+        edges = scales_of(plan.grid) if plan.trained.model.any_member else ()
+    factors = estimate_factors(plan, times, parts, edges)
     contents = read_checkpoint(config.checkpoint)
-    checkpoint_record = Calibration(contents["atmossl"], task).replaced(inflation)
+    checkpoint_record = Calibration(contents["atmossl"], task).replaced(factors)
     write_output({**contents, "atmossl": checkpoint_record}, config.output)
-    return inflation
+    return factors

@@ -1,25 +1,28 @@
 """Calibrates ensembles after training: factors of their spread and of the waves of their mean, per
-task, variable, level, lead time and band of zonal scales.
+task, variable, level, lead time, band of zonal waves and zone of latitude.
 
-A factor of the spread makes the mean variance of the members, times (M + 1) / M, equal to the mean
-square error of their mean (Fortin et al. 2014), on dates that the model was not trained on. The
-factors are kept in the checkpoint's record and applied around the ensemble mean. In a rollout every
-pass of a tail is inflated, so that members go on from calibrated states; of draws of noise the
-first pass is, since later ones run member by member.
+A factor of the spread makes the variance of the members equal to the mean square error of their
+mean on dates that the model was not trained on. That error holds a part that more members would
+take away (Fortin et al. 2014, section 3); it is taken off for draws of noise. The factors are kept
+in the checkpoint's record and applied around the ensemble mean. In a rollout every pass of a tail
+is inflated, so that members go on from calibrated states; of draws of noise the first pass is,
+since later ones run member by member.
 
 With one factor for all scales, members may have the right spread in every cell and the wrong one in
 area means and in differences of neighbours. With bands, each has the spread that its errors have.
+Bands are parted by the length of waves in degrees of longitude, not in km: what a network does not
+resolve are waves of a few of its cells, whatever their length.
 
 The ensemble mean stays as it is, but for waves shorter than the first band on rows that close the
 circle and are wholly predicted. There each band is multiplied by the slope of the regression of the
-truth on it, as in model output statistics (Glahn and Lowry 1972), here by scale. A network that
-keeps too little of short waves gets back their amplitude, so that members have the truth's power.
+truth on it, as in model output statistics (Glahn and Lowry 1972), here by scale. Waves that a
+network only makes up, such as those of the edges of coarse cells, go; such as it has too little of
+get back their amplitude; so members have the truth's power.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -32,61 +35,78 @@ from atmossl.geometry import EARTH_RADIUS_KM, Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.masking.tasks import Task
 
-# Edges of bands for members that are draws of noise, beside those near the shortest waves of a grid
-# (`scales_of`). Members of a tail get one factor for all scales: with bands the CRPS of the
-# checkpoint `default` is a tenth larger.
-SCALES_KM = (8000.0, 3000.0, 1700.0, 1260.0, 600.0, 300.0, 150.0)
-_PER_OCTAVE, _OCTAVES = 4, 2  # so many edges in an octave, and octaves from the shortest wave on
-_POLEMOST = 60.0  # degrees; closer to the poles cells are narrower than what a model resolves
+# Bands of members that are draws of noise (`scales_of`), and the latitudes between which their
+# factors are linear. Members of a tail get one factor for all scales and latitudes: with bands the
+# CRPS of the checkpoint `default` is a tenth larger.
+_LONGEST, _PER_OCTAVE, _OCTAVES = 120.0, 6, 2
+_ZONES = (-45.0, 0.0, 45.0)
 _SOFT, _SHARP = 2, 8  # exponents of the filter
-_CIRCUMFERENCE_KM = 2.0 * math.pi * EARTH_RADIUS_KM
+_KM_PER_DEGREE = math.pi * EARTH_RADIUS_KM / 180.0
 
 
 @dataclass(frozen=True)
-class SpreadInflation:
+class CalibrationFactors:
     """The factors of one kind of task.
 
-    hours: [step] from the reference time. factors: [band step level] of every variable, of the
-    spread, the band of the largest scales first. edges_km: wavelengths that part the bands,
-    falling; without any, one factor goes for all scales. of_mean: as `factors`, of the waves of the
-    ensemble mean; of no variable if it stays as it is.
+    hours: [step] from the reference time. spread: [zone band step level] of every variable, the
+    band of the longest waves first. mean: the same, of the waves of the ensemble mean; of no
+    variable if it stays as it is. edges: lengths of waves that part the bands, degrees of
+    longitude, falling; without any, one factor goes for all scales. zones: latitudes between which
+    factors are linear, beyond which they are constant; without any, one factor goes for all.
+    edges_in_km: whether edges are lengths in km, as up to version 0.7.
     """
 
     hours: np.ndarray
-    factors: Mapping[str, np.ndarray]
-    edges_km: tuple[float, ...] = ()
-    of_mean: Mapping[str, np.ndarray] = field(default_factory=dict)
+    spread: Mapping[str, np.ndarray]
+    mean: Mapping[str, np.ndarray] = field(default_factory=dict)
+    edges: tuple[float, ...] = ()
+    zones: tuple[float, ...] = ()
+    edges_in_km: bool = False
 
     @classmethod
-    def of(cls, checkpoint_record: Mapping[str, Any], kind: str) -> "SpreadInflation | None":
+    def of(cls, checkpoint_record: Mapping[str, Any], kind: str) -> "CalibrationFactors | None":
         """The factors in a checkpoint's record; None if it was not calibrated for this kind of
         task."""
         stored = checkpoint_record.get("spread", {}).get(kind)
         if stored is None:
             return None
-        factors = {name: np.array(values) for name, values in stored["factors"].items()}
-        if "edges_km" not in stored:  # as up to version 0.5: one band, without its axis
-            factors = {name: values[None] for name, values in factors.items()}
-        of_mean = {name: np.array(values) for name, values in stored.get("of_mean", {}).items()}
-        return cls(np.array(stored["hours"]), factors, tuple(stored.get("edges_km", ())), of_mean)
+        spread, mean = (
+            {name: np.array(values) for name, values in stored.get(key, {}).items()}
+            for key in ("factors", "mean_factors")
+        )
+        # up to version 0.7 all latitudes had one factor, up to 0.5 all scales, without these axes
+        spread = {n: values[(None,) * (4 - values.ndim)] for n, values in spread.items()}
+        return cls(
+            np.array(stored["hours"]),
+            spread,
+            mean,
+            tuple(stored.get("edges_deg", stored.get("edges_km", ()))),
+            tuple(stored.get("zones", ())),
+            "edges_km" in stored,
+        )
 
     def stored(self) -> dict[str, Any]:
         """The factors as a checkpoint's record keeps them."""
-        factors, of_mean = (
-            {name: values.tolist() for name, values in of.items()}
-            for of in (self.factors, self.of_mean)
-        )
-        stored = {"hours": self.hours.tolist(), "edges_km": [*self.edges_km], "factors": factors}
-        return stored | ({"of_mean": of_mean} if of_mean else {})
+        kept = {"factors": self.spread, "mean_factors": self.mean}
+        return {
+            "hours": self.hours.tolist(),
+            "edges_km" if self.edges_in_km else "edges_deg": [*self.edges],
+            "zones": [*self.zones],
+            **{
+                key: {name: values.tolist() for name, values in by_variable.items()}
+                for key, by_variable in kept.items()
+            },
+        }
 
     def bands(self) -> list[str]:
         """The bands in words."""
-        if not self.edges_km:
+        if not self.edges:
             return ["all scales"]
+        unit = "km" if self.edges_in_km else "degrees"
         return [
-            f"waves over {self.edges_km[0]:g} km",
-            *(f"waves of {short:g} to {long:g} km" for long, short in pairwise(self.edges_km)),
-            f"waves under {self.edges_km[-1]:g} km",
+            f"waves over {self.edges[0]:g} {unit}",
+            *(f"waves of {short:g} to {long:g} {unit}" for long, short in pairwise(self.edges)),
+            f"waves under {self.edges[-1]:g} {unit}",
         ]
 
     def applied(
@@ -95,13 +115,13 @@ class SpreadInflation:
         """The departures [step member level lat lon] of one variable from the ensemble mean at the
         given hours, times the factors: linear between the calibrated lead times and constant
         beyond."""
-        factors = self._at(hours, self.factors[name])[:, :, None]
-        if not self.edges_km:
+        factors = self._at(hours, lat, self.spread[name])[:, :, None]
+        if not self.edges:
             return factors[0] * departures
         predicted = np.ptp(departures, axis=1) > 0  # False of NaN; given values: equal members
         if not predicted.any():
             return departures
-        bands = zonal_bands(departures, predicted[:, None], lat, lon, self.edges_km)
+        bands = zonal_bands(departures, predicted[:, None], lon, self._edges(lat))
         scaled = sum(factor * band for factor, band in zip(factors, bands, strict=True))
         return np.where(predicted[:, None], scaled, departures)
 
@@ -117,21 +137,35 @@ class SpreadInflation:
         """The ensemble mean of one variable with the waves of every band times their factor, on the
         rows that close the circle and are wholly predicted."""
         whole = whole_rows(predicted, lat, lon)
-        if name not in self.of_mean or not whole.any():
+        if name not in self.mean or not whole.any():
             return mean
-        bands = zonal_bands(mean, whole, lat, lon, self.edges_km)
-        added = self._at(hours, self.of_mean[name]) - 1.0
+        bands = zonal_bands(mean, whole, lon, self._edges(lat))
+        added = self._at(hours, lat, self.mean[name]) - 1.0
         moved = sum(factor * band for factor, band in zip(added, bands, strict=True))
         return mean + np.where(whole, moved, 0.0).astype(mean.dtype)
 
     def _at(
-        self, hours: np.ndarray, factors: Float[np.ndarray, "band step level"]
-    ) -> Float[np.ndarray, "band step level 1 1"]:
-        """Factors at some hours."""
-        at_hours = [
-            [np.interp(hours, self.hours, by_step) for by_step in band.T] for band in factors
-        ]
-        return np.array(at_hours, np.float32).swapaxes(1, 2)[..., None, None]
+        self, hours: np.ndarray, lat: np.ndarray, factors: Float[np.ndarray, "zone band step level"]
+    ) -> Float[np.ndarray, "band step level lat 1"]:
+        """Factors at some hours and latitudes."""
+        at_hours = np.apply_along_axis(lambda f: np.interp(hours, self.hours, f), 2, factors)
+        at_rows = np.einsum("zbsk,zy->bsky", at_hours, zone_weights(lat, self.zones))
+        return at_rows[..., None].astype(np.float32)
+
+    def _edges(self, lat: np.ndarray) -> Sequence[Any]:
+        """The edges in degrees of longitude, of every row if they are lengths in km."""
+        if not self.edges_in_km:
+            return self.edges
+        km_per_degree = _KM_PER_DEGREE * np.cos(np.deg2rad(lat)).clip(1e-6)
+        return [edge / km_per_degree for edge in self.edges]
+
+
+def zone_weights(lat: np.ndarray, zones: tuple[float, ...]) -> Float[np.ndarray, "zone lat"]:
+    """How much the factor of every zone counts on every row: linear between the latitudes of two
+    zones, and constant beyond the outermost; their sum is 1. Without zones, one for all rows."""
+    if not zones:
+        return np.ones((1, len(lat)))
+    return np.stack([np.interp(lat, zones, of_zone) for of_zone in np.eye(len(zones))])
 
 
 def whole_rows(
@@ -145,9 +179,8 @@ def whole_rows(
 def zonal_bands(
     fields: Float[np.ndarray, "*axes lat lon"],
     where: Bool[np.ndarray, "*axes lat lon"],
-    lat: np.ndarray,
     lon: np.ndarray,
-    edges_km: tuple[float, ...],
+    edges: Sequence[float | Float[np.ndarray, "lat"]],
 ) -> list[Float[np.ndarray, "*axes lat lon"]]:
     """Fields split by zonal scale into bands whose sum they are, the largest scales first.
 
@@ -159,24 +192,23 @@ def zonal_bands(
     only cells of `where` count (normalised convolution, Knutsson and Westin 1993); elsewhere all
     bands are 0.
 
-    fields: [... lat lon]. where: the same, or with axes of size 1. lat, lon: centres, degrees.
-    edges_km: falling.
+    fields: [... lat lon]. where: the same, or with axes of size 1. lon: centres, degrees. edges:
+    lengths in degrees of longitude, falling, of all rows or one for each.
     """
-    grid = Grid(lat, lon)
-    size = len(lon) if grid.periodic else 2 * len(lon)  # zeros beyond the ends do not count
-    circle_km = grid.longitude_spacing * size / 360.0 * _CIRCUMFERENCE_KM
-    circle_km = circle_km * np.cos(np.deg2rad(lat)).clip(1e-6)
-    per_km = np.arange(size // 2 + 1) / circle_km[:, None]  # of every wave: 1 / its length
-
+    spacing = lon[1] - lon[0]
+    is_circle = Grid(np.zeros(1), lon).periodic
+    size = len(lon) if is_circle else 2 * len(lon)  # zeros beyond the ends do not count
+    per_degree = np.arange(size // 2 + 1) / (spacing * size)  # of every wave: 1 / its length
     inside = np.where(where, fields, 0.0)
-    is_whole = grid.periodic & where.all(axis=-1, keepdims=True)
+    is_whole = is_circle & where.all(axis=-1, keepdims=True)
     waves, waves_of_share = np.fft.rfft(inside, size), np.fft.rfft(where.astype(float), size)
 
-    def smooth(spectrum: np.ndarray, edge: float, exponent: int) -> np.ndarray:
-        lengths = (edge * per_km).clip(max=100.0)  # of the edge in waves; of more, nothing is kept
-        return np.fft.irfft(spectrum * np.exp2(-(lengths**exponent)), size)[..., : len(lon)]
+    def smooth(spectrum: np.ndarray, edge: float | np.ndarray, exponent: int) -> np.ndarray:
+        in_waves = np.asarray(edge)[..., None] * per_degree
+        kept = np.exp2(-(in_waves.clip(max=100.0) ** exponent))  # nothing of shorter waves
+        return np.fft.irfft(spectrum * kept, size)[..., : len(lon)]
 
-    def longer(edge: float) -> np.ndarray:
+    def longer(edge: float | np.ndarray) -> np.ndarray:
         if is_whole.all():
             return smooth(waves, edge, _SHARP)
         soft = smooth(waves, edge, _SOFT) / smooth(waves_of_share, edge, _SOFT).clip(1e-6)
@@ -184,7 +216,7 @@ def zonal_bands(
             soft = np.where(is_whole, smooth(waves, edge, _SHARP), soft)
         return np.where(where, soft, 0.0)
 
-    kept = [*map(longer, edges_km), inside]
+    kept = [*map(longer, edges), inside]
     bands = [kept[0], *(more - less for less, more in pairwise(kept))]
     return [band.astype(fields.dtype) for band in bands]
 
@@ -213,7 +245,7 @@ class Calibration:
         """Inflate fields [step member level lat lon] at the given hours from the reference time
         and the given cell centres, degrees. centre: around the mean of so many first members,
         so that no further member changes them; None: of all."""
-        inflated, own = {}, SpreadInflation.of(self.checkpoint_record, self.task.kind)
+        inflated, own = {}, CalibrationFactors.of(self.checkpoint_record, self.task.kind)
         for name, values in fields.items():
             mean = values[:, :centre].mean(axis=1, keepdims=True)
             departures = values - mean
@@ -232,12 +264,12 @@ class Calibration:
         other_kinds = {kind: factors for kind, factors in spread.items() if kind != self.task.kind}
         return {**self.checkpoint_record, "spread": other_kinds}
 
-    def replaced(self, inflation: SpreadInflation) -> dict[str, Any]:
+    def replaced(self, factors: CalibrationFactors) -> dict[str, Any]:
         """The record with these factors for the task's kind; factors of other kinds stay."""
         spread = self.checkpoint_record.get("spread", {})
         return {
             **self.checkpoint_record,
-            "spread": {**spread, self.task.kind: inflation.stored()},
+            "spread": {**spread, self.task.kind: factors.stored()},
         }
 
 
@@ -262,7 +294,7 @@ def _moved(
         variance = np.where(part.cells(lat, lon), variance, -np.inf)
         moved = np.where(variance > largest, of_part, departures if moved is None else moved)
         largest = np.maximum(variance, largest)
-    inflation = SpreadInflation.of(checkpoint_record, task.kind)
+    inflation = CalibrationFactors.of(checkpoint_record, task.kind)
     if inflation is None:
         return moved
     return inflation.applied(name, departures if moved is None else moved, hours, lat, lon)
@@ -270,63 +302,65 @@ def _moved(
 
 @dataclass
 class _Sums:
-    """Sums over dates and predicted cells that have a truth, [step level band band]: products of
-    the errors of the ensemble mean in two bands, and the covariances that should equal them. Of
-    rows that are wholly predicted also products of the mean itself in two bands, of the mean and
-    its error, and the part of the former that further members would take away (`sampling`)."""
+    """Sums over dates and predicted cells that have a truth, [zone step level band band]: products
+    of the errors of the ensemble mean in two bands, and the covariances of the members. Of rows
+    that are wholly predicted also products of the mean itself in two bands, and of the mean and its
+    error. are_draws: members are draws, whose mean errs by a part of their variance."""
 
-    error: np.ndarray
-    variance: np.ndarray
-    mean: np.ndarray
-    mean_error: np.ndarray
-    sampling: np.ndarray
+    lat: np.ndarray
+    lon: np.ndarray
+    edges: tuple[float, ...]
+    zones: tuple[float, ...]
+    shape: tuple[int, ...]  # [zone step level band band]
+    are_draws: bool = True
 
-    @classmethod
-    def zeros(cls, num_steps: int, num_levels: int, num_bands: int) -> "_Sums":
-        shape = (num_steps, num_levels, num_bands, num_bands)
-        return cls(*(np.zeros(shape) for _ in range(5)))
+    def __post_init__(self) -> None:
+        self.error, self.variance, self.sampling = (np.zeros(self.shape) for _ in range(3))
+        self.mean, self.mean_error, self.mean_sampling = (np.zeros(self.shape) for _ in range(3))
 
     def add(
-        self,
-        row: int,
-        members: np.ndarray,
-        truth: np.ndarray,
-        weight: np.ndarray,
-        lat: np.ndarray,
-        lon: np.ndarray,
-        edges_km: tuple[float, ...],
+        self, row: int, rows: slice, members: np.ndarray, truth: np.ndarray, weight: np.ndarray
     ) -> None:
-        """Add one step: members [member level lat lon], truth [level lat lon] and weight
-        [lat 1]."""
+        """Add some rows of one step: members [member level lat lon], truth [level lat lon] and the
+        weight of every row [lat]."""
+        zones = zone_weights(self.lat[rows], self.zones) * weight
 
         def split(fields: np.ndarray, where: np.ndarray) -> np.ndarray:
             values = np.nan_to_num(fields).astype(np.float64)
-            return np.stack(zonal_bands(values, where, lat, lon, edges_km))
+            return np.stack(zonal_bands(values, where, self.lon, self.edges))
+
+        def products(ours: np.ndarray, theirs: np.ndarray, where: np.ndarray) -> np.ndarray:
+            by_row = np.einsum(
+                "amkyx,bmkyx,kyx->kyab", ours, theirs, where.astype(float), optimize=True
+            )
+            return np.einsum("zy,kyab->zkab", zones, by_row)
 
         counted = (np.ptp(members, axis=0) > 0) & np.isfinite(truth)  # given values: equal members
         mean, num_members = members.mean(axis=0), len(members)
-        departure = split(members - mean, counted[None])
-        share = np.where(counted, weight, 0.0)
-        products = partial(np.einsum, "amxyz,bmxyz,xyz->xab", optimize=True)
+        departures = split(members - mean, counted[None])
         error = split(mean - truth, counted)[:, None]
-        self.error[row] += products(error, error, share)
-        finite_size = (num_members + 1) / num_members / (num_members - 1)
-        self.variance[row] += finite_size * products(departure, departure, share)
-        whole = whole_rows(counted, lat, lon)
-        if edges_km and whole.any():
-            bands, share = split(mean, whole)[:, None], np.where(whole, weight, 0.0)
-            self.mean[row] += products(bands, bands, share)
-            self.mean_error[row] += products(bands, error, share)
-            of_one = products(departure, departure, share) / (num_members - 1)
-            self.sampling[row] += of_one / num_members
+        covariance = products(departures, departures, counted) / (num_members - 1)
+        self.error[:, row] += products(error, error, counted)
+        if not self.are_draws:
+            covariance *= (num_members + 1) / num_members
+        self.variance[:, row] += covariance
+        self.sampling[:, row] += covariance / num_members if self.are_draws else 0.0
+        whole = whole_rows(counted, self.lat[rows], self.lon)
+        if self.edges and whole.any():
+            bands = split(mean, whole)[:, None]
+            self.mean[:, row] += products(bands, bands, whole)
+            self.mean_error[:, row] += products(bands, error, whole)
+            if self.are_draws:
+                of_one = products(departures, departures, whole) / (num_members - 1)
+                self.mean_sampling[:, row] += of_one / num_members
 
-    def slopes(self) -> Float[np.ndarray, "step level band"]:
+    def slopes(self) -> Float[np.ndarray, "zone step level band"]:
         """Slopes of the regression of the truth on every band of the mean that very many members
         would have; 1 for the first band, which holds the mean state, and where no row is wholly
-        predicted. The mean of a few members holds a part of their departures, which says nothing
+        predicted. The mean of a few draws holds a part of their departures, which says nothing
         about the truth: it is taken off, of the product of mean and error as of the mean's own
         variance, of which a quarter at least stays."""
-        mean, sampling = _diagonal(self.mean), _diagonal(self.sampling)
+        mean, sampling = _diagonal(self.mean), _diagonal(self.mean_sampling)
         lacking = sampling - _diagonal(self.mean_error)
         of_many = np.maximum(mean - sampling, mean / 4)
         slopes = 1.0 + np.divide(lacking, of_many, out=np.zeros_like(mean), where=of_many > 0)
@@ -334,8 +368,8 @@ class _Sums:
         return slopes
 
     def factors(
-        self, slopes: Float[np.ndarray, "step level band"]
-    ) -> Float[np.ndarray, "band step level"]:
+        self, slopes: Float[np.ndarray, "zone step level band"]
+    ) -> Float[np.ndarray, "zone band step level"]:
         """The factors of the spread around the mean with its slopes; 1 where nothing was predicted.
         Those of the bands are in the ratio of error to spread in each, and such that the variance
         of single cells is right, too."""
@@ -343,10 +377,11 @@ class _Sums:
         crossed = added[..., :, None] * self.mean_error
         of_mean = added[..., :, None] * self.mean * added[..., None, :]
         error = self.error + crossed + crossed.swapaxes(-2, -1) + of_mean
+        error = error - slopes[..., :, None] * self.sampling * slopes[..., None, :]
         by_band = _root_of_ratio(_diagonal(error), _diagonal(self.variance))
         scaled = by_band[..., :, None] * by_band[..., None, :] * self.variance
         common = _root_of_ratio(error.sum(axis=(-2, -1)), scaled.sum(axis=(-2, -1)))
-        return np.moveaxis(by_band * common[..., None], -1, 0)
+        return np.moveaxis(by_band * common[..., None], -1, 1)
 
 
 def _diagonal(sums: np.ndarray) -> np.ndarray:
@@ -355,83 +390,79 @@ def _diagonal(sums: np.ndarray) -> np.ndarray:
 
 def _root_of_ratio(error: np.ndarray, variance: np.ndarray) -> np.ndarray:
     ratio = np.divide(error, variance, out=np.ones_like(error), where=variance > 0)
-    return np.sqrt(ratio)
+    return np.sqrt(ratio.clip(min=0.0))
 
 
-def estimate_inflation(
-    plan: Plan,
-    times: np.ndarray,
-    parts: Iterable[BlendedPart],
-    edges_km: tuple[float, ...] = (),
-) -> SpreadInflation:
+def estimate_factors(
+    plan: Plan, times: np.ndarray, parts: Iterable[BlendedPart], edges: tuple[float, ...] = ()
+) -> CalibrationFactors:
     """Estimate the factors from all given times. parts: the plan's predictions at these times.
-    edges_km: wavelengths that part the bands, falling.
+    edges: lengths of waves that part the bands, degrees of longitude, falling; with them every zone
+    of latitude has factors of its own.
 
     Raises:
         ValueError: a single member, or a task of whose prediction the store holds no truth.
     """
     check_calibrated(plan.task)
-    check_scales(edges_km, plan.grid)
+    check_scales(edges, plan.grid)
     if plan.trained.checkpoint_record.get("model", {}).get("num_members") == 1:
         raise ValueError("calibrate: the checkpoint has one member, so no spread")
     leads = plan.leads
     hours = leads / HOUR
-    levels = plan.trained.level_values
+    levels, zones = plan.trained.level_values, _ZONES if edges else ()
+    place = plan.grid.latitude, plan.grid.longitude
     sums: dict[str, _Sums] = {}
     for part in parts:
         if part.data != PRIMARY:
             continue  # streams of other sources keep the spread that they have
         segment = plan.find(times[part.case]).segment
-        weight = plan.grid.weights[part.rows][:, None]
-        place = plan.grid.latitude[part.rows], plan.grid.longitude
         for name, values in part.fields.items():
             num_members, num_levels = values.shape[1:3]
             if num_members < 2:
                 raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            zeros = _Sums.zeros(len(leads), num_levels, len(edges_km) + 1)
-            of_variable = sums.setdefault(name, zeros)
+            shape = (max(1, len(zones)), len(leads), num_levels, len(edges) + 1, len(edges) + 1)
+            empty = _Sums(*place, edges, zones, shape, plan.trained.model.any_member)
+            of_variable = sums.setdefault(name, empty)
             for step, lead in enumerate(part.leads):
                 row = int(np.flatnonzero(leads == lead)[0])
                 valid = segment.find_time(times[part.case] + lead)
                 truth = segment.read(
                     name, levels[name], valid, 1, segment.whole(), within_limits=True
                 )[:, 0, part.rows]
-                of_variable.add(row, values[step], truth, weight, *place, edges_km)
+                weight = plan.grid.weights[part.rows]
+                of_variable.add(row, part.rows, values[step], truth, weight)
     if not any(of_variable.variance.any() for of_variable in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")
     order = np.argsort(hours)
-    slopes = {name: of_variable.slopes()[order] for name, of_variable in sums.items()}
-    factors = {name: sums[name].factors(sums[name].slopes())[:, order] for name in sums}
-    of_mean = {name: np.moveaxis(values, -1, 0) for name, values in slopes.items()}
-    is_moved = any((values != 1.0).any() for values in of_mean.values())
-    return SpreadInflation(hours[order], factors, edges_km, of_mean if is_moved else {})
+    spread, mean = {}, {}
+    for name, of_variable in sums.items():
+        slopes = of_variable.slopes()
+        spread[name] = of_variable.factors(slopes)[:, :, order]
+        if (slopes != 1.0).any():
+            mean[name] = np.moveaxis(slopes, -1, 1)[:, :, order]
+    return CalibrationFactors(hours[order], spread, mean, edges, zones)
 
 
 def scales_of(grid: Grid) -> tuple[float, ...]:
-    """The edges of bands for members that are fields: a few for the long waves, and a quarter of an
-    octave apart over two octaves from the shortest waves of the grid on, where power falls by
-    orders of magnitude within an octave and a network keeps less of every shorter wave."""
-    shortest = _shortest_wave_km(grid)
+    """The edges of bands for members that are fields, degrees of longitude: halved from 120 on, and
+    a sixth of an octave apart over two octaves from the shortest waves of the grid on, where power
+    falls by orders of magnitude within an octave and a network keeps less of every shorter wave."""
+    shortest = 2.0 * grid.longitude_spacing
     near = [shortest * 2.0 ** (n / _PER_OCTAVE) for n in range(_OCTAVES * _PER_OCTAVE, 0, -1)]
-    return (*(edge for edge in SCALES_KM if edge > near[0]), *(float(round(edge)) for edge in near))
+    halvings = max(0, math.ceil(math.log2(_LONGEST / near[0])))
+    far = [_LONGEST / 2.0**n for n in range(halvings)]
+    return tuple(float(f"{edge:.3g}") for edge in (*far, *near))
 
 
-def check_scales(edges_km: tuple[float, ...], grid: Grid) -> None:
-    """Raise ValueError for a wave that is longer than the equator, or shorter than any of a grid up
-    to 60 degrees."""
-    shortest = _shortest_wave_km(grid)
-    wrong = [edge for edge in edges_km if not shortest <= edge <= _CIRCUMFERENCE_KM]
+def check_scales(edges: tuple[float, ...], grid: Grid) -> None:
+    """Raise ValueError for a wave that is longer than the circle, or shorter than any of a grid."""
+    shortest = 2.0 * grid.longitude_spacing
+    wrong = [edge for edge in edges if not shortest <= edge <= 360.0]
     if wrong:
         raise ValueError(
-            f"scales_km={wrong[0]:g}: valid: from {math.ceil(shortest)}, the shortest wave of this "
-            f"grid up to {_POLEMOST:g} degrees, to {_CIRCUMFERENCE_KM:.0f} km"
+            f"scales_deg={wrong[0]:g}: valid: from {shortest:g}, the shortest wave of this grid, "
+            "to 360 degrees of longitude"
         )
-
-
-def _shortest_wave_km(grid: Grid) -> float:
-    latitude = min(float(np.abs(grid.latitude).max()), _POLEMOST)
-    on_equator = 2.0 * _CIRCUMFERENCE_KM * grid.longitude_spacing / 360.0
-    return on_equator * math.cos(math.radians(latitude))
 
 
 def check_calibrated(task: Task) -> None:

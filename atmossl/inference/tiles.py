@@ -435,27 +435,29 @@ def _complete_rows(
 def _corrected(
     plan: Plan, fields: Fields, rows: slice, leads: np.ndarray, coarse: Mapping[str, Tensor]
 ) -> Fields:
-    """The blended ensemble [step member level lat lon] with calibrated spread. In a downscaling
-    every coarse cell then gets its given mean, unless the task says not to: of every draw of noise;
-    of a tail the ensemble mean, since its members are values of single cells, which would lose
-    their spread."""
+    """The blended ensemble [step member level lat lon] with calibrated spread, and in a downscaling
+    with the given means, before, as calibration knew it, and after."""
     lat, lon = plan.grid.latitude[rows], plan.grid.longitude
     calibration = Calibration(plan.trained.checkpoint_record, plan.task)
+    fields = _with_given_means(plan, fields, rows, coarse)
     fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
+    return _with_given_means(plan, fields, rows, coarse)
+
+
+def _with_given_means(
+    plan: Plan, fields: Fields, rows: slice, coarse: Mapping[str, Tensor]
+) -> Fields:
+    """In a downscaling coarse cells get their given means, unless the task says not to: in every
+    draw of noise; for a tail in the ensemble mean, since values of single cells would lose spread."""
     task, kept = plan.task.downscaling, {}
     if task is None or task.consistent is False:
         return fields
-    weight = torch.from_numpy(plan.grid.weights[rows])
+    weight, is_circle = torch.from_numpy(plan.grid.weights[rows]), plan.grid.periodic
     for name, given in coarse.items():
         members = torch.from_numpy(fields[name]).double()
         fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
         moved = with_coarse_means(
-            fine,
-            given,
-            weight,
-            task.factor,
-            is_amount=name in AMOUNTS,
-            closes_circle=plan.grid.periodic,
+            fine, given, weight, task.factor, is_amount=name in AMOUNTS, closes_circle=is_circle
         )
         kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
     return kept

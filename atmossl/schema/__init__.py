@@ -188,22 +188,24 @@ class PredictConfig(DatedConfig):
     missing: Literal["keep", "fill"]
 
 
-def _falling(scales_km: tuple[float, ...]) -> tuple[float, ...]:
-    if len({*scales_km}) < len(scales_km):
-        raise ValueError("needed: lengths in km, each once, such as [8000,3000]; [] for one factor")
-    return tuple(sorted(scales_km, reverse=True))
+def _falling(scales_deg: tuple[float, ...]) -> tuple[float, ...]:
+    if len({*scales_deg}) < len(scales_deg):
+        raise ValueError(
+            "needed: lengths in degrees of longitude, each once, such as [90,30]; [] for one factor"
+        )
+    return tuple(sorted(scales_deg, reverse=True))
 
 
 class CalibrateConfig(DatedConfig):
     """All settings of `atmossl calibrate`.
 
-    scales_km: lengths of zonal waves that part the bands, each with its own factor of the spread;
-        empty for one factor for all scales; None for what suits the ensemble. members: how many
-        draws of noise.
+    scales_deg: lengths of zonal waves that part the bands, each with its own factor of the spread,
+        in degrees of longitude; empty for one factor for all scales; None for what suits the
+        ensemble. members: how many draws of noise.
     """
 
     task: ChosenTask
-    scales_km: Annotated[tuple[PositiveFloat, ...], AfterValidator(_falling)] | None
+    scales_deg: Annotated[tuple[PositiveFloat, ...], AfterValidator(_falling)] | None
     tilings: Positive
     members: Annotated[int, Field(ge=2)] | None
     seed: Seed

@@ -11,10 +11,11 @@ from atmossl.batch import PRIMARY
 from atmossl.cli import main
 from atmossl.inference.calibration import (
     Calibration,
-    SpreadInflation,
+    CalibrationFactors,
     _Sums,
-    estimate_inflation,
+    estimate_factors,
     zonal_bands,
+    zone_weights,
 )
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Plan
@@ -38,8 +39,8 @@ class Overconfident(Oracle):
         return Known(noisy, tuple(0.1 * np.linspace(-1.5, 1.5, 6))).forward(view)
 
 
-def inflation(used: Plan, times: np.ndarray) -> SpreadInflation:
-    return estimate_inflation(used, times, predict_parts(used, list(times)))
+def inflation(used: Plan, times: np.ndarray) -> CalibrationFactors:
+    return estimate_factors(used, times, predict_parts(used, list(times)))
 
 
 def test_inflation_brings_spread_to_error() -> None:
@@ -50,19 +51,19 @@ def test_inflation_brings_spread_to_error() -> None:
     found = inflation(used, times)
     variance = np.var(0.1 * np.linspace(-1.5, 1.5, 6), ddof=1) * 7 / 6
     expected = 0.3 / np.sqrt(variance)
-    for factors in found.factors.values():
-        assert factors.shape == (1, 1, 3)  # band step level
+    for factors in found.spread.values():
+        assert factors.shape == (1, 1, 1, 3)  # zone band step level
         np.testing.assert_allclose(factors, expected, rtol=0.1)  # of 8 times 128 cells
     record = Calibration({"kept": 1}, used.task).replaced(found)
     assert record["kept"] == 1
     trained = replace(used.trained, checkpoint_record=record)
     again = inflation(replace(used, trained=trained), times)
-    for factors in again.factors.values():
+    for factors in again.spread.values():
         np.testing.assert_allclose(factors, 1.0, atol=1e-4)
     record = Calibration(record, used.task).without_own()
     free = inflation(replace(used, trained=replace(trained, checkpoint_record=record)), times)
-    np.testing.assert_allclose(free.factors["temperature"], found.factors["temperature"])
-    assert SpreadInflation.of(record, "TemporalInterpolation") is None
+    np.testing.assert_allclose(free.spread["temperature"], found.spread["temperature"])
+    assert CalibrationFactors.of(record, "TemporalInterpolation") is None
 
 
 GRID = (np.array([-60.0, 0.0, 70.0]), np.arange(4) * 90.0)
@@ -97,7 +98,7 @@ def test_a_union_takes_at_each_cell_the_largest_factor_of_what_hides_there() -> 
     union = Combined((Forecast(12), BOX))
     inherited = np.array([[[1, 1, 1.5], [2, 2, 2]], [[3, 3, 3], [2, 2, 2]]])  # [step level lat]
     np.testing.assert_allclose(ratios(FACTORS, union, [6, 12]), inherited, rtol=1e-5)
-    own = SpreadInflation(np.zeros(1), {"t": np.full((1, 1, 2), 4.0)})
+    own = CalibrationFactors(np.zeros(1), {"t": np.full((1, 1, 1, 2), 4.0)})
     record = Calibration(FACTORS, union).replaced(own)
     told = Counterfactual(Combined((BOX, Forecast(6))), 720.0)
     np.testing.assert_allclose(ratios(record, told, [6, 12]), 4 * inherited, rtol=1e-5)
@@ -110,33 +111,31 @@ def test_a_union_takes_at_each_cell_the_largest_factor_of_what_hides_there() -> 
 def test_bands_part_waves_by_their_length(gap: tuple[slice, slice] | None) -> None:
     """They add up to the field, and the first keeps half of a wave as long as the edge, whatever
     lies elsewhere: each row by itself."""
-    lat, lon = np.array([-60.0, 0.0, 60.0]), np.arange(64) * 5.625
+    lon = np.arange(64) * 5.625
     wave = np.cos(np.deg2rad(8 * lon)) * np.ones((3, 1))
-    edge = 2 * np.pi * 6371.0 / 8  # of wavenumber 8 at the equator
-    large, small = zonal_bands(wave, np.ones((3, 64), bool), lat, lon, (edge,))
-    np.testing.assert_allclose(large + small, wave, atol=1e-12)
-    np.testing.assert_allclose(large[1], 0.5 * wave[1], atol=1e-12)
-    # half as long at 60 degrees
-    np.testing.assert_allclose(large[0], 0.5 ** (2**8) * wave[0], atol=1e-12)
-    soft, _ = zonal_bands(wave[:, :33], np.ones((3, 33), bool), lat, lon[:33], (edge,))
+    edges = np.array([90.0, 45.0, 22.5])  # of rows: twice, once and half the length of the wave
+    for edge, kept in ((45.0, np.full(3, 0.5)), (edges, 0.5 ** (np.array([2.0, 1.0, 0.5]) ** 8))):
+        large, small = zonal_bands(wave, np.ones((3, 64), bool), lon, (edge,))
+        np.testing.assert_allclose(large + small, wave, atol=1e-12)
+        np.testing.assert_allclose(large, kept[:, None] * wave, atol=1e-12)
+    soft, _ = zonal_bands(wave[:, :33], np.ones((3, 33), bool), lon[:33], (edges,))
     assert abs(soft[0, 16] - 0.5**4 * wave[0, 16]) < 1e-3  # amid a part of the circle
     fields = np.random.default_rng(0).standard_normal((2, 5, 64)).astype(np.float32)
     where = np.ones((1, 5, 64), bool)
     if gap:
         where[:, *gap] = False
-    lat = np.linspace(-80, 80, 5)
-    bands = zonal_bands(fields, where, lat, lon, (8000.0, 3000.0))
+    bands = zonal_bands(fields, where, lon, (70.0, 27.0))
     np.testing.assert_allclose(sum(bands), np.where(where, fields, 0), atol=1e-5)
     fields[:, ~where[0]] = 1e6
-    again = zonal_bands(fields, where, lat, lon, (8000.0, 3000.0))
+    again = zonal_bands(fields, where, lon, (70.0, 27.0))
     np.testing.assert_array_equal(bands, again)
-    rows = zonal_bands(fields[:, 3:], where[:, 3:], lat[3:], lon, (8000.0, 3000.0))
+    rows = zonal_bands(fields[:, 3:], where[:, 3:], lon, (70.0, 27.0))
     np.testing.assert_allclose(rows, np.array(bands)[..., 3:, :], atol=1e-6)
 
 
 def test_a_constant_stays_in_the_first_band_up_to_the_edges_of_a_region() -> None:
-    lat, lon = np.linspace(30, 60, 7), np.arange(20) * 2.0
-    bands = zonal_bands(np.ones((7, 20)), np.ones((7, 20), bool), lat, lon, (5000.0, 1000.0))
+    lon = np.arange(20) * 2.0
+    bands = zonal_bands(np.ones((7, 20)), np.ones((7, 20), bool), lon, (45.0, 9.0))
     np.testing.assert_allclose(bands[0], 1.0, atol=1e-9)
     np.testing.assert_allclose(bands[1:], 0.0, atol=1e-9)
 
@@ -146,7 +145,7 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
     error, and given cells stay as they are."""
     rng = np.random.default_rng(0)
     lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
-    edges = (10000.0,)
+    edges = (90.0,)
     large, small = 0.4, 2.0  # spread over error
 
     def field(count: int) -> np.ndarray:
@@ -158,7 +157,7 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
         return np.stack([*waves])
 
     def factors(record: dict) -> np.ndarray:
-        sums = _Sums.zeros(1, 1, 2)
+        sums = _Sums(lat, lon, edges, (), (1, 1, 1, 2, 2), are_draws=False)  # around a fixed mean
         for _ in range(60):
             truth, members = field(1)[:, 0].sum(axis=0), field(6)
             spread = large * members[0] + small * members[1]
@@ -168,13 +167,13 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
             moved = calibrated.apply({"t": spread[None]}, np.zeros(1), lat, lon)["t"][0]
             np.testing.assert_array_equal(moved[..., :4], spread[..., :4])
             np.testing.assert_allclose(moved.mean(axis=0), spread.mean(axis=0), atol=1e-9)
-            sums.add(0, moved, truth, np.ones((8, 1)), lat, lon, edges)
+            sums.add(0, slice(0, 8), moved, truth, np.ones(8))
         np.testing.assert_array_equal(sums.slopes(), 1.0)  # no row is wholly predicted
-        return sums.factors(sums.slopes())[:, 0, 0]
+        return sums.factors(sums.slopes())[0, :, 0, 0]
 
     found = factors({})
     np.testing.assert_allclose(found, [1 / large, 1 / small], rtol=0.1)
-    inflation = SpreadInflation(np.zeros(1), {"t": found[:, None, None]}, edges)
+    inflation = CalibrationFactors(np.zeros(1), {"t": found[None, :, None, None]}, {}, edges)
     record = json.loads(json.dumps(Calibration({}, Forecast(6)).replaced(inflation)))
     np.testing.assert_allclose(factors(record), 1.0, rtol=0.12)  # bands overlap
 
@@ -184,7 +183,7 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
     and with half of the spread that is lacking: afterwards their power is the truth's."""
     rng = np.random.default_rng(1)
     lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
-    edges, hours = (8000.0,), np.zeros(1)
+    edges, hours = (72.0,), np.zeros(1)
 
     def waves(number: int, *count: int) -> np.ndarray:
         phase = rng.uniform(0, 2 * np.pi, (*count, 1, 8, 1))
@@ -199,14 +198,14 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
         return float((abs(np.fft.rfft(fields)[..., 20]) ** 2).mean())
 
     for kept, slope in ((1 / 3, 3.0), (1.0, 1.0)):
-        sums = _Sums.zeros(1, 1, 2)
+        sums = _Sums(lat, lon, edges, (), (1, 1, 1, 2, 2))
         for _ in range(200):
             truth, members = case(kept)
-            sums.add(0, members, truth, np.ones((8, 1)), lat, lon, edges)
+            sums.add(0, slice(0, 8), members, truth, np.ones(8))
         slopes = sums.slopes()
-        np.testing.assert_allclose(slopes[0, 0], [1.0, slope], rtol=0.03)
-        of_mean = {"t": np.moveaxis(slopes, -1, 0)}
-        inflation = SpreadInflation(hours, {"t": sums.factors(slopes)}, edges, of_mean)
+        np.testing.assert_allclose(slopes[0, 0, 0], [1.0, slope], rtol=0.03)
+        of_mean = {"t": np.moveaxis(slopes, -1, 1)}
+        inflation = CalibrationFactors(hours, {"t": sums.factors(slopes)}, of_mean, edges)
         record = json.loads(json.dumps(Calibration({}, Forecast(6)).replaced(inflation)))
         power = []
         for _ in range(200):
@@ -223,8 +222,8 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
 def test_the_mean_of_a_row_that_is_given_in_part_stays_as_it_is() -> None:
     rng = np.random.default_rng(2)
     lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
-    doubled = {"t": np.array([1.0, 2.0])[:, None, None]}
-    inflation = SpreadInflation(np.zeros(1), {"t": np.ones((2, 1, 1))}, (8000.0,), doubled)
+    doubled = {"t": np.array([1.0, 2.0])[None, :, None, None]}
+    inflation = CalibrationFactors(np.zeros(1), {"t": np.ones((1, 2, 1, 1))}, doubled, (72.0,))
     record = Calibration({}, Forecast(6)).replaced(inflation)
     members = rng.standard_normal((1, 4, 1, 8, 64))
     members[:, :, :, 3, 10] = 0.5  # given
@@ -236,6 +235,48 @@ def test_the_mean_of_a_row_that_is_given_in_part_stays_as_it_is() -> None:
     np.testing.assert_allclose(part, members[..., :40], atol=1e-6)  # a part of the circle
 
 
+def test_a_factor_has_the_spread_of_many_draws_equal_their_error_in_every_zone() -> None:
+    """Draws of a spread that is right in the tropics and half as large as it should be elsewhere: a
+    factor of 1 and 2, although the mean of four errs by a part of their variance."""
+    rng = np.random.default_rng(3)
+    lat, lon = np.linspace(-85, 85, 18), np.arange(64) * 5.625
+    zones, edges = (-45.0, 0.0, 45.0), (72.0,)
+    spread = 1.0 / (zone_weights(lat, zones) * np.array([2.0, 1.0, 2.0])[:, None]).sum(0)[:, None]
+    sums = _Sums(lat, lon, edges, zones, (3, 1, 1, 2, 2))
+    for _ in range(40):
+        truth = rng.standard_normal((1, 18, 64))
+        members = spread * rng.standard_normal((4, 1, 18, 64))
+        for rows in (slice(0, 7), slice(7, 18)):
+            sums.add(0, rows, members[..., rows, :], truth[:, rows], np.ones(18)[rows])
+    factors = sums.factors(np.ones((3, 1, 1, 2)))
+    assert factors.shape == (3, 2, 1, 1)
+    np.testing.assert_allclose(factors[..., 0, 0].T, [[2.0, 1.0, 2.0]] * 2, rtol=0.05)
+    known = {"t": np.array([2.0, 1.0, 2.0])[:, None, None, None]}
+    found = CalibrationFactors(np.zeros(1), known, zones=zones)
+    moved = found.applied("t", np.ones((1, 4, 1, 18, 64)), np.zeros(1), lat, lon)
+    np.testing.assert_allclose(moved[0, 0, 0, :, 0] * spread[:, 0], 1.0, rtol=1e-6)
+
+
+def test_factors_of_earlier_versions_are_read() -> None:
+    """Of version 0.5, of all scales, and of 0.7, of bands by lengths in km: a wave of 45 degrees is
+    5004 km long on the equator, and half as long at 60 degrees."""
+    lat, lon = np.array([-60.0, 0.0, 60.0]), np.arange(64) * 5.625
+    wave = (
+        np.cos(np.deg2rad(8 * lon))
+        * np.ones((1, 2, 1, 3, 1))
+        * np.array([1, -1])[:, None, None, None]
+    )
+    for stored, expected in (
+        ({"factors": {"t": [[3.0]]}}, [3, 3, 3]),
+        ({"factors": {"t": [[[3.0]], [[5.0]]]}, "edges_km": [3500.0]}, [5, 3, 5]),
+    ):
+        record = {"spread": {"Forecast": {"hours": [6.0], **stored}}}
+        moved = Calibration(record, Forecast(6)).apply({"t": wave}, np.full(1, 6.0), lat, lon)["t"]
+        np.testing.assert_allclose((moved / wave)[0, 0, 0, :, 0], expected, rtol=0.06)
+        found = CalibrationFactors.of(record, "Forecast")
+        assert found is not None and found.bands()[-1] in ("all scales", "waves under 3500 km")
+
+
 @pytest.mark.parametrize("checkpoint", ["default", "default_joint"])
 def test_info_tells_of_which_tasks_the_spread_is_calibrated(checkpoint: str, capsys) -> None:
     assert main(["info", f"checkpoint={checkpoint}"]) == 0
@@ -245,7 +286,7 @@ def test_info_tells_of_which_tasks_the_spread_is_calibrated(checkpoint: str, cap
     assert f"spread of forecast calibrated at {hours} h for " in said
     assert record["TemporalInterpolation"]["hours"] == [0.0]  # it has no lead times to tell
     assert "spread of temporal_interpolation calibrated for " in said
-    bands = "waves of 3000 to 8000 km" if record["Forecast"].get("edges_km") else "all scales"
+    bands = "waves of 60 to 120 degrees" if record["Forecast"].get("edges_deg") else "all scales"
     assert bands in said
 
 
@@ -258,8 +299,8 @@ def test_one_member_has_no_spread() -> None:
 def test_every_pass_of_a_rollout_is_inflated() -> None:
     """Members that diffuse go on from calibrated states: variances are the factor's square more."""
     used = predictor(Forecast(12, 6), Diffusing(6), window=(5, 8, 16), overlap=0.0)
-    factors = {name: np.full((1, 1, 3), 2.0) for name in STORE.data_vars}
-    record = Calibration({}, used.task).replaced(SpreadInflation(np.array([6.0]), factors))
+    factors = {name: np.full((1, 1, 1, 3), 2.0) for name in STORE.data_vars}
+    record = Calibration({}, used.task).replaced(CalibrationFactors(np.array([6.0]), factors))
     used = replace(used, trained=replace(used.trained, checkpoint_record=record))
     scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     variance = (run_at(used, 6)["temperature"] / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))

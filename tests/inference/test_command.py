@@ -283,8 +283,8 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("ensemble", "more", "num_bands"),
-    # of cells of 22.5 degrees: two octaves in quarters, from 2502 km on, the shortest wave at 60 N
-    [("tail", [], 1), ("noise", [], 9), ("tail", ["scales_km=[9000,6000]"], 3)],
+    # cells of 22.5 degrees: two octaves in sixths, up to 180 degrees
+    [("tail", [], 1), ("noise", [], 13), ("tail", ["scales_deg=[120,60]"], 3)],
 )
 def test_members_that_are_fields_are_calibrated_by_scale(
     folder: Path, tmp_path: Path, ensemble: str, more: list[str], num_bands: int
@@ -294,8 +294,9 @@ def test_members_that_are_fields_are_calibrated_by_scale(
     given = [*arguments(folder, new, *more), f"checkpoint={old}", "every=4"]
     assert main(["calibrate", "task=temporal_interpolation", *given]) == 0
     spread = torch.load(new, weights_only=True)["atmossl"]["spread"]["TemporalInterpolation"]
-    assert len(spread["edges_km"]) == num_bands - 1
-    assert {np.shape(values) for values in spread["factors"].values()} == {(num_bands, 1, 3)}
+    assert len(spread["edges_deg"]) == num_bands - 1
+    shape = (3 if num_bands > 1 else 1, num_bands, 1, 3)  # zone band step level
+    assert {np.shape(values) for values in spread["factors"].values()} == {shape}
     given = [*arguments(folder, tmp_path / "o.zarr"), f"checkpoint={new}", "every=4"]
     assert main(["predict", "task=temporal_interpolation", *given]) == 0
 

@@ -20,7 +20,7 @@ from atmossl.batch import (
     View,
 )
 from atmossl.cli import compose_config, main
-from atmossl.inference.calibration import Calibration, SpreadInflation
+from atmossl.inference.calibration import Calibration, CalibrationFactors
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Plan
 from atmossl.inference.writer import OutputLayout
@@ -148,8 +148,8 @@ def test_members_that_are_chosen_are_those_of_the_whole_ensemble(
 ) -> None:
     """In the order that was asked for, with their numbers, in rollouts, with inflated spread."""
     whole = predictor(task, MODELS[kind], seed=7)
-    factors = {name: np.full((1, 1, 3), 2.0) for name in STORE.data_vars}
-    record = Calibration({}, task).replaced(SpreadInflation(np.zeros(1), factors))
+    factors = {name: np.full((1, 1, 1, 3), 2.0) for name in STORE.data_vars}
+    record = Calibration({}, task).replaced(CalibrationFactors(np.zeros(1), factors))
     trained = replace(whole.trained, checkpoint_record=record if calibrated else {})
     whole = replace(whole, trained=trained)
     some = replace(whole, options=replace(whole.options, members=(3, 1)))
