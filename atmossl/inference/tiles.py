@@ -448,7 +448,7 @@ def _with_given_means(
     plan: Plan, fields: Fields, rows: slice, coarse: Mapping[str, Tensor]
 ) -> Fields:
     """In a downscaling coarse cells get their given means, unless the task says not to: in every
-    draw of noise; for a tail in the ensemble mean, since values of single cells would lose spread."""
+    draw of noise; for a tail in the mean, since its values of single cells would lose spread."""
     task, kept = plan.task.downscaling, {}
     if task is None or task.consistent is False:
         return fields

@@ -236,12 +236,14 @@ def test_the_mean_of_a_row_that_is_given_in_part_stays_as_it_is() -> None:
 
 
 def test_a_factor_has_the_spread_of_many_draws_equal_their_error_in_every_zone() -> None:
-    """Draws of a spread that is right in the tropics and half as large as it should be elsewhere: a
-    factor of 1 and 2, although the mean of four errs by a part of their variance."""
+    """Draws whose spread is right in the tropics and half as large as it should be elsewhere. The
+    factor of a zone is of the mean variances of its rows, by their weights, although the mean of
+    four errs by a part of their variance."""
     rng = np.random.default_rng(3)
     lat, lon = np.linspace(-85, 85, 18), np.arange(64) * 5.625
     zones, edges = (-45.0, 0.0, 45.0), (72.0,)
-    spread = 1.0 / (zone_weights(lat, zones) * np.array([2.0, 1.0, 2.0])[:, None]).sum(0)[:, None]
+    weights = zone_weights(lat, zones)
+    spread = 1.0 / (weights * np.array([2.0, 1.0, 2.0])[:, None]).sum(0)[:, None]
     sums = _Sums(lat, lon, edges, zones, (3, 1, 1, 2, 2))
     for _ in range(40):
         truth = rng.standard_normal((1, 18, 64))
@@ -250,7 +252,8 @@ def test_a_factor_has_the_spread_of_many_draws_equal_their_error_in_every_zone()
             sums.add(0, rows, members[..., rows, :], truth[:, rows], np.ones(18)[rows])
     factors = sums.factors(np.ones((3, 1, 1, 2)))
     assert factors.shape == (3, 2, 1, 1)
-    np.testing.assert_allclose(factors[..., 0, 0].T, [[2.0, 1.0, 2.0]] * 2, rtol=0.05)
+    expected = np.sqrt(weights.sum(1) / (weights @ spread**2)[:, 0])
+    np.testing.assert_allclose(factors[..., 0, 0].T, [expected] * 2, rtol=0.05)
     known = {"t": np.array([2.0, 1.0, 2.0])[:, None, None, None]}
     found = CalibrationFactors(np.zeros(1), known, zones=zones)
     moved = found.applied("t", np.ones((1, 4, 1, 18, 64)), np.zeros(1), lat, lon)
