@@ -161,10 +161,10 @@ def with_coarse_means(
     closes_circle: bool,
 ) -> Float[Tensor, "*axes level lat lon"]:
     """A fine field whose coarse cells have the given means; one whose mean is not known stays as it
-    is. What the means of a row of coarse cells lack is added as the smoothest curve along longitude
-    that has these means (`spread_along_row`), the same on all its fine rows; in a row with unknown
-    means to all cells of a coarse cell alike. An amount, such as precipitation, is multiplied
-    instead wherever the sum would fall below 0 (both constraints: Harder et al. 2023, JMLR 24,
+    is. What the means of a row of coarse cells lack is added as a smooth curve along longitude that
+    has these means (`spread_along_row`), the same on all its fine rows; in a row with unknown means
+    to all cells of a coarse cell alike. An amount, such as precipitation, is multiplied instead
+    wherever the sum would fall below 0 (both constraints: Harder et al. 2023, JMLR 24,
     "Hard-constrained deep learning for climate downscaling", section 3). weight: relative areas of
     the rows. closes_circle: whether the last column lies beside the first."""
     lacking = coarse - coarsen(fine, weight, factor)
@@ -190,24 +190,30 @@ def with_coarse_means(
 def spread_along_row(
     means: Float[Tensor, "*axes coarse_lon"], factor: int, *, closes_circle: bool
 ) -> Float[Tensor, "*axes lon"]:
-    """Values whose means over blocks of `factor` are the given ones and which hold no shorter waves
-    than these means can tell, so that no edges of blocks remain. The mean over a block weakens a
-    wave and shifts it by half a block, in closed form; both are undone. A row that does not close
-    the circle is continued by its mirror image."""
+    """Values whose means over blocks of `factor` are the given ones: the most likely ones of a
+    Gaussian process along the row (block kriging, Cressie 1993, section 3.2, of all blocks), whose
+    power falls with the fourth power of the wavenumber beyond the waves that the means resolve. So
+    no edges of blocks are seen. A row that does not close the circle is continued by its mirror
+    image.
+
+    In Fourier space a wave of the means is the sum of the waves k of the row that look alike on the
+    blocks, each weakened and shifted by the mean over a block, h(k). Of power p(k), each has the
+    part p(k) h*(k) / sum p |h|^2 of it.
+    """
     if not closes_circle:
         mirrored = torch.cat([means, means.flip(-1)], dim=-1)
         whole = spread_along_row(mirrored, factor, closes_circle=True)
         return whole[..., : means.shape[-1] * factor]
     num_coarse = means.shape[-1]
-    num_fine = num_coarse * factor
-    wave = torch.arange(num_coarse // 2 + 1, dtype=means.dtype, device=means.device)
-    half_cell = torch.pi * wave / num_fine  # phase of a wave over half a fine cell
-    kept = torch.sin(factor * half_cell) / (factor * torch.sin(half_cell)).clamp_min(1e-12)
-    kept[0] = 1.0
-    spectrum = torch.fft.rfft(means) * torch.polar(factor / kept, -(factor - 1) * half_cell)
-    if num_coarse % 2 == 0 and factor > 1:
-        spectrum[..., -1] /= 2  # the shortest wave of the means stands once there, twice here
-    return torch.fft.irfft(spectrum, num_fine)
+    wave = torch.fft.fftfreq(num_coarse * factor, 1 / (num_coarse * factor), dtype=means.dtype)
+    cells = torch.arange(factor, dtype=means.dtype)
+    angle = 2 * torch.pi * wave * cells[:, None] / (num_coarse * factor)
+    response = torch.polar(torch.ones_like(angle), angle).mean(0)
+    power = (1 + (2 * wave / num_coarse) ** 2) ** -2
+    among = (power * response.abs() ** 2).unflatten(0, (factor, num_coarse)).sum(0)
+    share = power * response.conj() / among.repeat(factor)
+    waves = torch.cat([torch.fft.fft(means)] * factor, dim=-1)
+    return torch.fft.ifft(waves * share * factor).real
 
 
 def interpolate_cells(
