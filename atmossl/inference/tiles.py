@@ -419,8 +419,7 @@ def _complete_rows(
     """How many rows of every grid are final after a tile."""
     assert tile.complete is not None
     for data, blender in blenders.items():
-        end = plan.coverage[data].row(tile.complete)
-        rows, done = blender.take(end)
+        rows, done = blender.take(plan.coverage[data].row(tile.complete))
         if rows.stop > rows.start and done:
             leads = plan.written_steps(data, source)[1]
             is_own = data == PRIMARY  # other streams are neither calibrated nor downscaled
@@ -435,11 +434,10 @@ def _complete_rows(
 def _corrected(
     plan: Plan, fields: Fields, rows: slice, leads: np.ndarray, coarse: Mapping[str, Tensor]
 ) -> Fields:
-    """The blended ensemble [step member level lat lon] with calibrated spread, and in a downscaling
-    with the given means, before, as calibration knew it, and after."""
+    """The blended ensemble, calibrated; in a downscaling with the given means before and after."""
     lat, lon = plan.grid.latitude[rows], plan.grid.longitude
     calibration = Calibration(plan.trained.checkpoint_record, plan.task)
-    fields = _with_given_means(plan, fields, rows, coarse)
+    fields = _with_given_means(plan, fields, rows, coarse)  # as they were when it was fitted
     fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
     return _with_given_means(plan, fields, rows, coarse)
 
@@ -449,15 +447,14 @@ def _with_given_means(
 ) -> Fields:
     """In a downscaling coarse cells get their given means, unless the task says not to: in every
     draw of noise; for a tail in the mean, since its values of single cells would lose spread."""
-    task, kept = plan.task.downscaling, {}
-    if task is None or task.consistent is False:
+    if (task := plan.task.downscaling) is None or task.consistent is False:
         return fields
-    weight, is_circle = torch.from_numpy(plan.grid.weights[rows]), plan.grid.periodic
+    weight, circle, kept = torch.from_numpy(plan.grid.weights[rows]), plan.grid.periodic, {}
     for name, given in coarse.items():
         members = torch.from_numpy(fields[name]).double()
         fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
         moved = with_coarse_means(
-            fine, given, weight, task.factor, is_amount=name in AMOUNTS, closes_circle=is_circle
+            fine, given, weight, task.factor, is_amount=name in AMOUNTS, closes_circle=circle
         )
         kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
     return kept
@@ -593,8 +590,8 @@ def _departure(
     or of the ensemble mean of a tail."""
     weight, departure = torch.from_numpy(plan.grid.weights[rows]), {}
     for name, given in coarse.items():
-        fine = torch.from_numpy(fields[name]).double()
-        fine = fine if plan.trained.model.any_member else fine.mean(dim=1)
+        members = torch.from_numpy(fields[name]).double()
+        fine = members if plan.trained.model.any_member else members.mean(dim=1)
         factor = fine.shape[-1] // given.shape[-1]
         difference = given - coarsen(fine, weight, factor)
         area = weight.unflatten(0, (-1, factor)).sum(1)[:, None]
