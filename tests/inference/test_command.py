@@ -274,7 +274,7 @@ def test_calibration_is_kept_in_the_checkpoint(folder: Path, tmp_path: Path) -> 
         with xr.open_zarr(output, consolidated=False, decode_timedelta=True) as found:
             spreads.append(found["temperature"].std("member").mean(("latitude", "longitude")))
     factors = torch.load(new, weights_only=True)["atmossl"]["spread"]["Forecast"]["factors"]
-    (factors,) = factors["temperature"]  # of the only band
+    ((factors,),) = factors["temperature"]  # of the only zone and band
     ratio = (spreads[1] / spreads[0]).transpose("init_time", "lead_time", "level").values
     np.testing.assert_allclose(ratio, np.array([factors] * len(ratio)), rtol=1e-3)
     scored = [*task, "split=test", *arguments(folder, tmp_path / "b.ckpt")]
