@@ -223,7 +223,7 @@ CALIBRATE = {
     "scales_deg=[0]": "scales_deg.0=0: valid: above 0",
     "members=[1,2]": "members=.*valid: ",
     "members=1": "members=1: valid: ",
-    "scales_deg=[5]": "scales_deg=5: valid: from 11.25, the shortest wave of this grid, to 360 deg",
+    "scales_deg=[5]": "scales_deg=5: valid: from 45, the shortest wave of this grid, to 360 deg",
 }
 SECOND_STREAM = (
     "++stream.t={variables: [temperature], levels: [500], token_size: {time: 1, lat: 2, lon: 2}"
