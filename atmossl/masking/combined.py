@@ -14,8 +14,7 @@ from pydantic import BeforeValidator, Field
 from atmossl.batch import StreamMask, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import TokenLayout, points_of
-from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps
-from atmossl.masking.unions import union
+from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
 from atmossl.model_levels import standard_pressure
 from atmossl.settings import Positive, SignedHours
 from atmossl.value_faults import listed

@@ -227,8 +227,7 @@ class Network(nn.Module):
         """The values of the tokens that the view hides.
 
         members: numbers of the members, where `any_member` is true; [batch] where every sample has
-        its own; None: those of training, and at
-        least `EVALUATED_MEMBERS` outside of it.
+        its own; None: those of training, and at least `EVALUATED_MEMBERS` outside of it.
         """
         raise NotImplementedError
 
