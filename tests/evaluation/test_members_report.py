@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from atmossl.evaluation.report.content import Example, Provenance, TaskReport
+from atmossl.evaluation.report.content import Example, Plume, Provenance, TaskReport
+from atmossl.evaluation.report.maps import first_members
 from atmossl.evaluation.report.members import (
     member_panels,
     most_varied,
@@ -15,6 +16,7 @@ from atmossl.evaluation.report.members import (
     spread_table,
     what_members_are,
 )
+from atmossl.evaluation.report.panels import plume_panel
 from atmossl.evaluation.report.plumes import plume_of
 from atmossl.evaluation.report.write import write_report
 from atmossl.names import ENSEMBLE
@@ -127,7 +129,7 @@ def test_members_are_their_mean_and_a_departure_from_it():
     panels = {panel.title: panel for panel in member_panels(example)}
     assert len(panels) == 9
     mean = panels["ensemble mean"].field
-    for name in ("truth", "member 1", "member 2", "member 3"):
+    for name in ("truth", "member 0", "member 1", "member 2"):
         departure = panels[f"{name} minus ensemble mean"]
         np.testing.assert_allclose(mean + departure.field, panels[name].field, atol=1e-6)
         assert departure.scale == panels["truth minus ensemble mean"].scale
@@ -189,6 +191,32 @@ def test_members_without_a_kind_are_taken_for_draws():
     example = example_with()
     example.prediction["member"].attrs.clear()
     assert what_members_are(example).startswith("A member is one draw")
+
+
+@pytest.mark.parametrize(
+    ("there", "is_joined"),
+    [([0, 1], False), ([0, 1, 2], False), ([0, 1, 2, 3], True), ([0, 1, 4, 5, 6], False),
+     ([0, 3, 4, 5, 6], True)],
+)  # fmt: skip
+def test_few_neighbours_are_drawn_as_markers_not_as_a_course(there: list[int], is_joined: bool):
+    truth = np.full(8, np.nan)
+    truth[there] = 1.0
+    plume = Plume("boxes", "lead time (h)", np.arange(8.0), truth[:, None] + np.arange(4), truth)
+    (axes,) = plume_panel(plume, "title", "K").axes
+    lines = axes.get_lines()
+    assert len(lines) == 4 + 2
+    assert {line.get_linestyle() != "None" for line in lines} == {is_joined}
+    if not is_joined:  # else a value without neighbours could not be seen
+        assert all(line.get_marker() not in ("None", "", None) for line in lines)
+    if len(there) < 4:
+        np.testing.assert_array_equal(axes.get_xticks(), there)
+
+
+def test_members_are_numbered_as_in_files_and_as_they_are_asked_for() -> None:
+    _, members = truth_and_members()
+    chosen = members.isel(member=[1, 3], lead_time=0).assign_coords(member=[1, 3])
+    assert list(first_members(chosen, 3)) == ["member 1", "member 3"]
+    assert list(first_members(chosen.drop_vars("member"), 1)) == ["member 0"]
 
 
 def test_a_plume_of_shifted_boxes_starts_further_north_and_east() -> None:

@@ -136,8 +136,8 @@ def test_map_has_input_truth_prediction_and_baseline_with_their_errors(example):
         "error of the prediction",
         "error of the baseline persistence",
         "ensemble spread",
+        "member 0",
         "member 1",
-        "member 2",
     ]
     heading = [text.get_text() for text in figure.texts]
     assert heading[0].startswith("forecast: u component of wind, 500 hPa, init 2020-01-01")

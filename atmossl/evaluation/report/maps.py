@@ -80,7 +80,8 @@ def case_panels(example: Example, baseline: str | None = None) -> list[Panel]:
 def first_members(prediction: xr.DataArray, count: int) -> dict[str, xr.DataArray]:
     """The first members of an ensemble, or all of a smaller one, by the titles of their maps."""
     shown = range(min(count, prediction.sizes["member"]))
-    return {f"member {n + 1}": prediction.isel(member=n) for n in shown}
+    numbers = prediction["member"].to_numpy()  # as `members=` and files have them, from 0 on
+    return {f"member {numbers[n]}": prediction.isel(member=n) for n in shown}
 
 
 def _given_panel(given: Given, shared: Scale, units: str) -> Panel:

@@ -1,6 +1,8 @@
 """Small pictures of one variable: scores against lead time, rank histogram, reliability, spectrum,
 ratios to baselines, members' means over boxes; and the spread of such means over their error."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -12,6 +14,18 @@ from atmossl.evaluation.report.figures import plain, readable, score_label, unit
 from atmossl.evaluation.verify import rows_where
 
 _SIZE = (3.6, 2.9)
+_JOINED = 4  # values in a row from which on a plume is drawn as lines
+# of members, ensemble mean and truth of a plume
+_JOINED_STYLES: tuple[dict[str, Any], ...] = (
+    {"linewidth": 0.8},
+    {"linewidth": 2.2},
+    {"linestyle": "--", "marker": "o", "markersize": 3},
+)
+_SINGLE_STYLES: tuple[dict[str, Any], ...] = (
+    {"linestyle": "", "marker": "_", "markersize": 12, "markeredgewidth": 1.0},
+    {"linestyle": "", "marker": "D", "markersize": 6},
+    {"linestyle": "", "marker": "o", "markersize": 6, "markerfacecolor": "none"},
+)
 _REFERENCE = {"color": "0.4", "linestyle": "--", "linewidth": 1.0}
 
 
@@ -126,19 +140,34 @@ def ratio_panel(rows: pd.DataFrame, title: str) -> Figure:
 
 
 def plume_panel(plume: Plume, title: str, units: str) -> Figure:
-    """Box means of every member, of their mean and of the truth, against lead time or longitude."""
+    """Box means of every member, of their mean and of the truth, against lead time or longitude.
+
+    They are joined by lines where at least `_JOINED` neighbours are there. With fewer, a line would
+    show a course that nothing tells; each value is then a marker of its own.
+    """
     figure, axes = _panel(title)
-    lines = axes.plot(plume.positions, plume.members, color="C0", linewidth=0.8, alpha=0.55)
+    drawn = np.flatnonzero(np.isfinite(plume.truth))
+    is_joined = _longest_run(drawn) >= _JOINED
+    members, mean, truth = _JOINED_STYLES if is_joined else _SINGLE_STYLES
+    lines = axes.plot(plume.positions, plume.members, color="C0", alpha=0.55, **members)
     lines[0].set_label("members")
-    mean = plume.members.mean(axis=1)
-    axes.plot(plume.positions, mean, color="C0", linewidth=2.2, label="ensemble mean")
-    axes.plot(plume.positions, plume.truth, color="0.1", linestyle="--", marker="o", markersize=3,
-              label="truth")  # fmt: skip
+    average = plume.members.mean(axis=1)
+    axes.plot(plume.positions, average, color="C0", label="ensemble mean", **mean)
+    axes.plot(plume.positions, plume.truth, color="0.1", label="truth", **truth)
+    if len(drawn) < _JOINED:
+        axes.set_xticks(plume.positions[drawn], [f"{x:.4g}" for x in plume.positions[drawn]])
+        axes.margins(x=0.3)
     axes.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
     axes.set_xlabel(plume.axis)
     axes.set_ylabel(units_text(units))
     axes.set_title(title, fontsize=9, pad=14, parse_math=False)  # above a power of ten
     return _finished(figure, axes)
+
+
+def _longest_run(numbers: np.ndarray) -> int:
+    """The largest number of consecutive integers among rising ones."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return max(map(len, runs))
 
 
 def spread_panel(spreads: pd.DataFrame) -> Figure:
