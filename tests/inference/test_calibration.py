@@ -289,7 +289,7 @@ def test_info_tells_of_which_tasks_the_spread_is_calibrated(checkpoint: str, cap
     assert f"spread of forecast calibrated at {hours} h for " in said
     assert record["TemporalInterpolation"]["hours"] == [0.0]  # it has no lead times to tell
     assert "spread of temporal_interpolation calibrated for " in said
-    bands = "waves of 3000 to 8000 km" if record["Forecast"].get("edges_km") else "all scales"
+    bands = "waves of 60 to 120 degrees" if record["Forecast"].get("edges_deg") else "all scales"
     assert bands in said
 
 
