@@ -123,12 +123,11 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "commands.evaluate": module("", evaluate=nothing),
         "commands.cost": module("", show_estimate=nothing),
         "commands.info": module("", show_checkpoint=nothing),
-        "commands.export": module("", export_folder=nothing),
+        "commands.export": module("", export=nothing, export_folder=nothing),
         "commands.import_atmorep": module("", import_atmorep=nothing),
     }
     for path, made in replaced.items():
         monkeypatch.setitem(sys.modules, f"atmossl.{path}", made)
-    monkeypatch.setattr("atmossl.commands.export.export", nothing)
 
 
 def check_atmossl(words: list[str]) -> None:
