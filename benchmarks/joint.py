@@ -10,11 +10,12 @@ calibrated (of downscaling, boxes that lie across the coarse cells, whose means 
 `_difference_spread_skill`: of differences between neighbours, zonal and meridional;
 `_member_power_ratio_worst`: zonal power of a member over the truth's, or its inverse if that is
 larger, at wavenumbers 1 to 28 in the northern extratropics. Each is the worst over variables and
-levels, as a value and as "which". `_energy_score_vs_*`, `_crps_vs_*`, `_rmse_vs_*`: ratios to those
-of the checkpoint given by --against, mean over variables and levels. `_rmse_of_many_vs_*`: the mean
-of M draws errs by their variance / M more than that of very many, which is told here (Leutbecher
-2019, doi:10.1002/qj.3387); the members of a tail are no draws, and their mean stays as it is.
-Reports are kept under --runs and not made twice.
+levels, as a value and as "which". `_member_power_within_1.5`: the share of these power ratios
+between 1 / 1.5 and 1.5. `_energy_score_vs_*`, `_crps_vs_*`, `_rmse_vs_*`: ratios to those of the
+checkpoint given by --against, mean over variables and levels. `_rmse_of_many_vs_*`: the mean of M
+draws errs by their variance / M more than that of very many, which is told here (Leutbecher 2019,
+doi:10.1002/qj.3387); the members of a tail are no draws, and their mean stays as it is. Reports are
+kept under --runs and not made twice.
 
 Keys of --rollout, a forecast of ten days in passes of 12 h, by day where a key ends in one:
 `rollout_spread_skill`, mean over variables and levels; `rollout_crps_vs_climatology` and
@@ -131,6 +132,8 @@ def figures_of(report: Path, task: str) -> dict[str, Any]:
         value, label = worst(ratios)
         figures[f"{task}_member_power_ratio_worst"] = round(max(value, 1 / value), 3)
         figures[f"{task}_member_power_ratio_at"] = label
+        is_near = ratios.between(1 / 1.5, 1.5)
+        figures[f"{task}_member_power_within_1.5"] = round(float(is_near.mean()), 3)
     single = scores_of(report, task, "spread_skill")
     figures[f"{task}_spread_skill"] = round(float(single.mean()), 3)
     return figures
