@@ -25,7 +25,6 @@ waits 20 ms before every answer, and sends no more than a set rate over all its 
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from atmossl.batch import Movable, StreamWindow
+from atmossl.commands.cost import resident_bytes
 from atmossl.data.chunks import Access, ChunkedArray, Region
 from atmossl.data.loader import (
     Arena,
@@ -94,7 +94,7 @@ def measure(path: Path, count: int, per_time: int, seed: int) -> Times:
     reads = draws(segment, count, per_time, seed)
     for places in reads:
         read_windows(segment, SPECS, scale, WINDOW.time, places)
-    found: Times = {"peak_mib": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]}
+    found: Times = {"peak_mib": [resident_bytes() / 2**20]}
     floors = Floors(path).all()
     for number, places in enumerate(reads):
         chunks = touched(places)

@@ -11,7 +11,6 @@ to fill a batch (a whole-globe window is one tile per date), or memory grows wit
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 from atmossl.api import find_task
+from atmossl.commands.cost import resident_bytes
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.store import open_split
 from atmossl.inference.checkpoint import load_checkpoint
@@ -78,7 +78,7 @@ def one_run(checkpoint: str, task: str, dates: int, batch_size: int) -> dict[str
         "fields": dates * len(plan.steps.offsets) * levels,
         "seconds": total,
         "model_seconds": model_time.seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_mib": resident_bytes() / 2**20,
         "gpu_peak_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0,
     }
 

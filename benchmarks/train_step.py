@@ -30,7 +30,6 @@ cross-attention for every pair of streams among them, and so are the masks, whic
 """
 
 import argparse
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,7 +49,7 @@ from atmossl.build import (
     build_objective,
     optimizer_settings,
 )
-from atmossl.commands.cost import estimate, sample_batch
+from atmossl.commands.cost import estimate, resident_bytes, sample_batch
 from atmossl.composition import compose_with_tasks
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network, half_is_fast
@@ -354,9 +353,7 @@ def num_tokens(batch: Batch) -> int:
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory that tensors held on a GPU; of a CPU's process, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes()
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
 """`atmossl info` says what a run needs, and refuses with advice that helps."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from atmossl.cli import compose_config, main
@@ -63,3 +66,10 @@ def test_a_pair_of_windows_is_read_where_one_is_otherwise(objective: str) -> Non
         found(f"objective={name}", "data.batch_size=2") for name in ("masked", objective)
     )
     assert pairs.bytes_per_sample == 2 * plain.bytes_per_sample
+
+
+def test_memory_held_is_of_this_process_and_not_of_its_parent() -> None:
+    block = np.ones(400 * 2**20, np.uint8)  # more than a child needs for its libraries
+    words = "from atmossl.commands.cost import resident_bytes; print(resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert 50 * 2**20 < int(done.stdout) < resident_bytes() - len(block) // 4
