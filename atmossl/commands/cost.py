@@ -1,7 +1,6 @@
 """`atmossl info` of a training run that has not begun: estimates what it will cost, before it takes
 a device."""
 
-import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from atmossl.build import (
 from atmossl.commands.common import plain
 from atmossl.data.store import entries_of, open_records, paired
 from atmossl.masking.views import make_views
-from atmossl.model.network import Network
+from atmossl.model.network import Network, device_memory
 from atmossl.objectives.base import Objective
 from atmossl.schema import TrainConfig, device_for, parse
 from atmossl.training.cost import StepCost, measure_step
@@ -50,7 +49,7 @@ def show_estimate(values: Mapping[str, Any], memory_gib: float | None, *, check:
     accelerator, here = config.trainer.accelerator, torch.cuda.is_available()
     on_host = accelerator == "cpu" or (accelerator == "auto" and not here and memory_gib is None)
     costs = estimate(config, on_host=on_host)
-    cost, memory = costs.cost, memory_gib or _device_memory_gib()
+    cost, memory = costs.cost, memory_gib or device_memory() / 2**30
     table = Table("what", "value", show_header=False)
     rows = {f"parameters of {part}": f"{count:,}" for part, count in cost.parameters.items()}
     rows["parameters"] = f"{sum(cost.parameters.values()):,}"
@@ -99,12 +98,6 @@ def _matmul_rate(config: TrainConfig) -> float:
     )
     mixed = config.trainer.precision != "32-true"
     return matmul_rate(device, torch.bfloat16 if mixed else torch.float32)
-
-
-def _device_memory_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from atmossl.data.segment import Segment, check_window
 from atmossl.geometry import Box, Grid, Nesting, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan
-from atmossl.model.network import EVALUATED_MEMBERS
+from atmossl.model.network import EVALUATED_MEMBERS, device_memory
 from atmossl.settings import hours
 from atmossl.value_faults import as_written
 
@@ -323,7 +323,9 @@ def plan_prediction(
     predicted = {spec.data for spec in trained.specs if spec.role == "predict"} - {PRIMARY}
     on_grid = replace(segment, grid=grid)
     coverage = {data: Coverage.of(on_grid, data) for data in (*sorted(predicted), PRIMARY)}
-    return Plan(trained, task, tuple(segments), options, steps, grid, tiles, coverage)
+    plan = Plan(trained, task, tuple(segments), options, steps, grid, tiles, coverage)
+    _check_memory(plan)
+    return plan
 
 
 def _check_members(trained: TrainedModel, members: int | tuple[int, ...] | None) -> None:
@@ -342,6 +344,28 @@ def _check_members(trained: TrainedModel, members: int | tuple[int, ...] | None)
         raise ValueError(
             f"members={as_written(members)}: the tail of this checkpoint has {have} members; "
             f"valid: numbers from 0 to {have - 1}"
+        )
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raise ValueError if the fields of one call of the network alone are more than its device can
+    hold."""
+    if not plan.trained.model.any_member or not plan.drawn:
+        return
+    cells = plan.tiles.lat_size * plan.tiles.lon_size
+    values = sum(
+        len(spec.variables) * len(spec.levels) * plan.trained.window.time * cells
+        for spec in plan.trained.specs
+        if spec.role == "predict"
+    )
+    tiles = min(plan.options.batch_size, len(plan.tiles.tiles))
+    of_member, memory = 4 * values * tiles, device_memory(plan.options.device)
+    if of_member * len(plan.drawn) > memory:
+        raise ValueError(
+            f"members={len(plan.drawn)}: their fields in one call of the network take "
+            f"{of_member * len(plan.drawn) / 2**30:.0f} GiB, and the {plan.options.device} has "
+            f"{memory / 2**30:.0f} GiB; valid: at most {memory // of_member}, and fewer in "
+            "practice. More can be written in parts, such as members=[0,1,2,3] and members=[4,5,6,7]"
         )
 
 

@@ -306,6 +306,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def device_memory(device: str | None = None) -> int:
+    """The memory in bytes of a device, `cuda` or `cpu`; None: of the visible GPU, or of this
+    machine."""
+    if torch.cuda.is_available() and device != "cpu":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def half_is_fast(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32. They are on GPUs and on CPUs with
     instructions for bfloat16; on other CPUs they take a hundred times as long."""

@@ -7,7 +7,6 @@ tokens (iBOT, Zhou et al. 2022, arXiv 2111.07832), and latents that are spread o
 (KoLeo, as in DINOv2, Oquab et al. 2023, arXiv 2304.07193).
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from atmossl.masking.base import hide_nothing
 from atmossl.masking.crops import Crop
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.views import ViewSpec
-from atmossl.model.network import Latents, Network, gather
+from atmossl.model.network import Latents, Network, device_memory, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.masked import hidden_areas, predicted_streams
 from atmossl.objectives.pairs import PairMeasures, by_task_and_mean
@@ -193,7 +192,7 @@ class SelfDistillation(Objective):
         needed = (
             _BYTES * prototypes * (arguments["bottleneck"] * _COPIES + 3 * batch_size * num_views)
         )
-        memory = _memory()
+        memory = device_memory()
         if needed > memory:
             faults.append(
                 f"objective.num_prototypes={prototypes} needs {needed / 2**30:.1f} GiB of the "
@@ -318,13 +317,6 @@ def multi_crop(
 
 def _num_views(arguments: Mapping[str, Any]) -> int:
     return 2 * arguments["num_global"] + arguments["num_local"]
-
-
-def _memory() -> int:
-    """The memory in bytes of the visible GPU, or of this machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class PrototypeMeasures:

@@ -22,7 +22,7 @@ from atmossl.batch import (
 from atmossl.cli import compose_config, main
 from atmossl.inference.calibration import Calibration, CalibrationFactors
 from atmossl.inference.cases import predict_fields
-from atmossl.inference.plan import Plan
+from atmossl.inference.plan import Plan, plan_prediction
 from atmossl.inference.writer import OutputLayout
 from atmossl.masking.base import coarsen
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
@@ -220,3 +220,25 @@ def test_seeds_draw_other_members() -> None:
     assert not np.allclose(*fields, atol=0.1)
     used = replace(used, options=replace(used.options, members=None))
     assert run_at(used, 6)["temperature"].shape[1] == 8
+
+
+@pytest.mark.parametrize("kind", ["noise", "tail"])
+def test_more_members_than_memory_holds_are_refused_before_any_work(kind: str, monkeypatch) -> None:
+    """Of the memory of 25 members: 24 are no fault, 26 are. A tail has as many as it has."""
+    used = predictor(TASKS[0], MODELS[kind])
+    window, (spec,) = used.trained.window, used.trained.specs
+    cells = used.tiles.lat_size * used.tiles.lon_size * len(spec.variables) * len(spec.levels)
+    tiles = min(used.options.batch_size, len(used.tiles.tiles))
+    memory = 25 * 4 * cells * window.time * tiles
+    monkeypatch.setattr("atmossl.inference.plan.device_memory", lambda _: memory)
+
+    def planned(members: int | None) -> Plan:
+        options = replace(used.options, members=members)
+        return plan_prediction(used.trained, used.task, used.segments, options)
+
+    if kind == "tail":
+        planned(None)
+        return
+    planned(24)
+    with pytest.raises(ValueError, match="members=26: .* GiB; valid: at most 25, and fewer in p"):
+        planned(26)
