@@ -365,7 +365,7 @@ def _check_memory(plan: Plan) -> None:
             f"members={len(plan.drawn)}: their fields in one call of the network take "
             f"{of_member * len(plan.drawn) / 2**30:.0f} GiB, and the {plan.options.device} has "
             f"{memory / 2**30:.0f} GiB; valid: at most {memory // of_member}, and fewer in "
-            "practice. More can be written in parts, such as members=[0,1,2,3] and members=[4,5,6,7]"
+            "practice. More are written in parts, such as members=[0,1,2,3] and members=[4,5,6,7]"
         )
 
 
