@@ -61,7 +61,7 @@ def test_times_are_all_possible_ones_by_default() -> None:
         ("forecast", {"lead": "6h"}, "unknown key task.lead; did you mean task.lead_time"),
         ("forecast", {"lead_time": "soon"}, "task.lead_time=soon"),
         ({"_target_": "oracle"}, {}, "task._target_=oracle: .*valid: .*forecast"),
-        ({"lead_time": "6h"}, {}, "task: .*_target_ among them; valid: .*forecast"),
+        ({"lead_time": "6h"}, {}, "task: needs the key _target_; valid: .*forecast"),
         (
             {"_target_": "inpainting", "boxes": [50, 20, 0, 9]},
             {},
