@@ -25,6 +25,7 @@ waits 20 ms before every answer, and sends no more than a set rate over all its 
 
 import argparse
 import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile

@@ -224,7 +224,7 @@ def test_one_variable_of_two_streams_through_every_command(tmp_path: Path) -> No
     factors = load_checkpoint(str(calibrated)).checkpoint_record["spread"]["Forecast"]["factors"]
     assert {name: np.shape(values) for name, values in factors.items()} == {
         name: (1, 1, 2, 3)
-        for name in NAMES  # band, step, level
+        for name in NAMES  # zone, band, step, level
     }
     assert (
         main(
