@@ -21,9 +21,9 @@ get back their amplitude; so members have the truth's power.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,7 @@ def zonal_bands(
     where: Bool[np.ndarray, "*axes lat lon"],
     lon: np.ndarray,
     edges: Sequence[float | Float[np.ndarray, "lat"]],
-) -> list[Float[np.ndarray, "*axes lat lon"]]:
+) -> Iterator[Float[np.ndarray, "*axes lat lon"]]:
     """Fields split by zonal scale into bands whose sum they are, the largest scales first.
 
     The filter goes along circles of latitude and keeps half the amplitude of a wave that is as long
@@ -216,9 +216,10 @@ def zonal_bands(
             soft = np.where(is_whole, smooth(waves, edge, _SHARP), soft)
         return np.where(where, soft, 0.0)
 
-    kept = [*map(longer, edges), inside]
-    bands = [kept[0], *(more - less for less, more in pairwise(kept))]
-    return [band.astype(fields.dtype) for band in bands]
+    less: Any = 0.0
+    for more in chain(map(longer, edges), [inside]):
+        yield (more - less).astype(fields.dtype)  # one after another, since each is a whole field
+        less = more
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ class _Sums:
 
         def split(fields: np.ndarray, where: np.ndarray) -> np.ndarray:
             values = np.nan_to_num(fields).astype(np.float64)
-            return np.stack(zonal_bands(values, where, self.lon, self.edges))
+            return np.stack([*zonal_bands(values, where, self.lon, self.edges)])
 
         def products(ours: np.ndarray, theirs: np.ndarray, where: np.ndarray) -> np.ndarray:
             by_row = np.einsum(
@@ -359,13 +360,14 @@ class _Sums:
         would have; 1 for the first band, which holds the mean state, and where no row is wholly
         predicted. The mean of a few draws holds a part of their departures, which says nothing
         about the truth: it is taken off, of the product of mean and error as of the mean's own
-        variance, of which a quarter at least stays."""
+        variance, of which a quarter at least stays. A slope that is estimated from few dates may be
+        far off, so all are kept between 0 and 4."""
         mean, sampling = _diagonal(self.mean), _diagonal(self.mean_sampling)
         lacking = sampling - _diagonal(self.mean_error)
         of_many = np.maximum(mean - sampling, mean / 4)
         slopes = 1.0 + np.divide(lacking, of_many, out=np.zeros_like(mean), where=of_many > 0)
         slopes[..., 0] = 1.0
-        return slopes
+        return slopes.clip(0.0, 4.0)
 
     def factors(
         self, slopes: Float[np.ndarray, "zone step level band"]

@@ -124,18 +124,18 @@ def test_bands_part_waves_by_their_length(gap: tuple[slice, slice] | None) -> No
     where = np.ones((1, 5, 64), bool)
     if gap:
         where[:, *gap] = False
-    bands = zonal_bands(fields, where, lon, (70.0, 27.0))
+    bands = [*zonal_bands(fields, where, lon, (70.0, 27.0))]
     np.testing.assert_allclose(sum(bands), np.where(where, fields, 0), atol=1e-5)
     fields[:, ~where[0]] = 1e6
-    again = zonal_bands(fields, where, lon, (70.0, 27.0))
+    again = [*zonal_bands(fields, where, lon, (70.0, 27.0))]
     np.testing.assert_array_equal(bands, again)
-    rows = zonal_bands(fields[:, 3:], where[:, 3:], lon, (70.0, 27.0))
+    rows = [*zonal_bands(fields[:, 3:], where[:, 3:], lon, (70.0, 27.0))]
     np.testing.assert_allclose(rows, np.array(bands)[..., 3:, :], atol=1e-6)
 
 
 def test_a_constant_stays_in_the_first_band_up_to_the_edges_of_a_region() -> None:
     lon = np.arange(20) * 2.0
-    bands = zonal_bands(np.ones((7, 20)), np.ones((7, 20), bool), lon, (45.0, 9.0))
+    bands = [*zonal_bands(np.ones((7, 20)), np.ones((7, 20), bool), lon, (45.0, 9.0))]
     np.testing.assert_allclose(bands[0], 1.0, atol=1e-9)
     np.testing.assert_allclose(bands[1:], 0.0, atol=1e-9)
 
@@ -217,6 +217,17 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
             assert abs(moved.mean() - members.mean()) < 1e-3
         ours, true = np.mean(power, axis=0)
         assert ours / true == pytest.approx(1.0, abs=0.06)
+
+
+def test_waves_that_the_mean_has_with_the_wrong_sign_go() -> None:
+    rng = np.random.default_rng(4)
+    lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
+    sums = _Sums(lat, lon, (72.0,), (), (1, 1, 1, 2, 2))
+    for _ in range(20):
+        truth = rng.standard_normal((1, 8, 64))
+        members = -truth + 0.1 * rng.standard_normal((4, 1, 8, 64))
+        sums.add(0, slice(0, 8), members, truth, np.ones(8))
+    np.testing.assert_array_equal(sums.slopes()[0, 0, 0], [1.0, 0.0])
 
 
 def test_the_mean_of_a_row_that_is_given_in_part_stays_as_it_is() -> None:
