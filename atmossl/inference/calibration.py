@@ -224,9 +224,9 @@ def zonal_bands(
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibrated spread of one task, from a checkpoint's record.
+    """The calibrated spread and mean of one task, from a checkpoint's record.
 
-    A union of tasks takes the factors of its parts. Where several parts hide the same cell, the
+    A union of tasks takes the factors of its parts for the spread; its mean has factors of its own alone. Where several parts hide the same cell, the
     part that gives the largest spread counts. If the union is calibrated itself, its own factors
     come on top.
     """
@@ -243,7 +243,7 @@ class Calibration:
         *,
         centre: int | None = None,
     ) -> Fields:
-        """Inflate fields [step member level lat lon] at the given hours from the reference time
+        """Calibrate fields [step member level lat lon] at the given hours from the reference time
         and the given cell centres, degrees. centre: around the mean of so many first members,
         so that no further member changes them; None: of all."""
         inflated, own = {}, CalibrationFactors.of(self.checkpoint_record, self.task.kind)
