@@ -226,9 +226,9 @@ def zonal_bands(
 class Calibration:
     """The calibrated spread and mean of one task, from a checkpoint's record.
 
-    A union of tasks takes the factors of its parts for the spread; its mean has factors of its own alone. Where several parts hide the same cell, the
-    part that gives the largest spread counts. If the union is calibrated itself, its own factors
-    come on top.
+    A union of tasks takes the factors of its parts for the spread; its mean has factors of its own
+    alone. Where several parts hide the same cell, the part that gives the largest spread counts. If
+    the union is calibrated itself, its own factors come on top.
     """
 
     checkpoint_record: Mapping[str, Any]
