@@ -23,6 +23,7 @@ get back their amplitude; so members have the truth's power.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any
 
@@ -86,11 +87,11 @@ class CalibrationFactors:
         )
 
     def stored(self) -> dict[str, Any]:
-        """The factors as a checkpoint's record keeps them."""
+        """Factors that were estimated now, as a checkpoint's record keeps them."""
         kept = {"factors": self.spread, "mean_factors": self.mean}
         return {
             "hours": self.hours.tolist(),
-            "edges_km" if self.edges_in_km else "edges_deg": [*self.edges],
+            "edges_deg": [*self.edges],
             "zones": [*self.zones],
             **{
                 key: {name: values.tolist() for name, values in by_variable.items()}
@@ -234,6 +235,14 @@ class Calibration:
     checkpoint_record: Mapping[str, Any]
     task: Task
 
+    @cached_property
+    def factors(self) -> dict[str, CalibrationFactors]:
+        """The factors of the task and of its parts, by their kinds, as far as there are any."""
+        found = {
+            kind: CalibrationFactors.of(self.checkpoint_record, kind) for kind in _kinds(self.task)
+        }
+        return {kind: factors for kind, factors in found.items() if factors is not None}
+
     def apply(
         self,
         fields: Fields,
@@ -246,18 +255,43 @@ class Calibration:
         """Calibrate fields [step member level lat lon] at the given hours from the reference time
         and the given cell centres, degrees. centre: around the mean of so many first members,
         so that no further member changes them; None: of all."""
-        inflated, own = {}, CalibrationFactors.of(self.checkpoint_record, self.task.kind)
+        if not self.factors:
+            return fields
+        calibrated, own = {}, self.factors.get(self.task.kind)
         for name, values in fields.items():
             mean = values[:, :centre].mean(axis=1, keepdims=True)
-            departures = values - mean
-            moved = _moved(
-                self.checkpoint_record, self.task, name, departures, hours, lat, lon, centre
-            )
-            if own is not None:
+            moved = self._moved(self.task, name, values - mean, hours, lat, lon, centre)
+            if own is not None and name in own.mean:
                 predicted = np.ptp(values, axis=1) > 0
                 mean = own.applied_to_mean(name, mean[:, 0], predicted, hours, lat, lon)[:, None]
-            inflated[name] = values if moved is None else mean + moved
-        return inflated
+            calibrated[name] = values if moved is None else mean + moved
+        return calibrated
+
+    def _moved(
+        self,
+        task: Task,
+        name: str,
+        departures: Float[np.ndarray, "step member level lat lon"],
+        hours: np.ndarray,
+        lat: np.ndarray,
+        lon: np.ndarray,
+        centre: int | None,
+    ) -> Float[np.ndarray, "step member level lat lon"] | None:
+        """The departures of one variable from the ensemble mean as the factors of a task make them;
+        None if it has none."""
+        moved, largest = None, np.full(1, -np.inf)
+        for part in task.components:
+            of_part = self._moved(part, name, departures, hours, lat, lon, centre)
+            if of_part is None:
+                continue
+            variance = of_part[:, :centre].var(axis=1, keepdims=True)
+            variance = np.where(part.cells(lat, lon), variance, -np.inf)
+            moved = np.where(variance > largest, of_part, departures if moved is None else moved)
+            largest = np.maximum(variance, largest)
+        own = self.factors.get(task.kind)
+        if own is None:
+            return moved
+        return own.applied(name, departures if moved is None else moved, hours, lat, lon)
 
     def without_own(self) -> dict[str, Any]:
         """The record as if the task's kind had not been calibrated."""
@@ -274,50 +308,40 @@ class Calibration:
         }
 
 
-def _moved(
-    checkpoint_record: Mapping[str, Any],
-    task: Task,
-    name: str,
-    departures: Float[np.ndarray, "step member level lat lon"],
-    hours: np.ndarray,
-    lat: np.ndarray,
-    lon: np.ndarray,
-    centre: int | None,
-) -> Float[np.ndarray, "step member level lat lon"] | None:
-    """The departures of one variable from the ensemble mean as the task's factors make them; None
-    if it has none."""
-    moved, largest = None, np.full(1, -np.inf)
+def _kinds(task: Task) -> Iterator[str]:
+    """The kinds of a task and of its parts."""
+    yield task.kind
     for part in task.components:
-        of_part = _moved(checkpoint_record, part, name, departures, hours, lat, lon, centre)
-        if of_part is None:
-            continue
-        variance = of_part[:, :centre].var(axis=1, keepdims=True)
-        variance = np.where(part.cells(lat, lon), variance, -np.inf)
-        moved = np.where(variance > largest, of_part, departures if moved is None else moved)
-        largest = np.maximum(variance, largest)
-    inflation = CalibrationFactors.of(checkpoint_record, task.kind)
-    if inflation is None:
-        return moved
-    return inflation.applied(name, departures if moved is None else moved, hours, lat, lon)
+        yield from _kinds(part)
 
 
 @dataclass
 class _Sums:
     """Sums over dates and predicted cells that have a truth, [zone step level band band]: products
     of the errors of the ensemble mean in two bands, and the covariances of the members. Of rows
-    that are wholly predicted also products of the mean itself in two bands, and of the mean and its
-    error. are_draws: members are draws, whose mean errs by a part of their variance."""
+    that are wholly predicted also products of the mean itself in two bands, of the mean and its
+    error, and the covariances there. are_draws: members are draws, whose mean errs by a part of
+    their variance."""
 
     lat: np.ndarray
     lon: np.ndarray
     edges: tuple[float, ...]
     zones: tuple[float, ...]
-    shape: tuple[int, ...]  # [zone step level band band]
+    num_steps: int
+    num_levels: int
+    num_members: int
     are_draws: bool = True
 
     def __post_init__(self) -> None:
-        self.error, self.variance, self.sampling = (np.zeros(self.shape) for _ in range(3))
-        self.mean, self.mean_error, self.mean_sampling = (np.zeros(self.shape) for _ in range(3))
+        num_zones, num_bands = max(1, len(self.zones)), len(self.edges) + 1
+        shape = (num_zones, self.num_steps, self.num_levels, num_bands, num_bands)
+        self.error, self.variance = np.zeros(shape), np.zeros(shape)
+        self.mean, self.mean_error, self.whole_variance = (np.zeros(shape) for _ in range(3))
+
+    @property
+    def sampled(self) -> float:
+        """The part of the variance of one draw by which the mean of all varies."""
+        return 1.0 / self.num_members if self.are_draws else 0.0
 
     def add(
         self, row: int, rows: slice, members: np.ndarray, truth: np.ndarray, weight: np.ndarray
@@ -330,30 +354,25 @@ class _Sums:
             values = np.nan_to_num(fields).astype(np.float64)
             return np.stack([*zonal_bands(values, where, self.lon, self.edges)])
 
-        def products(ours: np.ndarray, theirs: np.ndarray, where: np.ndarray) -> np.ndarray:
-            by_row = np.einsum(
-                "amkyx,bmkyx,kyx->kyab", ours, theirs, where.astype(float), optimize=True
-            )
-            return np.einsum("zy,kyab->zkab", zones, by_row)
+        def by_row(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            return np.einsum("amkyx,bmkyx->kyab", ours, theirs, optimize=True)
+
+        def by_zone(products: np.ndarray) -> np.ndarray:
+            return np.einsum("zy,kyab->zkab", zones, products)
 
         counted = (np.ptp(members, axis=0) > 0) & np.isfinite(truth)  # given values: equal members
-        mean, num_members = members.mean(axis=0), len(members)
-        departures = split(members - mean, counted[None])
+        mean = members.mean(axis=0)
+        departures = split(members - mean, counted[None])  # bands are 0 where nothing counts
         error = split(mean - truth, counted)[:, None]
-        covariance = products(departures, departures, counted) / (num_members - 1)
-        self.error[:, row] += products(error, error, counted)
-        if not self.are_draws:
-            covariance *= (num_members + 1) / num_members
-        self.variance[:, row] += covariance
-        self.sampling[:, row] += covariance / num_members if self.are_draws else 0.0
+        covariance = by_row(departures, departures) / (self.num_members - 1)
+        self.error[:, row] += by_zone(by_row(error, error))
+        self.variance[:, row] += by_zone(covariance)
         whole = whole_rows(counted, self.lat[rows], self.lon)
         if self.edges and whole.any():
             bands = split(mean, whole)[:, None]
-            self.mean[:, row] += products(bands, bands, whole)
-            self.mean_error[:, row] += products(bands, error, whole)
-            if self.are_draws:
-                of_one = products(departures, departures, whole) / (num_members - 1)
-                self.mean_sampling[:, row] += of_one / num_members
+            self.mean[:, row] += by_zone(by_row(bands, bands))
+            self.mean_error[:, row] += by_zone(by_row(bands, error))
+            self.whole_variance[:, row] += by_zone(covariance * whole[..., :1, None])
 
     def slopes(self) -> Float[np.ndarray, "zone step level band"]:
         """Slopes of the regression of the truth on every band of the mean that very many members
@@ -362,7 +381,7 @@ class _Sums:
         about the truth: it is taken off, of the product of mean and error as of the mean's own
         variance, of which a quarter at least stays. A slope that is estimated from few dates may be
         far off, so all are kept between 0 and 4."""
-        mean, sampling = _diagonal(self.mean), _diagonal(self.mean_sampling)
+        mean, sampling = _diagonal(self.mean), self.sampled * _diagonal(self.whole_variance)
         lacking = sampling - _diagonal(self.mean_error)
         of_many = np.maximum(mean - sampling, mean / 4)
         slopes = 1.0 + np.divide(lacking, of_many, out=np.zeros_like(mean), where=of_many > 0)
@@ -379,9 +398,11 @@ class _Sums:
         crossed = added[..., :, None] * self.mean_error
         of_mean = added[..., :, None] * self.mean * added[..., None, :]
         error = self.error + crossed + crossed.swapaxes(-2, -1) + of_mean
-        error = error - slopes[..., :, None] * self.sampling * slopes[..., None, :]
-        by_band = _root_of_ratio(_diagonal(error), _diagonal(self.variance))
-        scaled = by_band[..., :, None] * by_band[..., None, :] * self.variance
+        error = error - slopes[..., :, None] * self.sampled * self.variance * slopes[..., None, :]
+        finite_size = 1.0 if self.are_draws else (self.num_members + 1) / self.num_members
+        variance = finite_size * self.variance
+        by_band = _root_of_ratio(_diagonal(error), _diagonal(variance))
+        scaled = by_band[..., :, None] * by_band[..., None, :] * variance
         common = _root_of_ratio(error.sum(axis=(-2, -1)), scaled.sum(axis=(-2, -1)))
         return np.moveaxis(by_band * common[..., None], -1, 1)
 
@@ -409,32 +430,11 @@ def estimate_factors(
     check_scales(edges, plan.grid)
     if plan.trained.checkpoint_record.get("model", {}).get("num_members") == 1:
         raise ValueError("calibrate: the checkpoint has one member, so no spread")
-    leads = plan.leads
-    hours = leads / HOUR
-    levels, zones = plan.trained.level_values, _ZONES if edges else ()
-    place = plan.grid.latitude, plan.grid.longitude
-    sums: dict[str, _Sums] = {}
-    for part in parts:
-        if part.data != PRIMARY:
-            continue  # streams of other sources keep the spread that they have
-        segment = plan.find(times[part.case]).segment
-        for name, values in part.fields.items():
-            num_members, num_levels = values.shape[1:3]
-            if num_members < 2:
-                raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            shape = (max(1, len(zones)), len(leads), num_levels, len(edges) + 1, len(edges) + 1)
-            empty = _Sums(*place, edges, zones, shape, plan.trained.model.any_member)
-            of_variable = sums.setdefault(name, empty)
-            for step, lead in enumerate(part.leads):
-                row = int(np.flatnonzero(leads == lead)[0])
-                valid = segment.find_time(times[part.case] + lead)
-                truth = segment.read(
-                    name, levels[name], valid, 1, segment.whole(), within_limits=True
-                )[:, 0, part.rows]
-                weight = plan.grid.weights[part.rows]
-                of_variable.add(row, part.rows, values[step], truth, weight)
+    zones = _ZONES if edges else ()
+    sums = _summed(plan, times, parts, edges, zones)
     if not any(of_variable.variance.any() for of_variable in sums.values()):
         raise ValueError("calibrate: the store has no truth where the task predicts")
+    hours = plan.leads / HOUR
     order = np.argsort(hours)
     spread, mean = {}, {}
     for name, of_variable in sums.items():
@@ -443,6 +443,38 @@ def estimate_factors(
         if (slopes != 1.0).any():
             mean[name] = np.moveaxis(slopes, -1, 1)[:, :, order]
     return CalibrationFactors(hours[order], spread, mean, edges, zones)
+
+
+def _summed(
+    plan: Plan,
+    times: np.ndarray,
+    parts: Iterable[BlendedPart],
+    edges: tuple[float, ...],
+    zones: tuple[float, ...],
+) -> dict[str, _Sums]:
+    """The sums of every variable over all parts; ValueError for a single member."""
+    leads, levels, sums = plan.leads, plan.trained.level_values, {}
+    for part in parts:
+        if part.data != PRIMARY:
+            continue  # streams of other sources keep the spread that they have
+        segment = plan.find(times[part.case]).segment
+        for name, values in part.fields.items():
+            num_members, num_levels = values.shape[1:3]
+            if num_members < 2:
+                raise ValueError("calibrate: the checkpoint has one member, so no spread")
+            if name not in sums:
+                place = plan.grid.latitude, plan.grid.longitude
+                size = len(leads), num_levels, num_members
+                sums[name] = _Sums(*place, edges, zones, *size, plan.trained.model.any_member)
+            for step, lead in enumerate(part.leads):
+                row = int(np.flatnonzero(leads == lead)[0])
+                valid = segment.find_time(times[part.case] + lead)
+                truth = segment.read(
+                    name, levels[name], valid, 1, segment.whole(), within_limits=True
+                )[:, 0, part.rows]
+                weight = plan.grid.weights[part.rows]
+                sums[name].add(row, part.rows, values[step], truth, weight)
+    return sums
 
 
 def scales_of(grid: Grid) -> tuple[float, ...]:

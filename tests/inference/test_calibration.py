@@ -157,7 +157,7 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
         return np.stack([*waves])
 
     def factors(record: dict) -> np.ndarray:
-        sums = _Sums(lat, lon, edges, (), (1, 1, 1, 2, 2), are_draws=False)  # around a fixed mean
+        sums = _Sums(lat, lon, edges, (), 1, 1, 6, are_draws=False)  # around a fixed mean
         for _ in range(60):
             truth, members = field(1)[:, 0].sum(axis=0), field(6)
             spread = large * members[0] + small * members[1]
@@ -198,7 +198,7 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
         return float((abs(np.fft.rfft(fields)[..., 20]) ** 2).mean())
 
     for kept, slope in ((1 / 3, 3.0), (1.0, 1.0)):
-        sums = _Sums(lat, lon, edges, (), (1, 1, 1, 2, 2))
+        sums = _Sums(lat, lon, edges, (), 1, 1, 8)
         for _ in range(200):
             truth, members = case(kept)
             sums.add(0, slice(0, 8), members, truth, np.ones(8))
@@ -222,7 +222,7 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
 def test_waves_that_the_mean_has_with_the_wrong_sign_go() -> None:
     rng = np.random.default_rng(4)
     lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
-    sums = _Sums(lat, lon, (72.0,), (), (1, 1, 1, 2, 2))
+    sums = _Sums(lat, lon, (72.0,), (), 1, 1, 4)
     for _ in range(20):
         truth = rng.standard_normal((1, 8, 64))
         members = -truth + 0.1 * rng.standard_normal((4, 1, 8, 64))
@@ -255,7 +255,7 @@ def test_a_factor_has_the_spread_of_many_draws_equal_their_error_in_every_zone()
     zones, edges = (-45.0, 0.0, 45.0), (72.0,)
     weights = zone_weights(lat, zones)
     spread = 1.0 / (weights * np.array([2.0, 1.0, 2.0])[:, None]).sum(0)[:, None]
-    sums = _Sums(lat, lon, edges, zones, (3, 1, 1, 2, 2))
+    sums = _Sums(lat, lon, edges, zones, 1, 1, 4)
     for _ in range(40):
         truth = rng.standard_normal((1, 18, 64))
         members = spread * rng.standard_normal((4, 1, 18, 64))
