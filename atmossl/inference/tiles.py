@@ -5,7 +5,7 @@ Generators over init (or valid) times and bands of latitude, so memory grows nei
 of times nor with the height of the grid.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
 
@@ -29,14 +29,14 @@ from atmossl.batch import (
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.monthly_normals import LocalUnits
 from atmossl.data.segment import HOUR, Segment, hours_since_1970
-from atmossl.data.variables import AMOUNTS
 from atmossl.data.windows import read_windows
 from atmossl.geometry import Box, Grid
 from atmossl.inference.calibration import Calibration
 from atmossl.inference.checkpoint import TrainedModel
+from atmossl.inference.coarse_cells import CoarseCells
 from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.inference.rollout import roll_out
-from atmossl.masking.base import Points, TokenLayout, coarsen, points_of, with_coarse_means
+from atmossl.masking.base import Points, TokenLayout, points_of
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.masking.views import FirstGuess, make_view
 from atmossl.model.network import scatter
@@ -355,6 +355,7 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
     with data of their own come before the others."""
     model = plan.trained.model.to(plan.options.device)
     tiles, blenders = _tiles(plan, sources), _blenders(plan)
+    calibration = Calibration(plan.trained.checkpoint_record, plan.task)
     while batch := list(islice(tiles, plan.options.batch_size)):  # reads windows and hides
         view, members = _batched(plan, sources, batch)
         with torch.inference_mode():
@@ -370,7 +371,7 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
                     placed = plan.placed(spec.data, tile.box, tile.weight)
                     blenders[spec.data].add(spec, windows[number], *placed)
             if tile.complete is not None:
-                yield from _complete_rows(plan, blenders, tile, sources[tile.case])
+                yield from _complete_rows(plan, blenders, calibration, tile, sources[tile.case])
                 if tile.complete == plan.grid.shape[0]:
                     blenders = _blenders(plan)
 
@@ -414,50 +415,45 @@ def _blenders(plan: Plan) -> dict[str, TileBlender]:
 
 
 def _complete_rows(
-    plan: Plan, blenders: Mapping[str, TileBlender], tile: _Tile, source: Source
+    plan: Plan,
+    blenders: Mapping[str, TileBlender],
+    calibration: Calibration,
+    tile: _Tile,
+    source: Source,
 ) -> Iterator[BlendedPart]:
     """How many rows of every grid are final after a tile."""
     assert tile.complete is not None
     for data, blender in blenders.items():
-        rows, done = blender.take(plan.coverage[data].row(tile.complete))
-        if rows.stop > rows.start and done:
-            leads = plan.written_steps(data, source)[1]
+        rows, fields = blender.take(plan.coverage[data].row(tile.complete))
+        if rows.stop > rows.start and fields:
+            leads, coarse = plan.written_steps(data, source)[1], None
             is_own = data == PRIMARY  # other streams are neither calibrated nor downscaled
-            coarse = _given_coarse(plan, source, done, rows) if is_own else {}
-            done = _corrected(plan, done, rows, leads, coarse) if is_own else done
-            fields = _members_of(plan, source, done)
-            departure = _departure(plan, fields, rows, coarse)
+            if is_own and plan.task.downscaling is not None:
+                coarse = CoarseCells.read(plan, source, fields, rows)
+            if is_own:
+                fields = _corrected(plan, calibration, coarse, fields, rows, leads)
+            fields = _members_of(plan, source, fields)
+            departure = {} if coarse is None else coarse.departure(fields)
             is_last = is_own and tile.complete == plan.grid.shape[0]
             yield BlendedPart(tile.case, leads, rows, fields, is_last, departure, data)
 
 
 def _corrected(
-    plan: Plan, fields: Fields, rows: slice, leads: np.ndarray, coarse: Mapping[str, Tensor]
+    plan: Plan,
+    calibration: Calibration,
+    coarse: CoarseCells | None,
+    fields: Fields,
+    rows: slice,
+    leads: np.ndarray,
 ) -> Fields:
-    """The blended ensemble, calibrated; in a downscaling with the given means before and after."""
-    lat, lon = plan.grid.latitude[rows], plan.grid.longitude
-    calibration = Calibration(plan.trained.checkpoint_record, plan.task)
-    fields = _with_given_means(plan, fields, rows, coarse)  # as they were when it was fitted
-    fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
-    return _with_given_means(plan, fields, rows, coarse)
-
-
-def _with_given_means(
-    plan: Plan, fields: Fields, rows: slice, coarse: Mapping[str, Tensor]
-) -> Fields:
-    """In a downscaling coarse cells get their given means, unless the task says not to: in every
-    draw of noise; for a tail in the mean, since its values of single cells would lose spread."""
-    if (task := plan.task.downscaling) is None or task.consistent is False:
+    """The blended ensemble, calibrated. That of a downscaling has the given means before, as it was
+    when the calibration was fitted, and after."""
+    fields = fields if coarse is None else coarse.kept(fields)
+    if not calibration.factors:
         return fields
-    weight, circle, kept = torch.from_numpy(plan.grid.weights[rows]), plan.grid.periodic, {}
-    for name, given in coarse.items():
-        members = torch.from_numpy(fields[name]).double()
-        fine = members if plan.trained.model.any_member else members.mean(dim=1, keepdim=True)
-        moved = with_coarse_means(
-            fine, given, weight, task.factor, is_amount=name in AMOUNTS, closes_circle=circle
-        )
-        kept[name] = (moved if fine is members else members + (moved - fine)).float().numpy()
-    return kept
+    lat, lon = plan.grid.latitude[rows], plan.grid.longitude
+    fields = calibration.apply(fields, leads / HOUR, lat, lon, centre=plan.centre)
+    return fields if coarse is None else coarse.kept(fields)
 
 
 def _members_of(plan: Plan, source: Source, fields: Fields) -> Fields:
@@ -561,40 +557,3 @@ def _in_place(
         nlon=num_lon,
         patch=predicted.members.shape[-1],
     )
-
-
-def _given_coarse(
-    plan: Plan, source: Source, names: Iterable[str], rows: slice
-) -> dict[str, Float[Tensor, "level lat lon"]]:
-    """The given coarse cells of a downscaling's variables at the written step; none for other
-    tasks. The record itself is fine or coarse."""
-    task, num_lon = plan.task.downscaling, plan.grid.shape[1]
-    if task is None:
-        return {}
-    step, factor = source.start + plan.steps_before, task.factor
-    box = Box(rows.start, 0, rows.stop - rows.start, num_lon)
-    if task.coarse_input:
-        box = Box(box.lat_start // factor, 0, box.lat_size // factor, num_lon // factor)
-    weight, given = torch.from_numpy(plan.grid.weights[rows]), {}
-    for name in names:
-        read = source.segment.read(name, plan.trained.level_values[name], step, 1, box)
-        values = torch.from_numpy(read)[:, 0].double()
-        given[name] = values if task.coarse_input else coarsen(values, weight, factor)
-    return given
-
-
-def _departure(
-    plan: Plan, fields: Fields, rows: slice, coarse: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """The mean square difference of coarse cells from the given ones, per variable: of the members,
-    or of the ensemble mean of a tail."""
-    weight, departure = torch.from_numpy(plan.grid.weights[rows]), {}
-    for name, given in coarse.items():
-        members = torch.from_numpy(fields[name]).double()
-        fine = members if plan.trained.model.any_member else members.mean(dim=1)
-        factor = fine.shape[-1] // given.shape[-1]
-        difference = given - coarsen(fine, weight, factor)
-        area = weight.unflatten(0, (-1, factor)).sum(1)[:, None]
-        area = torch.where(difference.isnan(), 0.0, area)
-        departure[name] = float((difference.nan_to_num() ** 2 * area).sum() / area.sum())
-    return departure
