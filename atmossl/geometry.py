@@ -91,6 +91,12 @@ def within_longitudes(longitude_deg: Any, west: float, east: float) -> Any:
     return (longitude_deg - west + TOLERANCE_DEG) % 360.0 <= width + 2 * TOLERANCE_DEG
 
 
+def closes_circle(longitude: np.ndarray) -> bool:
+    """Whether the last of evenly spaced longitudes lies beside the first."""
+    spacing = float(longitude[1] - longitude[0])
+    return abs(len(longitude) * spacing - 360.0) < TOLERANCE_DEG
+
+
 @dataclass(frozen=True)
 class Grid:
     """A latitude-longitude grid, latitudes ascending, longitudes ascending within one turn; those
@@ -128,7 +134,7 @@ class Grid:
     @cached_property
     def periodic(self) -> bool:
         """True if the longitudes close the circle."""
-        return abs(len(self.longitude) * self.longitude_spacing - 360.0) < TOLERANCE_DEG
+        return closes_circle(self.longitude)
 
     @cached_property
     def weights(self) -> np.ndarray:

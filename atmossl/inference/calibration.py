@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float
 
 from atmossl.batch import PRIMARY
 from atmossl.data.segment import HOUR
-from atmossl.geometry import EARTH_RADIUS_KM, Grid
+from atmossl.geometry import EARTH_RADIUS_KM, Grid, closes_circle
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.masking.tasks import Task
 
@@ -137,7 +137,7 @@ class CalibrationFactors:
     ) -> Float[np.ndarray, "step level lat lon"]:
         """The ensemble mean of one variable with the waves of every band times their factor, on the
         rows that close the circle and are wholly predicted."""
-        whole = whole_rows(predicted, lat, lon)
+        whole = whole_rows(predicted, lon)
         if name not in self.mean or not whole.any():
             return mean
         bands = zonal_bands(mean, whole, lon, self._edges(lat))
@@ -170,10 +170,10 @@ def zone_weights(lat: np.ndarray, zones: tuple[float, ...]) -> Float[np.ndarray,
 
 
 def whole_rows(
-    predicted: Bool[np.ndarray, "*axes lat lon"], lat: np.ndarray, lon: np.ndarray
+    predicted: Bool[np.ndarray, "*axes lat lon"], lon: np.ndarray
 ) -> Bool[np.ndarray, "*axes lat lon"]:
     """Where a row closes the circle and all its cells are predicted."""
-    whole = predicted.all(axis=-1, keepdims=True) & Grid(lat, lon).periodic
+    whole = predicted.all(axis=-1, keepdims=True) & closes_circle(lon)
     return np.broadcast_to(whole, predicted.shape)
 
 
@@ -196,8 +196,7 @@ def zonal_bands(
     fields: [... lat lon]. where: the same, or with axes of size 1. lon: centres, degrees. edges:
     lengths in degrees of longitude, falling, of all rows or one for each.
     """
-    spacing = lon[1] - lon[0]
-    is_circle = Grid(np.zeros(1), lon).periodic
+    spacing, is_circle = lon[1] - lon[0], closes_circle(lon)
     size = len(lon) if is_circle else 2 * len(lon)  # zeros beyond the ends do not count
     per_degree = np.arange(size // 2 + 1) / (spacing * size)  # of every wave: 1 / its length
     inside = np.where(where, fields, 0.0)
@@ -367,7 +366,7 @@ class _Sums:
         covariance = by_row(departures, departures) / (self.num_members - 1)
         self.error[:, row] += by_zone(by_row(error, error))
         self.variance[:, row] += by_zone(covariance)
-        whole = whole_rows(counted, self.lat[rows], self.lon)
+        whole = whole_rows(counted, self.lon)
         if self.edges and whole.any():
             bands = split(mean, whole)[:, None]
             self.mean[:, row] += by_zone(by_row(bands, bands))

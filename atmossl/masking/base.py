@@ -168,12 +168,10 @@ def with_coarse_means(
     "Hard-constrained deep learning for climate downscaling", section 3). weight: relative areas of
     the rows. closes_circle: whether the last column lies beside the first."""
     lacking = coarse - coarsen(fine, weight, factor)
-    is_known = lacking.isfinite()
-    blocks = repeat_coarse(lacking.nan_to_num(), factor)
-    smooth = spread_along_row(lacking.nan_to_num(), factor, closes_circle=closes_circle)
-    smooth = smooth.repeat_interleave(factor, dim=-2)
-    row_is_known = is_known.all(dim=-1, keepdim=True).repeat_interleave(factor, dim=-2)
-    shifted = fine + torch.where(row_is_known, smooth, blocks)
+    row_is_known, lacking = lacking.isfinite().all(dim=-1, keepdim=True), lacking.nan_to_num()
+    smooth = spread_along_row(lacking, factor, closes_circle=closes_circle)
+    along_row = torch.where(row_is_known, smooth, lacking.repeat_interleave(factor, dim=-1))
+    shifted = fine + along_row.repeat_interleave(factor, dim=-2)
     if not is_amount:
         return shifted
     below = shifted.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).amin(dim=(-3, -1)) < 0
