@@ -13,11 +13,11 @@ area means and in differences of neighbours. With bands, each has the spread tha
 Bands are parted by the length of waves in degrees of longitude, not in km: what a network does not
 resolve are waves of a few of its cells, whatever their length.
 
-The ensemble mean stays as it is, but for waves shorter than the first band on rows that close the
-circle and are wholly predicted. There each band is multiplied by the slope of the regression of the
-truth on it, as in model output statistics (Glahn and Lowry 1972), here by scale. Waves that a
-network only makes up, such as those of the edges of coarse cells, go; such as it has too little of
-get back their amplitude; so members have the truth's power.
+With bands the ensemble mean is scaled, too: each of its bands but the first is multiplied by the
+slope of the regression of the truth on it, on rows that close the circle and are wholly predicted.
+This is model output statistics (Glahn and Lowry 1972) by scale. The slope is below 1 where the mean
+has waves that the truth has not, such as those of the edges of coarse cells, and above 1 where its
+waves are too weak. Members then have the truth's power.
 """
 
 import math
