@@ -38,7 +38,7 @@ from atmossl.schema import ChosenMembers, trained_sampler
 from atmossl.schema.config_errors import lines_of
 from atmossl.schema.targets import ChosenTask
 from atmossl.settings import NUM_SEEDS, check_plugins
-from atmossl.value_faults import listed
+from atmossl.value_faults import as_written, listed
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class Model:
         needed = {spec.data for spec in self.trained.specs}
         if needed != set(datasets):
             raise ValueError(
-                f"others={sorted(set(datasets) - {PRIMARY})}: the checkpoint's streams need "
-                f"{sorted(needed - {PRIMARY})} beside the dataset"
+                f"others={as_written(sorted(set(datasets) - {PRIMARY}))}: the checkpoint's streams "
+                f"need {listed(sorted(needed - {PRIMARY}))} beside the dataset"
             )
         records, access = {}, Access(input_limits=input_limits)
         for data, dataset in datasets.items():
@@ -237,7 +237,9 @@ def _sampler(task: Any, choices: Mapping[str, Any]) -> Task:
     if not isinstance(task, Task):
         return find_task(task, choices)
     if choices:
-        raise ValueError(f"{choices} change keys of a task by name; {task} is one already")
+        raise ValueError(
+            f"{as_written(choices)} change keys of a task by name; {task} is one already"
+        )
     return task
 
 

@@ -88,13 +88,13 @@ class StreamSpec:
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(
-                    f"stream.{self.name}.{key}={as_written(values)} has {twice} twice; give each "
-                    "once"
+                    f"stream.{self.name}.{key}={as_written(values)} has {listed(twice)} twice; "
+                    "give each once"
                 )
         if self.num_levels % self.token_size.level:
             raise ValueError(
                 f"stream.{self.name}.token_size.level={self.token_size.level} does not divide the "
-                f"{self.num_levels} levels {list(self.levels)}"
+                f"{self.num_levels} levels {listed(self.levels)}"
             )
 
     @property
@@ -145,11 +145,11 @@ def shared_fields(specs: Sequence[StreamSpec]) -> list[str]:
             levels = sorted(set(first.level_values) & set(second.level_values))
             predicted = "predict" in (first.role, second.role)
             if predicted and first.data == second.data and variables and levels:
-                at = f" at {levels} hPa" if any(levels) else ""
+                at = f" at {listed(levels)} hPa" if any(levels) else ""
                 faults.append(
                     f"stream.{first.name} (role {first.role}) and stream.{second.name} (role "
-                    f"{second.role}) both hold {variables}{at}; a field that is predicted stands "
-                    "in one stream alone: leave it out of the other"
+                    f"{second.role}) both hold {listed(variables)}{at}; a field that is predicted "
+                    "stands in one stream alone: leave it out of the other"
                 )
     return faults
 

@@ -350,7 +350,7 @@ def _import(arguments: Sequence[str]) -> None:
         raise ValueError(f"{kind}: no such kind of model; valid: atmossl import atmorep FOLDER")
     if kind != "atmorep" or not folder or Word.of(folder).value is not None:
         raise ValueError(
-            f"got {list(arguments)}; needed: atmorep FOLDER output=PATH data=NAME "
+            f"got {' '.join(arguments) or 'nothing'}; needed: atmorep FOLDER output=PATH data=NAME "
             "[data.catalog=PATH] [normalisation=FOLDER [normalisation.months=own]]"
         )
     more: dict[str, str] = {}

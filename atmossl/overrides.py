@@ -84,7 +84,7 @@ def keywords(words: Sequence[str], names: Sequence[str]) -> list[str]:
     for name in (name for name in names if name not in values):
         raise ValueError(f"{name}: is missing; {needed}")
     if len(values) < len(words):
-        raise ValueError(f"got {list(words)}, a key twice; {needed}")
+        raise ValueError(f"got {' '.join(words)}, a key twice; {needed}")
     return [unquoted(str(values[name])) for name in names]
 
 

@@ -251,7 +251,9 @@ def full_name(target: str) -> str:
     if names:
         raise LookupError(f"registered for {' and for '.join(names)}; name one of these")
     registered = sorted({point.name for point in points})
-    raise LookupError(f"no name of this package, and entry points {GROUP} have {registered}")
+    raise LookupError(
+        f"no name of this package, and entry points {GROUP} have {listed(registered)}"
+    )
 
 
 def _check_trust(name: str, packages: Iterable[str]) -> None:

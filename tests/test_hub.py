@@ -81,7 +81,7 @@ def test_card_tells_data_masks_licence_and_hashes(folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
     for text in (
         record["statistics"]["primary"]["period"], "CC BY-SA 4.0", "Kochkov et al.",
-        "temperature, at [500]",
+        "temperature, at 500",
         "5 steps, 8 rows, 16 columns", json.dumps(record["config"]["masking"], default=str),
         config["weights"]["sha256"],
     ):  # fmt: skip

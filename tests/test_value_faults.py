@@ -1,6 +1,7 @@
 """What would be valid is told in plain words: for every kind of pydantic's errors, and for every
 key of every command with values of the wrong kind."""
 
+import ast
 import copy
 import re
 from collections.abc import Iterator
@@ -172,10 +173,47 @@ def test_a_catalog_is_told_in_the_same_words(tmp_path: Path) -> None:
 def test_valid_values_are_listed_as_a_user_writes_them() -> None:
     assert listed(["air", 500, 0.25, None, True]) == "air, 500, 0.25, null, true"
     assert listed({"b": 1, "a": 2}) == "b, a"
-    sources = Path(atmossl.schema.__file__).parents[1].rglob("*.py")
-    of_python = re.compile(
-        r"""(?:valid|known): (?:"\s*f")?\{(?:sorted\(|list\(|tuple\(|get_args\(|\[)"""
-    )
-    for source in sources:
-        found = of_python.search(source.read_text())
-        assert found is None, f"{source}: {found}"
+
+
+OF_PYTHON = {"list", "tuple", "sorted", "set", "dict", "get_args"}
+
+
+def is_of_python(node: ast.AST | None, names: set[str]) -> bool:
+    """Whether an expression is a list, tuple, set or dict, by its form. names: of such values."""
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.BinOp):
+        return is_of_python(node.left, names) or is_of_python(node.right, names)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in OF_PYTHON
+    forms = (ast.List, ast.ListComp, ast.Tuple, ast.Set, ast.SetComp, ast.Dict, ast.DictComp)
+    return isinstance(node, forms)
+
+
+def shown_as_in_python(function: ast.AST) -> Iterator[str]:
+    """Lists and mappings that a function puts into texts in Python's form: `['a', 'b']`."""
+    names: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and is_of_python(node.value, names):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.NamedExpr) and is_of_python(node.value, names):
+            names.add(node.target.id)
+    for node in ast.walk(function):
+        if isinstance(node, ast.FormattedValue) and is_of_python(node.value, names):
+            text = ast.unparse(node.value)
+            if "shape" not in text:  # of arrays, which stand in brackets
+                yield text
+
+
+def test_texts_that_show_lists_in_pythons_form_are_recognised() -> None:
+    code = "def f(a, b):\n have = [b]\n x = f'{sorted(a)} {listed(have)} {have} {a} {[b, *a]}'"
+    assert [*shown_as_in_python(ast.parse(code).body[0])] == ["sorted(a)", "have", "[b, *a]"]
+
+
+def test_no_message_shows_a_list_in_pythons_form() -> None:
+    for source in Path(atmossl.schema.__file__).parents[1].rglob("*.py"):
+        for function in ast.walk(ast.parse(source.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                shown = [*shown_as_in_python(function)]
+                assert not shown, f"{source}, {function.name}: {shown}; listed() or as_written()"

@@ -20,6 +20,7 @@ from atmossl.inference.checkpoint import TrainedModel, entries_for, load_checkpo
 from atmossl.progress import console_of_output, note
 from atmossl.schema import EvaluateConfig, device_for, parse
 from atmossl.scorecard import check_tasks, compare_forecasts, provenance_of, score_tasks
+from atmossl.value_faults import as_written, listed
 
 
 def evaluate(values: Mapping[str, Any], command: str = "atmossl evaluate") -> Path:
@@ -62,11 +63,11 @@ def _score_tasks(config: EvaluateConfig, trained: TrainedModel) -> list[TaskRepo
     )
     gappy = sorted({name for segment in test for name in segment.may_miss})
     if config.ridge and gappy:
-        note(f"no ridge regression of {gappy}, which may have missing values")
+        note(f"no ridge regression of {listed(gappy)}, which may have missing values")
     not_primary = sorted({s.data for s in trained.specs if s.role == "predict"} - {PRIMARY})
     if not_primary:
         note(
-            f"streams with data={not_primary} are not scored here; predict writes them "
+            f"streams with data={as_written(not_primary)} are not scored here; predict writes them "
             "into groups, which evaluate forecasts=[OUTPUT.zarr/GROUP] data=GROUP scores"
         )
     device, tell = device_for(config.accelerator), partial(note_out_of_training, printed=set())

@@ -29,6 +29,7 @@ from atmossl.inference.checkpoint import (
 from atmossl.inference.out_of_training_warnings import seen_in_training
 from atmossl.model.network import merged
 from atmossl.progress import console_of_output
+from atmossl.value_faults import listed
 
 _FENCE = "```"
 _MUST_AGREE = ("streams", "network", "model", "statistics", "window")
@@ -164,7 +165,9 @@ def _scores(report: Path, names: Sequence[str], plugins: Sequence[str]) -> list[
         raise ValueError(f"report={report} is no folder of `atmossl evaluate`: {error}") from error
     digests = [load_checkpoint(name, plugins).digest for name in names]
     if len(digests) > 1 or f"digest {digests[0]}" not in summary:
-        raise ValueError(f"report={report} is of another checkpoint than {names}: {digests}")
+        raise ValueError(
+            f"report={report} is of another checkpoint than {listed(names)}: {listed(digests)}"
+        )
     lines = ["| score | mean | 95 % interval |", "| --- | ---: | --- |"]
     for key, value in figures.items():
         if isinstance(value, float | int):
@@ -224,13 +227,18 @@ def _about_data(trained: TrainedModel, entry: CatalogEntry | None) -> Iterator[s
         else "of the model levels"
     )
     for stream in checkpoint_record["streams"]:
-        levels = f"at {list(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
+        levels = f"at {listed(stream['levels'])} {unit}" if stream["levels"] else "at the surface"
         variables = ", ".join(stream["variables"])
         yield f"- Stream `{stream['name']}` ({stream['role']}): {variables}, {levels}"
     for place in seen_in_training(trained).values():
-        if place.cell is not None:
-            box = f"latitudes {place.latitudes}, longitudes (first one, extent) {place.longitudes}"
-            yield f"- Grid: cells of {place.cell} degrees; {box}"
+        if place.cell and place.latitudes and place.longitudes:
+            size = " x ".join(f"{degrees:.6g}" for degrees in place.cell)
+            south, north = place.latitudes
+            west, extent = place.longitudes
+            yield (
+                f"- Grid: cells of {size} degrees; latitudes {south:g} to {north:g}, {extent:g} "
+                f"degrees of longitude from {west:g} on"
+            )
     steps = (
         f"{checkpoint_record['step_hours']:g} h"
         if checkpoint_record.get("step_hours")

@@ -25,6 +25,7 @@ from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
 from atmossl.progress import console_of_output, note
+from atmossl.value_faults import listed
 
 # What AtmoRep's published models were trained on: hourly ERA5, whole years of the globe.
 _STEP_HOURS = 1.0
@@ -137,7 +138,7 @@ def _check_store(
     first = segments[0]
     if first.pressure_levels and any(spec.levels for spec in specs):
         raise ValueError(
-            f"data={data}: AtmoRep's levels {list(first.levels)} are numbers of model levels; if "
+            f"data={data}: AtmoRep's levels {listed(first.levels)} are numbers of model levels; if "
             "those of the store are, say `levels_are: model` in the catalog entry"
         )
     if first.grid.shape[0] < rows or first.grid.shape[1] < columns:

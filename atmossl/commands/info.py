@@ -10,6 +10,7 @@ from atmossl.batch import PRIMARY
 from atmossl.inference.calibration import CalibrationFactors
 from atmossl.inference.checkpoint import load_checkpoint, objective_name
 from atmossl.settings import check_plugins, snake_case
+from atmossl.value_faults import listed
 
 
 def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
@@ -38,7 +39,7 @@ def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
     }
     for spec in trained.specs:
         unit = "hPa" if trained.pressure_levels else "of the model levels"
-        rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {list(spec.levels)} {unit}"
+        rows[f"stream {spec.name}"] = f"{', '.join(spec.variables)} at {listed(spec.levels)} {unit}"
     for key, value in rows.items():
         table.add_row(key, value)
     Console(markup=False).print(table)

@@ -97,7 +97,9 @@ class CatalogEntry(Strict):
     def _coordinates_are_canonical(self) -> "CatalogEntry":
         unknown = sorted(set(self.coordinates) - set(_COORDINATES))
         if unknown:
-            raise ValueError(f"coordinates {unknown} do not exist; valid: {listed(_COORDINATES)}")
+            raise ValueError(
+                f"coordinates {listed(unknown)} do not exist; valid: {listed(_COORDINATES)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -155,7 +157,9 @@ def load_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
     shipped = _read(find_file("data_catalog.yaml"))
     user_entries = _read(OWN_CATALOG) if OWN_CATALOG.is_file() else {}
     if twice := sorted(set(shipped) & set(user_entries)):
-        raise ValueError(f"{OWN_CATALOG}: {twice} are entries of the package; give other names")
+        raise ValueError(
+            f"{OWN_CATALOG}: {listed(twice)} are entries of the package; give other names"
+        )
     return {**shipped, **user_entries}
 
 

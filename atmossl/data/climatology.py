@@ -25,6 +25,7 @@ from atmossl.data.fingerprint import agree, fingerprint, stale_message
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES
 from atmossl.names import file_name
+from atmossl.value_faults import listed
 
 Kind = Literal["global", "month", "cell_month", "cell_day_hour"]
 _SUM_BYTES = 24  # count, mean and squares of one cell in float64
@@ -368,7 +369,9 @@ def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
     for attribute, ours in (("variables", first.variables), ("levels", first.levels)):
         theirs = climatology.attrs.get(attribute, [])
         if list(theirs) != list(ours):
-            raise ValueError(f"{key} has {attribute} {list(theirs)}; needed: {list(ours)}")
+            raise ValueError(
+                f"{key} has {attribute} {listed(theirs) or 'none'}; needed: {listed(ours)}"
+            )
     now = fingerprint(segments)
     if not agree(str(climatology.attrs["fingerprint"]), now):
         raise ValueError(stale_message(path, segments, str(climatology.attrs["fingerprint"]), now))
@@ -377,6 +380,6 @@ def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
     has_values = (count > 0).any([dim for dim in count.dims if dim != "month"])
     if not bool(has_values.all()):
         empty = climatology["month"].values[~has_values.values].tolist()
-        raise ValueError(f"{key} has no values in months {empty}; leave it out")
+        raise ValueError(f"{key} has no values in months {listed(empty)}; leave it out")
     means = climatology[names].load()
     return means.transpose("month", ...)

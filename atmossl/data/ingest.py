@@ -210,7 +210,9 @@ def _opened(settings: str) -> tuple[xr.Dataset, tuple[str, ...]]:
         have = [int(level) for level in dataset["level"].values]
         missing = sorted(set(source.levels) - set(have))
         if missing:
-            raise ValueError(f"{where}: levels {missing} are missing; valid: {listed(have)}")
+            raise ValueError(
+                f"{where}: levels {listed(missing)} are missing; valid: {listed(have)}"
+            )
         dataset = dataset.sel(level=list(source.levels))
     if source.start or source.end:
         _check_dates(dataset, source)

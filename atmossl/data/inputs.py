@@ -291,7 +291,7 @@ def open_input(
     _check_found(reading, variables, location, files)
     _tell_left_out(reading, len(files), tell)
     if not any("time" in part.dims for part in parts):
-        raise ValueError(f"input={location}: {sorted(variables)} have no time")
+        raise ValueError(f"input={location}: {listed(sorted(variables))} have no time")
     check_overlaps(parts, origins, location)
     joined = with_regular_axes(_joined(parts, location), f"input={location}")
     west_to_east, _ = ascending_longitudes(joined["longitude"].values)
@@ -307,7 +307,7 @@ def _check_found(reading: _Reading, have: set[str], location: str, files: Sequen
                 f"{listed(sorted(reading.have))}"
             )
     if not have:
-        raise ValueError(f"input={location}: select={reading.selection} leaves no data")
+        raise ValueError(f"input={location}: select={as_written(reading.selection)} leaves no data")
     unknown = sorted(set(reading.selection) - reading.selected)
     if unknown:
         raise ValueError(
@@ -376,9 +376,10 @@ def _check_filled(parts: Sequence[xr.Dataset], location: str) -> None:
         filled = sum(prod(map(len, place)) for place in places)
         if filled != prod(map(len, have.values())):
             counts = sorted({tuple(map(len, place)) for place in places})
+            sizes = ", ".join(" x ".join(map(str, count)) for count in counts)
             raise ValueError(
                 f"input={location}: the files of {name} have different {' x '.join(axes)}, of "
-                f"sizes {counts}; choose what all have with levels and region, or ingest them apart"
+                f"sizes {sizes}; choose what all have with levels and region, or ingest them apart"
             )
 
 
@@ -402,8 +403,8 @@ def _opened_file(file: str, reading: _Reading) -> list[xr.Dataset]:
     reading.have.update(names)
     if not reading.names and not any(map(reading.canonical, names)):
         raise ValueError(
-            f"input {file}: variables known here are not among {sorted(names)}; name them, such as "
-            f"variables.temperature={min(names, default='t')}"
+            f"input {file}: variables known here are not among {listed(sorted(names))}; name them, "
+            f"such as variables.temperature={min(names, default='t')}"
         )
     return datasets
 
@@ -471,13 +472,15 @@ def _selected(array: xr.DataArray, reading: _Reading, file: str) -> xr.DataArray
         if array.sizes[dim] > 1:
             reading.tell(
                 f"select.{dim}={value} leaves out {array.sizes[dim] - 1} of {array.sizes[dim]} "
-                f"values of {dim}: {_values(array, dim)}"
+                f"values of {dim}: {listed(_values(array, dim))}"
             )
     try:
         array = array.sel({dim: _plain(dim, value) for dim, value in chosen.items()})
     except (KeyError, ValueError) as error:
         valid = _by_dimension(array, chosen)
-        raise ValueError(f"input {file}: select={chosen}: no such value; valid: {valid}") from error
+        raise ValueError(
+            f"input {file}: select={as_written(chosen)}: no such value; valid: {valid}"
+        ) from error
     if array.sizes.get("step", 1) > 1:  # each date would be there once for every lead time
         valid = _values(array, "step")
         raise ValueError(
@@ -545,8 +548,8 @@ def _canonical_array(array: xr.DataArray, file: str) -> xr.DataArray:
     if further:
         sizes = _by_dimension(array, [str(dim) for dim in further if dim in array.coords])
         raise ValueError(
-            f"input {file}: {array.name} has further dimensions {further}; choose one value of "
-            f"each under `select`, valid: {sizes}; or say what they are, such as "
+            f"input {file}: {array.name} has further dimensions {listed(further)}; choose one "
+            f"value of each under `select`, valid: {sizes}; or say what they are, such as "
             f"coordinates.level={further[0]} for pressure, levels_are=model for numbers of model "
             "levels"
         )

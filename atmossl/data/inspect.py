@@ -27,6 +27,7 @@ from atmossl.data.metadata import check_statements, is_mean
 from atmossl.data.store import check_dims, open_entry, rename_coordinates
 from atmossl.data.variables import VARIABLES, check_units
 from atmossl.data.windows import WindowSize
+from atmossl.value_faults import listed
 
 _SMALL_CHUNK_BYTES = 256 * 2**10
 _MUCH = 2.0  # times what a window needs
@@ -174,7 +175,9 @@ def inspect(entry: CatalogEntry, window: WindowSize, samples: int) -> list[Segme
         missing = sorted(set(entry.variables.values()) - set(map(str, dataset.data_vars)))
         if missing:
             have = sorted(map(str, dataset.data_vars))
-            raise ValueError(f"{location}: variables {missing} are missing; the store has {have}")
+            raise ValueError(
+                f"{location}: variables {listed(missing)} are missing; the store has {listed(have)}"
+            )
         variables = tuple(
             replace(
                 _variable(canonical, stored, dataset[stored], opened, window, samples),

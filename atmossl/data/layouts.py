@@ -13,6 +13,7 @@ from xarray.conventions import decode_cf_variable
 
 from atmossl.data.chunks import ChunkedArray, Region, SharedChunks, without_absent
 from atmossl.names import VARIABLE_OF_FIELD
+from atmossl.value_faults import listed
 
 _LOGGER = logging.getLogger(__name__)
 Adapted = tuple[xr.Dataset, dict[str, ChunkedArray]]
@@ -96,7 +97,7 @@ def _check_names(names: Sequence[str], size: int, where: str) -> None:
     would hide the first."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{where} names {twice} more than once")
+        raise ValueError(f"{where} names {listed(twice)} more than once")
     if len(names) != size:
         raise ValueError(f"{where} has {len(names)} names for {size} fields")
 
@@ -128,7 +129,7 @@ def array_in(group: zarr.Group, name: str) -> zarr.Array:
     """The array of a group by its name; ValueError if there is none."""
     member = group.get(name)
     if not isinstance(member, zarr.Array):
-        raise ValueError(f"array {name} is missing; there are {sorted(group.array_keys())}")
+        raise ValueError(f"array {name} is missing; there are {listed(sorted(group.array_keys()))}")
     return member
 
 
@@ -255,7 +256,9 @@ def _parameters(names: Sequence[str]) -> tuple[dict[str, Places], list[int]]:
     for name, places in on_levels.items():
         lacking = [level for level in levels if level not in places]
         if lacking:
-            _LOGGER.warning("%s lacks levels %s of the store: missing values there", name, lacking)
+            _LOGGER.warning(
+                "%s lacks levels %s of the store: missing values there", name, listed(lacking)
+            )
         key = f"{name}_levels" if name in surface else name
         parameters[key] = (tuple(places.get(level) for level in levels), True)
     return parameters, levels

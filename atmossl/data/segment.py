@@ -15,6 +15,7 @@ from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.chunks import Access, ChunkedArray, MemoryChunks, SharedChunks
 from atmossl.data.variables import Limits
 from atmossl.geometry import Alignment, Box, Grid, Nesting, common_alignment
+from atmossl.value_faults import listed
 
 # Many windows from one store at once: every touched chunk is read and decoded once.
 #
@@ -359,7 +360,7 @@ class Segment:
         if on_levels != any(levels):
             raise ValueError(
                 f"{self.location}: {variable} has {'levels' if on_levels else 'no levels'}, its "
-                f"stream has levels {[level for level in levels if level]}"
+                f"stream has levels {listed([level for level in levels if level])}"
             )
         rows = [self.stored_levels.index(level) for level in levels] if on_levels else [0]
         positions = (

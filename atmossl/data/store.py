@@ -185,8 +185,8 @@ def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dat
     )
     if missing:
         raise ValueError(
-            f"{location}: variables {missing} are missing; the store has "
-            f"{sorted(map(str, dataset.data_vars))}"
+            f"{location}: variables {listed(missing)} are missing; the store has "
+            f"{listed(sorted(map(str, dataset.data_vars)))}"
         )
     unused = set(dataset.data_vars) - set(names.values())
     return dataset.drop_vars(unused).rename({s: v for v, s in names.items() if s != v})
@@ -209,7 +209,7 @@ def rename_coordinates(
             stored = dimensions_like(canonical, dataset, set(names))
         if len(stored) > 1 and stored[0] not in choices:
             raise ValueError(
-                f"{location}: dimensions {stored} could all be {canonical}; say which one: "
+                f"{location}: dimensions {listed(stored)} could all be {canonical}; say which one: "
                 f"coordinates.{canonical}={stored[0]}"
             )
         if stored:
@@ -226,21 +226,23 @@ def rename_coordinates(
     dataset = dataset.rename({old: new for old, new in names.items() if old != new})
     without = [name for name in names.values() if name not in dataset.coords]
     if without:
-        raise ValueError(f"{location}: dimensions {without} have no coordinates; add their values")
+        raise ValueError(
+            f"{location}: dimensions {listed(without)} have no coordinates; add their values"
+        )
     return with_dates(_in_hpa(dataset, by_name_in_pa), location)
 
 
 def _no_dimension(
     canonical: str, choices: Sequence[str], dataset: xr.Dataset, location: str
 ) -> str:
-    tried = f"{location}: no dimension for {canonical}, tried {list(choices)}; the store has "
-    tried += f"{sorted(map(str, dataset.dims))}"
+    tried = f"{location}: no dimension for {canonical}, tried {listed(choices)}; the store has "
+    tried += f"{listed(sorted(map(str, dataset.dims)))}"
     if canonical in ("latitude", "longitude") and (projected := projected_dimensions(dataset)):
-        return f"{tried}, of which {projected} are not geographic. {REGRID}"
+        return f"{tried}, of which {listed(projected)} are not geographic. {REGRID}"
     if canonical == "time" and (starts := start_dimensions(dataset)):
         return (
-            f"{tried}, of which {starts} are the starts of forecasts; valid dates are needed, "
-            "which are these plus the lead time"
+            f"{tried}, of which {listed(starts)} are the starts of forecasts; valid dates are "
+            "needed, which are these plus the lead time"
         )
     return (
         f"{tried}. Name it under `coordinates`, in the catalog entry or for `atmossl data ingest`: "
@@ -284,9 +286,9 @@ def check_dims(name: str, dims: Sequence[Hashable], location: str) -> None:
     extra_dims = sorted(map(str, set(dims) - set(COORDINATES)))
     if extra_dims:
         raise ValueError(
-            f"{location}: {name} has further dimensions {extra_dims}; keep one value of each, "
-            "with `select` of `atmossl data ingest` for example; a member of an anemoi store also "
-            "with storage_options: {number: 0} in the catalog"
+            f"{location}: {name} has further dimensions {listed(extra_dims)}; keep one value of "
+            "each, with `select` of `atmossl data ingest` for example; a member of an anemoi store "
+            "also with storage_options: {number: 0} in the catalog"
         )
 
 
@@ -308,7 +310,9 @@ def _checked_levels(
     missing = sorted(set(levels) - set(have))
     if missing:
         unit = " hPa" if pressure_levels else ""
-        raise ValueError(f"{location}: levels {missing}{unit} are missing; the store has [{shown}]")
+        raise ValueError(
+            f"{location}: levels {listed(missing)}{unit} are missing; the store has [{shown}]"
+        )
     return tuple(have)
 
 
@@ -405,7 +409,8 @@ def open_split(
     unknown = sorted(set(variables) - set(valid))
     if unknown:
         raise ValueError(
-            f"stream variables {unknown} are not in the catalog entry; valid: {listed(valid)}"
+            f"stream variables {listed(unknown)} are not in the catalog entry; valid: "
+            f"{listed(valid)}"
         )
     segments: list[Segment] = []
     for period in entry.splits[split]:
@@ -445,7 +450,7 @@ def only_segment(segments: Sequence[Segment], name: str | None, split: str) -> S
     chosen = [segment for segment in segments if segment.is_called(name)]
     if len(chosen) != 1:
         have = [segment.name for segment in chosen or segments]
-        raise ValueError(f"segment={name}: split={split} has {have}; choose one of them")
+        raise ValueError(f"segment={name}: split={split} has {listed(have)}; choose one of them")
     return chosen[0]
 
 

@@ -228,10 +228,12 @@ def check_units(variable: str, units: str | Sequence[str] | None, location: str)
         return
     stated = [units] if isinstance(units, str) else units
     if entry is None:
-        raise ValueError(f"{location}: the files give variable {variable} in units {stated}")
+        raise ValueError(
+            f"{location}: the files give variable {variable} in units {listed(stated)}"
+        )
     if not {entry.units, *entry.unit_aliases}.issuperset(stated):
         raise ValueError(
-            f"{location}: variable {variable} has units {units!r}; valid: "
+            f"{location}: variable {variable} has units {listed(stated)}; valid: "
             f"{listed([entry.units, *entry.unit_aliases])}. `atmossl data ingest` converts usual "
             "ones"
         )

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.geometry import Grid
+from atmossl.value_faults import listed
 
 _NUM_LISTED = 5
 
@@ -27,7 +28,7 @@ def time_dim(dataset: xr.Dataset) -> str:
         if name in dataset.dims:
             return name
     raise ValueError(
-        f"dims {tuple(dataset.dims)}: a prediction needs init_time (with lead_time) or time"
+        f"dims {listed(dataset.dims)}: a prediction needs init_time (with lead_time) or time"
     )
 
 
@@ -100,7 +101,9 @@ def _same_variables(dataset: xr.Dataset, prediction: xr.Dataset, where: str) -> 
     require_same_grid(prediction, dataset, where)
     have = {*map(str, dataset.data_vars)}
     if missing := sorted({*map(str, prediction.data_vars)} - have):
-        raise ValueError(f"variables: {where} lacks {missing}; it has {sorted(have)}")
+        raise ValueError(
+            f"variables: {where} lacks {listed(missing)}; it has {listed(sorted(have))}"
+        )
     return dataset[list(prediction.data_vars)]
 
 
@@ -118,7 +121,7 @@ def _on_labels(
         if dim not in prediction.dims:
             continue
         if dim not in dataset.dims:
-            raise ValueError(f"dims: {where} has {tuple(dataset.dims)}, needs {dim}")
+            raise ValueError(f"dims: {where} has {listed(dataset.dims)}, needs {dim}")
         labels = prediction[dim].to_numpy()
         require_labels(labels, dataset[dim].to_numpy(), dim, where)
         dataset = dataset.sel({dim: labels})

@@ -29,6 +29,7 @@ from atmossl.data.variables import VARIABLES, check_units, conversion
 from atmossl.evaluation.alignment import grid_of, time_dim
 from atmossl.evaluation.regrid import covered, regridder
 from atmossl.geometry import Grid, ascending_longitudes
+from atmossl.value_faults import as_written, listed
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK_BYTES = 64 * 2**20
@@ -63,12 +64,13 @@ def canonical_forecast(
     lacking = {"latitude", "longitude", time} - {names.get(str(d), str(d)) for d in dataset.dims}
     if "time" in lacking and "init_time" in dataset.dims:
         raise ValueError(
-            f"{where}: no dimension for lead times beside init_time, tried {list(_LEAD_NAMES)}; it "
-            f"has {sorted(map(str, dataset.dims))}"
+            f"{where}: no dimension for lead times beside init_time, tried {listed(_LEAD_NAMES)}; "
+            f"it has {listed(sorted(map(str, dataset.dims)))}"
         )
     if lacking:
         raise ValueError(
-            f"{where}: no dimension for {sorted(lacking)}; it has {sorted(map(str, dataset.dims))}"
+            f"{where}: no dimension for {listed(sorted(lacking))}; it has "
+            f"{listed(sorted(map(str, dataset.dims)))}"
         )
     _check_coordinates(dataset, names, where)
     whole, dataset = dataset, dataset.rename({o: n for o, n in names.items() if o != n})
@@ -110,7 +112,7 @@ def _check_coordinates(dataset: xr.Dataset, names: Mapping[str, str], where: str
         if dataset[old].dtype.kind not in kinds:
             needed = "dates of the standard calendar" if kinds == "M" else "numbers with units"
             shown = dataset[old].to_numpy().ravel()[:1].tolist()
-            raise ValueError(f"{where}: {old} is {shown}, for example; needed: {needed}")
+            raise ValueError(f"{where}: {old} is {listed(shown)}, for example; needed: {needed}")
 
 
 def _check_labels(dataset: xr.Dataset, where: str) -> None:
@@ -157,7 +159,7 @@ def without_further_dims(dataset: xr.Dataset, where: str) -> xr.Dataset:
         further = [str(d) for d in field.dims if d not in usual_dims and field.sizes[d] > 1]
         if further:
             raise ValueError(
-                f"{where}: {name} has further dimensions {further}; members are known as "
+                f"{where}: {name} has further dimensions {listed(further)}; members are known as "
                 f"{', '.join(_NAMES['member'])}: rename the dimension, or keep one label of it"
             )
     return dataset.squeeze([d for d in dataset.dims if d not in usual_dims], drop=True)
@@ -193,7 +195,7 @@ def common_ground(forecasts: Mapping[str, xr.Dataset], truth: xr.Dataset, every:
     """
     kinds = {name: time_dim(forecast) for name, forecast in forecasts.items()}
     if len(set(kinds.values())) > 1:
-        raise ValueError(f"forecasts: some have lead times and some have not: {kinds}")
+        raise ValueError(f"forecasts: some have lead times and some have not: {as_written(kinds)}")
     dim = next(iter(kinds.values()))
     stores = {**forecasts, "the truth": truth}
     variables = _shared({k: list(v.data_vars) for k, v in stores.items()}, "variables")

@@ -103,7 +103,7 @@ def area_weights_like(field: xr.DataArray | xr.Dataset, region: ScoreRegion) -> 
         weights = weights * region.contains_longitude(field["longitude"])
     if not bool((weights > 0).any()):
         raise ValueError(
-            f"region {region.name} {region.belts} has no cell on latitudes from "
+            f"region {region.name} {as_written(region.belts)} has no cell on latitudes from "
             f"{float(latitude.min()):g} to {float(latitude.max()):g}"
         )
     return weights

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from atmossl.evaluation.alignment import grid_of
 from atmossl.geometry import TOLERANCE_DEG, Grid, ascending_longitudes, latitude_edges
+from atmossl.value_faults import as_written
 
 _FULL_COVER = 0.999
 
@@ -94,7 +95,7 @@ def covered(grids: Mapping[str, Grid]) -> Grid:
             columns &= from_first + target.longitude_spacing <= end - first + 2 * TOLERANCE_DEG
     if rows.sum() < 2 or columns.sum() < 2:
         where = {name: _extent(grid) for name, grid in grids.items()}
-        raise ValueError(f"latitude, longitude: no area in common; {where}")
+        raise ValueError(f"latitude, longitude: no area in common; {as_written(where)}")
     _, longitude = ascending_longitudes(target.longitude[columns])
     return target if columns.all() and rows.all() else Grid(target.latitude[rows], longitude)
 

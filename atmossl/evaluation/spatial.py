@@ -21,6 +21,7 @@ from atmossl.evaluation.regrid import ConservativeRegridder
 from atmossl.evaluation.sphere import Halo, polar_sign
 from atmossl.geometry import Grid, area_weights
 from atmossl.masking.base import coarsen as coarsened
+from atmossl.value_faults import listed
 
 _LINEAR, _CUBIC = 2, 4
 _NOTHING = 1e-9  # of a sum of weights that is 1
@@ -44,7 +45,7 @@ class Coarsening:
             choices = [f for f in range(1, common + 1) if common % f == 0]
             raise ValueError(
                 f"factor {self.factor} does not divide a grid of {num_lat} x {num_lon} cells; "
-                f"choices are {choices}"
+                f"choices are {listed(choices)}"
             )
 
     @cached_property

@@ -96,7 +96,7 @@ class TrainedModel:
         needed."""
         if self.levels and segment.pressure_levels and not self.pressure_levels:
             raise ValueError(
-                f"{segment.location}: the checkpoint needs model levels {list(self.levels)}, and "
+                f"{segment.location}: the checkpoint needs model levels {listed(self.levels)}, and "
                 "the levels of this store are taken for pressures; if they are numbers of model "
                 "levels, say `levels_are: model` in its catalog entry"
             )
@@ -203,7 +203,7 @@ def load_checkpoint(name: str, plugins: Sequence[str] = ()) -> TrainedModel:
     contents, digest = read_with_digest(path)
     checkpoint_record = contents["atmossl"]
     if missing := [key for key in _NEEDED if key not in checkpoint_record]:
-        raise ValueError(f"checkpoint={name} is incomplete: its record lacks {missing}")
+        raise ValueError(f"checkpoint={name} is incomplete: its record lacks {listed(missing)}")
     if name.startswith(SCHEME):
         checkpoint_record = {**checkpoint_record, "hub": name.partition("@")[0] + commit_of(path)}
     specs = _specs_of(checkpoint_record, name)

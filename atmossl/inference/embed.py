@@ -34,7 +34,7 @@ from atmossl.masking.base import hide_nothing
 from atmossl.masking.tasks import TimePlan
 from atmossl.masking.views import make_view
 from atmossl.model.network import StreamLatents
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 _DIMS = ("offset", "level", "latitude", "longitude", "feature")
 _OFFSET = {"long_name": "time from init_time to the centre of the token"}
@@ -134,8 +134,8 @@ class Embedder:
         names = [spec.name for spec in self.trained.own_specs]
         if not set(self.withheld) <= set(names) or len(set(self.withheld)) == len(names):
             raise ValueError(
-                f"withheld={as_written(self.withheld)}: the checkpoint's streams are {names}, of "
-                "which one at least must be shown"
+                f"withheld={as_written(self.withheld)}: the checkpoint's streams are "
+                f"{listed(names)}, of which one at least must be shown"
             )
         count = self.trained.model.num_encoder_layers
         if not -count <= self.layer < count:

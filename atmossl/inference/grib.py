@@ -52,7 +52,7 @@ def check_grib(plan: Plan) -> None:
     unknown = sorted({n for spec in specs for n in spec.variables} - set(_SHORT_NAMES))
     if unknown:
         raise ValueError(
-            f"output: no GRIB2 name for {unknown}; known: {listed(sorted(_SHORT_NAMES))}"
+            f"output: no GRIB2 name for {listed(unknown)}; known: {listed(sorted(_SHORT_NAMES))}"
         )
     if np.ptp(np.diff(plan.grid.latitude)) > 1e-3:
         raise ValueError("output: .grib2 of latitudes that are not evenly spaced; write .zarr")

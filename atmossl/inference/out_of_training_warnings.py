@@ -21,6 +21,7 @@ from atmossl.inference.plan import Plan
 from atmossl.inference.tiles import first_view
 from atmossl.masking.base import MaskingSampler, TokenLayout
 from atmossl.model_levels import standard_pressure
+from atmossl.value_faults import listed
 
 _NUM_DRAWS = 200
 _HALF_MONTH_DAYS = 15
@@ -167,11 +168,13 @@ def _beyond(view_mask: _MaskFeatures, drawn: _MaskFeatures, factor: int | None) 
     lines = []
     if view_mask.kinds - drawn.kinds:
         lines.append(
-            f"tokens as {sorted(view_mask.kinds - drawn.kinds)}; training had {sorted(drawn.kinds)}"
+            f"tokens as {listed(sorted(view_mask.kinds - drawn.kinds))}; training had "
+            f"{listed(sorted(drawn.kinds))}"
         )
     elif factor is not None and view_mask.factors - drawn.factors:
         lines.append(
-            f"cells coarsened by {sorted(view_mask.factors)}; training had {sorted(drawn.factors)}"
+            f"cells coarsened by {listed(sorted(view_mask.factors))}; training had "
+            f"{listed(sorted(drawn.factors))}"
         )
     hides_a_stream = True in view_mask.streams
     if view_mask.steps > drawn.steps:

@@ -28,7 +28,7 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.masking.tasks import Task, TimePlan
 from atmossl.model.network import EVALUATED_MEMBERS, device_memory
 from atmossl.settings import hours
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 Times = str | np.datetime64 | date | Sequence[Any] | np.ndarray | xr.DataArray | None
 Fields = dict[str, np.ndarray]  # by variable, [step member level lat lon] in its own units
@@ -279,7 +279,9 @@ class Plan:
         when = f"init_time={calendar.show(time)}"
         if holding:
             names = [segment.name for segment in holding]
-            raise ValueError(f"{when} is in several segments; choose one: segment={names}")
+            raise ValueError(
+                f"{when} is in several segments; give segment=NAME, valid: {listed(names)}"
+            )
         if len(self.segments) == 1:
             self.segment.find_time(time)  # says what it covers if it lacks the time itself
         before = self.steps_before
@@ -313,7 +315,7 @@ def plan_prediction(
         if steps.refine > 1 or task.coarse_factor > 1:
             raise ValueError(
                 "task.refine and task.coarse_input change the cells or steps of a single store; "
-                f"the checkpoint has streams with data={names}, whose own would stay"
+                f"the checkpoint has streams with data={as_written(names)}, whose own would stay"
             )
         check_window(segment, trained.window.time, *tile_size)
     tiles = TilePlan(grid, *tile_size, options.overlap, _shifts(trained, segment, options, align),
@@ -430,9 +432,9 @@ def _check_rollout(trained: TrainedModel, steps: TimePlan, segment: Segment) -> 
     ]
     if unknown:
         raise ValueError(
-            f"task.rollout_time={steps.steps_per_pass * segment.step_hours:g} h "
-            f"is shorter than task.lead_time, but streams {unknown} are input only and nothing "
-            "predicts or computes them; valid: a lead time within one pass"
+            f"task.rollout_time={steps.steps_per_pass * segment.step_hours:g} h is shorter than "
+            f"task.lead_time, but streams {listed(unknown)} are input only and nothing predicts or "
+            "computes them; valid: a lead time within one pass"
         )
 
 

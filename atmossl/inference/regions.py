@@ -20,6 +20,7 @@ from atmossl.masking.places import (
     described,
 )
 from atmossl.settings import Hours, NotNegative
+from atmossl.value_faults import as_written, listed
 
 
 def read_cell_mask(path: Path) -> CellMask:
@@ -45,11 +46,13 @@ def read_cell_mask(path: Path) -> CellMask:
     if len(candidates) != 1:
         raise ValueError(
             f"{key} needs one variable on (latitude, longitude), not 0 where hidden; it has "
-            f"{ {str(n): dataset[n].dims for n in dataset.data_vars} }"
+            f"{as_written({str(n): dataset[n].dims for n in dataset.data_vars})}"
         )
     lacking = sorted({"latitude", "longitude"} - set(map(str, dataset.coords)))
     if lacking:
-        raise ValueError(f"{key} has no values of {lacking}; needed: centres of its cells, degrees")
+        raise ValueError(
+            f"{key} has no values of {listed(lacking)}; needed: centres of its cells, degrees"
+        )
     if bool(dataset[candidates[0]].isnull().any()):
         raise ValueError(f"{key} has missing values; needed: 0 where given, another where hidden")
     order, longitude = ascending_longitudes(np.asarray(dataset["longitude"], np.float64))
@@ -105,7 +108,7 @@ def read_stations(path: Path) -> AllButListed:
         table = pd.read_csv(path)
         lacking = [name for name in ("latitude", "longitude") if name not in table]
         if lacking:
-            raise ValueError(f"{lacking} not among {list(map(str, table.columns))}")
+            raise ValueError(f"{listed(lacking)} not among {listed(table.columns)}")
         lat, lon = (table[n].to_numpy(np.float64) for n in ("latitude", "longitude"))
     except (ValueError, pd.errors.ParserError) as error:
         raise ValueError(f"{key} needs numeric columns latitude and longitude: {error}") from error

@@ -27,6 +27,7 @@ from atmossl.geometry import Grid
 from atmossl.inference.plan import BlendedPart, Fields, Plan
 from atmossl.inference.tiles import predict_parts
 from atmossl.names import ENSEMBLE
+from atmossl.value_faults import as_written
 
 # How predictions are named, dimensioned and described: CF, and the names of WeatherBench 2.
 
@@ -416,8 +417,8 @@ def check_request(plan: Plan, times: np.ndarray, output: Path, names: LayoutName
         check_grib(plan)
         if len(grids) > 1:
             raise ValueError(
-                f"output: .grib2 of streams with data={sorted(grids)[1:]} beside the others: one "
-                "file holds one grid here; write .zarr or .nc"
+                f"output: .grib2 of streams with data={as_written(sorted(grids)[1:])} beside the "
+                "others: one file holds one grid here; write .zarr or .nc"
             )
     return sum(layout.dataset().nbytes for layout in grids.values())
 
@@ -515,8 +516,8 @@ def _layouts(
     clashes = {*root.variables, *root.coordinates()} & set(map(group_of, layouts))
     if clashes:
         raise ValueError(
-            f"output: the group of streams with data={sorted(clashes)} would have the name of a "
-            "variable or coordinate; name the catalog entry otherwise"
+            f"output: the group of streams with data={as_written(sorted(clashes))} would have the "
+            "name of a variable or coordinate; name the catalog entry otherwise"
         )
     return {data: layout for data, layout in layouts.items() if not layout.is_empty}
 

@@ -28,6 +28,7 @@ from atmossl.batch import PRIMARY, levels_by_variable
 from atmossl.data.forcings import FORCINGS
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.tasks import Task
+from atmossl.value_faults import listed
 
 Coords = OrderedDict[str, np.ndarray]
 Hook = Callable[[Tensor, Coords], tuple[Tensor, Coords]]
@@ -112,7 +113,9 @@ class TaskModel:
         """One pass of the network for every entry of the leading dimensions and every time."""
         coords_out = self.output_coords(coords)
         if tuple(coords)[-5:] != _DIMS:
-            raise ValueError(f"dimensions {tuple(coords)}; needed: the last ones are {_DIMS}")
+            raise ValueError(
+                f"dimensions {listed(coords)}; needed: the last ones are {listed(_DIMS)}"
+            )
         flat = x.flatten(0, x.ndim - 5).unflatten(0, (-1, len(coords["time"])))
         last = np.asarray(coords["lead_time"])[-1]
         fields = [

@@ -17,7 +17,7 @@ from atmossl.masking.base import TokenLayout, points_of
 from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
 from atmossl.model_levels import standard_pressure
 from atmossl.settings import Positive, SignedHours
-from atmossl.value_faults import listed
+from atmossl.value_faults import as_written, listed
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Combined(Task):
             len(kinds) == 1 and not by_channel
         ):
             return None
-        return f"what a union of {kinds} hides differs from step to step; score its parts"
+        return f"what a union of {listed(kinds)} hides differs from step to step; score its parts"
 
     def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
         points_of_parts = [part.hidden_points(layouts) for part in self.parts]
@@ -258,8 +258,8 @@ class Counterfactual(Task):
         have = {level for window in windows for level in window.spec.level_values}
         if not have.issuperset(new_levels):
             raise ValueError(
-                f"task.levels={sorted(set(new_levels) - have)} are not there to be told as others; "
-                f"valid: {listed(sorted(have))}"
+                f"task.levels={as_written(sorted(set(new_levels) - have))} are not there to be "
+                f"told as others; valid: {listed(sorted(have))}"
             )
         moved = []
         for window in self.task.change_coordinates(windows):

@@ -70,7 +70,9 @@ class LatLonBox:
     def check(self, grid: Grid) -> None:
         if not self.contains(grid.latitude, grid.longitude).any():
             limits = [self.south, self.north, self.west, self.east]
-            raise ValueError(f"task.boxes: {limits} holds no centre of a cell of the store's grid")
+            raise ValueError(
+                f"task.boxes: {as_written(limits)} holds no centre of a cell of the store's grid"
+            )
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ class CrossVariable(Task):
         if any(inside) and not all(inside):
             raise ValueError(
                 f"task.variables={as_written(self.variables)} share tokens of stream {spec.name} "
-                f"with other variables ({list(spec.variables)}), so they cannot be hidden alone; "
+                f"with other variables ({listed(spec.variables)}), so they cannot be hidden alone; "
                 "hide them all, or use a checkpoint with a stream of their own, such as "
                 "checkpoint=default_streams"
             )
@@ -320,7 +322,7 @@ class CrossVariable(Task):
             raise ValueError(
                 f"task.levels={as_written(self.levels)} share tokens of stream {spec.name} with "
                 f"other levels, so they cannot be hidden alone: a token holds "
-                f"{spec.token_size.level} of {list(spec.level_values)} hPa"
+                f"{spec.token_size.level} of {listed(spec.level_values)} hPa"
             )
         return tokens.all(dim=1) & all(inside)
 

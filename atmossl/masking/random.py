@@ -73,7 +73,7 @@ class RandomMasking:
         unknown = sorted(set(self.fractions) - set(_KINDS))
         if unknown:
             raise ValueError(
-                f"masking.fractions has unknown {unknown}; valid: {listed(sorted(_KINDS))}"
+                f"masking.fractions has unknown {listed(unknown)}; valid: {listed(sorted(_KINDS))}"
             )
         total = sum(self.fractions.values())
         if abs(total - 1.0) > 1e-6 or min(self.fractions.values()) < 0:
@@ -143,7 +143,7 @@ class RandomMasking:
         unknown = sorted(set(self.streams) - set(predicted))
         if unknown:
             raise ValueError(
-                f"masking.streams has unknown {unknown}; valid: {listed(sorted(predicted))}"
+                f"masking.streams has unknown {listed(unknown)}; valid: {listed(sorted(predicted))}"
             )
         if hide and len(layouts) > 1:
             names = list(self.streams or predicted)
@@ -172,8 +172,9 @@ def _common(key: str, counts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     if lacking:
         places = {name: count[-2:] for name, count in counts.items()}
         raise ValueError(
-            f"{key}: streams have {places} tokens of latitude and longitude, without an edge in "
-            f"common along {lacking}; choose token sizes that are multiples of each other"
+            f"{key}: streams have {as_written(places)} tokens of latitude and longitude, without "
+            f"an edge in common along {listed(lacking)}; choose token sizes that are multiples of "
+            "each other"
         )
     return common
 
@@ -289,7 +290,9 @@ class TimeBlockMasking:
     def __post_init__(self) -> None:
         low, high = self.hidden_steps
         if not 1 <= low <= high:
-            raise ValueError(f"masking.hidden_steps={[low, high]} must be 1 <= low <= high")
+            raise ValueError(
+                f"masking.hidden_steps={as_written([low, high])} must be 1 <= low <= high"
+            )
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
@@ -334,7 +337,7 @@ class SplitBrain:
         if not first < set(predicted):
             raise ValueError(
                 f"masking.first={as_written(self.first)} must name some, but not all, of the "
-                f"predicted streams {predicted}; split_brain needs at least two of them"
+                f"predicted streams {listed(predicted)}; split_brain needs at least two of them"
             )
         hides_first = bool(rng.integers(2))
         masks = []

@@ -413,8 +413,8 @@ class TemporalInterpolation(Task):
             raise ValueError(f"task.hidden_time must be positive, got {self.hidden_hours:g} h")
         if self.refine < 1 or (self.refine > 1 and self.steps is not None):
             raise ValueError(
-                f"task.refine={self.refine} with task.steps={self.steps}: give a factor of at "
-                "least 1, or steps, not both"
+                f"task.refine={self.refine} with task.steps={as_written(self.steps)}: give a "
+                "factor of at least 1, or steps, not both"
             )
 
     def _hidden(self, num_steps: int, step_hours: float) -> list[int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from atmossl.checkpoint_files import UnsoundError, verified_digest
 from atmossl.model.atmorep import AtmoRep, AtmoRepField, AtmoRepSettings
+from atmossl.value_faults import listed
 
 _REFUSED = {
     "encoder_att_type": ("dense",),
@@ -281,11 +282,14 @@ def _check(settings: AtmoRepSettings, file: str) -> None:
         unknown = sorted(set(field.coupled) - set(names))
         if unknown:
             raise ValueError(
-                f"{file}: fields: {field.name} is coupled to {unknown}, not in {names}"
+                f"{file}: fields: {field.name} is coupled to {listed(unknown)}, not in "
+                f"{listed(names)}"
             )
     unknown = sorted(set(settings.predicted) - set(names))
     if unknown or not settings.predicted:
-        raise ValueError(f"{file}: fields_prediction names {unknown}; valid: some of {names}")
+        raise ValueError(
+            f"{file}: fields_prediction names {listed(unknown)}; valid: some of {listed(names)}"
+        )
     if settings.cross_heads < 1:
         raise ValueError(
             f"{file}: decoder_cross_att_ratio leaves no head of {settings.decoder_heads} that "

@@ -40,7 +40,7 @@ from atmossl.model.atmorep import (
 from atmossl.model.network import Latent, Latents, Network, StreamLatents, TokenPlace
 from atmossl.model_levels import L137_HPA
 from atmossl.names import VARIABLE_OF_FIELD
-from atmossl.value_faults import listed
+from atmossl.value_faults import as_written, listed
 
 HOURS_PER_DAY = 24.0
 _SECONDS_PER_HOUR = 3600.0
@@ -79,9 +79,9 @@ class AtmoRepNetwork(Network):
             )
         if set(streams) != set(streams_of(settings)):
             raise ValueError(
-                f"streams {[spec.name for spec in streams]} are not the fields of AtmoRep's "
-                f"settings, {[field.name for field in settings.fields]}, with their levels and "
-                "token sizes"
+                f"streams {listed([spec.name for spec in streams])} are not the fields of "
+                f"AtmoRep's settings, {listed([field.name for field in settings.fields])}, with "
+                "their levels and token sizes"
             )
         self.widths = {field.name: field.width for field in settings.fields}
         self.core = AtmoRep(settings)
@@ -197,8 +197,8 @@ def streams_of(settings: AtmoRepSettings) -> tuple[StreamSpec, ...]:
             )
         if 0 in field.levels and len(field.levels) > 1:
             raise ValueError(
-                f"fields: {field.name} has levels {list(field.levels)}, of which 0 is the surface; "
-                "a stream has levels or none"
+                f"fields: {field.name} has levels {listed(field.levels)}, of which 0 is the "
+                "surface; a stream has levels or none"
             )
         specs.append(
             StreamSpec(
@@ -227,7 +227,8 @@ def window_of(settings: AtmoRepSettings) -> tuple[int, int, int]:
     steps, rows, columns = next(iter(windows.values()))
     if len(set(windows.values())) > 1:
         raise ValueError(
-            f"fields: their windows (time, lat, lon) differ: {windows}; streams share one here"
+            f"fields: their windows (time, lat, lon) differ: {as_written(windows)}; streams share "
+            "one here"
         )
     return steps, rows, columns
 
@@ -296,11 +297,11 @@ def _new_year(year: Tensor) -> Tensor:
 
 
 def _check_window(stream: StreamTokens, field: AtmoRepField) -> None:
-    needed = (len(field.levels), *field.num_tokens)
-    if stream.grid.shape != needed:
+    shape = (len(field.levels), *field.num_tokens)
+    if stream.grid.shape != shape:
         raise ValueError(
             f"stream {field.name} has {stream.grid.shape} tokens (level, time, latitude, "
-            f"longitude); the positions of this network are fixed to {needed}: the grid must have "
+            f"longitude); the positions of this network are fixed to {shape}: the grid must have "
             "at least a window's rows and columns"
         )
     if abs(stream.grid.year_hours - YEAR_HOURS) > 1e-6:

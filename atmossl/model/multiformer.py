@@ -400,7 +400,7 @@ def _causal_faults(streams: Sequence[StreamSpec], attention: Attention) -> list[
     if len(set(steps.values())) > 1 or any(spec.data != PRIMARY for spec in streams):
         faults.append(
             f"model.causal=true needs streams of one store whose tokens have one duration; "
-            f"stream.*.token_size.time is {steps}"
+            f"stream.*.token_size.time is {as_written(steps)}"
         )
     return faults
 
@@ -431,7 +431,7 @@ def _scale_of(spec: StreamSpec, scales: Mapping[str, Tensor]) -> Tensor:
     if scale.shape != (levels, spec.patch):
         raise ValueError(
             f"scale of stream {spec.name} has shape {tuple(scale.shape)}, "
-            f"expected (levels, patch) = {(levels, spec.patch)}"
+            f"expected (levels, patch) = ({levels}, {spec.patch})"
         )
     return scale
 
@@ -447,7 +447,7 @@ def _check_sizes(
     unknown = sorted(set(dims) - set(widths))
     if unknown:
         raise ValueError(
-            f"model.dims names unknown streams {unknown}; valid: {listed(sorted(widths))}"
+            f"model.dims names unknown streams {listed(unknown)}; valid: {listed(sorted(widths))}"
         )
     for name, width in widths.items():
         if width % num_heads:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atmossl.batch import Prediction, StreamSpec, TokenGrid, TokenIndex, View
+from atmossl.value_faults import listed
 
 
 @dataclass(frozen=True)
@@ -407,7 +408,7 @@ def add_low_rank(model: nn.Module, layers: Sequence[str], rank: int) -> None:
             rooms = sorted({".".join(name.split(".")[:2]) + ".*" for name in linears})
             raise ValueError(
                 f"warm_start.low_rank.layers: {pattern!r} matches no linear layer; valid: patterns "
-                f"of names such as {rooms}"
+                f"of names such as {listed(rooms)}"
             )
     for name, layer in linears.items():
         if not any(fnmatchcase(name, pattern) for pattern in layers):

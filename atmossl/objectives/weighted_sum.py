@@ -70,7 +70,7 @@ class WeightedSum(Objective):
         ]
         if unknown := sorted(unknown - set(parts)):
             faults.append(
-                f"objective.weights names unknown {unknown}; valid: {listed(sorted(parts))}"
+                f"objective.weights names unknown {listed(unknown)}; valid: {listed(sorted(parts))}"
             )
         faults += [
             f"objective.parts.{name}: a part cannot have that name; valid: letters, digits and _, "

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.geometry import EARTH_RADIUS_KM
+from atmossl.value_faults import as_written
 
 EARTH_RADIUS_M = 1e3 * EARTH_RADIUS_KM
 GRAVITY = 9.80665
@@ -73,7 +74,7 @@ class Label:
             f"{v} at {level} hPa" for v, level in self.needs if level not in levels.get(v, ())
         ]
         if lacking:
-            have = ", ".join(f"{v} {list(present)}" for v, present in levels.items())
+            have = ", ".join(f"{v} {as_written([*present])}" for v, present in levels.items())
             raise ValueError(
                 f"probes: {name} needs {' and '.join(lacking)}; the checkpoint has {have}"
             )

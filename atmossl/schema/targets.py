@@ -44,7 +44,7 @@ from atmossl.settings import (
     with_defaults,
     with_parts,
 )
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 _OF_THE_RUN = ("scales", "network")  # keywords that are no part of the configuration
 _ENDS = ("tail",)  # of the network, that can be trained alone
@@ -133,7 +133,7 @@ def choose_objective(node: Any) -> ObjectiveChoice:
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
         raise ValueError(
-            f"train_only={as_written(train_only)}; valid: null or one of {list(_ENDS)}"
+            f"train_only={as_written(train_only)}; valid: null or one of {listed(_ENDS)}"
         )
     keywords = checked_keywords(kind, values, _OF_THE_RUN, as_written=_as_written)
     return ObjectiveChoice(kind, with_defaults(kind, keywords, _OF_THE_RUN), train_only)

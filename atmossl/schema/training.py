@@ -376,7 +376,7 @@ def _entry_faults(stream: StreamSpec, entry: CatalogEntry) -> list[str]:
     computed = sorted(set(stream.variables) & set(FORCINGS))
     if computed and stream.role == "predict":
         faults.append(
-            f"stream.{name}.role=predict but {computed} are computed, not observed; valid: "
+            f"stream.{name}.role=predict but {listed(computed)} are computed, not observed; valid: "
             "input, static, forcing"
         )
     unknown = sorted(set(stream.variables) - set(entry.variables) - set(FORCINGS))
@@ -462,7 +462,9 @@ def _model_faults(config: TrainConfig) -> list[str]:
         set(config.objective.arguments.get("losses", ())) - {"ensemble_mse", "mean_mse"}
     )
     if needs_ensemble and model.arguments.get("num_members", 2) < 2:
-        faults.append(f"model.num_members=1 but objective.losses={needs_ensemble} need at least 2")
+        faults.append(
+            f"model.num_members=1 but objective.losses={as_written(needs_ensemble)} need at least 2"
+        )
     return faults
 
 

@@ -45,7 +45,7 @@ from atmossl.scorecard.task_report import (
     span,
     when,
 )
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 _ANONYMOUS = {"gs": {"token": "anon"}, "s3": {"anon": True}}
 
@@ -86,7 +86,10 @@ def compare_forecasts(config: EvaluateConfig, entry: CatalogEntry) -> TaskReport
     variables = sorted(set(entry.variables).intersection(*present))
     if not variables:
         have = {name: sorted(v) for name, v in zip(forecasts, present, strict=True)}
-        raise ValueError(f"forecasts: no common variable; {have}; data: {sorted(entry.variables)}")
+        raise ValueError(
+            f"forecasts: no common variable; {as_written(have)}; data: "
+            f"{listed(sorted(entry.variables))}"
+        )
     forecasts = {
         name: without_further_dims(dataset[variables], f"forecasts: {name}")
         for name, dataset in forecasts.items()
@@ -113,7 +116,9 @@ def _common_levels(forecasts: Mapping[str, xr.Dataset], entry: CatalogEntry) -> 
     }
     shared = set(entry.levels).intersection(*have.values())
     if have and not shared:
-        raise ValueError(f"level: nothing in common; {have}; data: {sorted(entry.levels)}")
+        raise ValueError(
+            f"level: nothing in common; {as_written(have)}; data: {listed(sorted(entry.levels))}"
+        )
     return sorted(shared) if len(have) == len(forecasts) else []
 
 
@@ -218,7 +223,7 @@ def _joined(records: Sequence[xr.Dataset], names: Sequence[str]) -> xr.Dataset:
     ends = [(record["time"].to_numpy()[0], record["time"].to_numpy()[-1]) for record in records]
     if any(start <= end for (_, end), (start, _) in pairwise(ends)):
         raise ValueError(
-            f"segment=null: {list(names)} overlap in time, so that a forecast has more than one "
+            f"segment=null: {listed(names)} overlap in time, so that a forecast has more than one "
             "truth; choose one of them"
         )
     first = records[0]

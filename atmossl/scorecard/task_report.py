@@ -23,6 +23,7 @@ from atmossl.evaluation.verify import Tally
 from atmossl.geometry import Grid
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.schema import EvaluateConfig
+from atmossl.value_faults import listed
 
 
 def regions_of(config: EvaluateConfig) -> list[ScoreRegion]:
@@ -170,7 +171,7 @@ def provenance_of(
     facts = {
         "dates": f"every {config.every}",
         "bootstrap": f"{config.bootstrap} resamples, seed {config.seed}",
-        "events": f"beyond the quantiles {list(config.tails)} of the training record",
+        "events": f"beyond the quantiles {listed(config.tails)} of the training record",
         "versions": f"atmossl {__version__}, {versions}",
     }
     return Provenance(title, {**summary, "scored on": scored}, command, facts)

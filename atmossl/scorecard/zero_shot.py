@@ -33,6 +33,7 @@ from atmossl.scorecard.task_report import (
     valid_time,
     when,
 )
+from atmossl.value_faults import listed
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -112,7 +113,9 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"tasks: {twice} are there twice; evaluate them in reports of their own")
+        raise ValueError(
+            f"tasks: {listed(twice)} are there twice; evaluate them in reports of their own"
+        )
     for task in tasks:
         why = task.why_unscored()
         if why is not None:

@@ -14,6 +14,7 @@ from atmossl.model.network import Network
 from atmossl.objectives.base import Objective
 from atmossl.settings import NotNegative, NotNegativeFloat, Positive, PositiveFloat, Share
 from atmossl.training.muon import Muon
+from atmossl.value_faults import listed
 
 Schedule = Literal["cosine", "exponential", "constant"]
 Depth = Callable[[str], int | None]  # encoder layers above a parameter; None: not in the encoder
@@ -91,7 +92,9 @@ def freeze(
 
 def _no_match(key: str, pattern: str, names_of: Iterable[str]) -> str:
     names = sorted({".".join(name.split(".")[:3]) + ".*" for name in names_of})
-    return f"{key}: {pattern!r} matches no parameter; valid: patterns of names such as {names}"
+    return (
+        f"{key}: {pattern!r} matches no parameter; valid: patterns of names such as {listed(names)}"
+    )
 
 
 def learning_rate_factors(

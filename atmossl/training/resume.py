@@ -12,7 +12,7 @@ from atmossl.checkpoint_files import read_record_to_go_on
 from atmossl.data.fingerprint import agree
 from atmossl.settings import target_name
 from atmossl.training.keeping import ABANDONED, checkpoints_in, marks_in
-from atmossl.value_faults import as_written
+from atmossl.value_faults import as_written, listed
 
 # Keys of the configuration that weights and states of the optimiser depend on.
 _FIXED = (
@@ -94,7 +94,7 @@ def check_same_run(
     now = {stream["name"]: stream for stream in streams}
     faults = []
     if set(before) != set(now):
-        faults.append(f"streams {sorted(before)}, not {sorted(now)}")
+        faults.append(f"streams {listed(sorted(before))}, not {listed(sorted(now))}")
     for name in sorted(set(before) & set(now)):
         free = {key: now[name][key] for key in _FREE_OF_STREAMS}
         faults += _differences(f"stream.{name}", {**before[name], **free}, now[name])

@@ -51,7 +51,7 @@ def renamed(
     unknown = sorted(set(names) - set(streams))
     if unknown:
         raise ValueError(
-            f"warm_start.rename: {name} has no streams {unknown}; valid: {listed(streams)}"
+            f"warm_start.rename: {name} has no streams {listed(unknown)}; valid: {listed(streams)}"
         )
 
     def rename(key: str) -> str:
@@ -90,7 +90,8 @@ def warm_start(
         if not used:
             raise ValueError(
                 f"warm_start.checkpoints: no weight of {source.name} fits the model; its streams "
-                f"are {sorted(source.specs)}, those of the model {sorted(new_specs)}"
+                f"are {listed(sorted(source.specs))}, those of the model "
+                f"{listed(sorted(new_specs))}"
             )
         missed = set(source.weights) - set(used)
         report.left += [f"{source.name}: {key}" for key in sorted(missed)]

@@ -287,7 +287,7 @@ def test_members_of_a_file_and_files_of_members_are_chosen(tmp_path) -> None:
     folder.mkdir()
     for n in range(3):
         written(folder / f"member_{n}", member(n, 1), member(n, 2))
-    with pytest.raises(ValueError, match=r"dimensions \['number'\].*number: 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"dimensions number;.*number: 0, 1, 2"):
         open_input(one_file, {}, {}, {})
     with pytest.raises(ValueError, match=r"number 1 in member_1, 0 in member_0"):
         open_input(str(folder), {}, {}, {})

@@ -54,7 +54,7 @@ def test_units_without_a_way_to_ours_are_named(tmp_path: Path) -> None:
     record = dataset(variables=("temperature",), steps=3)
     record["temperature"].attrs["units"] = "furlong"
     record.to_netcdf(tmp_path / "in.nc")
-    with pytest.raises(ValueError, match=r"in\.nc: variable temperature has units 'furlong'"):
+    with pytest.raises(ValueError, match=r"in\.nc: variable temperature has units furlong"):
         open_input(str(tmp_path / "in.nc"), {}, {}, {})
 
 
@@ -91,7 +91,7 @@ def test_odd_files_read_alike(files, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([HALVES[0], HALVES[1].isel(level=[0, 2])], r"sizes \[\(2, 8, 16\), \(3, 8, 16\)\]"),
+        ([HALVES[0], HALVES[1].isel(level=[0, 2])], r"sizes 2 x 8 x 16, 3 x 8 x 16;"),
         ([HALVES[0].isel(latitude=slice(0, 4)), HALVES[1]], "different level x latitude"),
         ([RECORD.isel(time=slice(0, 5)), HALVES[1]], "files overlap"),
         ([RECORD.isel(time=[0, 1, 1])], "T06:00:00 is duplicate"),
@@ -172,7 +172,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     place = folder_of(tmp_path, record)
     (tmp_path / "README").write_text("about GRIB and NetCDF")
     (tmp_path / "more").mkdir()
-    with pytest.raises(ValueError, match=r"dimensions \['member'\]"):
+    with pytest.raises(ValueError, match=r"dimensions member;"):
         open_input(place, {}, {}, {})
     lines: list[str] = []
     found = open_input(place, {}, {"member": 1}, {}, lines.append)
@@ -180,7 +180,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert "passed over: README (neither GRIB nor NetCDF by its first bytes), more (a fold" in text
     assert "left out, as not known here: cape, lcl; variables.NAME=cape reads one" in text
-    assert "select.member=1 leaves out 1 of 2 values of member: [0, 1]" in text
+    assert "select.member=1 leaves out 1 of 2 values of member: 0, 1" in text
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_files_of_a_folder_in_mixed_units_are_refused(tmp_path: Path) -> None:
     )
     place = folder_of(tmp_path, HALVES[0], second)
     store = open_store(SegmentEntry(location=place))
-    with pytest.raises(ValueError, match=r"temperature has units \['K', 'degC'\]"):
+    with pytest.raises(ValueError, match=r"temperature has units K, degC;"):
         open_segment("waves", store, place, variables=["temperature"], levels=[300])
     open_segment("waves", store, place, variables=["u_component_of_wind"], levels=[300])
     values = open_input(place, {}, {}, {})["temperature"].transpose(*RECORD["temperature"].dims)

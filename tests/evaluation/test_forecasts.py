@@ -63,7 +63,7 @@ def test_units_are_converted_where_they_are_known_and_refused_elsewhere():
     assert found.chunks is not None and found.attrs["units"] == "K"
     np.testing.assert_allclose(found, forecast["temperature"], atol=1e-4)
     celsius["temperature"].attrs["units"] = "furlong"
-    with pytest.raises(ValueError, match=r"theirs\.zarr: variable temperature .* 'furlong'"):
+    with pytest.raises(ValueError, match=r"theirs\.zarr: variable temperature .* furlong"):
         canonical_forecast(celsius, "theirs.zarr")
 
 
@@ -103,7 +103,7 @@ def test_what_covers_a_part_of_the_globe_is_compared_there():
 
 
 def test_a_store_without_times_is_named():
-    with pytest.raises(ValueError, match=r"theirs\.zarr: no dimension for \['time'\]"):
+    with pytest.raises(ValueError, match=r"theirs\.zarr: no dimension for time; it has"):
         canonical_forecast(make_dataset().isel(time=0), "theirs.zarr")
 
 

@@ -86,5 +86,5 @@ def test_a_full_disk_is_named_with_key_and_file(tmp_path: Path) -> None:
 
 def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.ckpt", torch.zeros(2))
-    with pytest.raises(ValueError, match=r"a\.ckpt is incomplete: its record lacks \['data'\]"):
+    with pytest.raises(ValueError, match=r"a\.ckpt is incomplete: its record lacks data$"):
         load_checkpoint(path)

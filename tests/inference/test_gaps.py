@@ -139,7 +139,7 @@ def test_what_is_computed_has_its_true_values_at_every_date(task) -> None:
 def test_a_rollout_of_inputs_that_nothing_tells_is_refused() -> None:
     specs = (spec("t", variables=NAMES[:1], token=(1, 2, 2)),
              spec("u", variables=NAMES[1:], token=(1, 2, 2), role="input"))  # fmt: skip
-    with pytest.raises(ValueError, match=r"streams \['u'\] are input only"):
+    with pytest.raises(ValueError, match=r"streams u are input only"):
         run_at(predictor(Forecast(24, 12), Known(attrgetter("target")), specs=specs), 6)
 
 
@@ -174,5 +174,5 @@ def test_dates_of_no_record_or_of_two_are_named() -> None:
     with pytest.raises(ValueError, match=r"2001-12-01T00 .*2001-01-01T12 to .*2002-01-01T12 to"):
         two_records().find(np.datetime64("2001-12-01", "ns"))
     twice = predictor(Forecast(12), Known(attrgetter("target")), others=(segment(name="again"),))
-    with pytest.raises(ValueError, match=r"several segments.*segment=\['waves', 'again'\]"):
+    with pytest.raises(ValueError, match=r"several segments.*segment=NAME, valid: waves, again"):
         twice.find(np.datetime64("2001-01-02", "ns"))

@@ -70,6 +70,6 @@ def test_the_teacher_of_a_part_follows_and_faults_name_the_part() -> None:
         torch.testing.assert_close(new, old + 0.1)
     faults = WeightedSum.faults_of({"parts": PARTS, "weights": {"other": 1.0}}, 2)
     assert faults[0] == "objective.parts.fields.losses is wrong"
-    assert "objective.weights names unknown ['other']" in faults[-1]
+    assert "objective.weights names unknown other;" in faults[-1]
     (fault,) = WeightedSum.faults_of({"parts": {"values": PARTS["fields"]}, "weights": None}, 2)[1:]
     assert fault.startswith("objective.parts.values: ") and "word" in fault

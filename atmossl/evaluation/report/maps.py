@@ -20,6 +20,7 @@ from atmossl.evaluation.report.figures import (
     units_text,
 )
 from atmossl.evaluation.report.globe import Scale, draw_globe
+from atmossl.value_faults import listed
 
 _DIVERGING, _SEQUENTIAL, _SPREAD = "RdBu_r", "viridis", "magma_r"
 _NUM_MEMBERS = 2
@@ -210,7 +211,8 @@ def _require_one_case(truth: xr.DataArray, prediction: xr.DataArray) -> None:
     if set(truth.dims) != cell or set(prediction.dims) - {"member"} != cell:
         raise ValueError(
             "a map shows one case with dims latitude, longitude (and member): select time, lead "
-            f"and level first; got truth {truth.dims}, prediction {prediction.dims}"
+            f"and level first; got truth ({listed(truth.dims)}), prediction "
+            f"({listed(prediction.dims)})"
         )
 
 

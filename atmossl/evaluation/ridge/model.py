@@ -21,6 +21,7 @@ from atmossl.evaluation.ridge.predictors import Block, RidgeTask
 from atmossl.evaluation.spatial import Coarsening
 from atmossl.evaluation.sphere import Halo, polar_sign
 from atmossl.geometry import Grid
+from atmossl.value_faults import listed
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _BLOCK_TIMES = 8
@@ -64,7 +65,9 @@ class Channels:
         """
         missing = sorted(set(self.levels) - set(dataset.data_vars))
         if missing:
-            raise ValueError(f"variables: the dataset lacks {missing}, needs {list(self.levels)}")
+            raise ValueError(
+                f"variables: the dataset lacks {listed(missing)}, needs {listed(self.levels)}"
+            )
         parts = [self._variable(dataset, name, levels) for name, levels in self.levels.items()]
         return np.concatenate(parts, axis=1)
 
@@ -236,7 +239,7 @@ class RidgeModel:
         if len(anchors) == 0:
             raise ValueError(
                 f"time: {dataset.sizes['time']} steps are too few for inputs at steps "
-                f"{frame.task.input_offsets} around each prediction"
+                f"{listed(frame.task.input_offsets)} around each prediction"
             )
         return anchors
 
@@ -312,12 +315,12 @@ def check_runs(
     if counts[0] == 0:
         raise ValueError(
             f"time: a run of {num_times[0]} steps is too short for inputs at steps "
-            f"{task.input_offsets} and targets at {task.target_offsets}"
+            f"{listed(task.input_offsets)} and targets at {listed(task.target_offsets)}"
         )
     num_fit = sum(_num_fit(count, held_out) for count in counts)
     if num_fit in (0, sum(counts)):
         raise ValueError(
-            f"time: runs of {list(num_times)} steps are too short for a regression: of "
+            f"time: runs of {listed(num_times)} steps are too short for a regression: of "
             f"{sum(counts)} samples {num_fit} are fitted, and the others choose its strength"
         )
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from atmossl.evaluation.spatial import Coarsening
 from atmossl.geometry import Grid
+from atmossl.value_faults import as_written
 
 Targets = Float[np.ndarray, "anchor target channel lat lon"]
 
@@ -71,7 +72,7 @@ class RidgeForecast(RidgeTask):
         if self.history < 1 or not self.leads or min(self.leads) < 1:
             raise ValueError(
                 f"history and leads must be 1 or more steps, got history={self.history}, "
-                f"leads={self.leads}"
+                f"leads={as_written(self.leads)}"
             )
 
     @property
