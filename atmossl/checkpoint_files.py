@@ -48,6 +48,7 @@ from torch import Tensor
 
 from atmossl.atomic_files import write_atomically
 from atmossl.batch import PRIMARY
+from atmossl.plain_values import check_checkpoint
 from atmossl.renamed_keys import renamed
 
 MANIFEST = "manifest.json"
@@ -261,8 +262,10 @@ def save_contents(contents: Any, path: Path) -> None:
     """Write tensors and plain values as one file that carries its checksum.
 
     Raises:
+        ValueError: something else is among them.
         OSError: in the system's words; torch says of a full disk only that a position is off.
     """
+    check_checkpoint(contents)
     try:
         torch.save(contents, path)
     except RuntimeError as error:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -48,6 +49,7 @@ from atmossl.overrides import (
     unquoted,
     value_of,
 )
+from atmossl.plugin_code import place_in_plugin
 from atmossl.process_lifetime import (
     end_with_parent,
     is_first_rank,
@@ -454,6 +456,22 @@ def _system_words(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
+_TRACEBACK = "ATMOSSL_TRACEBACK"  # shows where an error comes from that is told in one line
+
+
+def _answer_to(error: ValueError | FloatingPointError | OSError) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, OSError):
+        text, code = _system_words(error), getattr(error, "exit_code", 1)
+    else:
+        text, code = str(error), 2 if isinstance(error, ValueError) else 1
+    place = place_in_plugin(error)
+    if place is None:
+        return text, code
+    where = f"raised at {place}; {_TRACEBACK}=1 shows the traceback"
+    return f"{type(error).__name__}: {text} ({where})", code if place.is_constructor else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 with one line for bad input, 1 for a fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -471,12 +489,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with OneLineNotes(), answering(command), naming_extras():
             _run(command, rest)
-    except ValueError as error:
-        text, code = str(error), 2
-    except FloatingPointError as error:
-        text, code = str(error), 1
-    except OSError as error:
-        text, code = _system_words(error), getattr(error, "exit_code", 1)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get(_TRACEBACK):
+            traceback.print_exception(error)
+        text, code = _answer_to(error)
     except Stopped as stop:
         text, code = str(stop), 128 + stop.number
     except RuntimeError as error:

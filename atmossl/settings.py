@@ -43,6 +43,7 @@ from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
 
+from atmossl.plugin_code import remember
 from atmossl.value_faults import as_written, listed
 
 Positive = Annotated[int, Field(gt=0)]
@@ -267,6 +268,7 @@ def _check_trust(name: str, packages: Iterable[str]) -> None:
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
+    remember(name)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, SyntaxError) as error:

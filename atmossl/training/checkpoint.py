@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from atmossl.atomic_files import remove, write_atomically
 from atmossl.checkpoint_files import read_contents, save_contents
 from atmossl.objectives.base import Monitor
+from atmossl.plain_values import check_plain
 from atmossl.training.distributed import failing_together
 from atmossl.training.keeping import BEST, leave_branch, tidy
 from atmossl.training.strategies import ShardedStrategy
@@ -79,7 +80,7 @@ def _done(work: Callable[[], None]) -> Future:
     future: Future = Future()
     try:
         future.set_result(work())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         future.set_exception(error)
     return future
 
@@ -122,7 +123,7 @@ class KeepCheckpoints(L.Callback):
         self._unlogged = state_dict.get("unlogged", {})  # earlier versions lack it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
+        check_states(trainer, pl_module)
         self._saved = trainer.global_step
         if trainer.ckpt_path is None:
             return
@@ -196,6 +197,21 @@ class KeepCheckpoints(L.Callback):
                 io.wait()
             if trainer.is_global_zero:
                 tidy(self.folder, self._start, self.keep)
+
+
+def check_states(trainer: Any, pl_module: Any) -> None:
+    """Raise ValueError, before the first step, if a state of callbacks, network or objective could
+    not be read from a checkpoint."""
+    named = [(f"the state_dict of callback {type(part).__qualname__}", part)
+             for part in trainer.callbacks]  # fmt: skip
+    named += [(f"the state of {type(part).__qualname__}", part)
+              for part in (pl_module.objective, pl_module.model)]  # fmt: skip
+    for holder, part in named:
+        try:
+            state = part.state_dict()
+        except Exception:  # it may need what the first step brings; the first save looks again
+            continue
+        check_plain(state, holder)
 
 
 def unlogged(trainer: L.Trainer) -> dict[str, float]:

@@ -48,22 +48,25 @@ def failing_together(doing: str) -> Generator[None]:
     for ever for one that has left. The block must not contain collectives.
 
     Raises:
-        OSError: on every rank, with the first failing rank's number and words.
+        OSError, ValueError: on every rank, with the first failing rank's number and words.
     """
-    failure: OSError | None = None
+    failure: OSError | ValueError | None = None
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         failure = error
-    reason = None if failure is None else failure.strerror or str(failure)
-    words: list[str | None] = [reason]
+    words = None if failure is None else getattr(failure, "strerror", None) or str(failure)
+    reason = None if words is None else (isinstance(failure, ValueError), words)
+    reasons: list[tuple[bool, str] | None] = [reason]
     if dist.is_initialized():
-        words = [None] * dist.get_world_size()
-        dist.all_gather_object(words, reason)
-    for rank, reason_there in enumerate(words):
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+    for rank, reason_there in enumerate(reasons):
         if reason_there is not None:
-            where = f" on rank {rank}" if len(words) > 1 else ""
-            raise OSError(f"{doing} failed{where}: {reason_there}") from failure
+            of_value, words = reason_there
+            where = f" on rank {rank}" if len(reasons) > 1 else ""
+            kind = ValueError if of_value else OSError
+            raise kind(f"{doing} failed{where}: {words}") from failure
 
 
 def random_states() -> list[dict[str, Tensor]]:
