@@ -22,9 +22,11 @@ all others were trained, end with the same weights, optimiser, objective's state
 for bit.
 
 `labels`: by objective and probe, the loss of the network fine-tuned on a fraction of the labels
-(--finetune STEPS) over that of a random start with all of them and as many steps.
-`labels_10pct_vs_scratch_100pct`: its mean over the fine-tuned probes with a tenth of the labels, of
-the objective with the most skill there on the validation dates.
+(--finetune STEPS) over that of a random start with all of them, as many steps and the same choices
+on validation, the head among them; `loss_over_plain`: over that of a random start whose head began
+at 0. `finetuned`: every fit. `labels_10pct_vs_scratch_100pct` and
+`labels_10pct_vs_plain_scratch_100pct`: these ratios' means over the fine-tuned probes with a tenth
+of the labels, of the objective with the most skill there on the validation dates.
 
 `cost_vs_masked`: samples per CPU second (GPU: second) of a training step, and memory over what the
 process held before its network was made, as ratios to `masked`: the same network, window and batch
@@ -256,24 +258,36 @@ def _of_labels(tuned: pd.DataFrame) -> dict[str, Any]:
     if tuned.empty:
         return {}
     labels: dict[str, dict[str, Any]] = {}
-    for row in rows_where(tuned, start="trained").to_dict("records"):
+    best = tuned.sort_values("validation").groupby(
+        ["checkpoint", "probe", "start", "fraction"], as_index=False
+    ).last()  # fmt: skip
+    for row in rows_where(best, start="trained").to_dict("records"):
         of_probe = labels.setdefault(row["checkpoint"], {}).setdefault(row["probe"], {})
         of_probe[f"{row['fraction']:g}"] = {
             "dates": row["dates"], "loss_over_scratch": round(row["loss_over_scratch"], 3),
             "interval": [round(row["ratio_low"], 3), round(row["ratio_high"], 3)],
+            "loss_over_plain": round(row["loss_over_plain"], 3),
+            "plain_interval": [round(row["plain_low"], 3), round(row["plain_high"], 3)],
             "skill": round(row["skill"], 3),
         }  # fmt: skip
-    scratch = {
-        f"{row['checkpoint']}, {row['probe']}": round(row["skill"], 3)
-        for row in rows_where(tuned, start="random").to_dict("records")
-    }
-    tenth = rows_where(tuned, start="trained", fraction=0.1)
-    found: dict[str, Any] = {"labels": labels, "scratch_skill": scratch}
+    fits = [
+        {
+            "checkpoint": row["checkpoint"], "probe": row["probe"], "start": row["start"],
+            "head": row["head"], "fraction": row["fraction"],
+            "learning_rate": row["learning_rate"], "skill": round(row["skill"], 3),
+            "validation": round(row["validation"], 3),
+        }
+        for row in tuned.to_dict("records")
+    ]  # fmt: skip
+    tenth = rows_where(best, start="trained", fraction=0.1)
+    found: dict[str, Any] = {"labels": labels, "finetuned": fits}
     if len(tenth):
-        means = tenth.groupby("checkpoint")[["validation", "loss_over_scratch"]].mean()
-        best = means["validation"].idxmax()
-        found["labels_10pct_best"] = best
-        found["labels_10pct_vs_scratch_100pct"] = round(means.loc[best, "loss_over_scratch"], 3)
+        ratios = ["loss_over_scratch", "loss_over_plain"]
+        means = tenth.groupby("checkpoint")[["validation", *ratios]].mean()
+        name = means["validation"].idxmax()
+        found["labels_10pct_best"] = name
+        for reference, ratio in zip(("scratch", "plain_scratch"), ratios, strict=True):
+            found[f"labels_10pct_vs_{reference}_100pct"] = round(means.loc[name, ratio], 3)
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array
 import numpy as np
@@ -38,6 +38,10 @@ from atmossl.value_faults import as_written, listed
 
 _DIMS = ("offset", "level", "latitude", "longitude", "feature")
 _OFFSET = {"long_name": "time from init_time to the centre of the token"}
+
+
+EMBEDDING = "embedding"  # in place of a layer: what the first layer gets
+Layer = int | Literal["embedding"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ class Embedder:
         return self.fields_of_layers(time, (self.layer,))[0]
 
     def fields_of_layers(
-        self, time: np.datetime64, layers: Sequence[int]
+        self, time: np.datetime64, layers: Sequence[Layer]
     ) -> list[dict[str, StreamField]]:
         """The same as `fields` for several layers, from one pass of the encoder."""
         source, (num_lat, num_lon) = self.find(time), self.segment.grid.shape
@@ -316,11 +320,15 @@ def _rows_and_columns(
     return rows, (first + np.arange(counts[1])) % (num_lon // size.lon)
 
 
-def _add_batch(blend: _Blend, stream: StreamLatents, layer: int, batch: Sequence[TileView]) -> None:
+def _add_batch(
+    blend: _Blend, stream: StreamLatents, layer: Layer, batch: Sequence[TileView]
+) -> None:
     """One stream's latents of a batch of tiles, after one layer."""
     level, steps, nlat, nlon = stream.grid.shape
+    of_layer = stream.layers[layer] if isinstance(layer, int) else stream.embedded
+    assert of_layer is not None, "ask Network.tells_embedding first"
     latents = rearrange(
-        stream.layers[layer].features.float().cpu().numpy(),
+        of_layer.features.float().cpu().numpy(),
         "batch (level nt nlat nlon) feature -> batch level nt nlat nlon feature",
         level=level, nt=steps, nlat=nlat, nlon=nlon,
     )  # fmt: skip

@@ -111,6 +111,7 @@ class Multiformer(Network):
     """
 
     ends = ("tail",)
+    tells_embedding = True
     told: Tensor
 
     def __init__(
@@ -266,10 +267,8 @@ class Multiformer(Network):
                 # before that of the next layer is added: sums depend on their order
                 layers[name].append(Latent(x.view_as(x), places[name]))
         return {
-            stream.spec.name: StreamLatents(
-                tuple(layers[stream.spec.name]), indices[stream.spec.name], stream.grid
-            )
-            for stream in view.streams
+            name: StreamLatents(tuple(layers[name]), indices[name], grid, latents[name])
+            for name, grid in ((stream.spec.name, stream.grid) for stream in view.streams)
         }
 
     def _embed(self, stream: StreamTokens, chosen: TokenIndex) -> Latent:

@@ -158,11 +158,14 @@ class StreamLatents:
     """Latents of chosen tokens of one stream after every layer, first layer first.
 
     chosen: which tokens of the window they are. grid: physical coordinates of all its tokens.
+    embedded: what the first layer gets; None where the network does not tell
+        (`Network.tells_embedding`).
     """
 
     layers: tuple[Latent, ...]
     chosen: TokenIndex
     grid: TokenGrid
+    embedded: Latent | None = None
 
     @property
     def last(self) -> Float[Tensor, "batch token feature"]:
@@ -202,6 +205,7 @@ class Network(nn.Module):
     any_member: members are draws of noise, and any number of them can be asked for.
     num_members: of a tail; None: the network does not say.
     low_rank_layers: patterns of names of the layers that `warm_start.low_rank` tunes by default.
+    tells_embedding: latents hold the embedded tokens, too, which probes can read.
     """
 
     widths: Mapping[str, int]
@@ -210,6 +214,7 @@ class Network(nn.Module):
     any_member: bool = False
     num_members: int | None = None
     low_rank_layers: ClassVar[tuple[str, ...]] = ("encoder.*", "decoder.*")
+    tells_embedding: ClassVar[bool] = False
 
     @classmethod
     def faults_of(cls, arguments: Mapping[str, Any], streams: Sequence[StreamSpec]) -> list[str]:

@@ -9,6 +9,7 @@ baselines see the raw fields of the date and of the day before.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float
 
 from atmossl.geometry import nearest_cells
 from atmossl.inference.checkpoint import TrainedModel, build_network
-from atmossl.inference.embed import Embedder, StreamField
+from atmossl.inference.embed import Embedder, Layer, StreamField
 from atmossl.probes.cases import Cases, Run, TokenPlaces, hours_of_day_and_year
 
 MOST_BANDS = 16  # of latitude, over which tokens are averaged for labels of a sector
@@ -25,7 +26,8 @@ MOST_BANDS = 16  # of latitude, over which tokens are averaged for labels of a s
 
 @dataclass(frozen=True)
 class Features:
-    """The features that a probe sees. layer: of the encoder; None for features without one.
+    """The features that a probe sees. layer: of the encoder, `embedding` for what its first layer
+    gets, `all` for all these side by side; None for features without one.
 
     sectors: for labels of a sector or of two dates. local: for labels of a place. departures: the
     same from every token's mean over the training cases, for labels that are such departures
@@ -35,7 +37,7 @@ class Features:
     """
 
     source: str
-    layer: int | None
+    layer: Layer | Literal["all"] | None
     sectors: Float[np.ndarray, "case sector feature"]
     local: Float[np.ndarray, "case place feature"] | None = None
     departures: Float[np.ndarray, "case place feature"] | None = None
@@ -89,13 +91,15 @@ def random_network(trained: TrainedModel, seed: int) -> TrainedModel:
 def encoded(
     embedders: Sequence[Embedder],
     runs: Sequence[Run],
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     places: TokenPlaces,
     source: str,
     advance: Callable[[float], object] = float,  # of no consequence
 ) -> list[Features]:
-    """The latents of every layer, from 0 on, at all cases. embedders: one for every run."""
-    collected = [_Collected(places, layer == max(layers)) for layer in layers]
+    """The latents of every layer at all cases; numbers of layers are from 0 on. embedders: one for
+    every run."""
+    deepest = max(layer for layer in layers if isinstance(layer, int))
+    collected = [_Collected(places, layer == deepest) for layer in layers]
     for embedder, run in zip(embedders, runs, strict=True):
         for time in run.times:
             of_layers = embedder.fields_of_layers(time, layers)
@@ -137,7 +141,7 @@ class _Collected:
             self.total = self.total + np.concatenate(parts, axis=1).astype(np.float64)
             self.count += 1
 
-    def features(self, source: str, layer: int) -> Features:
+    def features(self, source: str, layer: Layer) -> Features:
         places, local = self.places, np.stack(self.local)
         departures = None
         if self.count:
@@ -148,6 +152,21 @@ class _Collected:
             source, layer, np.stack(self.sectors), local, departures,
             np.stack(self.tokens) if self.tokens else None, np.stack(self.pooled),
         )  # fmt: skip
+
+
+def side_by_side(layers: Sequence[Features]) -> Features:
+    """The features of several layers as those of one: a linear probe takes from each what it knows
+    (Evci et al. 2022, Head2Toe)."""
+
+    def joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known, axis=-1) if len(known) == len(layers) else None
+
+    sectors = np.concatenate([layer.sectors for layer in layers], axis=-1)
+    local, departures = (
+        joined([getattr(layer, name) for layer in layers]) for name in ("local", "departures")
+    )
+    return Features(layers[0].source, "all", sectors, local, departures)
 
 
 def _pooled(latents: np.ndarray, stream: StreamField) -> np.ndarray:
@@ -248,27 +267,37 @@ def principal_components(
 ) -> Features:
     """Principal components of what tokens have of the raw values, fitted on the training cases: the
     best linear encoder of a token with as many features as the latents have, which is averaged
-    over bands and attended to as they are."""
+    over bands and attended to as they are. like: latents of one layer, or of all side by side."""
     train, given = cases.of("train"), raw.features
     assert given.local is not None and given.departures is not None
-    assert like.local is not None and like.tokens is not None
+    assert like.local is not None
     mean, axes = leading_axes(given.local[train].reshape(-1, given.local.shape[-1]))
     anomalies = given.departures[train].reshape(-1, given.departures.shape[-1])
     anomaly_mean, anomaly_axes = leading_axes(anomalies)
     width = like.local.shape[-1]
     bands = (raw.bands - mean) @ axes[: like.sectors.shape[-1] // raw.bands.shape[2]].T
-    of_tokens, first = np.zeros((), np.float32), 0
-    chosen, every = axes[: like.tokens.shape[-1]].astype(np.float32), places.every
+    of_tokens = None
+    if like.tokens is not None:
+        chosen = axes[: like.tokens.shape[-1]].astype(np.float32)
+        of_tokens = _projected_tokens(raw, cases, places, mean.astype(np.float32), chosen)
+    return Features(
+        "pca", "all" if like.layer == "all" else None,
+        rearrange(bands, "case sector band f -> case sector (band f)"),
+        (given.local - mean) @ axes[:width].T,
+        (given.departures - anomaly_mean) @ anomaly_axes[:width].T, of_tokens,
+    )  # fmt: skip
+
+
+def _projected_tokens(
+    raw: RawValues, cases: Cases, places: TokenPlaces, mean: np.ndarray, axes: np.ndarray
+) -> Float[np.ndarray, "case token component"]:
+    """What tokens that an attentive probe sees have of the raw values, along principal axes."""
+    projected, first, every = np.zeros((), np.float32), 0, places.every
     for values, _ in _values_of_tokens(cases, places, raw.levels):
         part = slice(first, first + values.shape[-1])
-        centred = values[:, ::every, ::every].astype(np.float32) - mean[part].astype(np.float32)
-        of_tokens, first = of_tokens + centred @ chosen[:, part].T, part.stop
-    return Features(
-        "pca", None, rearrange(bands, "case sector band f -> case sector (band f)"),
-        (given.local - mean) @ axes[:width].T,
-        (given.departures - anomaly_mean) @ anomaly_axes[:width].T,
-        rearrange(of_tokens, "case row column feature -> case (row column) feature"),
-    )  # fmt: skip
+        centred = values[:, ::every, ::every].astype(np.float32) - mean[part]
+        projected, first = projected + centred @ axes[:, part].T, part.stop
+    return rearrange(projected, "case row column feature -> case (row column) feature")
 
 
 def map_components(raw: RawValues, cases: Cases, like: Features) -> Features:
@@ -280,7 +309,8 @@ def map_components(raw: RawValues, cases: Cases, like: Features) -> Features:
     departures = maps - maps[train].mean(axis=0)
     known = rearrange(departures[train], "case sector feature -> (case sector) feature")
     mean, axes = leading_axes(known)
-    return Features("eofs", None, (departures - mean) @ axes[: like.local.shape[-1]].T)
+    layer = "all" if like.layer == "all" else None
+    return Features("eofs", layer, (departures - mean) @ axes[: like.local.shape[-1]].T)
 
 
 def leading_axes(

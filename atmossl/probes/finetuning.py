@@ -2,35 +2,46 @@
 
 Frozen latents say what an encoder holds; fine-tuning says how many labels it saves. The comparison
 is a network of the same architecture that starts from random weights and has all labels, with as
-many steps of the same batches. Labels are those of the probes, at the same dates and places, and in
-both cases the weights are those of the start or of five times on the way, whichever did best on the
-validation dates.
+many steps of the same batches.
+
+The linear map begins either at 0, or as a linear probe of the frozen features (Kumar et al. 2022,
+arXiv 2202.10054, LP-FT), since a map that begins at 0 sends large gradients into the encoder before
+it knows anything, and they undo what the encoder has learned. The fits learn from the labels of all
+tokens of a date, and are scored at the places of the probes. Of all learning rates, and of the
+start and five times on the way, the weights are those that did best on the validation dates.
 """
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from atmossl.batch import View, collate_views
 from atmossl.data.fraction import blocks_of_time
-from atmossl.geometry import nearest_cells
-from atmossl.model.network import Network, StreamLatents
+from atmossl.model.network import Network
 from atmossl.probes.cases import Cases, TokenPlaces
-from atmossl.probes.features import band_weights, sector_weights
 from atmossl.probes.scoring import Question
+from atmossl.probes.tuned_network import (
+    Labelled,
+    LinearMap,
+    TunedNetwork,
+    constant_map,
+    linear_maps,
+)
 
+Head = Literal["zeros", "probe"]  # what the linear map starts from
+HEADS: tuple[Head, ...] = ("zeros", "probe")
 _VALIDATIONS = 5
+_MOST_ROWS = 16384  # that a linear map is fitted on
 _WEIGHT_DECAY = 0.01
-_HEAD_RATE = 10.0  # of the linear map's learning rate to that of the network
-_RARE = 1e-3  # the least share of a class at the start
+_HEAD_RATE = 10.0  # of a linear map that starts at 0, to the learning rate of the network
 
 
 @dataclass(frozen=True)
@@ -38,14 +49,15 @@ class FinetuneSettings:
     """How probes are fine-tuned.
 
     fractions: of the training dates, in unbroken blocks of time; empty: nothing is fine-tuned.
-    probes: which of them. steps: of the optimiser, for every fraction. batch_size: dates in a step.
+    probes: which of them. steps: of the optimiser, for every fit. batch_size: dates in a step.
+    learning_rate: the highest of AdamW; of several, validation chooses.
     """
 
     fractions: tuple[float, ...] = ()
     probes: tuple[str, ...] = ("anomaly_24h", "vorticity_extreme")
     steps: int = 200
     batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: tuple[float, ...] = (1e-4, 1e-3, 3e-3)
 
 
 def dates_used(cases: Cases, fraction: float, seed: int) -> np.ndarray:
@@ -56,89 +68,40 @@ def dates_used(cases: Cases, fraction: float, seed: int) -> np.ndarray:
     return np.concatenate([runs[number][steps] for number, steps in blocks.items()])
 
 
-class TunedNetwork(nn.Module):
-    """Predictions of a label from the last layer of an encoder, for the last step of a window.
-
-    Features are those of the linear probes (`features.encoded`): normalised over themselves, and
-    of a sector the means over bands of latitude and over levels. The linear map begins at 0, and
-    its bias at the mean of the training labels that are used, or at the frequencies of classes.
-    """
-
-    scale: Tensor
-
-    def __init__(
-        self, network: Network, question: Question, places: TokenPlaces, names: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).requires_grad_(True)
-        self.question, self.places, self.names = question, places, tuple(names)
-        self.register_buffer("scale", torch.ones(question.targets.shape[-1]))
-        self.head = nn.LazyLinear(question.targets.shape[-1])
-
-    @torch.no_grad()
-    def begin(self, view: View, labels: Float[Tensor, "case place target"]) -> None:
-        """Start as what is known without the encoder: the mean of these labels."""
-        self.head(self.features(view, np.zeros(1, int)))  # learns its width
-        nn.init.zeros_(self.head.weight)
-        mean = reduce(labels, "case place target -> target", "mean")
-        if self.question.classes:
-            self.head.bias.copy_(mean.clamp_min(_RARE).log())
-            return
-        self.scale.copy_(labels.std((0, 1), correction=0).clamp_min(1e-12))
-        self.head.bias.copy_(mean / self.scale)
-
-    def features(self, view: View, cases: np.ndarray) -> Float[Tensor, "case place feature"]:
-        """The features of the places or sectors of every case. cases: numbers of
-        the samples."""
-        encoded = self.network.encode(view)
-        streams = [encoded[name] for name in self.names]
-        if not self.question.local:
-            sectors = self.places.sectors
-            return torch.cat([_by_sector(stream, sectors) for stream in streams], dim=-1)
-        latitude = self.places.latitude[self.places.rows[cases]]
-        longitude = self.places.longitude[self.places.columns[cases]]
-        return torch.cat([_nearest(stream, latitude, longitude) for stream in streams], dim=-1)
-
-    def forward(self, view: View, cases: np.ndarray) -> Float[Tensor, "case place target"]:
-        """Numbers in units of the label, or probabilities of every class."""
-        answer = self.head(self.features(view, cases))
-        return answer.softmax(-1) if self.question.classes else answer * self.scale
-
-
-def _last_step(stream: StreamLatents) -> Float[Tensor, "case level row column feature"]:
-    level, steps, rows, columns = stream.grid.shape
-    latents = rearrange(
-        stream.last, "case (level time row column) feature -> case level time row column feature",
-        level=level, time=steps, row=rows, column=columns,
-    )[:, :, -1]  # fmt: skip
-    return layer_norm(latents, latents.shape[-1:])
-
-
-def _by_sector(stream: StreamLatents, sectors: int) -> Float[Tensor, "case sector feature"]:
-    bands = torch.from_numpy(band_weights(stream.grid.lat[0].cpu().numpy()))
-    columns = torch.from_numpy(sector_weights(stream.grid.lon.shape[-1], sectors))
-    tokens = reduce(_last_step(stream), "case level row column f -> case row column f", "mean")
-    means = torch.einsum("nrcf,br,sc->nsbf", tokens, bands.to(tokens), columns.to(tokens))
-    return rearrange(means, "case sector band f -> case sector (band f)")
-
-
-def _nearest(
-    stream: StreamLatents, latitude: np.ndarray, longitude: np.ndarray
-) -> Float[Tensor, "case place feature"]:
-    """Latents of all levels of the tokens whose centres are nearest to [case place]."""
-    grid = _last_step(stream)
-    centres, meridians = (axis[0].cpu().numpy() for axis in (stream.grid.lat, stream.grid.lon))
-    rows, columns = nearest_cells(centres, meridians, latitude, longitude)
-    case = torch.arange(len(grid))[:, None]
-    chosen = rearrange(grid, "case level row column f -> case row column level f")[
-        case, torch.from_numpy(rows), torch.from_numpy(columns)
-    ]
-    return rearrange(chosen, "case place level f -> case place (level f)")
+def num_windows(
+    cases: Cases,
+    settings: FinetuneSettings,
+    question: Question,
+    fraction: float,
+    head: Head,
+    seed: int,
+) -> int:
+    """How often `Finetuner.fitted` advances: once for every step and every date that it encodes
+    before the first."""
+    num_dates = 0
+    if head == "probe":
+        splits = ("validation",) if question.classes else ("train", "validation")
+        num_dates = len(dates_used(cases, fraction, seed)) + sum(cases.of(s).sum() for s in splits)
+    return len(settings.learning_rate) * settings.steps + int(num_dates)
 
 
 def _rate(progress: float) -> float:
     """Factor of the learning rate: it rises over a tenth of the steps and falls as a cosine."""
     return min(1.0, 0.01 + progress / 0.1) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A network that was fine-tuned.
+
+    predicted: numbers or probabilities at the rows of a split. num_dates: whose labels were used.
+    learning_rate: of those tried the one that did best on validation; 0 where the start did.
+    """
+
+    predicted: Mapping[str, Float[np.ndarray, "row target"]]
+    num_dates: int
+    head: Head
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -162,43 +125,126 @@ class Finetuner:
         network: Network,
         question: Question,
         fraction: float,
+        head: Head = "probe",
         advance: Callable[[float], object] = float,  # of no consequence
-    ) -> tuple[dict[str, Float[np.ndarray, "row target"]], int]:
-        """Predictions for the splits validation and test, and how many dates the fit has used."""
+    ) -> Fit:
+        """Predictions for the splits validation and test, by the learning rate and the time of the
+        training with the least error on the validation dates."""
         used, labels = dates_used(self.cases, fraction, self.seed), self._labels(question)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            tuned = TunedNetwork(network, question, self.places, self.names).to(self.device)
-            tuned.begin(self._views(used[:1]), labels[used].to(self.device))
-        self._train(tuned, labels, used, advance)
-        predictions = {}
-        for split in ("validation", "test"):
-            by_place = self._predictions(tuned, np.flatnonzero(self.cases.of(split)))
-            rows = rearrange(by_place, "case place target -> (case place) target")
-            predictions[split] = rows.double().numpy()
-        return predictions, len(used)
+        tuned = TunedNetwork(network, question, self.places, self.names).to(self.device)
+        start = self._start(tuned, labels, used, head, advance)
+        best_rate, least, best = 0.0, math.inf, {}
+        for rate in self.settings.learning_rate:
+            tuned.network.load_state_dict(network.state_dict())
+            tuned.set_linear_map(start)
+            tuned.to(self.device)
+            rates = (rate, rate * (_HEAD_RATE if head == "zeros" else 1.0))
+            error, has_moved = self._train(tuned, labels, used, rates, advance)
+            if error < least:
+                best_rate, least = (rate if has_moved else 0.0), error
+                best = copy.deepcopy(tuned.state_dict())
+        tuned.load_state_dict(best)
+        predicted = {split: self._predicted_rows(tuned, split) for split in ("validation", "test")}
+        return Fit(predicted, len(used), head, best_rate)
+
+    def _predicted_rows(self, tuned: TunedNetwork, split: str) -> Float[np.ndarray, "row target"]:
+        """Predictions at the rows of a question."""
+        cases = np.flatnonzero(self.cases.of(split))
+        by_place = self._predictions(tuned, cases)
+        if tuned.question.local:
+            by_place = by_place[np.arange(len(cases))[:, None], self._drawn[cases]]
+        return rearrange(by_place, "case place target -> (case place) target").double().numpy()
+
+    @property
+    def _drawn(self) -> np.ndarray:
+        """Numbers of the tokens that are drawn for every date, [case place]."""
+        return self.places.rows * len(self.places.longitude) + self.places.columns
+
+    def _area(self, question: Question) -> Float[np.ndarray, "place"]:
+        """What every token or sector counts: its area."""
+        if not question.local:
+            return np.ones(self.places.sectors)
+        area = np.cos(np.deg2rad(self.places.latitude)).clip(1e-6)
+        return np.repeat(area, len(self.places.longitude))
+
+    def _start(
+        self,
+        tuned: TunedNetwork,
+        labels: Float[Tensor, "case place target"],
+        used: np.ndarray,
+        head: Head,
+        advance: Callable[[float], object],
+    ) -> LinearMap:
+        """The linear map that training starts from: the probe of frozen features whose penalty
+        does best on the validation dates, or a constant."""
+        classes = tuned.question.classes
+        if head == "zeros":
+            return constant_map(self._labelled(tuned, labels, used[:1]), classes=classes)
+        train, validation = (np.flatnonzero(self.cases.of(s)) for s in ("train", "validation"))
+        fitted = self._labelled(tuned, labels, used, advance)
+        held_out = self._labelled(tuned, labels, validation, advance)
+        centre = np.zeros((1, fitted.features.shape[-1]))
+        if not classes:  # labels are departures from the mean of a place, and so are features
+            total = 0.0
+            for case in train:
+                total = total + self._frozen(tuned, case).astype(np.float64)
+                advance(1.0)
+            centre = np.asarray(total) / len(train)
+        maps = linear_maps(fitted, centre, classes=classes)
+        return min(maps, key=lambda linear_map: linear_map.error(held_out, classes=classes))
+
+    def _labelled(
+        self,
+        tuned: TunedNetwork,
+        labels: Float[Tensor, "case place target"],
+        cases: np.ndarray,
+        advance: Callable[[float], object] = float,
+    ) -> Labelled:
+        """Frozen features and labels of some dates, at all places, or at some that are drawn for
+        each date where all were too many rows."""
+        area, rng = self._area(tuned.question), np.random.default_rng(self.seed)
+        count = min(len(area), -(-_MOST_ROWS // len(cases)))
+        features, places = [], []
+        for case in cases:
+            places.append(np.sort(rng.choice(len(area), count, replace=False)))
+            features.append(self._frozen(tuned, case)[places[-1]])
+            advance(1.0)
+        place = np.stack(places)
+        of_rows = labels.numpy()[cases[:, None], place].astype(np.float64)
+        rows = "case place target -> (case place) target"
+        return Labelled(
+            np.concatenate(features), rearrange(of_rows, rows), area[place].ravel(), place.ravel()
+        )
+
+    @torch.no_grad()
+    def _frozen(self, tuned: TunedNetwork, case: int) -> Float[np.ndarray, "place feature"]:
+        return tuned.features(self._views(np.array([case])))[0].cpu().numpy()
 
     def _train(
         self,
         tuned: TunedNetwork,
         labels: Float[Tensor, "case place target"],
         used: np.ndarray,
+        learning_rates: tuple[float, float],
         advance: Callable[[float], object],
-    ) -> None:
-        """AdamW at a rate that rises and falls; leaves the weights of the best validation."""
-        settings = self.settings
-        rate, steps = settings.learning_rate, settings.steps
+    ) -> tuple[float, bool]:
+        """AdamW at rates (of the network, of the linear map) that rise and fall; leaves the weights
+        of the best validation. The error there, and whether they are others than at the start."""
+        steps = self.settings.steps
         parts = [tuned.network.parameters(), tuned.head.parameters()]
         optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": r} for p, r in zip(parts, (rate, _HEAD_RATE * rate), strict=True)],
+            [{"params": p, "lr": r} for p, r in zip(parts, learning_rates, strict=True)],
             weight_decay=_WEIGHT_DECAY,
         )
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _rate(n / steps))
         validation = np.flatnonzero(self.cases.of("validation"))
+        area = torch.from_numpy(self._area(tuned.question)).float().to(self.device)
+        area = area / area.mean()
+        has_moved = False
         best, least = copy.deepcopy(tuned.state_dict()), self._error(tuned, labels, validation)
         for step, batch in enumerate(self._batches(used), start=1):
-            error = tuned(self._views(batch), batch) - labels[batch].to(self.device)
-            (error / tuned.scale).square().sum(-1).mean().backward()
+            error = (tuned(self._views(batch)) - labels[batch].to(self.device)) / tuned.scale
+            (error.square().sum(-1) * area).mean().backward()
             nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -207,10 +253,14 @@ class Finetuner:
             if step % max(1, steps // _VALIDATIONS) == 0:
                 error_now = self._error(tuned, labels, validation)
                 if error_now < least:
-                    best, least = copy.deepcopy(tuned.state_dict()), error_now
+                    best, least, has_moved = copy.deepcopy(tuned.state_dict()), error_now, True
         tuned.load_state_dict(best)
+        return least, has_moved
 
     def _labels(self, question: Question) -> Float[Tensor, "case place target"]:
+        """The labels of all tokens or sectors of every date."""
+        if question.of_tokens is not None:
+            return torch.from_numpy(question.of_tokens)
         rows = torch.from_numpy(question.targets).float()
         return rearrange(
             rows, "(case place) target -> case place target", case=len(self.cases.times)
@@ -228,11 +278,11 @@ class Finetuner:
         return collate_views(samples, list(range(len(cases)))).views[0].to(self.device)
 
     def _error(self, tuned: TunedNetwork, labels: Tensor, cases: np.ndarray) -> float:
-        wrong = self._predictions(tuned, cases) - labels[cases]
-        return float(wrong.square().sum(-1).mean())
+        wrong = (self._predictions(tuned, cases) - labels[cases]).square().sum(-1)
+        return float(np.average(wrong.mean(0).numpy(), weights=self._area(tuned.question)))
 
     @torch.no_grad()
     def _predictions(self, tuned: TunedNetwork, cases: np.ndarray) -> Tensor:
         size = self.settings.batch_size
         parts = [cases[first : first + size] for first in range(0, len(cases), size)]
-        return torch.cat([tuned(self._views(part), part).cpu() for part in parts])
+        return torch.cat([tuned(self._views(part)).cpu() for part in parts])

@@ -13,7 +13,7 @@ from atmossl.batch import levels_by_variable
 from atmossl.data.segment import Segment
 from atmossl.evaluation.bootstrap import BlockBootstrap
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.inference.embed import Embedder
+from atmossl.inference.embed import EMBEDDING, Embedder, Layer
 from atmossl.latent_losses import rankme
 from atmossl.probes.cases import (
     SPLITS,
@@ -32,8 +32,9 @@ from atmossl.probes.features import (
     principal_components,
     random_network,
     raw_values,
+    side_by_side,
 )
-from atmossl.probes.finetuning import Finetuner, FinetuneSettings
+from atmossl.probes.finetuning import HEADS, Finetuner, FinetuneSettings, Fit, Head, num_windows
 from atmossl.probes.labels import PROBES, Blind, check_probes
 from atmossl.probes.scoring import (
     Outcome,
@@ -55,8 +56,9 @@ class ProbeOptions:
     """How probes are run.
 
     probes: names of `labels.PROBES`; empty for all that the checkpoint's fields allow. layers: of
-    the encoder; empty for all. every: of all dates, each n-th. places: per date, for labels of a
-    place. withheld: streams that neither the encoder nor the baselines of raw values see.
+    the encoder; empty for all and the embedding. every: of all dates, each n-th. places: per date,
+    for labels of a place. withheld: streams that neither the encoder nor the baselines of raw
+    values see.
     block_days, resamples: of the bootstrap. overlap, batch_size: of the tiles.
     """
 
@@ -77,11 +79,11 @@ class ProbeOptions:
 @dataclass(frozen=True)
 class Tuned:
     """A probe that was fine-tuned. outcome: its source is `latents` where the trained network was
-    the start, `random` where random weights were. num_dates: whose labels were used."""
+    the start, `random` where random weights were. fraction: of the training dates."""
 
     outcome: Outcome
     fraction: float
-    num_dates: int
+    fit: Fit
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,10 @@ class ProbeRun:
     @property
     def num_windows(self) -> int:
         """Passes over the globe that `run` makes, each step of fine-tuning one of them."""
-        tuned = self.options.finetune
-        fits = (len(tuned.fractions) + 1) * len(tuned.probes) if tuned.fractions else 0
-        return 2 * len(self.blinds) * len(self.cases.times) + fits * tuned.steps
+        settings, fits = self.options.finetune, 0
+        for question, _, fraction, head in self._fits:
+            fits += num_windows(self.cases, settings, question, fraction, head, self.options.seed)
+        return 2 * len(self.blinds) * len(self.cases.times) + fits
 
     def run(
         self,
@@ -223,7 +226,7 @@ class ProbeRun:
                 advance(float(len(self.cases.times)))
             else:
                 if blind.variables not in of_fields:
-                    of_fields[blind.variables] = self._features_of_fields(trained[-1], blind)
+                    of_fields[blind.variables] = self._features_of_fields(trained, blind)
                 random = random_network(self.trained, self.options.seed)
                 untrained = self._encoded(random, "random", blind, advance)
                 shared[key] = Baselines([*untrained, *of_fields[blind.variables]])
@@ -235,7 +238,7 @@ class ProbeRun:
         pooled = {
             (source.source, source.layer): source.pooled[test]
             for source in sources
-            if source.layer is not None and source.pooled is not None
+            if isinstance(source.layer, int) and source.pooled is not None
         }
         ordered = {question.name: answers[question.name] for question in self.questions}
         return Probed(
@@ -280,41 +283,62 @@ class ProbeRun:
     ) -> list[Features]:
         seeing = self._blinded(trained, blind)
         embedders = [_embedder(seeing, run.segment, self.options, blind) for run in self.runs]
-        return encoded(embedders, self.runs, self.layers, self.places, source, advance)
+        layers = encoded(embedders, self.runs, self.encoded_layers, self.places, source, advance)
+        return [*layers, side_by_side(layers)] if len(layers) > 1 else layers
 
-    def _features_of_fields(self, like: Features, blind: Blind) -> list[Features]:
-        """Baselines that see the fields that the encoder sees, and position and calendar. like:
-        latents, of which principal components have as many features."""
+    @property
+    def encoded_layers(self) -> tuple[Layer, ...]:
+        """The layers whose latents are probed; the embedding, too, where nobody chose layers and
+        the network tells it."""
+        embedding = self.trained.model.tells_embedding and not self.options.layers
+        return (EMBEDDING, *self.layers) if embedding else self.layers
+
+    def _features_of_fields(self, latents: Sequence[Features], blind: Blind) -> list[Features]:
+        """Baselines that see the fields that the encoder sees, and position and calendar. latents:
+        principal components have as many features as the last layer has, and as all layers have
+        side by side."""
         levels = {
             name: levels
             for name, levels in levels_by_variable(self.embedders[0].shown_specs).items()
             if name not in blind.variables
         }
         raw = raw_values(self.cases, self.places, levels)
+        likes = [layer for layer in latents if layer.tokens is not None or layer.layer == "all"]
         return [
             raw.features,
-            principal_components(raw, self.cases, self.places, like),
-            map_components(raw, self.cases, like),
+            *(principal_components(raw, self.cases, self.places, like) for like in likes),
+            *(map_components(raw, self.cases, like) for like in likes),
             position_and_calendar(self.cases, self.places),
         ]
 
     def _tuned(self, advance: Callable[[float], object]) -> Iterator[Tuned]:
-        """The fine-tuned networks of every probe; the first one starts from random weights and
-        has all labels."""
+        """The fine-tuned networks of every probe; the first ones start from random weights and
+        have all labels."""
         starts = {
             "random": random_network(self.trained, self.options.seed),
             "latents": self.trained,
         }
+        fits = self._fits
+        tuners = {blind: self._finetuner(blind) for blind in {fit[0].blind for fit in fits}}
+        for question, source, fraction, head in fits:
+            model, tuner = (
+                self._blinded(starts[source], question.blind).model,
+                tuners[question.blind],
+            )
+            fit = tuner.fitted(model, question, fraction, head, advance)
+            outcome = self._scorer(question).outcome(source, "finetuned", fit.predicted.__getitem__)
+            yield Tuned(outcome, fraction, fit)
+
+    @property
+    def _fits(self) -> list[tuple[Question, str, float, Head]]:
+        """Question, source, fraction and head of everything that is fine-tuned: the same heads
+        for both sources."""
         settings = self.options.finetune
-        fits = [("random", 1.0), *(("latents", part) for part in settings.fractions)]
+        if not settings.fractions:
+            return []
+        parts = [("random", 1.0), *(("latents", fraction) for fraction in settings.fractions)]
         chosen = [question for question in self.questions if question.name in settings.probes]
-        tuners = {blind: self._finetuner(blind) for blind in {q.blind for q in chosen}}
-        for question in chosen:
-            for source, fraction in fits:
-                model = self._blinded(starts[source], question.blind).model
-                predicted, used = tuners[question.blind].fitted(model, question, fraction, advance)
-                outcome = self._scorer(question).outcome(source, "finetuned", predicted.__getitem__)
-                yield Tuned(outcome, fraction, used)
+        return [(q, *part, head) for q in chosen for part in parts for head in HEADS]
 
     def _finetuner(self, blind: Blind) -> Finetuner:
         """Fits labels to windows on the whole grid."""
@@ -447,7 +471,7 @@ def scores(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.Data
             "headline": outcome is probed.headlines[outcome.probe],
         }
         for outcome in probed.outcomes
-    ).astype({"layer": "Int64"})  # fmt: skip
+    ).astype({"layer": object})  # fmt: skip
 
 
 def comparisons(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.DataFrame:
@@ -482,24 +506,38 @@ def _limits(samples: np.ndarray, confidence: float) -> dict[str, float]:
 
 
 def tunings(probed: Probed, checkpoint: str, confidence: float = 0.95) -> pd.DataFrame:
-    """One row for every fine-tuned probe and fraction: its skill, and its loss over that of the
-    network that started from random weights with all labels, with their intervals."""
-    scratch = {o.probe: o for o in (t.outcome for t in probed.tuned) if o.source == "random"}
+    """One row for every fine-tuned probe and fraction: its skill, and its loss over those of the
+    networks that started from random weights with all labels, with their intervals. `scratch` is
+    the one of these with the more skill on validation, `plain` the one whose linear map started
+    at 0."""
     rows = []
-    for one in probed.tuned:
-        outcome, reference = one.outcome, scratch[one.outcome.probe]
-        ratio = (1.0 - outcome.samples) / (1.0 - reference.samples)
-        limits = _limits(ratio, confidence)
+    for tuned in probed.tuned:
+        outcome, fit = tuned.outcome, tuned.fit
+        random = [t for t in probed.tuned
+                  if t.outcome.source == "random" and t.outcome.probe == outcome.probe]  # fmt: skip
+        scratch = max((t.outcome for t in random), key=lambda one: one.validation)
+        (plain,) = (t.outcome for t in random if t.fit.head == "zeros")
         rows.append(
             {
                 "checkpoint": checkpoint, "probe": outcome.probe,
                 "start": "trained" if outcome.source == "latents" else "random",
-                "fraction": one.fraction, "dates": one.num_dates, "skill": outcome.skill,
+                "head": fit.head, "fraction": tuned.fraction, "dates": fit.num_dates,
+                "learning_rate": fit.learning_rate, "skill": outcome.skill,
                 **_limits(outcome.samples, confidence), "validation": outcome.validation,
-                "loss_over_scratch": (1.0 - outcome.skill) / (1.0 - reference.skill),
-                "ratio_low": limits["low"], "ratio_high": limits["high"],
+                **_loss_ratio(outcome, scratch, ("loss_over_scratch", "ratio_low", "ratio_high")),
+                **_loss_ratio(outcome, plain, ("loss_over_plain", "plain_low", "plain_high")),
             }
         )  # fmt: skip
-    columns = ["checkpoint", "probe", "start", "fraction", "dates", "skill", "low", "high"]
-    columns += ["validation", "loss_over_scratch", "ratio_low", "ratio_high"]
+    columns = ["checkpoint", "probe", "start", "head", "fraction", "dates", "learning_rate"]
+    columns += ["skill", "low", "high", "validation", "loss_over_scratch", "ratio_low"]
+    columns += ["ratio_high", "loss_over_plain", "plain_low", "plain_high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _loss_ratio(
+    outcome: Outcome, reference: Outcome, names: tuple[str, str, str], confidence: float = 0.95
+) -> dict[str, float]:
+    """The loss of an outcome over that of another, and the interval of this ratio."""
+    limits = _limits((1.0 - outcome.samples) / (1.0 - reference.samples), confidence)
+    ratio = (1.0 - outcome.skill) / (1.0 - reference.skill)
+    return dict(zip(names, (ratio, limits["low"], limits["high"]), strict=True))

@@ -10,6 +10,7 @@ validation. Intervals are of a block bootstrap over the test dates.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -17,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 
 from atmossl.evaluation.bootstrap import BlockBootstrap, resampled_means
+from atmossl.inference.embed import Layer
 from atmossl.probes.attentive import fit_attentive
 from atmossl.probes.cases import Cases, TokenPlaces
 from atmossl.probes.features import Features
@@ -40,7 +42,8 @@ class Question:
     """One label as rows on which a probe is fitted.
 
     case: that a row belongs to. persistence: the label of a day earlier. pairs: earlier and later
-    case of a row, for labels of two dates. blind: what the encoder is not shown.
+    case of a row, for labels of two dates. of_tokens: for labels of a place, those of all tokens,
+    row after row. blind: what the encoder is not shown.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Question:
     case: Int[np.ndarray, "row"]
     persistence: Float[np.ndarray, "row target"] | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None
+    of_tokens: Float[np.ndarray, "case token target"] | None = None
     blind: Blind = Blind()
 
     @property
@@ -138,18 +142,23 @@ def _of_label(name: str, label: Label, cases: Cases, places: TokenPlaces) -> Que
             "gaps or the grid does not reach"
         )
 
-    def targets(hours: int) -> np.ndarray:
-        by_place = _as_targets(label, values(hours), asked_values, train, places)
+    def everywhere(hours: int) -> np.ndarray:
+        return _as_targets(label, values(hours), asked_values, train, places)
+
+    def targets(of_all: np.ndarray) -> np.ndarray:
+        by_place = places.at_places(of_all) if label.local else of_all
         return rearrange(by_place, "case place target -> (case place) target")
 
-    asked_targets = targets(label.lead_hours)
+    of_all = everywhere(label.lead_hours)
+    asked_targets, flat = targets(of_all), "case row column target -> case (row column) target"
     return Question(
         name=name,
         classes=label.kind != "number",
         local=label.local,
         targets=asked_targets,
         case=np.repeat(np.arange(len(cases.times)), len(asked_targets) // len(cases.times)),
-        persistence=targets(label.lead_hours - 24) if label.persists else None,
+        persistence=targets(everywhere(label.lead_hours - 24)) if label.persists else None,
+        of_tokens=rearrange(of_all, flat).astype(np.float32) if label.local else None,
         blind=label.blind,
     )
 
@@ -180,10 +189,10 @@ def _as_targets(
     asked_values: np.ndarray,
     train: np.ndarray,
     places: TokenPlaces,
-) -> Float[np.ndarray, "case place target"]:
-    """The targets of a label. Numbers are departures from the training mean of the place or sector,
-    classes have one column each. The limit of an extreme is that of the drawn places, which are
-    evenly spread over the sphere.
+) -> Float[np.ndarray, "case *place target"]:
+    """The targets of a label, of all tokens [row column] or sectors. Numbers are departures from
+    the training mean of the place or sector, classes have one column each. The limit of an extreme
+    is that of the drawn places, which are evenly spread over the sphere.
 
     asked_values: values of which mean and limit are taken, at the cases `train`.
     """
@@ -195,7 +204,7 @@ def _as_targets(
         values = np.eye(2)[(values[..., 0] > limit).astype(int)]
     else:
         values = np.eye(round(float(asked_values.max())) + 1)[np.rint(values[..., 0]).astype(int)]
-    return places.at_places(values) if label.local else values
+    return values
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,7 @@ class Outcome:
 
     probe: str
     source: str
-    layer: int | None
+    layer: Layer | Literal["all"] | None
     method: str
     skill: float
     samples: Float[np.ndarray, "resample"]

@@ -20,8 +20,8 @@ th { background: #f5f7f9; }"""
 _MEANING = (
     "Skill is 1 - loss / loss of climatology on the test dates: 1 is always right, 0 is the mean "
     "of the training dates. The loss is the squared error of a number or a class's Brier score. "
-    "In brackets: 95 % intervals of a block bootstrap over the test dates. The layer is the one "
-    "with the highest skill on the validation dates, for the random network too."
+    "In brackets: 95 % intervals of a block bootstrap over the test dates. The layer, or all "
+    "layers side by side, is what does best on runs that a fit lacks, for the random network too."
 )
 
 

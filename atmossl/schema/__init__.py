@@ -268,7 +268,9 @@ class FinetuneConfig(Strict):
     probes: tuple[str, ...]
     steps: Positive
     batch_size: Positive
-    learning_rate: PositiveFloat
+    learning_rate: Annotated[
+        tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)
+    ]
 
 
 class ProbeConfig(EncodingConfig):

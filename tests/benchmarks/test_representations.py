@@ -32,11 +32,13 @@ def made() -> Summary:
     alignment = [{"first": "a", "second": "b", "cka": 0.5}]
     tuned = [
         {"checkpoint": name, "probe": probe, "start": "trained", "fraction": fraction, "dates": 3,
-         "skill": 0.5, "validation": validation, "loss_over_scratch": ratio, "ratio_low": 0.1,
-         "ratio_high": 2.0}
+         "skill": 0.5, "validation": validation - worse, "loss_over_scratch": ratio + worse,
+         "ratio_low": 0.1, "ratio_high": 2.0, "loss_over_plain": ratio / 2 - worse,
+         "plain_low": 0.05, "plain_high": 1.0, "head": head, "learning_rate": 1e-3}
         for name, validation, ratios in (("a", 0.3, (0.7, 0.8)), ("b", 0.4, (0.8, 1.0)))
         for probe, ratio in zip(("jet", "belt"), ratios, strict=True)
         for fraction in (0.1, 1.0)
+        for head, worse in (("probe", 0.0), ("zeros", 0.2))
     ]  # fmt: skip
     tables = (pd.DataFrame(rows) for rows in (scores, comparisons, rank, alignment, tuned))
     return Summary(*tables, num_cases={})
@@ -55,6 +57,7 @@ def test_shares_and_ratios_follow_from_the_tables() -> None:
     assert figures["cka"] == {"a, b": 0.5}
     assert figures["labels_10pct_best"] == "b"  # by validation, not by what it is to be scored on
     assert figures["labels_10pct_vs_scratch_100pct"] == pytest.approx(0.9)
+    assert figures["labels_10pct_vs_plain_scratch_100pct"] == pytest.approx(0.45)
     assert figures["labels"]["a"]["belt"]["1"]["interval"] == [0.1, 2.0]
 
 
