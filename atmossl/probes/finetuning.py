@@ -217,7 +217,7 @@ class Finetuner:
         )
 
     @torch.no_grad()
-    def _frozen(self, tuned: TunedNetwork, case: int) -> Float[np.ndarray, "place feature"]:
+    def _frozen(self, tuned: TunedNetwork, case: np.intp) -> Float[np.ndarray, "place feature"]:
         return tuned.features(self._views(np.array([case])))[0].cpu().numpy()
 
     def _train(
