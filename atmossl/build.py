@@ -31,8 +31,9 @@ from atmossl.data.windows import Normaliser, Statistics
 from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
 from atmossl.inference.out_of_training_warnings import Seen
 from atmossl.masking.random import Mixture
+from atmossl.masking.tasks import Task, check_plan
 from atmossl.model.network import LOW_RANK, Network, add_low_rank
-from atmossl.objectives.base import Monitor, Objective
+from atmossl.objectives.base import Monitor, Objective, check_built
 from atmossl.progress import telling
 from atmossl.schema import TrainConfig
 from atmossl.schema.targets import builtin_names
@@ -43,6 +44,7 @@ from atmossl.training.callbacks import (
     LearningRate,
     LogMetrics,
     LossByMask,
+    NothingHidden,
     StopOnNonFinite,
 )
 from atmossl.training.checkpoint import AtomicCheckpointIO, KeepCheckpoints
@@ -93,6 +95,8 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
     samplers = [(paired_train, config.masking)]
     samplers += [(paired_validation, task) for task in tasks.values()]
     check_samples(samplers, config.specs, config.data.window, config.objective.views)
+    for task in config.tasks:
+        _check_can_be_predicted(task, config.data.window.time, train[PRIMARY][0].step_hours)
     _warn(shared_steps(train[PRIMARY], validation[PRIMARY]))
     transforms = config.data.transforms
     statistics = {
@@ -121,6 +125,15 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
         views=config.objective.views,
     )
     return datamodule, statistics
+
+
+def _check_can_be_predicted(task: Task, num_steps: int, step_hours: float) -> None:
+    """Ask a validation task for its plan, which only a prediction needs."""
+    try:
+        task.plan(num_steps, step_hours / task.time_refinement)
+    except ValueError:  # the task does not fit this window, which validation does not ask
+        return
+    check_plan(task, num_steps, step_hours / task.time_refinement)
 
 
 def statistics_of(
@@ -183,6 +196,7 @@ def build_objective(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         objective = config.objective.build(scales=scales, network=network)
+    check_built(objective)
     if config.trainer.compile:
         objective.compile_blocks()
     return objective
@@ -387,13 +401,14 @@ def _callbacks(config: TrainConfig, normaliser: Normaliser, monitor: Monitor) ->
         optional.append(TraceSteps(folder / "profile", first=first, count=count))
     return [
         LogMetrics(),
-        CollapseWatch(settings.collapse_below, settings.collapse),
+        NothingHidden(config.masking, config.objective.views),
         Throughput(log_batches),
         LearningRate(log_batches),
         watch,
         *optional,
         *(callback.build() for callback in config.callbacks.values()),
         keep,
+        CollapseWatch(settings.collapse_below, settings.collapse, keep),  # saves what it stops
         SaveOnSignal(keep),
         CurvesAtEnd(folder / "metrics.csv", folder / "curves"),
         RunProgress(every=log_batches),

@@ -226,14 +226,33 @@ def find_class(
         if only_from is not None:
             _check_trust(name, only_from)
         kind = _imported(name)
-        if not isinstance(kind, type) or not issubclass(kind, base):
-            raise LookupError("this is no class of the kind that is needed here")
+        if misfit := _misfit(kind, base):
+            raise LookupError(misfit)
     except LookupError as error:
-        example = f"a {base.__module__}.{base.__name__} of your own as package.module.Class"
+        words = f"{base.__module__}.{base.__name__}"
+        example = f"an {words} of your own as package.module.Class"
         valid = f"{listed(sorted(builtin))}, or {example}" if builtin else example
         raise as_error("_target_", [fault("unknown_target", f"{error.args[0]}; valid: {valid}",
                                           ("_target_",), target)]) from error  # fmt: skip
     return kind
+
+
+def _misfit(kind: Any, base: type) -> str | None:
+    """Why what a `_target_` names is not the kind of class that is needed; None if it is."""
+    is_protocol = getattr(base, "_is_protocol", False)  # a class then needs a method `__call__`
+    needed = "a class" if is_protocol else f"a subclass of {base.__module__}.{base.__name__}"
+    if not isinstance(kind, type):
+        what = (
+            "a function" if inspect.isroutine(kind) else f"an object of {type(kind).__qualname__}"
+        )
+        return f"this is {what}, and {needed} is needed here"
+    if not is_protocol:
+        return None if issubclass(kind, base) else f"this class is not {needed}, as is needed here"
+    if any(parent.__module__.startswith("torch.") for parent in kind.__mro__):
+        return f"this class is a module of torch, and no {base.__name__} as is needed here"
+    if not issubclass(kind, base):
+        return "this class has no method __call__, which is needed here"
+    return None
 
 
 def full_name(target: str) -> str:

@@ -10,18 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ConfigDict, TypeAdapter
 
+from atmossl.batch import StreamMask, token_grid
 from atmossl.checkpoint_files import save_contents
 from atmossl.cli import main
+from atmossl.losses import Losses
+from atmossl.masking.base import TokenLayout, draw_masks
+from atmossl.masking.random import Mixture
+from atmossl.masking.tasks import TimePlan, check_plan
+from atmossl.objectives.base import Monitor, Objective, check_built, check_class, check_losses
 from atmossl.plain_values import check_plain
+from atmossl.schema.targets import ChosenTask, objectives
+from tests.synthetic import spec, window
 
 PARTS = """
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lightning as L
 import numpy as np
 
+from atmossl.masking.tasks import Task
+from atmossl.objectives.base import Monitor
 from atmossl.objectives.masked import MaskedModelling
 
 
@@ -64,6 +75,42 @@ class Refuses:
 
     def __call__(self, layouts, rng):
         raise ValueError("no rain")
+
+
+class HidesNothing:
+    def __call__(self, layouts, rng):
+        return tuple(layout.nothing_hidden() for layout in layouts)
+
+
+class ReturnsNothing:
+    def __call__(self, layouts, rng):
+        pass
+
+
+class Mistyped(MaskedModelling):
+    monitor = Monitor("rmse_ratio/maen")
+
+
+class NotFinite(MaskedModelling):
+    def forward(self, network, batch):
+        losses = super().forward(network, batch)
+        terms = tuple((name, value * float("nan")) for name, value in losses.terms)
+        return replace(losses, terms=terms)
+
+
+class ReturnsTensor(MaskedModelling):
+    def forward(self, network, batch):
+        return super().forward(network, batch).total
+
+
+class NoPlan(Task):
+    def __call__(self, layouts, rng):
+        return tuple(layout.nothing_hidden() for layout in layouts)
+
+
+class PlansTuple(NoPlan):
+    def plan(self, num_steps, step_hours):
+        return (0, (0,), (0,))
 """
 NAME = "faulty_parts"
 
@@ -172,3 +219,154 @@ def test_what_a_plugin_says_of_its_keys_stays_one_line(tmp_path: Path, capsys: A
     capsys.readouterr()
     assert main(words) == 2
     assert capsys.readouterr().err == "atmossl train: masking: width is above 3\n"
+
+
+def layouts_of_a_window() -> tuple[TokenLayout, ...]:
+    stream = spec()
+    return (TokenLayout(stream, token_grid(window(stream))),)
+
+
+MASKS = [
+    (
+        lambda _: None,
+        "returned nothing; it must return a tuple with one atmossl.batch.Stream",
+    ),
+    (lambda layouts: layouts[0].nothing_hidden(), "returned an object of the class StreamMask;"),
+    (lambda _: (), "returned 0 masks for 1 streams"),
+    (lambda layouts: (torch.zeros(layouts[0].grid.shape),), "the class Tensor for stream air"),
+    (lambda _: (StreamMask(torch.zeros(1, 2, dtype=torch.int64)),), "a mask of shape [1,2]"),
+    (lambda layouts: (StreamMask(layouts[0].nothing_hidden().corruption + 7),), "from 7 to 7 for"),
+    (lambda layouts: (StreamMask(layouts[0].nothing_hidden().hidden),), "a mask of torch.bool"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "message"), MASKS)
+def test_a_sampler_that_returns_no_masks_is_named(sampler: Any, message: str) -> None:
+    class Mine:
+        def __call__(self, layouts: Any, rng: Any) -> Any:
+            del rng
+            return sampler(layouts)
+
+    layouts, rng = layouts_of_a_window(), np.random.default_rng(0)
+    for drawn in (Mine(), Mixture((Mine(),), (1.0,))):
+        with pytest.raises(ValueError, match="masking sampler .*Mine returned") as told:
+            draw_masks(drawn, layouts, rng)
+        assert message in str(told.value) and "\n" not in str(told.value)
+
+
+class NoForward(Objective):
+    monitor = Monitor("loss")
+    provides = frozenset({"embed"})
+
+
+class NothingProvided(Objective):
+    monitor = Monitor("loss")
+
+    def forward(self, network: Any, batch: Any) -> Any: ...
+
+
+class WordProvided(NothingProvided):
+    provides: Any = "embed"
+
+
+class NoSuper(NothingProvided):
+    provides = frozenset({"embed"})
+
+    def __init__(self) -> None:
+        self.delta = 1.0
+
+
+class WordMonitor(NothingProvided):
+    provides = frozenset({"embed"})
+    monitor: Any = "loss"
+
+
+CLASSES = [
+    (NoForward, "NoForward has no method forward"),
+    (NothingProvided, "NothingProvided has provides=null; valid: a frozenset"),
+    (WordProvided, "WordProvided has provides=embed; valid: a frozenset"),
+    (NoSuper, "NoSuper must call super"),
+    (WordMonitor, "WordMonitor has monitor=loss; valid: an atmossl.objectives.base.Monitor"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), CLASSES)
+def test_an_objective_without_what_a_run_asks_for_is_named(kind: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as told:
+        check_class(kind)
+        check_built(kind())
+    assert "\n" not in str(told.value)
+
+
+def test_every_objective_of_the_package_keeps_the_contract() -> None:
+    for kind in objectives().values():
+        check_class(kind)
+
+
+TERM = torch.zeros((), requires_grad=True)
+LOSSES = [
+    (TERM, "an object of the class Tensor; it must return atmossl.losses.Losses"),
+    (Losses((("a", TERM),), (1.0, 2.0)), "1 terms and 2 factors"),
+    (Losses((("a", TERM.expand(2)),), (1.0,)), r"is \[2\]; valid: a tensor"),
+    (Losses((("a", 2.0),), (1.0,)), "is float; valid"),  # pyright: ignore[reportArgumentType]
+    (Losses((("a", TERM.detach()),), (1.0,)), "has no gradient"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("losses", "message"), LOSSES)
+def test_an_objective_that_returns_no_loss_is_named(losses: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"objective WordMonitor.*{message}"):
+        check_losses(losses, WordMonitor(), trains=True)
+
+
+def test_a_task_without_a_plan_is_named() -> None:
+    adapter = TypeAdapter(ChosenTask, config=ConfigDict(arbitrary_types_allowed=True))
+    with pytest.raises(ValueError, match="the task NoPlan has no method plan, which"):
+        adapter.validate_python({"_target_": f"{NAME}.NoPlan"})
+    task = adapter.validate_python({"_target_": f"{NAME}.PlansTuple"})
+    with pytest.raises(
+        ValueError, match="PlansTuple returned an object of the class tuple; it must"
+    ):
+        check_plan(task, 5, 6.0)
+
+    class Beyond(type(task)):
+        def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+            del step_hours
+            return TimePlan(0, (0,), (0, num_steps))
+
+    with pytest.raises(ValueError, match="reads step 5; the window has the steps 0 to 4"):
+        check_plan(Beyond(), 5, 6.0)
+
+
+def test_a_run_tells_what_it_does_not_learn_from_and_does_not_score(
+    tmp_path: Path, capsys: Any
+) -> None:
+    words = [*masked_by("HidesNothing"), f"objective._target_={NAME}.Mistyped"]
+    assert main(training(tmp_path / "run", *words, "trainer.validation_interval=1")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    (hidden,) = [line for line in lines if "hid nothing" in line]
+    (monitor,) = [line for line in lines if "rmse_ratio/maen, was not logged" in line]
+    assert hidden.startswith("note: masking=HidesNothing") and "rmse_ratio/mean" in monitor
+    assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            [f"objective._target_={NAME}.NotFinite"],
+            1,
+            "not finite 2 times in a row, last at step 2",
+        ),
+        ([f"objective._target_={NAME}.ReturnsTensor"], 2, "ReturnsTensor returned an object of"),
+        (masked_by("ReturnsNothing"), 2, "the masking sampler ReturnsNothing returned nothing"),
+    ],
+)
+def test_a_run_that_cannot_train_says_so(
+    tmp_path: Path, capsys: Any, words: list[str], code: int, message: str
+) -> None:
+    capsys.readouterr()
+    assert main(training(tmp_path / "run", *words)) == code
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1] and "checkpoint:" not in captured.out
+    assert not list((tmp_path / "run").rglob("*.ckpt"))

@@ -162,7 +162,8 @@ def test_a_checkpoint_that_names_os_system_runs_nothing(
         told = refused([*command, f"checkpoint={path}"], capsys)
         assert "os.system is code of the package os, which runs only if you trust it" in told
     # trusted, it is still no network
-    assert "no class of the kind" in refused(["info", f"checkpoint={path}", "plugins=[os]"], capsys)
+    told = refused(["info", f"checkpoint={path}", "plugins=[os]"], capsys)
+    assert "this is a function, and a subclass of atmossl.model.network.Network is needed" in told
     taken = ["config", "validate", "warm_start.network=true", f"warm_start.checkpoints=[{path}]"]
     assert "os.system is code of the package os" in refused(taken, capsys)
     sly = {**torch.load(STORED, weights_only=True)["atmossl"]["model"], "_target_": "os.system"}
@@ -204,11 +205,26 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("masking.sise", 3, r"^unknown key masking.sise; did you mean masking.size\?$"),
     ("masking.size", "many", r"masking.size=many: valid: a whole number"),
     ("masking.size", 0, r"masking.size=0: valid: above 0"),
-    ("masking._target_", "chess", r"_target_=chess: no name .* have \['checkerboard'\]; valid: "),
+    ("masking._target_", "chess", r"_target_=chess: no name .* have checkerboard; valid: "),
     (
         "masking._target_",
         "os.system",
-        r"masking._target_=os.system: this is no class of the kind",
+        r"_target_=os.system: this is a function, and a class is needed here; .* an atmossl",
+    ),
+    (
+        "masking._target_",
+        f"{PART}.HuberLoss",
+        r"masking._target_=.*HuberLoss: this class is a module of torch, and no MaskingSampler",
+    ),
+    (
+        "masking._target_",
+        f"{PART}.WeightNorm",
+        r"this class has no method __call__, which is needed here",
+    ),
+    (
+        "objective._target_",
+        "os.environ",
+        r"this is an object of .*, and a subclass of atmossl.objectives.base.Objective is needed",
     ),
     ("masking._target_", f"{PART}.Chess", r"atmossl_example_plugin.parts has no Chess"),
     ("masking._target_", "nowhere.Chess", r"imported \(No module named 'nowhere'\)"),
@@ -217,14 +233,18 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("tasks.0.north", -30, r"task.south=-20 and task.north=-30; valid: "),
     ("objective.delta", "big", r"objective.delta=big: valid: a number"),
     ("objective.dleta", 1, r"unknown key objective.dleta; did you mean objective.delta\?"),
-    ("objective._target_", f"{PART}.Checkerboard", r"objective.*no class of the kind"),
+    ("objective._target_", f"{PART}.Checkerboard", r"objective.*this class is not a subclass of"),
     ("model.dim", "wide", r"model.dim=wide: valid: a whole number"),
     ("model.num_heads", 2, r"unknown key model.num_heads; did you mean model.num_"),
     ("model.dim", MISSING, r"model.dim: is missing"),
     ("callbacks.weight_norm.every", 0, r"callbacks.weight_norm.every=0: valid: above 0"),
     ("callbacks.weight_norm", None, r"weight_norm=null: needs the key _target_"),
     ("logger.others.json_lines.keys", 7, r"others.json_lines.keys=7: valid: a list, such as"),
-    ("logger.others.json_lines._target_", "lightning.Trainer", r"logger.*no class of the kind"),
+    (
+        "logger.others.json_lines._target_",
+        "lightning.Trainer",
+        r"logger.*this class is not a subclass of",
+    ),
     ("plugins", ["not_there"], r"plugins=\[not_there\]: no package 'not_there' is installed"),
     (
         "trainer.extra.detect_anomally",

@@ -96,7 +96,8 @@ def _train(config: TrainConfig, values: dict[str, Any]) -> Trained:
     finish_runs(trainer.loggers)
     last, curves = checkpoints / "last.ckpt", output / "curves"
     if trainer.is_global_zero:
-        text = f"checkpoint: {last}" + (f"\ncurves: {curves}" if curves.exists() else "")
+        results = {"checkpoint": last, "curves": curves}
+        text = "\n".join(f"{name}: {path}" for name, path in results.items() if path.exists())
         console_of_output().print(text)
         if trainer.should_stop and config.trainer.patience:
             note(

@@ -25,7 +25,7 @@ from atmossl.data.forcings import FORCINGS
 from atmossl.data.segment import Segment, check_window
 from atmossl.geometry import Box, Grid, Nesting, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
-from atmossl.masking.tasks import Task, TimePlan
+from atmossl.masking.tasks import Task, TimePlan, check_plan
 from atmossl.model.network import EVALUATED_MEMBERS, device_memory
 from atmossl.settings import hours
 from atmossl.value_faults import as_written, listed
@@ -305,7 +305,7 @@ def plan_prediction(
     trained.require("reconstruct")
     _check_members(trained, options.members)
     segment = segments[0]
-    steps = task.plan(trained.window.time, segment.step_hours / task.time_refinement)
+    steps = check_plan(task, trained.window.time, segment.step_hours / task.time_refinement)
     grid = _grid(task, segment)
     task.check(grid)
     align = math.lcm(task.align, segment.alignment.cells)

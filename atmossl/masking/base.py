@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamSpec, TokenGrid
+from atmossl.value_faults import as_written
 
 _TOLERANCE = 1e-2  # of a number of cells
 TOLERANCE_HOURS = 1e-3
@@ -104,6 +105,55 @@ class MaskingSampler(Protocol):
     ) -> tuple[StreamMask, ...]:
         """Draw one mask per stream of one window."""
         ...
+
+
+def draw_masks(
+    sampler: MaskingSampler, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
+) -> tuple[StreamMask, ...]:
+    """The masks that a sampler draws for the streams of a window.
+
+    Raises:
+        ValueError: the sampler, which may be a plugin's, returns something else than it must.
+    """
+    masks: object = sampler(layouts, rng)
+    if isinstance(masks, tuple | list) and len(masks) == len(layouts):
+        faults = [_mask_fault(*pair) for pair in zip(masks, layouts, strict=True)]
+    elif isinstance(masks, tuple | list):
+        faults = [f"{len(masks)} masks for {len(layouts)} streams"]
+    else:
+        faults = [_class_of(masks)]
+    if fault := next(filter(None, faults), None):
+        name = getattr(sampler, "__qualname__", type(sampler).__qualname__)
+        raise ValueError(
+            f"the masking sampler {name} returned {fault}; it must return a tuple with one "
+            "atmossl.batch.StreamMask for each stream"
+        )
+    return tuple(masks)  # pyright: ignore[reportArgumentType]
+
+
+def _mask_fault(mask: object, layout: TokenLayout) -> str | None:
+    """What is wrong with the mask of one stream."""
+    if not isinstance(mask, StreamMask):
+        return f"{_class_of(mask)} for stream {layout.spec.name}"
+    codes, shape = mask.corruption, tuple(layout.grid.shape)
+    if not isinstance(codes, Tensor) or tuple(codes.shape) != shape:
+        actual = as_written(list(codes.shape)) if isinstance(codes, Tensor) else _class_of(codes)
+        return (
+            f"a mask of shape {actual} for stream {layout.spec.name}, whose tokens [level, time, "
+            f"lat, lon] have the shape {as_written(shape)}"
+        )
+    if codes.is_floating_point() or codes.dtype == torch.bool:
+        return f"a mask of {codes.dtype} for stream {layout.spec.name}, not of whole numbers"
+    if bool(((codes < 0) | (codes > max(Corruption))).any()):
+        return (
+            f"a mask with values from {int(codes.min())} to {int(codes.max())} for stream "
+            f"{layout.spec.name}, not from 0 to {int(max(Corruption))} as atmossl.batch.Corruption"
+        )
+    return None
+
+
+def _class_of(value: object) -> str:
+    return "nothing" if value is None else f"an object of the class {type(value).__qualname__}"
 
 
 def hide_nothing(

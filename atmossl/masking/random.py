@@ -12,6 +12,7 @@ from atmossl.masking.base import (
     MaskingSampler,
     TokenLayout,
     coarse_mask,
+    draw_masks,
     hide_times,
     mask_of_points,
     own_factor,
@@ -414,7 +415,8 @@ class Mixture:
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
         choice = int(rng.choice(len(self.samplers), p=list(self.probabilities)))
-        return tuple(replace(mask, kind=choice) for mask in self.samplers[choice](layouts, rng))
+        masks = draw_masks(self.samplers[choice], layouts, rng)
+        return tuple(replace(mask, kind=choice) for mask in masks)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -196,6 +196,27 @@ class Task:
         if it can."""
 
 
+def check_plan(task: Task, num_steps: int, step_hours: float) -> TimePlan:
+    """The plan of a task in a window of `num_steps` steps of `step_hours` hours.
+
+    Raises:
+        ValueError: the task, which may be a plugin's, returns something else than it must.
+    """
+    plan: object = task.plan(num_steps, step_hours)
+    name = type(task).__qualname__
+    if not isinstance(plan, TimePlan):
+        raise ValueError(
+            f"the method plan of the task {name} returned an object of the class "
+            f"{type(plan).__qualname__}; it must return an atmossl.masking.tasks.TimePlan"
+        )
+    if outside := [step for step in plan.read if not 0 <= step < num_steps]:
+        raise ValueError(
+            f"the method plan of the task {name} returned a TimePlan that reads step {outside[0]}; "
+            f"the window has the steps 0 to {num_steps - 1}"
+        )
+    return plan
+
+
 def given_steps(plan: TimePlan, step_hours: float) -> str:
     """The beginning of a task's description: which steps are given."""
     return f"Given: {len(plan.read)} steps of {step_hours * plan.refine:g} h"

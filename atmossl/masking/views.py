@@ -34,6 +34,7 @@ from atmossl.masking.base import (
     Points,
     TokenLayout,
     coarsen,
+    draw_masks,
     interpolate_cells,
     points_of,
     repeat_coarse,
@@ -136,7 +137,7 @@ def make_view(
 ) -> View:
     """Tokens of all streams of one window under one draw of the sampler."""
     layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
-    masks = sampler(layouts, rng)
+    masks = draw_masks(sampler, layouts, rng)
     streams = tuple(
         corrupt(
             window, layout.grid, mask, rng, first_guess=first_guess,

@@ -8,13 +8,14 @@ step's matter, `atmossl.training.module`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
 from atmossl.batch import Batch
 from atmossl.losses import Losses
 from atmossl.masking.views import ViewSpec
+from atmossl.value_faults import as_written, listed
 
 Ability = Literal["reconstruct", "embed", "distance"]
 
@@ -133,3 +134,67 @@ class Objective(nn.Module):
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the parts of the objective that gain by it."""
+
+
+def check_class(kind: Any) -> None:
+    """Raise ValueError if a class of objective, which may be a plugin's, lacks what a run asks for
+    before it is built."""
+    if not isinstance(kind, type) or not issubclass(kind, Objective):
+        return  # a function of the package that makes one
+    name = kind.__qualname__
+    if kind.forward is Objective.forward:
+        raise ValueError(
+            f"the objective {name} has no method forward(network, batch), which returns Losses"
+        )
+    if (
+        "provided_by" in vars(kind)
+        or kind.provided_by.__func__ is not Objective.provided_by.__func__
+    ):
+        return
+    provides = getattr(kind, "provides", None)
+    if not isinstance(provides, frozenset) or not provides <= set(get_args(Ability)):
+        raise ValueError(
+            f"the objective {name} has provides={as_written(provides)}; valid: a frozenset of some "
+            f"of {listed(get_args(Ability))}, such as provides = frozenset({{'embed'}})"
+        )
+
+
+def check_built(objective: Any) -> None:
+    """Raise ValueError if an objective that was built lacks what training asks for."""
+    name = type(objective).__qualname__
+    if "_parameters" not in vars(objective):
+        raise ValueError(f"the constructor of the objective {name} must call super().__init__()")
+    monitor = getattr(objective, "monitor", None)
+    if not isinstance(monitor, Monitor):
+        raise ValueError(
+            f"the objective {name} has monitor={as_written(monitor)}; valid: an "
+            "atmossl.objectives.base.Monitor, such as Monitor('rmse_ratio/mean')"
+        )
+
+
+def check_losses(losses: Any, objective: Objective, *, trains: bool) -> None:
+    """Raise ValueError if an objective returned something else than it must. trains: the loss is to
+    have a gradient."""
+    name = type(objective).__qualname__
+    if not isinstance(losses, Losses):
+        raise ValueError(
+            f"the method forward of the objective {name} returned an object of the class "
+            f"{type(losses).__qualname__}; it must return atmossl.losses.Losses"
+        )
+    for term, value in losses.terms:
+        if not isinstance(value, Tensor) or value.ndim:
+            actual = list(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
+            raise ValueError(
+                f"the term {term} of the loss of the objective {name} is {as_written(actual)}; "
+                "valid: a tensor of a single value, without axes"
+            )
+    if len(losses.factors) != len(losses.terms):
+        raise ValueError(
+            f"the loss of the objective {name} has {len(losses.terms)} terms and "
+            f"{len(losses.factors)} factors; give one factor for each term"
+        )
+    if trains and losses.terms and not any(value.requires_grad for _, value in losses.terms):
+        raise ValueError(
+            f"the loss of the objective {name} has no gradient, so nothing would be trained; "
+            "return terms that are not detached from the network"
+        )

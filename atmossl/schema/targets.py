@@ -34,7 +34,7 @@ from atmossl.masking.random import (
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from atmossl.masking.views import ViewSpec
 from atmossl.model.kinds import NETWORKS
-from atmossl.objectives.base import Ability, Objective, ObjectivePart
+from atmossl.objectives.base import Ability, Objective, ObjectivePart, check_class
 from atmossl.settings import (
     Part,
     checked_keywords,
@@ -66,7 +66,20 @@ REGIONS = _by_name(LatLonBox, AllButStations)
 
 _PARTS: dict[Any, Any] = {}  # filled below: the types of such parts, and how they are chosen
 _as_written = partial(with_parts, parts=_PARTS)
-_choose_task = partial(choose, kinds=TASKS, base=Task, as_written=_as_written)
+
+
+def _choose_task(node: Any) -> Any:
+    task = choose(node, TASKS, Task, _as_written)
+    missing = [name for name in ("plan", "__call__")
+               if getattr(type(task), name, None) is getattr(Task, name)]  # fmt: skip
+    if missing:
+        raise ValueError(
+            f"the task {type(task).__qualname__} has no method {listed(missing)}, which "
+            "atmossl.masking.tasks.Task asks for"
+        )
+    return task
+
+
 choose_mask = partial(choose, kinds=MASKS, base=MaskingSampler, as_written=_as_written)
 _choose_region = partial(choose, kinds=REGIONS, base=HiddenCells, as_written=_as_written)
 
@@ -130,6 +143,7 @@ def choose_objective(node: Any) -> ObjectiveChoice:
         ValueError: an unknown class or key, or a value that does not fit.
     """
     kind, values = named_class(node, Objective, objectives())
+    check_class(kind)
     train_only = values.pop("train_only", None)
     if train_only not in (None, *_ENDS):
         raise ValueError(

@@ -10,11 +10,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch
+from atmossl.masking.views import ViewSpec
+from atmossl.progress import note
 from atmossl.training.curves import plot_curves
+
+_note = rank_zero_only(note)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,16 @@ class StopOnNonFinite(L.Callback):
         if len(self._bad) >= self.limit:
             self._stop(trainer)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """A run that ends at such a step saves nothing of it: it fails if it has no checkpoint."""
+        del pl_module
+        if self.healthy():
+            return
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            self._stop(trainer)
+        _note(f"the last {len(self._bad)} steps were not finite and are not saved; {last} is older")
+
     def _stop(self, trainer: Any) -> None:
         identity = trainer.datamodule.identity
         last = self._bad[-1]
@@ -79,10 +94,11 @@ class StopOnNonFinite(L.Callback):
         ]
         path = self.folder / f"nonfinite-rank{trainer.global_rank}.json"
         write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
+        has_saved = (self.folder / "checkpoints" / "last.ckpt").exists()
+        further = ", or go on from the last checkpoint with resume=auto" if has_saved else ""
         raise FloatingPointError(
             f"the loss or gradient was not finite {len(self._bad)} times in a row, last at step "
-            f"{last.step} on {named} (see {path}); lower optimizer.learning_rate, or go on from "
-            "the last checkpoint with resume=auto"
+            f"{last.step} on {named} (see {path}); lower optimizer.learning_rate{further}"
         )
 
 
@@ -236,6 +252,51 @@ def _over_ranks(trainer: L.Trainer, sums: dict[str, Tensor]) -> dict[str, Tensor
     parts = total.split([value.numel() for value in sums.values()])
     shaped = zip(sums.items(), parts, strict=True)
     return {name: part.view_as(value) for (name, value), part in shaped}
+
+
+class NothingHidden(L.Callback):
+    """Tells in one line if the first batch hides nothing from the network, or all batches of a task
+    in the first validation: losses of hidden values are then 0, and nothing is learned.
+
+    sampler: of the run. views: of the objective; those that have a sampler of their own are left
+    out.
+    """
+
+    def __init__(self, sampler: Any, views: Sequence[ViewSpec]) -> None:
+        self.sampler = type(sampler).__qualname__
+        self.masked = [number for number, view in enumerate(views) if view.masking is None]
+        self._is_first_batch = bool(self.masked)
+        self._hides: dict[str, bool] | None = {}  # whether a task hides something; None: told
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
+    ) -> None:
+        del trainer, pl_module, outputs, idx
+        if self._is_first_batch and not self._hides_something(batch):
+            _note(f"masking={self.sampler} hid nothing in the first batch, so that its loss has no "
+                 "hidden value")  # fmt: skip
+        self._is_first_batch = False
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        del trainer, outputs, batch_idx
+        if self._hides is not None and self.masked:
+            task = pl_module.task_names[dataloader_idx]
+            self._hides[task] = self._hides.get(task, False) or self._hides_something(batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        del trainer, pl_module
+        for task, hides in (self._hides or {}).items():
+            if not hides:
+                _note(f"the task {task} hid nothing in validation, so that its loss has no hidden "
+                     "value")  # fmt: skip
+        self._hides = None
+
+    def _hides_something(self, batch: Batch) -> bool:
+        streams = [stream for number in self.masked for stream in batch.views[number].streams]
+        return any(bool(s.hidden.any()) for s in streams if s.spec.role == "predict")
 
 
 class LearningRate(L.Callback):

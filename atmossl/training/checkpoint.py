@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -16,11 +17,14 @@ from atmossl.atomic_files import remove, write_atomically
 from atmossl.checkpoint_files import read_contents, save_contents
 from atmossl.objectives.base import Monitor
 from atmossl.plain_values import check_plain
+from atmossl.progress import note
 from atmossl.training.distributed import failing_together
 from atmossl.training.keeping import BEST, leave_branch, tidy
 from atmossl.training.strategies import ShardedStrategy
+from atmossl.value_faults import listed
 
 _LOGGER = logging.getLogger(__name__)
+note_once = rank_zero_only(note)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -114,6 +118,7 @@ class KeepCheckpoints(L.Callback):
         self._start: tuple[int, str] | None = None  # step and name of what training went on from
         self.best: float | None = None
         self._unlogged: dict[str, float] = {}  # of the step of the checkpoint
+        self._has_told = False  # that the monitor is not logged
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "unlogged": self._unlogged}
@@ -159,6 +164,13 @@ class KeepCheckpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
         score = trainer.callback_metrics.get(self.monitor.key)
+        if score is None and not self._has_told:
+            logged = [name for name in trainer.callback_metrics if not name.startswith("train/")]
+            note_once(
+                f"the monitor of the objective, {self.monitor.key}, was not logged in validation, "
+                f"so no {BEST} is saved; logged were {listed(sorted(logged))}"
+            )
+            self._has_told = True
         if score is not None and self.monitor.is_better(float(score), self.best):
             self.best = float(score)
             if self.healthy():

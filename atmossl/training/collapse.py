@@ -21,13 +21,14 @@ from atmossl.batch import Batch, TokenIndex, View
 from atmossl.latent_losses import alignment, is_distributed, lidar, rankme, uniformity
 from atmossl.model.network import Network
 from atmossl.objectives.position_means import position_bins
+from atmossl.training.checkpoint import KeepCheckpoints
 from atmossl.training.distributed import whole
 
 _LOGGER = logging.getLogger(__name__)
 _NUM_TOKENS = 16  # of every state, at the same positions if windows overlap
 _NUM_STATES = 512  # of every rank
 _NOTHING = 1e-4  # anomalies of less than this share of the latents' size are rounding
-_MANY = 4  # states for each dimension of the bound that pooled latents are held to
+_MANY = 4  # anomalies for each dimension of the bound that their rank is held to
 
 Rows = tuple[Float[Tensor, "state token feature"], Int[Tensor, "state token"]]
 
@@ -37,7 +38,8 @@ def measures(
 ) -> dict[str, float]:
     """Measures of collapse, from the anomalies of latents about the mean of their position.
 
-    bins: a number that tokens at the same position share; those seen once are left out.
+    bins: a number that tokens at the same position share; those seen once are left out. Empty if
+        every position is seen once: then nothing can be told.
 
     rank_tokens, rank_pooled: RankMe of tokens, and of the means over the tokens of every state; 0
         where there are no anomalies. lidar_tokens: LiDAR, the tokens of a state being its views;
@@ -49,7 +51,9 @@ def measures(
     anomalies, twice = position_anomalies(latents, bins)
     size = latents.square().mean().sqrt()
     deviations = (anomalies.square().sum(dim=(0, 1)) / twice.sum().clamp_min(1)).sqrt()
-    if not bool(twice.any()) or float(deviations.square().mean().sqrt()) <= _NOTHING * float(size):
+    if not bool(twice.any()):
+        return {}
+    if float(deviations.square().mean().sqrt()) <= _NOTHING * float(size):
         names = ("rank_tokens", "rank_pooled", "lidar_tokens", "lidar_pooled", "std_mean")
         return dict.fromkeys((*names, "std_min", "uniformity"), 0.0)
     unit = anomalies / deviations.square().mean().sqrt()
@@ -80,6 +84,11 @@ def position_anomalies(
     repeated = (counts[place] > 1).view(bins.shape)
     anomalies = (flat - sums[place] / counts[place, None]).view_as(latents)
     return torch.where(repeated[..., None], anomalies, 0.0), repeated
+
+
+def num_free(bins: Int[Tensor, "state token"]) -> int:
+    """How many anomalies are free: those of n tokens at one position add up to 0, so n - 1 are."""
+    return int(bins.numel() - bins.unique().numel())
 
 
 def shown(view: View) -> View:
@@ -132,14 +141,18 @@ class CollapseWatch(L.Callback):
     """Logs `measures` as `collapse/NAME`, means over streams, after every validation, from the
     windows of its first task; and the distance of a teacher.
 
-    below: the bound of the rank; 0: none. action: what happens below it.
+    below: the bound of the rank; 0: none. Too few states, or states that share too few positions,
+    are not held to it. action: what happens below it. checkpoints: saves before the run stops.
     Raises:
         FloatingPointError: the rank is below the bound, and the action is to stop.
     """
 
-    def __init__(self, below: float, action: Literal["warn", "stop"]) -> None:
-        self.below, self.action = below, action
+    def __init__(
+        self, below: float, action: Literal["warn", "stop"], checkpoints: KeepCheckpoints
+    ) -> None:
+        self.below, self.action, self.checkpoints = below, action, checkpoints
         self._rows: dict[str, list[Rows]] = {}
+        self._end: str | None = None  # why the run stops at the end of this validation
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
@@ -157,7 +170,8 @@ class CollapseWatch(L.Callback):
         rows, self._rows = self._rows, {}
         if not rows:
             return
-        by_stream = [measures(*_over_ranks(stream_rows)) for stream_rows in rows.values()]
+        all_rows = [_over_ranks(stream_rows) for stream_rows in rows.values()]
+        by_stream = [measures(*stream_rows) for stream_rows in all_rows]
         names = {name for measured in by_stream for name in measured}
         values = {
             name: sum(of_name) / len(of_name)
@@ -169,13 +183,21 @@ class CollapseWatch(L.Callback):
             values["teacher_distance"] = distance
         for name, value in values.items():
             pl_module.log(f"collapse/{name}", value, sync_dist=True)
-        num_states = sum(len(latents) for latents, _ in next(iter(rows.values())))
-        self._judge(values, num_states, trainer.global_step)
+        counts = {
+            "rank_tokens": min(num_free(bins) for _, bins in all_rows),
+            "rank_pooled": min(len(bins) for _, bins in all_rows),
+        }
+        self._judge(values, counts, trainer.global_step)
 
-    def _judge(self, values: dict[str, float], num_states: int, step: int) -> None:
-        held = ["rank_tokens"]
-        held += ["rank_pooled"] if num_states >= _MANY * self.below else []
-        low = {name: values[name] for name in held if values[name] < self.below}
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._end is not None:
+            self.checkpoints.on_train_end(trainer, pl_module)
+            raise FloatingPointError(f"{self._end}; the last checkpoint is of this step")
+
+    def _judge(self, values: dict[str, float], counts: dict[str, int], step: int) -> None:
+        """Compare the ranks with the bound. counts: of what each rank is computed from."""
+        held = [name for name, count in counts.items() if count >= _MANY * self.below]
+        low = {name: values[name] for name in held if values.get(name, self.below) < self.below}
         if not low:
             return
         readings = " and ".join(f"collapse/{name}={value:.2f}" for name, value in low.items())
@@ -185,8 +207,9 @@ class CollapseWatch(L.Callback):
             "another objective or more of its regularisation"
         )
         if self.action == "stop":
-            raise FloatingPointError(line)
-        _warn(line)
+            self._end = line
+        else:
+            _warn(line)
 
 
 @rank_zero_only

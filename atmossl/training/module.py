@@ -22,7 +22,7 @@ from atmossl.batch import Batch
 from atmossl.latent_losses import is_distributed
 from atmossl.losses import Losses
 from atmossl.model.network import Network
-from atmossl.objectives.base import Objective
+from atmossl.objectives.base import Objective, check_losses
 from atmossl.training.distributed import clip_gradients, random_states, set_random_state
 from atmossl.training.optimizer import (
     OptimizerSettings,
@@ -105,6 +105,7 @@ class TrainingModule(L.LightningModule):
             mean = self._expected.popleft()
             self._mean_weights = mean if mean is None else _mean_over_ranks(mean.to(self.device))
         losses = self.objective(self.model, batch)
+        check_losses(losses, self.objective, trains=True)
         losses = self._normalised(losses, batch, self._mean_weights)
         self._step_losses.append(losses.values())
         outputs: dict[str, Any] = {
@@ -174,6 +175,7 @@ class TrainingModule(L.LightningModule):
         task = self.task_names[dataloader_idx]
         objective = self.objective if self.averaged_objective is None else self.averaged_objective
         losses = objective(self.ema.module, batch)
+        check_losses(losses, objective, trains=False)
         normalised = self._normalised(losses, batch, None)
         self._log_losses(f"validation/{task}", losses.names, normalised.values(), batch)
         return losses

@@ -1,6 +1,7 @@
 """Latents that tell nothing of the state are noticed, however rich they look."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +20,14 @@ from atmossl.masking.views import make_view
 from atmossl.model.embedding import absolute_features
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Latents, Network
-from atmossl.training.collapse import CollapseWatch, latent_rows, measures, shown, teacher_distance
+from atmossl.training.collapse import (
+    CollapseWatch,
+    latent_rows,
+    measures,
+    num_free,
+    shown,
+    teacher_distance,
+)
 from tests.synthetic import spec, window
 
 STREAM, NUM_STATES = spec(), 12
@@ -54,9 +62,9 @@ def network(kind: type[Multiformer] = Multiformer) -> Multiformer:
     )
 
 
-def batches() -> Iterator[Batch]:
+def batches(num_states: int = NUM_STATES) -> Iterator[Batch]:
     """States some days apart, of which half is hidden."""
-    for first in range(0, NUM_STATES, 4):
+    for first in range(0, num_states, 4):
         samples = []
         for number in range(first, first + 4):
             state = window(STREAM, seed=number)
@@ -67,8 +75,9 @@ def batches() -> Iterator[Batch]:
 
 
 def watched(
-    model: Network, *, below: float = 2.0, action: Any = "warn", objective: Any = None
-) -> dict[str, float]:
+    model: Network, *, below: float = 2.0, action: Any = "warn", objective: Any = None,
+    rows: Any = None, **of_batches: Any,
+) -> dict[str, float]:  # fmt: skip
     """What a validation of the network logs."""
     logged: dict[str, float] = {}
     module = SimpleNamespace(
@@ -77,11 +86,18 @@ def watched(
     )  # fmt: skip
     plugin = SimpleNamespace(forward_context=nullcontext)
     trainer = SimpleNamespace(precision_plugin=plugin, global_step=7)
-    tested = CollapseWatch(below, action)
-    for number, batch in enumerate(batches()):
+    saved: list[Any] = []
+    checkpoints: Any = SimpleNamespace(on_train_end=lambda *_: saved.append(trainer))
+    tested = CollapseWatch(below, action, checkpoints)
+    tested._rows = rows or {}
+    for number, batch in enumerate([] if rows else batches(**of_batches)):
         for task in (0, 1):
             tested.on_validation_batch_end(trainer, module, None, batch, number, task)
     tested.on_validation_epoch_end(trainer, module)
+    try:
+        tested.on_validation_end(trainer, module)
+    finally:
+        assert bool(saved) == (sys.exc_info()[0] is FloatingPointError)
     return logged
 
 
@@ -114,6 +130,22 @@ def test_a_network_that_tells_states_apart_is_not(caplog: pytest.LogCaptureFixtu
     }  # fmt: skip
 
 
+def test_states_that_share_no_position_are_no_collapse(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        latents, bins = torch.ones(2, 16, 8), torch.arange(32).view(2, 16)
+        logged = watched(network(), action="stop", rows={"air": [(latents, bins)]})
+    assert not logged and not caplog.records
+
+
+def test_a_rank_of_too_few_anomalies_is_not_held_to_the_bound() -> None:
+    """Four states with 16 tokens each have 48 anomalies that are free."""
+    assert num_free(torch.arange(16).expand(2, 16)) == 16
+    assert num_free(torch.arange(32).view(2, 16)) == 0
+    with pytest.raises(FloatingPointError, match=r"this step$"):
+        watched(network(Constant), action="stop", num_states=4, below=12.0)  # of 48
+    assert watched(network(Constant), action="stop", num_states=4, below=12.1)
+
+
 def test_measures_of_known_latents() -> None:
     """A mean by position, and three directions of equal size in which states differ."""
     generator = torch.Generator().manual_seed(0)
@@ -131,8 +163,7 @@ def test_measures_of_known_latents() -> None:
     assert found["std_mean"] == pytest.approx(3 / 8 / size, rel=0.05)
     assert found["std_min"] == pytest.approx(0, abs=1e-6)
     assert found["alignment"] == pytest.approx(0, abs=1e-6)  # both halves are of the same state
-    once = measures(latents[:1], bins[:1])
-    assert once["rank_tokens"] == 0.0  # positions that are seen once say nothing
+    assert measures(latents[:1], bins[:1]) == {}  # positions that are seen once say nothing
 
 
 def test_everything_is_shown_to_the_encoder() -> None:
