@@ -22,6 +22,7 @@ from atmossl.data.axes import SharedLabels
 from atmossl.data.catalog import SegmentEntry, resolve_location
 from atmossl.data.chunks import Access, ChunkedArray
 from atmossl.data.metadata import FileStatements
+from atmossl.data.netcdf import SharedNetcdf, open_netcdf_file
 from atmossl.extras import missing_extra
 
 # What a file holds, by its first bytes: names tell too little (`gfs.t00z.pgrb2.0p25.f006`).
@@ -287,7 +288,7 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     path = Path(location)
     if path.is_file():
         _check_whole(path)
-        return OpenedStore(xr.open_dataset(path))
+        return OpenedStore(open_netcdf_file(path))
     there = data_files(location)
     files = [str(file) for file in there.files if kind_of(file) == NETCDF]
     if not files:
@@ -308,6 +309,7 @@ def _open_netcdf(location: str, options: dict[str, Any]) -> OpenedStore:
     with joining():
         dataset = xr.open_mfdataset(
             files,
+            engine=SharedNetcdf,
             combine="by_coords",
             data_vars="minimal",
             coords="minimal",  # pyright: ignore[reportArgumentType]
