@@ -156,7 +156,7 @@ def _features(arguments: Sequence[str]) -> None:
 
 def _calibrate(arguments: Sequence[str]) -> None:
     values = valid("CalibrateConfig", compose_with_task_file("calibrate", arguments))
-    from atmossl.commands.predict import calibrate
+    from atmossl.commands.calibrate import calibrate
 
     calibrate(values)
 

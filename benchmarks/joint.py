@@ -1,6 +1,7 @@
 """Are members whole fields? Scores of the joint distribution on the sample's held-out run.
 
 python -m benchmarks.joint --checkpoint PATH --against default     # minutes each
+python -m benchmarks.joint --checkpoint PATH --tasks inpainting    # some of the tasks
 python -m benchmarks.joint --checkpoint PATH --rollout --every 48  # ten days: some minutes a date
 python -m benchmarks.joint --cost [KEY=VALUE ...]                  # a minute
 
@@ -69,10 +70,11 @@ SPREADS = {
 
 
 def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
-    """The report of all tasks, or of a rollout, unless it is there already."""
+    """The report of the tasks, or of a rollout, unless it is there already."""
     digest = load_checkpoint(checkpoint).digest
     kind = "rollout-ridge-" if arguments.rollout else ""
-    output = arguments.runs / f"{kind}{digest}-every{arguments.every}"
+    some = "" if arguments.tasks == [*CHOSEN] else "".join(f"-{name}" for name in arguments.tasks)
+    output = arguments.runs / f"{kind}{digest}-every{arguments.every}{some}"
     if not output.exists():
         options = [
             f"checkpoint={checkpoint}",
@@ -81,7 +83,7 @@ def report_of(checkpoint: str, arguments: argparse.Namespace) -> Path:
             f"regions=[{BELT}]",
             f"ridge={str(arguments.rollout).lower()}",
         ]
-        tasks = [{"_target_": name, **TASKS[name]} for name in CHOSEN]
+        tasks = [{"_target_": name, **TASKS[name]} for name in arguments.tasks]
         if arguments.rollout:
             tasks = [{"_target_": "forecast", "lead_time": "240h", "rollout_time": "12h"}]
         values = compose_config("evaluate", options) | {"tasks": tasks}
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="default", help="a path, or `default`")
     parser.add_argument("--against", help="another checkpoint, scored on the same dates")
     parser.add_argument("--every", type=int, default=12, help="score every n-th date")
+    parser.add_argument("--tasks", nargs="+", choices=CHOSEN, default=[*CHOSEN], metavar="TASK")
     parser.add_argument("--rollout", action="store_true", help="score forecasts of ten days")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_joint"))
     parser.add_argument("--cost", nargs="*", metavar="KEY=VALUE", help="measure what members cost")
@@ -256,7 +259,7 @@ def main() -> None:
         finish("rollout", figures | rollout_figures(report))
         return
     other = None if arguments.against is None else report_of(arguments.against, arguments)
-    for task in CHOSEN:
+    for task in arguments.tasks:
         figures |= figures_of(report, task)
         if other is not None:
             figures |= {f"other_{key}": value for key, value in figures_of(other, task).items()}

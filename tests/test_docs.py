@@ -116,7 +116,8 @@ def without_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     replaced = {
         "data_commands": done,
         "commands.train": module("", train=nothing),
-        "commands.predict": module("", predict=nothing, calibrate=nothing),
+        "commands.predict": module("", predict=nothing),
+        "commands.calibrate": module("", calibrate=nothing),
         "commands.embed": module("", embed=nothing),
         "commands.probe": module("", probe=nothing),
         "commands.features": module("", features=nothing),

@@ -47,14 +47,14 @@ def show_checkpoint(checkpoint: str, plugins: Sequence[str] = ()) -> None:
 
 def _calibration(checkpoint_record: dict[str, Any]) -> dict[str, str]:
     """A line for every kind of task whose spread `atmossl calibrate` has fitted: at which hours
-    from the reference time, and in which bands."""
+    from the reference time, in how many passes of a rollout, from how many dates, and in which
+    bands."""
     lines = {}
     for kind in checkpoint_record.get("spread", {}):
-        spread = CalibrationFactors.of(checkpoint_record, kind)
-        assert spread is not None
-        hours = ", ".join(f"{hour:g}" for hour in spread.hours)
-        when = f" at {hours} h" if spread.hours.any() else ""  # one step, with no lead time
-        lines[f"spread of {snake_case(kind)}"] = f"calibrated{when} for {', '.join(spread.bands())}"
+        factors = CalibrationFactors.of(checkpoint_record, kind)
+        assert factors is not None
+        words = ["calibrated", factors.described(), f"for {', '.join(factors.bands())}"]
+        lines[f"spread of {snake_case(kind)}"] = " ".join(filter(None, words))
     return lines
 
 

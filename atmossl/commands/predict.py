@@ -1,28 +1,17 @@
-"""`atmossl predict` and `atmossl calibrate`: write a prediction, or a checkpoint with calibrated
-spread."""
+"""`atmossl predict`: write a prediction."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atmossl.at_work import keeping, owned
-from atmossl.atomic_files import check_room, remove, size_on_disk
-from atmossl.checkpoint_files import write_output
-from atmossl.inference.calibration import (
-    Calibration,
-    CalibrationFactors,
-    check_calibrated,
-    estimate_factors,
-    scales_of,
-)
-from atmossl.inference.checkpoint import checkpoint_path, open_checkpoint, read_checkpoint
+from atmossl.atomic_files import remove, size_on_disk
+from atmossl.inference.checkpoint import open_checkpoint
 from atmossl.inference.out_of_training_warnings import out_of_training_warnings
-from atmossl.inference.plan import Options, Plan, check_draws, chosen_times, plan_prediction
-from atmossl.inference.tiles import predict_parts
+from atmossl.inference.plan import Options, Plan, chosen_times, plan_prediction
 from atmossl.inference.writer import check_output, check_request, partial_of, write
 from atmossl.progress import (
     EarlyEstimate,
@@ -43,7 +32,7 @@ def predict(values: Mapping[str, Any]) -> Path:
     with owned(config.output, "output"), keeping("nothing was predicted"):
         check_output(config.output, resume=config.resume)
         trained, segments = open_checkpoint(config, config.task)
-        options = _options(config, fill_missing=config.missing == "fill")
+        options = options_of(config, fill_missing=config.missing == "fill")
         plan = plan_prediction(trained, config.task, segments, options)
         times = chosen_times(plan, config.dates, config.every)
         size = check_request(plan, times, config.output, config.layout)
@@ -111,7 +100,8 @@ def _extent(plan: Plan, times: np.ndarray, size: int) -> str:
     )
 
 
-def _options(config: PredictConfig | CalibrateConfig, *, fill_missing: bool = False) -> Options:
+def options_of(config: PredictConfig | CalibrateConfig, *, fill_missing: bool = False) -> Options:
+    """How a prediction is computed, by the settings of a command."""
     return Options(
         overlap=config.overlap,
         tilings=config.tilings,
@@ -121,47 +111,3 @@ def _options(config: PredictConfig | CalibrateConfig, *, fill_missing: bool = Fa
         members=config.members,
         fill_missing=fill_missing,
     )
-
-
-def calibrate(values: Mapping[str, Any]) -> Path:
-    """Measure how much the spread of a task and the waves of its mean lack on held-out dates, and
-    write a checkpoint that scales them accordingly; returns the path of the checkpoint."""
-    config: CalibrateConfig = parse(CalibrateConfig, values)
-    if config.split == "test":
-        raise ValueError("split=test is kept for scores; calibrate on split=validation or train")
-    with owned(config.output, "output"), keeping("nothing is kept"):
-        if config.output.suffix != ".ckpt" or config.output.exists():
-            raise ValueError(f"output={config.output} must end in .ckpt and not exist")
-        check_calibrated(config.task)
-        found = _calibrate(config)
-    for of, by_variable in (("spread", found.spread), ("mean", found.mean)):
-        for name, factors in by_variable.items():
-            for band, by_step in zip(found.bands(), factors.mean(axis=(0, -1)), strict=True):
-                text = ", ".join(f"{value:.3f}" for value in by_step)
-                leads = " by lead time" if len(found.hours) > 1 else ""
-                console_of_output().print(f"{name}, {band}: {of} x {text}{leads}")
-    console_of_output().print(f"checkpoint: {config.output}")
-    return config.output
-
-
-def _calibrate(config: CalibrateConfig) -> CalibrationFactors:
-    check_room(config.output, size_on_disk(checkpoint_path(config.checkpoint)))
-    trained, segments = open_checkpoint(config, config.task)
-    check_draws(trained, config.members)
-    requested = plan_prediction(trained, config.task, segments, _options(config))
-    task = requested.task.one_pass()
-    checkpoint_record = Calibration(requested.trained.checkpoint_record, task).without_own()
-    uncalibrated = replace(requested.trained, checkpoint_record=checkpoint_record)
-    plan = plan_prediction(uncalibrated, task, requested.segments, requested.options)
-    times = plan.with_truth(chosen_times(plan, config.dates, config.every))
-    if len(times) == 0:
-        raise ValueError(f"init_time={config.init_time}: no truth for what the task writes")
-    parts = predict_parts(plan, list(times))
-    edges = config.scales_deg
-    if edges is None:
-        edges = scales_of(plan.grid) if plan.trained.model.any_member else ()
-    factors = estimate_factors(plan, times, parts, edges)
-    contents = read_checkpoint(config.checkpoint)
-    checkpoint_record = Calibration(contents["atmossl"], task).replaced(factors)
-    write_output({**contents, "atmossl": checkpoint_record}, config.output)
-    return factors

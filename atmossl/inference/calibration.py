@@ -1,12 +1,14 @@
 """Calibrates ensembles after training: factors of their spread and of the waves of their mean, per
 task, variable, level, lead time, band of zonal waves and zone of latitude.
 
-A factor of the spread makes the variance of the members equal to the mean square error of their
-mean on dates that the model was not trained on. That error holds a part that more members would
-take away (Fortin et al. 2014, section 3); it is taken off for draws of noise. The factors are kept
-in the checkpoint's record and applied around the ensemble mean. In a rollout every pass of a tail
-is inflated, so that members go on from calibrated states; of draws of noise the first pass is,
-since later ones run member by member.
+The factors are kept in the checkpoint's record and applied around the ensemble mean. How they are
+fitted is in `atmossl.inference.calibration_fit`.
+
+In a rollout the first pass of each init time is calibrated as any other prediction. A later pass
+starts from members, and runs member by member. If later passes were fitted, too, the members that
+have gone through one are calibrated together by its own factors, and go on from there. For a tail,
+the ensemble that the network makes of one member's state is inflated by the factors of the first
+pass before.
 
 With one factor for all scales, members may have the right spread in every cell and the wrong one in
 area means and in differences of neighbours. With bands, each has the spread that its errors have.
@@ -21,26 +23,20 @@ waves are too weak. Members then have the truth's power.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from atmossl.batch import PRIMARY
-from atmossl.data.segment import HOUR
-from atmossl.geometry import EARTH_RADIUS_KM, Grid, closes_circle
-from atmossl.inference.plan import BlendedPart, Fields, Plan
+from atmossl.geometry import EARTH_RADIUS_KM, closes_circle
+from atmossl.inference.plan import Fields
 from atmossl.masking.tasks import Task
+from atmossl.progress import counted
 
-# Bands of members that are draws of noise (`scales_of`), and the latitudes between which their
-# factors are linear. Members of a tail get one factor for all scales and latitudes: with bands the
-# CRPS of the checkpoint `default` is a tenth larger.
-_LONGEST, _PER_OCTAVE, _OCTAVES = 120.0, 6, 2
-_ZONES = (-45.0, 0.0, 45.0)
 _SOFT, _SHARP = 2, 8  # exponents of the filter
 _KM_PER_DEGREE = math.pi * EARTH_RADIUS_KM / 180.0
 
@@ -54,7 +50,10 @@ class CalibrationFactors:
     variable if it stays as it is. edges: lengths of waves that part the bands, degrees of
     longitude, falling; without any, one factor goes for all scales. zones: latitudes between which
     factors are linear, beyond which they are constant; without any, one factor goes for all.
-    edges_in_km: whether edges are lengths in km, as up to version 0.7.
+    edges_in_km: whether edges are lengths in km, as up to version 0.7. later: the factors of the
+    later passes of a rollout, whose hours count from the start of the pass. num_dates: on how many
+    dates they were fitted; None of versions up to 0.8, which did not keep it. along_lat: whether
+    rows that are predicted in part are split along latitude as well (`zonal_bands`).
     """
 
     hours: np.ndarray
@@ -63,14 +62,20 @@ class CalibrationFactors:
     edges: tuple[float, ...] = ()
     zones: tuple[float, ...] = ()
     edges_in_km: bool = False
+    later: tuple["CalibrationFactors", ...] = ()
+    num_dates: int | None = None
+    along_lat: bool = False
 
     @classmethod
     def of(cls, checkpoint_record: Mapping[str, Any], kind: str) -> "CalibrationFactors | None":
         """The factors in a checkpoint's record; None if it was not calibrated for this kind of
         task."""
         stored = checkpoint_record.get("spread", {}).get(kind)
-        if stored is None:
-            return None
+        return None if stored is None else cls.read(stored)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> "CalibrationFactors":
+        """Factors as a checkpoint's record keeps them."""
         spread, mean = (
             {name: np.array(values) for name, values in stored.get(key, {}).items()}
             for key in ("factors", "mean_factors")
@@ -84,11 +89,22 @@ class CalibrationFactors:
             tuple(stored.get("edges_deg", stored.get("edges_km", ()))),
             tuple(stored.get("zones", ())),
             "edges_km" in stored,
+            tuple(map(cls.read, stored.get("later_passes", ()))),
+            stored.get("num_dates"),
+            stored.get("along_lat", False),
         )
+
+    def of_pass(self, number: int) -> "CalibrationFactors | None":
+        """The factors of a pass of a rollout, 0 being the first. A pass beyond the last fitted one
+        has the factors of that one; None if the first pass alone was fitted."""
+        if number == 0:
+            return self
+        return self.later[min(number, len(self.later)) - 1] if self.later else None
 
     def stored(self) -> dict[str, Any]:
         """Factors that were estimated now, as a checkpoint's record keeps them."""
         kept = {"factors": self.spread, "mean_factors": self.mean}
+        later = [of_pass.stored() for of_pass in self.later]
         return {
             "hours": self.hours.tolist(),
             "edges_deg": [*self.edges],
@@ -97,18 +113,43 @@ class CalibrationFactors:
                 key: {name: values.tolist() for name, values in by_variable.items()}
                 for key, by_variable in kept.items()
             },
+            **({"along_lat": True} if self.along_lat else {}),
+            **({"later_passes": later} if later else {}),
+            **({} if self.num_dates is None else {"num_dates": self.num_dates}),
         }
+
+    def described(self) -> str:
+        """At which hours and in how many passes there are factors, and from how many dates, in
+        words."""
+        num_passes = 1 + len(self.later)
+        hours = ", ".join(f"{hour:g}" for hour in self.hours)
+        words = [
+            *([f"at {hours} h"] if self.hours.any() else []),  # one step has no lead time
+            *([f"of each of {num_passes} passes"] if num_passes > 1 else []),
+            *([] if self.num_dates is None else [f"from {counted(self.num_dates, 'date')}"]),
+        ]
+        return " ".join(words)
 
     def bands(self) -> list[str]:
         """The bands in words."""
-        if not self.edges:
-            return ["all scales"]
-        unit = "km" if self.edges_in_km else "degrees"
         return [
-            f"waves over {self.edges[0]:g} {unit}",
-            *(f"waves of {short:g} to {long:g} {unit}" for long, short in pairwise(self.edges)),
-            f"waves under {self.edges[-1]:g} {unit}",
+            f"waves {self.waves(band, band)} {self.unit}" if self.edges else "all scales"
+            for band in range(len(self.edges) + 1)
         ]
+
+    @property
+    def unit(self) -> str:
+        """Of the lengths of waves."""
+        return "km" if self.edges_in_km else "degrees"
+
+    def waves(self, first: int, last: int) -> str:
+        """The lengths of the waves from one band to another, in words, without their unit."""
+        has_longer, has_shorter = first > 0, last < len(self.edges)
+        if has_longer and has_shorter:
+            return f"of {self.edges[last]:g} to {self.edges[first - 1]:g}"
+        if has_longer:
+            return f"under {self.edges[first - 1]:g}"
+        return f"over {self.edges[last]:g}" if has_shorter else "all"
 
     def applied(
         self, name: str, departures: np.ndarray, hours: np.ndarray, lat: np.ndarray, lon: np.ndarray
@@ -122,7 +163,8 @@ class CalibrationFactors:
         predicted = np.ptp(departures, axis=1) > 0  # False of NaN; given values: equal members
         if not predicted.any():
             return departures
-        bands = zonal_bands(departures, predicted[:, None], lon, self._edges(lat))
+        rows = lat if self.along_lat else None
+        bands = zonal_bands(departures, predicted[:, None], lon, self._edges(lat), lat=rows)
         scaled = sum(factor * band for factor, band in zip(factors, bands, strict=True))
         return np.where(predicted[:, None], scaled, departures)
 
@@ -182,6 +224,8 @@ def zonal_bands(
     where: Bool[np.ndarray, "*axes lat lon"],
     lon: np.ndarray,
     edges: Sequence[float | Float[np.ndarray, "lat"]],
+    *,
+    lat: np.ndarray | None = None,
 ) -> Iterator[Float[np.ndarray, "*axes lat lon"]]:
     """Fields split by zonal scale into bands whose sum they are, the largest scales first.
 
@@ -193,8 +237,12 @@ def zonal_bands(
     only cells of `where` count (normalised convolution, Knutsson and Westin 1993); elsewhere all
     bands are 0.
 
-    fields: [... lat lon]. where: the same, or with axes of size 1. lon: centres, degrees. edges:
-    lengths in degrees of longitude, falling, of all rows or one for each.
+    With `lat` these other rows are split along latitude, too, by the same Gaussian. Then the rows
+    must be all there are. In a hidden box the mean of all its cells errs otherwise than the means
+    of its rows do; only a filter along both axes tells them apart.
+
+    fields: [... lat lon]. where: the same, or with axes of size 1. lon, lat: centres, degrees.
+    edges: lengths in degrees, falling, of all rows or one for each.
     """
     spacing, is_circle = lon[1] - lon[0], closes_circle(lon)
     size = len(lon) if is_circle else 2 * len(lon)  # zeros beyond the ends do not count
@@ -208,10 +256,14 @@ def zonal_bands(
         kept = np.exp2(-(in_waves.clip(max=100.0) ** exponent))  # nothing of shorter waves
         return np.fft.irfft(spectrum * kept, size)[..., : len(lon)]
 
+    def softly(spectrum: np.ndarray, edge: float | np.ndarray) -> np.ndarray:
+        smoothed = smooth(spectrum, edge, _SOFT)
+        return smoothed if lat is None else _along_lat(lat, edge) @ smoothed
+
     def longer(edge: float | np.ndarray) -> np.ndarray:
         if is_whole.all():
             return smooth(waves, edge, _SHARP)
-        soft = smooth(waves, edge, _SOFT) / smooth(waves_of_share, edge, _SOFT).clip(1e-6)
+        soft = softly(waves, edge) / softly(waves_of_share, edge).clip(1e-6)
         if is_whole.any():
             soft = np.where(is_whole, smooth(waves, edge, _SHARP), soft)
         return np.where(where, soft, 0.0)
@@ -222,6 +274,13 @@ def zonal_bands(
         less = more
 
 
+def _along_lat(lat: np.ndarray, edge: float | np.ndarray) -> Float[np.ndarray, "lat lat"]:
+    """Weights of all rows in the smoothed values of each: the Gaussian whose Fourier transform is
+    2^-(edge / length)^2, which is exp(-(pi x / edge)^2 / ln 2) at a distance x."""
+    apart = np.pi * (lat[:, None] - lat[None, :]) / np.asarray(edge)[..., None]
+    return np.exp(-(apart**2) / np.log(2.0))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The calibrated spread and mean of one task, from a checkpoint's record.
@@ -229,18 +288,31 @@ class Calibration:
     A union of tasks takes the factors of its parts for the spread; its mean has factors of its own
     alone. Where several parts hide the same cell, the part that gives the largest spread counts. If
     the union is calibrated itself, its own factors come on top.
+
+    number: which pass of a rollout is calibrated, 0 being the first.
     """
 
     checkpoint_record: Mapping[str, Any]
     task: Task
+    number: int = 0
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether rows can be calibrated only when all of them are there."""
+        return any(factors.along_lat for factors in self.factors.values())
 
     @cached_property
     def factors(self) -> dict[str, CalibrationFactors]:
         """The factors of the task and of its parts, by their kinds, as far as there are any."""
-        found = {
+        of_kinds = {
             kind: CalibrationFactors.of(self.checkpoint_record, kind) for kind in _kinds(self.task)
         }
-        return {kind: factors for kind, factors in found.items() if factors is not None}
+        of_pass = {
+            kind: factors.of_pass(self.number)
+            for kind, factors in of_kinds.items()
+            if factors is not None
+        }
+        return {kind: factors for kind, factors in of_pass.items() if factors is not None}
 
     def apply(
         self,
@@ -251,9 +323,10 @@ class Calibration:
         *,
         centre: int | None = None,
     ) -> Fields:
-        """Calibrate fields [step member level lat lon] at the given hours from the reference time
-        and the given cell centres, degrees. centre: around the mean of so many first members,
-        so that no further member changes them; None: of all."""
+        """Calibrate fields [step member level lat lon] at the given hours from the reference time,
+        in a rollout from the start of the pass, and the given cell centres, degrees. centre:
+        around the mean of so many first members, so that no further member changes them; None: of
+        all."""
         if not self.factors:
             return fields
         calibrated, own = {}, self.factors.get(self.task.kind)
@@ -312,198 +385,3 @@ def _kinds(task: Task) -> Iterator[str]:
     yield task.kind
     for part in task.components:
         yield from _kinds(part)
-
-
-@dataclass
-class _Sums:
-    """Sums over dates and predicted cells that have a truth, [zone step level band band]: products
-    of the errors of the ensemble mean in two bands, and the covariances of the members. Of rows
-    that are wholly predicted also products of the mean itself in two bands, of the mean and its
-    error, and the covariances there. are_draws: members are draws, whose mean errs by a part of
-    their variance."""
-
-    lat: np.ndarray
-    lon: np.ndarray
-    edges: tuple[float, ...]
-    zones: tuple[float, ...]
-    num_steps: int
-    num_levels: int
-    num_members: int
-    are_draws: bool = True
-
-    def __post_init__(self) -> None:
-        num_zones, num_bands = max(1, len(self.zones)), len(self.edges) + 1
-        shape = (num_zones, self.num_steps, self.num_levels, num_bands, num_bands)
-        self.error, self.variance = np.zeros(shape), np.zeros(shape)
-        self.mean, self.mean_error, self.whole_variance = (np.zeros(shape) for _ in range(3))
-
-    @property
-    def sampled(self) -> float:
-        """The part of the variance of one draw by which the mean of all varies."""
-        return 1.0 / self.num_members if self.are_draws else 0.0
-
-    def add(
-        self, row: int, rows: slice, members: np.ndarray, truth: np.ndarray, weight: np.ndarray
-    ) -> None:
-        """Add some rows of one step: members [member level lat lon], truth [level lat lon] and the
-        weight of every row [lat]."""
-        zones = zone_weights(self.lat[rows], self.zones) * weight
-
-        def split(fields: np.ndarray, where: np.ndarray) -> np.ndarray:
-            values = np.nan_to_num(fields).astype(np.float64)
-            return np.stack([*zonal_bands(values, where, self.lon, self.edges)])
-
-        def by_row(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-            return np.einsum("amkyx,bmkyx->kyab", ours, theirs, optimize=True)
-
-        def by_zone(products: np.ndarray) -> np.ndarray:
-            return np.einsum("zy,kyab->zkab", zones, products)
-
-        counted = (np.ptp(members, axis=0) > 0) & np.isfinite(truth)  # given values: equal members
-        mean = members.mean(axis=0)
-        departures = split(members - mean, counted[None])  # bands are 0 where nothing counts
-        error = split(mean - truth, counted)[:, None]
-        covariance = by_row(departures, departures) / (self.num_members - 1)
-        self.error[:, row] += by_zone(by_row(error, error))
-        self.variance[:, row] += by_zone(covariance)
-        whole = whole_rows(counted, self.lon)
-        if self.edges and whole.any():
-            bands = split(mean, whole)[:, None]
-            self.mean[:, row] += by_zone(by_row(bands, bands))
-            self.mean_error[:, row] += by_zone(by_row(bands, error))
-            self.whole_variance[:, row] += by_zone(covariance * whole[..., :1, None])
-
-    def slopes(self) -> Float[np.ndarray, "zone step level band"]:
-        """Slopes of the regression of the truth on every band of the mean that very many members
-        would have; 1 for the first band, which holds the mean state, and where no row is wholly
-        predicted. The mean of a few draws holds a part of their departures, which says nothing
-        about the truth: it is taken off, of the product of mean and error as of the mean's own
-        variance, of which a quarter at least stays. A slope that is estimated from few dates may be
-        far off, so all are kept between 0 and 4."""
-        mean, sampling = _diagonal(self.mean), self.sampled * _diagonal(self.whole_variance)
-        lacking = sampling - _diagonal(self.mean_error)
-        of_many = np.maximum(mean - sampling, mean / 4)
-        slopes = 1.0 + np.divide(lacking, of_many, out=np.zeros_like(mean), where=of_many > 0)
-        slopes[..., 0] = 1.0
-        return slopes.clip(0.0, 4.0)
-
-    def factors(
-        self, slopes: Float[np.ndarray, "zone step level band"]
-    ) -> Float[np.ndarray, "zone band step level"]:
-        """The factors of the spread around the mean with its slopes; 1 where nothing was predicted.
-        Those of the bands are in the ratio of error to spread in each, and such that the variance
-        of single cells is right, too."""
-        added = slopes - 1.0
-        crossed = added[..., :, None] * self.mean_error
-        of_mean = added[..., :, None] * self.mean * added[..., None, :]
-        error = self.error + crossed + crossed.swapaxes(-2, -1) + of_mean
-        error = error - slopes[..., :, None] * self.sampled * self.variance * slopes[..., None, :]
-        finite_size = 1.0 if self.are_draws else (self.num_members + 1) / self.num_members
-        variance = finite_size * self.variance
-        by_band = _root_of_ratio(_diagonal(error), _diagonal(variance))
-        scaled = by_band[..., :, None] * by_band[..., None, :] * variance
-        common = _root_of_ratio(error.sum(axis=(-2, -1)), scaled.sum(axis=(-2, -1)))
-        return np.moveaxis(by_band * common[..., None], -1, 1)
-
-
-def _diagonal(sums: np.ndarray) -> np.ndarray:
-    return np.diagonal(sums, axis1=-2, axis2=-1)
-
-
-def _root_of_ratio(error: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    ratio = np.divide(error, variance, out=np.ones_like(error), where=variance > 0)
-    return np.sqrt(ratio.clip(min=0.0))
-
-
-def estimate_factors(
-    plan: Plan, times: np.ndarray, parts: Iterable[BlendedPart], edges: tuple[float, ...] = ()
-) -> CalibrationFactors:
-    """Estimate the factors from all given times. parts: the plan's predictions at these times.
-    edges: lengths of waves that part the bands, degrees of longitude, falling; with them every zone
-    of latitude has factors of its own.
-
-    Raises:
-        ValueError: a single member, or a task of whose prediction the store holds no truth.
-    """
-    check_calibrated(plan.task)
-    check_scales(edges, plan.grid)
-    if plan.trained.checkpoint_record.get("model", {}).get("num_members") == 1:
-        raise ValueError("calibrate: the checkpoint has one member, so no spread")
-    zones = _ZONES if edges else ()
-    sums = _summed(plan, times, parts, edges, zones)
-    if not any(of_variable.variance.any() for of_variable in sums.values()):
-        raise ValueError("calibrate: the store has no truth where the task predicts")
-    hours = plan.leads / HOUR
-    order = np.argsort(hours)
-    spread, mean = {}, {}
-    for name, of_variable in sums.items():
-        slopes = of_variable.slopes()
-        spread[name] = of_variable.factors(slopes)[:, :, order]
-        if (slopes != 1.0).any():
-            mean[name] = np.moveaxis(slopes, -1, 1)[:, :, order]
-    return CalibrationFactors(hours[order], spread, mean, edges, zones)
-
-
-def _summed(
-    plan: Plan,
-    times: np.ndarray,
-    parts: Iterable[BlendedPart],
-    edges: tuple[float, ...],
-    zones: tuple[float, ...],
-) -> dict[str, _Sums]:
-    """The sums of every variable over all parts; ValueError for a single member."""
-    leads, levels, sums = plan.leads, plan.trained.level_values, {}
-    for part in parts:
-        if part.data != PRIMARY:
-            continue  # streams of other sources keep the spread that they have
-        segment = plan.find(times[part.case]).segment
-        for name, values in part.fields.items():
-            num_members, num_levels = values.shape[1:3]
-            if num_members < 2:
-                raise ValueError("calibrate: the checkpoint has one member, so no spread")
-            if name not in sums:
-                place = plan.grid.latitude, plan.grid.longitude
-                size = len(leads), num_levels, num_members
-                sums[name] = _Sums(*place, edges, zones, *size, plan.trained.model.any_member)
-            for step, lead in enumerate(part.leads):
-                row = int(np.flatnonzero(leads == lead)[0])
-                valid = segment.find_time(times[part.case] + lead)
-                truth = segment.read(
-                    name, levels[name], valid, 1, segment.whole(), within_limits=True
-                )[:, 0, part.rows]
-                weight = plan.grid.weights[part.rows]
-                sums[name].add(row, part.rows, values[step], truth, weight)
-    return sums
-
-
-def scales_of(grid: Grid) -> tuple[float, ...]:
-    """The edges of bands for members that are fields, degrees of longitude: halved from 120 on, and
-    a sixth of an octave apart over two octaves from the shortest waves of the grid on, where power
-    falls by orders of magnitude within an octave and a network keeps less of every shorter wave."""
-    shortest = 2.0 * grid.longitude_spacing
-    near = [shortest * 2.0 ** (n / _PER_OCTAVE) for n in range(_OCTAVES * _PER_OCTAVE, 0, -1)]
-    halvings = max(0, math.ceil(math.log2(_LONGEST / near[0])))
-    far = [_LONGEST / 2.0**n for n in range(halvings)]
-    return tuple(float(f"{edge:.3g}") for edge in (*far, *near))
-
-
-def check_scales(edges: tuple[float, ...], grid: Grid) -> None:
-    """Raise ValueError for a wave that is longer than the circle, or shorter than any of a grid."""
-    shortest = 2.0 * grid.longitude_spacing
-    wrong = [edge for edge in edges if not shortest <= edge <= 360.0]
-    if wrong:
-        raise ValueError(
-            f"scales_deg={wrong[0]:g}: valid: from {shortest:g}, the shortest wave of this grid, "
-            "to 360 degrees of longitude"
-        )
-
-
-def check_calibrated(task: Task) -> None:
-    """Raise ValueError for a task of whose prediction no store holds the truth."""
-    why = None
-    if task.true_task is not task:
-        why = "a counterfactual has no truth; calibrate its task, whose factors it takes"
-    elif task.coarse_factor > 1:
-        why = "task.coarse_input=true has no truth; calibrate the task on a fine store"
-    if why is not None:
-        raise ValueError(f"calibrate: {why}")

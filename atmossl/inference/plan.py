@@ -117,7 +117,8 @@ class Options:
     draws of noise, or the numbers of those members that are written; None: `EVALUATED_MEMBERS`, or
     all that a tail has. fill_missing: predict also
     where a variable is missing in the whole window, which is NaN in the output otherwise, such as
-    sea-surface temperature on land.
+    sea-surface temperature on land. all_rows: the rows of a case are ready all at once, for a
+    calibration that looks at neighbouring rows; otherwise band after band of latitude.
     """
 
     overlap: float
@@ -128,6 +129,7 @@ class Options:
     seed: int = 0
     members: int | tuple[int, ...] | None = None
     fill_missing: bool = False
+    all_rows: bool = False
 
 
 @dataclass(frozen=True)

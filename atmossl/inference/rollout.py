@@ -10,14 +10,35 @@ from atmossl.batch import PRIMARY
 from atmossl.data.backends import OpenedStore
 from atmossl.data.chunks import Access
 from atmossl.data.forcings import FORCINGS
-from atmossl.data.segment import DataSource, Segment
+from atmossl.data.segment import HOUR, DataSource, Segment
 from atmossl.data.store import open_segment
 from atmossl.geometry import Box, Nesting
+from atmossl.inference.calibration import Calibration
 from atmossl.inference.plan import BlendedPart, Coverage, Fields, Plan, Source
 
 State = dict[str, np.ndarray]  # by variable, [level time lat lon]
 OnePass = Callable[[Plan, Sequence[Source]], Iterable[BlendedPart]]
 States = dict[str, State]  # by `data` of the streams; their last steps are the latest there are
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the rollout of one init time stands before a pass.
+
+    number: of the pass, 0 being the first. segment: the record of the init time. sources: what the
+    pass starts from: the record before the first pass, the state of every member before a later
+    one. states: of every member, before the first pass a single one for all.
+    """
+
+    number: int
+    segment: Segment
+    init: np.datetime64
+    sources: list[Source]
+    states: list[States]
+
+    def begin(self, plan: Plan) -> np.timedelta64:
+        """The lead time at which the pass starts."""
+        return self.number * plan.steps.steps_per_pass * plan.step
 
 
 def roll_out(plan: Plan, case: int, source: Source, one_pass: OnePass) -> Iterator[BlendedPart]:
@@ -32,31 +53,81 @@ def roll_out(plan: Plan, case: int, source: Source, one_pass: OnePass) -> Iterat
     What is static stays, and what is computed from time and place is so at every date. Streams
     with data of their own go on at the steps of their own store.
     """
-    steps, segment = plan.steps, source.segment
-    step, total = plan.step, len(steps.offsets)
-    init = segment.times[source.start + len(steps.read) - 1]
-    sources, states = [source], [_states(plan, segment, source)]
-    for number in range(steps.num_passes):
-        begin = number * steps.steps_per_pass * step
-        joined = _joined(plan, one_pass(plan, sources), len(sources))
-        completes = number + 1 == steps.num_passes
+    running, total = _running(plan), plan.leads.max()
+    standing = start(running, source)
+    while True:
+        joined = passed(running, standing, one_pass)
+        if standing.number > 0:
+            joined = calibrated(running, standing.number, joined)
+        completes = standing.number + 1 == plan.steps.num_passes
         for data, joined_part in joined.items():
-            leads = begin + joined_part.leads
-            leads = leads[leads <= total * step]
-            written = {name: values[: len(leads)] for name, values in joined_part.fields.items()}
+            leads = standing.begin(plan) + joined_part.leads
+            leads = leads[leads <= total]
+            written = {
+                name: _written(plan, running, values[: len(leads)])
+                for name, values in joined_part.fields.items()
+            }
             rows = slice(0, plan.grid_of(data).shape[0])
             yield BlendedPart(case, leads, rows, written, completes and data == PRIMARY, data=data)
         if completes:
             return
-        num_members = next(iter(joined[PRIMARY].fields.values())).shape[1]
-        states = states * num_members if number == 0 else states
-        states = [_appended(plan, states[m], joined, m) for m in range(num_members)]
-        latest = init + begin + steps.steps_per_pass * step
-        order = _order(plan, init, number, num_members)
-        sources = [
-            _source(plan, segment, state, latest, member)
-            for state, member in zip(states, order, strict=True)
-        ]
+        standing = followed(running, standing, joined)
+
+
+def _running(plan: Plan) -> Plan:
+    """The plan with all members that its passes need: where later passes are calibrated, those
+    around whose mean they are, beside those that are written."""
+    if not Calibration(plan.trained.checkpoint_record, plan.task, 1).factors:
+        return plan
+    members = plan.drawn if plan.trained.model.any_member else None
+    return replace(plan, options=replace(plan.options, members=members))
+
+
+def _written(plan: Plan, running: Plan, values: np.ndarray) -> np.ndarray:
+    """The written ones of all members that were run, of fields [step member level lat lon]."""
+    if plan is running or plan.members is None:
+        return values
+    numbers = [*(running.members or range(values.shape[1]))]
+    return values[:, [numbers.index(member) for member in plan.members]]
+
+
+def start(plan: Plan, source: Source) -> Standing:
+    """Where a rollout stands before its first pass."""
+    init = source.segment.times[source.start + len(plan.steps.read) - 1]
+    return Standing(0, source.segment, init, [source], [_states(plan, source.segment, source)])
+
+
+def passed(plan: Plan, standing: Standing, one_pass: OnePass) -> dict[str, "Joined"]:
+    """What a pass predicts, by the streams' `data`. The first pass is calibrated, the members of a
+    later one are not yet."""
+    return _joined(plan, one_pass(plan, standing.sources), len(standing.sources))
+
+
+def calibrated(plan: Plan, number: int, joined: Mapping[str, "Joined"]) -> dict[str, "Joined"]:
+    """What a pass predicts, with all members calibrated together by the factors of the pass, if
+    there are any. Streams with data of their own are not calibrated."""
+    calibration = Calibration(plan.trained.checkpoint_record, plan.task, number)
+    if not calibration.factors:
+        return {**joined}
+    part = joined[PRIMARY]
+    lat, lon = plan.grid.latitude, plan.grid.longitude
+    fields = calibration.apply(part.fields, part.leads / HOUR, lat, lon, centre=plan.centre)
+    return {**joined, PRIMARY: replace(part, fields=fields)}
+
+
+def followed(plan: Plan, standing: Standing, joined: Mapping[str, "Joined"]) -> Standing:
+    """Where the rollout stands after a pass that predicted these fields."""
+    segment, number = standing.segment, standing.number
+    num_members = next(iter(joined[PRIMARY].fields.values())).shape[1]
+    states = standing.states * num_members if number == 0 else standing.states
+    states = [_appended(plan, states[m], joined, m) for m in range(num_members)]
+    latest = standing.init + standing.begin(plan) + plan.steps.steps_per_pass * plan.step
+    order = _order(plan, standing.init, number, num_members)
+    sources = [
+        _source(plan, segment, state, latest, member)
+        for state, member in zip(states, order, strict=True)
+    ]
+    return replace(standing, number=number + 1, sources=sources, states=states)
 
 
 def _order(plan: Plan, init: np.datetime64, number: int, num_members: int) -> list[int]:

@@ -354,8 +354,10 @@ def blended(plan: Plan, sources: Sequence[Source]) -> Iterator[BlendedPart]:
     """Blended bands of latitude of one source after another, for the steps of one pass. Streams
     with data of their own come before the others."""
     model = plan.trained.model.to(plan.options.device)
-    tiles, blenders = _tiles(plan, sources), _blenders(plan)
     calibration = Calibration(plan.trained.checkpoint_record, plan.task)
+    if calibration.needs_all_rows:
+        plan = replace(plan, options=replace(plan.options, all_rows=True))
+    tiles, blenders = _tiles(plan, sources), _blenders(plan)
     while batch := list(islice(tiles, plan.options.batch_size)):  # reads windows and hides
         view, members = _batched(plan, sources, batch)
         with torch.inference_mode():
@@ -499,6 +501,8 @@ def _tiles(plan: Plan, sources: Sequence[Source]) -> Iterator[_Tile]:
             complete = (
                 num_lat if following is None else following // plan.row_chunk * plan.row_chunk
             )
+            if plan.options.all_rows and following is not None:
+                complete = 0
             for number in numbers:
                 box = tiling.tiles[number]
                 windows = columns(band, predicted, around, box)

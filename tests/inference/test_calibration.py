@@ -1,29 +1,42 @@
 """Spread inflation against an ensemble whose lack of spread is known."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
-from atmossl.batch import PRIMARY
+from atmossl.batch import PRIMARY, Prediction
 from atmossl.cli import main
+from atmossl.data.statistics import compute_statistics
 from atmossl.inference.calibration import (
     Calibration,
     CalibrationFactors,
-    _Sums,
-    estimate_factors,
     zonal_bands,
     zone_weights,
 )
+from atmossl.inference.calibration_fit import Split, _Sums, estimate_factors, estimate_rollout
+from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.inference.plan import Plan
-from atmossl.inference.tiles import predict_parts
+from atmossl.inference.tiles import blended, predict_parts
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
-from tests.inference.oracle_models import STORE, Diffusing, Known, Oracle, predictor, run_at
+from tests.inference.oracle_models import (
+    NAMES,
+    STORE,
+    Diffusing,
+    Known,
+    Oracle,
+    predictor,
+    run_at,
+    segment,
+)
+from tests.synthetic import dataset
 
 
 class Overconfident(Oracle):
@@ -140,6 +153,97 @@ def test_a_constant_stays_in_the_first_band_up_to_the_edges_of_a_region() -> Non
     np.testing.assert_allclose(bands[1:], 0.0, atol=1e-9)
 
 
+def test_parts_of_rows_are_split_along_both_axes() -> None:
+    """Amid the hidden cells a plane wave keeps the share 2^-(edge / length)^2, whatever lies
+    outside; the bands add up to the field, and a constant stays in the first."""
+    lat, lon = np.arange(40) * 2.0 - 39.0, np.arange(90) * 4.0
+    where = np.zeros((40, 90), bool)
+    where[2:38, 5:85] = True
+    length_lat, length_lon = 20.0, 45.0
+    wave = np.cos(2 * np.pi * (lat[:, None] / length_lat + lon / length_lon))
+    outside = np.where(where, wave, 1e6)
+    large, small = zonal_bands(outside, where, lon, (12.0,), lat=lat)
+    kept = 0.5 ** (12.0**2 * (1 / length_lat**2 + 1 / length_lon**2))
+    np.testing.assert_allclose(large[15:25, 35:55], kept * wave[15:25, 35:55], atol=2e-3)
+    np.testing.assert_allclose(large + small, np.where(where, wave, 0), atol=1e-9)
+    flat, rest = zonal_bands(np.ones((40, 90)), where, lon, (50.0,), lat=lat)
+    np.testing.assert_allclose(flat, where, atol=1e-9)
+    np.testing.assert_allclose(rest, 0.0, atol=1e-9)
+
+
+def test_the_mean_of_a_hidden_box_gets_the_spread_of_its_error_as_its_cells_do() -> None:
+    """Errors that are alike in all cells of a box are a quarter of the members' departures that
+    are, errors of single cells twice theirs. Bands along rows alone, whose means hold both, leave
+    too much spread to the mean of the box."""
+    rng = np.random.default_rng(0)
+    lat, lon, box = np.arange(12) * 5.0 - 27.5, np.arange(24) * 15.0, (slice(3, 9), slice(6, 14))
+
+    def field(of_box: float, of_cells: float, *count: int) -> np.ndarray:
+        values = np.zeros((*count, 1, 12, 24))
+        cells = rng.standard_normal((*count, 1, 6, 8))
+        values[..., *box] = of_box * rng.standard_normal((*count, 1, 1, 1)) + of_cells * cells
+        return values
+
+    def cases() -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        for _ in range(300):
+            members = field(1.0, 0.5, 8)
+            yield members - members.mean(axis=0), field(0.25, 1.0)
+
+    def spread_over_error(split: Split) -> tuple[float, float]:
+        sums = _Sums(lat, lon, split, 1, 1, 8, are_draws=False)
+        for members, truth in cases():
+            sums.add(0, slice(0, 12), members, truth, np.ones(12))
+        factors = {"t": sums.factors(sums.slopes())}
+        found = CalibrationFactors(np.zeros(1), factors, {}, split.edges, along_lat=split.along_lat)
+        record = json.loads(json.dumps(Calibration({}, BOX).replaced(found)))
+        ratios = []
+        for members, truth in cases():
+            (moved,) = Calibration(record, BOX).apply({"t": members[None]}, np.zeros(1), lat, lon)[
+                "t"
+            ]
+            inside, true = moved[..., *box], truth[..., *box]
+            means = inside.mean(axis=(-2, -1)), true.mean(axis=(-2, -1))
+            ratios.append(
+                [inside.var(0, ddof=1).mean(), (true**2).mean(),
+                 means[0].var(0, ddof=1).mean(), (means[1] ** 2).mean()]
+            )  # fmt: skip
+        cells, of_cells, mean, of_mean = np.mean(ratios, axis=0) * (9 / 8, 1, 9 / 8, 1)
+        return float((cells / of_cells) ** 0.5), float((mean / of_mean) ** 0.5)
+
+    edges = (350.0, 120.0)  # the mean of the box is longer than the first
+    cells, mean = spread_over_error(Split(edges, along_lat=True))
+    assert cells == pytest.approx(1.0, abs=0.05) and mean == pytest.approx(1.0, abs=0.15)
+    cells, mean = spread_over_error(Split(edges))
+    assert cells == pytest.approx(1.0, abs=0.05) and mean > 1.3
+
+
+def test_tasks_that_hide_places_are_split_along_both_axes_without_zones() -> None:
+    model, edges = Known(lambda stream: stream.guess), (120.0, 60.0)
+    assert Split.of(predictor(BOX, model), edges) == Split(edges, (), along_lat=True)
+    assert Split.of(predictor(BOX, model), ()) == Split()
+    whole = Split.of(predictor(Forecast(6), model), edges)
+    assert len(whole.zones) == 3 and not whole.along_lat
+
+
+def test_factors_along_latitude_see_all_rows_whatever_the_tiles() -> None:
+    """Tiles of four rows on a grid of eight: each case is one part, and its members are those of
+    the whole field."""
+    task = Inpainting((LatLonBox(-40, 60, 30, 200),))
+    used = predictor(task, Known(lambda stream: stream.guess, (-1.0, 0.5, 2.0)), overlap=0.0)
+    rng = np.random.default_rng(0)
+    factors = {name: rng.uniform(0.5, 2.0, (1, 3, 1, 3)) for name in NAMES}
+    found = CalibrationFactors(np.zeros(1), factors, {}, (120.0, 60.0), along_lat=True)
+    record = Calibration({}, task).replaced(found)
+    calibrated = replace(used, trained=replace(used.trained, checkpoint_record=record))
+    (part,) = predict_parts(calibrated, [used.segment.times[6]])
+    assert part.rows == slice(0, 8) and len([*predict_parts(used, [used.segment.times[6]])]) == 2
+    uncalibrated, place = run_at(used, 6), (used.grid.latitude, used.grid.longitude)
+    expected = Calibration(record, task).apply(uncalibrated, np.zeros(1), *place)
+    for name in NAMES:
+        np.testing.assert_allclose(part.fields[name], expected[name], rtol=1e-5)
+        assert np.abs(part.fields[name] - uncalibrated[name]).max() > 0.1
+
+
 def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
     """Members that err at large scales alone but are spread at small ones: both are brought to the
     error, and given cells stay as they are."""
@@ -157,7 +261,7 @@ def test_bands_bring_the_spread_of_each_scale_to_its_error() -> None:
         return np.stack([*waves])
 
     def factors(record: dict) -> np.ndarray:
-        sums = _Sums(lat, lon, edges, (), 1, 1, 6, are_draws=False)  # around a fixed mean
+        sums = _Sums(lat, lon, Split(edges), 1, 1, 6, are_draws=False)  # around a fixed mean
         for _ in range(60):
             truth, members = field(1)[:, 0].sum(axis=0), field(6)
             spread = large * members[0] + small * members[1]
@@ -198,7 +302,7 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
         return float((abs(np.fft.rfft(fields)[..., 20]) ** 2).mean())
 
     for kept, slope in ((1 / 3, 3.0), (1.0, 1.0)):
-        sums = _Sums(lat, lon, edges, (), 1, 1, 8)
+        sums = _Sums(lat, lon, Split(edges), 1, 1, 8)
         for _ in range(200):
             truth, members = case(kept)
             sums.add(0, slice(0, 8), members, truth, np.ones(8))
@@ -222,7 +326,7 @@ def test_waves_that_the_mean_lacks_get_back_their_amplitude_and_the_members_powe
 def test_waves_that_the_mean_has_with_the_wrong_sign_go() -> None:
     rng = np.random.default_rng(4)
     lat, lon = np.linspace(-30, 30, 8), np.arange(64) * 5.625
-    sums = _Sums(lat, lon, (72.0,), (), 1, 1, 4)
+    sums = _Sums(lat, lon, Split((72.0,)), 1, 1, 4)
     for _ in range(20):
         truth = rng.standard_normal((1, 8, 64))
         members = -truth + 0.1 * rng.standard_normal((4, 1, 8, 64))
@@ -255,7 +359,7 @@ def test_a_factor_has_the_spread_of_many_draws_equal_their_error_in_every_zone()
     zones, edges = (-45.0, 0.0, 45.0), (72.0,)
     weights = zone_weights(lat, zones)
     spread = 1.0 / (weights * np.array([2.0, 1.0, 2.0])[:, None]).sum(0)[:, None]
-    sums = _Sums(lat, lon, edges, zones, 1, 1, 4)
+    sums = _Sums(lat, lon, Split(edges, zones), 1, 1, 4)
     for _ in range(40):
         truth = rng.standard_normal((1, 18, 64))
         members = spread * rng.standard_normal((4, 1, 18, 64))
@@ -319,6 +423,95 @@ def test_every_pass_of_a_rollout_is_inflated() -> None:
     scale = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
     variance = (run_at(used, 6)["temperature"] / scale).var(axis=1, ddof=1).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(variance, [4, 8], rtol=0.15)
+
+
+class Wandering(Oracle):
+    """Draws: the last state plus noise of normalised variance 0.01, new in every point, member and
+    pass."""
+
+    any_member = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, view, members):
+        (still,) = Known(lambda stream: stream.guess, (0.0,) * len(members))(view).streams
+        noise = 0.1 * torch.randn(still.members.shape, generator=self.generator)
+        return Prediction((replace(still, members=still.members + noise),))
+
+
+def walk() -> xr.Dataset:
+    """A random walk in every cell, whose steps have a normalised variance of 0.04."""
+    rng, store = np.random.default_rng(0), dataset(steps=60)
+    for name, std in zip(NAMES, compute_statistics([segment()]).std, strict=True):
+        steps = 0.2 * rng.standard_normal(store[name].shape) * std[:, None, None]
+        store[name].values[:] = store[name].values[:1] + np.cumsum(steps, axis=0)
+    return store
+
+
+def calibrated_walk(model: Oracle, num_passes: int) -> Plan:
+    """A plan of four passes, the first of which were calibrated one after another."""
+    plans = (
+        predictor(Forecast(6 * count, 6), model, store=walk(), window=(5, 8, 16), overlap=0.0)
+        for count in (num_passes, 4)
+    )
+    fitted, used = plans
+    times = fitted.with_truth(fitted.possible_times())[::2]
+    factors = estimate_rollout(fitted, times, blended, (), lambda _: None)
+    assert factors.num_dates == len(times) and len(factors.later) == num_passes - 1
+    record = json.loads(json.dumps(Calibration({}, used.task).replaced(factors)))
+    return replace(used, trained=replace(used.trained, checkpoint_record=record))
+
+
+def variances(used: Plan, times: Iterable[np.datetime64]) -> np.ndarray:
+    """Of the members of temperature at every lead time, normalised."""
+    std = used.trained.normaliser.statistics[PRIMARY].std[0][:, None, None]
+    fields = [predicted["temperature"] / std for predicted in predict_fields(used, [*times])]
+    return np.mean([f.var(axis=1, ddof=1).mean(axis=(1, 2, 3)) for f in fields], axis=0)
+
+
+def test_every_pass_of_a_rollout_is_calibrated_from_calibrated_members() -> None:
+    """Of a random walk the error grows by the variance of a step at each pass, and that of the
+    draws by a quarter of it. A pass beyond the last fitted one has the factors of that."""
+    used = calibrated_walk(Wandering(), 2)
+    factors = CalibrationFactors.of(used.trained.checkpoint_record, "Forecast")
+    assert factors is not None and factors.later[0].hours.tolist() == [6.0]
+    assert factors.of_pass(7) is factors.later[0]
+    for of_pass, ratio in ((factors, 4.0), (factors.later[0], 8 / 5)):
+        np.testing.assert_allclose(of_pass.spread["temperature"], ratio**0.5, rtol=0.04)
+    variance, expected = np.zeros(3), []  # of every level
+    for number in range(4):
+        of_pass = factors.of_pass(number)
+        assert of_pass is not None
+        variance = (variance + 0.01) * of_pass.spread["temperature"][0, 0, 0] ** 2
+        expected.append(variance.mean())
+    np.testing.assert_allclose(variances(used, used.possible_times()[:4]), expected, rtol=0.03)
+
+
+def test_a_tail_in_a_rollout_has_the_spread_of_its_error_at_every_pass() -> None:
+    class Tail(Diffusing):
+        def forward(self, view):
+            (still,) = self.known(view).streams
+            noise = 0.1 * torch.randn(still.members.shape, generator=self.generator)
+            return Prediction((replace(still, members=still.members + noise),))
+
+    used, num_members = calibrated_walk(Tail(6), 4), 6
+    found = variances(used, used.possible_times()[::8])
+    # the mean of six errs by a part of their noise, too, which is inflated for later passes
+    passes = np.arange(4)
+    error = 0.04 * (passes + 1) + (0.01 + found[0] * passes) / num_members
+    np.testing.assert_allclose(found * (num_members + 1) / num_members, error, rtol=0.06)
+
+
+def test_a_checkpoint_without_factors_of_later_passes_calibrates_the_first_alone() -> None:
+    used = predictor(Forecast(18, 6), Wandering(), store=walk(), window=(5, 8, 16), overlap=0.0)
+    factors = {name: np.full((1, 1, 1, 3), 3.0) for name in NAMES}
+    record = Calibration({}, used.task).replaced(CalibrationFactors(np.array([6.0]), factors))
+    assert "later_passes" not in record["spread"]["Forecast"]
+    used = replace(used, trained=replace(used.trained, checkpoint_record=record))
+    found = variances(used, used.possible_times()[:4])
+    np.testing.assert_allclose(found, [0.09, 0.10, 0.11], rtol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,32 @@ def test_members_that_are_fields_are_calibrated_by_scale(
     assert main(["predict", "task=temporal_interpolation", *given]) == 0
 
 
+def test_calibration_of_a_rollout_tells_its_dates_and_passes_in_a_short_table(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    new = tmp_path / "new.ckpt"
+    given = ["task.lead_time=30h", "task.rollout_time=12h", "scales_deg=[180,90,60,50]", "every=2"]
+    assert main(["calibrate", "task=forecast", *given, *arguments(folder, new)]) == 0
+    spread = torch.load(new, weights_only=True)["atmossl"]["spread"]["Forecast"]
+    assert [passed["hours"] for passed in spread["later_passes"]] == [[6.0, 12.0], [6.0]]
+    said = capsys.readouterr().out
+    dates = f"at 6, 12 h of each of 3 passes from {spread['num_dates']} dates"
+    assert spread["num_dates"] > 1 and f"forecast: factors {dates};" in " ".join(said.split())
+    rows = [line for line in said.splitlines() if line.startswith("temperature")]
+    assert len(rows) == 3 * 2 and "over 90" in rows[0] and len(said.splitlines()) <= 35
+    assert max(map(len, rows)) <= 80
+    assert main(["info", f"checkpoint={new}"]) == 0
+    said = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
+    assert f"{dates} for waves over 180" in said
+    # a later calibration of one pass replaces all of it
+    newer = tmp_path / "newer.ckpt"
+    given = ["task=forecast", "every=2", *arguments(folder, newer), f"checkpoint={new}"]
+    assert main(["calibrate", *given]) == 0
+    assert (
+        "later_passes" not in torch.load(newer, weights_only=True)["atmossl"]["spread"]["Forecast"]
+    )
+
+
 def test_calibration_asks_for_room_before_its_work(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("no folder")
     given = arguments(folder, tmp_path / "file" / "new.ckpt")

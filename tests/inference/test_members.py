@@ -138,18 +138,21 @@ TASKS = (TemporalInterpolation(6), Forecast(24, rollout_hours=6))
 @pytest.mark.parametrize(
     ("kind", "task", "calibrated"),
     [
-        ("noise", TASKS[0], False), ("noise", TASKS[0], True), ("noise", TASKS[1], False),
-        ("noise", TASKS[1], True),
-        ("tail", TASKS[0], False), ("tail", TASKS[0], True), ("tail", TASKS[1], True),
+        ("noise", TASKS[0], 0), ("noise", TASKS[0], 1), ("noise", TASKS[1], 0),
+        ("noise", TASKS[1], 1), ("noise", TASKS[1], 3),
+        ("tail", TASKS[0], 0), ("tail", TASKS[0], 1), ("tail", TASKS[1], 1), ("tail", TASKS[1], 3),
     ],
 )  # fmt: skip
 def test_members_that_are_chosen_are_those_of_the_whole_ensemble(
-    kind: str, task: Task, calibrated: bool
+    kind: str, task: Task, calibrated: int
 ) -> None:
-    """In the order that was asked for, with their numbers, in rollouts, with inflated spread."""
+    """In the order that was asked for, with their numbers, in rollouts, with inflated spread.
+    calibrated: how many passes are."""
     whole = predictor(task, MODELS[kind], seed=7)
     factors = {name: np.full((1, 1, 1, 3), 2.0) for name in STORE.data_vars}
-    record = Calibration({}, task).replaced(CalibrationFactors(np.zeros(1), factors))
+    of_pass = CalibrationFactors(np.zeros(1), factors)
+    of_passes = replace(of_pass, later=(of_pass,) * (calibrated - 1))
+    record = Calibration({}, task).replaced(of_passes)
     trained = replace(whole.trained, checkpoint_record=record if calibrated else {})
     whole = replace(whole, trained=trained)
     some = replace(whole, options=replace(whole.options, members=(3, 1)))
