@@ -116,8 +116,8 @@ def test_dates_outside_and_none_are_named() -> None:
         (Forecast(12), TimeBlockMasking((1, 2)), None),
         (Forecast(18), TimeBlockMasking((1, 2)), "3 whole steps hidden; training hid 2 at most"),
         (TemporalInterpolation(6), TimeBlockMasking((1, 1)), None),
-        (Downscaling(2), TimeBlockMasking((1, 1)), r"tokens as \['coarsen'\]"),
-        (Downscaling(2), Downscaling(4), r"coarsened by \[2\]; training had \[4\]"),
+        (Downscaling(2), TimeBlockMasking((1, 1)), r"tokens as coarsen;"),
+        (Downscaling(2), Downscaling(4), r"coarsened by 2; training had 4"),
         (Forecast(6), RandomMasking((0.2, 0.3)), "1 whole steps hidden; training hid 0 at most"),
     ],
 )

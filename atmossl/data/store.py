@@ -302,16 +302,16 @@ def _checked_levels(
     shown = ", ".join(f"{level:g}" for level in have)
     if max(have) > _HIGHEST_HPA:
         raise ValueError(
-            f"{location}: levels [{shown}] are no hPa; if they are Pa, their attribute `units` "
+            f"{location}: levels {shown} are no hPa; if they are Pa, their attribute `units` "
             "must say so"
         )
     if len(set(have)) < len(have):
-        raise ValueError(f"{location}: levels [{shown}] are there more than once")
+        raise ValueError(f"{location}: levels {shown} are there more than once")
     missing = sorted(set(levels) - set(have))
     if missing:
         unit = " hPa" if pressure_levels else ""
         raise ValueError(
-            f"{location}: levels {listed(missing)}{unit} are missing; the store has [{shown}]"
+            f"{location}: levels {listed(missing)}{unit} are missing; the store has {shown}"
         )
     return tuple(have)
 
@@ -321,7 +321,7 @@ def check_model_levels(levels: Sequence[float], location: str) -> None:
     odd_levels = [f"{level:g}" for level in levels if not is_model_level(level)]
     if odd_levels:
         raise ValueError(
-            f"{location}: levels [{', '.join(odd_levels)}] are no numbers of model levels, 1 to "
+            f"{location}: levels {', '.join(odd_levels)} are no numbers of model levels, 1 to "
             f"{len(L137_HPA)}; leave `levels_are: model` out if they are pressures"
         )
 

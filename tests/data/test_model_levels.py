@@ -96,7 +96,7 @@ def test_levels_that_are_no_numbers_of_l137_are_refused(tmp_path: Path, capsys) 
     data.to_netcdf(tmp_path / "in.nc")
     arguments = [f"input={tmp_path / 'in.nc'}", f"output={tmp_path / 'out.zarr'}"]
     assert main(["data", "ingest", *arguments, "levels_are=model"]) == 2
-    assert "levels [500] are no numbers of model levels" in capsys.readouterr().err
+    assert "levels 500 are no numbers of model levels" in capsys.readouterr().err
 
 
 def test_single_level_of_a_file_is_a_model_level(tmp_path: Path) -> None:

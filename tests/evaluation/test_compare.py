@@ -178,7 +178,7 @@ def test_a_forecast_is_held_against_one_segment_of_the_truth(dataset):
     assert set(mae["source"]) == {"ours", "persistence", "climatology"}
     assert set(mae["num_times"]) == {16 + 20}  # init times 0 to 15 and 18 to 37, of two leads
     np.testing.assert_allclose(rows_where(mae, source="ours")["value"], 20 / 36, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"'first', 'again'\] overlap in time"):
+    with pytest.raises(ValueError, match=r"first, again overlap in time"):
         again = replace(second, times=second.times - np.timedelta64(6, "h"), name="again")
         score_forecasts(config, forecasts, [first, again], [first])
 

@@ -80,7 +80,7 @@ def test_a_union_of_gaps_is_scored_in_them_alone():
     [
         (
             Combined((BOX, CrossVariable(("temperature",)))),
-            r"\['CrossVar.*score its parts",
+            r"a union of CrossVar.*score its parts",
         ),
         (Combined((BOX, TemporalInterpolation(6.0))), "differs from step to step"),
         (Downscaling(4, coarse_input=True), "coarse_input=true has no truth"),

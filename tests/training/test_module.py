@@ -180,7 +180,7 @@ RECORD = {"streams": [STREAM], "network": "multiformer", "model": MODEL, "config
         ({"stream": {"loss_weight": 2.0, "missing": "mask"}}, None),
         ({"stream": {"variables": ["u", "t"]}}, r"stream.air.variables=\[t,u\], not \[u"),
         ({"stream": {"levels": [500, 300]}}, r"stream.air.levels=\[300,500\], not \[500,300\]"),
-        ({"stream": {"name": "sea"}}, r"streams \['air'\], not \['sea'\]"),
+        ({"stream": {"name": "sea"}}, r"streams air, not sea"),
         ({"model": {"dim": 32}}, r"model.dim=16, not 32.*warm_start.checkpoints=\[last.ckpt\]"),
         ({"model": {"embedding_stencil": [1, 1, 1], "added": 3}}, None),
         ({"model": {"_target_": "my.Net"}}, r"model._target_=multiformer, not my.Net"),
