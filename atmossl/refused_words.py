@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from atmossl.extras import missing_plugin
-from atmossl.overrides import PATHS, Word, is_readable, value_at
+from atmossl.overrides import PATHS, Word, is_readable, key_and_value, value_at
 from atmossl.renamed_keys import line_of_old_name, present_name
 
 _REFUSED = (
@@ -57,9 +57,15 @@ def compose_all(name: str, words: Sequence[str], conf: Path) -> tuple[Any, list[
     """
     words = list(_whole(words))
     faults = [
-        fault for word in words if (fault := _unreadable(word) or _empty(word) or _tasks(word))
+        fault
+        for word in words
+        if (fault := _unreadable(word) or _empty(word) or _tasks(word) or _no_name(word, conf))
     ]
-    words = [word for word in words if is_readable(word) and not _tasks(word)]
+    words = [
+        word
+        for word in words
+        if is_readable(word) and not _tasks(word) and not _no_name(word, conf)
+    ]
     refused: list[tuple[str, str, str]] = []
     while True:
         try:
@@ -121,6 +127,15 @@ def _tasks(text: str) -> str | None:
     word = Word.of(text)
     is_list = word.key == "task" and (word.value or "").startswith("[")
     return f"{text}: is a list; valid: one task, such as task=forecast" if is_list else None
+
+
+def _no_name(text: str, conf: Path) -> str | None:
+    """What to say of a number, true, false or null where a file of choices is meant."""
+    word = Word.of(text)
+    if word.value is None or word.sign or not (conf / word.key).is_dir() or not is_readable(text):
+        return None
+    is_no_name = isinstance(key_and_value(text)[1], bool | int | float | None)
+    return _line("choice", text, "", {}, conf) if is_no_name else None
 
 
 def _empty(text: str) -> str | None:

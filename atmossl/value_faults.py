@@ -122,6 +122,23 @@ def in_plain_words(fault: Any) -> str:
     return f"valid: {words.format(**limits)}"
 
 
+def of_unquoted(fault: Any, key: str = "") -> str:
+    """What to add for a value that YAML reads as a number, true, false or null where a text or
+    path is needed: how to write that text; empty for any other fault.
+
+    key: with which the command line writes it; empty in a file, where one pair of quotes is enough.
+    """
+    value, is_text = fault["input"], fault["type"] in ("string_type", "path_type")
+    if not is_text or not isinstance(value, bool | int | float | None):
+        return ""
+    shown = as_written(value)
+    text, (place, _, last) = f'"{shown}"', key.rpartition(".")
+    if key:  # whose last part may be the number of an item of a list
+        text = f"'{place}=[{text}]'" if last.isdigit() else f"'{key}={text}'"
+    kind = "a number" if value is not None and not isinstance(value, bool) else "no text"
+    return f"; {shown} without quotes is {kind}: write {text} if it is a name"
+
+
 def listed(values: Iterable[Any]) -> str:
     """Values side by side as a message names them, such as after `valid:`."""
     return ", ".join(map(as_written, values))

@@ -17,9 +17,10 @@ from pydantic_core._pydantic_core import list_all_errors
 import atmossl.schema
 from atmossl.composition import compose_with_tasks
 from atmossl.data.catalog import CatalogEntry, load_catalog
+from atmossl.overrides import key_and_value
 from atmossl.schema import ConfigError, checked
 from atmossl.schema.config_errors import lines_of
-from atmossl.value_faults import as_written, in_plain_words, listed
+from atmossl.value_faults import as_written, in_plain_words, listed, of_unquoted
 
 # Words of programmers, with which pydantic says what it expects.
 FOREIGN = re.compile(
@@ -154,6 +155,33 @@ def test_no_value_of_any_key_is_answered_in_foreign_words(kind: str) -> None:
                 refused += 1
                 assert not FOREIGN.search(str(error)), (path, wrong, str(error))
     assert refused > 30
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_who_writes_a_text_that_yaml_takes_for_something_else_is_told_to_quote_it(
+    kind: str,
+) -> None:
+    values = {key: v for key, v in compose_with_tasks(*COMMANDS[kind]).items() if key != "hydra"}
+    told = 0
+    for path in places(values):
+        for wrong in (1000.0, 7, True, None):
+            try:
+                checked(getattr(atmossl.schema, kind), with_value(values, path, wrong))
+            except ConfigError as error:
+                for line in str(error).splitlines():
+                    needs_text = re.search("valid:.* a (text|path)\\b", line) is not None
+                    told += needs_text
+                    assert needs_text == ("without quotes" in line), line
+    assert told > 5
+
+
+def test_a_quoted_text_is_what_the_hint_says() -> None:
+    fault = fault_of("string_type", {}, "key")  # of the value 5
+    assert of_unquoted(fault, "data.name").endswith("""write 'data.name="5"' if it is a name""")
+    assert of_unquoted(fault, "plugins.0").endswith("""write 'plugins=["5"]' if it is a name""")
+    assert of_unquoted(fault).endswith("""write "5" if it is a name""")
+    assert key_and_value('data.name="5"')[1] == "5"
+    assert of_unquoted(fault_of("int_type", {}, "key"), "key") == ""
 
 
 def test_a_catalog_is_told_in_the_same_words(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from atmossl.settings import Strict
-from atmossl.value_faults import as_written, in_plain_words, listed
+from atmossl.value_faults import as_written, in_plain_words, listed, of_unquoted
 
 Split = Literal["train", "validation", "test"]
 Gaps = Literal["error", "split"]
@@ -215,7 +215,7 @@ def _fault(name: str, fault: Any) -> str:
         return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else ''}"
     value = "" if isinstance(fault["input"], Mapping) else f"={as_written(fault['input'])}"
     value = "" if fault["type"] == "value_error" else value  # such a message has it itself
-    return f"{key}{value}: {in_plain_words(fault)}"
+    return f"{key}{value}: {in_plain_words(fault)}{of_unquoted(fault)}"
 
 
 def catalog_entry(name: str, path: Path | None = None) -> CatalogEntry:

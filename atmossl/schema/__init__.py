@@ -153,10 +153,13 @@ def _members(members: Any) -> int | tuple[int, ...] | None:
     listed = isinstance(members, Sequence) and not isinstance(members, str)
     numbers: list[Any] = [*members] if listed else [members]
     whole = all(hasattr(number, "__index__") and number is not True for number in numbers)
-    if not whole or not numbers or len(set(numbers)) < len(numbers):
+    if not whole or not numbers or (not listed and numbers[0] < 1):
         raise ValueError(_VALID_MEMBERS)
-    if min(numbers) < (0 if listed else 1):
-        raise ValueError(_VALID_MEMBERS)
+    if min(numbers) < 0:
+        raise ValueError(f"{min(numbers)} is below 0, the first member; {_VALID_MEMBERS}")
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(str, twice))} is there twice; {_VALID_MEMBERS}")
     chosen = tuple(map(index, numbers))
     return chosen if listed else chosen[0]
 

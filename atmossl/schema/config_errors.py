@@ -9,7 +9,7 @@ from typing import Any
 
 from atmossl.overrides import value_at
 from atmossl.renamed_keys import line_of_old_name, present_name
-from atmossl.value_faults import as_written, in_plain_words
+from atmossl.value_faults import as_written, in_plain_words, of_unquoted
 
 # What pydantic calls the types among which a value may choose; it adds them to the key.
 _KIND = re.compile(
@@ -41,6 +41,7 @@ def lines_of(
     for loc in (fault["loc"] for fault in faults if _lacks_item(fault)):
         lengths[loc[:-1]] = max(lengths.get(loc[:-1], 0), loc[-1] + 1)
     messages: dict[str, list[str]] = {}  # a value of several types has an error for each of them
+    hints: dict[str, str] = {}
     for fault in faults:
         if _lacks_item(fault):
             loc = fault["loc"][:-1]
@@ -49,7 +50,8 @@ def lines_of(
         if not follows(fault):
             start, message = _parts_of_line(fault, within, values)
             messages.setdefault(start, []).append(message)
-    return [start + _alternatives(alternatives) for start, alternatives in messages.items()]
+            hints[start] = hints.get(start) or of_unquoted(fault, start.partition("=")[0])
+    return [start + _alternatives(texts) + hints[start] for start, texts in messages.items()]
 
 
 def with_single_items_listed(faults: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:
