@@ -11,14 +11,38 @@ A prediction goes it tile by tile, in `inference/`; a `Plan` says what, when, wh
     -> detokenise -> Normaliser.inverse -> TileBlender (blends) -> Calibration (spread) -> write
 """
 
+import os
+import signal
+import sys
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from atmossl.at_work import answer_from_the_start
-from atmossl.home import ensure_home
 
-answer_from_the_start()
+def _runs_as_command() -> bool:
+    """Whether this process is the command `atmossl`, or `python -m atmossl`, which calls itself
+    `-m` until the package is imported."""
+    program, words = sys.argv[0] if sys.argv else "", sys.orig_argv
+    as_module = program == "-m" and "atmossl" in words[words.index("-m") + 1 :][:1]
+    return as_module or os.path.basename(program) == "atmossl"  # noqa: PTH119  # pathlib is slow
+
+
+def _leave(number: int, frame: Any) -> None:
+    """Answer Ctrl-C until `atmossl.at_work`, which takes some time to import, does."""
+    del frame
+    os.write(2, f"\natmossl: stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+_is_command = _runs_as_command()
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)
+
+from atmossl.at_work import answer_signals  # noqa: E402
+from atmossl.home import ensure_home  # noqa: E402
+
+if _is_command:
+    answer_signals()
 ensure_home()
 
 # Before all other libraries: ecCodes, which xarray loads to open a NetCDF file wherever cfgrib is

@@ -11,9 +11,9 @@ it name the key of the configuration.
 The signals are Ctrl-C (SIGINT), a closed terminal (SIGHUP) and SIGTERM. A command answers in one
 line and with exit code 128 + number. While it only starts (imports, reads its configuration) it
 leaves at once. Once it may have something to keep (`keeping`), the signal is raised as `Stopped`,
-so that every context on the way out tidies up. A second Ctrl-C leaves at once in any case. Training
-saves first; see `atmossl.training.preemption`. Processes that load data leave all this to the
-process that started them (`leave_to_creator`).
+so that every context on the way out tidies up; if a module is just being imported, after that. A
+second Ctrl-C leaves at once in any case. Training saves first; see `atmossl.training.preemption`.
+Processes that load data leave all this to the process that started them (`leave_to_creator`).
 """
 
 import errno
@@ -372,6 +372,8 @@ def _is_of(file: Path, path: Path) -> bool:
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERMINAL = (signal.SIGINT, signal.SIGHUP)
 _OF_GROUPS = {*NUMBERS, signal.SIGUSR1, signal.SIGUSR2}  # what launchers send to all processes
+_LATER_SECONDS = 0.05  # after which a signal is sent again that came in an import
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap"  # the file of its functions
 _SAME_SECONDS = 0.3  # a terminal and a launcher may both pass on one Ctrl-C
 
 
@@ -398,17 +400,40 @@ class _Answer:
         self.command = "atmossl"
         self.num_keeping = 0
         self.first: tuple[int, float] | None = None
+        self.sent_again = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.first is not None:
+        sent_again, self.sent_again = self.sent_again, False
+        if self.first is not None and not sent_again:
             if is_repeated(self.first, number):
                 leave(number)
             return
-        self.first = (number, time.monotonic())
+        self.first = self.first or (number, time.monotonic())
         if not self.num_keeping:
             leave(number)
+        if _would_be_lost(frame):
+            timer = threading.Timer(_LATER_SECONDS, self._send_again, (number,))
+            timer.daemon = True
+            timer.start()
+            return
         raise Stopped(number)
+
+    def _send_again(self, number: int) -> None:
+        """Send a signal again that came where no exception may be raised."""
+        self.sent_again = True
+        os.kill(os.getpid(), number)
+
+
+def _would_be_lost(frame: FrameType | None) -> bool:
+    """Whether an exception that is raised here may be printed with its traceback, and forgotten:
+    while a module is imported, of which libraries catch any error, or an object is deleted, of
+    which Python ignores it."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_IMPORT_SYSTEM) or code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 _answer = _Answer()
@@ -439,16 +464,16 @@ def listen(handler: Any, numbers: tuple[int, ...] = NUMBERS) -> dict[int, Any]:
     return before
 
 
-def answer_from_the_start() -> None:
-    """Answer in one line as soon as the package is imported, where it runs as the command."""
-    if os.path.basename(sys.argv[0]) == "atmossl":  # noqa: PTH119  # pathlib takes its time
-        listen(_answer)
+def answer_signals() -> None:
+    """Answer signals in one line, from the import of the package on."""
+    listen(_answer)
 
 
 @contextmanager
 def answering(command: str) -> Iterator[None]:
     """Answer signals for a command, and leave them as they were."""
     _answer.command, _answer.first, _answer.num_keeping = f"atmossl {command}", None, 0
+    _answer.sent_again = False
     before = listen(_answer)
     try:
         yield

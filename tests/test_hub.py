@@ -27,6 +27,7 @@ from atmossl.cli import main
 from atmossl.commands.export import exported
 from atmossl.data.catalog import catalog_entry
 from atmossl.inference.checkpoint import PACKAGED, checkpoint_path, load_checkpoint
+from atmossl.value_faults import listed
 
 hub_constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -118,8 +119,9 @@ def test_checkpoint_of_the_package_is_a_folder_for_a_hub(name: str, tmp_path: Pa
     entry, config = catalog_entry(trained.data), trained.checkpoint_record["config"]
     for text in (
         "license: apache-2.0", entry.licence.strip(), entry.citation.strip(), *trained.variables,
-        str(list(trained.levels)), trained.checkpoint_record["statistics"]["primary"]["period"],
-        "(5.625, 5.625) degrees", json.dumps(config["masking"]), "## Citation",
+        f"at {listed(trained.levels)} hPa",
+        trained.checkpoint_record["statistics"]["primary"]["period"],
+        "5.625 x 5.625 degrees", json.dumps(config["masking"]), "## Citation",
     ):  # fmt: skip
         assert text in card, text
     assert main(["export", f"checkpoint={name}", f"hub={tmp_path / 'again'}"]) == 0

@@ -65,6 +65,51 @@ def test_a_full_disk_behind_the_standard_output_is_named() -> None:
     assert done.stderr == "atmossl data: standard output: No space left on device\n"
 
 
+COMMANDS = {"script": ["SCRIPT", "data", "list"], "module": ["-m", "atmossl", "data", "list"]}
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("module", ["fcntl", "pyproj"])  # one of the first imports, one of the last
+def test_a_signal_in_an_import_of_the_package_is_one_line(
+    kind: str, module: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    script = tmp_path / "atmossl"
+    script.write_text("import sys\nfrom atmossl.cli import main\nsys.exit(main())")
+    words = [str(script) if word == "SCRIPT" else word for word in COMMANDS[kind]]
+    code = (
+        "import os, sys; os.environ['PYTHONPATH'] = os.pathsep.join(sys.argv[1:3]);"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+    )
+    done = python(code, str(tmp_path), str(Path(__file__).parents[1]), *words)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "\natmossl: stopped by SIGINT\n"
+
+
+LOSES = {  # code that prints the traceback of any exception, or ignores it
+    "an import": "import heavy",
+    "a deletion": "class Lost:\n    def __del__(self):\n        import os\n"
+    "        os.kill(os.getpid(), 2)\n        sum(range(99))\nLost()",
+}
+
+
+@pytest.mark.parametrize("where", LOSES)
+def test_a_signal_where_an_exception_is_lost_is_raised_after_it(where: str, tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text(
+        "import os, traceback\ntry:\n    os.kill(os.getpid(), 2)\n    sum(range(99))\n"
+        "except BaseException:\n    traceback.print_exc()\n"
+    )
+    code = (
+        "import sys, time\nfrom atmossl.at_work import Stopped, answering, keeping\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "try:\n    with answering('x'), keeping('the rest stays'):\n"
+        "        exec(sys.argv[2])\n        time.sleep(20)\n        print('too far')\n"
+        "except Stopped as stop:\n    print(stop)\n"
+    )
+    done = python(code, str(tmp_path), LOSES[where])
+    assert (done.stdout, done.stderr) == ("stopped by SIGINT; the rest stays\n", "")
+
+
 def test_importing_the_package_elsewhere_leaves_signals_alone() -> None:
     code = "import signal, atmossl; print(signal.getsignal(signal.SIGINT).__name__)"
     assert python(code).stdout == "default_int_handler\n"
