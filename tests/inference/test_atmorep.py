@@ -555,7 +555,7 @@ def test_tails_of_an_imported_network_are_tuned_alone(folder: Path, tmp_path: Pa
 def test_compiled_fine_tuning_is_the_plain_one(tmp_path: Path) -> None:
     """Two steps and a validation of an imported network by `atmossl train`, compiled by inductor:
     losses, weights, and predictions of the checkpoint that the compiled run exports. The network
-    is as small as can be, its kernels are scalar, not optimised and for sizes that vary from the
+    is as small as can be, its kernels are scalar and for sizes that vary from the
     first batch on, and one task is validated, since a C++ compiler is slow."""
     write_catalog(tmp_path)
     alone = field("temperature", 12, (), (137,), (3, 3, 2), (2, 2, 6))
@@ -568,7 +568,7 @@ def test_compiled_fine_tuning_is_the_plain_one(tmp_path: Path) -> None:
     one_task = ("tasks=[forecast]", "tasks.0.lead_time=2h")
     assert train(tmp_path, tmp_path / "plain", tasks=one_task) == 0
     assert not counters["stats"]
-    compiler = {"compile_threads": 1, "cpp.simdlen": 1, "aot_inductor.debug_compile": True}
+    compiler = {"compile_threads": 1, "cpp.simdlen": 1}
     with inductor.patch(compiler), dynamo.patch(assume_static_by_default=False):
         told = (tmp_path / "compiled", "trainer.compile=true")
         assert train(tmp_path, *told, tasks=one_task) == 0

@@ -72,7 +72,7 @@ def test_compiled_and_plain_steps_agree() -> None:
     for share in (0.5, 0.3):
         of = batch(share, streams=one_stream)
         expected, gradients = step(plain, of)
-        compiler = {"compile_threads": 1, "aot_inductor.debug_compile": True}
+        compiler = {"compile_threads": 1}
         with inductor.patch(compiler), dynamo.patch(assume_static_by_default=False):
             found, others = step(compiled, of)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
