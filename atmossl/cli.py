@@ -57,6 +57,7 @@ from atmossl.process_lifetime import (
     lost_another_process,
 )
 from atmossl.settings import check_plugins
+from atmossl.value_faults import listed
 
 
 def _compose_training(overrides: Sequence[str]) -> dict[str, Any]:
@@ -180,11 +181,27 @@ def _named_catalog(arguments: Sequence[str]) -> Path | None:
 _OF_ADD = ("name", "data.catalog", "output")
 
 
+def _check_is_one_store(places: Sequence[str]) -> None:
+    """Raise ValueError for several zarr stores, or a folder or pattern of them, of which a record
+    is not put together."""
+    from atmossl.data.backends import zarr_stores_at
+
+    stores = [store for place in places for store in zarr_stores_at(place)]
+    if len(stores) > 1:
+        raise ValueError(
+            f"data add: {listed(stores[:3])}: {len(stores)} zarr stores; needed: one. Variables or "
+            "periods in stores of their own become one in Python: import xarray as xr; "
+            "xr.open_mfdataset(STORES, engine='zarr').to_zarr('all.zarr')"
+        )
+
+
 def _add(arguments: Sequence[str]) -> None:
     """`atmossl data add STORE`: files of GRIB, and others where an output is named, become one
     zarr store first."""
     stores = [word for word in arguments if not sets(word, *_OF_ADD)]
     unknown = [word for word in stores if Word.of(word).value is not None and not is_location(word)]
+    if not unknown:
+        _check_is_one_store(stores)
     if unknown or len(stores) != 1:
         fault = f"{unknown[0]} is unknown" if unknown else f"got {len(stores)} stores"
         raise ValueError(

@@ -83,6 +83,15 @@ def is_zarr(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in ZARR_METADATA)
 
 
+def zarr_stores_at(location: str) -> list[str]:
+    """The zarr stores that a location names: itself, or those of a folder or pattern."""
+    path = Path(location)
+    if "://" in location or is_zarr(path):
+        return [location]
+    folder, pattern = (path.parent, path.name) if "*" in path.name else (path, "*")
+    return [str(store) for store in sorted(folder.glob(pattern)) if is_zarr(store)]
+
+
 def data_files(location: str) -> DataFiles:
     """The data files of a folder or of a pattern; hidden files do not count.
 

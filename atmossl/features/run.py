@@ -35,6 +35,7 @@ NAMED_PLACES = {
     "southern_ocean": (-55.0, 60.0),
     "antarctica": (-80.0, 90.0),
 }
+_SHOWN_FIRST = ("north_atlantic", "nino34", "southern_ocean")  # where no places are chosen
 # What the colours of token components, and the page's maps, are compared with.
 FIELDS = (
     ("geopotential", 500), ("temperature", 850), ("u_component_of_wind", 850),
@@ -49,12 +50,13 @@ Place = str | tuple[float, float]
 @dataclass(frozen=True)
 class FeatureOptions:
     """layer: whose latents are shown. layers: whose attention is; empty for all. num_dates: so many
-    or a few less. places: names, or degrees north and east. overlap, batch_size: of the tiles."""
+    or a few less. places: names, or degrees north and east; None for some that the data reach.
+    overlap, batch_size: of the tiles."""
 
     layer: int = -1
     layers: tuple[int, ...] = ()
     num_dates: int = 240
-    places: tuple[Place, ...] = ("north_atlantic", "nino34", "southern_ocean")
+    places: tuple[Place, ...] | None = None
     overlap: float = 0.0
     batch_size: int = 16
     device: str = "cpu"
@@ -196,7 +198,7 @@ class FeatureRun:
             wrong = [layer for layer in layers if not -count <= layer < count]
             if wrong:
                 raise ValueError(f"{key}={wrong[0]}; valid: {-count} to {count - 1}")
-        for place in options.places:
+        for place in options.places or ():
             degrees_of(place)
         layers = options.layers or tuple(range(count))
         runs = latents.dated_runs(
@@ -266,10 +268,12 @@ class FeatureRun:
         rows, columns = np.meshgrid(
             np.arange(0, shape[0], every), np.arange(0, shape[1], every), indexing="ij"
         )
-        named = [_token_of(place, stream) for place in self.options.places]
+        chosen = self.options.places
+        chosen = places_within(stream) if chosen is None else chosen
+        named = [_token_of(place, stream) for place in chosen]
         rows = np.concatenate([rows.ravel(), [row for row, _ in named]]).astype(int)
         columns = np.concatenate([columns.ravel(), [column for _, column in named]]).astype(int)
-        return Places.of(stream, rows, columns), tuple(map(shown_name, self.options.places))
+        return Places.of(stream, rows, columns), tuple(map(shown_name, chosen))
 
     def _attention(
         self, embedder: Embedder, places: Places, left_out: dict[str, str]
@@ -341,26 +345,39 @@ def shown_name(place: Place) -> str:
     return f"{abs(north):g}° {'SN'[north >= 0]}, {abs(east):g}° {'WE'[east >= 0]}"
 
 
+def places_within(stream: StreamField) -> tuple[str, ...]:
+    """Named places that the data reach, three of them or fewer; those first that show most."""
+    names = dict.fromkeys((*_SHOWN_FIRST, *NAMED_PLACES))
+    return tuple(name for name in names if _nearest_token(name, stream) is not None)[:3]
+
+
 def _token_of(place: Place, stream: StreamField) -> tuple[int, int]:
     """Row and column of the token that holds a place.
 
     Raises:
         ValueError: a place outside of the data's region.
     """
+    token = _nearest_token(place, stream)
+    if token is None:
+        raise ValueError(
+            f"places: {shown_name(place)} is outside of the data, which reach from "
+            f"{stream.latitude.min():g} to {stream.latitude.max():g} N and from "
+            f"{stream.longitude.min():g} to {stream.longitude.max():g} E; valid: "
+            "places=[[LATITUDE,LONGITUDE]] there, places=null for named places there, or places=[] "
+            "for none"
+        )
+    return token
+
+
+def _nearest_token(place: Place, stream: StreamField) -> tuple[int, int] | None:
+    """Row and column of the token nearest to a place; None if it lies more than one token away."""
     latitude, longitude = degrees_of(place)
     south = np.abs(stream.latitude - latitude)
     east = np.abs(degrees_east_of(longitude, stream.longitude))
     row, column = int(south.argmin()), int(east.argmin())
     steps = [float(np.diff(np.sort(x)).min()) if len(x) > 1 else 360.0
              for x in (stream.latitude, stream.longitude)]  # fmt: skip
-    if south[row] > steps[0] or east[column] > steps[1]:
-        raise ValueError(
-            f"places: {shown_name(place)} is outside of the data, which reach from "
-            f"{stream.latitude.min():g} to {stream.latitude.max():g} N and from "
-            f"{stream.longitude.min():g} to {stream.longitude.max():g} E; valid: "
-            "places=[[LATITUDE,LONGITUDE]] there, or places=[] for none"
-        )
-    return row, column
+    return None if south[row] > steps[0] or east[column] > steps[1] else (row, column)
 
 
 def _token_places(stream: StreamField, num_dates: int, first_lon: int) -> TokenPlaces:

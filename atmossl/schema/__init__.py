@@ -240,7 +240,8 @@ class FeaturesConfig(EncodingConfig):
     """Everything that `atmossl features` obeys.
 
     splits: whose dates are compared. init_time: of the maps. num_dates: evenly spread over the
-        splits. places: names, or degrees north and east. layer: whose latents are shown. layers:
+        splits. places: names, or degrees north and east; None for some that
+        the data reach. layer: whose latents are shown. layers:
         whose attention is, empty for all.
     """
 
@@ -248,7 +249,7 @@ class FeaturesConfig(EncodingConfig):
     splits: Annotated[tuple[Literal["train", "validation", "test"], ...], Field(min_length=1)]
     init_time: Annotated[str | None, BeforeValidator(_one_date)]
     num_dates: Positive
-    places: tuple[Annotated[str | tuple[float, float], BeforeValidator(_as_place)], ...]
+    places: tuple[Annotated[str | tuple[float, float], BeforeValidator(_as_place)], ...] | None
     layer: int
     layers: tuple[int, ...]
 

@@ -202,3 +202,22 @@ def test_missing_values_and_gaps_have_their_settings(tmp_path) -> None:
     assert entry.gaps == "split" and entry.training is not None
     missing = {name: keys["missing"] for name, keys in entry.training.stream.items()}
     assert missing == {"atmosphere_with_gaps": "mask", "atmosphere": "refuse"}
+
+
+def test_several_zarr_stores_are_made_one_by_the_line_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("temperature", "u_component_of_wind")
+    for name in names:
+        dataset(variables=(name,), steps=60).to_zarr(f"stores/{name}.zarr", consolidated=True)
+    stores = [f"stores/{name}.zarr" for name in names]
+    for words in (stores, ["stores"], ["stores/*.zarr"]):
+        assert main(["data", "add", *words, "name=mine"]) == 2
+        line = capsys.readouterr().err
+        assert f"{', '.join(stores)}: 2 zarr stores; needed: one" in line and line.count("\n") == 1
+    code = line.partition("in Python: ")[2].strip().replace("STORES", str(stores))
+    exec(code)
+    assert main(["data", "add", "all.zarr", "name=mine"]) == 0
+    assert set(catalog_entry("mine", None).variables) == set(names)
+    assert main(["data", "add", stores[0], "name=first"]) == 0

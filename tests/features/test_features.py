@@ -34,7 +34,14 @@ from atmossl.features.attention import (
     mean_distance,
 )
 from atmossl.features.page import chance_verdict
-from atmossl.features.run import FeatureOptions, FeatureRun, at_tokens, degrees_of, few_dates
+from atmossl.features.run import (
+    FeatureOptions,
+    FeatureRun,
+    at_tokens,
+    degrees_of,
+    few_dates,
+    places_within,
+)
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.masking.base import hide_nothing
 from atmossl.masking.views import make_view
@@ -333,6 +340,26 @@ def test_dates_are_spread_over_all_records_and_too_few_are_refused() -> None:
         assert sum(len(dated.steps) for dated in runs) == 10  # as many as asked for, it included
     with pytest.raises(ValueError, match="num_dates=5: 5 dates of 37 .* needed: 8 or more"):
         latents.dated_runs(records, window_steps=4, num_dates=5)
+
+
+@pytest.mark.parametrize(
+    ("latitudes", "longitudes", "expected"),
+    [
+        ((-87.5, 87.5), (0.0, 355.0), ("north_atlantic", "nino34", "southern_ocean")),
+        ((35.0, 70.0), (-20.0, 40.0), ("europe",)),
+        ((35.0, 70.0), (340.0, 400.0), ("europe",)),
+        ((10.0, 60.0), (-40.0, 20.0), ("north_atlantic", "europe", "sahara")),
+        ((-40.0, -30.0), (10.0, 30.0), ()),
+    ],
+)
+def test_places_are_chosen_that_the_data_reach(
+    latitudes: tuple[float, float], longitudes: tuple[float, float], expected: tuple[str, ...]
+) -> None:
+    stream: Any = SimpleNamespace(
+        latitude=np.arange(latitudes[0], latitudes[1] + 1, 5.0),
+        longitude=np.arange(longitudes[0], longitudes[1] + 1, 5.0),
+    )
+    assert places_within(stream) == expected
 
 
 @pytest.mark.parametrize(
