@@ -175,7 +175,9 @@ def test_the_checkpoint_of_a_warm_start_is_checked_before_it_is_read() -> None:
     checkpoint = str(CONF.parent / "tests" / "checkpoints" / "format_2.ckpt")
     over = ["warm_start.network=true", f"warm_start.checkpoints={checkpoint}"]
     assert plain(compose_config("train", over))["warm_start"]["checkpoints"] == [checkpoint]
-    with pytest.raises(ConfigError, match=r"^warm_start\.checkpoints\.0=5: valid: a text$"):
+    with pytest.raises(
+        ConfigError, match=r"^warm_start\.checkpoints\.0=5: valid: a text; 5 without quotes"
+    ):
         plain(compose_config("train", ["warm_start.network=true", "warm_start.checkpoints=5"]))
 
 

@@ -258,9 +258,7 @@ def test_a_lead_time_in_minutes_is_chosen_and_dated(tmp_path, edition: int) -> N
     found = open_input(place, {}, {"step": "20min"}, {}, lines.append)
     assert found["time"].values.tolist() == [np.datetime64("2020-01-01T00:20", "ns").astype(int)]
     np.testing.assert_allclose(found["2m_temperature"].max(), FIELD.max() + 1, atol=1e-4)
-    assert lines == [
-        "select.step=20min leaves out 3 of 4 values of step: 0h, 20min, 40min, 1h"
-    ]
+    assert lines == ["select.step=20min leaves out 3 of 4 values of step: 0h, 20min, 40min, 1h"]
 
 
 @pytest.mark.parametrize(

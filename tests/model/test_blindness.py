@@ -184,7 +184,7 @@ def test_a_causal_network_refuses_what_it_cannot_order() -> None:
     with pytest.raises(ValueError, match="model.attention=windowed, which sees later steps"):
         network(attention="windowed", causal=True)
     unequal = (STREAMS[0], spec("wind", variables=("u_component_of_wind",), token=(2, 4, 4)))
-    with pytest.raises(ValueError, match="token_size.time is {'air': 1, 'wind': 2}"):
+    with pytest.raises(ValueError, match="token_size.time is {air: 1, wind: 2}"):
         network(unequal, causal=True)
 
 
