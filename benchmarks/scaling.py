@@ -32,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from atmossl.batch import Batch, StreamSpec, TokenSize, collate_views
 from atmossl.build import build_model, build_objective
 from atmossl.commands.cost import estimate, resident_bytes, sample_batch, window_of_zeros
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.blocks import Attention
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling

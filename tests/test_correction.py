@@ -15,10 +15,10 @@ from atmossl.batch import StreamSpec, StreamWindow, TokenSize, detokenise, token
 from atmossl.data.catalog import catalog_entry
 from atmossl.data.store import open_entry
 from atmossl.inference.out_of_training_warnings import unseen
-from atmossl.masking.base import TokenLayout
-from atmossl.masking.correction import Correction, other_model_guess, other_models
+from atmossl.masking.base import OTHER_MODEL, TokenLayout, make_view
+from atmossl.masking.cells import other_model_guess, other_models
+from atmossl.masking.correction import Correction
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import OTHER_MODEL, make_view
 from tests.evaluation.conftest import make_dataset
 from tests.synthetic import dataset
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from atmossl.batch import Corruption, collate_views, detokenise, tokenise
+from atmossl.masking.base import make_view
 from atmossl.masking.infill import fill_from_surroundings, laplacian
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.random import BlockMasking, RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.objectives.masked import hidden_values
 from tests.synthetic import spec, window
 

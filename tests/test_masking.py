@@ -13,15 +13,15 @@ from atmossl.batch import Corruption, TokenSize, detokenise, token_grid, tokenis
 from atmossl.geometry import Grid
 from atmossl.masking.base import (
     TokenLayout,
-    coarsen,
+    guess_tokens,
+    interpolate_in_time,
+    make_view,
     points_of,
-    spread_along_row,
-    with_coarse_means,
 )
+from atmossl.masking.cells import coarsen, spread_along_row, with_coarse_means
 from atmossl.masking.places import CrossVariable
 from atmossl.masking.random import BlockMasking, Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
-from atmossl.masking.views import guess_tokens, interpolate_in_time, make_view
 from tests.synthetic import spec, window
 
 KINDS = ("drop", "mask", "noise", "coarsen", "keep")

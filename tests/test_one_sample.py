@@ -8,8 +8,8 @@ from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import Normaliser, read_window
 from atmossl.geometry import Box
+from atmossl.masking.base import make_view
 from atmossl.masking.tasks import TemporalInterpolation
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from tests.synthetic import dataset, spec

@@ -10,10 +10,10 @@ from atmossl.batch import PRIMARY, Corruption, StreamWindow, detokenise
 from atmossl.data.statistics import compute_statistics
 from atmossl.data.windows import Normaliser, read_window
 from atmossl.inference.tiles import masked_view
+from atmossl.masking.base import FirstGuess
 from atmossl.masking.combined import Combined, Counterfactual
 from atmossl.masking.places import Inpainting, LatLonBox
 from atmossl.masking.tasks import Downscaling, Forecast, Task
-from atmossl.masking.views import FirstGuess
 from tests.inference.oracle_models import NAMES, segment
 from tests.synthetic import spec
 

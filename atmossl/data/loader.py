@@ -23,8 +23,8 @@ from atmossl.data.segment import Segment, UnreadableChunk
 from atmossl.data.variables import OneLineNotes
 from atmossl.data.windows import Normaliser, WindowSize, lent, read_windows
 from atmossl.geometry import Box, random_box
-from atmossl.masking.base import MaskingSampler
-from atmossl.masking.views import FirstGuess, ViewSpec, lag_steps, make_views, show_hours
+from atmossl.masking.base import FirstGuess, MaskingSampler
+from atmossl.masking.views import ViewSpec, lag_steps, make_views, show_hours
 from atmossl.process_lifetime import end_with_creator
 from atmossl.settings import NotNegative, Positive
 

@@ -20,7 +20,7 @@ from atmossl.evaluation.alignment import grid_of
 from atmossl.evaluation.regrid import ConservativeRegridder
 from atmossl.evaluation.sphere import Halo, polar_sign
 from atmossl.geometry import Grid, area_weights
-from atmossl.masking.base import coarsen as coarsened
+from atmossl.masking.cells import coarsen as coarsened
 from atmossl.value_faults import listed
 
 _LINEAR, _CUBIC = 2, 4

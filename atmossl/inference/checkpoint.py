@@ -36,8 +36,8 @@ from atmossl.data.segment import Segment
 from atmossl.data.store import open_records, paired
 from atmossl.data.variables import InputLimits
 from atmossl.data.windows import Normaliser, Statistics, WindowSize
+from atmossl.masking.base import FirstGuess
 from atmossl.masking.tasks import Task
-from atmossl.masking.views import FirstGuess
 from atmossl.model.kinds import NETWORKS, OF_THE_RUN, choose_network
 from atmossl.model.network import Network, merged
 from atmossl.settings import find_class, snake_case, target_name

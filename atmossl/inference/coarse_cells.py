@@ -10,7 +10,7 @@ from torch import Tensor
 from atmossl.data.variables import AMOUNTS
 from atmossl.geometry import Box
 from atmossl.inference.plan import Fields, Plan, Source
-from atmossl.masking.base import coarsen, with_coarse_means
+from atmossl.masking.cells import coarsen, with_coarse_means
 from atmossl.masking.tasks import Downscaling
 
 

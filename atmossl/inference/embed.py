@@ -30,9 +30,8 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Source
 from atmossl.inference.tiles import WindowReader, columns
 from atmossl.inference.writer import COORDINATES, attributes_of, encoding
-from atmossl.masking.base import hide_nothing
+from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.tasks import TimePlan
-from atmossl.masking.views import make_view
 from atmossl.model.network import StreamLatents
 from atmossl.value_faults import as_written, listed
 

@@ -36,9 +36,8 @@ from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.coarse_cells import CoarseCells
 from atmossl.inference.plan import BlendedPart, Fields, Plan, Source
 from atmossl.inference.rollout import roll_out
-from atmossl.masking.base import Points, TokenLayout, points_of
+from atmossl.masking.base import FirstGuess, Points, TokenLayout, make_view, points_of
 from atmossl.masking.tasks import Task, TimePlan
-from atmossl.masking.views import FirstGuess, make_view
 from atmossl.model.network import scatter
 
 _TOLERANCE_HOURS = 1e-6

@@ -21,9 +21,8 @@ from atmossl.batch import Batch, View
 from atmossl.latent_losses import distillation, is_distributed, koleo, sinkhorn
 from atmossl.losses import Losses, weighted_mean
 from atmossl.masking.base import hide_nothing
-from atmossl.masking.crops import Crop
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import ViewSpec
+from atmossl.masking.views import Crop, ViewSpec
 from atmossl.model.network import Latents, Network, device_memory, gather
 from atmossl.objectives.base import Ability, Metric, Monitor, Objective
 from atmossl.objectives.masked import hidden_areas, predicted_streams

@@ -19,9 +19,9 @@ from atmossl.data.variables import InputLimits, Transform
 from atmossl.data.windows import WindowSize
 from atmossl.inference.checkpoint import objective_name
 from atmossl.losses import AREAS
+from atmossl.masking.base import OTHER_MODEL
 from atmossl.masking.correction import check_other_model
 from atmossl.masking.random import Autoregression
-from atmossl.masking.views import OTHER_MODEL
 from atmossl.model.kinds import choose_network
 from atmossl.model.multiformer import Multiformer
 from atmossl.schema.targets import ChosenMask, ChosenObjective, ChosenTask

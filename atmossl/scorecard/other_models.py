@@ -25,7 +25,7 @@ from atmossl.evaluation.ridge.predictors import RidgeCorrection
 from atmossl.evaluation.spatial import on_cells
 from atmossl.geometry import Grid
 from atmossl.inference.plan import Plan
-from atmossl.masking.correction import other_models
+from atmossl.masking.cells import other_models
 from atmossl.scorecard.baselines import Answers, Setting, beside_missing
 from atmossl.scorecard.records import is_small, record_of
 

@@ -18,9 +18,9 @@ from atmossl.data.windows import Normaliser, Statistics, WindowSize, read_window
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.checkpoint import TrainedModel, spec_from_dict, spec_to_dict
 from atmossl.inference.plan import Options, plan_prediction
+from atmossl.masking.base import interpolate_in_time, make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Downscaling, TemporalInterpolation
-from atmossl.masking.views import interpolate_in_time, make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling, hidden_values
 from tests.synthetic import dataset

@@ -13,9 +13,9 @@ from atmossl.data.statistics import compute_statistics
 from atmossl.data.store import open_segment
 from atmossl.data.windows import Normaliser, WindowSize, read_window
 from atmossl.geometry import random_box
-from atmossl.masking.base import hide_nothing
+from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import ViewSpec, make_view
+from atmossl.masking.views import ViewSpec
 from tests.synthetic import dataset, spec
 
 STREAM = spec(token=(1, 2, 4))

@@ -43,8 +43,7 @@ from atmossl.features.run import (
     places_within,
 )
 from atmossl.inference.checkpoint import load_checkpoint
-from atmossl.masking.base import hide_nothing
-from atmossl.masking.views import make_view
+from atmossl.masking.base import hide_nothing, make_view
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of, window_of
 from atmossl.model.multiformer import Multiformer

@@ -21,8 +21,8 @@ from atmossl.batch import PRIMARY, TokenGrid, collate_views
 from atmossl.cli import main
 from atmossl.evaluation.report.tables import summarise
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.atmorep import AtmoRepField
 from atmossl.model.atmorep_network import dates_of, token_info
 from tests.model.plain_atmorep import PlainAtmoRep, field, write_model

@@ -19,8 +19,8 @@ from atmossl.data.store import entries_of, open_records
 from atmossl.data.windows import read_window
 from atmossl.geometry import Box
 from atmossl.inference.checkpoint import load_checkpoint
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.training.pictures import reconstructions
 from tests.inference.test_atmorep import (
     COLUMNS,

@@ -24,7 +24,7 @@ from atmossl.inference.calibration import Calibration, CalibrationFactors
 from atmossl.inference.cases import predict_fields
 from atmossl.inference.plan import Plan, plan_prediction
 from atmossl.inference.writer import OutputLayout
-from atmossl.masking.base import coarsen
+from atmossl.masking.cells import coarsen
 from atmossl.masking.tasks import Downscaling, Forecast, Task, TemporalInterpolation
 from atmossl.model.network import gather
 from atmossl.model.noise import noise_field

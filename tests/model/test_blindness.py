@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from atmossl.batch import Prediction, StreamSpec, StreamWindow, View, collate_views
-from atmossl.masking.base import MaskingSampler
+from atmossl.masking.base import FirstGuess, MaskingSampler, make_view
 from atmossl.masking.random import Autoregression, RandomMasking, SplitBrain, TimeBlockMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import FirstGuess, make_view
 from atmossl.model.blocks import Attention
 from atmossl.model.multiformer import Multiformer
 from tests.synthetic import spec, window

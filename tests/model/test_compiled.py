@@ -14,8 +14,8 @@ from torch._inductor import config as inductor
 
 from atmossl.batch import Batch, collate_views
 from atmossl.losses import LOSSES
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.atmorep_files import load_atmorep
 from atmossl.model.atmorep_network import AtmoRepNetwork, streams_of
 from atmossl.model.multiformer import Multiformer

@@ -8,8 +8,7 @@ import torch
 
 import atmossl
 from atmossl.batch import View, collate_views
-from atmossl.masking.base import hide_nothing
-from atmossl.masking.views import make_view
+from atmossl.masking.base import hide_nothing, make_view
 from atmossl.model.latent_distance import latent_distance
 from atmossl.model.multiformer import Multiformer
 from tests.synthetic import spec, window

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from atmossl.batch import Batch, collate_views, detokenise
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling
 from tests.synthetic import spec, window

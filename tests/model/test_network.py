@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from atmossl.batch import collate_views
-from atmossl.masking.base import hide_nothing
+from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.kinds import NETWORKS
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Latent, StreamLatents

@@ -10,8 +10,8 @@ from scipy import stats
 
 from atmossl.batch import Batch, TokenGrid, collate_views, detokenise
 from atmossl.losses import FIELD_LOSSES, Ensemble, almost_fair_crps
+from atmossl.masking.base import make_view
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import EVALUATED_MEMBERS
 from atmossl.model.noise import CHANNELS_PER_LENGTH, mixed, noise_field, uniform_of

@@ -15,8 +15,8 @@ from torch import nn
 
 from atmossl.batch import Batch, TokenIndex, View, collate_views
 from atmossl.latent_losses import rankme
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.embedding import absolute_features
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Latents, Network

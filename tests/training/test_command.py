@@ -19,8 +19,8 @@ from atmossl.cli import main
 from atmossl.commands.run_description import _periods, git_commit
 from atmossl.commands.train import tell_warm_start
 from atmossl.inference.checkpoint import TrainedModel, load_checkpoint
+from atmossl.masking.base import make_view
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import make_view
 from atmossl.training.curves import read_metrics
 from tests.inference.oracle_models import segment
 from tests.lean import whole_runs

@@ -10,9 +10,8 @@ import torch
 
 from atmossl.batch import Batch, collate_views
 from atmossl.latent_losses import koleo
-from atmossl.masking.crops import Crop, cropped, draw_part
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_views
+from atmossl.masking.views import Crop, cropped, draw_part, make_views
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.dino import Centre, PrototypeMeasures, SelfDistillation, multi_crop
 from tests.synthetic import spec, window

@@ -11,9 +11,8 @@ from scipy import stats
 
 from atmossl.batch import Batch, TokenIndex, collate_views
 from atmossl.latent_losses import batch_anomalies, sigreg
-from atmossl.masking.base import hide_nothing
+from atmossl.masking.base import hide_nothing, make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.jepa import Distance, JointEmbedding, LatentRatios
 from atmossl.objectives.position_means import position_bins, position_ratio, position_sums

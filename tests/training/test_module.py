@@ -20,9 +20,9 @@ from atmossl.batch import (
     View,
     collate_views,
 )
+from atmossl.masking.base import make_view
 from atmossl.masking.random import Mixture, RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network
 from atmossl.objectives.base import Monitor, Objective

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from atmossl.batch import TokenIndex, collate_views
+from atmossl.masking.base import make_view
 from atmossl.masking.random import RandomMasking
-from atmossl.masking.views import make_view
 from atmossl.model.blocks import rotation
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import TokenPlace

@@ -22,9 +22,9 @@ from atmossl.data.store import open_segment
 from atmossl.data.variables import VARIABLES
 from atmossl.data.windows import Normaliser, read_window
 from atmossl.geometry import Box
+from atmossl.masking.base import make_view
 from atmossl.masking.random import BlockMasking, RandomMasking
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.objectives.masked import MaskedModelling, level_sums
 from atmossl.training.cost import StepCost, measure_step

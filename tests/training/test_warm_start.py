@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from atmossl.batch import StreamSpec, collate_views
+from atmossl.masking.base import make_view
 from atmossl.masking.tasks import Forecast
-from atmossl.masking.views import make_view
 from atmossl.model.multiformer import Multiformer
 from atmossl.training.warm_start import patch_index, renamed, warm_start
 from tests.synthetic import spec, window
