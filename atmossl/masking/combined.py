@@ -95,7 +95,6 @@ class Combined(Task):
         return np.any(places, axis=0) if len(places) == len(cells) else None
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         names = " and ".join(type(part).__name__ for part in self.parts)
         return f"{given_steps(plan, step_hours)}; hidden is what any of {names} hides."
 
@@ -222,7 +221,6 @@ class Counterfactual(Task):
         return Grid(grid.latitude + self.shift_lat, grid.longitude + self.shift_lon)
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         start = given_steps(plan, step_hours)
         return f"{start}, of another date, level or place than the model is told."
 

@@ -29,18 +29,15 @@ class Correction(Task):
         return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
-        del step_hours
         return TimePlan(num_steps - 1, (0,), tuple(range(num_steps)))
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         start = given_steps(plan, step_hours)
         return f"{start} of another model, up to the date. Predicted: the analysis of the date."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         check_other_model([layout.spec for layout in layouts], "task=correction")
         masks = []
         for layout in layouts:

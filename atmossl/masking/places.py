@@ -244,7 +244,6 @@ class Inpainting(Task):
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         return tuple(
             mask_of_points(hidden, layout.spec)
             for hidden, layout in zip(self.hidden_points(layouts), layouts, strict=True)
@@ -276,7 +275,6 @@ class CrossVariable(Task):
         return self.levels
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         names = ", ".join(name.replace("_", " ") for name in self.variables) or "all variables"
         where = f" at {', '.join(map(str, self.levels))} hPa" if self.levels else ""
         start = given_steps(plan, step_hours)
@@ -284,7 +282,6 @@ class CrossVariable(Task):
         return f"{start}. Hidden at all of them{shown}, and predicted: {names}{where}."
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
-        del step_hours
         check_examples(self.examples, num_steps)
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
@@ -329,7 +326,6 @@ class CrossVariable(Task):
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         self._check([layout.spec for layout in layouts])
         masks = []
         for layout in layouts:

@@ -362,7 +362,6 @@ class Autoregression:
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         masks = []
         for layout in layouts:
             mask, num_steps = layout.nothing_hidden(), layout.grid.shape[1]

@@ -182,13 +182,11 @@ class Task:
 
     def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> "Task":
         """The task for these windows, where it depends on which values they miss."""
-        del windows
         return self
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         """A sentence on what is given and what is predicted; empty if the task has none.
         step_hours: hours between the steps of a window."""
-        del plan, step_hours, grid
         return ""
 
     def why_unscored(self) -> str | None:
@@ -368,14 +366,12 @@ class Forecast(Task):
         )
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         start = given_steps(plan, step_hours)
         return f"{start} up to the init time. Predicted: the {self.lead_hours:g} h after it."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         end, step = float(window_times(layouts)[-1]), step_hours_of(layouts)
         steps_of("task.lead_time", self.lead_hours, step)
         return hide_times(layouts, end - self.pass_hours + step, end)
@@ -403,14 +399,12 @@ class Hindcast(Task):
         )
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         start = given_steps(plan, step_hours)
         return f"{start} from the init time on. Predicted: the {self.lead_hours:g} h before it."
 
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         start, step = float(window_times(layouts)[0]), step_hours_of(layouts)
         steps_of("task.lead_time", self.lead_hours, step)
         return hide_times(layouts, start, start + self.lead_hours - step)
@@ -483,7 +477,6 @@ class TemporalInterpolation(Task):
         )
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         start, hidden = given_steps(plan, step_hours), len(plan.offsets)
         return f"{start}, of which {hidden} in the middle are hidden and predicted."
 
@@ -502,7 +495,6 @@ class TemporalInterpolation(Task):
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         times = window_times(layouts)
         hidden = self._hidden(len(times), step_hours_of(layouts))
         runs = np.split(np.array(hidden), np.flatnonzero(np.diff(hidden) > 1) + 1)
@@ -548,7 +540,6 @@ class Downscaling(Task):
         return self.factor if self.coarse_input else 1
 
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
-        del grid
         return (
             f"{given_steps(plan, step_hours)}, as means over {self.factor} x {self.factor} cells"
             f"{told_examples(self.examples)}. Predicted: every cell at the middle step."
@@ -578,7 +569,6 @@ class Downscaling(Task):
         return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
-        del step_hours
         check_examples(self.examples, num_steps)
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
@@ -591,7 +581,6 @@ class Downscaling(Task):
     def __call__(
         self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
     ) -> tuple[StreamMask, ...]:
-        del rng
         return tuple(
             coarse_mask(self._corruption(layout, layouts), own_factor(layout, layouts, self.factor))
             if layout.spec.role == "predict"

@@ -220,7 +220,6 @@ class Network(nn.Module):
     def faults_of(cls, arguments: Mapping[str, Any], streams: Sequence[StreamSpec]) -> list[str]:
         """Keywords of a configuration that do not fit together or with the streams, one line each.
         arguments: checked one by one, defaults included."""
-        del arguments, streams
         return []
 
     def encode(self, view: View) -> Latents:
@@ -287,13 +286,11 @@ class Network(nn.Module):
     def depth(self, name: str) -> int | None:
         """How many encoder layers lie above the layer of a parameter, for learning rates that
         fall from layer to layer. None: the parameter is no part of the encoder."""
-        del name
         return None
 
     def patch_axis(self, name: str) -> int | None:
         """The axis of a parameter that runs over the values of a token, perhaps several times;
         None if there is none."""
-        del name
         return None
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:

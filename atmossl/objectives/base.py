@@ -89,25 +89,21 @@ class Objective(nn.Module):
     @classmethod
     def views_of(cls, arguments: Mapping[str, Any]) -> tuple[ViewSpec, ...]:
         """The views of an objective with these keywords of the constructor."""
-        del arguments
         return cls.views
 
     @classmethod
     def provided_by(cls, arguments: Mapping[str, Any]) -> frozenset[Ability]:
         """What a checkpoint of an objective with these keywords can be asked for."""
-        del arguments
         return cls.provides
 
     @classmethod
     def compares_by(cls, arguments: Mapping[str, Any]) -> bool:
         """Whether the loss of an objective with these keywords compares the samples of a batch."""
-        del arguments
         return cls.compares_samples
 
     @classmethod
     def faults_of(cls, arguments: Mapping[str, Any], batch_size: int) -> list[str]:
         """What is wrong with these keywords of the constructor together, one line each."""
-        del arguments, batch_size
         return []
 
     @property
@@ -125,7 +121,6 @@ class Objective(nn.Module):
     def weights(self, batch: Batch) -> Tensor | None:
         """What the batch counts in every term of the loss, [term]. None: all batches count the
         same; then the loss has a single term."""
-        del batch
         return None
 
     def after_step(self, network: Any, step: int) -> None:

@@ -175,7 +175,6 @@ class LatentRatios:
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
         """By stream, for every feature: squared errors, targets, squared targets, and weights."""
-        del batch
         sums = {
             f"position:{pair.stream}": position_sums(
                 pair.predicted, pair.target, pair.weight, pair.bins

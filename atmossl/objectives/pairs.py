@@ -67,7 +67,6 @@ class PairMeasures:
     """The loss, and measures of the pooled latents of pairs that show a collapse."""
 
     def sums(self, batch: Batch, losses: Losses) -> dict[str, Tensor]:
-        del batch
         first, second = (pooled.double() for pooled in losses.pooled)
         both = torch.cat([first, second])
         distances = torch.pdist(functional.normalize(first, dim=-1)).pow(2)

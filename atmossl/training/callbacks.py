@@ -63,7 +63,6 @@ class StopOnNonFinite(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
     ) -> None:
-        del idx
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         finite = torch.isfinite(loss.detach())
         if trainer.precision != "16-mixed" and pl_module.gradient_norm is not None:
@@ -141,7 +140,6 @@ class CurvesAtEnd(L.Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         if trainer.is_global_zero and self.metrics.exists():
             plot_curves(self.metrics, self.folder)
 
@@ -156,7 +154,6 @@ class LogMetrics(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
     ) -> None:
-        del idx
         if outputs.get("sums"):
             sums = {"": _over_ranks(trainer, outputs["sums"])}
             common = {"batch_size": len(batch.sample_id), "rank_zero_only": True}
@@ -166,7 +163,6 @@ class LogMetrics(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        del trainer, batch_idx
         metric = pl_module.objective.metrics.get("validation")
         if metric is not None:
             task = self._sums.setdefault(pl_module.task_names[dataloader_idx], {})
@@ -309,13 +305,11 @@ class LearningRate(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        del trainer, pl_module
         self._rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, idx: int
     ) -> None:
-        del trainer, outputs, batch
         if (idx + 1) % self.every:
             return
         pl_module.log("gradient_norm", pl_module.gradient_norm)

@@ -45,7 +45,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        del storage_options
         self.wait()
         if self._pool is None:
             self._pending = _done(lambda: _write(checkpoint, Path(path)))
@@ -62,7 +61,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        del map_location, weights_only
         self.wait()
         return read_contents(Path(path))
 
@@ -156,13 +154,11 @@ class KeepCheckpoints(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
     ) -> None:
-        del pl_module, outputs, batch
         stepped = (idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.interval == 0 and not validates_now(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         score = trainer.callback_metrics.get(self.monitor.key)
         if score is None and not self._has_told:
             logged = [name for name in trainer.callback_metrics if not name.startswith("train/")]
@@ -179,7 +175,6 @@ class KeepCheckpoints(L.Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         self.save(trainer)
         self.settle(trainer)
 

@@ -158,7 +158,6 @@ class CollapseWatch(L.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        del outputs
         if dataloader_idx or batch_idx * len(batch.sample_id) >= _NUM_STATES:
             return
         with trainer.precision_plugin.forward_context():

@@ -118,7 +118,6 @@ class _Tracker(MemTracker):
         return no_values and tensor.untyped_storage() in self._WINFO
 
     def _update_peak_stats(self, peak_state: Any) -> None:
-        del peak_state
         for device, held in self._curr_mem_snap.items():
             if held[_TOTAL_KEY] > self._peak_mem.get(device, 0):
                 self._peak_mem[device] = held[_TOTAL_KEY]

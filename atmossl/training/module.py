@@ -147,7 +147,6 @@ class TrainingModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        del optimizer, gradient_clip_algorithm
         assert gradient_clip_val is not None
         self.gradient_norm = clip_gradients(self.trained.values(), float(gradient_clip_val))
 
@@ -171,7 +170,6 @@ class TrainingModule(L.LightningModule):
             self.ema.n_averaged += 1
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Losses:
-        del batch_idx
         task = self.task_names[dataloader_idx]
         objective = self.objective if self.averaged_objective is None else self.averaged_objective
         losses = objective(self.ema.module, batch)
@@ -239,7 +237,6 @@ class TrainingModule(L.LightningModule):
         regroup_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        del batch, batch_idx
         if self._restored is not None:  # only now, for loaders draw a seed when they start
             set_random_state(self._restored)
             self._restored = None

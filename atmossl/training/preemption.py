@@ -47,7 +47,6 @@ class SaveOnSignal(L.Callback):
         self._group: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         listen(self._note, (*_OUT_OF_TIME, *NUMBERS))  # Lightning's were set before; it resets them
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -55,7 +54,6 @@ class SaveOnSignal(L.Callback):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self._received and is_repeated((self._received, self._since), number):
             leave(number, f"the checkpoints in {self.checkpoints.folder} stay as they were")
         if not self._received:
@@ -66,7 +64,6 @@ class SaveOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
     ) -> None:
-        del pl_module, outputs, batch
         if (idx + 1) % trainer.accumulate_grad_batches:
             return  # half an accumulated step cannot be saved
         if number := self._signal_to_obey(trainer):
@@ -78,7 +75,6 @@ class SaveOnSignal(L.Callback):
     ) -> None:  # fmt: skip
         """A validation that a signal meets is left. The weights are those of the step before it,
         and all ranks validate as many batches, so that they agree here as after a step."""
-        del pl_module, outputs, batch, batch_idx, dataloader_idx
         if number := self._signal_to_obey(trainer):
             # or the run that goes on would finish the half validation with other batches
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()

@@ -38,7 +38,6 @@ class RunProgress(L.Callback):
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         self._due = self._clock() + QUIET_SECONDS
         self._first_step = trainer.global_step
         if trainer.is_global_zero and self.console.is_terminal:
@@ -50,7 +49,6 @@ class RunProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
     ) -> None:
-        del pl_module, outputs, batch
         if not trainer.is_global_zero:
             return
         step, batches = trainer.global_step, trainer.accumulate_grad_batches
@@ -97,7 +95,6 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
         batch_idx: int, dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        del pl_module, outputs, batch
         if not trainer.is_global_zero:
             return
         batches = trainer.num_val_batches  # of every loader
@@ -108,7 +105,6 @@ class RunProgress(L.Callback):
             self._bar.update(self._bar.task_ids[0], told=text)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del pl_module
         if not trainer.is_global_zero:
             return
         values = validation_text(trainer.progress_bar_metrics)
@@ -117,11 +113,9 @@ class RunProgress(L.Callback):
             console.print(f"step {trainer.global_step}/{trainer.max_steps}, validation: {values}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del trainer, pl_module
         self._stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        del trainer, pl_module, exception
         self._stop()
 
     def _stop(self) -> None:

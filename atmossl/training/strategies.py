@@ -145,7 +145,6 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        del storage_options
         path = Path(self.broadcast(str(filepath)))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:

@@ -108,7 +108,6 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Batch, idx: int
     ) -> None:
-        del idx
         self._waited += time.perf_counter() - self._wait_start
         if len(self._flops) < _COUNTED_BATCHES:
             with trainer.precision_plugin.forward_context():
@@ -117,7 +116,6 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, idx: int
     ) -> None:
-        del outputs
         ranks = trainer.world_size
         self._samples += len(batch.sample_id) * ranks
         streams = [stream for view in batch.views for stream in view.streams]
@@ -137,7 +135,6 @@ class Throughput(L.Callback):
         self._restart()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        del trainer, pl_module
         self._restart()  # validation is no training time
 
 
@@ -154,7 +151,6 @@ class TraceSteps(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, idx: int
     ) -> None:
-        del trainer, batch
         if idx == self.first:
             activities = [ProfilerActivity.CPU]
             if pl_module.device.type == "cuda":
@@ -165,7 +161,6 @@ class TraceSteps(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, idx: int
     ) -> None:
-        del pl_module, outputs, batch
         recorded = self._profile
         if recorded is None or idx != self.last:
             return
