@@ -289,10 +289,7 @@ def _opened(output: Path, data: str) -> xr.Dataset:
 
 
 def load(
-    checkpoint: str | Path = "default",
-    *,
-    device: str | None = None,
-    plugins: Sequence[str] = (),
+    checkpoint: str | Path = "default", *, device: str | None = None, plugins: Sequence[str] = ()
 ) -> Model:
     """Load a checkpoint, by default the package's reference one, onto the GPU if there is one.
 

@@ -261,11 +261,7 @@ def _same_machine(owner: Mapping[str, Any], newcomer: Mapping[str, Any]) -> bool
 
 
 def _refusal(
-    lock: Path,
-    owner: Mapping[str, Any],
-    newcomer: Mapping[str, Any],
-    age: float,
-    named: str,
+    lock: Path, owner: Mapping[str, Any], newcomer: Mapping[str, Any], age: float, named: str
 ) -> str:
     who = f"process {owner.get('process', '?')} on {owner.get('host', 'an unknown host')}"
     since = f", {owner.get('command', 'atmossl')} since {owner.get('since', '?')}"

@@ -72,13 +72,7 @@ def open_splits(config: TrainConfig) -> tuple[Records, Records]:
     access = Access(**vars(config.data.read), input_limits=config.input_limits)
     entries = entries_of(config.specs, config.data.name, config.data.catalog)
     train, validation = (
-        open_records(
-            config.specs,
-            entries,
-            split,
-            in_memory=config.data.in_memory,
-            access=access,
-        )
+        open_records(config.specs, entries, split, in_memory=config.data.in_memory, access=access)
         for split in ("train", "validation")
     )
     if config.data.fraction < 1.0:

@@ -118,10 +118,7 @@ def _hydra_takes(name: str, overrides: Sequence[str]) -> Iterator[list[str]]:
     overrides = with_fitting_store(overrides, name)
     overrides = as_searchpath(overrides, find_file("conf"))
     register_run_name()
-    with (
-        in_one_line(overrides),
-        initialize_config_dir(str(find_file("conf")), version_base="1.3"),
-    ):
+    with in_one_line(overrides), initialize_config_dir(str(find_file("conf")), version_base="1.3"):
         yield [for_hydra(item) for item in overrides]
 
 

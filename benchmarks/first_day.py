@@ -141,11 +141,7 @@ def walk(folder: Path) -> dict[str, object]:
             raise SystemExit(f"{' '.join(words)}: exit code {code}\n{said}")
         seconds[" ".join(words[:2]) if words[0] == "data" else words[0]] = round(taken, 1)
     keys = [word for words, _ in WALK for word in words if "=" in word]
-    return {
-        "commands": INSTALLING + len(WALK),
-        "keys": len(keys),
-        "seconds_walk": seconds,
-    }
+    return {"commands": INSTALLING + len(WALK), "keys": len(keys), "seconds_walk": seconds}
 
 
 def main() -> None:

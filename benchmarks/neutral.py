@@ -107,10 +107,7 @@ def measure() -> dict[str, Any]:
     """All digests, and what they depend on beside the code."""
     with tempfile.TemporaryDirectory() as folder:
         digests = {**training_digests(Path(folder) / "run"), **prediction_digests()}
-    return {
-        "digests": {name: value[:16] for name, value in digests.items()},
-        "machine": machine(),
-    }
+    return {"digests": {name: value[:16] for name, value in digests.items()}, "machine": machine()}
 
 
 def processor_of(machine: Mapping[str, str]) -> str:

@@ -15,13 +15,7 @@ from typing import Any
 from atmossl.cli import main as atmossl
 from benchmarks.report import finish
 
-STAGES = (
-    "reference",
-    "reference_second",
-    "reference_third",
-    "reference_fourth",
-    "reference_fifth",
-)
+STAGES = ("reference", "reference_second", "reference_third", "reference_fourth", "reference_fifth")
 AFTER_MEAN = 4  # the stage that starts from the mean of the two before
 CALIBRATED = ("forecast", "hindcast", "temporal_interpolation", "downscaling", "inpainting")
 

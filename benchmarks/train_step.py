@@ -42,13 +42,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from atmossl.batch import Batch
-from atmossl.build import (
-    apply_lora,
-    build_data,
-    build_model,
-    build_objective,
-    optimizer_settings,
-)
+from atmossl.build import apply_lora, build_data, build_model, build_objective, optimizer_settings
 from atmossl.commands.cost import estimate, resident_bytes, sample_batch
 from atmossl.composition import compose_with_tasks
 from atmossl.model.multiformer import Multiformer
@@ -61,10 +55,7 @@ from atmossl.training.throughput import flop_counter, model_flops
 from benchmarks.reference_step import PlainLoss, unfused
 from benchmarks.report import finish
 
-_FIELDS = {
-    "": "atmorep_temperature",
-    "_three_fields": "atmorep_three_fields",
-}
+_FIELDS = {"": "atmorep_temperature", "_three_fields": "atmorep_three_fields"}
 _SIZES = (
     "experiment=atmorep_temperature", "paths.output=unused", "data.batch_size=1",
     "model.dim=256", "model.num_layers=4", "model.num_decoder_layers=4", "model.num_heads=8",

@@ -14,12 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atmossl.batch import PRIMARY, Batch, StreamSpec, StreamWindow, collate_views
-from atmossl.build import (
-    apply_lora,
-    build_model,
-    build_objective,
-    optimizer_settings,
-)
+from atmossl.build import apply_lora, build_model, build_objective, optimizer_settings
 from atmossl.commands.common import plain
 from atmossl.data.store import entries_of, open_records, paired
 from atmossl.masking.views import make_views

@@ -127,10 +127,7 @@ def _record(
 
 
 def _check_store(
-    segments: Sequence[Segment],
-    specs: Sequence[StreamSpec],
-    settings: AtmoRepSettings,
-    data: str,
+    segments: Sequence[Segment], specs: Sequence[StreamSpec], settings: AtmoRepSettings, data: str
 ) -> None:
     """Raise ValueError if a store cannot give windows of the network, or says that its levels are
     pressures."""

@@ -385,8 +385,7 @@ def _open_icechunk(location: str, options: dict[str, Any]) -> OpenedStore:
     else:
         storage = icechunk.local_filesystem_storage(location)
     repository = icechunk.Repository.open(
-        storage,
-        authorize_virtual_chunk_access=icechunk.containers_credentials(elsewhere) or None,
+        storage, authorize_virtual_chunk_access=icechunk.containers_credentials(elsewhere) or None
     )
     session = repository.readonly_session(**version or {"branch": "main"})
     return _with_group(session.store)

@@ -298,11 +298,7 @@ def _make_arrays(group: zarr.Group, segment: Segment, scheme: Slots, piece: Piec
 
 
 def _write_piece(
-    group: zarr.Group,
-    segments: Sequence[Segment],
-    scheme: Slots,
-    piece: Piece,
-    memory_bytes: int,
+    group: zarr.Group, segments: Sequence[Segment], scheme: Slots, piece: Piece, memory_bytes: int
 ) -> None:
     levels = segments[0].levels_of(piece.variable)[slice(*piece.levels)]
     shape = (int(np.prod(piece.shape)), len(levels), *segments[0].grid.shape)

@@ -32,9 +32,7 @@ NO_TRANSFORMS: Transforms = MappingProxyType({})
 
 
 def fingerprint(
-    segments: Sequence[Segment],
-    transforms: Transforms = NO_TRANSFORMS,
-    steps: Sequence[int] = (),
+    segments: Sequence[Segment], transforms: Transforms = NO_TRANSFORMS, steps: Sequence[int] = ()
 ) -> str:
     """A hash of the state of the data: period, grid, variables, levels, encoding, the first, middle
     and last fields of every segment, the checksums of `atmossl data ingest` where the store has

@@ -146,10 +146,7 @@ class Messages:
 
 
 def open_grib(
-    file: str,
-    filters: Mapping[str, Any],
-    canonical_name: Callable[[str], str | None],
-    tell: Tell,
+    file: str, filters: Mapping[str, Any], canonical_name: Callable[[str], str | None], tell: Tell
 ) -> tuple[list[xr.Dataset], list[str]]:
     """A lazy dataset of every variable that is wanted, and the names of all in the file.
 

@@ -36,11 +36,7 @@ from atmossl.data.backends import OpenedStore, is_missing, open_store
 from atmossl.data.catalog import CatalogEntry, Gaps, Split, catalog_entry, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.forcings import FORCINGS, ComputedChunks
-from atmossl.data.metadata import (
-    REGRID,
-    check_statements,
-    hpa_per_unit,
-)
+from atmossl.data.metadata import REGRID, check_statements, hpa_per_unit
 from atmossl.data.segment import HOUR, DataSource, Segment, StoredVariable
 from atmossl.data.variables import check_units
 from atmossl.geometry import Grid, Nesting, ascending_longitudes

@@ -75,18 +75,10 @@ VARIABLES: dict[str, Variable] = {
         (8e4, 1.15e5),
     ),
     "10m_u_component_of_wind": Variable(
-        "m s-1",
-        "eastward_wind",
-        "10 metre U wind component",
-        ("m s**-1", "m/s"),
-        (-150.0, 150.0),
+        "m s-1", "eastward_wind", "10 metre U wind component", ("m s**-1", "m/s"), (-150.0, 150.0)
     ),
     "10m_v_component_of_wind": Variable(
-        "m s-1",
-        "northward_wind",
-        "10 metre V wind component",
-        ("m s**-1", "m/s"),
-        (-150.0, 150.0),
+        "m s-1", "northward_wind", "10 metre V wind component", ("m s**-1", "m/s"), (-150.0, 150.0)
     ),
 }
 

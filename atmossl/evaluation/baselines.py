@@ -107,9 +107,7 @@ def climatology_at(monthly: xr.Dataset, times: xr.DataArray | np.ndarray) -> xr.
 
 
 def climatology_forecast(
-    monthly: xr.Dataset,
-    init_time: xr.DataArray | np.ndarray,
-    lead_time: xr.DataArray | np.ndarray,
+    monthly: xr.Dataset, init_time: xr.DataArray | np.ndarray, lead_time: xr.DataArray | np.ndarray
 ) -> xr.Dataset:
     """The climatology of every valid time, dims (init_time, lead_time, ...)."""
     init, lead = as_times(init_time, "init_time"), as_times(lead_time, "lead_time")

@@ -85,11 +85,7 @@ class Reliability:
         nearest = (probability * last).round()
         number = _axis("bin", last + 1)
         chosen = (nearest == number).where(case.valid)
-        fields = {
-            "share": chosen,
-            "forecast": chosen * probability,
-            "observed": chosen * happens,
-        }
+        fields = {"share": chosen, "forecast": chosen * probability, "observed": chosen * happens}
         means = {name: weighted_mean(x, weights.variable) for name, x in fields.items()}
         return xr.Dataset(means, {"bin": number})
 

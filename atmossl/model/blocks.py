@@ -35,8 +35,7 @@ def rotation(phase: Float[Tensor, "batch token pair"]) -> Float[Tensor, "2 batch
 
 
 def rotate(
-    x: Float[Tensor, "batch head token feature"],
-    turn: Float[Tensor, "2 batch 1 token feature"],
+    x: Float[Tensor, "batch head token feature"], turn: Float[Tensor, "2 batch 1 token feature"]
 ) -> Float[Tensor, "batch head token feature"]:
     """Features turned by the token's phases; the two halves of the features are taken as pairs."""
     cos, sin = turn.to(x.dtype)

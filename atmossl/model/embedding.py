@@ -210,12 +210,7 @@ class Embedding(nn.Module):
             frames[numbers - step + (step + shift).clamp(0, num_times - 1)]
             for shift in range(-reach[0] * (1 + self.causal), (0 if self.causal else reach[0]) + 1)
         ]
-        padded = pad_edges(
-            torch.cat(around, dim=1),
-            reach[1],
-            reach[2],
-            periodic=grid.periodic,
-        )
+        padded = pad_edges(torch.cat(around, dim=1), reach[1], reach[2], periodic=grid.periodic)
         return from_frames(convolution(padded), chosen)
 
 

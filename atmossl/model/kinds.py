@@ -7,18 +7,9 @@ from typing import Any
 from atmossl.model.atmorep_network import AtmoRepNetwork
 from atmossl.model.multiformer import Multiformer
 from atmossl.model.network import Network
-from atmossl.settings import (
-    Part,
-    checked_keywords,
-    choose_part,
-    target_name,
-    with_defaults,
-)
+from atmossl.settings import Part, checked_keywords, choose_part, target_name, with_defaults
 
-NETWORKS: dict[str, type[Network]] = {
-    "multiformer": Multiformer,
-    "atmorep": AtmoRepNetwork,
-}
+NETWORKS: dict[str, type[Network]] = {"multiformer": Multiformer, "atmorep": AtmoRepNetwork}
 OF_THE_RUN = ("streams", "scales")  # keywords that are no part of the configuration
 
 

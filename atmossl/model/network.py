@@ -114,11 +114,7 @@ def from_frames(
 
 
 def pad_edges(
-    frames: Float[Tensor, "frame feature nlat nlon"],
-    lat: int,
-    lon: int,
-    *,
-    periodic: bool,
+    frames: Float[Tensor, "frame feature nlat nlon"], lat: int, lon: int, *, periodic: bool
 ) -> Float[Tensor, "frame feature padded_nlat padded_nlon"]:
     """Frames with neighbours for the tokens at the window's edges: across the circle where it
     closes, else the nearest token. Features that lie side by side in memory stay so, as

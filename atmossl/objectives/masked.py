@@ -146,9 +146,7 @@ class MaskedModelling(Objective):
 
 
 @torch.no_grad()
-def _sums_by_sample(
-    weighted: Sequence[tuple[Tensor, Tensor]],
-) -> Float[Tensor, "batch term two"]:
+def _sums_by_sample(weighted: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "batch term two"]:
     """The sum of weighted losses, and the sum of weights, of every sample and stream. weighted: of
     every stream, losses and weights [batch query patch].
 

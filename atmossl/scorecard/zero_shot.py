@@ -25,14 +25,7 @@ from atmossl.scorecard.baselines import Baselines, Setting, build_baselines
 from atmossl.scorecard.checks import check_baselines, check_records
 from atmossl.scorecard.other_models import UNCORRECTED, OtherModelBaselines, fitted_other_models
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
-from atmossl.scorecard.task_report import (
-    empty_tally,
-    example_of,
-    reported,
-    span,
-    valid_time,
-    when,
-)
+from atmossl.scorecard.task_report import empty_tally, example_of, reported, span, valid_time, when
 from atmossl.value_faults import listed
 
 _CHUNK_BYTES = 64 * 2**20

@@ -53,9 +53,7 @@ def make_loggers(
         keeps runs; by default MLFLOW_TRACKING_URI, or files in `folder/mlflow`.
     """
     title = name or folder.resolve().name
-    loggers: list[Logger] = [
-        CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1),
-    ]
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)]
     if tensorboard:
         loggers.append(
             TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)
@@ -101,12 +99,7 @@ def _with_one_slash(key: str) -> str:
 
 
 def _mlflow_logger(
-    folder: Path,
-    project: str,
-    title: str,
-    group: str | None,
-    tags: Sequence[str],
-    uri: str | None,
+    folder: Path, project: str, title: str, group: str | None, tags: Sequence[str], uri: str | None
 ) -> Logger:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
     if uri.startswith("file:"):

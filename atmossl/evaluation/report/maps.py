@@ -13,12 +13,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from atmossl.evaluation.regions import REGIONS, area_mean
 from atmossl.evaluation.report.content import Example, Given
-from atmossl.evaluation.report.figures import (
-    encoded,
-    pixels_of,
-    readable,
-    units_text,
-)
+from atmossl.evaluation.report.figures import encoded, pixels_of, readable, units_text
 from atmossl.evaluation.report.globe import Scale, draw_globe
 from atmossl.value_faults import listed
 

@@ -84,9 +84,7 @@ class Channels:
         return values.astype(np.float64)
 
     def unstack(
-        self,
-        values: Float[np.ndarray, "*batch channel lat lon"],
-        coords: Mapping[str, np.ndarray],
+        self, values: Float[np.ndarray, "*batch channel lat lon"], coords: Mapping[str, np.ndarray]
     ) -> xr.Dataset:
         """Dataset of float32; `coords` names the batch dims in order, then latitude, longitude."""
         batch_dims = [dim for dim in coords if dim not in ("latitude", "longitude")]

@@ -12,14 +12,7 @@ from pathlib import Path
 from benchmarks.hostile import comparing
 from benchmarks.hostile.inputs.rows import Place, Row, make_writable
 from benchmarks.hostile.processes import Ended, call
-from benchmarks.hostile.stores import (
-    AIR,
-    dataset,
-    evaluating,
-    predicting,
-    training,
-    write_catalog,
-)
+from benchmarks.hostile.stores import AIR, dataset, evaluating, predicting, training, write_catalog
 
 FIXTURES = Path("fix")
 STATS = ("data", "stats", *training(FIXTURES, "run")[1:])
