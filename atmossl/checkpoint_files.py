@@ -217,7 +217,7 @@ def in_one_line(error: BaseException) -> str:
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain values; the folder is made if it is not there."""
-    text = json.dumps({**values, _SEAL: _digest(values)}, indent=1)
+    text = json.dumps({**values, _SEAL: values_digest(values)}, indent=1)
     partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         try:
@@ -249,12 +249,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no names and values")
     seal = values.pop(_SEAL, None)
-    if seal is not None and seal != _digest(values):
+    if seal is not None and seal != values_digest(values):
         raise ValueError(f"{path} is damaged: its values are not those that were written")
     return values
 
 
-def _digest(values: Mapping[str, Any]) -> str:
+def values_digest(values: Any) -> str:
+    """The sha256 of plain values, whatever the order of their names."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -184,16 +184,14 @@ def _is_current(output: Path, segments: Sequence[Segment], now: str, force: bool
     if not output.exists():
         return False
     try:
-        written = zarr.open_group(output, mode="r").attrs.get("fingerprint")
+        written = str(zarr.open_group(output, mode="r").attrs["fingerprint"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{output} exists and is not a climatology; choose another output"
         ) from error
-    if written is None:
-        raise ValueError(f"{output} exists and is not a climatology; choose another output")
-    current = agree(str(written), now)
+    current = agree(written, now)
     if not current and not force:
-        raise ValueError(stale_message(output, segments, str(written), now))
+        raise ValueError(stale_message(output, segments, written, now))
     return current
 
 

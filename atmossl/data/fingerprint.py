@@ -18,6 +18,7 @@ import zarr
 from zarr.abc.store import Store
 from zarr.core.sync import sync
 
+from atmossl.checkpoint_files import values_digest
 from atmossl.data.backends import REFERENCES
 from atmossl.data.chunks import zarr_array_of
 from atmossl.data.forcings import FORCINGS
@@ -229,7 +230,7 @@ def checksums_around(store: Path, *, consolidated: bool) -> dict[str, str]:
     group = zarr.open_group(store, mode="r", use_consolidated=None if consolidated else False)
     notes = {key: noted(group.attrs, key) for key in ("checksums", "missing")}
     written = {key: group.attrs[key] for key in _WRITTEN if key in group.attrs}
-    checksums = {_STORE: _hash([notes, written])}
+    checksums = {_STORE: values_digest([notes, written])}
     variables = {note.rpartition("-")[0] for note in notes["checksums"]}
     for name, array in group.arrays():
         checksums[name] = _array_checksum(array, with_values=name not in variables)
@@ -265,11 +266,7 @@ def _array_checksum(array: zarr.Array, *, with_values: bool) -> str:
     if with_values:
         values = np.ascontiguousarray(np.asarray(array[...]))
         content.append(hashlib.sha256(values.tobytes()).hexdigest())
-    return _hash(content)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return values_digest(content)
 
 
 # What the inputs of an ingest were, so that one that was stopped does not go on with others.

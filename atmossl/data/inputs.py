@@ -39,14 +39,13 @@ from atmossl.data.metadata import (
 )
 from atmossl.data.store import COORDINATES, MODEL_LEVELS, check_model_levels, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units, conversion
-from atmossl.geometry import ascending_longitudes
+from atmossl.geometry import TOLERANCE_DEG, ascending_longitudes
 from atmossl.value_faults import as_written, listed
 
 # Files that are joined, and variables of one file, must not contradict each other: what is
 # there twice is refused, as joining would keep the first without a word.
 
 _DECIMALS = 3  # of degrees and hPa that make two coordinates differ
-_TOLERANCE_DEG = 1e-3
 _AXES = ("level", "latitude", "longitude")
 
 
@@ -87,7 +86,7 @@ def check_one_grid(arrays: Mapping[str, xr.DataArray], file: str) -> dict[str, x
     for name, array in arrays.items():
         for axis in ("latitude", "longitude"):
             usual, cells = first[axis].values, array[axis].values
-            if usual.shape != cells.shape or np.abs(usual - cells).max() > _TOLERANCE_DEG:
+            if usual.shape != cells.shape or np.abs(usual - cells).max() > TOLERANCE_DEG:
                 raise ValueError(
                     f"input {file}: {first_name} and {name} lie on different cells: {_axis(usual)} "
                     f"and {_axis(cells)} of {axis}; ingest them apart, with variables"

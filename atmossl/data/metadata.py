@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 
 from atmossl.data.variables import SHORT_NAMES, VARIABLES
+from atmossl.geometry import TOLERANCE_DEG
 from atmossl.value_faults import listed
 
 HPA_PER_UNIT = {
@@ -37,7 +38,6 @@ _G = 9.80665  # m s-2, the standard value that defines geopotential height
 _METRES = {"gpm": 1.0, "m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0}
 _METRES |= {"gpdm": 10.0, "dagpm": 10.0, "dam": 10.0, "gpkm": 1000.0, "km": 1000.0}
 _NOTHING = ("", "unknown", "none", "-", "~", "n/a", "nan", "undefined")
-_TOLERANCE_DEG = 1e-3
 
 _ALSO_CALLED: dict[str, tuple[str, ...]] = {
     "temperature": ("temperature",),
@@ -354,7 +354,7 @@ def _check_grid_mapping(variable: str, array: xr.DataArray, whole: xr.Dataset, w
     for mapping in mappings:
         kind = says(mapping.attrs, "grid_mapping_name")
         meridian = float(mapping.attrs.get("longitude_of_prime_meridian", 0.0))
-        if kind not in ("", "latitude_longitude") or abs(meridian) > _TOLERANCE_DEG:
+        if kind not in ("", "latitude_longitude") or abs(meridian) > TOLERANCE_DEG:
             zero = f", longitudes from {meridian:g} degrees east" if meridian else ""
             raise ValueError(
                 f"{where}: {variable} has the grid mapping {mapping.name} "
@@ -386,7 +386,7 @@ def _check_degrees(axis: str, towards: str, array: xr.DataArray, where: str) -> 
             apart = np.abs(beside - coordinate).values
             if axis == "longitude":
                 apart = np.minimum(apart % 360.0, -apart % 360.0)
-            if np.nanmax(apart) > _TOLERANCE_DEG:
+            if np.nanmax(apart) > TOLERANCE_DEG:
                 raise ValueError(
                     f"{where}: {name} gives every cell a {axis} of its own, which differs from the "
                     f"values along the {axis} dimension. {REGRID}"

@@ -421,14 +421,17 @@ class Segment:
             place=partial(self._place, start, count),
         )
 
-    def _place(self, start: int, count: int) -> str:
+    def _between(self, start: int, count: int) -> str:
         first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
-        return f"{self.location} between {first} and {last}"
+        return f"between {first} and {last}"
+
+    def _place(self, start: int, count: int) -> str:
+        return f"{self.location} {self._between(start, count)}"
 
     def missing_message(self, variable: str, start: int, count: int) -> str:
-        first, last = (self.calendar.show(self.times[n]) for n in (start, start + count - 1))
+        between = self._between(start, count)
         return (
-            f"{self.location}: {variable} has missing values between {first} and {last}, which are "
+            f"{self.location}: {variable} has missing values {between}, which are "
             "marked as such or lie in chunks that are not in the store; fill them, or choose "
             "another period. A training takes them with missing=mask of the stream; a prediction "
             "fills them with an inpainting of missing=true, alone or as a part of task=combined"

@@ -154,7 +154,8 @@ def segment_sums(
         before = values[:, 0] if ahead else None
         block = RunningSums.of(values[:, ahead:], segment.grid.weights, before)
         sums = block if sums is None else sums.merged(block)
-        _save(partial, {"done": start + count, "moments": sums.to_dict()})
+        if partial is not None:
+            write_sealed(partial, {"done": start + count, "moments": sums.to_dict()})
     assert sums is not None, f"segment {segment.name} has no steps"
     return sums
 
@@ -167,12 +168,6 @@ def _resume(partial: Path | None) -> tuple[RunningSums | None, int]:
         return RunningSums.from_dict(state["moments"]), int(state["done"])
     except (ValueError, KeyError, TypeError):  # damaged: it is only work that is done again
         return None, 0
-
-
-def _save(partial: Path | None, state: dict) -> None:
-    if partial is None:
-        return
-    write_sealed(partial, state)
 
 
 def pooled(sums: Sequence[RunningSums]) -> RunningSums:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from atmossl.evaluation.regions import weighted_mean
 from atmossl.evaluation.scores import Case, PointwiseMean, unlabelled
+from atmossl.geometry import closes_circle
 
 _NUM_BINS = 10
 
@@ -113,10 +114,7 @@ class ZonalSpectrum:
     name: str = "zonal_spectrum"
 
     def applies(self, case: Case) -> bool:
-        longitude = case.truth["longitude"].to_numpy()
-        spacing = longitude[1] - longitude[0]
-        closed = abs(len(longitude) * spacing - 360.0) < 1e-3 * len(longitude)
-        return closed and bool(case.whole.any())
+        return closes_circle(case.truth["longitude"].to_numpy()) and bool(case.whole.any())
 
     def per_time(self, case: Case, weights: xr.DataArray) -> xr.Dataset:
         area = weights.variable

@@ -12,9 +12,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-from atmossl.geometry import Grid, latitude_edges
+from atmossl.geometry import TOLERANCE_DEG, Grid, latitude_edges
 
-_TOLERANCE_DEG = 1e-3
 _VECTOR_COMPONENTS = ("u_component_of_", "v_component_of_")
 
 
@@ -74,10 +73,10 @@ class Halo:
     def _crosses(self, end: int) -> bool:
         edge = latitude_edges(self.grid.latitude)[end]
         num_lon = self.grid.shape[1]
-        return abs(abs(edge) - 90.0) < _TOLERANCE_DEG and self.grid.periodic and num_lon % 2 == 0
+        return abs(abs(edge) - 90.0) < TOLERANCE_DEG and self.grid.periodic and num_lon % 2 == 0
 
     def _on_pole(self, end: int) -> int:
-        return int(abs(abs(self.grid.latitude[end]) - 90.0) < _TOLERANCE_DEG)
+        return int(abs(abs(self.grid.latitude[end]) - 90.0) < TOLERANCE_DEG)
 
     def _beyond(self, end: int) -> np.ndarray:
         """Indices of the rows that lie beyond an end, nearest first."""

@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from atmossl.model.blocks import merge_heads
 from atmossl.model.network import Linear, linear
 
 
@@ -169,7 +170,7 @@ class FieldAttention(nn.Module):
         self, x: Float[Tensor, "batch token width"], other_fields: list[Tensor]
     ) -> Float[Tensor, "batch token width"]:
         parts = self.projected(x, other_fields)
-        attended = [_merged(F.scaled_dot_product_attention(*part)) for part in parts]
+        attended = [merge_heads(F.scaled_dot_product_attention(*part)) for part in parts]
         return x + self.out(torch.cat(attended, dim=-1))
 
     def projected(
@@ -231,7 +232,7 @@ class DecoderAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = self.query_norm(query), self.key_norm(key)
-        return _merged(F.scaled_dot_product_attention(query, key, value))
+        return merge_heads(F.scaled_dot_product_attention(query, key, value))
 
 
 class Tail(nn.Module):
@@ -421,7 +422,3 @@ def _heads(x: Tensor, kinds: int, num_heads: int) -> list[Tensor]:
         head=num_heads, kind=kinds,
     )  # fmt: skip
     return list(split)
-
-
-def _merged(x: Tensor) -> Tensor:
-    return rearrange(x, "batch head token feature -> batch token (head feature)")

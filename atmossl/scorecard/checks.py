@@ -47,8 +47,7 @@ def check_rain(training: Segment) -> None:
 
 
 def check_baselines(setting: Setting, name: str, training: Sequence[Segment]) -> None:
-    """Raise ValueError if a task's baselines cannot be computed from the training record. name: of
-    the task, for messages.
+    """Raise ValueError if a task's baselines cannot be computed from the training record.
 
     name: of the task, for messages.
     """

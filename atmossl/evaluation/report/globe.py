@@ -18,7 +18,7 @@ from matplotlib.colors import FuncNorm, Normalize
 from matplotlib.patches import Polygon
 
 from atmossl.coastlines import coastlines
-from atmossl.geometry import ascending_longitudes, degrees_east_of, latitude_edges
+from atmossl.geometry import ascending_longitudes, closes_circle, degrees_east_of, latitude_edges
 
 _EDGE = 179.999  # a longitude of 180 could end up on either side
 _ROWS = 96
@@ -115,7 +115,7 @@ def _seam_at_date_line(longitude: np.ndarray, values: np.ndarray) -> tuple[np.nd
     """
     spacing = (longitude[-1] - longitude[0]) / (len(longitude) - 1)
     west = longitude[0] - spacing / 2
-    if abs(len(longitude) * spacing - 360.0) > 0.01 * spacing:
+    if not closes_circle(longitude):
         west = degrees_east_of(0.0, west)
         return west + spacing * np.arange(len(longitude) + 1), values
     first = int(np.ceil((180.0 + west) / spacing - 1e-6)) % len(longitude)
