@@ -86,7 +86,12 @@ def _points(centre: Tensor, extent: Tensor, count: int) -> Tensor:
     return (centre[:, None] + offset).flatten()
 
 
-def own_factor(layout: TokenLayout, layouts: tuple[TokenLayout, ...], factor: int) -> int:
+# Of all streams of one window, in the order of the streams.
+TokenLayouts = tuple[TokenLayout, ...]
+StreamMasks = tuple[StreamMask, ...]
+
+
+def own_factor(layout: TokenLayout, layouts: TokenLayouts, factor: int) -> int:
     """How many cells of a stream lie along one coarse cell, which is `factor` cells of the run's
     own data; 1 if the stream's cells are as large or larger.
 
@@ -121,16 +126,14 @@ def coarse_mask(corruption: Tensor, factor: int, noise_std: float = 1.0) -> Stre
 class MaskingSampler(Protocol):
     """Draws masks and corruptions. A pure function of the token grids and a generator."""
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         """Draw one mask per stream of one window."""
         ...
 
 
 def draw_masks(
-    sampler: MaskingSampler, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-) -> tuple[StreamMask, ...]:
+    sampler: MaskingSampler, layouts: TokenLayouts, rng: np.random.Generator
+) -> StreamMasks:
     """The masks that a sampler draws for the streams of a window.
 
     Raises:
@@ -177,9 +180,7 @@ def _class_of(value: object) -> str:
     return "nothing" if value is None else f"an object of the class {type(value).__qualname__}"
 
 
-def hide_nothing(
-    layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-) -> tuple[StreamMask, ...]:
+def hide_nothing(layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
     """The masking sampler of a view that shows everything."""
     del rng
     return tuple(layout.nothing_hidden() for layout in layouts)
@@ -212,20 +213,18 @@ def steps_of(key: str, hours: float, step_hours: float) -> int:
     return count
 
 
-def step_hours_of(layouts: tuple[TokenLayout, ...]) -> float:
+def step_hours_of(layouts: TokenLayouts) -> float:
     """The hours between the steps of a window; if streams differ, of the finest one."""
     return min(layout.step_hours for layout in layouts)
 
 
-def window_times(layouts: tuple[TokenLayout, ...]) -> Tensor:
+def window_times(layouts: TokenLayouts) -> Tensor:
     """The times [step] of the window's points, in hours since 1970."""
     finest = min(layouts, key=lambda layout: layout.step_hours)
     return finest.point_times().flatten()
 
 
-def hide_times(
-    layouts: tuple[TokenLayout, ...], first_hour: float, last_hour: float
-) -> tuple[StreamMask, ...]:
+def hide_times(layouts: TokenLayouts, first_hour: float, last_hour: float) -> StreamMasks:
     """Mask every token whose points all lie in [first_hour, last_hour], hours since 1970.
 
     Raises:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 
-from atmossl.batch import StreamMask, StreamWindow
+from atmossl.batch import StreamWindow
 from atmossl.geometry import Grid
-from atmossl.masking.base import TokenLayout, points_of
+from atmossl.masking.base import StreamMasks, TokenLayouts, points_of
 from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
 from atmossl.model_levels import standard_pressure
 from atmossl.settings import Positive, SignedHours
@@ -110,7 +110,7 @@ class Combined(Task):
             return None
         return f"what a union of {listed(kinds)} hides differs from step to step; score its parts"
 
-    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
+    def hidden_points(self, layouts: TokenLayouts) -> tuple[Points, ...] | None:
         points_of_parts = [part.hidden_points(layouts) for part in self.parts]
         if all(points is None for points in points_of_parts):
             return None
@@ -123,9 +123,7 @@ class Combined(Task):
         ]
         return tuple(reduce(torch.logical_or, streams) for streams in zip(*whole, strict=True))
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         return union([part(layouts, rng) for part in self.parts], layouts)
 
     def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
@@ -227,15 +225,13 @@ class Counterfactual(Task):
     def why_unscored(self) -> str | None:
         return self.task.why_unscored()
 
-    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
+    def hidden_points(self, layouts: TokenLayouts) -> tuple[Points, ...] | None:
         return self.task.hidden_points(self._true(layouts))
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         return self.task(self._true(layouts), rng)
 
-    def _true(self, layouts: tuple[TokenLayout, ...]) -> tuple[TokenLayout, ...]:
+    def _true(self, layouts: TokenLayouts) -> TokenLayouts:
         """The token layouts with their true dates and places, to which regions of the task
         refer."""
         return tuple(

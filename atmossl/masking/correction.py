@@ -11,7 +11,7 @@ import numpy as np
 
 from atmossl.batch import Corruption, StreamMask, StreamSpec
 from atmossl.geometry import Grid
-from atmossl.masking.base import TokenLayout
+from atmossl.masking.base import StreamMasks, TokenLayouts
 from atmossl.masking.cells import other_models
 from atmossl.masking.tasks import Task, TimePlan, given_steps
 
@@ -35,9 +35,7 @@ class Correction(Task):
         start = given_steps(plan, step_hours)
         return f"{start} of another model, up to the date. Predicted: the analysis of the date."
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         check_other_model([layout.spec for layout in layouts], "task=correction")
         masks = []
         for layout in layouts:

@@ -16,7 +16,9 @@ from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
 from atmossl.geometry import TOLERANCE_DEG, Grid, nearest_cells, within_longitudes
 from atmossl.masking.base import (
     Points,
+    StreamMasks,
     TokenLayout,
+    TokenLayouts,
     mask_of_points,
     points_of,
     step_hours_of,
@@ -194,7 +196,7 @@ class Inpainting(Task):
         for region in self.regions:
             region.check(grid)
 
-    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...]:
+    def hidden_points(self, layouts: TokenLayouts) -> tuple[Points, ...]:
         hidden = tuple(
             self._hidden(layout, step_hours_of(layouts))
             if layout.spec.role == "predict"
@@ -241,9 +243,7 @@ class Inpainting(Task):
         where = steps[:, None, None] & torch.from_numpy(cells)
         return repeat(where, "time lat lon -> level time lat lon", level=layout.spec.num_levels)
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         return tuple(
             mask_of_points(hidden, layout.spec)
             for hidden, layout in zip(self.hidden_points(layouts), layouts, strict=True)
@@ -323,9 +323,7 @@ class CrossVariable(Task):
             )
         return tokens.all(dim=1) & all(inside)
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         self._check([layout.spec for layout in layouts])
         masks = []
         for layout in layouts:

@@ -10,7 +10,9 @@ import torch
 from atmossl.batch import Corruption, StreamMask
 from atmossl.masking.base import (
     MaskingSampler,
+    StreamMasks,
     TokenLayout,
+    TokenLayouts,
     coarse_mask,
     draw_masks,
     hide_times,
@@ -80,9 +82,7 @@ class RandomMasking:
         if abs(total - 1.0) > 1e-6 or min(self.fractions.values()) < 0:
             raise ValueError(f"masking.fractions must be positive and sum to 1, got {total:g}")
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         common = _common("masking.synced", _token_counts(layouts)) if self.synced else None
         score = rng.random(common) if common else None
         shared_rate = rng.uniform(*self.rate)
@@ -102,7 +102,7 @@ class RandomMasking:
         )
 
     def _mask(
-        self, layout: TokenLayout, layouts: tuple[TokenLayout, ...], corruption: np.ndarray
+        self, layout: TokenLayout, layouts: TokenLayouts, corruption: np.ndarray
     ) -> StreamMask:
         if layout.spec.role != "predict":
             return layout.nothing_hidden()
@@ -134,10 +134,7 @@ class RandomMasking:
                 values[level] = int(Corruption.MASK)
 
     def _hide_one_stream(
-        self,
-        corruptions: list[np.ndarray],
-        layouts: tuple[TokenLayout, ...],
-        rng: np.random.Generator,
+        self, corruptions: list[np.ndarray], layouts: TokenLayouts, rng: np.random.Generator
     ) -> None:
         hide, choice = rng.random() < self.hide_stream, rng.random()
         predicted = {x.spec.name: i for i, x in enumerate(layouts) if x.spec.role == "predict"}
@@ -151,7 +148,7 @@ class RandomMasking:
             corruptions[predicted[names[int(choice * len(names))]]][:] = int(Corruption.MASK)
 
 
-def _token_counts(layouts: tuple[TokenLayout, ...]) -> dict[str, tuple[int, ...]]:
+def _token_counts(layouts: TokenLayouts) -> dict[str, tuple[int, ...]]:
     """The number of tokens along [level time lat lon] of every predicted stream."""
     return {x.spec.name: x.grid.shape for x in layouts if x.spec.role == "predict"}
 
@@ -216,9 +213,7 @@ class BlockMasking:
         if self.cells and self.corruption != "mask":
             raise ValueError("masking.corruption=drop takes whole tokens: masking.cells=false")
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         predicted = [layout for layout in layouts if layout.spec.role == "predict"]
         boxes = []
         for _ in range(self.num_blocks):
@@ -295,9 +290,7 @@ class TimeBlockMasking:
                 f"masking.hidden_steps={as_written([low, high])} must be 1 <= low <= high"
             )
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         coarsest = max(layouts, key=lambda layout: float(layout.grid.time_extent))
         num_steps = coarsest.grid.shape[1]
         low, high = (min(bound, num_steps - 1) for bound in self.hidden_steps)
@@ -330,9 +323,7 @@ class SplitBrain:
 
     first: Sequence[str] = ()
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         predicted = [layout.spec.name for layout in layouts if layout.spec.role == "predict"]
         first = set(self.first or predicted[: len(predicted) // 2])
         if not first < set(predicted):
@@ -359,9 +350,7 @@ class Autoregression:
 
     context_steps: Positive = 1
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         masks = []
         for layout in layouts:
             mask, num_steps = layout.nothing_hidden(), layout.grid.shape[1]
@@ -410,9 +399,7 @@ class Mixture:
                 "to 1"
             )
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         choice = int(rng.choice(len(self.samplers), p=list(self.probabilities)))
         masks = draw_masks(self.samplers[choice], layouts, rng)
         return tuple(replace(mask, kind=choice) for mask in masks)

@@ -23,7 +23,9 @@ from atmossl.geometry import Grid
 from atmossl.masking.base import (
     TOLERANCE_HOURS,
     Points,
+    StreamMasks,
     TokenLayout,
+    TokenLayouts,
     coarse_mask,
     hide_times,
     own_factor,
@@ -146,9 +148,7 @@ class Task:
         apart."""
         raise NotImplementedError
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         raise NotImplementedError
 
     def check(self, grid: Grid) -> None:
@@ -164,7 +164,7 @@ class Task:
         a task that treats all cells alike."""
         del grid
 
-    def hidden_points(self, layouts: tuple[TokenLayout, ...]) -> tuple[Points, ...] | None:
+    def hidden_points(self, layouts: TokenLayouts) -> tuple[Points, ...] | None:
         """The hidden points of every stream, for a task that hides parts of tokens."""
         del layouts
 
@@ -234,9 +234,7 @@ def check_examples(examples: int, num_steps: int) -> None:
         )
 
 
-def is_example(
-    layout: TokenLayout, layouts: tuple[TokenLayout, ...], examples: int
-) -> Bool[Tensor, "nt"]:
+def is_example(layout: TokenLayout, layouts: TokenLayouts, examples: int) -> Bool[Tensor, "nt"]:
     """Which tokens of a stream belong to the example steps before the window's middle one.
 
     Raises:
@@ -256,9 +254,7 @@ def is_example(
     return shown
 
 
-def union(
-    masks: Sequence[tuple[StreamMask, ...]], layouts: tuple[TokenLayout, ...]
-) -> tuple[StreamMask, ...]:
+def union(masks: Sequence[StreamMasks], layouts: TokenLayouts) -> StreamMasks:
     """The union of masks, per stream. A masked token stays masked where another mask would coarsen
     it. All masks of tasks that coarsen do so by one factor."""
     return tuple(
@@ -369,9 +365,7 @@ class Forecast(Task):
         start = given_steps(plan, step_hours)
         return f"{start} up to the init time. Predicted: the {self.lead_hours:g} h after it."
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         end, step = float(window_times(layouts)[-1]), step_hours_of(layouts)
         steps_of("task.lead_time", self.lead_hours, step)
         return hide_times(layouts, end - self.pass_hours + step, end)
@@ -402,9 +396,7 @@ class Hindcast(Task):
         start = given_steps(plan, step_hours)
         return f"{start} from the init time on. Predicted: the {self.lead_hours:g} h before it."
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         start, step = float(window_times(layouts)[0]), step_hours_of(layouts)
         steps_of("task.lead_time", self.lead_hours, step)
         return hide_times(layouts, start, start + self.lead_hours - step)
@@ -492,9 +484,7 @@ class TemporalInterpolation(Task):
             "steps that are known: hidden_time or steps"
         )
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         times = window_times(layouts)
         hidden = self._hidden(len(times), step_hours_of(layouts))
         runs = np.split(np.array(hidden), np.flatnonzero(np.diff(hidden) > 1) + 1)
@@ -572,15 +562,13 @@ class Downscaling(Task):
         check_examples(self.examples, num_steps)
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
 
-    def _corruption(self, layout: TokenLayout, layouts: tuple[TokenLayout, ...]) -> Tensor:
+    def _corruption(self, layout: TokenLayout, layouts: TokenLayouts) -> Tensor:
         corruption = torch.full(layout.grid.shape, int(Corruption.COARSEN))
         if self.examples:
             corruption[:, is_example(layout, layouts, self.examples)] = int(Corruption.VISIBLE)
         return corruption
 
-    def __call__(
-        self, layouts: tuple[TokenLayout, ...], rng: np.random.Generator
-    ) -> tuple[StreamMask, ...]:
+    def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         return tuple(
             coarse_mask(self._corruption(layout, layouts), own_factor(layout, layouts, self.factor))
             if layout.spec.role == "predict"
