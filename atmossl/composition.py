@@ -209,21 +209,23 @@ def valid(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     first so that an error comes before the command's libraries are imported."""
     from atmossl import schema
 
-    own = {key: value for key, value in values.items() if key != "hydra"}
-    _, listed = schema.checked(getattr(schema, kind), own)
-    return listed | {key: values[key] for key in values.keys() - own.keys()}
+    settings = {key: value for key, value in values.items() if key != "hydra"}
+    _, listed = schema.checked(getattr(schema, kind), settings)
+    return listed | {key: values[key] for key in values.keys() - settings.keys()}
 
 
 def compose_with_task_file(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Like `compose_config`, but `task=FILE.yaml` reads a task of the user's own, and
     `task={_target_: KIND, KEY: VALUE}` is one that takes no key of the default task."""
     tasks = [unquoted(str(Word.of(text).value)) for text in arguments if sets(text, "task")]
-    own = [task for task in tasks if task.endswith((".yaml", ".yml")) or task.startswith("{")]
-    if not own:
+    written_out = [
+        task for task in tasks if task.endswith((".yaml", ".yml")) or task.startswith("{")
+    ]
+    if not written_out:
         return compose_config(name, arguments)
     task_words = [a for a in arguments if a.startswith("task.")]
     rest = [a for a in arguments if a not in task_words and not sets(a, "task")]
-    task = _changed({"task": _own_task(own[-1])}, task_words)
+    task = _changed({"task": _own_task(written_out[-1])}, task_words)
     return compose_config(name, rest) | task
 
 

@@ -95,7 +95,7 @@ def measure(path: Path, count: int, per_time: int, seed: int) -> Times:
     reads = draws(segment, count, per_time, seed)
     for places in reads:
         read_windows(segment, SPECS, scale, WINDOW.time, places)
-    found: Times = {"peak_mib": [resident_bytes() / 2**20]}
+    times: Times = {"peak_mib": [resident_bytes() / 2**20]}
     floors = Floors(path).all()
     for number, places in enumerate(reads):
         chunks = touched(places)
@@ -107,17 +107,18 @@ def measure(path: Path, count: int, per_time: int, seed: int) -> Times:
         names = list(turns)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             wall, cpu = timed(turns[name])
-            found.setdefault(name, []).append(wall)
-            found.setdefault(f"{name}_cpu", []).append(cpu)
-    return found
+            times.setdefault(name, []).append(wall)
+            times.setdefault(f"{name}_cpu", []).append(cpu)
+    return times
 
 
-def fraction(found: Times, kind: str = "", loader: str = "loader") -> float:
+def fraction(times: Times, kind: str = "", loader: str = "loader") -> float:
     """Median over the reads of the fastest floor's time over the loader's; `_cpu`: of CPU seconds,
     which other programs on the machine hardly change."""
-    floors = zip(*(found[f"{name}{kind}"] for name in _FLOORS), strict=True)
+    floors = zip(*(times[f"{name}{kind}"] for name in _FLOORS), strict=True)
     return statistics.median(
-        min(floor) / own for floor, own in zip(floors, found[f"{loader}{kind}"], strict=True)
+        min(floor) / seconds
+        for floor, seconds in zip(floors, times[f"{loader}{kind}"], strict=True)
     )
 
 
@@ -309,13 +310,13 @@ def http_fraction(folder: Path, name: str, bytes_per_s: float) -> float:
 
 def one_process(short: Path, reads: int) -> Iterator[tuple[str, float]]:
     tell(f"one process, {reads} reads of one window and of 16")
-    one = in_fresh_process(measure, short, reads, 1, 0)
+    one_window = in_fresh_process(measure, short, reads, 1, 0)
     sixteen = in_fresh_process(measure, short, reads, 16, 0)
-    for name, found in (("one_window", one), ("16_windows", sixteen)):
-        yield f"floor_fraction_{name}_per_time", fraction(found)
-        yield f"floor_cpu_fraction_{name}_per_time", fraction(found, "_cpu")
-        yield f"floor_fraction_{name}_by_zarr", fraction(found, loader="loader_by_zarr")
-    seconds = {name: statistics.median(values) for name, values in one.items()}
+    for name, times in (("one_window", one_window), ("16_windows", sixteen)):
+        yield f"floor_fraction_{name}_per_time", fraction(times)
+        yield f"floor_cpu_fraction_{name}_per_time", fraction(times, "_cpu")
+        yield f"floor_fraction_{name}_by_zarr", fraction(times, loader="loader_by_zarr")
+    seconds = {name: statistics.median(values) for name, values in one_window.items()}
     yield "samples_per_s", 1 / seconds["loader"]
     yield "samples_per_s_16_windows_per_time", 16 / statistics.median(sixteen["loader"])
     yield "cpu_s_per_sample", seconds["loader_cpu"]
@@ -323,18 +324,18 @@ def one_process(short: Path, reads: int) -> Iterator[tuple[str, float]]:
     for name in _FLOORS:
         yield f"floor_seconds_{name}", seconds[name]
         yield f"floor_cpu_seconds_{name}", seconds[f"{name}_cpu"]
-    yield "peak_memory_mib", max(one["peak_mib"][0], sixteen["peak_mib"][0])
+    yield "peak_memory_mib", max(one_window["peak_mib"][0], sixteen["peak_mib"][0])
 
 
 def with_workers(short: Path, reads: int) -> Iterator[tuple[str, float]]:
     growth = []
     for name, per_time, count in (("one_window", 1, 2 * reads), ("16_windows", 16, reads)):
         tell(f"two workers, {_PASSES} passes of {count} reads, {per_time} per time")
-        found = two_workers(short, count, per_time)
-        yield f"floor_fraction_{name}_per_time_2_workers", found["floor"] / found["loader"]
-        rate = count * per_time / found["loader"]
+        times = two_workers(short, count, per_time)
+        yield f"floor_fraction_{name}_per_time_2_workers", times["floor"] / times["loader"]
+        rate = count * per_time / times["loader"]
         yield f"samples_per_s_{name}_per_time_2_workers", rate
-        growth.append(found["growth_mib"])
+        growth.append(times["growth_mib"])
     yield "worker_growth_mib", max(growth)
 
 
@@ -361,8 +362,8 @@ def figures(folder: Path, days: int, reads: int, rate: float) -> Iterator[tuple[
     yield "http_bandwidth_fraction", http_fraction(folder, "short.zarr", rate)
 
 
-def tell(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+def tell(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -374,8 +375,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
     settings = {"days": arguments.days, "reads": arguments.reads, "chunk": CHUNK}
     with tempfile.TemporaryDirectory() as folder:
-        found = figures(Path(folder), arguments.days, arguments.reads, arguments.http_rate)
-        rounded = {name: float(f"{value:.4g}") for name, value in found}
+        all_figures = figures(Path(folder), arguments.days, arguments.reads, arguments.http_rate)
+        rounded = {name: float(f"{value:.4g}") for name, value in all_figures}
     finish("data_loader", rounded | settings | {"http_bytes_per_s": arguments.http_rate})
 
 

@@ -57,7 +57,9 @@ def written_catalog(folder: Path) -> Path:
     entries = {}
     for name, runs in (("before", (0, 1)), *((target, (2, 3)) for target in TARGETS)):
         splits = {"train": runs, "validation": (4,), "test": (5,)}
-        of_split = {key: [{"segment": f"run_{n}"} for n in own] for key, own in splits.items()}
+        of_split = {
+            key: [{"segment": f"run_{n}"} for n in numbers] for key, numbers in splits.items()
+        }
         entries[name] = {**whole, "splits": of_split}
     coarse = {}
     for split in ("train", "validation", "test"):
@@ -76,10 +78,10 @@ def fields_of(
     """All fields of a split in memory, by the segment's name."""
     entry = catalog_entry(name, catalog)
     segments = open_split(entry, split, variables=list(entry.variables), levels=entry.levels)  # pyright: ignore[reportArgumentType]
-    found = {}
+    datasets = {}
     for segment in segments:
         dims = ("level", "time", "latitude", "longitude")
-        found[segment.name] = xr.Dataset(
+        datasets[segment.name] = xr.Dataset(
             {
                 variable: (dims, segment.read(variable, segment.levels, 0, len(segment.times),
                                               segment.whole()))
@@ -88,7 +90,7 @@ def fields_of(
             {"level": list(segment.levels), "time": segment.times.astype("datetime64[ns]"),
              "latitude": segment.grid.latitude, "longitude": segment.grid.longitude},
         )  # fmt: skip
-    return found
+    return datasets
 
 
 def trained(output: Path, data: str, catalog: Path, steps: int, *more: str) -> Path:
@@ -156,18 +158,18 @@ def of_target(
     """Errors of every kind and fraction."""
     folder, (truth,) = catalog.parent, fields_of("test", target, catalog).values()
     names = [UNSEEN] if target == "variable" else [v for v in truth.data_vars if v != UNSEEN]
-    found: dict[tuple[float, str], np.ndarray] = {}
+    errors: dict[tuple[float, str], np.ndarray] = {}
     for fraction in sorted({*fractions, 1.0}):
         for kind, words in KINDS.items():
             if (target, kind) == ("variable", "low_rank"):
                 continue
-            more = (f"data.fraction={fraction:g}", f"warm_start.checkpoints=[{start}]", *words,
+            settings = (f"data.fraction={fraction:g}", f"warm_start.checkpoints=[{start}]", *words,
                     "masking=causal", "masking.hidden_steps=[1,1]")  # fmt: skip
             output = folder / f"{target}_{kind}_{fraction:g}"
-            best = trained(output, target, catalog, steps, *more)
-            found[fraction, kind] = losses(best, truth, [str(name) for name in names])
-    scratch, table = found[1.0, "scratch"], {}
-    for (fraction, kind), loss in found.items():
+            best = trained(output, target, catalog, steps, *settings)
+            errors[fraction, kind] = losses(best, truth, [str(name) for name in names])
+    scratch, table = errors[1.0, "scratch"], {}
+    for (fraction, kind), loss in errors.items():
         row = table.setdefault(f"{fraction:g}", {"samples": num_samples(fraction)})
         row[kind] = {
             "rmse_over_persistence": ratio(loss, np.ones_like(loss)),

@@ -122,24 +122,24 @@ def answer(words: tuple[str, ...], folder: Path) -> tuple[int, float, str]:
     program = "import sys; from atmossl.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "300", "ATMOSSL_CACHE": f"{folder}/cache"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", program, *words],
         cwd=folder, capture_output=True, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.returncode, seconds, done.stdout + done.stderr
+    return finished.returncode, seconds, finished.stdout + finished.stderr
 
 
 def walk(folder: Path) -> dict[str, object]:
     """The commands in turn; the benchmark ends where one of them does not work."""
     seconds = {}
     for words, shorter in WALK:
-        code, taken, said = answer((*words, *shorter), folder)
-        print(f"{' '.join(words):100} {taken:6.1f} s")
+        code, duration, output = answer((*words, *shorter), folder)
+        print(f"{' '.join(words):100} {duration:6.1f} s")
         if code:
-            raise SystemExit(f"{' '.join(words)}: exit code {code}\n{said}")
-        seconds[" ".join(words[:2]) if words[0] == "data" else words[0]] = round(taken, 1)
+            raise SystemExit(f"{' '.join(words)}: exit code {code}\n{output}")
+        seconds[" ".join(words[:2]) if words[0] == "data" else words[0]] = round(duration, 1)
     keys = [word for words, _ in WALK for word in words if "=" in word]
     return {"commands": INSTALLING + len(WALK), "keys": len(keys), "seconds_walk": seconds}
 
@@ -152,14 +152,14 @@ def main() -> None:
         figures = walk(folder)
         all_seconds, unclear = {}, {}
         for mistake in MISTAKES:
-            code, taken, said = answer(mistake.words, folder)
+            code, duration, output = answer(mistake.words, folder)
             command = " ".join(mistake.words)
-            clear = code == 2 and "Traceback" not in said
-            clear = clear and all(re.search(text, said) for text in mistake[1:])
-            print(f"{command:90} {taken:5.1f} s  {'' if clear else 'UNCLEAR: ' + said[-300:]}")
-            all_seconds[command] = round(taken, 2)
+            clear = code == 2 and "Traceback" not in output
+            clear = clear and all(re.search(text, output) for text in mistake[1:])
+            print(f"{command:90} {duration:5.1f} s  {'' if clear else 'UNCLEAR: ' + output[-300:]}")
+            all_seconds[command] = round(duration, 2)
             if not clear:
-                unclear[command] = " ".join(said.split())[-200:]
+                unclear[command] = " ".join(output.split())[-200:]
     figures |= {
         "mistakes": len(MISTAKES),
         "clear": len(MISTAKES) - len(unclear),

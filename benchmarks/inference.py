@@ -100,8 +100,10 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help="one run in this process")
     arguments = parser.parse_args()
     if arguments.one:
-        found = one_run(arguments.checkpoint, arguments.task, arguments.dates, arguments.batch_size)
-        print(json.dumps(found))
+        figures = one_run(
+            arguments.checkpoint, arguments.task, arguments.dates, arguments.batch_size
+        )
+        print(json.dumps(figures))
         return
     few, many = (in_process(arguments, arguments.dates * factor) for factor in (1, 10))
     finish(

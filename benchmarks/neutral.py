@@ -115,21 +115,22 @@ def processor_of(machine: Mapping[str, str]) -> str:
     return f"{machine['processor'].partition(',')[0]}, {machine['vector_units']}"
 
 
-def kept_for(here: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, Any]:
+def kept_for(this_machine: Mapping[str, str], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The digests that are kept for this machine.
 
     Raises:
         SystemExit: there are none, or those of other versions; says what to do.
     """
-    processor = processor_of(here)
-    figures = kept.get(processor)
-    if figures is not None and figures["machine"] == here:
+    processor = processor_of(this_machine)
+    figures = stored.get(processor)
+    if figures is not None and figures["machine"] == this_machine:
         return figures
-    others = ", ".join(kept) or "none"
+    others = ", ".join(stored) or "none"
     fault = (
         f"no digests are kept for the processor {processor} (kept: {others})"
         if figures is None
-        else f"the digests kept for {processor} are of {figures['machine']}, this is {dict(here)}"
+        else f"the digests kept for {processor} are of {figures['machine']}, this machine is "
+        f"{dict(this_machine)}"
     )
     raise SystemExit(
         f"{fault}. To compare a change all the same: git worktree add ../before main, then "
@@ -142,17 +143,21 @@ def kept_for(here: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, Any]
 def measured_in(worktree: Path) -> dict[str, Any]:
     """The same by the code of another worktree, with this process's packages."""
     command = [sys.executable, "-m", "benchmarks.neutral", "--print"]
-    done = subprocess.run(
+    finished = subprocess.run(
         command, cwd=worktree, stdout=subprocess.PIPE, text=True, check=True, env=one_thread()
     )
-    return json.loads(done.stdout.splitlines()[-1])["figures"]
+    return json.loads(finished.stdout.splitlines()[-1])["figures"]
 
 
 def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Names of the digests that are not what they were, on one machine."""
     assert now["machine"] == before["machine"], (now["machine"], before["machine"])
-    ours, theirs = now["digests"], before["digests"]
-    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    digests_now, digests_before = now["digests"], before["digests"]
+    return sorted(
+        name
+        for name in {*digests_now, *digests_before}
+        if digests_now.get(name) != digests_before.get(name)
+    )
 
 
 def main() -> None:
@@ -164,8 +169,8 @@ def main() -> None:
     choice.add_argument("--against", type=Path, metavar="FOLDER", help="a worktree to compare with")
     choice.add_argument("--print", action="store_true", help="keep nothing")
     arguments = parser.parse_args()
-    kept = json.loads(_RESULT.read_text())["figures"]
-    before = kept_for(machine(), kept) if arguments.check else None
+    stored = json.loads(_RESULT.read_text())["figures"]
+    before = kept_for(machine(), stored) if arguments.check else None
     figures = measure()
     if arguments.check or arguments.against:
         changed = differing(figures, before or measured_in(arguments.against))
@@ -174,7 +179,7 @@ def main() -> None:
     if arguments.print:
         print(json.dumps({"benchmark": "neutral", "figures": figures}))
         return
-    finish("neutral", {**kept, processor_of(figures["machine"]): figures})
+    finish("neutral", {**stored, processor_of(figures["machine"]): figures})
 
 
 if __name__ == "__main__":

@@ -68,13 +68,13 @@ def encoded(source: Path, target: Path, **encoding: Any) -> None:
 
 def readers(store: Path) -> dict[str, Segment]:
     """The store by every engine that can read it."""
-    found = {}
+    segments = {}
     for engine in _ENGINES:
         try:
-            found[engine] = opened(str(store), Access(engine=engine))
+            segments[engine] = opened(str(store), Access(engine=engine))
         except ValueError:  # not of this codec
             continue
-    return found
+    return segments
 
 
 def cpu_seconds(by_engine: dict[str, Segment], per_time: int) -> dict[str, float]:

@@ -31,8 +31,8 @@ def finish(benchmark: str, figures: dict[str, Any]) -> None:
     """Print the JSON line, and keep it under `benchmarks/results/`, or in the folder that the
     environment variable `BENCHMARK_RESULTS` names."""
     line = json.dumps({"benchmark": benchmark, "device": device_name(), "figures": figures})
-    kept = Path(__file__).parent / "results"
-    folder = Path(os.environ.get("BENCHMARK_RESULTS", kept))
+    usual_folder = Path(__file__).parent / "results"
+    folder = Path(os.environ.get("BENCHMARK_RESULTS", usual_folder))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{benchmark}.json").write_text(line + "\n")
     print(line)

@@ -68,7 +68,7 @@ def growth(device: torch.device, repeats: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     objective = MaskedModelling(losses={"crps": 1.0})
     for kind, kernel_size in _KINDS.items():
-        times, kept = [], []
+        times, saved_bytes = [], []
         for grid in _GRIDS:
             spec, batch = tokens_batch(grid)
             model = Multiformer(
@@ -77,12 +77,12 @@ def growth(device: torch.device, repeats: int) -> dict[str, Any]:
             ).to(device)  # fmt: skip
             step = training_step(model, objective, batch.to(device), torch.float32, fused=True)
             times.append(in_turns({kind: step}, repeats)[kind])
-            kept.append(kept_bytes(step))
+            saved_bytes.append(kept_bytes(step))
         tokens = [math.prod(grid) for grid in _GRIDS]
         slope = np.polyfit(np.log(tokens), np.log(times), 1)[0]
         figures[f"step_time_exponent_{kind}"] = round(float(slope), 3)
         figures[f"step_seconds_{kind}"] = [round(x, 4) for x in times]
-        figures[f"kept_mib_{kind}"] = [round(x / 2**20, 1) for x in kept]
+        figures[f"kept_mib_{kind}"] = [round(x / 2**20, 1) for x in saved_bytes]
     return figures | {"tokens": [math.prod(grid) for grid in _GRIDS]}
 
 
@@ -110,23 +110,23 @@ def in_process(function: Callable[..., None], *arguments: Any, ranks: int = 1) -
     ]
     for process in started:
         process.start()
-    found = []
-    while len(found) < ranks:
+    results = []
+    while len(results) < ranks:
         try:
-            found.append(queue.get(timeout=1.0))
+            results.append(queue.get(timeout=1.0))
         except Empty:
             if any(process.exitcode for process in started):
                 raise SystemExit("a process of the benchmark failed; see above") from None
     for process in started:
         process.join()
-    return found
+    return results
 
 
 def estimate_memory(queue: Any, rank: int, ranks: int) -> None:
     """The cost estimate's bytes of tensors and of the process, without averaged weights."""
     del rank, ranks
-    found = estimate(configuration(_RUN), on_host=True)
-    plain = replace(found, device_bytes=found.cost.peak)
+    cost_estimate = estimate(configuration(_RUN), on_host=True)
+    plain = replace(cost_estimate, device_bytes=cost_estimate.cost.peak)
     queue.put((plain.device_bytes, plain.process_bytes))
 
 

@@ -20,12 +20,14 @@ AFTER_MEAN = 4  # the stage that starts from the mean of the two before
 CALIBRATED = ("forecast", "hindcast", "temporal_interpolation", "downscaling", "inpainting")
 
 
-def required_figures(found: dict[str, Any]) -> dict[str, Any]:
+def required_figures(report_figures: dict[str, Any]) -> dict[str, Any]:
     """The benchmark's keys from the report's: means over lead times where a task has several."""
-    leads = [key for key in found if key.startswith("forecast_") and key.endswith("h_vs_ridge")]
-    spreads = [key for key in found if key.startswith("spread_skill_forecast")]
+    leads = [
+        key for key in report_figures if key.startswith("forecast_") and key.endswith("h_vs_ridge")
+    ]
+    spreads = [key for key in report_figures if key.startswith("spread_skill_forecast")]
     chosen = {
-        key: found[key]
+        key: report_figures[key]
         for key in (
             "forecast_6h_vs_persistence",
             "forecast_12h_vs_persistence",
@@ -37,12 +39,14 @@ def required_figures(found: dict[str, Any]) -> dict[str, Any]:
             "spread_skill_temporal_interpolation",
             "spread_skill_downscaling",
         )
-        if key in found
+        if key in report_figures
     }
     if leads:
-        chosen["forecast_vs_ridge"] = round(sum(found[key] for key in leads) / len(leads), 4)
+        chosen["forecast_vs_ridge"] = round(
+            sum(report_figures[key] for key in leads) / len(leads), 4
+        )
     if spreads:
-        mean = sum(found[key] for key in spreads) / len(spreads)
+        mean = sum(report_figures[key] for key in spreads) / len(spreads)
         chosen["spread_skill_forecast"] = round(mean, 4)
     return chosen
 
@@ -114,10 +118,10 @@ def main() -> None:
             checkpoint = stages(Path("runs/benchmark_skill"), arguments.overrides)
         report = Path(folder) / "report"
         run("evaluate", f"checkpoint={checkpoint}", f"output={report}", f"every={arguments.every}")
-        found = json.loads((report / "figures.json").read_text())
-    figures = {"every": arguments.every, **required_figures(found)}
+        report_figures = json.loads((report / "figures.json").read_text())
+    figures = {"every": arguments.every, **required_figures(report_figures)}
     figures["per_variable"] = {
-        name: required_figures(values) for name, values in found["per_variable"].items()
+        name: required_figures(values) for name, values in report_figures["per_variable"].items()
     }
     finish("skill_streams" if arguments.streams else "skill", figures)
 

@@ -162,8 +162,10 @@ def against_reference(device: torch.device, repeats: int) -> dict[str, Any]:
         plain, plain_loss = unfused(model), PlainLoss(losses=config.objective.arguments["losses"])
         with torch.no_grad():
             pairs = zip(model(batch.views[0]).streams, plain(batch.views[0]).streams, strict=True)
-            for one, two in pairs:
-                torch.testing.assert_close(one.members, two.members, rtol=1e-3, atol=1e-4)
+            for fused_stream, plain_stream in pairs:
+                torch.testing.assert_close(
+                    fused_stream.members, plain_stream.members, rtol=1e-3, atol=1e-4
+                )
         single = torch.float32
         square = torch.randn(_SIDE, _SIDE, device=device)
         reference = training_step(plain, plain_loss, batch, single, fused=False)

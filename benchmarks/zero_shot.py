@@ -135,7 +135,7 @@ def _merged(defaults: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 def refusals(checkpoint: str) -> dict[str, str]:
     """Why a task cannot be asked of a checkpoint, for those that cannot."""
-    trained, found = load_checkpoint(checkpoint), {}
+    trained, reasons = load_checkpoint(checkpoint), {}
     (segment,) = open_for(trained, StoreChoice(), "test")
     for name, choices in TASKS.items():
         task = find_task({"_target_": name, **choices}, {})
@@ -144,8 +144,8 @@ def refusals(checkpoint: str) -> dict[str, str]:
             plan = plan_prediction(trained, task, [segment], options)
             first_view(plan, plan.possible_times()[0])
         except ValueError as error:
-            found[name] = str(error)
-    return found
+            reasons[name] = str(error)
+    return reasons
 
 
 def figures_of_refused(refused: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -158,9 +158,9 @@ def figures_of_refused(refused: dict[str, str], arguments: argparse.Namespace) -
         refused = {task: reason for task, reason in refused.items() if task in still}
         digest = load_checkpoint(STREAMS).digest
         report = score(STREAMS, tasks, arguments.runs / digest / report_name(arguments), arguments)
-        found = json.loads((report / "figures.json").read_text())
+        report_figures = json.loads((report / "figures.json").read_text())
         for task in tasks:
-            figures |= {**against_baselines(found, task), f"{task}_checkpoint": digest}
+            figures |= {**against_baselines(report_figures, task), f"{task}_checkpoint": digest}
     for task, reason in refused.items():
         figures |= {f"{task}_vs_best_baseline": None, f"{task}_reason": reason}
     return figures
@@ -179,19 +179,21 @@ def errors(report: Path, task: str) -> pd.Series:
     return chosen.fillna({"level": 0.0, "lead_hours": 0.0}).set_index(keys)["value"]
 
 
-def against_baselines(found: dict[str, Any], task: str) -> dict[str, Any]:
+def against_baselines(report_figures: dict[str, Any], task: str) -> dict[str, Any]:
     """Ratios to every baseline, and to the best, which is the one with the highest ratio."""
     prefix = f"{task}_vs_"
     ratios = {
         key.removeprefix(prefix): value
-        for key, value in found.items()
+        for key, value in report_figures.items()
         if key.startswith(prefix) and not key.endswith("_interval")
     }
     best = max(ratios, key=lambda name: ratios[name])
-    spreads = [value for key, value in found.items() if key.startswith(f"spread_skill_{task}")]
+    spreads = [
+        value for key, value in report_figures.items() if key.startswith(f"spread_skill_{task}")
+    ]
     return {
         f"{task}_vs_best_baseline": ratios[best],
-        f"{task}_vs_best_baseline_interval": found.get(f"{prefix}{best}_interval"),
+        f"{task}_vs_best_baseline_interval": report_figures.get(f"{prefix}{best}_interval"),
         f"{task}_best_baseline": best,
         f"{task}_spread_skill": round(sum(spreads) / len(spreads), 4),
         f"{task}_vs_all": ratios,
@@ -210,8 +212,8 @@ def examples_figures(task: str, checkpoint: str, counts: list[int], every: int) 
     errors: dict[int, xr.Dataset] = {}
     for count in sorted({0, *counts}):
         dates = times.astype(str).tolist()
-        found = model.predict(task, truth[names], dates, examples=count, **choices)
-        errors[count] = square_error(found[written].mean("member"), valid)
+        predicted = model.predict(task, truth[names], dates, examples=count, **choices)
+        errors[count] = square_error(predicted[written].mean("member"), valid)
     unit = errors[0].mean("time")
 
     def losses(count: int) -> np.ndarray:
@@ -267,23 +269,23 @@ def main() -> None:
     refused = refusals(arguments.checkpoint)
     tasks = [task for task in TASKS if task not in refused]
     report = score(arguments.checkpoint, tasks, runs / f"all-{name}", arguments)
-    found = json.loads((report / "figures.json").read_text())
+    report_figures = json.loads((report / "figures.json").read_text())
     figures: dict[str, Any] = {"checkpoint": digest, "every": arguments.every}
     for task in tasks:
-        figures |= against_baselines(found, task)
+        figures |= against_baselines(report_figures, task)
     figures |= figures_of_refused(refused, arguments)
     if arguments.specialists is not None:
         for task in arguments.specialists or SPECIALISTS:
             arguments.ridge = False
             specialist = train_specialist(task, arguments.checkpoint, runs / task, tuned=False)
-            theirs = score(specialist, [task], runs / f"{task}-{name}", arguments)
-            ratio = errors(report, task) / errors(theirs, task)
+            specialist_report = score(specialist, [task], runs / f"{task}-{name}", arguments)
+            ratio = errors(report, task) / errors(specialist_report, task)
             figures[f"{task}_vs_specialist"] = round(float(ratio.mean()), 4)
             if arguments.finetune:
                 folder = runs / f"{task}-finetuned"
                 tuned = train_specialist(task, arguments.checkpoint, folder, tuned=True)
-                ours = score(tuned, [task], runs / f"{task}-finetuned-{name}", arguments)
-                ratio = errors(ours, task) / errors(theirs, task)
+                tuned_report = score(tuned, [task], runs / f"{task}-finetuned-{name}", arguments)
+                ratio = errors(tuned_report, task) / errors(specialist_report, task)
                 figures[f"{task}_finetuned_vs_specialist"] = round(float(ratio.mean()), 4)
     finish("zero_shot", figures)
 

@@ -60,26 +60,26 @@ def contents_of(path: str) -> str:
 def state_of(run: str) -> dict[str, str]:
     """What a training ends with: weights, their averages, optimiser states, logged losses."""
     checkpoint = read_checkpoint(Path(run) / "checkpoints" / "last.ckpt")
-    found = {"step": repr(checkpoint.get("global_step"))}
+    digests = {"step": repr(checkpoint.get("global_step"))}
     for key in sorted(checkpoint):
         if key == "state_dict" or key.startswith(("optimizer", "lr_scheduler")):
-            found[key] = digest_of(checkpoint[key])
-    return found | _losses(Path(run))
+            digests[key] = digest_of(checkpoint[key])
+    return digests | _losses(Path(run))
 
 
 def _losses(run: Path) -> dict[str, str]:
     """Every logged loss and ratio by step; of a step that was done twice the later one counts.
     Logs of runs that were broken off are `metrics-N.csv`."""
     earlier = sorted(run.glob("metrics-*.csv"), key=lambda path: int(path.stem[8:]))
-    found: dict[str, str] = {}
+    losses: dict[str, str] = {}
     last = run / "metrics.csv"  # not there where nothing was left to train
     for path in (*earlier, *([last] if last.exists() else [])):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if value and ("loss" in name or "ratio" in name):
-                        found[f"{name} at {row['step']}"] = value
-    return found
+                        losses[f"{name} at {row['step']}"] = value
+    return losses
 
 
 def store_of(path: str) -> dict[str, str]:

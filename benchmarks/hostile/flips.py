@@ -140,12 +140,14 @@ def judge(ended: Ended, read: Callable[[], Any], content: Any, output: str = "")
     if output:
         return f"not noticed: the output differs in {output}"
     try:
-        found = read()
+        content_read = read()
     except RuntimeError as error:
         return f"not noticed, though others cannot read it: {str(error).splitlines()[-1][:200]}"
-    if found == content:
+    if content_read == content:
         return ""
-    names = comparing.differences(content, found) if isinstance(content, dict) else "its content"
+    names = (
+        comparing.differences(content, content_read) if isinstance(content, dict) else "its content"
+    )
     return f"not noticed: {names} differs"
 
 

@@ -156,7 +156,7 @@ OTHERS = [
 
 def rows() -> list[Row]:
     fixtures = Path("fix")
-    found = [
+    rows = [
         Row(f"train {given}", "refused", tuple(training(fixtures, "run", *given.split(" data."))),
             (word,))
         if " data." not in given
@@ -169,17 +169,17 @@ def rows() -> list[Row]:
         ("evaluate", evaluating, EVALUATION),
     ):
         output = "out.zarr" if command == "predict" else "report"
-        found += [
+        rows += [
             Row(f"{command} {given}", "refused", tuple(make(fixtures, output, given)), (word,))
             for given, word in table
         ]
-    found += [Row(" ".join(given), "refused", given, (word,)) for given, word in OTHERS]
+    rows += [Row(" ".join(given), "refused", given, (word,)) for given, word in OTHERS]
     climate = tuple(["data", "stats", *training(fixtures, "run")[1:]])
-    found += [
+    rows += [
         Row("stats climatologies=[weekly]", "refused",
             (*climate, "climatologies=[weekly]", "output=c"), ("climatologies|weekly",)),
         Row("stats climatologies without output", "refused",
             (*climate, "climatologies=[month]"), ("output",)),
         Row("stats memory_mib=0", "refused", (*climate, "memory_mib=0"), ("memory_mib",)),
     ]  # fmt: skip
-    return found
+    return rows

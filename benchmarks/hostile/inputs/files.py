@@ -91,7 +91,7 @@ def _checkpoints() -> list[Row]:
         "info of": ("info", "checkpoint=bad.ckpt"),
         "resume from": tuple(training(FIXTURES, "run", "resume=bad.ckpt")),
     }
-    found = [
+    rows = [
         Row(f"{verb} a checkpoint {name}", "refused", arguments, ("bad.ckpt",), make)
         for name, make in bad.items() for verb, arguments in commands.items()
         if verb == "predict from" or name in ("cut in half", "empty", "without its streams")
@@ -102,9 +102,9 @@ def _checkpoints() -> list[Row]:
         ("evaluate", (*evaluating(FIXTURES, "report"), "checkpoint=bad.ckpt")),
         ("calibrate", ("calibrate", *given[1:], "checkpoint=bad.ckpt", "output=new.ckpt")),
     ):
-        found.append(Row(f"{verb} a checkpoint cut in half", "refused", tuple(arguments),
+        rows.append(Row(f"{verb} a checkpoint cut in half", "refused", tuple(arguments),
                          ("bad.ckpt",), bad["cut in half"]))  # fmt: skip
-    return found
+    return rows
 
 
 # Runs that go on
@@ -177,12 +177,12 @@ def _runs() -> list[Row]:
         ("stream.air.levels=[500]", "levels"), ("data.first_guess=false", "first_guess"),
         ("stream.air.variables=[temperature]", "variables"),
     ]  # fmt: skip
-    found = [
+    rows = [
         Row(f"resume with {setting}", "refused", changed(setting), (word,), with_run)
         for setting, word in fixed
     ]
     return [
-        *found,
+        *rows,
         Row("a run without resume in its folder", "refused", tuple(training(FIXTURES, "run")),
             ("resume=auto",), with_run),
         Row("the newest checkpoint is torn", "told", onwards, ("step-6",), _newest_torn,
@@ -252,7 +252,7 @@ def _caches() -> list[Row]:
 
         return act
 
-    found = [
+    rows = [
         Row(f"statistics {name}", "refused|right", words=("statistics",), act=damaged(change))
         for name, change in damages.items()
     ]
@@ -261,7 +261,7 @@ def _caches() -> list[Row]:
         for name, change in damages.items()
         if name in ("empty", "cut", "{}")
     ]
-    return [*found, *forced]
+    return [*rows, *forced]
 
 
 def _changed(whole: bytes, key: str, value: Any) -> bytes:
@@ -269,8 +269,8 @@ def _changed(whole: bytes, key: str, value: Any) -> bytes:
 
 
 def _shorter(whole: bytes) -> bytes:
-    found = json.loads(whole)
-    return json.dumps({**found, "mean": [row[:1] for row in found["mean"]]}).encode()
+    statistics = json.loads(whole)
+    return json.dumps({**statistics, "mean": [row[:1] for row in statistics["mean"]]}).encode()
 
 
 # Catalogs
@@ -377,15 +377,15 @@ def _stores() -> list[Row]:
         ("an empty NetCDF file", damaged(lambda path: path.write_bytes(b""), "nc"), r"in\.nc"),
         ("a cut zip", damaged(cut, "zarr.zip"), r"in\.zarr\.zip"),
     ]  # fmt: skip
-    found = [Row(name, "refused", arguments, (word,), make) for name, make, word in table]
+    rows = [Row(name, "refused", arguments, (word,), make) for name, make, word in table]
     ingest = ("data", "ingest", "input=in.nc", "output=out.zarr")
-    found += [
+    rows += [
         Row("ingest of a cut NetCDF file", "refused", ingest, (r"in\.nc",), damaged(cut, "nc")),
         Row("ingest of zarr with a cut chunk", "refused",
             ("data", "ingest", "input=in.zarr", "output=out.zarr"), ("in.zarr",),
             damaged(lambda path: cut(chunk(path)))),
     ]  # fmt: skip
-    return [*found, *_endings()]
+    return [*rows, *_endings()]
 
 
 def _endings() -> list[Row]:

@@ -17,11 +17,11 @@ def forecasts(bias: float = BIAS_K) -> xr.Dataset:
     """The truth of the test period at its later dates, plus a bias: its RMSE is known."""
     truth = dataset(("temperature",), start="2001-05-01")
     inits = truth["time"].values[2:16]
-    found = []
+    by_lead = []
     for hours in LEADS:
         at = truth.sel(time=inits + np.timedelta64(int(hours), "h"))
-        found.append(at.assign_coords(time=inits).rename(time="init_time") + bias)
-    joined = xr.concat(found, "lead_time")
+        by_lead.append(at.assign_coords(time=inits).rename(time="init_time") + bias)
+    joined = xr.concat(by_lead, "lead_time")
     leads = LEADS * np.timedelta64(3600, "s").astype("m8[ns]")
     joined["temperature"].attrs["units"] = "K"
     return joined.assign_coords(lead_time=leads)
@@ -116,11 +116,11 @@ def rows() -> list[Row]:
         ("with lead times of no unit", "refused|right", ("lead_time",),
          lambda store: store.assign_coords(lead_time=LEADS), None),
     ]  # fmt: skip
-    found = [
+    rows = [
         Row(f"forecasts {name}", expect, _evaluate(), words, written(change), check)
         for name, expect, words, change, check in table
     ]
-    return [*found, *_records()]
+    return [*rows, *_records()]
 
 
 def _records() -> list[Row]:

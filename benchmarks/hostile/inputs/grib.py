@@ -106,20 +106,20 @@ def _ingest(name: str, *more: str) -> tuple[str, ...]:
 
 
 def _scanning() -> list[Row]:
-    found = [
+    rows = [
         Row(f"scanning mode {mode}", "right|refused", _ingest("in.grib2"), ("scan|consecutive",),
             file_of({"mode": mode}), check())
         for mode in MODES
     ]  # fmt: skip
-    found += [
+    rows += [
         Row(f"scanning mode {mode} of GRIB 1", "right|refused", _ingest("in.grib"),
             ("scan|consecutive",), file_of({"mode": mode, "edition": 1}, name="in.grib"), check())
         for mode in (0, J_POSITIVE, J_CONSECUTIVE, I_NEGATIVE)
     ]  # fmt: skip
     mixed = file_of({"mode": 0}, {"mode": J_POSITIVE, "dataDate": 20200102, "plus": 1.0})
-    found.append(Row("two scanning modes in a file", "right|refused", _ingest("in.grib2"), (),
+    rows.append(Row("two scanning modes in a file", "right|refused", _ingest("in.grib2"), (),
                      mixed, check((0.0, 1.0))))  # fmt: skip
-    return found
+    return rows
 
 
 def _same_keys() -> list[Row]:
@@ -260,7 +260,7 @@ def _grids() -> list[Row]:
 
 def _endings() -> list[Row]:
     names = ("gfs.t00z.pgrb2.0p25.f006", "era5_pl_20200101", "old.grib1", "in.GRB2", "in.grb")
-    found = [
+    rows = [
         Row(f"GRIB called {name}", "right", _ingest(name), (), file_of({}, name=name), check())
         for name in names
     ]
@@ -277,7 +277,7 @@ def _endings() -> list[Row]:
         (folder / "several" / "three.grib2.idx").write_text("1:0:d=2020010100:TMP")
 
     return [
-        *found,
+        *rows,
         Row("a folder of GRIB without endings", "right", _ingest("several"), (), folder_of,
             check((0.0, 1.0))),
         Row("a folder with other files", "told|refused", _ingest("several"), ("notes.txt|passed",),

@@ -60,10 +60,10 @@ def _two_at_once() -> list[Row]:
                        ("out.zarr", "fix/train.zarr"))  # fmt: skip
         return "" if {"temperature", "time"} <= set(out) & set(source) else f"only {set(out)}"
 
-    found = []
+    rows = []
     for head_start_s in (0.0, 0.6):
         after = f"{head_start_s:g} s apart"
-        found += [
+        rows += [
             Row(f"two predictions to one output, {after}", "refused", words=("out.zarr",),
                 act=_pair(predict, head_start_s)),
             Row(f"two trainings in one folder, {after}", "refused", words=("run",),
@@ -73,7 +73,7 @@ def _two_at_once() -> list[Row]:
             Row(f"two statistics, {after}", "right", act=_pair(STATS, head_start_s)),
         ]  # fmt: skip
     return [
-        *found,
+        *rows,
         Row("two evaluations to one report", "refused", words=("report",),
             act=_pair(evaluating(FIXTURES, "report"), 0.3)),
         Row("two calibrations to one checkpoint", "refused|right", words=("new.ckpt",),
@@ -147,7 +147,7 @@ def _twice(place: Place) -> Ended:
 
 def _signals() -> list[Row]:
     words = ("saved|SIG|interrupt|stopped",)
-    found = [
+    rows = [
         Row(f"{signal.Signals(number).name} while training", "refused", words=words,
             act=_signalled(number), codes=(128 + number,))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -155,14 +155,14 @@ def _signals() -> list[Row]:
     early = {"train": LONG, "predict": predicting(FIXTURES, "out.zarr", "batch_size=1"),
              "ingest": INGEST, "stats": STATS, "evaluate": evaluating(FIXTURES, "report"),
              "calibrate": CALIBRATE}  # fmt: skip
-    found += [
+    rows += [
         Row(f"Ctrl-C {delay:g} s after the start of {name}", "refused|right",
             words=("interrupt|SIGINT|stopped",), act=_early(arguments, delay), codes=(1, 2, 130))
         for name, arguments in early.items()
         for delay in ((0.05, 0.7) if name == "train" else (0.5,))
     ]  # fmt: skip
     return [
-        *found,
+        *rows,
         Row("Ctrl-C while training with workers", "refused", words=words, codes=(130,),
             act=_signalled(signal.SIGINT, "data.num_workers=2", to_all=True, own_server=True)),
         Row("Ctrl-C while importing", "refused", words=("interrupt|SIGINT|stopped",),
@@ -202,7 +202,7 @@ COMMANDS = {  # a command, and a part of the name of what it writes
 
 
 def _full_disks() -> list[Row]:
-    found = [
+    rows = [
         Row(f"{name} on a full disk", "refused",
             tuple(item.replace("{}", "") for item in arguments), (word,), before=_full(300),
             codes=(1, 2))
@@ -210,7 +210,7 @@ def _full_disks() -> list[Row]:
     ]  # fmt: skip
     checkpoint = tuple(training(FIXTURES, "run"))
     return [
-        *found,
+        *rows,
         Row("train on a disk that fills later", "refused", checkpoint, ("ckpt|checkpoint",),
             before=_full(60_000), codes=(1, 2)),
         Row("statistics on a full disk", "refused", STATS, ("cache|statistics",),
@@ -222,14 +222,14 @@ def _unwritable() -> list[Row]:
     def file_in_the_way(folder: Path) -> None:
         (folder / "file").write_text("no folder\n")
 
-    found = [
+    rows = [
         Row(f"{name} below a file", "refused",
             tuple(item.replace("{}", "file/") for item in arguments), ("file",), file_in_the_way,
             codes=(1, 2))
         for name, (arguments, _) in COMMANDS.items()
     ]  # fmt: skip
     return [
-        *found,
+        *rows,
         Row("a cache below a file", "refused", STATS, ("file|ATMOSSL_CACHE",), file_in_the_way,
             environment={"ATMOSSL_CACHE": "file/cache"}, codes=(1, 2)),
         Row("predict in a folder of the system", "refused",
@@ -248,7 +248,7 @@ def _names() -> list[Row]:
 
 def _paths() -> list[Row]:
     """The checkpoint lies in a folder whose name is no plain word."""
-    found = []
+    rows = []
     for odd in ("lr=0.1", "a b", "größe", "x,y", "(1)", "a'b", "100%", "{a}", "[1]", "$HOME", "~x"):
         expect = "right" if odd in ("lr=0.1", "a b", "größe") else "right|refused"
 
@@ -264,11 +264,11 @@ def _paths() -> list[Row]:
         def there(folder: Path, odd: str = odd) -> str:
             return "" if (folder / odd / "out.zarr").exists() else f"no {odd}/out.zarr"
 
-        found += [
+        rows += [
             Row(f"info of a checkpoint in {odd}", expect, ("info", checkpoint), (), make),
             Row(f"predict in {odd}", expect, (*predict, checkpoint), (), make, there),
         ][: 2 if expect == "right" or odd in ("x,y", "{a}", "$HOME") else 1]
-    return found
+    return rows
 
 
 def _outside() -> list[Row]:
@@ -329,11 +329,11 @@ def _outside() -> list[Row]:
 
 def _tree(folder: Path, inner: Path) -> set[str]:
     """Paths below a folder that are not below the inner one."""
-    found = set()
+    names = set()
     for path in folder.rglob("*"):
         if inner not in path.parents and path != inner and "streams-" not in str(path):
-            found.add(str(path.relative_to(folder)))
-    return found
+            names.add(str(path.relative_to(folder)))
+    return names
 
 
 def _markup() -> list[Row]:

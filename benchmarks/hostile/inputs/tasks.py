@@ -57,12 +57,12 @@ _DATES = "init_time=2001-05-03T00"
 
 
 def rows() -> list[Row]:
-    found = [
+    rows = [
         Row(f"predict {given}", "refused",
             tuple(predicting(FIXTURES, "out.zarr", _DATES, *_split(given))), (word,))
         for given, word in SETTINGS
     ]  # fmt: skip
-    return [*found, *_files(), *_streams(), *_dates()]
+    return [*rows, *_files(), *_streams(), *_dates()]
 
 
 def _split(given: str) -> list[str]:

@@ -79,12 +79,12 @@ def rows() -> list[Row]:
 
 
 def _steps() -> list[Row]:
-    found: list[Row] = []
+    rows: list[Row] = []
     for minutes in (5, 7, 10, 20, 40, 60, 90):
         numbers = np.arange(24) * minutes
         make = record(numbers, "minutes since 2020-01-01")
         compare = check(dates_of("2020-01-01", 24, np.timedelta64(minutes, "m")))
-        found.append(Row(f"steps of {minutes} minutes", "right", INGEST, (), make, compare))
+        rows.append(Row(f"steps of {minutes} minutes", "right", INGEST, (), make, compare))
 
     def again(place: Any) -> Any:
         """What ingest wrote is read by statistics."""
@@ -97,7 +97,7 @@ def _steps() -> list[Row]:
     ten = record(np.arange(24) * 10, "minutes since 2020-01-01")
     twenty = record(np.arange(24) * 20, "minutes since 2020-01-01")
     return [
-        *found,
+        *rows,
         Row("a store of 10 minutes is used", "right", make=ten, act=again),
         Row("a store of 20 minutes is used", "right", make=twenty, act=again),
     ]

@@ -74,11 +74,11 @@ def rows() -> list[Row]:
 
 
 def _limits() -> list[Row]:
-    found: list[Row] = []
+    rows: list[Row] = []
     for name, make in WRONG:
         predict = tuple(predicting(FIXTURES, "out.zarr", "data.catalog=catalog.yaml", "every=4"))
         inspect = ("data", "inspect", "waves", "data.catalog=catalog.yaml")
-        found += [
+        rows += [
             Row(f"{name}, predict", "told|refused", predict, _LIMITS, make),
             Row(f"{name}, inspect", "told|refused", inspect, ("outside|limit|chunk|inf",), make),
             Row(f"{name}, python", "told|refused", (), _LIMITS, make, program=_from_python),
@@ -87,7 +87,7 @@ def _limits() -> list[Row]:
     spoiled = spoilt(lambda store: everywhere(store, -9999.0))
     refusing = predicting(FIXTURES, "out.zarr", "data.catalog=catalog.yaml", "every=4")
     return [
-        *found,
+        *rows,
         Row("fill value -9999, evaluate", "told|refused", evaluate, _LIMITS, spoiled),
         Row("an absent chunk, evaluate", "told|refused", evaluate, _LIMITS, absent),
         Row("input_limits=refuse", "refused", tuple([*refusing, "input_limits=refuse"]), _LIMITS,
@@ -147,11 +147,11 @@ def _codecs() -> list[Row]:
 
         return make
 
-    found = []
+    rows = []
     for name, (version, how) in kinds.items():
         make = written(version, how)
-        found.append(Row(f"codec {name}", "right", make=make, check=_as_zarr, act=_by_engines))
-    return found
+        rows.append(Row(f"codec {name}", "right", make=make, check=_as_zarr, act=_by_engines))
+    return rows
 
 
 def _v3(name: str, **settings: Any) -> Any:
@@ -217,7 +217,7 @@ def _regions() -> list[Row]:
         return same(array.values, truth.astype(np.float32), 1e-4)
 
     ingest = ("data", "ingest", "input=in.nc", "output=out.zarr")
-    found = [
+    rows = [
         Row(f"a region across {name}", "right", ingest, (), made(lon), west_to_east)
         for name, lon in places.items()
     ]
@@ -232,11 +232,11 @@ def _regions() -> list[Row]:
 
     globe = made(np.arange(0, 360, 10.0))
     for west, east in ((-20, 20), (170, -170), (350, 10), (90, 270)):
-        found.append(
+        rows.append(
             Row(f"region from {west} to {east}", "right",
                 (*ingest, f"region=[30,60,{west},{east}]"), (), globe, cut(west, east))
         )  # fmt: skip
-    return found
+    return rows
 
 
 def _units() -> list[Row]:
