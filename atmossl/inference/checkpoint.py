@@ -4,13 +4,14 @@ runs on."""
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
@@ -293,31 +294,17 @@ def _specs_of(checkpoint_record: dict[str, Any], name: str) -> tuple[StreamSpec,
 
 def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:
     """A stream as plain values, for the record of a checkpoint."""
-    size = spec.token_size
-    return {
-        "name": spec.name,
-        "variables": list(spec.variables),
-        "levels": list(spec.levels),
-        "token_size": {"time": size.time, "lat": size.lat, "lon": size.lon, "level": size.level},
-        "role": spec.role,
-        "loss_weight": spec.loss_weight,
-        "missing": spec.missing,
-        "data": spec.data,
-    }
+    return to_jsonable_python(asdict(spec))
 
 
 def spec_from_dict(values: dict[str, Any]) -> StreamSpec:
     """The stream that `spec_to_dict` wrote, also by older versions."""
-    return StreamSpec(
-        name=values["name"],
-        variables=tuple(values["variables"]),
-        levels=tuple(values["levels"]),
-        token_size=TokenSize(**values["token_size"]),
-        role=values["role"],
-        loss_weight=values["loss_weight"],
-        missing=values.get("missing", "refuse"),  # checkpoints of version 0.1.0 have none
-        data=values["data"],
-    )
+    parts = {
+        "variables": tuple(values["variables"]),
+        "levels": tuple(values["levels"]),
+        "token_size": TokenSize(**values["token_size"]),
+    }
+    return StreamSpec(**{**values, **parts})  # checkpoints of version 0.1.0 have no `missing`
 
 
 class CheckpointChoice(Protocol):

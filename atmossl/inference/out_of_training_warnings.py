@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from atmossl.batch import PRIMARY, Corruption, StreamMask, StreamWindow, TokenGrid, View
 from atmossl.data.axes import STANDARD, Calendar
@@ -77,7 +78,7 @@ class Seen:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for a checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return to_jsonable_python(asdict(self))
 
 
 def seen_by_data(segments: Sequence[Segment]) -> dict[str, Seen]:

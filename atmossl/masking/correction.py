@@ -24,9 +24,7 @@ class Correction(Task):
     later date. The AtmoRep paper names it model correction (Lessig et al. 2023, arXiv 2308.13280).
     """
 
-    @property
-    def hides_whole_fields(self) -> bool:
-        return True
+    hides_whole_fields = True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         return TimePlan(num_steps - 1, (0,), tuple(range(num_steps)))

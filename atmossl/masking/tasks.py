@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -76,7 +76,12 @@ class TimePlan:
 class Task:
     """The base class of all tasks: a task adds to its mask which steps it reads and writes, what
     it hides, and its description. Each subclass answers for itself; no other code asks for its
-    class."""
+    class.
+
+    hides_whole_fields: whether all values are hidden, or coarse, at the steps that are written.
+    """
+
+    hides_whole_fields: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:
@@ -121,11 +126,6 @@ class Task:
     @property
     def downscaling(self) -> "Downscaling | None":
         """The downscaling, if all that is given at the written steps is coarse; else None."""
-
-    @property
-    def hides_whole_fields(self) -> bool:
-        """Whether all values are hidden, or coarse, at the steps that are written."""
-        return False
 
     @property
     def scored_variables(self) -> tuple[str, ...]:
@@ -328,6 +328,7 @@ class Forecast(Task):
     longer lead time is reached by passes that each go on from the members of the one before.
     """
 
+    hides_whole_fields = True
     lead_hours: Annotated[Hours, Field(alias="lead_time")]
     rollout_hours: Annotated[Hours | None, Field(alias="rollout_time")] = None
 
@@ -342,10 +343,6 @@ class Forecast(Task):
 
     def one_pass(self) -> "Forecast":
         return replace(self, lead_hours=self.pass_hours)
-
-    @property
-    def hides_whole_fields(self) -> bool:
-        return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         total = steps_of("task.lead_time", self.lead_hours, step_hours)
@@ -376,11 +373,8 @@ class Hindcast(Task):
     """Hide the first `lead_hours` of the window, which lie before the init time. They are
     written with lead times below 0."""
 
+    hides_whole_fields = True
     lead_hours: Annotated[Hours, Field(alias="lead_time")]
-
-    @property
-    def hides_whole_fields(self) -> bool:
-        return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         count = steps_of("task.lead_time", self.lead_hours, step_hours)
@@ -503,6 +497,7 @@ class Downscaling(Task):
     coarse_input: the store holds the coarse cells themselves.
     """
 
+    hides_whole_fields = True
     factor: int
     consistent: bool | None = None
     coarse_input: bool = False
@@ -553,10 +548,6 @@ class Downscaling(Task):
                 f"task.factor={self.factor} does not divide the store's {grid.shape[0]} x "
                 f"{grid.shape[1]} cells; valid: {listed(valid) if valid else none}"
             )
-
-    @property
-    def hides_whole_fields(self) -> bool:
-        return True
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         check_examples(self.examples, num_steps)

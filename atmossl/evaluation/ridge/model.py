@@ -175,7 +175,6 @@ class RidgeModel:
         centre: taken off the inputs, for every halo row and input channel.
         slope, intercept: in the inputs' and outputs' units, one set per latitude row.
         strength: chosen penalty of every output.
-        held_out_error: mean squared error on the held-out part by strength and output.
         limits: smallest and largest value of the training runs.
     """
 
@@ -184,7 +183,6 @@ class RidgeModel:
     slope: Float[np.ndarray, "row feature output"]
     intercept: Float[np.ndarray, "row output"]
     strength: Float[np.ndarray, " output"]
-    held_out_error: Float[np.ndarray, "strength output"]
     limits: Float[np.ndarray, "end channel lat"]
 
     def predict(
@@ -300,7 +298,7 @@ def fit_ridge(
     whole = fit + held
     lines = [_solve_row(whole.of_row(row), strength) for row in range(num_rows)]
     slope, intercept = (np.stack(part) for part in zip(*lines, strict=True))
-    return RidgeModel(frame, centre, slope, intercept, strength, error, limits)
+    return RidgeModel(frame, centre, slope, intercept, strength, limits)
 
 
 def check_runs(
