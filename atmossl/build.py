@@ -1,7 +1,6 @@
 """Builds the objects that train from a validated configuration: the wiring between the rooms."""
 
 import logging
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,9 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from atmossl import __version__
 from atmossl.batch import PRIMARY
-from atmossl.checkpoint_files import FORMAT
 from atmossl.data.catalog import CatalogEntry, is_shipped, remembered
 from atmossl.data.chunks import Access
 from atmossl.data.datamodule import WindowDataModule, check_samples
@@ -28,7 +25,7 @@ from atmossl.data.statistics import load_or_compute, outside_limits
 from atmossl.data.store import entries_of, open_records, paired
 from atmossl.data.variables import InputLimits
 from atmossl.data.windows import Normaliser, Statistics
-from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict
+from atmossl.inference.checkpoint import load_checkpoint, read_checkpoint, spec_to_dict, written_by
 from atmossl.inference.out_of_training_warnings import Seen
 from atmossl.masking.random import Mixture
 from atmossl.masking.tasks import Task, check_plan
@@ -230,10 +227,7 @@ def build_module(
     outside = classes_outside(resolved, builtin_names())
     entries = entries_of(config.specs, config.data.name, config.data.catalog)
     checkpoint_record: dict[str, Any] = {
-        "format": FORMAT,
-        "atmossl": __version__,
-        "torch": torch.__version__.split("+")[0],
-        "python": platform.python_version(),
+        **written_by(),
         "streams": [spec_to_dict(spec) for spec in config.specs],
         "network": config.model.target,
         "model": config.model.plain_arguments,

@@ -1,25 +1,21 @@
 """`atmossl import atmorep`: makes a checkpoint of one of AtmoRep's published models."""
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from atmossl import __version__
 from atmossl.atomic_files import check_room, size_on_disk
 from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec
-from atmossl.checkpoint_files import FORMAT, write_output
+from atmossl.checkpoint_files import write_output
 from atmossl.commands.atmorep_normalisation import Months, with_atmorep_normalisation
 from atmossl.data.axes import STANDARD
 from atmossl.data.segment import Segment
 from atmossl.data.statistics import load_or_compute, outside_limits
 from atmossl.data.store import entries_of, open_records
 from atmossl.data.windows import Statistics
-from atmossl.inference.checkpoint import AVERAGED, spec_to_dict
+from atmossl.inference.checkpoint import AVERAGED, spec_to_dict, written_by
 from atmossl.inference.out_of_training_warnings import DAYS, Seen
 from atmossl.model.atmorep import AtmoRep, AtmoRepSettings
 from atmossl.model.atmorep_files import load_atmorep
@@ -106,10 +102,7 @@ def _record(
     """The record of the checkpoint; see `atmossl.checkpoint_files`."""
     steps, rows, columns = window
     return {
-        "format": FORMAT,
-        "atmossl": __version__,
-        "torch": torch.__version__.split("+")[0],
-        "python": platform.python_version(),
+        **written_by(),
         "streams": [spec_to_dict(spec) for spec in specs],
         "network": "atmorep",
         "model": json.loads(json.dumps(asdict(settings))),  # lists, as a configuration has them

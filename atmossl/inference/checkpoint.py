@@ -1,6 +1,7 @@
 """Loads a checkpoint for inference, which needs nothing but the file, and opens the data that it
 runs on."""
 
+import platform
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import yaml
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
+from atmossl import __version__
 from atmossl.batch import PRIMARY, StreamSpec, TokenSize, levels_by_variable, shared_fields
 from atmossl.checkpoint_files import (
     AVERAGED,
+    FORMAT,
     SCHEME,
     commit_of,
     downloaded,
@@ -290,6 +294,16 @@ def _specs_of(checkpoint_record: dict[str, Any], name: str) -> tuple[StreamSpec,
     if faults:
         raise ValueError(f"checkpoint={name}: {'; '.join(faults)}. Train anew with other streams")
     return specs
+
+
+def written_by() -> dict[str, Any]:
+    """The entries of a record that say in which format and by which versions it is written."""
+    return {
+        "format": FORMAT,
+        "atmossl": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),
+    }
 
 
 def spec_to_dict(spec: StreamSpec) -> dict[str, Any]:

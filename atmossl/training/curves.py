@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from atmossl.atomic_files import write_atomically
+
 _RANKS = [f"collapse/{kind}_{of}" for kind in ("rank", "lidar") for of in ("tokens", "pooled")]
 
 
@@ -84,9 +86,5 @@ def _plot(table: pd.DataFrame, columns: list[str], label: str, path: Path) -> Pa
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    folder = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
     return path
