@@ -1,7 +1,6 @@
 """Windows of stores in normalised units, and the statistics that make them so."""
 
 import itertools
-import logging
 import math
 import weakref
 from collections import deque
@@ -68,7 +67,6 @@ class Pool:
         return None
 
 
-_LOGGER = logging.getLogger(__name__)
 _POOL = Pool()
 _SURELY_FINITE = 1e25  # float32 of that size can be divided by any standard deviation
 Memory = Callable[[int], np.ndarray]

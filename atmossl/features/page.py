@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -28,7 +27,7 @@ from atmossl.data.variables import VARIABLES
 from atmossl.evaluation.report.content import Provenance
 from atmossl.evaluation.report.figures import readable
 from atmossl.evaluation.report.maps import Panel, field_scale, panel_map, symmetric_scale
-from atmossl.evaluation.report.page import Picture, map_picture, svg_picture
+from atmossl.evaluation.report.page import Picture, map_picture, svg_picture, template_of
 from atmossl.features import figures, latents
 from atmossl.features.attention import AXES
 from atmossl.features.run import FIELDS, FeatureResults, at_tokens, few_dates, name_of
@@ -44,11 +43,7 @@ _COLOURS = ("red", "green", "blue")
 
 def features_page(results: FeatureResults, provenance: Provenance) -> str:
     """The whole page as one file without any reference to another."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("atmossl.features", "."),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("page.html.jinja").render(
+    return template_of("atmossl.features").render(
         style=_style_of_reports(),
         results=results,
         layer=results.options.layer % results.trained.model.num_encoder_layers,

@@ -74,6 +74,15 @@ def _data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def template_of(package: str) -> jinja2.Template:
+    """The template `page.html.jinja` that lies in a package."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("page.html.jinja")
+
+
 def html_page(
     reports: Sequence[TaskReport],
     provenance: Provenance,
@@ -83,14 +92,7 @@ def html_page(
 
     drawn: the maps of every example, by task and variable.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("atmossl.evaluation.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("page.html.jinja")
+    page = template_of("atmossl.evaluation.report")
     colours = colours_of(reports)
     sections = [_section(report, colours, drawn) for report in reports]
     first = next((example for section in sections for example in section["examples"]), None)
