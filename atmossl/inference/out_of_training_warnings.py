@@ -158,8 +158,8 @@ def unseen(
     rng = np.random.default_rng(0)
     drawn = _MaskFeatures.of(list(sampler(layouts, rng)))
     for _ in range(_NUM_DRAWS - 1):
-        if not _beyond(view_mask, drawn, factor):
-            break  # and no further draw could change that
+        if drawn | view_mask == drawn:
+            break  # nothing of the view lies beyond, and no further draw could change that
         drawn |= _MaskFeatures.of(list(sampler(layouts, rng)))
     return _beyond(view_mask, drawn, factor)
 
