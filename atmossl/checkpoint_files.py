@@ -567,13 +567,9 @@ def _with_named_sources(checkpoint_record: dict[str, Any]) -> dict[str, Any]:
             data or PRIMARY: values for data, values in checkpoint_record["seen"].items()
         }
     if "statistics" in checkpoint_record:
-        primary = {
-            key: value for key, value in checkpoint_record["statistics"].items() if key != "others"
-        }
-        named["statistics"] = {
-            PRIMARY: primary,
-            **checkpoint_record["statistics"].get("others", {}),
-        }
+        statistics = checkpoint_record["statistics"]
+        primary = {key: value for key, value in statistics.items() if key != "others"}
+        named["statistics"] = {PRIMARY: primary, **statistics.get("others", {})}
     return named
 
 
