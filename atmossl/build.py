@@ -303,8 +303,9 @@ def build_trainer(
     """
     settings, folder = config.trainer, config.paths.output
     loggers = _loggers(config) if logs else []
+    several = settings.strategy == "auto" and settings.num_devices > 1
     strategy = choose_strategy(
-        settings.strategy,
+        "ddp" if several else settings.strategy,
         precision=settings.precision,
         checkpoint_format=settings.checkpoint_format,
         async_checkpoint=settings.async_checkpoint,

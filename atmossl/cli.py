@@ -4,10 +4,11 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +29,7 @@ from atmossl.composition import (
     in_one_line,
     open_ended,
     register_run_name,
+    tasks_apart,
     to_plain,
     valid,
     with_fitting_store,
@@ -77,6 +79,8 @@ def _train(arguments: Sequence[str]) -> None:
     if is_started_by_first_rank(os.environ):
         end_with_parent()
     if not {"-m", "--multirun"} & set(arguments):
+        if "launcher=slurm" in arguments:
+            raise ValueError("launcher=slurm starts the runs of a sweep: add -m")
         values = valid("TrainConfig", _compose_training(arguments))
         from atmossl.commands.train import train
 
@@ -84,7 +88,8 @@ def _train(arguments: Sequence[str]) -> None:
         return
     import hydra
 
-    _check_first_of_sweep(arguments)
+    tasks = _check_first_of_sweep(arguments)["tasks"]
+    of_tasks, arguments = tasks_apart(arguments)
     register_run_name()
     arguments = [open_ended(as_entry(item, "train"), MAPPINGS["train"]) for item in arguments]
     arguments = with_fitting_store(arguments, "train")
@@ -95,29 +100,37 @@ def _train(arguments: Sequence[str]) -> None:
     decorate = hydra.main(
         version_base="1.3", config_path=str(find_file("conf")), config_name="train"
     )
+
+    def train_one(config: Any) -> float | None:  # a launcher pickles it for other machines
+        return _train_one_of_many(config, {"tasks": tasks} if of_tasks else {})
+
     with in_one_line(arguments):
-        decorate(_train_one_of_many)()
+        decorate(train_one)()
 
 
-def _check_first_of_sweep(arguments: Sequence[str]) -> None:
-    """Refuse what does not fit the first run of a sweep before any run is launched."""
+def _check_first_of_sweep(arguments: Sequence[str]) -> dict[str, Any]:
+    """Refuse what does not fit the first run of a sweep before any run is launched; returns that
+    run's values."""
+    if "launcher=slurm" in arguments and shutil.which("srun") is None:
+        raise ValueError("launcher=slurm: this machine has no `srun`; start the sweep on a cluster")
     words = [word for word in arguments if not word.startswith(_OF_SWEEPS)]
     firsts = [first_of_sweep(word) if is_readable(word) else word for word in words]
-    valid("TrainConfig", _compose_training([word for word in firsts if word is not None]))
+    values = _compose_training([word for word in firsts if word is not None])
+    return valid("TrainConfig", values)
 
 
 _OF_SWEEPS = ("-m", "--multirun", "hydra.", "launcher=", "hparams_search=")
 
 
-def _train_one_of_many(config: Any) -> float | None:
+def _train_one_of_many(config: Any, same_in_all: Mapping[str, Any]) -> float | None:
     """Train one run of a sweep, in the folder that Hydra chose for it; returns its score, for
-    the sweeper."""
+    the sweeper. same_in_all: values that Hydra was not told."""
     from hydra.core.hydra_config import HydraConfig
 
     from atmossl.commands.train import train
     from atmossl.training.preemption import Interrupted
 
-    values = to_plain(config)
+    values = to_plain(config) | dict(same_in_all)
     values["paths"]["output"] = HydraConfig.get().runtime.output_dir
     try:
         return train(values).score

@@ -39,6 +39,7 @@ from atmossl.overrides import (
 from atmossl.process_lifetime import run_name
 from atmossl.refused_words import compose_all, of_unknown
 from atmossl.renamed_keys import renamed
+from atmossl.value_faults import as_written
 
 _OF_TRAIN = (
     "trainer.extra", "callbacks", "logger.others", "data.transforms", "model.dims",
@@ -267,6 +268,29 @@ def compose_with_tasks(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     return values | _changed({"tasks": tasks}, [_by_number(word, tasks) for word in changes])
 
 
+def tasks_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a sweep that say which tasks validate, which Hydra does not take, and the other
+    words.
+
+    Raises:
+        ValueError: such a word has several values, one for each run.
+    """
+    folders = [word for word in arguments if word.startswith(SEARCH_WORDS)]
+    of_tasks = [
+        word
+        for word in arguments
+        if word.startswith("tasks.") or (sets(word, "tasks") and _lists(word, folders))
+    ]
+    for word in of_tasks:
+        if len(list(split(str(Word.of(word).value)))) > 1:
+            key, _, names = word.partition("=")
+            raise ValueError(
+                f"{word}: the runs of a sweep have the same tasks; give one value"
+                + (f", or a list: {key}=[{names}]" if key == "tasks" else "")
+            )
+    return of_tasks, [word for word in arguments if word not in of_tasks]
+
+
 def _listed_tasks(word: str, folders: Sequence[str]) -> list[dict[str, Any]]:
     """The tasks that `tasks=[NAME,...]` lists by name or file."""
     text = str(Word.of(word).value)
@@ -312,12 +336,18 @@ def compose_training(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
 
 # words that say what a whole configuration is composed of
 _WHOLE = ("experiment=", "debug=", "hparams_search=", "hydra.searchpath=", "--", "~", "+")
+# of `trainer`: where a run is computed. A choice such as `trainer=ddp` changes these of a run that
+# goes on, and leaves its steps, intervals and precision.
+_PLACEMENT = (
+    "accelerator", "devices", "num_nodes", "strategy", "cpu_offload", "checkpoint_format",
+)  # fmt: skip
 _FREE = ("stream", "masking", "tasks", "objective", "model", "callbacks")  # have no fixed keys
 
 
 def _stored_config(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]] | None:
-    """Values of the run in `paths.output` that `resume` goes on with, and what has changed, a text
-    each; None where the command line says what the run is: a new folder, or `experiment=...`.
+    """Values of the run in `paths.output` that `resume` goes on with, and a text for each key that
+    has changed; None where the command line says what the run is: a new folder, or
+    `experiment=...`.
 
     Raises:
         ValueError: a key that the run does not have.
@@ -329,19 +359,20 @@ def _stored_config(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     if not file.is_file():
         return None
     values = _with_new_keys(renamed(_plain(OmegaConf.load(file))), compose_with_tasks("train", []))
-    changes: list[str] = []
+    before = _flat(values)
     words = [text for text in overrides if Word.of(text).value is not None]
     chosen = [text for text in words if (find_file("conf") / Word.of(text).key).is_dir()]
     for word in chosen:
         key = Word.of(word).key
         node = compose_with_tasks("train", [word]).get(key)
-        if key in values and node != values[key]:
-            changes.append(word)
+        if key == "trainer" and node is not None:
+            node = {**values[key], **{name: node[name] for name in _PLACEMENT}}
+        if key in values:
             values[key] = node
     for word in words:
         if word not in chosen:
-            changes += _set(values, word)
-    return values, changes
+            _set(values, word)
+    return values, _changes(before, _flat(values))
 
 
 def _with_new_keys(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,8 +385,8 @@ def _with_new_keys(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[
     return values
 
 
-def _set(values: dict[str, Any], word: str) -> list[str]:
-    """Set one key; what it was and is, if that differs."""
+def _set(values: dict[str, Any], word: str) -> None:
+    """Set one key that a run has."""
     key, now = key_and_value(word)
     node, (*parents, last) = values, key.split(".")
     for part in parents:
@@ -363,10 +394,27 @@ def _set(values: dict[str, Any], word: str) -> list[str]:
     is_open = key.startswith("trainer.extra.")
     if not isinstance(node, dict) or (last not in node and not is_open):
         raise ValueError(of_unknown(key, values))
-    before, now = node.get(last), _plain(now)
-    node[last] = now
-    same = before == now or str(before) == str(now) or key in ("resume", "paths.output")
-    return [] if same else [f"{word} (was {before})"]
+    node[last] = _plain(now)
+
+
+def _flat(values: Mapping[str, Any], parents: str = "") -> dict[str, Any]:
+    """Values by their whole keys, such as `trainer.max_steps`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{parents}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+    return flat
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations, a text for each key."""
+    texts = []
+    for key in dict.fromkeys([*before, *now]):
+        if key in ("resume", "paths.output") or str(before.get(key)) == str(now.get(key)):
+            continue
+        was = f"was {as_written(before[key])}" if key in before else "was not there"
+        texts.append(f"{key}={as_written(now[key])} ({was})" if key in now else f"no {key} ({was})")
+    return texts
 
 
 def _plain(value: Any) -> Any:
@@ -393,4 +441,6 @@ def open_ended(override: str, mappings: tuple[str, ...]) -> str:
     appending. A key that begins with a digit, such as 2m_temperature, needs braces."""
     override = re.sub(r"^variables\.(\d\w*)=(.*)$", r"variables={\1: \2}", override)
     starts = tuple(f"{key}{end}" for key in mappings for end in (".", "="))
-    return f"++{override}" if override.startswith(starts) else override
+    key, _, value = override.partition("=")
+    chooses_file = (find_file("conf") / key).is_dir() and not value.startswith("{")
+    return f"++{override}" if override.startswith(starts) and not chooses_file else override

@@ -18,7 +18,7 @@ from atmossl.composition import (
 )
 from atmossl.data.catalog import find_file
 from atmossl.help import COMMANDS
-from atmossl.overrides import Word, as_values_of, split
+from atmossl.overrides import Word, as_values_of, first_of_sweep, is_readable, split
 
 _MISSING = "__missing__"
 _SCRIPTS = {
@@ -41,7 +41,7 @@ _ACTIONS = {
 
 def option(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The option among the words (`job`, `hydra` or `all` of `--cfg`, `info` of `--info`, else
-    None), and the other words.
+    None), and the other words: of a sweep (`-m`) those of its first run.
 
     Raises:
         ValueError: another value of `--cfg`.
@@ -57,6 +57,10 @@ def option(words: Sequence[str]) -> tuple[str | None, list[str]]:
     if "--info" in rest:
         rest.remove("--info")
         chosen = "info"
+    if {"-m", "--multirun"} & set(rest):
+        rest = [word for word in rest if word not in ("-m", "--multirun")]
+        firsts = [first_of_sweep(word) if is_readable(word) else word for word in rest]
+        rest = [word for word in firsts if word is not None]
     return chosen, rest
 
 

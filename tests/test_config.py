@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from atmossl.build import build_model
 from atmossl.cli import compose_config
 from atmossl.commands.common import plain
+from atmossl.composition import compose_training
 from atmossl.inference.checkpoint import load_checkpoint
 from atmossl.schema import ConfigError, EvaluateConfig, PredictConfig, TrainConfig, checked, parse
 from atmossl.settings import hours
@@ -15,7 +17,16 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("data", "stream", "masking", "tasks", "model", "objective", "optimizer", "trainer")
 CHOICES = [
     f"{group}={file.stem}"
-    for group in (*GROUPS, "logger", "paths", "experiment", "debug", "hparams_search", "launcher")
+    for group in (
+        *GROUPS,
+        "callbacks",
+        "logger",
+        "paths",
+        "experiment",
+        "debug",
+        "hparams_search",
+        "launcher",
+    )
     for file in sorted((CONF / group).glob("*.yaml"))
 ]
 FIELDS = (
@@ -198,3 +209,23 @@ def test_a_single_word_is_stored_as_the_list_that_it_means() -> None:
     assert values["optimizer"]["freeze"] == "encoder.*"
     assert listed["optimizer"]["freeze"] == ["encoder.*"] == list(config.optimizer.freeze)
     assert checked(TrainConfig, listed)[1] == listed
+
+
+def test_a_trainer_moves_a_run_that_goes_on_and_leaves_its_steps_and_precision(
+    tmp_path: Path,
+) -> None:
+    folder = f"paths.output={tmp_path}"
+    start = ["experiment=quickstart", folder, "trainer.max_steps=7", "trainer.devices=2"]
+    before = compose_training(start)[0]
+    before.pop("hydra", None)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    words = [folder, "resume=auto", "trainer=fsdp", "trainer.devices=4", "optimizer=adamw"]
+    after, note = compose_training(words)
+    moved = {"strategy": "fsdp", "checkpoint_format": "sharded", "accelerator": "gpu", "devices": 4}
+    assert after["trainer"] == before["trainer"] | moved
+    _, _, changed = note.partition("changed: ")
+    told = dict(text.split(" (was ") for text in changed.split(", ") if " (was " in text)
+    assert told["trainer.strategy=fsdp"] == "auto)" and told["trainer.devices=4"] == "2)"
+    assert "optimizer.algorithm=adamw (was muon)" in changed
+    assert "max_steps" not in changed and "precision" not in changed
+    assert compose_training([folder, "resume=auto", "trainer.devices=2"])[1].endswith("config.yaml")

@@ -169,7 +169,7 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
         batch,
         precision=config.trainer.precision,
     )
-    devices = num_devices(config)
+    devices = config.trainer.num_devices
     shards = devices if config.trainer.strategy == "fsdp" else 1
     share = 0.5 if config.trainer.precision == "bf16-mixed" else 1.0
     streams = batch.views[0].streams  # those of other views have the same shapes
@@ -190,14 +190,6 @@ def estimate(config: TrainConfig, *, on_host: bool = False) -> Estimate:
         batch_size=size,
         on_host=on_host,
     )
-
-
-def num_devices(config: TrainConfig) -> int:
-    """The number of devices of all nodes; `auto` counts the visible GPUs."""
-    per_node = config.trainer.devices
-    if per_node == "auto":
-        per_node = max(1, torch.cuda.device_count())
-    return per_node * config.trainer.num_nodes
 
 
 def sample_batch(config: TrainConfig) -> Batch:

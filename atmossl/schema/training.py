@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch.nn import ModuleDict
 
@@ -148,6 +149,14 @@ class TrainerConfig(Strict):
     profiler: Literal["none", "torch"]
     profile_steps: tuple[NotNegative, Positive]
     extra: Annotated[dict[str, Any], BeforeValidator(_check_extra)]
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices of all nodes; `devices=auto` counts the visible GPUs."""
+        per_node = self.devices
+        if per_node == "auto":
+            per_node = max(1, torch.cuda.device_count())
+        return per_node * self.num_nodes
 
 
 class LowRankConfig(Strict):

@@ -19,10 +19,13 @@ def sweep(folder: Path, *more: str) -> list[str]:
 
 
 def test_every_value_is_a_run_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    assert run(sweep(tmp_path, "model.dim=16,32"), cache=tmp_path) == 0
+    tasks = ("tasks=[forecast]", "tasks.forecast.lead_time=6h")
+    assert run(sweep(tmp_path, "model.dim=16,32", *tasks), cache=tmp_path) == 0
     for number, dim in enumerate((16, 32)):
         folder = tmp_path / "sweep" / str(number)
-        assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dim"] == dim
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["model"]["dim"] == dim
+        assert [task["lead_time"] for task in config["tasks"]] == ["6h"]
         assert (folder / "checkpoints" / "step-2.ckpt").exists()
 
 
@@ -33,6 +36,8 @@ def test_what_is_wrong_with_a_sweep_is_one_line(tmp_path: Path, capsys, monkeypa
     for wrong, told in (
         (("model.dim=17,32",), "atmossl train: model.dim=17 of stream"),
         (("hparams_search=nope",), "atmossl train: In 'train'"),
+        (("tasks=forecast,hindcast",), "atmossl train: tasks=forecast,hindcast: the runs of a"),
+        (("launcher=slurm",), "atmossl train: launcher=slurm: this machine has no `srun`"),
     ):
         assert main(sweep(tmp_path, *wrong)) == 2
         captured = capsys.readouterr()
@@ -66,6 +71,7 @@ def test_a_slurm_sweep_submits_jobs_that_train(tmp_path: Path) -> None:
     stub(commands, "sacct", f'echo "JobID|State|NodeList"; echo "4711|{state}|localhost"')
     stub(commands, "scontrol", "echo localhost")
     more = ("launcher=slurm", "hydra.launcher.partition=small", "trainer.accelerator=cpu")
+    more = (*more, "tasks=[forecast]")  # which the jobs are told beside what Hydra tells them
     path = f"{commands}:{os.environ['PATH']}"
     assert run(sweep(tmp_path, *more), cache=tmp_path, PATH=path) == 0
     script = (tmp_path / "job.sh").read_text()
