@@ -16,7 +16,7 @@ from rich.table import Table
 from atmossl.at_work import keeping, owned
 from atmossl.atomic_files import write_atomically
 from atmossl.batch import PRIMARY
-from atmossl.data.catalog import OWN_CATALOG, catalog_entry, check_name, load_catalog
+from atmossl.data.catalog import OWN_CATALOG, Gaps, catalog_entry, check_name, load_catalog
 from atmossl.data.climatology import Kind, write_climatology
 from atmossl.data.ingest import IngestInput, ingest, missing_shares, verify
 from atmossl.data.inspect import (
@@ -166,6 +166,7 @@ def add_store(location: str, name: str, catalog: Path | None) -> None:
         *(f"  {line}" for line in proposal.lines),
         f"written to {path}: change there what was guessed wrong",
         f"to look at it: atmossl data inspect {name}{more}",
+        *proposal.doubts,
         f"next:          atmossl train data={name}{more} paths.output=runs/{name}",
     ]
     console_of_output().print("\n".join(lines))
@@ -189,7 +190,7 @@ def _show_inspection(config: InspectConfig) -> list[SegmentReport]:
     reports = inspect(entry, window, config.samples)
     console = Console(markup=False, highlight=False)
     for report in reports:
-        _print_segment(console, report, window)
+        _print_segment(console, report, window, entry.gaps)
     variables = [variable for report in reports for variable in report.variables]
     for picture, variable in zip(names_of(reports), variables, strict=True):
         map_of(variable).savefig(config.output / f"{file_name(picture)}.png", dpi=110)
@@ -197,7 +198,9 @@ def _show_inspection(config: InspectConfig) -> list[SegmentReport]:
     return reports
 
 
-def _print_segment(console: Console, report: SegmentReport, window: WindowSize) -> None:
+def _print_segment(
+    console: Console, report: SegmentReport, window: WindowSize, choice_for_gaps: Gaps
+) -> None:
     time = report.time
     console.print(f"\n{report.name}: {report.location}", style="bold")
     dates = [time.calendar.show(t) for t in (time.start, time.end)]
@@ -223,7 +226,7 @@ def _print_segment(console: Console, report: SegmentReport, window: WindowSize) 
         table.add_row(*_row(variable))
     console.print(table)
     _print_storage(console, report.variables)
-    advices = time_advice(time)
+    advices = time_advice(time, choice_for_gaps)
     for variable in report.variables:
         advices += [*refusals(variable, report.location), *advice(variable, window)]
     for line in advices:

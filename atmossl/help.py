@@ -167,6 +167,20 @@ COMMANDS = {
             "other keys": "those of `atmossl train --help`: the run whose cost is told",
         },
     ),
+    "data add": Command(
+        "Writes a catalog entry for a store, and tells what was guessed.", "STORE [KEY=VALUE ...]",
+        (
+            "atmossl data add era5.zarr name=era5",
+            "atmossl data add 'era5/*.nc' data.catalog=my.yaml",
+            "atmossl data add era5.grib name=era5 output=era5.zarr",
+        ),
+        keys={
+            "STORE": "a zarr store, a file, a folder or a pattern in quotes",
+            "name": "of the entry; left out: that of the folder or file",
+            "data.catalog": "the YAML file that it is written to; left out: atmossl_catalog.yaml",
+            "output": "the zarr store that ingest makes of the files first; of GRIB always",
+        },
+    ),
     "data stats": Command(
         "Computes the statistics of a run's training data, and climatologies.",
         "[KEY=VALUE ...] [--force]",
@@ -180,7 +194,7 @@ COMMANDS = {
         "Makes one training store of GRIB, NetCDF or zarr.", "[KEY=VALUE ...]",
         (
             "atmossl data ingest input=era5/*.grib output=era5.zarr layout.time=24",
-            "atmossl data ingest input=in.nc output=out.zarr variables.t=temperature",
+            "atmossl data ingest input=in.nc output=out.zarr variables.temperature=t",
             "atmossl data ingest input=in.zarr output=out.zarr region=[35,75,-12,42]",
         ), "ingest", "IngestConfig",
     ),

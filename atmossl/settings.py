@@ -23,6 +23,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, reduce
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from operator import or_
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -63,17 +65,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-def signed_hours(text: str) -> float:
-    """Hours of a duration such as `12h`, `90min`, `2d` or `-30d`; ValueError if it is none."""
+def signed_hours(text: str | np.timedelta64 | timedelta) -> float:
+    """Hours of a duration such as `12h`, `90min`, `2d` or `-30d`, or one of numpy, pandas or the
+    standard library; ValueError if it is none."""
+    if isinstance(text, np.timedelta64 | timedelta) and text == text:  # NaT does not equal itself
+        return float(np.timedelta64(text) / np.timedelta64(1, "h"))
     match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", str(text))
     if match is None:
         raise ValueError(
-            f"{as_written(text)} is no duration; valid: a number and min, h or d, such as 12h"
+            f"{as_written(text)} is no duration; valid: a number and s, min, h or d, such as 12h"
         )
     return float(match[1]) * _HOURS[match[2]]
 
 
-def hours(text: str) -> float:
+def hours(text: str | np.timedelta64 | timedelta) -> float:
     """Hours of a duration that is not negative; ValueError if it is none."""
     value = signed_hours(text)
     if value < 0:
@@ -81,7 +86,7 @@ def hours(text: str) -> float:
     return value
 
 
-def seconds(text: str) -> float:
+def seconds(text: str | np.timedelta64 | timedelta) -> float:
     """Seconds of a duration that is not negative; ValueError if it is none."""
     return round(3600 * hours(text), 9)
 

@@ -1,7 +1,11 @@
 """Every file of conf/ composes and validates; everything wrong is named, all at once."""
 
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -164,10 +168,26 @@ def test_all_faults_come_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("6h", 6), ("90min", 1.5), ("2d", 48), (" 1.5 h ", 1.5)]
+    ("duration", "value"),
+    [
+        ("6h", 6),
+        ("90min", 1.5),
+        ("1800s", 0.5),
+        ("2d", 48),
+        (" 1.5 h ", 1.5),
+        (np.timedelta64(12, "h"), 12),
+        (pd.Timedelta("90min"), 1.5),
+        (timedelta(days=2), 48),
+    ],
 )
-def test_durations(text: str, value: float) -> None:
-    assert hours(text) == value
+def test_durations(duration: Any, value: float) -> None:
+    assert hours(duration) == value
+
+
+@pytest.mark.parametrize("duration", [np.timedelta64("NaT"), timedelta(hours=-6), "6", 6])
+def test_what_is_no_duration_is_refused(duration: Any) -> None:
+    with pytest.raises(ValueError, match="is no duration|is negative"):
+        hours(duration)
 
 
 def test_a_run_takes_network_streams_and_window_of_a_checkpoint_of_an_earlier_version() -> None:

@@ -15,8 +15,9 @@ import yaml
 import atmossl
 import atmossl.help as help_page
 from atmossl import composition
-from atmossl.cli import _COMMANDS, main
+from atmossl.cli import _COMMANDS, _OF_ADD, main
 from atmossl.composition import compose_config
+from atmossl.data.variables import VARIABLES
 from atmossl.help import COMMANDS, help_of
 from atmossl.hydra_options import explained
 
@@ -55,6 +56,12 @@ def test_help_names_the_tasks_that_can_be_listed(name: str) -> None:
     told = " ".join(help_of(name).split())
     tasks = sorted(f.stem for f in (Path(__file__).parents[1] / "conf" / "task").glob("*.yaml"))
     assert f"or one or a list, such as [forecast], of {', '.join(tasks)}" in told
+
+
+def test_help_of_add_has_its_keys(capsys: Any) -> None:
+    told = printed(capsys, "data", "add", "--help")
+    assert all(f"\n  {key} " in told for key in _OF_ADD)
+    assert "atmossl data add --help" in printed(capsys, "data", "--help")
 
 
 def leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,6 +118,8 @@ def test_examples_of_the_help_can_be_composed(
     Path("my_conf/masking").mkdir(parents=True)
     Path("my_conf/masking/mine.yaml").write_text("{_target_: random_masking, rate: 0.5}")
     for example in COMMANDS[name].examples:
+        named = re.findall(r"\bvariables\.(\w+)=", example)
+        assert set(named) <= set(VARIABLES), "canonical name = name in the file"
         words = [word for word in shlex.split(example)[1:] if word not in ("--force", "-m")]
         if "--config-dir" in words:
             words.remove("--config-dir")

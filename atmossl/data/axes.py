@@ -278,6 +278,23 @@ def usual_step(times: np.ndarray) -> tuple[np.timedelta64, np.ndarray]:
     return usual, np.flatnonzero(steps != usual)
 
 
+DROP_DUPLICATES = "keep one of each, with xarray: dataset.drop_duplicates('time')"
+
+
+def check_order(times: np.ndarray, calendar: Calendar, location: str) -> None:
+    """Raise ValueError for times that do not ascend, or of which one is there twice."""
+    steps = np.diff(times) / _HOUR
+    if (steps == 0).any():
+        twice = calendar.show(times[1:][steps == 0][0], "s")
+        raise ValueError(f"{location}: time {twice} is duplicate; {DROP_DUPLICATES}")
+    if (steps < 0).any():
+        at = int(np.flatnonzero(steps < 0)[0])
+        raise ValueError(
+            f"{location}: times are not in ascending order after {calendar.show(times[at], 's')}; "
+            "`atmossl data ingest` sorts them"
+        )
+
+
 def unlike_gaps(times: np.ndarray) -> bool:
     """Whether some step between ascending times is no whole number of usual ones."""
     steps, usual = np.diff(times), usual_step(times)[0]

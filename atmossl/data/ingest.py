@@ -336,10 +336,8 @@ def _make_array(group: zarr.Group, name: str, array: xr.DataArray, layout: Chunk
     copied_keys = ("units", "cell_methods", "comment")
     attributes = {key: array.attrs[key] for key in copied_keys if array.attrs.get(key)}
     if entry is not None:
-        attributes = attributes | {
-            "standard_name": entry.standard_name,
-            "long_name": entry.long_name,
-        }
+        said = {"standard_name": entry.standard_name, "long_name": entry.long_name}
+        attributes = {"units": entry.units, **attributes, **said}
     group.create_array(
         name,
         shape=array.shape,

@@ -13,6 +13,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from atmossl.data.axes import (
+    DROP_DUPLICATES,
     Calendar,
     read_times,
     regular_times,
@@ -21,7 +22,7 @@ from atmossl.data.axes import (
     why_uneven,
 )
 from atmossl.data.backends import OpenedStore
-from atmossl.data.catalog import CatalogEntry, resolve_location
+from atmossl.data.catalog import CatalogEntry, Gaps, resolve_location
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.metadata import check_statements, is_mean
 from atmossl.data.store import check_dims, open_entry, rename_coordinates
@@ -142,21 +143,24 @@ def _hours(duration: np.timedelta64) -> float:
     return float(duration / np.timedelta64(1, "h"))
 
 
-def time_advice(time: TimeAxis) -> list[str]:
-    """What to do about times that training refuses."""
+def time_advice(time: TimeAxis, gaps: Gaps = "error") -> list[str]:
+    """What to do about times that training refuses with this choice for gaps."""
     lines = []
     if time.refused is not None and time.step_range_hours is not None:
         lines.append(f"training refuses these times: {time.refused}")
-    elif time.gaps:
+    elif time.gaps and gaps == "error":
         lines.append(
             f"`gaps: split` in the catalog entry trains on the {len(time.gaps) + 1} unbroken "
             f"parts, of which the longest has {time.longest} steps; missing times are an error "
             "otherwise"
         )
     if time.duplicates:
-        lines.append("duplicate times are refused; drop them: dataset.drop_duplicates('time')")
+        lines.append(f"duplicate times are refused; {DROP_DUPLICATES}")
     if not time.ascending and not time.duplicates:
-        lines.append("times that do not ascend are refused; sort them: dataset.sortby('time')")
+        lines.append(
+            "times that do not ascend are refused; `atmossl data ingest` sorts them, and so does "
+            "xarray: dataset.sortby('time')"
+        )
     return lines
 
 

@@ -28,6 +28,7 @@ from atmossl.data.inspect import TimeAxis, time_advice, time_axis
 from atmossl.data.metadata import check_statements, says
 from atmossl.data.store import check_dims, open_split, rename_coordinates
 from atmossl.data.variables import SHORT_NAMES, VARIABLES, check_units
+from atmossl.model_levels import L137_HPA
 
 SEGMENT = "record"
 _USUAL_LEVELS = (300, 500, 850)
@@ -35,15 +36,20 @@ _MOST_LEVELS = 5  # of which all are proposed for training
 _TOKEN_DEGREES = 2.25
 _LONG_HOURS, _NUM_STEPS = 36, 5  # of a window, of steps up to 3 h and of longer ones
 _USUAL_LEAD_HOURS, _USUAL_HIDDEN_HOURS = 12, 6  # of the tasks in conf/
+_LAST_NEIGHBOURS_HPA = 3  # 1, 2, 3, 5, 7, 10 hPa are usual; no pressures above differ by 1
+_STRATOPAUSE_HPA = 20  # above, air can be as warm as at the surface
+_WARM_ALOFT_K = 265.0  # no median of a field up to 137 hPa, where air has some 200 to 230 K
 _SHARE = 0.1  # of the steps, for validation and for test each
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A proposed catalog entry, and what was guessed for it, a line each."""
+    """A proposed catalog entry, and what was guessed for it, a line each. doubts: lines on what
+    is left out of training, or may be taken for something else than it is."""
 
     entry: CatalogEntry
     lines: tuple[str, ...]
+    doubts: tuple[str, ...]
 
 
 @cache
@@ -85,8 +91,10 @@ def propose(location: str) -> Proposal:
         citation="not stated",
     )
     _check(entry)
-    lines = (*_told(dataset, entry, time), *(f"left out: {line}" for line in refused), *notes)
-    return Proposal(entry, lines)
+    doubts = [*notes, *(f"left out: {line}" for line in refused)]
+    if pressure and (doubt := _doubt_of_levels(dataset, names)):
+        doubts.append(doubt)
+    return Proposal(entry, tuple(_told(dataset, entry, time)), tuple(doubts))
 
 
 def _usable(
@@ -154,7 +162,10 @@ def _for_training(
             gappy |= {name} if finite.size < values.size else set()
             continue
         extent = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "no value"
-        notes.append(f"in no stream: {name} has {extent}; valid: {low:g} to {high:g}")
+        notes.append(
+            f"in no stream: {name} has {extent}; valid: {low:g} to {high:g}. If its units are "
+            "others, say so by its attribute `units`; `atmossl data ingest` converts usual ones"
+        )
     if not chosen:
         raise ValueError("; ".join(notes) or "no variable has a time axis")
     return chosen, gappy, notes
@@ -177,6 +188,30 @@ def _some_values(array: xr.DataArray) -> np.ndarray:
     places = {dim: sorted({0, end}) for dim, end in last.items()}
     places["time"] = sorted({0, last["time"] // 2, last["time"]})
     return array.isel(places).values
+
+
+def _doubt_of_levels(dataset: xr.Dataset, names: Mapping[str, str]) -> str | None:
+    """A line on levels that are taken for pressures and look like numbers of model levels: whole
+    numbers up to 137 without attributes, of which neighbours follow each other, or where air is
+    warmer than it is at such a pressure."""
+    if not any("level" in dataset[stored].dims for stored in names.values()):
+        return None
+    level = dataset["level"]
+    values = np.sort(level.values.astype(float))
+    said = any(says(level.attrs, key) for key in ("units", "standard_name", "long_name"))
+    if said or (values != np.round(values)).any() or values[0] < 1 or values[-1] > len(L137_HPA):
+        return None
+    follow = (np.diff(values[values > _LAST_NEIGHBOURS_HPA]) == 1.0).any()
+    aloft = values[values > _STRATOPAUSE_HPA]
+    if not follow and "temperature" in names and aloft.size:
+        array = dataset[names["temperature"]].isel(time=0, missing_dims="ignore")
+        follow = "level" in array.dims and array.sel(level=aloft[-1]).median() > _WARM_ALOFT_K
+    if not follow:
+        return None
+    return (
+        f"levels {', '.join(f'{value:g}' for value in values)} are taken for hPa, as nothing says "
+        "otherwise; if they are numbers of model levels, set `levels_are: model` in the entry"
+    )
 
 
 def _levels(dataset: xr.Dataset, names: Mapping[str, str]) -> tuple[int, ...]:

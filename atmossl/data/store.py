@@ -21,6 +21,7 @@ from atmossl.batch import PRIMARY, StreamSpec
 from atmossl.data.axes import (
     Calendar,
     check_names,
+    check_order,
     dimensions_like,
     projected_dimensions,
     read_times,
@@ -37,8 +38,8 @@ from atmossl.data.catalog import CatalogEntry, Gaps, Split, catalog_entry, resol
 from atmossl.data.chunks import Access, chunked_array
 from atmossl.data.forcings import FORCINGS, ComputedChunks
 from atmossl.data.metadata import REGRID, check_statements, hpa_per_unit
-from atmossl.data.segment import HOUR, DataSource, Segment, StoredVariable
-from atmossl.data.variables import check_units
+from atmossl.data.segment import DataSource, Segment, StoredVariable
+from atmossl.data.variables import check_units, renaming_advice
 from atmossl.geometry import Grid, Nesting, ascending_longitudes
 from atmossl.model_levels import L137_HPA, is_model_level
 from atmossl.value_faults import listed
@@ -183,6 +184,7 @@ def _chosen(dataset: xr.Dataset, names: dict[str, str], location: str) -> xr.Dat
         raise ValueError(
             f"{location}: variables {listed(missing)} are missing; the store has "
             f"{listed(sorted(map(str, dataset.data_vars)))}"
+            f"{renaming_advice(dataset.data_vars, names)}"
         )
     unused = set(dataset.data_vars) - set(names.values())
     return dataset.drop_vars(unused).rename({s: v for v, s in names.items() if s != v})
@@ -298,8 +300,9 @@ def _checked_levels(
     shown = ", ".join(f"{level:g}" for level in have)
     if max(have) > _HIGHEST_HPA:
         raise ValueError(
-            f"{location}: levels {shown} are no hPa; if they are Pa, their attribute `units` "
-            "must say so"
+            f"{location}: levels {shown} are no hPa; if they are Pa, set their attribute "
+            "`units`, with `ncatted -a units,level,o,c,Pa FILE` of NCO, or with xarray: "
+            "dataset.level.attrs['units'] = 'Pa'"
         )
     if len(set(have)) < len(have):
         raise ValueError(f"{location}: levels {shown} are there more than once")
@@ -331,15 +334,7 @@ def _checked_times(
         raise ValueError(
             f"{location}: only {len(times)} time steps; at least {at_least} are needed"
         )
-    steps = np.diff(times) / HOUR
-    if (steps == 0).any():
-        twice = calendar.show(times[1:][steps == 0][0], "s")
-        raise ValueError(f"{location}: time {twice} is duplicate")
-    if (steps < 0).any():
-        at = int(np.flatnonzero(steps < 0)[0])
-        raise ValueError(
-            f"{location}: times are not in ascending order after {calendar.show(times[at], 's')}"
-        )
+    check_order(times, calendar, location)
     return times, calendar
 
 

@@ -4,7 +4,7 @@ and transforms."""
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Self, get_args
@@ -391,3 +391,17 @@ class Transform:
         size = np.abs(values)
         size = np.expm1(size) if self.kind == "log" else size**2
         return np.sign(values) * size * np.asarray(self.scale, values.dtype)
+
+
+def renaming_advice(stored: Iterable[Hashable], names: Collection[str]) -> str:
+    """How to rename variables that are there under short names, for the end of a message; empty
+    where none of the wanted `names` is."""
+    have = sorted(map(str, stored))
+    renamed = {name: SHORT_NAMES.get(name) for name in have}
+    pairs = [f'{name}="{n}"' for name, n in renamed.items() if n in names and n not in have]
+    if not pairs:
+        return ""
+    return (
+        f". If these are they: dataset.rename({', '.join(pairs)}); or open the file by "
+        "atmossl.open_data(PATH), or `atmossl data add PATH`, which know these names"
+    )

@@ -27,6 +27,7 @@ _SHORT_NAMES = {
 }
 _BITS = 24  # of every value: the range over 2**24, about what float32 resolves
 _MISSING = 1e20  # stands for missing values, of which a bitmap tells
+_NO_CENTRE, _NO_PROCESS = 65535, 255  # missing: ecCodes' samples would name ECMWF and its models
 _MINUTE = np.timedelta64(1, "m")
 
 
@@ -83,6 +84,8 @@ def _sample(eccodes: ModuleType, store: xr.Dataset) -> Any:
     """A message with the headers that all messages have in common; rows run from north to south."""
     lat, lon = store["latitude"].values, store["longitude"].values % 360.0
     keys = {
+        "centre": _NO_CENTRE,
+        "generatingProcessIdentifier": _NO_PROCESS,
         "Ni": len(lon),
         "Nj": len(lat),
         "latitudeOfFirstGridPointInDegrees": lat.max(),

@@ -463,6 +463,9 @@ class HasTimes(Protocol):
     def find(self, time: np.datetime64) -> Source: ...
 
 
+_DATES = "ISO dates, or all, or a range START/END or START/END/STEP"
+
+
 def chosen_times(plan: HasTimes, times: Times, every: int = 1) -> np.ndarray:
     """The reference times that a user chooses, in order, checked to have their steps; for None
     every n-th possible one.
@@ -484,9 +487,9 @@ def chosen_times(plan: HasTimes, times: Times, every: int = 1) -> np.ndarray:
         chosen = np.unique(np.array(dates, plan.segment.times.dtype))
     except ValueError as error:
         shown = f"[{','.join(map(str, names))}]" if len(names) > 1 else names[0]
-        raise ValueError(f"init_time={shown}: {error}; needed: ISO dates, or all") from error
+        raise ValueError(f"init_time={shown}: {error}; needed: {_DATES}") from error
     if len(chosen) == 0:
-        raise ValueError("init_time=[] names no date; valid: ISO dates, or all")
+        raise ValueError(f"init_time=[] names no date; valid: {_DATES}")
     for time in chosen:
         plan.find(time)
     return chosen
@@ -534,7 +537,7 @@ def _named(times: Any, calendar: Calendar) -> list[Any]:
     wrong = [v for v in values if not isinstance(v, str | np.datetime64 | date)
              and not hasattr(v, "calendar")]  # fmt: skip
     if wrong:
-        raise ValueError(f"init_time={wrong[0]} is no date; valid: ISO dates, or all")
+        raise ValueError(f"init_time={wrong[0]} is no date; valid: {_DATES}")
     for value in values.ravel():
         if not calendar.knows(value):
             raise ValueError(

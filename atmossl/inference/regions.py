@@ -10,6 +10,8 @@ import pandas as pd
 import xarray as xr
 from pydantic import BeforeValidator, Field
 
+from atmossl.data.backends import NETCDF, kind_of
+from atmossl.data.netcdf import open_netcdf_file
 from atmossl.geometry import Grid, ascending_longitudes
 from atmossl.masking.places import (
     AllButStations,
@@ -33,8 +35,11 @@ def read_cell_mask(path: Path) -> CellMask:
     key = f"task.mask_file={path}"
     if not path.exists():
         raise ValueError(f"{key} does not exist")
+    kind = NETCDF if path.is_dir() else kind_of(path)
+    if kind != NETCDF:
+        raise ValueError(f"{key} cannot be read as NetCDF or zarr: the file is {kind}")
     try:
-        with xr.open_dataset(path, engine="zarr" if path.is_dir() else None) as dataset:
+        with xr.open_zarr(path) if path.is_dir() else open_netcdf_file(path) as dataset:
             dataset = dataset.rename(
                 {old: new for old, new in (("lat", "latitude"), ("lon", "longitude"))
                  if old in dataset.dims}

@@ -22,7 +22,7 @@ from atmossl.data.backends import open_store
 from atmossl.data.catalog import SegmentEntry
 from atmossl.data.ingest import ChunkLayout, IngestInput, Workers, ingest
 from atmossl.data.inputs import open_input
-from atmossl.data.inspect import time_axis
+from atmossl.data.inspect import time_advice, time_axis
 from atmossl.data.store import open_parts, open_segment
 from tests.synthetic import dataset
 
@@ -132,6 +132,8 @@ def test_inspect_and_training_agree_on_uneven_steps() -> None:
         with pytest.raises(ValueError, match="not uniform"):
             open_parts("s", store, "here", variables=NAMES, levels=[])
     assert time_axis(monthly).step_range_hours == (672.0, 744.0)
+    assert "gaps: split" in time_advice(time_axis(gappy))[0]
+    assert time_advice(time_axis(gappy), "split") == []
 
 
 def test_longitudes_close_the_circle_in_spite_of_rounding() -> None:

@@ -97,6 +97,14 @@ def test_netcdf_files_become_one_store(tmp_path, shard: int) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_file_without_units_becomes_a_store_with_those_of_the_names(tmp_path) -> None:
+    RECORD.drop_attrs().to_netcdf(tmp_path / "in.nc")
+    ingest(IngestInput(str(tmp_path / "in.nc")), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)
+    opened = xr.open_zarr(tmp_path / "out.zarr")
+    units = {name: array.attrs["units"] for name, array in opened.data_vars.items()}
+    assert units == {"temperature": "K", "u_component_of_wind": "m s-1"}
+
+
 def test_grib_messages_become_a_store(tmp_path) -> None:
     path = grib(tmp_path / "era5.grib")
     ingest(IngestInput(str(path)), tmp_path / "out.zarr", LAYOUT, THREADS, quiet)

@@ -94,7 +94,7 @@ def test_odd_files_read_alike(files, tmp_path: Path) -> None:
         ([HALVES[0], HALVES[1].isel(level=[0, 2])], r"sizes 2 x 8 x 16, 3 x 8 x 16;"),
         ([HALVES[0].isel(latitude=slice(0, 4)), HALVES[1]], "different level x latitude"),
         ([RECORD.isel(time=slice(0, 5)), HALVES[1]], "files overlap"),
-        ([RECORD.isel(time=[0, 1, 1])], "T06:00:00 is duplicate"),
+        ([RECORD.isel(time=[0, 1, 1])], r"T06:00:00 is duplicate; .*drop_duplicates\('time'\)"),
         ([xr.concat([RECORD, RECORD.isel(latitude=[0])], "latitude")], "latitude must ascend"),
         ([RECORD.assign_coords(time=range(6))], "time has type int64"),
     ],

@@ -58,7 +58,9 @@ def test_one_command_makes_an_entry_that_training_takes(files, capsys) -> None:
     assert main(["data", "add", str(files), "name=mine"]) == 0
     told = capsys.readouterr().out
     assert "atmossl train data=mine paths.output=runs/mine" in told
-    assert "left out: variable geopotential has units furlong" in told
+    *_, last_doubt, following = told.splitlines()
+    assert last_doubt.startswith("left out: variable geopotential has units furlong")
+    assert following.startswith("next: ")
     entry = catalog_entry("mine")
     assert entry.variables == {**NAMES, "2m_temperature": "t2m", "orog": "orog"}
     assert entry.levels == (300, 500, 850) and entry.training is not None
@@ -69,6 +71,27 @@ def test_one_command_makes_an_entry_that_training_takes(files, capsys) -> None:
     assert main(["config", "validate", "data=mine"]) == 0
     assert main(["data", "list"]) == 0
     assert "mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("levels", "aloft", "doubted"),
+    [
+        ((114, 123, 137), 280.0, True),
+        ((100, 125, 137), 215.0, False),
+        ((100, 101, 102), 215.0, True),  # neighbours
+        ((1, 2, 3), 280.0, False),  # usual pressures at the stratopause
+        ((300, 500, 850), 280.0, False),
+    ],
+)
+def test_levels_that_may_be_numbers_of_model_levels_are_told(
+    tmp_path: Path, levels: tuple[int, ...], aloft: float, doubted: bool
+) -> None:
+    store = dataset(levels=levels, variables=("temperature",), steps=60, step_hours=6)
+    store["temperature"] = store["temperature"] * 0 + np.float32(aloft)
+    store["level"].attrs.clear()
+    store.to_netcdf(tmp_path / "record.nc")
+    doubts = " ".join(propose(str(tmp_path / "record.nc")).doubts)
+    assert ("`levels_are: model`" in doubts) == doubted
 
 
 def test_splits_follow_each_other_and_hold_every_step_once(files) -> None:

@@ -411,3 +411,9 @@ def test_bands_come_once_each_and_in_order(overlap: float) -> None:
         for part in parts:
             truth = store["temperature"].values[3 + part.case][:, part.rows]
             np.testing.assert_allclose(part.fields["temperature"][0, 0], truth, atol=1e-4)
+
+
+def test_a_mask_file_of_another_kind_is_told_in_our_words(tmp_path) -> None:
+    (tmp_path / "mask.csv").write_text("1,0,1")
+    with pytest.raises(ValueError, match="the file is neither GRIB nor NetCDF by its first bytes$"):
+        read_cell_mask(tmp_path / "mask.csv")

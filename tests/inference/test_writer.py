@@ -184,6 +184,8 @@ def test_cfgrib_reads_what_is_written_as_grib(tmp_path: Path) -> None:
         scale = float(expected[ours].max() - expected[ours].min())
         np.testing.assert_allclose(there, expected[ours], atol=scale * 2**-22)
         assert read[theirs].attrs["units"] == units
+        assert "ECMWF" not in str({**read.attrs, **read[theirs].attrs, "history": ""}).upper()
+    assert read.attrs["GRIB_centre"] == "65535"  # missing
     with pytest.raises(ValueError, match="lead times below 0"):
         write(forecaster(Hindcast(12)), times_of(used), tmp_path / "past.grib2")
 
