@@ -103,6 +103,7 @@ class WindowDataModule(L.LightningDataModule):
             sampler=sampler,
             windows_per_time=settings.windows_per_time,
             skip_unreadable=settings.unreadable == "skip",
+            mirror=settings.mirror,
             **common,
         )
         self.validation_sets = [

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from atmossl.at_work import leave_to_creator, start_worker_server
 from atmossl.batch import Batch, Movable, StreamSpec, StreamWindow, View, collate_views
+from atmossl.data.mirror import check_mirror, mirrored
 from atmossl.data.segment import Segment, UnreadableChunk
 from atmossl.data.variables import OneLineNotes
 from atmossl.data.windows import Normaliser, WindowSize, lent, read_windows
@@ -40,9 +42,10 @@ class LoaderSettings:
     at another place. windows_per_read: of these, how many follow one another in the order, so that
     one read serves them. num_workers: processes that read; 0: the training process itself.
     prefetch: batches that a worker holds ready. unreadable: whether a chunk that cannot be read
-    ends the run or skips its samples. first_guess: predict the residual from it; false: from the
-    mean; surroundings: also fill what is never shown from the places around; other_model: from what
-    a stream of role input with a store of its own says of the same variable and level.
+    ends the run or skips its samples. mirror: share of the training samples that are mirrored at
+    the equator. first_guess: predict the residual from it; false: from the mean; surroundings:
+    also fill what is never shown from the places around; other_model: from what a stream of role
+    input with a store of its own says of the same variable and level.
 
     Raises:
         ValueError: windows_per_read divides neither of what it groups.
@@ -55,6 +58,7 @@ class LoaderSettings:
     prefetch: Positive
     unreadable: Literal["raise", "skip"]
     first_guess: FirstGuess
+    mirror: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def __post_init__(self) -> None:
         for key in ("windows_per_time", "batch_size"):
@@ -84,6 +88,7 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
 
     sampler: of the masks of views that have none of their own. views: those of every sample. Where
     they start later than the sample, samples end so much earlier that all views are in the record.
+    mirror: share of the samples whose windows are mirrored at the equator.
     """
 
     def __init__(
@@ -99,7 +104,11 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         first_guess: FirstGuess = True,
         skip_unreadable: bool = False,
         views: Sequence[ViewSpec] = (ViewSpec(),),
+        mirror: float = 0.0,
     ) -> None:
+        if mirror:
+            check_mirror(specs, normaliser)
+        self.mirror = mirror
         self.segments = tuple(segments)
         self.specs = tuple(specs)
         self.normaliser = normaliser
@@ -221,6 +230,8 @@ class WindowDataset(Dataset[tuple[tuple[View, ...], int]]):
         samples = []
         for position, (key, rng) in enumerate(zip(keys, rngs, strict=True)):
             of_views = [windows[position, lag] for lag in lags[position]]
+            if self.mirror and rng.random() < self.mirror:
+                of_views = [mirrored(streams, self.normaliser) for streams in of_views]
             views = make_views(
                 of_views, self.views, self.sampler, rng, first_guess=self.first_guess
             )
