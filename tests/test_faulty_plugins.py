@@ -16,7 +16,7 @@ from atmossl.batch import StreamMask, token_grid
 from atmossl.checkpoint_files import save_contents
 from atmossl.cli import main
 from atmossl.losses import Losses
-from atmossl.masking.base import TokenLayout, draw_masks
+from atmossl.masking.base import TokenLayout, check_masks
 from atmossl.masking.random import Mixture
 from atmossl.masking.tasks import TimePlan, check_plan
 from atmossl.objectives.base import Monitor, Objective, check_built, check_class, check_losses
@@ -250,7 +250,7 @@ def test_a_sampler_that_returns_no_masks_is_named(sampler: Any, message: str) ->
     layouts, rng = layouts_of_a_window(), np.random.default_rng(0)
     for drawn in (Mine(), Mixture((Mine(),), (1.0,))):
         with pytest.raises(ValueError, match="masking sampler .*Mine returned") as told:
-            draw_masks(drawn, layouts, rng)
+            check_masks(drawn, drawn(layouts, rng), layouts)
         assert message in str(told.value) and "\n" not in str(told.value)
 
 

@@ -22,7 +22,7 @@ from atmossl.data.loader import (
 )
 from atmossl.data.segment import Segment, UnreadableChunk
 from atmossl.data.windows import Normaliser, Statistics, WindowSize
-from atmossl.masking.base import MaskingSampler, TokenLayout, draw_masks
+from atmossl.masking.base import MaskingSampler, TokenLayout, check_masks
 from atmossl.masking.views import ViewSpec
 
 _LOGGER = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def check_samples(
                 (view, *_), _ = dataset[key]
                 layouts = tuple(TokenLayout(stream.spec, stream.grid) for stream in view.streams)
                 for number in range(_NUM_DRAWS):  # of a mixture, so that each part has its turn
-                    draw_masks(sampler, layouts, np.random.default_rng(number))
+                    masks = sampler(layouts, np.random.default_rng(number))
+                    check_masks(sampler, masks, layouts)
 
 
 class WindowDataModule(L.LightningDataModule):

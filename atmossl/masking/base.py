@@ -131,15 +131,12 @@ class MaskingSampler(Protocol):
         ...
 
 
-def draw_masks(
-    sampler: MaskingSampler, layouts: TokenLayouts, rng: np.random.Generator
-) -> StreamMasks:
-    """The masks that a sampler draws for the streams of a window.
+def check_masks(sampler: object, masks: object, layouts: TokenLayouts) -> None:
+    """Check what a sampler, which may be a plugin's, drew for the streams of a window.
 
     Raises:
-        ValueError: the sampler, which may be a plugin's, returns something else than it must.
+        ValueError: it is something else than one `StreamMask` for each stream.
     """
-    masks: object = sampler(layouts, rng)
     if isinstance(masks, tuple | list) and len(masks) == len(layouts):
         faults = [_mask_fault(*pair) for pair in zip(masks, layouts, strict=True)]
     elif isinstance(masks, tuple | list):
@@ -152,7 +149,6 @@ def draw_masks(
             f"the masking sampler {name} returned {fault}; it must return a tuple with one "
             "atmossl.batch.StreamMask for each stream"
         )
-    return tuple(masks)  # pyright: ignore[reportArgumentType]
 
 
 def _mask_fault(mask: object, layout: TokenLayout) -> str | None:
@@ -290,7 +286,8 @@ def make_view(
 ) -> View:
     """Tokens of all streams of one window under one draw of the sampler."""
     layouts = tuple(TokenLayout(window.spec, token_grid(window)) for window in windows)
-    masks = draw_masks(sampler, layouts, rng)
+    masks = sampler(layouts, rng)
+    check_masks(sampler, masks, layouts)
     streams = tuple(
         corrupt(
             window, layout.grid, mask, rng, first_guess=first_guess,

@@ -13,8 +13,8 @@ from atmossl.masking.base import (
     StreamMasks,
     TokenLayout,
     TokenLayouts,
+    check_masks,
     coarse_mask,
-    draw_masks,
     hide_times,
     mask_of_points,
     own_factor,
@@ -401,7 +401,9 @@ class Mixture:
 
     def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
         choice = int(rng.choice(len(self.samplers), p=list(self.probabilities)))
-        masks = draw_masks(self.samplers[choice], layouts, rng)
+        sampler = self.samplers[choice]
+        masks = sampler(layouts, rng)
+        check_masks(sampler, masks, layouts)
         return tuple(replace(mask, kind=choice) for mask in masks)
 
     @property
