@@ -56,6 +56,7 @@ from atmossl.training.recompute import recompute
 from atmossl.training.strategies import choose_strategy
 from atmossl.training.throughput import Throughput, TraceSteps
 from atmossl.training.warm_start import renamed, warm_start
+from atmossl.value_faults import told_in_list
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,11 +84,12 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
     train, validation = open_splits(config)
     paired_train, paired_validation = paired(train), paired(validation)
     tasks = {task.name: task for task in config.tasks}
-    samplers = [(paired_train, config.masking)]
-    samplers += [(paired_validation, task) for task in tasks.values()]
-    check_samples(samplers, config.specs, config.data.window, config.objective.views)
-    for task in config.tasks:
-        _check_can_be_predicted(task, config.data.window.time, train[PRIMARY][0].step_hours)
+    samples = config.specs, config.data.window, config.objective.views
+    check_samples([(paired_train, config.masking)], *samples)
+    for name, task in tasks.items():
+        with told_in_list(name, tasks):
+            check_samples([(paired_validation, task)], *samples)
+            _check_can_be_predicted(task, config.data.window.time, train[PRIMARY][0].step_hours)
     _warn(shared_steps(train[PRIMARY], validation[PRIMARY]))
     transforms = config.data.transforms
     statistics = {

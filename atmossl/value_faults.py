@@ -6,7 +6,8 @@ All that is read from users and checked by pydantic is told by these words: conf
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 _MAPPING = "keys and values, such as {{KEY: VALUE}}"
@@ -95,6 +96,8 @@ _ONE = {"too_short": "at least one value", "string_too_short": "a text that is n
 _QUOTED = re.compile(r"'([^']*)'")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 _CHOICE = re.compile(r"\b(True|False|None)\b")
+# How messages name the keys of a task, and the task itself.
+_OF_TASK = re.compile(r"(?<![\w.])task(?:=\w+|(?=\.\w)|(?= hides ))")
 # A text that YAML or a shell would take for something else, or for several words.
 _NEEDS_QUOTES = re.compile(
     r"""|.*[\s,\[\]{}'"].*|null|true|false|~|[-+]?[\d.]+(e[-+]?\d+)?""", re.DOTALL | re.IGNORECASE
@@ -137,6 +140,26 @@ def of_unquoted(fault: Any, key: str = "") -> str:
         text = f"'{place}=[{text}]'" if last.isdigit() else f"'{key}={text}'"
     kind = "a number" if value is not None and not isinstance(value, bool) else "no text"
     return f"; {shown} without quotes is {kind}: write {text} if it is a name"
+
+
+@contextmanager
+def told_as(key: str, advice: str = "") -> Iterator[None]:
+    """What is wrong with a task, as its messages tell it of `task.KEY`, is told of `key.KEY`: the
+    key that the user wrote, where the task is one of several. advice: the end of such a message."""
+    try:
+        yield
+    except ValueError as error:
+        message, count = _OF_TASK.subn(key, str(error))
+        if not count or type(error) is not ValueError:
+            raise
+        raise ValueError(message + advice) from error
+
+
+def told_in_list(name: str, names: Iterable[str]) -> AbstractContextManager[None]:
+    """`told_as` for one of the tasks in `tasks=[...]`, with the list that leaves it out."""
+    rest = [other for other in names if other != name]
+    advice = f"; tasks={as_written(rest)} leaves {name} out" if rest else ""
+    return told_as(f"tasks.{name}", advice)
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -20,7 +20,8 @@ from atmossl.inference.plan import chosen_times
 from atmossl.inference.tiles import first_view
 from atmossl.masking.random import RandomMasking, TimeBlockMasking
 from atmossl.masking.tasks import Downscaling, Forecast, TemporalInterpolation
-from tests.inference.oracle_models import STORE, Known, predictor
+from tests.inference.oracle_models import NAMES, STORE, Known, predictor
+from tests.synthetic import spec
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -127,6 +128,16 @@ def test_what_training_never_hid_is_said(task, sampler, expected: str | None) ->
     found = unseen(view, sampler, getattr(task, "factor", None))
     assert (found == []) == (expected is None)
     assert expected is None or re.search(expected, found[0])
+
+
+@pytest.mark.parametrize(("steps", "num_tokens"), [(1, 4), (2, 2)])
+def test_hidden_steps_are_counted_as_steps_and_not_as_tokens(steps: int, num_tokens: int) -> None:
+    streams = (spec(variables=NAMES, token=(steps, 2, 2)),)
+    used = predictor(Forecast(12), Known(guess), specs=streams, window=(4, 8, 16))
+    view = first_view(used, STORE["time"].values[6])
+    assert view.streams[0].corruption.shape[1] == num_tokens
+    (found,) = unseen(view, RandomMasking((0.2, 0.3)))
+    assert found == "2 whole steps hidden; training hid 0 at most"
 
 
 def test_training_masks_are_drawn_at_the_steps_of_the_training() -> None:

@@ -71,6 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     places["longitude"] = store.longitude
     xr.Dataset({"mask": (("latitude", "longitude"), mask)}, places).to_netcdf(folder / "all.nc")
     (folder / "three.yaml").write_text("_target_: downscaling\nfactor: 3")
+    parts = "[{_target_: forecast, lead_time: 12h}, {_target_: hindcast, lead_time: 6h}]"
+    (folder / "union.yaml").write_text(f"_target_: combined\nparts: {parts}")
     (folder / "bad.yaml").write_text("_target_: forecast\nlead_time: soon")
     (folder / "torn.yaml").write_text("a: [1,\n b")
     (folder / "list.yaml").write_text("- a\n- b\n")
@@ -202,7 +204,17 @@ EVALUATE = {
     "data.catalog=DIR/half/catalog.yaml tasks=[temporal_interpolation]": "steps of 12 h.*ridge=f",
     "data.catalog=DIR/short/catalog.yaml tasks=[forecast]": "too short.*ridge=false",
     "data.catalog=DIR/no_leap/catalog.yaml": "noleap",
-    "tasks=[DIR/three.yaml]": "does not divide",
+    "tasks=[DIR/three.yaml]": "evaluate: tasks.downscaling.factor=3 does not divide.*8 x 16 cells",
+    "tasks=[forecast,DIR/three.yaml]": r"factor=3 .*; tasks=\[forecast\] leaves downscaling out$",
+    "tasks=[forecast] tasks.forecast.lead_time=7h": ": tasks.forecast.lead_time=7 h is no multip",
+    "tasks=[hindcast] tasks.hindcast.lead_time=90h": ": tasks.hindcast.lead_time=90 h hides every",
+    "tasks=[temporal_interpolation] tasks.0.hidden_time=7h": "tasks.temporal_interpolation.hidden_",
+    "tasks=[inpainting] tasks.0.boxes=[[1,2,1,2]]": ": tasks.inpainting.boxes: .* no centre",
+    "tasks=[cross_variable] tasks.0.variables=[sst]": ": tasks.cross_variable.variables=.sst. are",
+    "tasks=[correction]": ": tasks.correction needs the fields of another model",
+    "tasks=[DIR/union.yaml]": ": tasks.combined.parts.1 .hindcast. hides times that a union with t",
+    "boxes={x: [0,40,1,2]}": r"boxes.x=\[0,40,1,2\] has no cell .* longitudes go from 0 to 337.5",
+    "boxes={x: [1,2,0,90]}": r"boxes.x=\[1,2,0,90\] has no cell .* latitudes go from -",
     "forecasts=[DIR/none.zarr]": "none.zarr",
     "forecasts=[DIR/members.zarr]": "further dimensions ensemble_member;.*realization",
     "forecasts=[DIR/no_latitudes.zarr]": "latitude has no coordinates",

@@ -1,19 +1,23 @@
 """Unions of tasks: what one of several masks hides is hidden, and what all show is shown."""
 
+import itertools
+import re
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
-from atmossl.batch import PRIMARY, Corruption, StreamWindow, detokenise
+from atmossl.batch import PRIMARY, Corruption, StreamWindow, detokenise, token_grid
 from atmossl.data.statistics import compute_statistics
 from atmossl.data.windows import Normaliser, read_window
 from atmossl.inference.tiles import masked_view
-from atmossl.masking.base import FirstGuess
+from atmossl.masking.base import FirstGuess, TokenLayout
 from atmossl.masking.combined import Combined, Counterfactual
-from atmossl.masking.places import Inpainting, LatLonBox
-from atmossl.masking.tasks import Downscaling, Forecast, Task
+from atmossl.masking.correction import Correction
+from atmossl.masking.places import CrossVariable, Inpainting, LatLonBox
+from atmossl.masking.tasks import Downscaling, Forecast, Hindcast, Task, TemporalInterpolation
 from tests.inference.oracle_models import NAMES, segment
 from tests.synthetic import spec
 
@@ -132,3 +136,98 @@ def test_masks_that_hide_a_token_together_hide_it_as_a_whole() -> None:
 def test_parts_that_do_not_go_together_are_told_by_their_keys(parts, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Combined(parts)
+
+
+CASES: dict[str, Task] = {  # every kind of task, with and without a limit in time
+    "forecast": Forecast(12),
+    "short forecast": Forecast(6),
+    "long forecast": Forecast(18),
+    "hindcast": Hindcast(6),
+    "long hindcast": Hindcast(12),
+    "interpolation": TemporalInterpolation(6),
+    "long interpolation": TemporalInterpolation(12),
+    "early interpolation": TemporalInterpolation(6, steps=(1,)),
+    "inpainting": BOX,
+    "inpainting for 6 h": replace(BOX, hidden_hours=6),
+    "inpainting for 12 h": replace(BOX, hidden_hours=12),
+    "variable": CrossVariable(NAMES),
+    "variable with an example": CrossVariable(NAMES, examples=1),
+    "downscaling": Downscaling(2),
+    "downscaling with examples": Downscaling(2, examples=2),
+    "correction": Correction(),
+    "told another time": Counterfactual(Forecast(6), shift_hours=720.0),
+    "union": Combined((Forecast(12), BOX)),
+    "union in time": Combined((TemporalInterpolation(6), replace(BOX, hidden_hours=6))),
+}
+NUM_STEPS = 5
+
+
+def steps_written(task: Task) -> set[int]:
+    plan = task.plan(NUM_STEPS, 6.0)
+    return {plan.reference + offset for offset in plan.offsets}
+
+
+@cache
+def hidden_steps(task: Task) -> set[int]:
+    """The steps of a window at which a task hides anything."""
+    if isinstance(task, Correction):
+        return set(range(NUM_STEPS))
+    grid = token_grid(window((1, 2, 2)))
+    other = spec("other", variables=("v_component_of_wind",), token=(1, 2, 2))
+    two = tuple(TokenLayout(s, grid) for s in (spec(variables=NAMES, token=(1, 2, 2)), other))
+    hidden = [mask.corruption != Corruption.VISIBLE for mask in task(two, np.random.default_rng(0))]
+    anywhere = sum(of_stream.sum(dim=(0, 2, 3)) for of_stream in hidden)
+    return {step for step, count in enumerate(torch.as_tensor(anywhere).tolist()) if count}
+
+
+@pytest.mark.parametrize("names", [*itertools.permutations(CASES, 2)], ids="+".join)
+def test_a_union_writes_what_each_part_hides_or_is_refused(names: tuple[str, str]) -> None:
+    """A part alone hides steps and writes some or all of them. The union writes these, too, or
+    other ones where the part hides every step alike."""
+    parts = tuple(CASES[name] for name in names)
+    try:
+        written = steps_written(Combined(parts))
+    except ValueError as refusal:
+        number, told, other = re.match(
+            r"task\.parts\.(\d) \((\w+)\) hides times that a union with task\.parts\.(\d)",
+            str(refusal),
+        ).groups()
+        assert {number, other} == {"0", "1"} and parts[int(number)].name == told
+        assert "\n" not in str(refusal)
+        return
+    for part in parts:
+        hidden = hidden_steps(part)
+        lost = (hidden & steps_written(part)) - written
+        assert not lost or (hidden == set(range(NUM_STEPS)) and hidden & written), (lost, written)
+
+
+@pytest.mark.parametrize(
+    ("names", "offsets"),
+    [
+        (("short forecast", "forecast"), (1, 2)),
+        (("forecast", "union"), (0, 1, 2)),
+        (("hindcast", "long hindcast"), (-2, -1)),
+        (("hindcast", "inpainting"), (-1, 0)),
+        (("interpolation", "forecast"), (0, 1, 2)),
+        (("early interpolation", "inpainting"), (0, 1)),
+    ],
+)
+def test_parts_that_go_together_are_written_from_the_init_time_on(names, offsets) -> None:
+    union = Combined(tuple(CASES[name] for name in names))
+    assert union.plan(NUM_STEPS, 6.0).offsets == offsets
+
+
+def test_a_forecast_and_a_hindcast_are_refused_by_their_names() -> None:
+    with pytest.raises(
+        ValueError, match=r"task\.parts\.1 \(hindcast\).*task\.parts\.0 \(forecast\)"
+    ):
+        Combined((Forecast(12), Hindcast(6))).plan(NUM_STEPS, 6.0)
+
+
+def test_what_is_wrong_with_a_part_is_told_of_the_part() -> None:
+    inner = Counterfactual(Forecast(30), shift_hours=720.0)
+    with pytest.raises(ValueError, match=r"^task\.parts\.1\.task\.lead_time=30 h hides every one"):
+        Combined((BOX, inner)).plan(NUM_STEPS, 6.0)
+    rolled = Forecast(24, rollout_hours=6)
+    with pytest.raises(ValueError, match=r"^task\.parts\.0 \(forecast\) is rolled out"):
+        Combined((rolled, BOX)).plan(NUM_STEPS, 6.0)

@@ -10,7 +10,7 @@ that are not.
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -342,13 +342,15 @@ def _blocks(
             yield steps[chosen], slots[chosen]
 
 
-def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
+def read_monthly(
+    path: Path, segments: Sequence[Segment], months: Iterable[int] = range(1, 13)
+) -> xr.Dataset:
     """The monthly means [month ... latitude longitude] that `write_climatology` wrote for these
-    segments.
+    segments. months: those of which values are needed.
 
     Raises:
         ValueError: no climatology of kind cell_month, one of other variables, levels or another
-            state of the store, or months without values.
+            state of the store, or months without values that are needed.
     """
     key, first = f"climatology={path}", segments[0]
     try:
@@ -372,8 +374,11 @@ def read_monthly(path: Path, segments: Sequence[Segment]) -> xr.Dataset:
     names = varying(first)
     count = climatology[f"{names[0]}_count"]
     has_values = (count > 0).any([dim for dim in count.dims if dim != "month"])
-    if not bool(has_values.all()):
-        empty = climatology["month"].values[~has_values.values].tolist()
-        raise ValueError(f"{key} has no values in months {listed(empty)}; leave it out")
+    empty = set(climatology["month"].values[~has_values.values].tolist()) & set(months)
+    if empty:
+        raise ValueError(
+            f"{key} has no values in months {listed(sorted(empty))}, which are scored; leave it "
+            "out, and the mean over all months stands in their place"
+        )
     means = climatology[names].load()
     return means.transpose("month", ...)

@@ -102,11 +102,24 @@ def area_weights_like(field: xr.DataArray | xr.Dataset, region: ScoreRegion) -> 
     if region.longitudes is not None:
         weights = weights * region.contains_longitude(field["longitude"])
     if not bool((weights > 0).any()):
-        raise ValueError(
-            f"region {region.name} {as_written(region.belts)} has no cell on latitudes from "
-            f"{float(latitude.min()):g} to {float(latitude.max()):g}"
-        )
+        raise ValueError(_why_empty(field, region))
     return weights
+
+
+def _why_empty(field: xr.DataArray | xr.Dataset, region: ScoreRegion) -> str:
+    """A message on the axis of the grid on which a region has no cell, by the region's key."""
+    latitude = field["latitude"]
+    axis, first, last = "latitudes", float(latitude.min()), float(latitude.max())
+    key = f"regions={region.name}"
+    if region.longitudes is not None:
+        limits = ",".join(f"{limit:g}" for limit in (*region.belts[0], *region.longitudes))
+        key = f"boxes.{region.name}=[{limits}]"
+        if bool(region.contains(latitude).any()):
+            axis, (first, last) = "longitudes", field["longitude"].to_numpy()[[0, -1]]
+    return (
+        f"{key} has no cell of the grid, whose {axis} go from {first:g} to {last:g}; choose others "
+        "or leave it out"
+    )
 
 
 def stacked_weights(

@@ -20,7 +20,7 @@ from atmossl.geometry import Grid, TilePlan
 from atmossl.inference.checkpoint import TrainedModel
 from atmossl.inference.plan import Plan
 from atmossl.inference.tiles import first_view
-from atmossl.masking.base import MaskingSampler, TokenLayout
+from atmossl.masking.base import MaskingSampler, TokenLayout, step_hours_of
 from atmossl.model_levels import standard_pressure
 from atmossl.value_faults import listed
 
@@ -102,7 +102,8 @@ def _eastward_extent(grid: Grid) -> float:
 
 @dataclass(frozen=True)
 class _MaskFeatures:
-    """Features of masks, of one or of several draws. steps: the most whole steps hidden. always:
+    """Features of masks, of one or of several draws. steps: the most time steps of the window that
+    are hidden at all places and levels, in the finest of the streams' steps. always:
     the largest share of places that are hidden at every step. streams: whether a whole stream was
     hidden beside a visible one; both, if draws differ."""
 
@@ -113,7 +114,7 @@ class _MaskFeatures:
     streams: frozenset[bool]
 
     @classmethod
-    def of(cls, masks: list[StreamMask]) -> "_MaskFeatures":
+    def of(cls, masks: Sequence[StreamMask], layouts: tuple[TokenLayout, ...]) -> "_MaskFeatures":
         kinds = {Corruption(int(k)).name.lower() for m in masks for k in m.corruption.unique()}
         coarse = {
             m.coarsen_factor for m in masks if bool((m.corruption == Corruption.COARSEN).any())
@@ -122,10 +123,14 @@ class _MaskFeatures:
         dark = [(m.corruption == Corruption.MASK) | (m.corruption == Corruption.DROP)
                 for m in masks]  # fmt: skip
         whole = [bool(d.all()) for d in dark]
+        hours = [  # tokens of a stream may be several steps long
+            int(d.all(dim=3).all(dim=2).all(dim=0).sum()) * float(layout.grid.time_extent)
+            for d, layout in zip(dark, layouts, strict=True)
+        ]
         return cls(
             kinds=frozenset(kinds - {"visible"}),
             factors=frozenset(coarse),
-            steps=max(int(d.all(dim=3).all(dim=2).all(dim=0).sum()) for d in dark),
+            steps=round(max(hours) / step_hours_of(layouts)),
             always=max(float(d.all(dim=1).double().mean()) for d in dark),
             streams=frozenset({any(whole) and not all(whole)}),
         )
@@ -153,14 +158,14 @@ def unseen(
         TokenLayout(stream.spec, _stretched(stream.grid, stretch)) for stream in view.streams
     )
     view_mask = _MaskFeatures.of(
-        [StreamMask(stream.corruption, factor or 1) for stream in view.streams]
+        [StreamMask(stream.corruption, factor or 1) for stream in view.streams], layouts
     )
     rng = np.random.default_rng(0)
-    drawn = _MaskFeatures.of(list(sampler(layouts, rng)))
+    drawn = _MaskFeatures.of(sampler(layouts, rng), layouts)
     for _ in range(_NUM_DRAWS - 1):
         if drawn | view_mask == drawn:
             break  # nothing of the view lies beyond, and no further draw could change that
-        drawn |= _MaskFeatures.of(list(sampler(layouts, rng)))
+        drawn |= _MaskFeatures.of(sampler(layouts, rng), layouts)
     return _beyond(view_mask, drawn, factor)
 
 

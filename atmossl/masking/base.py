@@ -9,6 +9,7 @@ whole token is shown or hidden, its points share their neighbours in time, which
 per token, and only what is hidden is computed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -198,15 +199,26 @@ def share_known(hidden: Points, spec: StreamSpec) -> Float[Tensor, "level nt nla
 
 def steps_of(key: str, hours: float, step_hours: float) -> int:
     """The number of steps in a duration; ValueError if it is no multiple of the step."""
-    count = round(hours / step_hours)
     if hours <= 0:
         raise ValueError(f"{key} must be positive, got {hours:g} h")
-    if abs(hours / step_hours - count) > TOLERANCE_HOURS:
+    check_multiples({key: hours}, step_hours)
+    return round(hours / step_hours)
+
+
+def check_multiples(durations: Mapping[str, float], step_hours: float) -> None:
+    """Raise one ValueError for all durations in hours, by key, that are no multiples of the step of
+    the data."""
+    wrong = [
+        f"{key}={hours:g} h"
+        for key, hours in durations.items()
+        if abs(hours / step_hours - round(hours / step_hours)) > TOLERANCE_HOURS
+    ]
+    if wrong:
+        verb, each = ("is no multiple", "") if len(wrong) == 1 else ("are no multiples", " of each")
         raise ValueError(
-            f"{key}={hours:g} h is no multiple of the data's step of {step_hours:g} h; valid: "
+            f"{' and '.join(wrong)} {verb} of the data's step of {step_hours:g} h; valid{each}: "
             f"{step_hours:g}h, {2 * step_hours:g}h, ..."
         )
-    return count
 
 
 def step_hours_of(layouts: TokenLayouts) -> float:
@@ -242,8 +254,9 @@ def hide_times(layouts: TokenLayouts, first_hour: float, last_hour: float) -> St
             )
         if bool(hidden.all()) and layout.spec.data == PRIMARY:
             raise ValueError(
-                "task hides every time step of the window; choose a shorter task.lead_time or a "
-                "longer data.window.time"
+                f"task hides every time step of stream {layout.spec.name} in the window of "
+                f"{layout.grid.shape[1]} x {float(layout.grid.time_extent):g} h; choose a shorter "
+                "time to hide"
             )
         corruption = layout.nothing_hidden().corruption
         corruption[:, hidden] = int(Corruption.MASK)

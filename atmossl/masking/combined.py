@@ -14,18 +14,21 @@ from pydantic import BeforeValidator, Field
 from atmossl.batch import StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import StreamMasks, TokenLayouts, points_of
-from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps, union
+from atmossl.masking.tasks import Downscaling, Points, Task, TimePlan, given_steps
+from atmossl.masking.unions import union
 from atmossl.model_levels import standard_pressure
 from atmossl.settings import Positive, SignedHours
-from atmossl.value_faults import as_written, listed
+from atmossl.value_faults import as_written, listed, told_as
 
 
 @dataclass(frozen=True)
 class Combined(Task):
     """Hide what any of several tasks hides.
 
-    The first forecast or hindcast among the parts sets init time and lead times; a forecast then
-    starts at lead time 0, the init time itself as the other parts see it.
+    Of several forecasts, or several hindcasts, among the parts the one that is given the shortest
+    time sets init time and lead times. Where other parts hide something at any time, lead time 0 is
+    written as well: the init time itself, as these parts see it. A union that would not write what
+    one of its parts hides is refused.
     """
 
     parts: Sequence[Task]
@@ -59,6 +62,10 @@ class Combined(Task):
         return False
 
     @property
+    def hides_at_any_time(self) -> bool:
+        return all(part.hides_at_any_time for part in self.parts)
+
+    @property
     def align(self) -> int:
         return max(part.align for part in self.parts)
 
@@ -70,23 +77,59 @@ class Combined(Task):
         return replace(self, parts=tuple(part.with_gaps_of(windows) for part in self.parts))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
-        plans = [part.plan(num_steps, step_hours) for part in self.parts]
-        if any(plan.num_passes > 1 or plan.refine > 1 for plan in plans):
-            raise ValueError("task.parts cannot be rolled out or refine time; do so on its own")
+        plans = []
+        for number, part in enumerate(self.parts):
+            with told_as(f"task.parts.{number}"):
+                plans.append(part.plan(num_steps, step_hours))
+            if plans[-1].num_passes > 1 or plans[-1].refine > 1:
+                raise ValueError(
+                    f"task.parts.{number} ({part.name}) is rolled out or refines time, which a "
+                    "part of a union cannot; predict it on its own"
+                )
         read = tuple(sorted(set.intersection(*(set(plan.read) for plan in plans))))
-        leading = [plan for plan in plans if plan.is_forecast]
-        first = (leading or plans)[0]
-        steps = {first.reference + offset for offset in first.offsets}
-        if leading:
-            steps |= {first.reference} if len(leading) < len(plans) else set()
+        if not any(plan.is_forecast for plan in plans):
+            steps, reference = set[int]().union(*map(_written, plans)), plans[0].reference
         else:
-            steps |= {plan.reference + offset for plan in plans for offset in plan.offsets}
-        offsets = tuple(sorted(step - first.reference for step in steps))
-        return TimePlan(first.reference, offsets, read, is_forecast=bool(leading))
+            steps, reference = self._steps_around_init_time(plans, step_hours)
+        offsets = tuple(sorted(step - reference for step in steps))
+        is_forecast = any(plan.is_forecast for plan in plans)
+        return TimePlan(reference, offsets, read, is_forecast=is_forecast)
+
+    def _steps_around_init_time(
+        self, plans: Sequence[TimePlan], step_hours: float
+    ) -> tuple[set[int], int]:
+        """The steps of the window that a union with a forecast or a hindcast writes, and its init
+        time.
+
+        Raises:
+            ValueError: a part whose hidden values would not be written.
+        """
+        leading = [number for number, plan in enumerate(plans) if plan.is_forecast]
+        first = min(leading, key=lambda number: len(plans[number].read))
+        reference = plans[first].reference
+        steps = _written(plans[first])
+        if any(not plan.is_forecast or 0 in plan.offsets for plan in plans):
+            steps |= {reference}
+        for number, (part, plan) in enumerate(zip(self.parts, plans, strict=True)):
+            if not part.hides_at_any_time and not _written(plan) <= steps:
+                leader = self.parts[first].name
+                hidden, told = (
+                    f"{(min(of) - reference) * step_hours:g} to "
+                    f"{(max(of) - reference) * step_hours:g} h"
+                    for of in (_written(plan), steps)
+                )
+                raise ValueError(
+                    f"task.parts.{number} ({part.name}) hides times that a union with "
+                    f"task.parts.{first} ({leader}) does not write: lead times {hidden}, written "
+                    f"are {told}; valid beside a {leader}: parts that hide these times or all "
+                    "times; predict others on their own"
+                )
+        return steps, reference
 
     def check(self, grid: Grid) -> None:
-        for part in self.parts:
-            part.check(grid)
+        for number, part in enumerate(self.parts):
+            with told_as(f"task.parts.{number}"):
+                part.check(grid)
 
     def hidden_cells(self, grid: Grid) -> np.ndarray | None:
         """The hidden cells of all parts together, if every part hides places."""
@@ -124,12 +167,21 @@ class Combined(Task):
         return tuple(reduce(torch.logical_or, streams) for streams in zip(*whole, strict=True))
 
     def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
-        return union([part(layouts, rng) for part in self.parts], layouts)
+        masks = []
+        for number, part in enumerate(self.parts):
+            with told_as(f"task.parts.{number}"):
+                masks.append(part(layouts, rng))
+        return union(masks, layouts)
 
     def change_coordinates(self, windows: tuple[StreamWindow, ...]) -> tuple[StreamWindow, ...]:
         for part in self.parts:
             windows = part.change_coordinates(windows)
         return windows
+
+
+def _written(plan: TimePlan) -> set[int]:
+    """The steps of the window that a plan writes."""
+    return {plan.reference + offset for offset in plan.offsets}
 
 
 def _downscalings(parts: Sequence[Task], key: str) -> Iterator[tuple[str, Downscaling]]:
@@ -187,6 +239,7 @@ class Counterfactual(Task):
     time_refinement = _of_task("time_refinement")
     coarse_factor = _of_task("coarse_factor")
     hides_whole_fields = _of_task("hides_whole_fields")
+    hides_at_any_time = _of_task("hides_at_any_time")
     scored_variables = _of_task("scored_variables")
     scored_levels = _of_task("scored_levels")
     scores_init_time = _of_task("scores_init_time")
@@ -198,10 +251,12 @@ class Counterfactual(Task):
         return replace(self, task=self.task.with_gaps_of(windows))
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
-        return self.task.plan(num_steps, step_hours)
+        with told_as("task.task"):
+            return self.task.plan(num_steps, step_hours)
 
     def check(self, grid: Grid) -> None:
-        self.task.check(grid)
+        with told_as("task.task"):
+            self.task.check(grid)
         last = grid.latitude[[0, -1]] + self.shift_lat
         if last.min() < -90 or last.max() > 90:
             raise ValueError(
@@ -229,7 +284,8 @@ class Counterfactual(Task):
         return self.task.hidden_points(self._true(layouts))
 
     def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
-        return self.task(self._true(layouts), rng)
+        with told_as("task.task"):
+            return self.task(self._true(layouts), rng)
 
     def _true(self, layouts: TokenLayouts) -> TokenLayouts:
         """The token layouts with their true dates and places, to which regions of the task

@@ -172,6 +172,10 @@ class Inpainting(Task):
     def fills_missing(self) -> bool:
         return self.missing
 
+    @property
+    def hides_at_any_time(self) -> bool:
+        return self.hidden_hours is None
+
     def with_gaps_of(self, windows: tuple[StreamWindow, ...]) -> Task:
         if not self.missing:
             return self
@@ -265,6 +269,10 @@ class CrossVariable(Task):
     def __post_init__(self) -> None:
         if not self.variables and not self.levels:
             raise ValueError("task.variables and task.levels are empty; name what is to be hidden")
+
+    @property
+    def hides_at_any_time(self) -> bool:
+        return not self.examples
 
     @property
     def scored_variables(self) -> tuple[str, ...]:

@@ -7,9 +7,7 @@ streams hide the same air. Tasks that hide places or variables are in `masking.p
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -18,7 +16,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from atmossl.batch import Corruption, StreamMask, StreamSpec, StreamWindow
+from atmossl.batch import Corruption, StreamWindow
 from atmossl.geometry import Grid
 from atmossl.masking.base import (
     TOLERANCE_HOURS,
@@ -26,15 +24,15 @@ from atmossl.masking.base import (
     StreamMasks,
     TokenLayout,
     TokenLayouts,
+    check_multiples,
     coarse_mask,
     hide_times,
     own_factor,
-    points_of,
-    share_known,
     step_hours_of,
     steps_of,
     window_times,
 )
+from atmossl.masking.unions import union
 from atmossl.settings import Hours, NotNegative, Positive, snake_case
 from atmossl.value_faults import as_written, listed
 
@@ -126,6 +124,12 @@ class Task:
     @property
     def downscaling(self) -> "Downscaling | None":
         """The downscaling, if all that is given at the written steps is coarse; else None."""
+
+    @property
+    def hides_at_any_time(self) -> bool:
+        """Whether the task hides the same at whatever step of the window is written, so that a
+        union can write it at another step than the task alone does."""
+        return True
 
     @property
     def scored_variables(self) -> tuple[str, ...]:
@@ -254,64 +258,6 @@ def is_example(layout: TokenLayout, layouts: TokenLayouts, examples: int) -> Boo
     return shown
 
 
-def union(masks: Sequence[StreamMasks], layouts: TokenLayouts) -> StreamMasks:
-    """The union of masks, per stream. A masked token stays masked where another mask would coarsen
-    it. All masks of tasks that coarsen do so by one factor."""
-    return tuple(
-        _union_of_stream(of_stream, layout.spec)
-        for *of_stream, layout in zip(*masks, layouts, strict=True)
-    )
-
-
-def _union_of_stream(masks: Sequence[StreamMask], spec: StreamSpec) -> StreamMask:
-    by_task = [m for m in masks if _is_coarse(m).any() and (m.points is None or m.coarse_by_task)]
-    factors = {mask.coarsen_factor for mask in by_task}
-    assert len(factors) <= 1, factors
-    if all(mask.points is None for mask in masks):
-        return StreamMask(_least_shown(masks), coarsen_factor=max(factors, default=1))
-    hidden = reduce(torch.logical_or, [_hidden_points(mask, spec) for mask in masks])
-    share = share_known(hidden, spec)
-    if not by_task:
-        # several masks may together hide every point of a token
-        corruption = torch.where(share == 0, int(Corruption.MASK), _least_shown(masks))
-        factor = max(mask.coarsen_factor for mask in masks)
-        return StreamMask(corruption, coarsen_factor=factor, points=hidden)
-    # There is one factor, that of the task. Tokens that are hidden in part and that the task shows
-    # as they are could be coarse by another one only, so they are hidden as a whole.
-    corruption = _least_shown(by_task)
-    dark = (share == 0) | ((share < 1) & (corruption != Corruption.COARSEN))
-    return StreamMask(
-        torch.where(dark, int(Corruption.MASK), corruption),
-        coarsen_factor=factors.pop(),
-        points=hidden,
-        coarse_by_task=True,
-    )
-
-
-def _least_shown(masks: Sequence[StreamMask]) -> Tensor:
-    """For every token, the corruption that shows least of it."""
-    known_by = torch.tensor([3, 0, 0, 1, 1, 2, 2])  # by Corruption: how much a token still shows
-    assert len(known_by) == len(Corruption)
-    corruption = masks[0].corruption
-    for mask in masks[1:]:
-        less = known_by[mask.corruption] < known_by[corruption]
-        corruption = torch.where(less, mask.corruption, corruption)
-    return corruption
-
-
-def _hidden_points(mask: StreamMask, spec: StreamSpec) -> Points:
-    return points_of(_is_dark(mask.corruption), spec) if mask.points is None else mask.points
-
-
-def _is_coarse(mask: StreamMask) -> Tensor:
-    return mask.corruption == Corruption.COARSEN
-
-
-def _is_dark(corruption: Tensor) -> Tensor:
-    """Which tokens show nothing of their values."""
-    return (corruption == Corruption.MASK) | (corruption == Corruption.DROP)
-
-
 def _check_room(key: str, hours: float, count: int, num_steps: int, step_hours: float) -> None:
     if count >= num_steps:
         raise ValueError(
@@ -344,11 +290,17 @@ class Forecast(Task):
     def one_pass(self) -> "Forecast":
         return replace(self, lead_hours=self.pass_hours)
 
+    @property
+    def hides_at_any_time(self) -> bool:
+        return False
+
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
+        durations = {"lead_time": self.lead_hours, "rollout_time": self.rollout_hours}
+        check_multiples(
+            {f"task.{key}": value for key, value in durations.items() if value}, step_hours
+        )
         total = steps_of("task.lead_time", self.lead_hours, step_hours)
-        key = "task.lead_time" if self.pass_hours == self.lead_hours else "task.rollout_time"
-        count = steps_of(key, self.pass_hours, step_hours)
-        _check_room(key, self.pass_hours, count, num_steps, step_hours)
+        count = self._steps_per_pass(num_steps, step_hours)
         reference = num_steps - 1 - count
         return TimePlan(
             reference=reference,
@@ -358,13 +310,22 @@ class Forecast(Task):
             num_passes=-(-total // count),
         )
 
+    def _steps_per_pass(self, num_steps: int, step_hours: float) -> int:
+        """The hidden steps of a window."""
+        key = "task.lead_time" if self.pass_hours == self.lead_hours else "task.rollout_time"
+        count = steps_of(key, self.pass_hours, step_hours)
+        _check_room(key, self.pass_hours, count, num_steps, step_hours)
+        return count
+
     def describe(self, plan: TimePlan, step_hours: float, grid: Grid) -> str:
         start = given_steps(plan, step_hours)
         return f"{start} up to the init time. Predicted: the {self.lead_hours:g} h after it."
 
     def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
-        end, step = float(window_times(layouts)[-1]), step_hours_of(layouts)
+        times, step = window_times(layouts), step_hours_of(layouts)
         steps_of("task.lead_time", self.lead_hours, step)
+        self._steps_per_pass(len(times), step)
+        end = float(times[-1])
         return hide_times(layouts, end - self.pass_hours + step, end)
 
 
@@ -375,6 +336,10 @@ class Hindcast(Task):
 
     hides_whole_fields = True
     lead_hours: Annotated[Hours, Field(alias="lead_time")]
+
+    @property
+    def hides_at_any_time(self) -> bool:
+        return False
 
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         count = steps_of("task.lead_time", self.lead_hours, step_hours)
@@ -391,8 +356,10 @@ class Hindcast(Task):
         return f"{start} from the init time on. Predicted: the {self.lead_hours:g} h before it."
 
     def __call__(self, layouts: TokenLayouts, rng: np.random.Generator) -> StreamMasks:
-        start, step = float(window_times(layouts)[0]), step_hours_of(layouts)
-        steps_of("task.lead_time", self.lead_hours, step)
+        times, step = window_times(layouts), step_hours_of(layouts)
+        count = steps_of("task.lead_time", self.lead_hours, step)
+        _check_room("task.lead_time", self.lead_hours, count, len(times), step)
+        start = float(times[0])
         return hide_times(layouts, start, start + self.lead_hours - step)
 
 
@@ -417,6 +384,10 @@ class TemporalInterpolation(Task):
                 f"task.refine={self.refine} with task.steps={as_written(self.steps)}: give a "
                 "factor of at least 1, or steps, not both"
             )
+
+    @property
+    def hides_at_any_time(self) -> bool:
+        return False
 
     def _hidden(self, num_steps: int, step_hours: float) -> list[int]:
         """The hidden steps of a window."""
@@ -540,9 +511,8 @@ class Downscaling(Task):
             common = math.gcd(*grid.shape)
             valid = [factor for factor in range(2, common + 1) if common % factor == 0]
             none = (
-                "none, as no number divides both; leave downscaling out (of `evaluate`: "
-                "tasks=[forecast,temporal_interpolation]), or use a store with a row or column "
-                "less, which `atmossl data ingest region=[SOUTH,NORTH,WEST,EAST]` makes"
+                "none, as no number divides both, but of a store with a row or column less, which "
+                "`atmossl data ingest region=[SOUTH,NORTH,WEST,EAST]` makes"
             )
             raise ValueError(
                 f"task.factor={self.factor} does not divide the store's {grid.shape[0]} x "
@@ -552,6 +522,10 @@ class Downscaling(Task):
     def plan(self, num_steps: int, step_hours: float) -> TimePlan:
         check_examples(self.examples, num_steps)
         return TimePlan(num_steps // 2, (0,), tuple(range(num_steps)))
+
+    @property
+    def hides_at_any_time(self) -> bool:
+        return not self.examples
 
     def _corruption(self, layout: TokenLayout, layouts: TokenLayouts) -> Tensor:
         corruption = torch.full(layout.grid.shape, int(Corruption.COARSEN))

@@ -26,7 +26,7 @@ from atmossl.scorecard.checks import check_baselines, check_records
 from atmossl.scorecard.other_models import UNCORRECTED, OtherModelBaselines, fitted_other_models
 from atmossl.scorecard.records import chosen_segments, is_small, record_of
 from atmossl.scorecard.task_report import empty_tally, example_of, reported, span, valid_time, when
-from atmossl.value_faults import listed
+from atmossl.value_faults import listed, told_in_list
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -60,7 +60,9 @@ def score_tasks(
     check_tasks(config.tasks)
     segments = chosen_segments(test, config)
     check_records(config, segments, training)
-    mean = read_monthly(config.climatology, training) if config.climatology else None
+    mean = None
+    if config.climatology:
+        mean = read_monthly(config.climatology, training, _months(segments))
     runs = _runs(config, trained, segments, device)
     settings = [
         _setting(config, of_task[0].plan, task.name, training)
@@ -79,6 +81,15 @@ def score_tasks(
     ]
 
 
+def _months(segments: Sequence[Segment]) -> set[int]:
+    """The calendar months of the records that are scored."""
+    return {
+        int(month)
+        for of in segments
+        for month in np.unique(of.times.astype("datetime64[M]").astype(int) % 12 + 1)
+    }
+
+
 def _runs(
     config: EvaluateConfig, trained: TrainedModel, segments: Sequence[Segment], device: str
 ) -> list[list[_Run]]:
@@ -92,12 +103,23 @@ def _runs(
         device=device,
         members=config.members,
     )
-    runs: list[list[_Run]] = []
+    names = [task.name for task in config.tasks]
+    faults: list[str] = []
+    plans: list[list[Plan]] = []
     for task in config.tasks:
-        plans = [plan_prediction(trained, task, [segment], options) for segment in segments]
-        runs.append(scored_runs(plans, config.every, task.name))
-    for of_task in runs:  # refuses what does not fit the model
-        first_view(of_task[0].plan, of_task[0].times[0])
+        try:
+            with told_in_list(task.name, names):
+                plans.append([plan_prediction(trained, task, [s], options) for s in segments])
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(dict.fromkeys(faults)))
+    runs = [
+        scored_runs(of_task, config.every, name) for name, of_task in zip(names, plans, strict=True)
+    ]
+    for name, of_task in zip(names, runs, strict=True):  # refuses what does not fit the model
+        with told_in_list(name, names):
+            first_view(of_task[0].plan, of_task[0].times[0])
     return runs
 
 

@@ -235,6 +235,10 @@ def test_evaluation_reads_what_stats_left(tmp_path, monkeypatch) -> None:
     for name in NAMES:
         assert read.mean[name].dims == computed.mean[name].dims
         np.testing.assert_allclose(read.mean[name], computed.mean[name], rtol=1e-6, atol=1e-6)
+    winter = [segment(year.isel(time=slice(0, 10)))]
+    write_climatology(winter, "cell_month", tmp_path / "winter.zarr", memory_bytes=2**30)
+    of_february = read_monthly(tmp_path / "winter.zarr", winter, [2])["temperature"].sel(month=2)
+    assert bool(of_february.notnull().all())
     changed = year.copy(deep=True)
     changed["temperature"][40] += 1.0
     other = open_segment("waves", year, "memory", variables=NAMES, levels=LEVELS[:1])
