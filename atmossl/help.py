@@ -94,8 +94,8 @@ COMMANDS = {
         "Scores tasks of a checkpoint, or forecast stores, against baselines.",
         "[KEY=VALUE ...]",
         (
-            "atmossl evaluate checkpoint=runs/mine output=report every=4",
-            "atmossl evaluate tasks=forecast output=report",
+            "atmossl evaluate tasks=[forecast,my_task.yaml] output=report every=4",
+            "atmossl evaluate tasks=forecast tasks.forecast.lead_time=6h output=report",
             "atmossl evaluate forecasts=[ours.zarr,theirs.zarr] data=NAME output=report",
         ), "evaluate", "EvaluateConfig",
     ),

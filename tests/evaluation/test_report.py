@@ -92,6 +92,17 @@ def _row(table: pd.DataFrame, source: str, score: str) -> pd.DataFrame:
     return table[(table["source"] == source) & (table["score"] == score)]
 
 
+@pytest.mark.parametrize("width", [40, 80, 120, 300])
+def test_no_head_of_the_printed_table_is_cut(table, width: int) -> None:
+    summary, text = summarise(table), io.StringIO()
+    print_summary(summary, Console(file=text, width=width))
+    head = text.getvalue().partition("┡")[0]
+    words = " ".join(summary.columns).split()
+    assert all(word in head for word in words if word not in ("low", "high"))
+    lines = text.getvalue().splitlines()
+    assert len({len(line) for line in lines if line}) == 1 and "…" not in text.getvalue()
+
+
 def test_summary_has_one_row_per_field_and_the_table_s_numbers(table):
     summary = summarise(table)
     assert len(summary) == 2 * 2 * 2 + 2  # variables, levels, leads, and the surface

@@ -75,15 +75,35 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 
 def print_summary(summary: pd.DataFrame, console: Console, *, title: str = "") -> None:
-    """Print the summary as a table."""
+    """Print the summary as a table, in which no word is cut: it is wider than the console if need
+    be."""
     cells = display_cells(summary)
     table = Table(title=title or None)
-    for name in cells.columns:
+    widths = _widths(cells, console.width)
+    for name, width in zip(cells.columns, widths, strict=True):
         is_number = pd.api.types.is_numeric_dtype(summary[name])
-        table.add_column(name, justify="right" if is_number else "left")
+        table.add_column(name, justify="right" if is_number else "left", width=width)
     for row in cells.itertuples(index=False):
         table.add_row(*row)
+    console.width = max(console.width, _table_width(widths))
     console.print(table)
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    """Letters in a line of a table, with a space on either side of each cell and rules between."""
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _widths(cells: pd.DataFrame, line: int) -> list[int]:
+    """The width of each column: of its longest word, and as much more as its longest text needs and
+    a line of that many letters has room for, narrow columns first."""
+    texts = [[name, *cells[name]] for name in cells]
+    widths = [max((len(word) for t in of for word in t.split()), default=1) for of in texts]
+    wanted = [max(map(len, of)) for of in texts]
+    for column in np.argsort(wanted, kind="stable"):
+        room = max(0, line - _table_width(widths))
+        widths[column] = min(wanted[column], widths[column] + room)
+    return widths
 
 
 def to_markdown(summary: pd.DataFrame) -> str:
