@@ -114,14 +114,13 @@ class Combined(Task):
             if not part.hides_at_any_time and not _written(plan) <= steps:
                 leader = self.parts[first].name
                 hidden, told = (
-                    f"{(min(of) - reference) * step_hours:g} to "
-                    f"{(max(of) - reference) * step_hours:g} h"
-                    for of in (_written(plan), steps)
+                    " to ".join(f"{(step - reference) * step_hours:g}" for step in ends)
+                    for ends in map(_ends, (_written(plan), steps))
                 )
                 raise ValueError(
                     f"task.parts.{number} ({part.name}) hides times that a union with "
-                    f"task.parts.{first} ({leader}) does not write: lead times {hidden}, written "
-                    f"are {told}; valid beside a {leader}: parts that hide these times or all "
+                    f"task.parts.{first} ({leader}) does not write: lead times {hidden} h, written "
+                    f"are {told} h; valid beside a {leader}: parts that hide these times or all "
                     "times; predict others on their own"
                 )
         return steps, reference
@@ -182,6 +181,11 @@ class Combined(Task):
 def _written(plan: TimePlan) -> set[int]:
     """The steps of the window that a plan writes."""
     return {plan.reference + offset for offset in plan.offsets}
+
+
+def _ends(steps: set[int]) -> list[int]:
+    """The first and the last of some steps; one if they are the same."""
+    return sorted({min(steps), max(steps)})
 
 
 def _downscalings(parts: Sequence[Task], key: str) -> Iterator[tuple[str, Downscaling]]:
