@@ -110,13 +110,13 @@ def run_ingest(values: Mapping[str, Any]) -> Path:
     source = IngestInput(**{key.name: getattr(config, key.name) for key in fields(IngestInput)})
     on_stop = "the regions that are done stay, and the same command goes on from there"
     with owned(config.output, "output"), keeping(on_stop), Progress() as bar:
-        task = bar.add_task("regions")
+        task = bar.add_task("regions", visible=False)  # until the input is opened and checked
         ingest(
             source,
             config.output,
             config.layout,
             config.workers,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda done, total: bar.update(task, completed=done, total=total, visible=True),
             lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     count = verify(config.output) if config.verify else 0
