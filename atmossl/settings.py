@@ -68,8 +68,10 @@ class Strict(BaseModel):
 def signed_hours(text: str | np.timedelta64 | timedelta) -> float:
     """Hours of a duration such as `12h`, `90min`, `2d` or `-30d`, or one of numpy, pandas or the
     standard library; ValueError if it is none."""
-    if isinstance(text, np.timedelta64 | timedelta) and text == text:  # NaT does not equal itself
-        return float(np.timedelta64(text) / np.timedelta64(1, "h"))
+    if isinstance(text, np.timedelta64 | timedelta):
+        duration = np.timedelta64(text)
+        if not np.isnat(duration) and np.datetime_data(duration)[0] not in ("Y", "M", "generic"):
+            return float(duration / np.timedelta64(1, "h"))
     match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", str(text))
     if match is None:
         raise ValueError(

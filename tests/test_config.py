@@ -184,7 +184,18 @@ def test_durations(duration: Any, value: float) -> None:
     assert hours(duration) == value
 
 
-@pytest.mark.parametrize("duration", [np.timedelta64("NaT"), timedelta(hours=-6), "6", 6])
+@pytest.mark.parametrize(
+    "duration",
+    [
+        np.timedelta64("NaT"),
+        np.timedelta64(1, "M"),
+        np.timedelta64(6),
+        pd.NaT,
+        -timedelta(1),
+        "6",
+        6,
+    ],
+)
 def test_what_is_no_duration_is_refused(duration: Any) -> None:
     with pytest.raises(ValueError, match="is no duration|is negative"):
         hours(duration)
