@@ -401,7 +401,10 @@ def test_info_tells_of_which_tasks_the_spread_is_calibrated(checkpoint: str, cap
     said = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
     record = load_checkpoint(checkpoint).checkpoint_record["spread"]
     hours = ", ".join(f"{hour:g}" for hour in record["Forecast"]["hours"])
-    assert f"spread of forecast calibrated at {hours} h for " in said
+    later = record["Forecast"].get("later_passes", ())
+    passes = f" of each of {1 + len(later)} passes" if later else ""
+    assert bool(later) == (checkpoint == "default_joint")
+    assert f"spread of forecast calibrated at {hours} h{passes} for " in said
     assert record["TemporalInterpolation"]["hours"] == [0.0]  # it has no lead times to tell
     assert "spread of temporal_interpolation calibrated for " in said
     bands = "waves of 60 to 120 degrees" if record["Forecast"].get("edges_deg") else "all scales"
