@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from atmossl.api import Model, distance, load, open_data
 
 __all__ = ["Model", "__version__", "distance", "load", "open_data"]
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 
 def __getattr__(name: str) -> Any:
