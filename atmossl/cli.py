@@ -322,6 +322,12 @@ def _info(arguments: Sequence[str]) -> None:
     if any(sets(word, "checkpoint") for word in arguments):
         from atmossl.commands.info import show_checkpoint
 
+        for word in arguments:
+            if word == "--check" or sets(word, "memory"):
+                raise ValueError(
+                    f"{word} is of the estimate of a training run, not of a checkpoint; leave out "
+                    "checkpoint=..., or this word"
+                )
         plugins, arguments = _without_plugins(arguments)
         (checkpoint,) = keywords(arguments, ["checkpoint"])
         show_checkpoint(checkpoint, plugins)

@@ -183,6 +183,12 @@ class SelfDistillation(Objective):
                 f"objective.teacher_temperature={as_written(teacher)} must be below "
                 f"objective.student_temperature={student:g}: the teacher is to be the surer one"
             )
+        small, large = arguments["local_share"], arguments["global_share"]
+        if arguments["num_local"] and small > large:
+            faults.append(
+                f"objective.local_share={small:g} makes the small crops larger than the large "
+                f"ones, objective.global_share={large:g}; give a smaller share"
+            )
         if list(arguments["patch_rate"]) != sorted(arguments["patch_rate"]):
             faults.append(
                 f"objective.patch_rate={as_written(arguments['patch_rate'])}; needed: low, high"

@@ -19,9 +19,10 @@ th, td { padding: 3px 9px; border: 1px solid #d9dee4; text-align: right; white-s
 th { background: #f5f7f9; }"""
 _MEANING = (
     "Skill is 1 - loss / loss of climatology on the test dates: 1 is always right, 0 is the mean "
-    "of the training dates. The loss is the squared error of a number or a class's Brier score. "
-    "In brackets: 95 % intervals of a block bootstrap over the test dates. The layer, or all "
-    "layers side by side, is what does best on runs that a fit lacks, for the random network too."
+    "of the training and validation dates. The loss is the squared error of a number or a class's "
+    "Brier score. In brackets: 95 % intervals of a block bootstrap over the test dates. The layer, "
+    "or all layers side by side, is what does best on runs that a fit lacks, for the random "
+    "network too."
 )
 
 
@@ -160,4 +161,5 @@ def page(summary: Summary) -> str:
 
 
 def _table(table: pd.DataFrame) -> str:
-    return table.to_html(index=False, border=0, float_format=lambda v: f"{v:.3f}", na_rep="")
+    shown = table.astype(object).where(table.notna(), "")  # integers would show <NA>
+    return shown.to_html(index=False, border=0, float_format=lambda v: f"{v:.3f}")

@@ -89,9 +89,10 @@ def warm_start(
         ]  # fmt: skip
         if not used:
             raise ValueError(
-                f"warm_start.checkpoints: no weight of {source.name} fits the model; its streams "
-                f"are {listed(sorted(source.specs))}, those of the model "
-                f"{listed(sorted(new_specs))}"
+                f"warm_start.checkpoints: no weight of {source.name} has the name and size of one "
+                f"of the model; its streams are {listed(sorted(source.specs))}, those of the model "
+                f"{listed(sorted(new_specs))}; give `model` its sizes, or set "
+                "warm_start.network=true, which takes over its network, streams and window"
             )
         missed = set(source.weights) - set(used)
         report.left += [f"{source.name}: {key}" for key in sorted(missed)]

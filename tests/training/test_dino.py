@@ -225,6 +225,9 @@ def test_keywords_that_do_not_fit_together_are_told_in_one_line_each() -> None:
     wanted = arguments(student_temperature=0.05, teacher_temperature=(0.04, 0.07))
     (line,) = SelfDistillation.faults_of(wanted, 4)
     assert "objective.teacher_temperature=[0.04,0.07] must be below" in line
+    wanted = arguments(student_temperature=0.1, teacher_temperature=(0.04, 0.07), local_share=0.9)
+    (line,) = SelfDistillation.faults_of(wanted, 4)
+    assert "objective.local_share=0.9 makes the small crops larger" in line
     wanted = arguments(num_prototypes=10**10, student_temperature=0.1,
                        teacher_temperature=(0.04, 0.07))  # fmt: skip
     (line,) = SelfDistillation.faults_of(wanted, 4)
