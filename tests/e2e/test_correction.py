@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_line(
     no_other_model = ["~stream.other_model"]
     lines = [
         (["predict", "task=correction", output], "task=correction needs the fields of another"),
-        (["evaluate", "tasks=[correction]", output], "task=correction needs the fields of another"),
+        (["evaluate", "tasks=[correction]", output], r"tasks\.correction needs the fields of"),
         (training(catalog, run, "stream.other_model.data=wet"), "stream.other_model.variables=.*"),
         (training(catalog, run, "stream.other_model.data=later"), "data=later: its periods"),
         (training(catalog, run, "stream.other_model.data=pour"), "stream.other_model.data"),
