@@ -71,6 +71,11 @@ def _dates(segment: Segment) -> Any:
     return xr.DataArray(segment.calendar.dates(segment.times), dims="time").dt
 
 
+def months_of(segments: Sequence[Segment]) -> set[int]:
+    """The months, 1 to 12, of all dates of some segments, in their own calendars."""
+    return {int(month) for segment in segments for month in np.unique(_dates(segment).month)}
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a climatology that is computed at once: one variable on some levels in some

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
-from atmossl.data.climatology import read_monthly
+from atmossl.data.climatology import months_of, read_monthly
 from atmossl.data.segment import Segment
 from atmossl.data.variables import VARIABLES
 from atmossl.evaluation.alignment import case_times
@@ -62,7 +62,7 @@ def score_tasks(
     check_records(config, segments, training)
     mean = None
     if config.climatology:
-        mean = read_monthly(config.climatology, training, _months(segments))
+        mean = read_monthly(config.climatology, training, months_of(segments))
     runs = _runs(config, trained, segments, device)
     settings = [
         _setting(config, of_task[0].plan, task.name, training)
@@ -79,15 +79,6 @@ def score_tasks(
         _score_task(config, task, of_task, setting, training, rng)
         for task, of_task, setting in zip(config.tasks, _loaded(runs), settings, strict=True)
     ]
-
-
-def _months(segments: Sequence[Segment]) -> set[int]:
-    """The calendar months of the records that are scored."""
-    return {
-        int(month)
-        for of in segments
-        for month in np.unique(of.times.astype("datetime64[M]").astype(int) % 12 + 1)
-    }
 
 
 def _runs(

@@ -14,6 +14,7 @@ from atmossl.batch import PRIMARY, YEAR_HOURS, StreamSpec, TokenSize
 from atmossl.data.axes import STANDARD, Calendar
 from atmossl.data.backends import open_store
 from atmossl.data.catalog import CatalogEntry, SegmentEntry
+from atmossl.data.climatology import months_of
 from atmossl.data.fingerprint import fingerprint
 from atmossl.data.loader import SampleKey, WindowDataset
 from atmossl.data.segment import Segment
@@ -116,6 +117,15 @@ def test_what_numpy_would_take_for_another_date_is_named(text: str) -> None:
 def test_the_end_of_a_date_is_that_of_all_it_names(calendar, text: str, after: str) -> None:
     end, following = calendar.parse_end(text), calendar.parse(after)
     assert following - np.timedelta64(1, "us") <= end < following
+
+
+@pytest.mark.parametrize("calendar", CALENDARS)
+def test_the_months_of_a_record_are_those_of_its_own_calendar(calendar: str) -> None:
+    """Times are kept as if all calendars were one, whose months are others."""
+    segment = opened(store(calendar, "1850-04-28", steps=20))  # five days
+    assert months_of([segment]) == {4, 5}
+    later = opened(store(calendar, "2150-12-03", steps=4))
+    assert months_of([segment, later]) == {4, 5, 12}
 
 
 @pytest.mark.parametrize("calendar", ["noleap", "360_day"])
