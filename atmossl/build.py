@@ -123,10 +123,10 @@ def build_data(config: TrainConfig) -> tuple[WindowDataModule, dict[str, Statist
 def _check_can_be_predicted(task: Task, num_steps: int, step_hours: float) -> None:
     """Ask a validation task for its plan, which only a prediction needs."""
     try:
-        task.plan(num_steps, step_hours / task.time_refinement)
+        plan = task.plan(num_steps, step_hours / task.time_refinement)
     except ValueError:  # the task does not fit this window, which validation does not ask
         return
-    check_plan(task, num_steps, step_hours / task.time_refinement)
+    check_plan(task, plan, num_steps)
 
 
 def statistics_of(

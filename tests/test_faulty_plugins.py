@@ -327,7 +327,7 @@ def test_a_task_without_a_plan_is_named() -> None:
     with pytest.raises(
         ValueError, match="PlansTuple returned an object of the class tuple; it must"
     ):
-        check_plan(task, 5, 6.0)
+        check_plan(task, task.plan(5, 6.0), 5)
 
     class Beyond(type(task)):
         def plan(self, num_steps: int, step_hours: float) -> TimePlan:
@@ -335,7 +335,7 @@ def test_a_task_without_a_plan_is_named() -> None:
             return TimePlan(0, (0,), (0, num_steps))
 
     with pytest.raises(ValueError, match="reads step 5; the window has the steps 0 to 4"):
-        check_plan(Beyond(), 5, 6.0)
+        check_plan(Beyond(), Beyond().plan(5, 6.0), 5)
 
 
 def test_a_run_tells_what_it_does_not_learn_from_and_does_not_score(

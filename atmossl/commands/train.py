@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from atmossl.at_work import keeping, owned
@@ -24,7 +23,7 @@ from atmossl.model.network import half_is_fast
 from atmossl.process_lifetime import is_first_rank
 from atmossl.progress import console_of_output, note
 from atmossl.schema import TrainConfig, checked, device_for
-from atmossl.training.checkpoint import KeepCheckpoints
+from atmossl.training.checkpoint import KeepCheckpoints, note_once
 from atmossl.training.curves import keep_metrics
 from atmossl.training.keeping import BEST, renew_last
 from atmossl.training.loggers import check_loggers, describe_run, finish_runs
@@ -170,9 +169,6 @@ def _start_of(resume: str | None, checkpoints: Path) -> Start | None:
     if start is not None and start.passed_over:
         note_once(f"resume=auto goes on from {start.path}: {'; '.join(start.passed_over)}")
     return start
-
-
-note_once = rank_zero_only(note)
 
 
 def _check_start(start: Start, config: TrainConfig, values: Mapping[str, Any]) -> None:

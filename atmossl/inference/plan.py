@@ -307,7 +307,8 @@ def plan_prediction(
     trained.require("reconstruct")
     _check_members(trained, options.members)
     segment = segments[0]
-    steps = check_plan(task, trained.window.time, segment.step_hours / task.time_refinement)
+    steps = task.plan(trained.window.time, segment.step_hours / task.time_refinement)
+    check_plan(task, steps, trained.window.time)
     grid = _grid(task, segment)
     task.check(grid)
     align = math.lcm(task.align, segment.alignment.cells)

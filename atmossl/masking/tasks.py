@@ -198,13 +198,12 @@ class Task:
         if it can."""
 
 
-def check_plan(task: Task, num_steps: int, step_hours: float) -> TimePlan:
-    """The plan of a task in a window of `num_steps` steps of `step_hours` hours.
+def check_plan(task: Task, plan: object, num_steps: int) -> None:
+    """Check the plan that a task, which may be a plugin's, made for a window of so many steps.
 
     Raises:
-        ValueError: the task, which may be a plugin's, returns something else than it must.
+        ValueError: it is no `TimePlan`, or reads steps that the window does not have.
     """
-    plan: object = task.plan(num_steps, step_hours)
     name = type(task).__qualname__
     if not isinstance(plan, TimePlan):
         raise ValueError(
@@ -216,7 +215,6 @@ def check_plan(task: Task, num_steps: int, step_hours: float) -> TimePlan:
             f"the method plan of the task {name} returned a TimePlan that reads step {outside[0]}; "
             f"the window has the steps 0 to {num_steps - 1}"
         )
-    return plan
 
 
 def given_steps(plan: TimePlan, step_hours: float) -> str:

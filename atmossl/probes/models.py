@@ -56,10 +56,7 @@ def fit_linear(train: Rows, strength: float, *, classes: bool) -> Predict:
     numbers = train.targets.argmax(axis=1)
     if (numbers == numbers[0]).all():
         return lambda features: np.tile(train.targets[:1], (len(features), 1))
-    logistic = LogisticRegression(C=1.0 / strength, max_iter=200, tol=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # as good as 200 steps make it
-        logistic.fit(scaled, numbers)
+    logistic = fitted_logistic(scaled, numbers, strength)
 
     def predict(features: np.ndarray) -> np.ndarray:
         probabilities = np.zeros((len(features), train.targets.shape[1]))
@@ -67,6 +64,20 @@ def fit_linear(train: Rows, strength: float, *, classes: bool) -> Predict:
         return probabilities
 
     return predict
+
+
+def fitted_logistic(
+    rows: Float[np.ndarray, "row feature"],
+    numbers: Int[np.ndarray, "row"],
+    strength: float,
+    weight: Float[np.ndarray, "row"] | None = None,
+) -> LogisticRegression:
+    """Multinomial logistic regression of scaled features on numbers of classes. strength: of its
+    penalty. weight: what a row counts; None: as much as any other."""
+    logistic = LogisticRegression(C=1.0 / strength, max_iter=200, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as good as 200 steps make it
+        return logistic.fit(rows, numbers, weight)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ a linear probe of the frozen features (`fit_linear_map`), or at 0.
 """
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from scipy.special import softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
@@ -26,7 +23,7 @@ from atmossl.geometry import nearest_cells
 from atmossl.model.network import Latent, Network, StreamLatents
 from atmossl.probes.cases import TokenPlaces
 from atmossl.probes.features import band_weights, sector_weights
-from atmossl.probes.models import PENALTIES
+from atmossl.probes.models import PENALTIES, fitted_logistic
 from atmossl.probes.scoring import Question
 
 LOGISTIC_STRENGTHS = tuple(10.0 ** (half / 2) for half in range(-2, 11))
@@ -217,10 +214,7 @@ def _logistic(
     if (numbers == numbers[0]).all():
         bias[numbers[0]] = 0.0
         return weight, bias
-    logistic = LogisticRegression(C=1.0 / strength, max_iter=200, tol=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # as good as 200 steps make it
-        logistic.fit(rows, numbers, area)
+    logistic = fitted_logistic(rows, numbers, strength, area)
     coefficients, intercepts = logistic.coef_, logistic.intercept_
     if len(logistic.classes_) == 2:  # sklearn has one column: the logarithm of the ratio
         coefficients = np.concatenate([-coefficients, coefficients]) / 2

@@ -43,6 +43,7 @@ from atmossl.settings import (
     UntrustedError,
     check_listed,
 )
+from atmossl.value_faults import listed
 
 __all__ = [
     "CalibrateConfig",
@@ -150,18 +151,18 @@ def _members(members: Any) -> int | tuple[int, ...] | None:
     if members is None:
         return None
     members = members.tolist() if hasattr(members, "tolist") else members  # of numpy
-    listed = isinstance(members, Sequence) and not isinstance(members, str)
-    numbers: list[Any] = [*members] if listed else [members]
+    is_list = isinstance(members, Sequence) and not isinstance(members, str)
+    numbers: list[Any] = [*members] if is_list else [members]
     whole = all(hasattr(number, "__index__") and number is not True for number in numbers)
-    if not whole or not numbers or (not listed and numbers[0] < 1):
+    if not whole or not numbers or (not is_list and numbers[0] < 1):
         raise ValueError(_VALID_MEMBERS)
     if min(numbers) < 0:
         raise ValueError(f"{min(numbers)} is below 0, the first member; {_VALID_MEMBERS}")
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice:
-        raise ValueError(f"{', '.join(map(str, twice))} is there twice; {_VALID_MEMBERS}")
+        raise ValueError(f"{listed(twice)} is there twice; {_VALID_MEMBERS}")
     chosen = tuple(map(index, numbers))
-    return chosen if listed else chosen[0]
+    return chosen if is_list else chosen[0]
 
 
 _VALID_MEMBERS = "valid: null for all, a number from 1 on, or some by their numbers, such as [0,2]"

@@ -10,16 +10,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from atmossl.atomic_files import write_atomically
 from atmossl.batch import Batch
 from atmossl.masking.views import ViewSpec
-from atmossl.progress import note
+from atmossl.training.checkpoint import note_once
 from atmossl.training.curves import plot_curves
-
-_note = rank_zero_only(note)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,9 @@ class StopOnNonFinite(L.Callback):
         last = self.folder / "checkpoints" / "last.ckpt"
         if not last.exists():
             self._stop(trainer)
-        _note(f"the last {len(self._bad)} steps were not finite and are not saved; {last} is older")
+        note_once(
+            f"the last {len(self._bad)} steps were not finite and are not saved; {last} is older"
+        )
 
     def _stop(self, trainer: Any) -> None:
         identity = trainer.datamodule.identity
@@ -269,8 +268,10 @@ class NothingHidden(L.Callback):
     ) -> None:
         del trainer, pl_module, outputs, idx
         if self._is_first_batch and not self._hides_something(batch):
-            _note(f"masking={self.sampler} hid nothing in the first batch, so that its loss has no "
-                 "hidden value")  # fmt: skip
+            note_once(
+                f"masking={self.sampler} hid nothing in the first batch, so that its loss has no "
+                "hidden value"
+            )
         self._is_first_batch = False
 
     def on_validation_batch_end(
@@ -286,8 +287,10 @@ class NothingHidden(L.Callback):
         del trainer, pl_module
         for task, hides in (self._hides or {}).items():
             if not hides:
-                _note(f"the task {task} hid nothing in validation, so that its loss has no hidden "
-                     "value")  # fmt: skip
+                note_once(
+                    f"the task {task} hid nothing in validation, so that its loss has no hidden "
+                    "value"
+                )
         self._hides = None
 
     def _hides_something(self, batch: Batch) -> bool:

@@ -24,7 +24,7 @@ from atmossl.training.strategies import ShardedStrategy
 from atmossl.value_faults import listed
 
 _LOGGER = logging.getLogger(__name__)
-note_once = rank_zero_only(note)
+note_once = rank_zero_only(note)  # by the first rank alone
 
 
 class AtomicCheckpointIO(CheckpointIO):
